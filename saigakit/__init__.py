@@ -1,0 +1,15 @@
+"""Fine-tune a Saiga model on Kaggle's free GPUs and run it as a 4-bit GGUF.
+
+Data flows one way. A module imports only modules to its left:
+
+errors < models < config < workspace < manifest < memory < launch < data < examples < sources < template
+< tokenization < packing < train < generation < merge < quantization < export < infer < evaluate < publish
+< kernels < runner < cli
+"""
+
+from saigakit.config import TrainConfig
+from saigakit.errors import DataError, SaigaError
+from saigakit.models import MODELS, ModelSpec
+
+__version__ = "0.1.0"
+__all__ = ["MODELS", "DataError", "ModelSpec", "SaigaError", "TrainConfig", "__version__"]

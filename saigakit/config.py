@@ -1,0 +1,109 @@
+"""Training parameters into a frozen, checked TrainConfig: JSON on disk, read by the child process."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from saigakit import models
+from saigakit.errors import SaigaError
+from saigakit.models import Lora, ModelSpec, Quantization
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything a training run depends on. None means: what the model's registry row says.
+
+    `adapter`: "auto" continues the released adapter where the model has one and starts a new LoRA where it
+    has none; "released" insists on it; a path or Hub id continues that one; None starts a new LoRA.
+    """
+
+    model: str
+    train_file: str
+    output_dir: str
+    eval_file: str | None = None
+    base_source: str | None = None
+    adapter: str | None = "auto"
+    quantization: Quantization | None = None
+    lora: Lora | None = None
+    learning_rate: float | None = None
+    epochs: float = 2.0
+    batch_size: int = 16  # conversations per optimizer step, over all processes
+    max_seq_length: int | None = None  # tokens; also the budget of one pack
+    eval_steps: int = 20
+    max_hours: float = 10.5  # Kaggle kills a session at 12 h and keeps nothing of a killed one
+    processes: int | None = None  # None: one per GPU, one on a CPU
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        spec = models.find(self.model)
+        if self.adapter == "released" and spec.released_adapter is None:
+            raise SaigaError(
+                f"adapter='released': {spec.name} has no released adapter; use adapter=None for a new LoRA."
+            )
+        for name in ("learning_rate", "epochs", "max_hours"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise SaigaError(
+                    f"{name}={value!r} is a {type(value).__name__}, not a number. "
+                    "In YAML write 2.0e-4: without the dot, 2e-4 is read as text."
+                )
+            if value <= 0:
+                raise SaigaError(f"{name}={value!r} must be above 0.")
+        for name in ("batch_size", "max_seq_length", "eval_steps", "processes"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise SaigaError(f"{name}={value!r} must be a whole number of at least 1.")
+        if self.quantization not in (None, "nf4", "int8", "none"):
+            raise SaigaError(f"quantization={self.quantization!r}: use 'nf4', 'int8' or 'none'.")
+        if self.max_seq_length is not None and self.max_seq_length > spec.context_length:
+            raise SaigaError(
+                f"max_seq_length={self.max_seq_length} is over the context length of {spec.name}, "
+                f"{spec.context_length} tokens."
+            )
+
+    @property
+    def spec(self) -> ModelSpec:
+        return models.find(self.model)
+
+    @property
+    def sequence_budget(self) -> int:
+        """Tokens of the longest conversation and of one pack."""
+        return self.max_seq_length or self.spec.max_seq_length
+
+    @property
+    def weights_as(self) -> Quantization:
+        return self.quantization or self.spec.quantization
+
+    @property
+    def new_lora(self) -> Lora:
+        return self.lora or self.spec.lora
+
+    @property
+    def peak_learning_rate(self) -> float:
+        return self.learning_rate or self.spec.learning_rate
+
+    @property
+    def start_adapter(self) -> str | None:
+        """The adapter to continue, None for a new LoRA; "auto" and "released" resolved."""
+        return self.spec.released_adapter if self.adapter in ("auto", "released") else self.adapter
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def write(self, file: Path) -> Path:
+        file.write_text(json.dumps(self.to_json(), ensure_ascii=False, indent=2), encoding="utf-8")
+        return file
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        unknown = set(values) - {item.name for item in fields(cls)}
+        if unknown:
+            raise SaigaError(f"{file}: unknown settings {', '.join(sorted(unknown))}.")
+        if values.get("lora"):
+            modules = tuple(values["lora"]["target_modules"])
+            values["lora"] = Lora(**{**values["lora"], "target_modules": modules})
+        return cls(**values)

@@ -1,0 +1,28 @@
+"""What a user can mend, said in a sentence: what is wrong, where, and what to do."""
+
+from collections.abc import Sequence
+
+
+class SaigaError(Exception):
+    """A sentence for the user. The command line prints it and exits 1; a notebook shows it alone."""
+
+    def _render_traceback_(self) -> list[str]:
+        """IPython's hook: the sentence instead of a stack of frames."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class DataError(SaigaError):
+    """Bad records: every problem with its file, line and field; the first 50 are shown, the rest counted."""
+
+    SHOWN = 50
+
+    def __init__(self, summary: str, problems: Sequence[str]) -> None:
+        self.summary = summary
+        self.problems = list(problems)
+        super().__init__(summary, self.problems)
+
+    def __str__(self) -> str:
+        lines = [self.summary, *(f"  {problem}" for problem in self.problems[: self.SHOWN])]
+        if len(self.problems) > self.SHOWN:
+            lines.append(f"  … and {len(self.problems) - self.SHOWN} more")
+        return "\n".join(lines)

@@ -1,0 +1,202 @@
+"""A model's name into everything that follows from it: the one dial of a run."""
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from saigakit.errors import SaigaError
+
+Quantization = Literal["nf4", "int8", "none"]
+
+SAIGA_SYSTEM_PROMPT = (
+    "Ты — Сайга, русскоязычный автоматический ассистент. Ты разговариваешь с людьми и помогаешь им."
+)
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is drawn; names and meaning are llama.cpp's."""
+
+    temperature: float = 0.2
+    top_p: float = 0.9
+    top_k: int = 30
+    repeat_penalty: float = 1.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """The adapter that a new LoRA gets; a continued one keeps its own."""
+
+    rank: int = 16
+    alpha: int = 16
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] = ALL_LINEAR
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """One row of the registry. `template` None means the tokenizer's own chat template."""
+
+    name: str
+    base_model: str  # a Hub id, a directory, or "package:NAME" for weights made from a registry package
+    released_adapter: str | None = None
+    template: str | None = None  # templates/<template>.jinja
+    system_prompt: str | None = None
+    context_length: int = 8192  # tokens the model was trained for
+    max_seq_length: int = 2048  # tokens of a conversation in training; what a T4 holds
+    golden_ids: tuple[tuple[str, tuple[int, ...]], ...] = ()  # text -> ids, asserted at every load
+    sampling: Sampling = field(default_factory=Sampling)
+    lora: Lora = field(default_factory=Lora)
+    learning_rate: float = 1e-4
+    quantization: Quantization = "nf4"
+    float16_safe: bool = True  # False: activations overflow float16, so not on sm_75
+    parameters_b: float = 7.0  # 1e9 parameters
+    licence: str = ""
+
+
+_SAIGA2_GOLDEN = (
+    # Role headers of Saiga-2 on the Llama-2 vocabulary: the ids of rulm's training (never 1587/2188/12435).
+    ("system\n", (1788, 13)),
+    ("user\nПривет", (1404, 13, 30013, 641, 7616)),
+    ("bot\n", (9225, 13)),
+)
+_LLAMA3_SAMPLING = Sampling(temperature=0.6)
+
+_ROWS = (
+    ModelSpec(
+        name="saiga2_7b",
+        base_model="TheBloke/Llama-2-7B-fp16",
+        released_adapter="IlyaGusev/saiga2_7b_lora",
+        template="saiga2",
+        system_prompt=SAIGA_SYSTEM_PROMPT,
+        context_length=4096,
+        golden_ids=_SAIGA2_GOLDEN,
+        lora=Lora(target_modules=ATTENTION),
+        parameters_b=6.74,
+        licence="llama2",
+    ),
+    ModelSpec(
+        name="saiga2_13b",
+        base_model="meta-llama/Llama-2-13b-hf",
+        released_adapter="IlyaGusev/saiga2_13b_lora",
+        template="saiga2",
+        system_prompt=SAIGA_SYSTEM_PROMPT,
+        context_length=2000,
+        max_seq_length=1024,
+        golden_ids=_SAIGA2_GOLDEN,
+        lora=Lora(target_modules=ATTENTION),
+        parameters_b=13.0,
+        licence="llama2",
+    ),
+    ModelSpec(
+        name="saiga_mistral_7b",
+        base_model="Open-Orca/Mistral-7B-OpenOrca",
+        released_adapter="IlyaGusev/saiga_mistral_7b_lora",
+        template="saiga2",
+        system_prompt=SAIGA_SYSTEM_PROMPT,
+        context_length=4096,
+        golden_ids=(("system\n", (1587, 13)), ("user\n", (2188, 13)), ("bot\n", (12435, 13))),
+        lora=Lora(target_modules=ATTENTION),
+        parameters_b=7.24,
+        licence="apache-2.0",
+    ),
+    ModelSpec(
+        name="saiga_llama3_8b",
+        base_model="IlyaGusev/saiga_llama3_8b",
+        system_prompt=SAIGA_SYSTEM_PROMPT,
+        sampling=_LLAMA3_SAMPLING,
+        parameters_b=8.03,
+        licence="llama3",
+    ),
+    ModelSpec(
+        name="saiga_nemo_12b",
+        base_model="IlyaGusev/saiga_nemo_12b",
+        system_prompt=SAIGA_SYSTEM_PROMPT,
+        context_length=16384,
+        max_seq_length=1024,
+        sampling=_LLAMA3_SAMPLING,
+        parameters_b=12.2,
+        licence="apache-2.0",
+    ),
+    ModelSpec(
+        name="saiga_yandexgpt_8b",
+        base_model="IlyaGusev/saiga_yandexgpt_8b",
+        system_prompt=SAIGA_SYSTEM_PROMPT,
+        context_length=16384,
+        sampling=_LLAMA3_SAMPLING,
+        parameters_b=8.04,
+        licence="yandexgpt-5-lite-8b",
+    ),
+    ModelSpec(
+        name="saiga_gemma3_12b",
+        base_model="IlyaGusev/saiga_gemma3_12b",
+        system_prompt=SAIGA_SYSTEM_PROMPT,
+        max_seq_length=1024,
+        sampling=_LLAMA3_SAMPLING,
+        float16_safe=False,  # huggingface/transformers#36814: NaN in float16
+        parameters_b=12.2,
+        licence="gemma",
+    ),
+    ModelSpec(
+        name="tlite_2.1_8b",
+        base_model="t-tech/T-lite-it-2.1",
+        context_length=32768,
+        sampling=_LLAMA3_SAMPLING,
+        parameters_b=8.19,
+        licence="apache-2.0",
+    ),
+    ModelSpec(
+        name="vikhr_nemo_12b",
+        base_model="Vikhrmodels/Vikhr-Nemo-12B-Instruct-R-21-09-24",
+        context_length=16384,
+        max_seq_length=1024,
+        sampling=Sampling(temperature=0.3),
+        parameters_b=12.2,
+        licence="apache-2.0",
+    ),
+    ModelSpec(
+        name="smollm2_135m",
+        base_model="package:smollm2_135m",
+        max_seq_length=1024,
+        golden_ids=(("<|im_start|>", (44, 108, 306, 79, 4672, 108, 46)),),  # text, never the control token 1
+        lora=Lora(rank=32, alpha=64, dropout=0.0),
+        learning_rate=1e-3,
+        quantization="none",
+        parameters_b=0.135,
+        licence="apache-2.0",
+    ),
+    ModelSpec(
+        name="saiga_tiny",
+        base_model="package:saiga_tiny",
+        released_adapter="package:saiga_tiny",
+        template="saiga2",
+        system_prompt=SAIGA_SYSTEM_PROMPT,
+        context_length=1024,
+        max_seq_length=512,
+        lora=Lora(rank=4, alpha=8, target_modules=ATTENTION),
+        learning_rate=1e-3,
+        parameters_b=0.0001,
+        licence="apache-2.0",
+    ),
+)
+MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _ROWS}
+
+
+def find(model: str) -> ModelSpec:
+    """A registry name, a Hub id (`owner/name`) or a directory into its row.
+
+    Raises SaigaError for a name that is none of these.
+    """
+    if model in MODELS:
+        return MODELS[model]
+    if Path(model).is_dir() or (model.count("/") == 1 and not model.startswith((".", "/"))):
+        return ModelSpec(name=model, base_model=model)
+    close = difflib.get_close_matches(model, MODELS, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise SaigaError(
+        f"model={model!r} is unknown.{hint} Give a registry name ({', '.join(MODELS)}), "
+        "a Hub id (owner/name) or an existing directory."
+    )
