@@ -106,7 +106,12 @@ def is_kept(final: Path, *, stage: str, parameters: Mapping[str, Any], inputs: M
 
 @contextmanager
 def making(
-    final: Path, *, stage: str, parameters: Mapping[str, Any], inputs: Mapping[str, Any], **facts: Any
+    final: Path,
+    *,
+    stage: str,
+    parameters: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    facts: Mapping[str, Any] | None = None,
 ) -> Iterator[Path]:
     """A directory beside `final` to write into; on success it gets its manifest and the final name.
 
@@ -117,7 +122,7 @@ def making(
     partial.mkdir(parents=True)
     yield partial
     content = _identity(stage, parameters, inputs)
-    content |= facts | {"versions": versions(), "outputs": hashes(partial)}
+    content |= {**(facts or {}), "versions": versions(), "outputs": hashes(partial)}
     write_text(partial / NAME, json.dumps(content, ensure_ascii=False, indent=2, default=str))
     if final.exists():
         raise SaigaError(f"{final} appeared while {partial} was written; nothing was overwritten.")

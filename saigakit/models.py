@@ -9,9 +9,7 @@ from saigakit.errors import SaigaError
 
 Quantization = Literal["nf4", "int8", "none"]
 
-SAIGA_SYSTEM_PROMPT = (
-    "Ты — Сайга, русскоязычный автоматический ассистент. Ты разговариваешь с людьми и помогаешь им."
-)
+SAIGA_SYSTEM_PROMPT = "Ты — Сайга, русскоязычный автоматический ассистент. Ты разговариваешь с людьми и помогаешь им."
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
@@ -161,7 +159,7 @@ _ROWS = (
         name="smollm2_135m",
         base_model="package:smollm2_135m",
         max_seq_length=1024,
-        golden_ids=(("<|im_start|>", (44, 108, 306, 79, 4672, 108, 46)),),  # text, never the control token 1
+        golden_ids=(("<|im_start|>", (44, 108, 306, 79, 3738, 108, 46)),),  # text, never the control token 1
         lora=Lora(rank=32, alpha=64, dropout=0.0),
         learning_rate=1e-3,
         quantization="none",

@@ -151,9 +151,7 @@ def gpus() -> list[Gpu]:
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,memory.free"]
-    result = subprocess.run(
-        [*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=False)
     if result.returncode != 0:  # driver present, no GPU attached
         return []
     return [_parse_gpu(line) for line in result.stdout.splitlines() if line.strip()]
@@ -170,9 +168,7 @@ def cpu_has_bf16() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return False
-    flags = next(
-        (line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("flags")), ""
-    )
+    flags = next((line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("flags")), "")
     return bool({"avx512_bf16", "amx_bf16"} & set(flags.split()))
 
 
