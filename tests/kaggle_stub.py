@@ -1,0 +1,66 @@
+"""Kaggle's server as far as the real command line needs it: a loopback proxy that records every call."""
+
+import http.server
+import json
+import threading
+from urllib.parse import urlsplit
+
+KERNELS, DATASETS = "kernels.KernelsApiService/", "datasets.DatasetApiService/"
+UPLOAD = "http://files.invalid/upload"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        call = self.path.split("/v1/", 1)[1]
+        sent = json.loads(self._body() or "{}")
+        self.server.calls.append((call, sent))
+        answers = self.server.answers.get(call, [(404, {"code": 404, "message": call})])
+        code, answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        self._reply(json.dumps(answer).encode(), code)
+
+    def do_GET(self):
+        self._reply(self.server.files[urlsplit(self.path).path.lstrip("/")])
+
+    def do_PUT(self):
+        self.server.uploads.append(self._body())
+        self._reply(b"{}")
+
+    def _body(self):
+        return self.rfile.read(int(self.headers["Content-Length"] or 0))
+
+    def _reply(self, body, code=200):
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Tests print nothing of their own."""
+
+
+class KaggleStub(http.server.ThreadingHTTPServer):
+    """`answer` says what a call gets; `calls` and `uploads` are what came; `files` is what can be downloaded."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.calls, self.uploads, self.answers, self.files = [], [], {}, {}
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def answer(self, call, *bodies, code=200):
+        """The bodies in turn, the last one from then on."""
+        self.answers[call] = [(code, body) for body in bodies]
+
+    def sent(self, call):
+        return [body for name, body in self.calls if name == call]
+
+    def environment(self, home):
+        """All that the command line may see; LOCALHOST is the one environment that a proxy can divert."""
+        return {
+            "HOME": str(home),
+            "KAGGLE_CONFIG_DIR": str(home),
+            "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
+            "KAGGLE_USERNAME": "alice",
+            "KAGGLE_KEY": "x",
+            "HTTP_PROXY": f"http://127.0.0.1:{self.server_port}",
+            "NO_PROXY": "",
+        }
