@@ -19,8 +19,6 @@ METADATA = Path("kaggle-metadata")
 PLACEHOLDER = "USERNAME/"  # stands for the owner in kaggle-metadata; the logged-in user takes its place
 _REFUSALS = ("Kernel push error:", "Dataset creation error:", "Dataset version creation error:")
 _DROPPED = "The following are not valid"
-_FAILED = ("ERROR", "CANCEL_ACKNOWLEDGED")
-_RESTING = {"failed", "deleted", "ready"}  # a data set in one of these no longer changes by itself
 
 
 def username() -> str:
@@ -67,8 +65,7 @@ def push_dataset(folder: str | Path, files: Sequence[Path] = (), *, poll_s: floa
         content = _metadata(source / "dataset-metadata.json", username())
         (Path(scratch) / "dataset-metadata.json").write_text(json.dumps(content), encoding="utf-8")
         reference = str(content["id"])
-        known = _dataset_status(reference) is not None
-        verb = ("version", "-m", "pushed by saigakit") if known else ("create",)
+        verb = ("create",) if _dataset_status(reference) is None else ("version", "-m", "pushed by saigakit")
         _require_accepted(_kaggle("datasets", *verb, "--quiet", "-p", scratch), reference)
     _wait_until_ready(reference, poll_s)
     print(f"Data set {reference} is ready.")
@@ -88,7 +85,7 @@ def watch(kernel: str, *, poll_s: float = 30.0) -> None:
         if status != shown or now - shown_at >= 600:
             print(f"{reference}: {status} after {(now - start) / 60:.0f} min", flush=True)
             shown, shown_at = status, now
-        if status in _FAILED:
+        if status in ("ERROR", "CANCEL_ACKNOWLEDGED"):
             raise SaigaError(_failure(reference, status, said))
         if status == "COMPLETE":
             return
@@ -112,9 +109,7 @@ def fetch(kernel: str, directory: str | Path) -> Path:
         there, promised = manifest.hashes(file.parent), manifest.read(file.parent)["outputs"]
         damaged = [name for name, digest in promised.items() if there.get(name) != digest]
         if damaged:
-            raise SaigaError(
-                f"{', '.join(damaged)} of {reference} did not arrive whole; what came is in {partial}. Fetch again."
-            )
+            raise SaigaError(f"{', '.join(damaged)} of {reference} did not arrive whole (see {partial}). Fetch again.")
     partial.rename(final)
     return final
 
@@ -183,7 +178,7 @@ def _require_accepted(said: str, reference: str) -> None:
 
 def _wait_until_ready(reference: str, poll_s: float) -> None:
     deadline = time.monotonic() + 600
-    while (status := _dataset_status(reference)) not in _RESTING:
+    while (status := _dataset_status(reference)) not in ("ready", "failed", "deleted"):
         if time.monotonic() > deadline:
             raise SaigaError(f"Data set {reference} is still {status!r} after 10 minutes; look at it on kaggle.com.")
         time.sleep(poll_s)
@@ -224,18 +219,11 @@ def _failure(reference: str, status: str, said: str) -> str:
     message = re.search(r'^Failure message: "(.*)"', said, re.MULTILINE | re.DOTALL)
     what = "was cancelled" if status.startswith("CANCEL") else "failed"
     try:
-        log = _log_text(_kaggle("kernels", "logs", reference))
-    except SaigaError as error:
+        log = "".join(entry["data"] for entry in json.loads(_kaggle("kernels", "logs", reference).strip() or "[]"))
+    except (SaigaError, ValueError) as error:  # the failure itself must still be told
         log = f"(no log: {error})"
     end = "\n".join(f"  {line}" for line in log.strip().splitlines()[-15:])
     return f"{reference} {what} on Kaggle{f': {message[1]}' if message else ''}. The end of its log:\n{end}"
-
-
-def _log_text(log: str) -> str:
-    try:
-        return "".join(entry["data"] for entry in json.loads(log))
-    except ValueError:  # older sessions have plain text
-        return log
 
 
 def _kaggle(*arguments: str, echo: bool = False) -> str:
