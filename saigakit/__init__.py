@@ -3,7 +3,8 @@
 Data flows one way. A module imports only modules to its left:
 
 errors < models < config < workspace < manifest < memory < launch < data < examples < sources < template
-< tokenization < packing < train < generation < merge < quantization < export < infer < evaluate < publish
+< tokenization < packing < train < generation < merge < quantization < export < infer < metrics < results
+< evaluate < summary < publish
 < kernels < runner < cli
 """
 

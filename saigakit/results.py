@@ -1,0 +1,138 @@
+"""Rows of results.json into a table and a picture that need no explanation."""
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Result = dict[str, Any]
+_COLOURS = ("#9aa0a6", "#1a73e8", "#188038")
+_MEANING = {
+    "before": ("до обучения", "base model, transformers"),
+    "after": ("после обучения", "with the adapter, transformers"),
+}
+_GGUF_MEANING = ("GGUF для ноутбука", "GGUF, llama.cpp")
+_SHARES = {"exact": ("точный ответ", "exact"), "json_valid": ("верный JSON", "valid JSON"), "f1": ("F1", "F1")}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that a terminal prints aligned and a notebook shows as HTML."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+    def __str__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        lines = [_line(cells, widths) for cells in (self.header, *self.rows)]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], self.note]).rstrip()
+
+    def _repr_html_(self) -> str:
+        rows = [_html_row(self.header, "th"), *(_html_row(row, "td") for row in self.rows)]
+        return f"<table>{''.join(rows)}</table><p><small>{html.escape(self.note)}</small></p>"
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
+
+
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    style = "text-align:left;vertical-align:top"
+    return "<tr>" + "".join(f'<{tag} style="{style}">{html.escape(cell)}</{tag}>' for cell in cells) + "</tr>"
+
+
+def table(results: Sequence[Result]) -> str:
+    """For a terminal."""
+    return str(show_table(results))
+
+
+def show_table(results: Sequence[Result]) -> Table:
+    """For a notebook or a page."""
+    rows = [
+        (
+            f"{row['name']} ({_meaning(row['name'])[1]})",
+            *(f"{100 * row[share]:.1f} %" for share in _SHARES),
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['bytes'] / 1e6:,.0f} MB",
+        )
+        for row in results
+    ]
+    header = ("model", *(english for _, english in _SHARES.values()), "tokens/s", "size")
+    return Table(header, rows, f"{results[0]['n']} held-out texts, greedy answers, no grammar; many texts at once.")
+
+
+def _meaning(name: str) -> tuple[str, str]:
+    return _MEANING.get(name, _GGUF_MEANING)
+
+
+def plot(results: Sequence[Result]) -> "Figure":
+    """Shares on the left; size and speed on the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    shares, sizes, speeds = figure.subplots(1, 3, width_ratios=(3, 1, 1))
+    _plot_shares(shares, results)
+    names = [row["name"] for row in results]
+    for axes, title, values in (
+        (sizes, "размер, МБ\nsize, MB", [row["bytes"] / 1e6 for row in results]),
+        (speeds, "токенов в секунду\ntokens/s, many texts at once", [row["tokens_per_s"] for row in results]),
+    ):
+        bars = axes.bar(names, values, color=_COLOURS[: len(names)])
+        axes.bar_label(bars, fmt="{:,.0f}", padding=2)
+        axes.set_title(title, fontsize=10)
+        axes.margins(y=0.12)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.set_yticks([])
+    figure.suptitle(
+        f"{results[0]['n']} текстов, которых модель не видела: что она отвечает\n"
+        "held-out texts, greedy answers, no grammar",
+        fontsize=12,
+    )
+    return figure
+
+
+def _plot_shares(axes: "Axes", results: Sequence[Result]) -> None:
+    width = 0.8 / len(results)
+    for index, (row, colour) in enumerate(zip(results, _COLOURS, strict=False)):
+        russian, english = _meaning(row["name"])
+        bars = axes.bar(
+            [place + index * width for place in range(len(_SHARES))],
+            [100 * row[share] for share in _SHARES],
+            width * 0.95,
+            color=colour,
+            label=f"{row['name']}: {russian} ({english})",
+        )
+        axes.bar_label(bars, fmt="{:.1f}", padding=2, fontsize=9)
+    middle = width * (len(results) - 1) / 2
+    labels = [russian if russian == english else f"{russian}\n{english}" for russian, english in _SHARES.values()]
+    axes.set_xticks([place + middle for place in range(len(_SHARES))], labels)
+    axes.set_ylim(0, 112)
+    axes.set_ylabel("% текстов / of texts")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False, fontsize=9)
+
+
+def examples_table(answers_file: Path, count: int = 6) -> Table:
+    """Texts with the answers of each model; where the trained ones are wrong comes first."""
+    rows = [json.loads(line) for line in answers_file.read_text(encoding="utf-8").splitlines()]
+    names = list(rows[0]["answers"])
+    trained = [name for name in names if name != "before"]
+    rows.sort(key=lambda row: sum(row["exact"][name] for name in trained))
+    shown = [
+        (
+            row["prompt"],
+            row["reference"],
+            *(f"{'✓' if row['exact'][name] else '✗'} {row['answers'][name]}" for name in names),
+        )
+        for row in rows[:count]
+    ]
+    wrong = sum(not all(row["exact"][name] for name in trained) for row in rows)
+    note = f"{wrong} of {len(rows)} texts have a wrong answer after training; they are shown first."
+    return Table(("text", "reference", *names), shown, note)
