@@ -40,12 +40,12 @@ class FastTokenizer:
         import tokenizers
 
         content = json.loads(tokenizer.to_str())
-        self.special_tokens = {token["content"]: token["id"] for token in content["added_tokens"]}
+        self.special_tokens: Mapping[str, int] = {token["content"]: token["id"] for token in content["added_tokens"]}
         content |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         self._text_only = tokenizers.Tokenizer.from_str(json.dumps(content))
         self._special_ids = set(self.special_tokens.values())
         self.chat_template = chat_template
-        self.variables = dict(variables)
+        self.variables: Mapping[str, str] = dict(variables)
 
     def encode_text(self, text: str) -> list[int]:
         ids: list[int] = self._text_only.encode(text, add_special_tokens=False).ids
@@ -72,7 +72,7 @@ class GgufTokenizer:
         self._llm = llm
         vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
         control = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
-        self.special_tokens = {
+        self.special_tokens: Mapping[str, int] = {
             llama_cpp.llama_vocab_get_text(vocabulary, i).decode("utf-8"): i
             for i in range(llm.n_vocab())
             if llama_cpp.llama_vocab_get_attr(vocabulary, i) & control
@@ -82,7 +82,7 @@ class GgufTokenizer:
         self.chat_template = llm.metadata["tokenizer.chat_template"]
         names = {i: token for token, i in self.special_tokens.items()}
         ids = {"bos_token": llm.token_bos(), "eos_token": llm.token_eos()}
-        self.variables = {name: names[i] for name, i in ids.items() if i in names}
+        self.variables: Mapping[str, str] = {name: names[i] for name, i in ids.items() if i in names}
 
     def encode_text(self, text: str) -> list[int]:
         return self._llm.tokenize(text.encode("utf-8"), add_bos=False, special=False)
