@@ -18,7 +18,11 @@ _MEANING = {
     "after": ("после обучения", "with the adapter, transformers"),
 }
 _GGUF_MEANING = ("GGUF для ноутбука", "GGUF, llama.cpp")
-_SHARES = {"exact": ("точный ответ", "exact"), "json_valid": ("верный JSON", "valid JSON"), "f1": ("F1", "F1")}
+_SHARES = {
+    "json_valid": ("верный JSON", "valid JSON"),
+    "exact": ("точный ответ", "exact"),
+    "f1": ("F1 элементов", "F1 of items"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,12 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 def _html_row(cells: Sequence[str], tag: str) -> str:
     style = "text-align:left;vertical-align:top"
     return "<tr>" + "".join(f'<{tag} style="{style}">{html.escape(cell)}</{tag}>' for cell in cells) + "</tr>"
+
+
+def read(directory: Path) -> list[Result]:
+    """The rows that a finished 04_infer wrote."""
+    rows: list[Result] = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    return rows
 
 
 def table(results: Sequence[Result]) -> str:
@@ -111,7 +121,7 @@ def _plot_shares(axes: "Axes", results: Sequence[Result]) -> None:
         )
         axes.bar_label(bars, fmt="{:.1f}", padding=2, fontsize=9)
     middle = width * (len(results) - 1) / 2
-    labels = [russian if russian == english else f"{russian}\n{english}" for russian, english in _SHARES.values()]
+    labels = [f"{russian}\n{english}" for russian, english in _SHARES.values()]
     axes.set_xticks([place + middle for place in range(len(_SHARES))], labels)
     axes.set_ylim(0, 112)
     axes.set_ylabel("% текстов / of texts")

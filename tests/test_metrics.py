@@ -12,7 +12,9 @@ def text(*items):
     return json.dumps(items, ensure_ascii=False)
 
 
-@pytest.mark.parametrize("answer", ["", "[", "[{]", "Вот: []", "[] []", "[NaN]", "{'term': 1}", "[" * 100_000, "\ud800"])
+@pytest.mark.parametrize(
+    "answer", ["", "[", "[{]", "Вот: []", "[] []", "[NaN]", "{'term': 1}", "[" * 100_000, "\ud800"]
+)
 def test_text_that_is_not_one_json_value_is_invalid(answer):
     assert not metrics.is_json(answer)
 

@@ -1,0 +1,263 @@
+"""A GGUF file into answers: streamed to a reader, or greedy for many prompts at once."""
+
+import codecs
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from saigakit import tokenization, workspace
+from saigakit.errors import SaigaError
+from saigakit.generation import BATCH_TOKENS, Generated, OnProgress, until_stop
+from saigakit.models import Sampling
+from saigakit.template import Message
+
+if TYPE_CHECKING:
+    import llama_cpp
+
+MAX_SEQUENCES = 16  # measured on 2 cores: 8 to 32 are the plateau
+
+
+def load(
+    gguf_file: str | Path,
+    *,
+    n_ctx: int = 4096,
+    n_gpu_layers: int | Literal["auto"] = "auto",
+    n_threads: int | None = None,
+) -> "llama_cpp.Llama":
+    """Close it when done: `llm.close()`, or `with contextlib.closing(load(…)) as llm`.
+
+    "auto" puts all layers on the GPU where llama.cpp was built for one and the file fits into its free memory.
+    Raises SaigaError for a file that is missing, no GGUF or damaged.
+    """
+    import llama_cpp
+
+    file = Path(gguf_file)
+    _check(file)
+    threads = n_threads or os.cpu_count() or 1
+    layers = _gpu_layers(file) if n_gpu_layers == "auto" else n_gpu_layers
+
+    class Llama(llama_cpp.Llama):
+        """Without the AMX kernels: gcc before 14 miscompiles them and they crash (ggml-org/llama.cpp#20824)."""
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "model_params" and b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
+                value.use_extra_bufts = False  # type: ignore[attr-defined]
+            super().__setattr__(name, value)
+
+    try:
+        return Llama(
+            str(file),
+            n_ctx=n_ctx,
+            n_gpu_layers=layers,
+            n_threads=threads,
+            n_threads_batch=threads,
+            flash_attn=True,
+            verbose=False,
+        )
+    except ValueError as error:
+        raise SaigaError(
+            f"{file} cannot be loaded by llama.cpp {llama_cpp.__version__} ({error}): it is cut short or damaged, "
+            f"of an architecture that this version does not know, or {n_ctx} tokens of context do not fit the memory."
+        ) from None
+
+
+def _check(file: Path) -> None:
+    if not file.is_file():
+        raise SaigaError(f"{file} is not there. Give a .gguf file, or run 03_merge_gguf first.")
+    with file.open("rb") as stream:
+        magic = stream.read(4)
+    if magic != b"GGUF":
+        raise SaigaError(f"{file} is no GGUF file: it begins with {magic!r}.")
+
+
+def _gpu_layers(file: Path) -> int:
+    import llama_cpp
+
+    free = sum(gpu.free for gpu in workspace.gpus()) if llama_cpp.llama_supports_gpu_offload() else 0
+    return -1 if free > 1.3 * file.stat().st_size else 0  # the rest is for the context and its buffers
+
+
+def sampling_of(llm: "llama_cpp.Llama") -> Sampling:
+    """What the file recommends (`general.sampling.*`, as llama.cpp reads it), else saigakit's defaults."""
+    default, written = Sampling(), llm.metadata
+    return Sampling(
+        temperature=float(written.get("general.sampling.temp", default.temperature)),
+        top_p=float(written.get("general.sampling.top_p", default.top_p)),
+        top_k=int(written.get("general.sampling.top_k", default.top_k)),
+        repeat_penalty=float(written.get("general.sampling.penalty_repeat", default.repeat_penalty)),
+    )
+
+
+def stream(
+    llm: "llama_cpp.Llama",
+    messages: Sequence[Message],
+    *,
+    sampling: Sampling | None = None,
+    max_new_tokens: int | None = None,
+) -> Iterator[str]:
+    """The answer piece by piece; a character that spans several tokens comes whole.
+
+    Raises SaigaError when the conversation fills the context.
+    """
+    tokenizer = tokenization.load_gguf_tokenizer(llm)
+    prompt = tokenization.encode(messages, tokenizer, add_generation_prompt=True)["input_ids"]
+    room = llm.n_ctx() - len(prompt)
+    if room < 1:
+        raise SaigaError(
+            f"The conversation has {len(prompt)} tokens and the context holds {llm.n_ctx()}: "
+            "load the model with a larger n_ctx or start a new conversation."
+        )
+    stop_ids = tokenization.end_of_turn_ids(tokenizer) | {llm.token_eos()}
+    drawn = sampling or sampling_of(llm)
+    tokens = llm.generate(
+        prompt,
+        temp=drawn.temperature,
+        top_p=drawn.top_p,
+        top_k=drawn.top_k,
+        min_p=0.0,
+        repeat_penalty=drawn.repeat_penalty,
+    )
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for _, token in zip(range(min(room, max_new_tokens or room)), tokens, strict=False):
+        if token in stop_ids:
+            break
+        if text := decoder.decode(_piece(llm, token)):
+            yield text
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+def chat(
+    llm: "llama_cpp.Llama",
+    messages: Sequence[Message],
+    *,
+    sampling: Sampling | None = None,
+    max_new_tokens: int | None = None,
+) -> str:
+    """The whole answer."""
+    return "".join(stream(llm, messages, sampling=sampling, max_new_tokens=max_new_tokens))
+
+
+def _piece(llm: "llama_cpp.Llama", token: int) -> bytes:
+    """Bytes of a token, part of a character perhaps; control tokens have none."""
+    import ctypes
+
+    import llama_cpp
+
+    vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
+    size = 64
+    while True:
+        buffer = (ctypes.c_char * size)()
+        used = llama_cpp.llama_token_to_piece(vocabulary, token, buffer, size, 0, False)
+        if used >= 0:
+            return buffer.raw[:used]
+        size = -used  # the length that it needs
+
+
+def greedy(
+    llm: "llama_cpp.Llama",
+    prompts: Sequence[list[int]],
+    *,
+    stop_ids: frozenset[int],
+    max_new_tokens: int,
+    on_progress: OnProgress,
+) -> Generated:
+    """The likeliest token each time, several sequences at once; what all prompts begin with is computed once."""
+    head = _common_prefix(prompts)
+    longest = max(map(len, prompts))
+    slots = max(1, min(MAX_SEQUENCES, BATCH_TOKENS // (longest + max_new_tokens), len(prompts)))
+    rows: list[list[int]] = [[] for _ in prompts]
+    waiting = deque(range(len(prompts)))
+    running: dict[int, int] = {}  # slot to prompt
+    start = time.perf_counter()
+    on_progress(0, len(prompts))
+    with closing(_Sequences(llm, head, slots, longest + max_new_tokens)) as sequences:
+        while waiting or running:
+            for slot, index in running.items():
+                sequences.add(slot, rows[index][-1:])
+            for slot in sorted(set(range(slots)) - set(running)):
+                if waiting and sequences.has_room(len(prompts[waiting[0]])):
+                    running[slot] = waiting.popleft()
+                    sequences.begin(slot, prompts[running[slot]][len(head) :])
+            for slot, token in sequences.decode().items():
+                row = rows[running[slot]]
+                row.append(token)
+                if token in stop_ids or len(row) == max_new_tokens:
+                    del running[slot]
+                    on_progress(len(prompts) - len(waiting) - len(running), len(prompts))
+    ids = [until_stop(row, stop_ids)[0] for row in rows]
+    return Generated(ids, time.perf_counter() - start, sum(map(len, rows)))
+
+
+def _common_prefix(prompts: Sequence[list[int]]) -> list[int]:
+    """What all begin with, at least one token short of the shortest: its last token must be computed anew."""
+    first, last = min(prompts), max(prompts)
+    shortest = min(map(len, prompts)) - 1
+    differs = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return first[: min(next(differs, shortest), shortest)]
+
+
+class _Sequences:
+    """Sequences side by side in one llama.cpp context; each forks from the common head."""
+
+    def __init__(self, llm: "llama_cpp.Llama", head: list[int], slots: int, length: int) -> None:
+        import llama_cpp
+
+        self._api = llama_cpp
+        self._n_vocab = llm.n_vocab()
+        self._head, self._head_slot = head, slots
+        self._size = max(512, length + slots)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_seq_max, params.kv_unified = slots * length + len(head), slots + 1, True
+        params.n_batch = self._size
+        params.n_threads, params.n_threads_batch = llm.n_threads, llm.n_threads_batch
+        self._context = llama_cpp.llama_init_from_model(llm.model, params)
+        if self._context is None:
+            raise SaigaError(f"{slots} sequences of {length} tokens do not fit into the memory.")
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._batch = llama_cpp.llama_batch_init(self._size, 0, 1)
+        self._ends: dict[int, int] = {}  # slot to the row of the batch whose logits it needs
+        self._positions = {slots: 0}
+        if head:
+            self.add(self._head_slot, head)
+            self.decode()
+
+    def has_room(self, count: int) -> bool:
+        return bool(self._batch.n_tokens + count <= self._size)
+
+    def begin(self, slot: int, tokens: Sequence[int]) -> None:
+        self._api.llama_memory_seq_rm(self._memory, slot, -1, -1)
+        self._api.llama_memory_seq_cp(self._memory, self._head_slot, slot, 0, len(self._head))
+        self._positions[slot] = len(self._head)
+        self.add(slot, tokens)
+
+    def add(self, slot: int, tokens: Sequence[int]) -> None:
+        batch = self._batch
+        for token in tokens:
+            row = batch.n_tokens
+            batch.token[row], batch.pos[row], batch.logits[row] = token, self._positions[slot], False
+            batch.n_seq_id[row], batch.seq_id[row][0] = 1, slot
+            self._positions[slot] += 1
+            batch.n_tokens += 1
+        self._ends[slot] = batch.n_tokens - 1
+        batch.logits[batch.n_tokens - 1] = True
+
+    def decode(self) -> dict[int, int]:
+        """The next token of every sequence that was added to."""
+        import numpy as np
+
+        if code := self._api.llama_decode(self._context, self._batch):
+            raise RuntimeError(f"llama_decode returned {code}")
+        logits = {slot: self._api.llama_get_logits_ith(self._context, row) for slot, row in self._ends.items()}
+        found = {slot: int(np.ctypeslib.as_array(row, (self._n_vocab,)).argmax()) for slot, row in logits.items()}
+        self._ends.clear()
+        self._batch.n_tokens = 0
+        return found
+
+    def close(self) -> None:
+        self._api.llama_batch_free(self._batch)
+        self._api.llama_free(self._context)

@@ -1,0 +1,57 @@
+"""A finished run into one page: report.html with the table, the picture, examples and the time of each stage."""
+
+import base64
+import html
+import json
+from pathlib import Path
+from string import Template
+
+from saigakit import evaluate, manifest, results
+
+STAGES = ("01_format", "02_train", "03_merge_gguf", evaluate.STAGE)
+TIMES_FILE = ".runner/times.json"  # stage to seconds, written by the runner
+
+_PAGE = Template("""<!doctype html>
+<html lang="ru">
+<meta charset="utf-8">
+<title>$title</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #ccc; overflow-wrap: anywhere; }
+img { max-width: 100%; }
+</style>
+<h1>$title</h1>
+$table
+<p><img alt="$alt" src="data:image/png;base64,$picture"></p>
+<h2>Стадии <small>stages</small></h2>
+<ul>$stages</ul>
+<h2>Примеры <small>examples</small></h2>
+$examples
+</html>
+""")
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """`run_dir`/report.html, one file that can be sent to somebody. Raises SaigaError before 04_infer is finished."""
+    run_dir = Path(run_dir)
+    compared = run_dir / evaluate.STAGE
+    parameters = manifest.require_stage(compared, evaluate.STAGE)["parameters"]
+    rows = results.read(compared)
+    times_file = run_dir / TIMES_FILE
+    times = json.loads(times_file.read_text(encoding="utf-8")) if times_file.is_file() else {}
+    page = _PAGE.substitute(
+        title=html.escape(f"saigakit: {parameters['model']}"),
+        table=results.show_table(rows)._repr_html_(),
+        alt=html.escape(results.table(rows)),
+        picture=base64.b64encode((compared / "comparison.png").read_bytes()).decode("ascii"),
+        stages="".join(_stage(run_dir, stage, times.get(stage)) for stage in STAGES),
+        examples=results.examples_table(compared / "answers.jsonl", 8)._repr_html_(),
+    )
+    return manifest.write_text(run_dir / "report.html", page)
+
+
+def _stage(run_dir: Path, stage: str, seconds: float | None) -> str:
+    """A list item: the executed notebook where there is one, and how long it took."""
+    name = f'<a href="{stage}.html">{stage}</a>' if (run_dir / f"{stage}.html").is_file() else stage
+    return f"<li>{name}{'' if seconds is None else f': {seconds:.0f} s'}</li>"

@@ -1,0 +1,123 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from saigakit import generation, workspace
+from saigakit.generation import HfModel, Progress, batches, until_stop
+
+PROMPTS = [[5, 9, 17], [8, 3, 40, 41, 42, 43, 44], [99], [12, 13, 14, 15, 16, 12, 13]]
+STOP = frozenset({7})
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,  # so that the likeliest token depends on the prompt
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.update(do_sample=True, temperature=2.0)
+    directory = tmp_path_factory.mktemp("base")
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(base_dir, tmp_path_factory):
+    torch.manual_seed(1)
+    adapted = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base_dir),
+        LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False),
+    )
+    directory = tmp_path_factory.mktemp("adapter")
+    adapted.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    monkeypatch.setattr(workspace, "cpu_has_bf16", lambda: False)
+
+
+def ask(model, prompts, *, adapted=False, max_new_tokens=12):
+    return model.answers(
+        prompts, adapted=adapted, stop_ids=STOP, max_new_tokens=max_new_tokens, on_progress=lambda done, total: None
+    )
+
+
+def by_hand(base_dir, prompt, count):
+    model, ids = LlamaForCausalLM.from_pretrained(base_dir, dtype=torch.float32), list(prompt)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] in STOP:
+            break
+    return [token for token in ids[len(prompt) :] if token not in STOP]
+
+
+def test_a_batch_answers_like_one_prompt_at_a_time(base_dir):
+    model = HfModel(base_dir, None, "none")
+    assert ask(model, PROMPTS).ids == [ask(model, [prompt]).ids[0] for prompt in PROMPTS]
+
+
+def test_answers_are_the_likeliest_tokens_whatever_the_models_own_defaults_say(base_dir):
+    assert ask(HfModel(base_dir, None, "none"), PROMPTS).ids == [by_hand(base_dir, prompt, 12) for prompt in PROMPTS]
+
+
+def test_the_adapter_speaks_only_when_it_is_asked_for(base_dir, adapter_dir):
+    model = HfModel(base_dir, adapter_dir, "none")
+    bare = ask(model, PROMPTS).ids
+    assert ask(model, PROMPTS, adapted=True).ids != bare
+    assert bare == ask(HfModel(base_dir, None, "none"), PROMPTS).ids
+
+
+def test_no_answer_is_longer_than_the_limit(base_dir):
+    made = ask(HfModel(base_dir, None, "none"), PROMPTS, max_new_tokens=3)
+    assert max(map(len, made.ids)) <= 3
+    assert made.tokens <= 3 * len(PROMPTS)
+
+
+def test_progress_counts_up_to_all_texts(base_dir):
+    seen = []
+    HfModel(base_dir, None, "none").answers(
+        PROMPTS, adapted=False, stop_ids=STOP, max_new_tokens=4, on_progress=lambda *counts: seen.append(counts)
+    )
+    assert seen == sorted(seen)
+    assert (seen[0], seen[-1]) == ((0, 4), (4, 4))
+
+
+def test_every_prompt_is_in_one_batch_and_no_batch_is_over_the_budget():
+    lengths = [10, 300, 20, 150, 151, 40] * 30
+    found = batches(lengths, max_new_tokens=50, budget=2000)
+    assert sorted(index for batch in found for index in batch) == list(range(len(lengths)))
+    assert all(len(batch) * (max(lengths[i] for i in batch) + 50) <= 2000 for batch in found)
+
+
+def test_a_prompt_over_the_budget_is_answered_alone():
+    assert batches([5000, 10], max_new_tokens=50, budget=1000) == [[0], [1]]
+
+
+def test_what_follows_the_stop_id_is_cut_off_and_not_counted():
+    assert until_stop([4, 5, 7, 7, 7], STOP) == ([4, 5], 3)
+    assert until_stop([4, 5], STOP) == ([4, 5], 2)
+
+
+def test_progress_is_silent_between_its_lines(capsys):
+    progress = Progress("after")
+    for done in range(5):
+        progress(done, 4)
+    assert capsys.readouterr().out == "after: 4 of 4 texts, 0 s\n"
+
+
+def test_progress_says_how_long_still(capsys, monkeypatch):
+    progress = Progress("after")
+    monkeypatch.setattr(generation.time, "monotonic", lambda: progress.start + 30)
+    progress(60, 240)
+    assert capsys.readouterr().out == "after: 60 of 240 texts, about 90 s left\n"
