@@ -1,11 +1,11 @@
 """Rows of results.json into a table and a picture that need no explanation."""
 
-import html
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from saigakit.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,33 +23,6 @@ _SHARES = {
     "exact": ("точный ответ", "exact"),
     "f1": ("F1 элементов", "F1 of items"),
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows that a terminal prints aligned and a notebook shows as HTML."""
-
-    header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    note: str = ""
-
-    def __str__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
-        lines = [_line(cells, widths) for cells in (self.header, *self.rows)]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], self.note]).rstrip()
-
-    def _repr_html_(self) -> str:
-        rows = [_html_row(self.header, "th"), *(_html_row(row, "td") for row in self.rows)]
-        return f"<table>{''.join(rows)}</table><p><small>{html.escape(self.note)}</small></p>"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
-
-
-def _html_row(cells: Sequence[str], tag: str) -> str:
-    style = "text-align:left;vertical-align:top"
-    return "<tr>" + "".join(f'<{tag} style="{style}">{html.escape(cell)}</{tag}>' for cell in cells) + "</tr>"
 
 
 def read(directory: Path) -> list[Result]:
