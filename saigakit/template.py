@@ -57,7 +57,7 @@ def render(
         return _compiled(chat_template).render(
             messages=messages, add_generation_prompt=add_generation_prompt, **variables
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:  # TypeError: text + None inside a template
         raise SaigaError(f"The chat template cannot render this conversation: {error}") from None
 
 

@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from saigakit import models, sources, template
+from saigakit import data, models, sources, template
 from saigakit.errors import SaigaError
 from saigakit.template import Message
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 IGNORE_INDEX = -100  # torch's cross_entropy: a position that is not learned
+_BLANK = "\x1f"  # Jinja's trim and str.strip take it away, and no template spells it
+_HOLDER = re.compile(f"({_BLANK}?)\U000f0000([0-9]+)\U000f0001({_BLANK}?)")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -122,7 +124,8 @@ def from_sentencepiece(file: Path) -> "tokenizers.Tokenizer":
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+    spm: Any = sentencepiece_model_pb2  # protobuf makes its classes at run time
+    proto = spm.ModelProto.FromString(file.read_bytes())
     vocabulary = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
     merges = [
@@ -166,11 +169,11 @@ def encode(
 
     The template is rendered with a placeholder for each content and split at the special tokens that it spells;
     then the contents are put back into the runs of text between them. So a `</s>` in a content stays text.
-    Raises SaigaError where the template cannot be trained on: it must render turn by turn and end each turn.
+    Raises SaigaError where the result would not be what the template renders, and where the template cannot be
+    trained on: it must render turn by turn and end each turn.
     """
-    holders = [f"\U000f0000{index}\U000f0001" for index in range(len(messages))]
-    masked = [{**message, "content": holder} for message, holder in zip(messages, holders, strict=True)]
-    contents = {holder: message["content"] for message, holder in zip(messages, holders, strict=True)}
+    contents = _contents(messages)
+    masked = [{**message, "content": _holder(index, message["content"])} for index, message in enumerate(messages)]
 
     def rendered(count: int, prompt: bool) -> str:
         return template.render(
@@ -178,8 +181,10 @@ def encode(
         )
 
     text = rendered(len(messages), add_generation_prompt)
-    turns = [] if add_generation_prompt else [i for i, item in enumerate(messages) if item["role"] == "assistant"]
-    spans = _learned_spans(text, [(rendered(i, True), rendered(i + 1, False)) for i in turns], tokenizer)
+    _require_same(_fill(text, contents), messages, tokenizer, add_generation_prompt)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    rendered_turns = [(rendered(i, True), rendered(i + 1, False)) for i in turns]
+    spans = _answer_spans(text, rendered_turns, tokenizer, must_exist=not add_generation_prompt)
     input_ids: list[int] = []
     labels: list[int] = []
     for start, part in _parts(text, tokenizer):
@@ -190,8 +195,18 @@ def encode(
             head = 0 if span is None else max(0, span[0] - start)
             ids, learned_from = _encode_run(_fill(part[:head], contents), _fill(part[head:], contents), tokenizer)
         input_ids += ids
-        labels += [IGNORE_INDEX] * len(ids) if span is None else _masked(ids, learned_from)
+        labels += [IGNORE_INDEX] * len(ids) if span is None or add_generation_prompt else _masked(ids, learned_from)
     return {"input_ids": input_ids, "labels": labels}
+
+
+def _require_same(text: str, messages: Sequence[Message], tokenizer: Tokenizer, prompt: bool) -> None:
+    whole = template.render(messages, tokenizer.chat_template, add_generation_prompt=prompt, **tokenizer.variables)
+    if text != whole:
+        begin = ", ".join(repr(message["content"][:30]) for message in messages)
+        raise SaigaError(
+            "The chat template does more to the contents than trim their ends, so they cannot be tokenised exactly. "
+            f"Take out what it reacts to; the contents begin {begin}."
+        )
 
 
 def end_of_turn_ids(tokenizer: Tokenizer) -> frozenset[int]:
@@ -204,11 +219,18 @@ def _masked(ids: list[int], learned_from: int) -> list[int]:
     return [IGNORE_INDEX] * learned_from + ids[learned_from:]
 
 
-def _learned_spans(text: str, turns: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """(start, end) in `text` of each turn: after its generation prompt, up to the token that ends it."""
+def _answer_spans(
+    text: str, turns: Iterable[tuple[str, str]], tokenizer: Tokenizer, *, must_exist: bool
+) -> list[tuple[int, int]]:
+    """(start, end) in `text` of each turn: after its generation prompt, up to the token that ends it.
+
+    A prompt needs those of earlier turns, to have the ids that training saw, but does not insist on them.
+    """
     spans = []
     for prompt, whole in turns:
         if not (whole.startswith(prompt) and text.startswith(whole)):
+            if not must_exist:
+                continue
             raise SaigaError("The chat template does not render turn by turn, so it cannot be trained on.")
         ends = [match.end() for match in _splitter(tuple(tokenizer.special_tokens)).finditer(whole, len(prompt))]
         if not ends:
@@ -220,7 +242,7 @@ def _learned_spans(text: str, turns: Iterable[tuple[str, str]], tokenizer: Token
 @lru_cache
 def _splitter(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
     longest_first = sorted(special_tokens, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
 
 def _parts(text: str, tokenizer: Tokenizer) -> Iterator[tuple[int, str]]:
@@ -232,8 +254,32 @@ def _parts(text: str, tokenizer: Tokenizer) -> Iterator[tuple[int, str]]:
         start += len(part)
 
 
-def _fill(text: str, contents: Mapping[str, str]) -> str:
-    return re.sub("\U000f0000[0-9]+\U000f0001", lambda match: contents[match.group()], text)
+def _contents(messages: Sequence[Message]) -> list[str]:
+    """Raises SaigaError for a message that holds anything else: it would enter the prompt unmasked."""
+    roles = sorted(set(data.ROLES.values()))
+    for number, message in enumerate(messages, start=1):
+        if message.get("role") not in roles or not isinstance(message.get("content"), str) or len(message) != 2:
+            raise SaigaError(
+                f"Message {number} is {str(dict(message))[:80]}: it must have a role ({', '.join(roles)}), "
+                "a content, which is text, and nothing else."
+            )
+    return [message["content"] for message in messages]
+
+
+def _holder(index: int, content: str) -> str:
+    """What stands for a content; nothing for an empty one, because templates ask whether there is any."""
+    return f"{_BLANK}\U000f0000{index}\U000f0001{_BLANK}" if content else ""
+
+
+def _fill(text: str, contents: Sequence[str]) -> str:
+    """The contents in the place of their holders, stripped on the sides where the template stripped the holder."""
+
+    def content(match: re.Match[str]) -> str:
+        whole = contents[int(match[2])]
+        whole = whole if match[1] else whole.lstrip()
+        return whole if match[3] else whole.rstrip()
+
+    return _HOLDER.sub(content, text)
 
 
 def _encode_run(prompt: str, answer: str, tokenizer: Tokenizer) -> tuple[list[int], int]:
