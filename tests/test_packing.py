@@ -1,0 +1,190 @@
+"""Packs: nothing lost, nothing over the budget, and for a real model the same as documents one by one."""
+
+import random
+from collections import Counter
+
+import pytest
+
+from saigakit.packing import best_fit, collate, schedule
+from saigakit.tokenization import IGNORE_INDEX
+
+torch = pytest.importorskip("torch")
+
+VOCABULARY = 50
+
+
+def random_lengths(seed: int, count: int = 200, budget: int = 64) -> list[int]:
+    rng = random.Random(seed)
+    return [min(budget, max(1, int(rng.lognormvariate(2.5, 0.8)))) for _ in range(count)]
+
+
+def document(rng: random.Random, length: int) -> dict[str, list[int]]:
+    """Its second half is learned, and so, against all rules, is its first token."""
+    ids = [rng.randrange(VOCABULARY) for _ in range(length)]
+    return {"input_ids": ids, "labels": [ids[0], *([IGNORE_INDEX] * (length // 2 - 1)), *ids[length // 2 :]]}
+
+
+@pytest.fixture
+def documents() -> list[dict[str, list[int]]]:
+    rng = random.Random(5)
+    return [document(rng, length) for length in (7, 12, 4, 9)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_pack_exceeds_the_budget_and_no_document_is_lost_or_repeated(seed):
+    lengths = random_lengths(seed)
+    packs = best_fit(lengths, 64)
+    assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[index] for index in pack) <= 64 for pack in packs)
+
+
+def test_packs_are_nearly_full():
+    lengths = random_lengths(1, count=1000)
+    assert len(best_fit(lengths, 64)) <= 1.02 * sum(lengths) / 64 + 1
+
+
+def test_the_fullest_pack_that_has_room_is_taken():
+    assert best_fit([7, 6, 3], 10) == [[0, 2], [1]]
+
+
+def test_documents_of_exactly_the_budget_are_packs_of_their_own():
+    assert best_fit([10, 10, 10], 10) == [[0], [1], [2]]
+
+
+def test_no_documents_make_no_packs():
+    assert best_fit([], 10) == []
+
+
+def test_a_document_over_the_budget_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match="11 tokens does not fit into a pack of 10"):
+        best_fit([3, 11], 10)
+
+
+def test_every_epoch_shows_each_conversation_once():
+    lengths = random_lengths(2, count=1200)
+    packs = schedule(lengths, budget=64, epochs=3, seed=1)
+    assert Counter(index for pack in packs for index in pack) == Counter(dict.fromkeys(range(1200), 3))
+    assert all(sum(lengths[index] for index in pack) <= 64 for pack in packs)
+
+
+def test_an_epoch_meets_other_neighbours_than_the_one_before():
+    lengths = random_lengths(3)
+    packs = schedule(lengths, budget=64, epochs=2, seed=1)
+    half = len(packs) // 2
+    first, second = ({frozenset(pack) for pack in part} for part in (packs[:half], packs[half:]))
+    assert len(first & second) < len(first) / 2
+
+
+def test_long_conversations_do_not_come_first():
+    lengths = random_lengths(6)
+    longest = [max(lengths[index] for index in pack) for pack in schedule(lengths, budget=64, epochs=1, seed=1)]
+    assert longest != sorted(longest, reverse=True)
+
+
+def test_half_an_epoch_shows_half_of_the_packs():
+    lengths = random_lengths(4)
+    whole = schedule(lengths, budget=64, epochs=1, seed=1)
+    assert schedule(lengths, budget=64, epochs=1.5, seed=1)[: len(whole)] == whole
+    assert len(schedule(lengths, budget=64, epochs=0.5, seed=1)) == -(-len(whole) // 2)
+
+
+def test_the_order_follows_from_the_seed():
+    lengths = random_lengths(5)
+    orders = [schedule(lengths, budget=64, epochs=1, seed=seed) for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_positions_restart_at_every_document(documents):
+    assert collate(documents)["position_ids"].tolist() == [[*range(7), *range(12), *range(4), *range(9)]]
+
+
+def test_a_pack_has_no_attention_mask(documents):
+    """A mask would switch the separation of documents off: see the test of contamination below."""
+    assert "attention_mask" not in collate(documents)
+
+
+def test_the_first_token_of_a_document_is_never_learned(documents):
+    labels = collate(documents)["labels"][0]
+    assert [labels[start].item() for start in (0, 7, 19, 23)] == [IGNORE_INDEX] * 4
+    assert [row["labels"][0] for row in documents] != [IGNORE_INDEX] * 4
+
+
+def test_what_else_is_learned_is_what_the_documents_say(documents):
+    labels = collate(documents)["labels"][0].tolist()
+    assert labels == [label for row in documents for label in (IGNORE_INDEX, *row["labels"][1:])]
+
+
+def test_kept_logits_are_those_whose_next_token_is_learned(documents):
+    batch = collate(documents)
+    labels, kept = batch["labels"][0], batch["logits_to_keep"]
+    assert batch["shift_labels"][0].tolist() == labels[kept + 1].tolist()
+    assert len(kept) == (labels != IGNORE_INDEX).sum()
+
+
+def random_llama(kv_heads: int) -> "torch.nn.Module":
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        initializer_range=0.3,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).double().eval()
+
+
+@pytest.fixture(scope="module", params=[4, 2], ids=["multi-head", "grouped-query"])
+def llama(request) -> "torch.nn.Module":
+    return random_llama(request.param)
+
+
+def one_by_one(llama, documents) -> "torch.Tensor":
+    with torch.no_grad():
+        return torch.cat([llama(torch.tensor([row["input_ids"]])).logits[0] for row in documents])
+
+
+def packed(llama, documents, **more) -> "torch.Tensor":
+    batch = collate(documents)
+    with torch.no_grad():
+        return llama(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **more).logits[0]
+
+
+def test_logits_of_a_pack_are_those_of_its_documents(llama, documents):
+    assert (packed(llama, documents) - one_by_one(llama, documents)).abs().max() < 1e-12
+
+
+def test_a_mask_of_ones_would_let_documents_see_each_other(llama, documents):
+    """Why collate gives none: transformers looks for restarting positions only where there is no mask."""
+    mask = torch.ones(1, sum(len(row["input_ids"]) for row in documents), dtype=torch.long)
+    difference = (packed(llama, documents, attention_mask=mask) - one_by_one(llama, documents)).abs()
+    assert difference[:7].max() < 1e-12
+    assert difference[7:].max() > 0.1
+
+
+def test_the_loss_of_a_pack_is_the_mean_over_its_learned_tokens(llama, documents):
+    with torch.no_grad():
+        output = llama(**collate(documents), use_cache=False)
+    losses = []
+    for row in documents:
+        logits = one_by_one(llama, [row]).log_softmax(-1)
+        losses += [-logits[i, label] for i, label in enumerate(row["labels"][1:]) if label != IGNORE_INDEX]
+    assert output.logits.shape[1] == len(losses)
+    assert abs(output.loss - torch.stack(losses).mean()) < 1e-6
+
+
+def test_gradients_of_a_pack_are_those_of_its_documents(llama, documents):
+    llama.zero_grad()
+    llama(**collate(documents), use_cache=False, num_items_in_batch=1).loss.backward()
+    together = [parameter.grad.clone() for parameter in llama.parameters()]
+    llama.zero_grad()
+    for row in documents:
+        llama(**collate([row]), use_cache=False, num_items_in_batch=1).loss.backward()
+    apart = [parameter.grad for parameter in llama.parameters()]
+    # The loss is computed in float32.
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(together, apart, strict=True))
+    llama.zero_grad()
