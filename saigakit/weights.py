@@ -1,0 +1,143 @@
+"""A base model and an adapter into a model in memory: number format by hardware, quantised, LoRA attached."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from saigakit import workspace
+from saigakit.errors import SaigaError
+from saigakit.models import Lora, ModelSpec, Quantization
+from saigakit.workspace import Gpu
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+NumberFormat = Literal["float16", "bfloat16", "float32"]
+_FIRST_BF16 = (8, 0)  # below it torch emulates bfloat16, and says that it is supported
+
+
+def number_format(spec: ModelSpec, gpus: Sequence[Gpu]) -> NumberFormat:
+    """float16 on a T4 (sm_75), bfloat16 from sm_80 on, float32 on a CPU.
+
+    Raises SaigaError for a GPU that the image's torch has no kernels for, and for a model that overflows float16.
+    """
+    if not gpus:
+        return "float32"
+    oldest = min(gpus, key=lambda gpu: gpu.capability)
+    name = f"{oldest.name} (sm_{oldest.capability[0]}{oldest.capability[1]})"
+    if oldest.capability < (7, 5):
+        raise SaigaError(f"{name} is too old: torch has no kernels for it. Choose the accelerator GPU T4 x2.")
+    if oldest.capability >= _FIRST_BF16:
+        return "bfloat16"
+    if not spec.float16_safe:
+        raise SaigaError(
+            f"{spec.name} cannot be trained on {name}: it computes in float16 only, and the activations of this model "
+            "overflow float16 (NaN). Use a GPU of sm_80 or later, or another model, for example saiga_nemo_12b."
+        )
+    return "float16"
+
+
+def load_base(
+    base_dir: Path, quantization: Quantization, dtype: "torch.dtype", device: "torch.device | str"
+) -> "PreTrainedModel":
+    """Raises SaigaError where the files are damaged or of an unknown architecture."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = {
+        "none": None,
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "nf4": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+    }
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            base_dir, dtype=dtype, device_map={"": device}, quantization_config=settings[quantization]
+        )
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SaigaError(f"The base model in {base_dir} cannot be loaded: {error}. Fetch or attach it again.") from None
+    for module in model.modules():
+        # On a CPU with AVX512-BF16 one forward in eval mode repacks the weights for good, without autograd.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # not declared by torch's Module
+    return model
+
+
+def with_adapter(model: "PreTrainedModel", adapter_dir: Path | None, lora: Lora) -> "PeftModel":
+    """The adapter continued, or a new one where there is none; its matrices are float32 and trainable.
+
+    Raises SaigaError for the adapter of another base.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if adapter_dir is None:
+        settings = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=list(lora.target_modules),
+            task_type="CAUSAL_LM",
+        )
+        return get_peft_model(model, settings)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=True)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise SaigaError(_other_base(adapter_dir, model, str(error).strip().splitlines()[0][:300])) from None
+    _require_all_used(adapted, model, adapter_dir)
+    return adapted
+
+
+def _require_all_used(adapted: "PeftModel", model: "PreTrainedModel", adapter_dir: Path) -> None:
+    """peft ignores matrices of layers that the base does not have."""
+    from peft import get_peft_model_state_dict
+
+    there = set(adapter_names(adapter_dir))
+    taken = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))  # True asks the Hub for the base
+    if there != taken:
+        differing = sorted(there ^ taken)
+        raise SaigaError(_other_base(adapter_dir, model, f"{differing[0]} does not fit"))
+
+
+def _other_base(adapter_dir: Path, model: "PreTrainedModel", reason: str) -> str:
+    trained_on = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
+    return (
+        f"The adapter in {adapter_dir} is not one of this base model ({model.config.name_or_path}): {reason}. "
+        f"It was trained on {trained_on.get('base_model_name_or_path')}. "
+        "Give the adapter that belongs to `model`, or adapter=None for a new LoRA."
+    )
+
+
+def adapter_names(adapter_dir: Path) -> list[str]:
+    """Names of the adapter's matrices. Raises SaigaError where its file is missing or damaged."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    file = adapter_dir / "adapter_model.safetensors"
+    try:
+        if file.is_file():
+            with safe_open(file, "pt") as opened:
+                return list(opened.keys())
+        file = adapter_dir / "adapter_model.bin"
+        return list(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
+        raise SaigaError(f"{file} is missing or damaged ({error}); fetch the adapter again.") from None
+
+
+def checkpointed(spec_gpus: Sequence[Gpu]) -> bool:
+    """Whether activations are computed again in the backward pass: a GPU's memory needs it, a CPU's time does not."""
+    return bool(spec_gpus)
+
+
+def cpu_threads() -> None:
+    """float32 products on the CPU's bf16 units where it has them: twice the speed at equal learning."""
+    import torch
+
+    if workspace.cpu_has_bf16():
+        torch.set_float32_matmul_precision("medium")
