@@ -1,0 +1,188 @@
+"""float32 rows into ggml's quantised blocks, each tensor's type chosen by llama.cpp's rule for the quant type."""
+
+import ctypes
+import os
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from math import prod
+from typing import TYPE_CHECKING
+
+from saigakit.errors import SaigaError
+from saigakit.memory import Shape as ModelShape
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+    Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+
+# Quant type of a file to the type that most of its matrices get.
+QUANT_TYPES = {
+    "F32": "F32",
+    "BF16": "BF16",
+    "F16": "F16",
+    "Q8_0": "Q8_0",
+    "Q6_K": "Q6_K",
+    "Q5_K_M": "Q5_K",
+    "Q4_K_M": "Q4_K",
+    "Q4_K_S": "Q4_K",
+    "Q4_0": "Q4_0",
+    "Q3_K_M": "Q3_K",
+    "Q2_K": "Q2_K",
+}
+_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # 256 to 32 in a block
+_CHUNK = 1 << 16  # numbers that one thread quantises at a time
+
+
+def require_known(quant_type: str) -> None:
+    """Raises SaigaError that lists the quant types."""
+    if quant_type not in QUANT_TYPES:
+        raise SaigaError(f"quant_type={quant_type!r} is unknown; use one of {', '.join(QUANT_TYPES)}.")
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """As llama.cpp goes through a file's tensors: those of no layer first, then layer by layer, each by name."""
+    return sorted(names, key=lambda name: (_layer(name), name))
+
+
+def _layer(name: str) -> int:
+    match = re.match(r"blk\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def tensor_types(
+    shapes: Mapping[str, tuple[int, ...]], quant_type: str, model: ModelShape, architecture: str
+) -> dict[str, str]:
+    """ggml type of every tensor, by its GGUF name; vectors stay float32."""
+    return {
+        name: "F32" if len(shape) < 2 else _matrix_type(name, shape[-1], quant_type, model, architecture, shapes)
+        for name, shape in shapes.items()
+    }
+
+
+def _matrix_type(
+    name: str, columns: int, quant_type: str, model: ModelShape, architecture: str, names: Iterable[str]
+) -> str:
+    usual = QUANT_TYPES[quant_type]
+    if usual in ("F32", "F16", "BF16"):
+        return usual
+    if name == "output.weight" or (name == "token_embd.weight" and "output.weight" not in names):
+        return _fitting(_output_type(usual, columns), columns)
+    role = name.split(".")[-2]
+    rule = {"attn_v": _attn_v_type, "ffn_down": _ffn_down_type, "attn_output": _attn_output_type}.get(role)
+    chosen = usual if rule is None else rule(usual, quant_type, _layer(name), model)
+    is_70b = architecture == "llama" and model.layers == 80 and model.heads != model.kv_heads
+    if role == "attn_v" and is_70b and chosen in ("Q3_K", "Q4_K"):
+        chosen = "Q5_K"  # eight heads share it, so more bits cost little
+    return _fitting(chosen, columns)
+
+
+def _output_type(usual: str, columns: int) -> str:
+    """Of the output matrix, and of tied embeddings, which serve as one."""
+    return "Q8_0" if usual == "Q8_0" or columns % _block(usual)[0] else "Q6_K"
+
+
+def _more_bits(layer: int, layers: int) -> bool:
+    """The first and the last eighth, and every third layer between."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def _attn_v_type(usual: str, quant_type: str, layer: int, model: ModelShape) -> str:
+    if quant_type == "Q2_K":
+        return "Q4_K" if model.heads // model.kv_heads >= 4 else "Q3_K"
+    if quant_type == "Q3_K_M":
+        return "Q5_K" if layer < 2 else "Q4_K"
+    if quant_type == "Q4_K_S":
+        return "Q5_K" if layer < 4 else usual
+    return "Q6_K" if quant_type in ("Q4_K_M", "Q5_K_M") and _more_bits(layer, model.layers) else usual
+
+
+def _ffn_down_type(usual: str, quant_type: str, layer: int, model: ModelShape) -> str:
+    if quant_type == "Q2_K":
+        return "Q3_K"
+    if quant_type == "Q3_K_M":
+        return "Q5_K" if layer < model.layers // 16 else "Q4_K"
+    if quant_type == "Q4_K_S":
+        return "Q5_K" if layer < model.layers // 8 else usual
+    return "Q6_K" if quant_type in ("Q4_K_M", "Q5_K_M") and _more_bits(layer, model.layers) else usual
+
+
+def _attn_output_type(usual: str, quant_type: str, layer: int, model: ModelShape) -> str:
+    return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K"}.get(quant_type, usual)
+
+
+def _fitting(chosen: str, columns: int) -> str:
+    """A type of smaller blocks where a row is no multiple of the block; float16 where none fits."""
+    if columns % _block(chosen)[0] == 0:
+        return chosen
+    smaller = _FALLBACK.get(chosen, chosen)
+    return smaller if columns % _block(smaller)[0] == 0 else "F16"
+
+
+@cache
+def _block(ggml_type: str) -> tuple[int, int]:
+    """Numbers and bytes of one block."""
+    import gguf
+
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[ggml_type]]
+
+
+def size(shape: tuple[int, ...], ggml_type: str) -> int:
+    """Bytes of a tensor."""
+    numbers, bytes_ = _block(ggml_type)
+    return prod(shape) // numbers * bytes_
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """libggml-base of the llama-cpp-python wheel, which has no names for these functions."""
+    from llama_cpp import _ctypes_extensions, _ggml
+
+    made: ctypes.CDLL = _ctypes_extensions.load_shared_library("ggml-base", _ggml.libggml_base_path)
+    pointer, number, text, kind, bytes_ = (
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_char_p,
+        ctypes.c_int,
+        ctypes.c_size_t,
+    )
+    for name, result, arguments in (
+        ("ggml_quantize_chunk", bytes_, [kind, pointer, pointer, number, number, number, pointer]),
+        ("ggml_validate_row_data", ctypes.c_bool, [kind, pointer, bytes_]),
+        ("gguf_init_from_file", pointer, None),
+        ("gguf_free", None, [pointer]),
+        ("gguf_get_n_tensors", number, [pointer]),
+        ("gguf_get_tensor_name", text, [pointer, number]),
+        ("gguf_get_tensor_type", kind, [pointer, number]),
+        ("gguf_get_tensor_offset", bytes_, [pointer, number]),
+        ("gguf_get_tensor_size", bytes_, [pointer, number]),
+    ):
+        function = getattr(made, name)
+        function.restype, function.argtypes = result, arguments
+    return made
+
+
+def quantise(matrix: "Floats", ggml_type: str) -> "Bytes":
+    """Rows of a matrix as rows of bytes, all cores at work. Raises SaigaError where a number overflows the type."""
+    import gguf
+    import numpy as np
+
+    source = np.ascontiguousarray(matrix, dtype=np.float32)
+    rows, columns = source.shape
+    number, row_bytes = int(gguf.GGMLQuantizationType[ggml_type]), size((columns,), ggml_type)
+    made = np.empty((rows, row_bytes), dtype=np.uint8)
+    ggml, step = library(), max(1, _CHUNK // columns)
+
+    def chunk(first: int) -> bool:
+        count = min(step, rows - first)
+        # ggml finds the place in both buffers by the index of the first number; ctypes releases the GIL meanwhile.
+        ggml.ggml_quantize_chunk(number, source.ctypes.data, made.ctypes.data, first * columns, count, columns, None)
+        valid: bool = ggml.ggml_validate_row_data(number, made[first:].ctypes.data, count * row_bytes)
+        return valid
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        if not all(pool.map(chunk, range(0, rows, step))):
+            raise SaigaError(f"A number is too large for {ggml_type}; use quant_type='BF16', of float32's range.")
+    return made

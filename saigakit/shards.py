@@ -1,0 +1,108 @@
+"""Weight files, safetensors or .bin, into named tensors: headers at once, one tensor at a time in float32."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saigakit.errors import SaigaError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+Shape = tuple[int, ...]
+Headers = dict[str, tuple[Shape, str]]
+Reader = Callable[[str], "torch.Tensor"]
+_FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as its file's header announces it."""
+
+    file: Path
+    shape: Shape
+    dtype: str
+
+
+class Shards:
+    """The tensors of several files by name; opening reads headers alone."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.stored: dict[str, Stored] = {}
+        self._readers: dict[Path, Reader] = {}
+        for file in files:
+            headers, self._readers[file] = _open(file)
+            self.stored |= {name: Stored(file, shape, dtype) for name, (shape, dtype) in headers.items()}
+
+    def read(self, name: str) -> "Array":
+        """One tensor in float32. Raises SaigaError where it holds something other than floats."""
+        import torch
+
+        stored = self.stored[name]
+        if stored.dtype not in _FLOATS:
+            raise SaigaError(
+                f"{stored.file}: {name} is of type {stored.dtype}: quantised weights cannot be merged. "
+                "Give the original float16, bfloat16 or float32 model as base_source."
+            )
+        array: Array = self._readers[stored.file](name).detach().to(torch.float32).numpy()
+        return array
+
+    @property
+    def bytes_on_disk(self) -> int:
+        return sum(file.stat().st_size for file in self._readers)
+
+
+def _open(file: Path) -> tuple[Headers, Reader]:
+    """What a shard holds, and a function that reads one tensor of it."""
+    import pickle
+
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if file.suffix == ".safetensors":
+            opened = safe_open(file, framework="pt")
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # it is no dict
+            return {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}, opened.get_tensor
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = str(error).strip() or type(error).__name__
+        raise damaged(file, reason.splitlines()[0][:200]) from None
+    if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        raise damaged(file, "it holds something other than named tensors")
+    types = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    return {name: (tuple(x.shape), types.get(x.dtype, str(x.dtype))) for name, x in found.items()}, found.__getitem__
+
+
+def damaged(file: Path, reason: str) -> SaigaError:
+    return SaigaError(f"{file} is missing, cut short or damaged ({reason}). Fetch or attach it again.")
+
+
+def of_base(base_dir: Path) -> Shards:
+    """Of safetensors shards, else of .bin shards. Raises SaigaError where any is missing or cut short."""
+    for index_name, pattern in (
+        ("model.safetensors.index.json", "model*.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
+    ):
+        index = base_dir / index_name
+        if index.is_file():
+            return _indexed(index)
+        if files := sorted(base_dir.glob(pattern)):
+            return Shards(files)
+    raise SaigaError(f"{base_dir} has no weights (model*.safetensors or pytorch_model*.bin). Attach the whole model.")
+
+
+def _indexed(index: Path) -> Shards:
+    try:
+        wanted: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise damaged(index, str(error)) from None
+    weights = Shards([index.parent / name for name in sorted(set(wanted.values()))])
+    if absent := sorted(set(wanted) - set(weights.stored)):
+        raise damaged(index.parent / wanted[absent[0]], f"{absent[0]} is not in it")
+    return weights

@@ -1,0 +1,259 @@
+"""A tokenizer's files into the vocabulary of a GGUF, so that llama.cpp gives the same ids."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from saigakit import template, tokenization
+from saigakit.errors import SaigaError
+from saigakit.tokenization import FastTokenizer
+
+if TYPE_CHECKING:
+    import gguf
+
+# The kinds of a token; SentencePiece's numbers and llama.cpp's are the same.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_SIGNS, _SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_START = r"[^\r\n\p{L}\p{N}]?"
+_CASED = rf"{_START}{_UPPER}*{_LOWER}+|{_START}{_UPPER}+{_LOWER}*"
+_SIGNS_OR_SLASHES = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
+# How tokenizer.json splits text before the merges, to llama.cpp's name for it.
+_PRE_TOKENIZERS = {
+    (rf"{_WORDS}|\p{{N}}{{1,3}}|{_SIGNS}|{_SPACES}", "bytes"): "llama-bpe",
+    (rf"{_WORDS}|\p{{N}}|{_SIGNS}|{_SPACES}", "bytes"): "qwen2",
+    (rf"{_CASED}|\p{{N}}|{_SIGNS_OR_SLASHES}|{_SPACES}", "bytes"): "tekken",
+    ("digits", "words and bytes"): "smollm",
+    ("words and bytes",): "gpt-2",
+}
+_PROBE = (
+    "Привет! Ёлка — «съешь» ещё: №5, 3,14 и 12345 ₽ 🙂 don't I'LL\n\n  два  пробела\tТаб \r\nКонец. <s> </s> <|im_end|>"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Tokens in the order of their ids, as many as the embeddings have rows."""
+
+    model: str  # llama.cpp's "llama" (SentencePiece) or "gpt2" (byte-level BPE)
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    scores: list[float] | None = None
+    merges: list[str] | None = None
+    special_ids: Mapping[str, int] = field(default_factory=dict)  # bos, eos, unk, pad, eot: those that there are
+    adds_bos: bool = False  # whether programs put it before a prompt
+
+    @classmethod
+    def of(cls, tokenizer_dir: Path, tokenizer: FastTokenizer, config: Mapping[str, Any]) -> Self:
+        """`config` is the base's config.json.
+
+        Raises SaigaError for a tokenizer of a kind that llama.cpp has not, or with more tokens than the base has rows.
+        """
+        made = cls._of_files(tokenizer_dir, config["vocab_size"])
+        return replace(
+            made,
+            special_ids=_special_ids(made.tokens, tokenizer, config),
+            adds_bos=_adds_bos(tokenizer_dir, tokenizer),
+        )
+
+    @classmethod
+    def _of_files(cls, tokenizer_dir: Path, rows: int) -> Self:
+        file = tokenizer_dir / "tokenizer.json"
+        if not file.is_file():
+            return cls._of_sentencepiece(tokenizer_dir / "tokenizer.model", _added(tokenizer_dir), rows)
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["model"].get("type") != "BPE":
+            raise SaigaError(f"{file} is of type {content['model'].get('type')}, and only BPE can be exported to GGUF.")
+        if not content["model"].get("byte_fallback"):
+            return cls._of_bytes(file, content, rows)
+        if (tokenizer_dir / "tokenizer.model").is_file():
+            return cls._of_sentencepiece(tokenizer_dir / "tokenizer.model", content["added_tokens"], rows)
+        return cls._of_fallback(content, rows)
+
+    @classmethod
+    def _of_sentencepiece(cls, file: Path, added: Sequence[Mapping[str, Any]], rows: int) -> Self:
+        from sentencepiece import sentencepiece_model_pb2
+
+        spm: Any = sentencepiece_model_pb2  # protobuf makes its classes at run time
+        pieces = spm.ModelProto.FromString(file.read_bytes()).pieces
+        # Pieces of the user's own are no control tokens: llama.cpp's converter calls them normal too.
+        rename = {USER_DEFINED: NORMAL}
+        found = {i: (piece.piece, rename.get(piece.type, piece.type), piece.score) for i, piece in enumerate(pieces)}
+        return cls._spelled(found, added, rows)
+
+    @classmethod
+    def _of_fallback(cls, content: Mapping[str, Any], rows: int) -> Self:
+        """SentencePiece saved as tokenizer.json: a piece's score is the rank of the merge that makes it."""
+        ranks: dict[str, int] = {}
+        for rank, merge in enumerate(content["model"]["merges"]):
+            ranks.setdefault("".join(_pair(merge)), rank)
+        found = {
+            index: (piece, BYTE if _is_byte(piece) else NORMAL, -float(ranks.get(piece, len(ranks))))
+            for piece, index in content["model"]["vocab"].items()
+        }
+        unknown = content["model"].get("unk_token")
+        found = {i: (text, UNKNOWN if text == unknown else kind, score) for i, (text, kind, score) in found.items()}
+        return cls._spelled(found, content["added_tokens"], rows)
+
+    @classmethod
+    def _spelled(cls, found: dict[int, tuple[str, int, float]], added: Sequence[Mapping[str, Any]], rows: int) -> Self:
+        for token in added:
+            old = found.get(token["id"], ("", UNUSED, 0.0))
+            if old[1] not in (UNKNOWN, CONTROL):
+                found[token["id"]] = (token["content"], _kind(token), -1000.0)
+        _require_rows(found, rows)
+        tokens = [found.get(i, (f"[PAD{i}]", UNUSED, -10000.0)) for i in range(rows)]
+        return cls(
+            model="llama",
+            pre="default",
+            tokens=[text for text, _, _ in tokens],
+            types=[kind for _, kind, _ in tokens],
+            scores=[score for _, _, score in tokens],
+        )
+
+    @classmethod
+    def _of_bytes(cls, file: Path, content: Mapping[str, Any], rows: int) -> Self:
+        found = {index: (text, NORMAL) for text, index in content["model"]["vocab"].items()}
+        found |= {token["id"]: (token["content"], _kind(token)) for token in content["added_tokens"]}
+        _require_rows(found, rows)
+        tokens = [found.get(i, (f"[PAD{i}]", UNUSED)) for i in range(rows)]
+        return cls(
+            model="gpt2",
+            pre=_pre_tokenizer(file, content.get("pre_tokenizer") or {}),
+            tokens=[text for text, _ in tokens],
+            types=[kind for _, kind in tokens],
+            merges=[" ".join(_pair(merge)) for merge in content["model"]["merges"]],
+        )
+
+    def describe(self, writer: "gguf.GGUFWriter") -> None:
+        """The keys that llama.cpp's own converter writes."""
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        if self.scores is not None:
+            writer.add_token_scores(self.scores)
+        writer.add_token_types(self.types)
+        if self.merges is not None:
+            writer.add_token_merges(self.merges)
+        for name, token_id in self.special_ids.items():
+            writer.add_uint32(f"tokenizer.ggml.{_KEYS[name]}", token_id)
+        writer.add_add_bos_token(self.adds_bos)
+        writer.add_add_eos_token(False)
+        writer.add_add_space_prefix(self.model == "llama")
+
+
+_KEYS = {
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "unk": "unknown_token_id",
+    "pad": "padding_token_id",
+    "eot": "eot_token_id",
+}
+
+
+def _special_ids(tokens: Sequence[str], tokenizer: FastTokenizer, config: Mapping[str, Any]) -> dict[str, int]:
+    """As the tokenizer names them, else as config.json does; eot is what ends a turn where that is not eos."""
+    ids: dict[str, int] = {}
+    for name in ("bos", "eos", "unk", "pad"):
+        number = config.get(f"{name}_token_id")
+        number = number[0] if isinstance(number, list) else number
+        text = tokenizer.variables.get(f"{name}_token")
+        if text in tokens:
+            ids[name] = tokens.index(text)
+        elif number is not None:
+            ids[name] = number
+    (end_of_turn,) = tokenization.end_of_turn_ids(tokenizer)
+    return ids if ids.get("eos") == end_of_turn else {**ids, "eot": end_of_turn}
+
+
+def _adds_bos(tokenizer_dir: Path, tokenizer: FastTokenizer) -> bool:
+    """Never where the template spells it, or it would come twice; else as tokenizer_config.json says."""
+    turn = [{"role": "user", "content": "?"}]
+    prompt = template.render(turn, tokenizer.chat_template, add_generation_prompt=True, **tokenizer.variables)
+    if prompt.startswith(tokenizer.variables.get("bos_token", "")):
+        return False
+    config = tokenizer_dir / "tokenizer_config.json"
+    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("add_bos_token") is True
+
+
+def _pair(merge: str | Sequence[str]) -> Sequence[str]:
+    """Older tokenizer.json files spell a merge as one string."""
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+def _is_byte(piece: str) -> bool:
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+
+
+def _kind(token: Mapping[str, Any]) -> int:
+    """Added tokens that look like control tokens are taken for such, as llama.cpp's converter does."""
+    text = token["content"]
+    return CONTROL if token.get("special") or (text.startswith("<|") and text.endswith("|>")) else USER_DEFINED
+
+
+def _added(tokenizer_dir: Path) -> list[dict[str, Any]]:
+    """Tokens that were added to a SentencePiece vocabulary."""
+    found: dict[int, dict[str, Any]] = {}
+    file = tokenizer_dir / "added_tokens.json"
+    if file.is_file():
+        for text, token_id in json.loads(file.read_text(encoding="utf-8")).items():
+            found[token_id] = {"id": token_id, "content": text}
+    config = tokenizer_dir / "tokenizer_config.json"
+    if config.is_file():
+        decoder = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+        found |= {int(token_id): {**token, "id": int(token_id)} for token_id, token in decoder.items()}
+    return list(found.values())
+
+
+def _require_rows(found: Mapping[int, object], rows: int) -> None:
+    if max(found) >= rows:
+        raise SaigaError(
+            f"The tokenizer has {max(found) + 1} tokens and the embeddings of the base have {rows} rows: "
+            "they belong to two models. Give the tokenizer of this base."
+        )
+
+
+def _pre_tokenizer(file: Path, content: Mapping[str, Any]) -> str:
+    steps = tuple(_step(part) for part in content.get("pretokenizers", [content]))
+    if steps not in _PRE_TOKENIZERS:
+        raise SaigaError(
+            f"{file} splits text in a way that saigakit does not know ({steps}), so llama.cpp would give other ids. "
+            f"Known are the tokenizers of {', '.join(_PRE_TOKENIZERS.values())}."
+        )
+    return _PRE_TOKENIZERS[steps]
+
+
+def _step(part: Mapping[str, Any]) -> str:
+    match part:
+        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
+            return pattern
+        case {"type": "Digits", "individual_digits": True}:
+            return "digits"
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": bool(use_regex)}:
+            return "words and bytes" if use_regex else "bytes"
+    return json.dumps(part, ensure_ascii=False)
+
+
+def require_same_ids(vocabulary_file: Path, tokenizer: FastTokenizer, texts: Sequence[str]) -> None:
+    """llama.cpp reads a GGUF's vocabulary and gives the ids of `tokenizer`. Raises SaigaError with the difference."""
+    import llama_cpp
+    from llama_cpp._internals import LlamaModel
+
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = True
+    model = LlamaModel(path_model=str(vocabulary_file), params=params, verbose=False)
+    try:
+        for text in (_PROBE, *texts):
+            wanted = tokenizer.encode_text(text)
+            got = model.tokenize(text.encode("utf-8"), add_bos=False, special=False)
+            if got != wanted:
+                raise SaigaError(
+                    f"llama.cpp would read {text!r} as {got}, and the model was trained on {wanted}: "
+                    "saigakit cannot export this tokenizer."
+                )
+    finally:
+        model.close()

@@ -1,0 +1,68 @@
+"""Small random models and adapters that transformers and peft write themselves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from saigakit import template
+from saigakit.models import ALL_LINEAR, MODELS
+
+SAIGA2 = template.of_model(MODELS["saiga2_7b"], Path())
+SIZES = {
+    "vocab_size": 768,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def base(directory: Path, tokenizer_dir: Path, *, qwen3: bool = False, shards: str = "50GB", **settings) -> Path:
+    """A model that is far from uniform, with the tokenizer of the tiny Saiga and the template of Saiga 2."""
+    torch.manual_seed(7)
+    classes = (Qwen3Config, Qwen3ForCausalLM) if qwen3 else (LlamaConfig, LlamaForCausalLM)
+    config = classes[0](**{**SIZES, "initializer_range": 0.2, **settings})
+    model = classes[1](config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.1)
+    model.save_pretrained(directory, max_shard_size=shards)
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(tokenizer_dir / name, directory / name)
+    (directory / "chat_template.jinja").write_text(SAIGA2, encoding="utf-8")
+    return directory
+
+
+def adapter(directory: Path, base_dir: Path, **settings) -> Path:
+    """Random matrices on all linear layers; `settings` are peft's."""
+    torch.manual_seed(8)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": list(ALL_LINEAR), "init_lora_weights": False, **settings}
+    model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config)).save_pretrained(directory)
+    return directory
+
+
+def edit_json(file: Path, **changes) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content | changes), encoding="utf-8")
+
+
+def cut(file: Path) -> None:
+    """As a broken download leaves it."""
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])

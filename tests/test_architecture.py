@@ -1,0 +1,94 @@
+import json
+
+import numpy as np
+import pytest
+import small_models
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama import LlamaConfig
+
+from saigakit.architecture import Architecture
+from saigakit.errors import SaigaError
+from saigakit.merge import Merged
+
+
+@pytest.fixture
+def base_dir(tiny, tmp_path):
+    return small_models.base(tmp_path, tiny / "base")
+
+
+def test_every_tensor_of_the_base_has_a_name_in_the_file(base_dir):
+    names = Merged.of(base_dir, None).shapes
+    assert sorted(Architecture.of(base_dir).sources(names).values()) == sorted(names)
+
+
+def test_another_architecture_is_answered_with_the_known_ones(base_dir):
+    small_models.edit_json(base_dir / "config.json", architectures=["GemmaForCausalLM"])
+    with pytest.raises(SaigaError, match=r"GemmaForCausalLM.*known are LlamaForCausalLM, MistralForCausalLM"):
+        Architecture.of(base_dir)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type='yarn'"),
+    ],
+)
+def test_a_setting_that_would_be_lost_is_refused(base_dir, settings, named):
+    small_models.edit_json(base_dir / "config.json", **settings)
+    with pytest.raises(SaigaError, match=named):
+        Architecture.of(base_dir)
+
+
+def test_a_missing_tensor_is_named_and_counted(base_dir):
+    names = [name for name in Merged.of(base_dir, None).shapes if "layers.1." not in name]
+    with pytest.raises(SaigaError, match=r"model\.layers\.1\.input_layernorm\.weight \(9 tensors are missing\)"):
+        Architecture.of(base_dir).sources(names)
+
+
+def test_a_tensor_that_would_be_lost_is_named(base_dir):
+    names = [*Merged.of(base_dir, None).shapes, "model.layers.0.mlp.router.weight"]
+    with pytest.raises(SaigaError, match=r"mlp\.router\.weight, which a llama GGUF has no place for"):
+        Architecture.of(base_dir).sources(names)
+
+
+def test_buffers_that_old_checkpoints_carry_are_left_out(base_dir):
+    names = [*Merged.of(base_dir, None).shapes, "model.layers.0.self_attn.rotary_emb.inv_freq"]
+    assert len(Architecture.of(base_dir).sources(names)) == len(names) - 1
+
+
+def test_a_copy_of_tied_embeddings_is_left_out(tiny, tmp_path):
+    base_dir = small_models.base(tmp_path, tiny / "base", tie_word_embeddings=True)
+    names = Merged.of(base_dir, None).shapes
+    assert "output.weight" not in Architecture.of(base_dir).sources([*names, "lm_head.weight"])
+
+
+def test_embeddings_of_another_size_than_the_config_says_are_refused(base_dir):
+    small_models.edit_json(base_dir / "config.json", vocab_size=770)
+    architecture, shapes = Architecture.of(base_dir), Merged.of(base_dir, None).shapes
+    with pytest.raises(SaigaError, match=r"embed_tokens\.weight.*\[768, 64\].*\[770, 64\]"):
+        architecture.require_shapes(architecture.sources(shapes), shapes)
+
+
+def test_llama_3s_frequency_factors_are_those_of_transformers(tiny, tmp_path):
+    base_dir = small_models.base(tmp_path, tiny / "base", rope_parameters=small_models.LLAMA3_ROPE, head_dim=64)
+    config = LlamaConfig.from_pretrained(base_dir)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 1 / small_models.LLAMA3_ROPE["rope_theta"] ** (torch.arange(0, 64, 2) / 64)
+    (factors,) = Architecture.of(base_dir).computed().values()
+    assert len(set(factors)) > 3
+    np.testing.assert_allclose(factors, (plain / scaled).numpy(), rtol=1e-5)
+
+
+def test_a_config_of_transformers_4_means_the_same(tiny, tmp_path):
+    base_dir = small_models.base(tmp_path, tiny / "base", rope_parameters=small_models.LLAMA3_ROPE)
+    new = Architecture.of(base_dir).computed()
+    config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    (base_dir / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    old = Architecture.of(base_dir).computed()
+    assert list(old) == list(new)
+    assert all(np.array_equal(old[name], new[name]) for name in new)

@@ -1,0 +1,293 @@
+"""The exported file against llama.cpp's own quantiser, byte for byte, and against transformers, number by number."""
+
+import ctypes
+import hashlib
+import json
+from contextlib import closing
+from functools import cache
+
+import gguf
+import llama_cpp
+import numpy as np
+import pytest
+import small_models
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from saigakit import export, infer, manifest, models, quantization, workspace
+from saigakit.errors import SaigaError
+
+QUANT_TYPES = [quant_type for quant_type in quantization.QUANT_TYPES if quant_type != "F32"]
+# Rows that are no multiple of 256, tied embeddings, four queries to a key.
+TIED = {
+    "hidden_size": 288,
+    "intermediate_size": 256,
+    "num_hidden_layers": 9,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+}
+# Enough layers for eighths, sixteenths and every third.
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 17,
+    "num_attention_heads": 8,
+    "rope_parameters": small_models.LLAMA3_ROPE,
+}
+ODD = {"hidden_size": 48, "intermediate_size": 80}  # no multiple of 32 either
+DEEP = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+}
+NEMO = {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}  # wider heads than hidden
+LLAMA3 = {"head_dim": 64, "num_key_value_heads": 1, "rope_parameters": small_models.LLAMA3_ROPE}
+PROMPTS = ([1, 404, 505, 606, 7, 8, 9, 300], [1, 5], list(range(10, 90)), [1, 260, 261, 700, 2, 13, 1, 300, 301])
+
+
+def make(directory, tiny, **settings):
+    """(base, adapter) directories."""
+    base_dir = small_models.base(directory / "base", tiny / "base", **settings)
+    return base_dir, small_models.adapter(directory / "adapter", base_dir)
+
+
+@pytest.fixture(scope="module")
+def tied(tiny, tmp_path_factory):
+    return make(tmp_path_factory.mktemp("tied"), tiny, **TIED)
+
+
+@pytest.fixture(scope="module")
+def wide(tiny, tmp_path_factory):
+    return make(tmp_path_factory.mktemp("wide"), tiny, **WIDE)
+
+
+@pytest.fixture(scope="module")
+def odd(tiny, tmp_path_factory):
+    return make(tmp_path_factory.mktemp("odd"), tiny, **ODD)
+
+
+@pytest.fixture(scope="module")
+def deep(tiny, tmp_path_factory):
+    return small_models.base(tmp_path_factory.mktemp("deep"), tiny / "base", **DEEP), None
+
+
+def quantised_by_llama_cpp(source, quant_type, made):
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = gguf.LlamaFileType[f"MOSTLY_{quant_type}"], 1
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(made).encode(), ctypes.byref(params)) == 0
+    return made
+
+
+@pytest.fixture(scope="module")
+def float_file(tmp_path_factory):
+    """Model and adapter to the merged model in float32, exported once."""
+
+    @cache
+    def make(model, adapter):
+        file = tmp_path_factory.mktemp("float") / "float.gguf"
+        return export.to_gguf(model=str(model), adapter=adapter, output=file, quant_type="F32")
+
+    return make
+
+
+def require_llama_cpps_bytes(float_file, model, adapter, quant_type, directory):
+    made = export.to_gguf(model=str(model), adapter=adapter, output=directory / "made.gguf", quant_type=quant_type)
+    reference = quantised_by_llama_cpp(float_file(model, adapter), quant_type, directory / "reference.gguf")
+    ours, theirs = ({tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors} for file in (made, reference))
+    assert {name: tensor.tensor_type.name for name, tensor in ours.items()} == {
+        name: tensor.tensor_type.name for name, tensor in theirs.items()
+    }
+    assert [name for name in ours if ours[name].data.tobytes() != theirs[name].data.tobytes()] == []
+    assert made.read_bytes() == reference.read_bytes()
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("name", ["tied", "wide", "odd"])
+def test_the_file_is_the_one_that_llama_cpp_makes_of_the_merged_model(request, float_file, name, quant_type, tmp_path):
+    require_llama_cpps_bytes(float_file, *request.getfixturevalue(name), quant_type, tmp_path)
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_the_tiny_saigas_file_is_the_one_that_llama_cpp_makes(float_file, quant_type, tmp_path):
+    require_llama_cpps_bytes(float_file, "saiga_tiny", "released", quant_type, tmp_path)
+
+
+def test_a_model_of_80_layers_is_quantised_as_llama_cpp_does(float_file, deep, tmp_path):
+    require_llama_cpps_bytes(float_file, *deep, "Q3_K_M", tmp_path)
+
+
+def require_transformers_logits(model, base_dir, adapter_dir, tmp_path):
+    """At every position of every prompt; llama.cpp keeps keys and values in float32 here."""
+    file = export.to_gguf(model=model, adapter=adapter_dir, output=tmp_path / "float.gguf", quant_type="F32")
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, adapter_dir).merge_and_unload()
+    options = {"n_ctx": 128, "logits_all": True, "type_k": 0, "type_v": 0, "n_threads": 1, "verbose": False}
+    with closing(llama_cpp.Llama(str(file), **options)) as llm, torch.no_grad():
+        for prompt in PROMPTS:
+            expected = merged(torch.tensor([prompt])).logits[0].numpy()
+            llm.reset()
+            llm.eval(prompt)
+            got = llm.scores[: len(prompt)]
+            assert np.array_equal(got.argmax(-1), expected.argmax(-1))
+            np.testing.assert_allclose(got, expected, atol=5e-4 * expected.std())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [LLAMA3, TIED, NEMO, {"num_key_value_heads": 4}, {"qwen3": True, "head_dim": 32}, {"attention_bias": True}],
+    ids=["llama 3 rope", "tied", "head_dim", "no groups", "qwen3", "biases"],
+)
+def test_llama_cpp_computes_what_transformers_computes(tiny, tmp_path, settings):
+    base_dir, adapter_dir = make(tmp_path, tiny, **settings)
+    require_transformers_logits(str(base_dir), base_dir, adapter_dir, tmp_path)
+
+
+def test_llama_cpp_computes_what_the_tiny_saiga_with_its_released_adapter_computes(tiny, tmp_path):
+    require_transformers_logits("saiga_tiny", tiny / "base", tiny / "adapter", tmp_path)
+
+
+def test_the_quantised_file_answers(tiny, tmp_path):
+    file = export.to_gguf(model="saiga_tiny", adapter="released", output=tmp_path / "x.gguf")
+    with closing(infer.load(file, n_ctx=256)) as llm:
+        assert infer.chat(llm, [{"role": "user", "content": "Привет"}], max_new_tokens=8)
+
+
+def test_the_file_recommends_the_models_sampling(tiny, tmp_path):
+    file = export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
+    with closing(infer.load(file, n_ctx=64)) as llm:
+        assert infer.sampling_of(llm) == models.find("saiga_tiny").sampling
+        assert llm.metadata["general.license"] == "apache-2.0"
+        assert llm.metadata["general.file_type"] == "15"
+
+
+@pytest.fixture
+def trained(tiny, tmp_path):
+    """A run_dir with a finished 02_train."""
+    parameters = {"model": "saiga_tiny"}
+    with manifest.making(tmp_path / "02_train", stage="02_train", parameters=parameters, inputs={}) as directory:
+        small_models.adapter(directory, tiny / "base")
+    return tmp_path
+
+
+def test_the_stage_has_the_file_the_picture_and_the_facts(trained):
+    made = export.merge_gguf(model="saiga_tiny", run_dir=trained)
+    assert sorted(file.name for file in made.iterdir()) == ["model.gguf", "saigakit.json", "sizes.png"]
+    found = manifest.require_stage(made, "03_merge_gguf", model="saiga_tiny")
+    assert found["parameters"]["quant_type"] == "Q4_K_M"
+    assert found["bytes"] == (made / "model.gguf").stat().st_size
+    assert found["inputs"]["adapter"]["adapter_model.safetensors"]
+    template_hash = found["chat_template_sha256"]
+    with closing(infer.load(made / "model.gguf", n_ctx=64)) as llm:
+        text = llm.metadata["tokenizer.chat_template"]
+    assert hashlib.sha256(text.encode()).hexdigest() == template_hash
+
+
+def test_a_finished_stage_is_kept(trained, capsys):
+    made = export.merge_gguf(model="saiga_tiny", run_dir=trained)
+    before = (made / "model.gguf").stat().st_mtime_ns
+    assert export.merge_gguf(model="saiga_tiny", run_dir=trained) == made
+    assert (made / "model.gguf").stat().st_mtime_ns == before
+    assert "kept" in capsys.readouterr().out
+
+
+def test_a_stage_of_another_quant_type_is_not_overwritten(trained):
+    export.merge_gguf(model="saiga_tiny", run_dir=trained)
+    with pytest.raises(SaigaError, match=r"quant_type: 'Q4_K_M' there, 'Q8_0' now"):
+        export.merge_gguf(model="saiga_tiny", run_dir=trained, quant_type="Q8_0")
+
+
+def test_an_adapter_that_was_trained_for_another_model_is_refused(trained):
+    file = trained / "02_train" / manifest.NAME
+    small_models.edit_json(file, parameters={"model": "saiga2_7b"})
+    with pytest.raises(SaigaError, match=r"made for model='saiga2_7b'.*'saiga_tiny'"):
+        export.merge_gguf(model="saiga_tiny", run_dir=trained)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(trained, monkeypatch):
+    monkeypatch.setattr(workspace, "free_disk", lambda path: 10_000)
+    with pytest.raises(SaigaError, match=r"needs 0\.00 GB of disk"):
+        export.merge_gguf(model="saiga_tiny", run_dir=trained)
+    assert [item.name for item in trained.iterdir()] == ["02_train"]
+
+
+def test_the_size_that_is_asked_of_the_disk_is_the_files(tiny, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(workspace, "require_disk", lambda path, needed, what: asked.append(needed))
+    file = export.to_gguf(model="saiga_tiny", adapter="released", output=tmp_path / "x.gguf")
+    assert asked == [file.stat().st_size]
+
+
+def test_a_machine_without_memory_for_the_largest_tensor_is_refused(trained, monkeypatch):
+    monkeypatch.setattr(workspace, "available_memory", lambda: 1000)
+    with pytest.raises(SaigaError, match="The largest tensor needs about"):
+        export.merge_gguf(model="saiga_tiny", run_dir=trained)
+
+
+def test_a_failure_in_mid_stream_leaves_nothing_and_a_rerun_works(trained, monkeypatch):
+    read = export.Merged.read
+
+    def failing(self, name):
+        if "layers.1" in name:
+            raise OSError(28, "No space left on device")
+        return read(self, name)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(export.Merged, "read", failing)
+        with pytest.raises(SaigaError, match="No space left on device"):
+            export.merge_gguf(model="saiga_tiny", run_dir=trained)
+        assert not (trained / "03_merge_gguf").exists()
+    assert (export.merge_gguf(model="saiga_tiny", run_dir=trained) / "model.gguf").is_file()
+
+
+def test_an_interrupt_leaves_nothing_beside_the_output(tiny, tmp_path, monkeypatch):
+    def interrupted(self, name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export.Merged, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_there_is_not_overwritten(tiny, tmp_path):
+    (tmp_path / "x.gguf").write_text("mine")
+    with pytest.raises(SaigaError, match="is there already"):
+        export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
+    assert (tmp_path / "x.gguf").read_text() == "mine"
+
+
+def test_the_adapter_of_another_base_is_refused_in_the_first_seconds(tied, tmp_path):
+    with pytest.raises(SaigaError, match=r"another base"):
+        export.to_gguf(model="saiga_tiny", adapter=tied[1], output=tmp_path / "x.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_of_an_adapter_may_be_a_path_or_text(tiny, tmp_path):
+    files = [
+        export.to_gguf(model="saiga_tiny", adapter=adapter, output=tmp_path / f"{i}.gguf")
+        for i, adapter in enumerate((tiny / "adapter", str(tiny / "adapter"), "released"))
+    ]
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_the_metadata_says_what_the_config_says(wide, tmp_path):
+    file = export.to_gguf(model=str(wide[0]), adapter=None, output=tmp_path / "x.gguf")
+    config = json.loads((wide[0] / "config.json").read_text(encoding="utf-8"))
+    with closing(infer.load(file, n_ctx=64)) as llm:
+        written = llm.metadata
+    for key, name in (
+        ("llama.block_count", "num_hidden_layers"),
+        ("llama.context_length", "max_position_embeddings"),
+        ("llama.embedding_length", "hidden_size"),
+        ("llama.feed_forward_length", "intermediate_size"),
+        ("llama.attention.head_count", "num_attention_heads"),
+        ("llama.attention.head_count_kv", "num_key_value_heads"),
+        ("llama.attention.key_length", "head_dim"),
+        ("llama.rope.dimension_count", "head_dim"),
+        ("llama.vocab_size", "vocab_size"),
+    ):
+        assert written[key] == str(config[name]), key
+    assert float(written["llama.rope.freq_base"]) == config["rope_parameters"]["rope_theta"]

@@ -1,0 +1,88 @@
+import gguf
+import numpy as np
+import pytest
+
+from saigakit import quantization
+from saigakit.errors import SaigaError
+from saigakit.memory import Shape
+
+MODEL = Shape(hidden=256, layers=16, heads=8, kv_heads=2, head_dim=32, intermediate=512, vocabulary=768, tied=False)
+DEEP = Shape(hidden=256, layers=80, heads=64, kv_heads=8, head_dim=32, intermediate=512, vocabulary=768, tied=False)
+
+
+@pytest.fixture
+def matrix():
+    return np.random.default_rng(3).normal(size=(37, 512)).astype(np.float32)
+
+
+def types(quant_type, shapes, model=MODEL, architecture="llama"):
+    return quantization.tensor_types(shapes, quant_type, model, architecture)
+
+
+@pytest.mark.parametrize("ggml_type", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q5_1"])
+def test_the_bytes_are_those_of_gguf_where_it_can_quantise(matrix, ggml_type):
+    expected = gguf.quants.quantize(matrix, gguf.GGMLQuantizationType[ggml_type])
+    assert quantization.quantise(matrix, ggml_type).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(("ggml_type", "error"), [("Q6_K", 0.02), ("Q5_K", 0.04), ("Q4_K", 0.08), ("Q2_K", 0.35)])
+def test_what_a_k_quant_loses_is_known(matrix, ggml_type, error):
+    rows = quantization.quantise(matrix, ggml_type)
+    back = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[ggml_type])
+    lost = np.sqrt(np.mean((back - matrix) ** 2))
+    assert error / 3 < lost < error
+
+
+@pytest.mark.parametrize("ggml_type", ["Q4_K", "Q3_K", "Q4_0"])
+def test_the_bytes_do_not_depend_on_how_the_rows_are_shared_out(matrix, ggml_type, monkeypatch):
+    whole = quantization.quantise(matrix, ggml_type)
+    monkeypatch.setattr(quantization, "_CHUNK", 512 * 5)
+    assert quantization.quantise(matrix, ggml_type).tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("ggml_type", ["F32", "F16", "Q8_0", "Q6_K", "Q5_1", "Q2_K"])
+def test_the_size_is_known_before(matrix, ggml_type):
+    assert quantization.size(matrix.shape, ggml_type) == quantization.quantise(matrix, ggml_type).nbytes
+
+
+def test_a_view_with_its_rows_turned_is_quantised_as_its_copy(matrix):
+    turned = matrix.T[:256, :32]
+    assert quantization.quantise(turned, "Q8_0").tobytes() == quantization.quantise(turned.copy(), "Q8_0").tobytes()
+
+
+def test_a_number_that_float16_cannot_hold_is_refused(matrix):
+    matrix[5, 5] = 1e6
+    with pytest.raises(SaigaError, match="too large for F16"):
+        quantization.quantise(matrix, "F16")
+
+
+def test_an_unknown_quant_type_is_answered_with_the_known_ones():
+    with pytest.raises(SaigaError, match=r"'q4_k_m' is unknown.*Q4_K_M"):
+        quantization.require_known("q4_k_m")
+
+
+def test_layers_are_counted_and_not_spelled():
+    names = ["blk.10.a", "token_embd.weight", "blk.2.b", "output.weight", "blk.2.a"]
+    assert quantization.in_order(names) == ["output.weight", "token_embd.weight", "blk.2.a", "blk.2.b", "blk.10.a"]
+
+
+def test_vectors_stay_in_float32():
+    assert types("Q2_K", {"output_norm.weight": (256,)}) == {"output_norm.weight": "F32"}
+
+
+def test_tied_embeddings_have_the_type_of_the_output():
+    untied = types("Q4_K_M", {"token_embd.weight": (768, 256), "output.weight": (768, 256)})
+    assert untied == {"token_embd.weight": "Q4_K", "output.weight": "Q6_K"}
+    assert types("Q4_K_M", {"token_embd.weight": (768, 256)}) == {"token_embd.weight": "Q6_K"}
+
+
+@pytest.mark.parametrize(("columns", "expected"), [(512, "Q4_K"), (576, "Q5_0"), (48, "F16")])
+def test_a_row_that_is_no_multiple_of_256_gets_smaller_blocks(columns, expected):
+    assert types("Q4_K_M", {"blk.4.ffn_up.weight": (256, columns)}) == {"blk.4.ffn_up.weight": expected}
+
+
+def test_the_values_of_a_70b_model_get_more_bits():
+    name = "blk.15.attn_v.weight"
+    assert types("Q3_K_M", {name: (256, 256)})[name] == "Q4_K"
+    assert types("Q3_K_M", {name: (256, 256)}, DEEP)[name] == "Q5_K"
+    assert types("Q3_K_M", {name: (256, 256)}, DEEP, "qwen3")[name] == "Q4_K"

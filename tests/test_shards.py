@@ -1,0 +1,111 @@
+import os
+import pickle
+
+import numpy as np
+import pytest
+import small_models
+import torch
+from safetensors.torch import load_file, save_file
+
+from saigakit import shards
+from saigakit.errors import SaigaError
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    return small_models.base(tmp_path_factory.mktemp("whole"), tiny / "base")
+
+
+def as_bin(base_dir, directory, parts):
+    """The same weights as `parts` .bin shards with their index."""
+    tensors = load_file(base_dir / "model.safetensors")
+    names = [f"pytorch_model-{i + 1:05}-of-{parts:05}.bin" for i in range(parts)]
+    weight_map = {name: names[i % parts] for i, name in enumerate(sorted(tensors))}
+    for file in names:
+        torch.save({name: tensors[name] for name in tensors if weight_map[name] == file}, directory / file)
+    (directory / "pytorch_model.bin.index.json").write_text("{}")
+    small_models.edit_json(directory / "pytorch_model.bin.index.json", weight_map=weight_map)
+    return directory
+
+
+def test_safetensors_shards_hold_what_one_file_holds(whole, tiny, tmp_path):
+    split = shards.of_base(small_models.base(tmp_path, tiny / "base", shards="100KB"))
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    one = shards.of_base(whole)
+    assert set(split.stored) == set(one.stored)
+    assert all(np.array_equal(split.read(name), one.read(name)) for name in one.stored)
+
+
+def test_bin_shards_hold_what_safetensors_hold(whole, tmp_path):
+    found, one = shards.of_base(as_bin(whole, tmp_path, 3)), shards.of_base(whole)
+    assert {name: stored.shape for name, stored in found.stored.items()} == {
+        name: stored.shape for name, stored in one.stored.items()
+    }
+    assert all(np.array_equal(found.read(name), one.read(name)) for name in one.stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_half_precision_becomes_float32_without_loss(tmp_path, dtype, suffix):
+    tensor = torch.randn(8, 5).to(dtype)
+    if suffix == "bin":
+        torch.save({"x": tensor}, tmp_path / "pytorch_model.bin")
+    else:
+        save_file({"x": tensor}, tmp_path / "model.safetensors")
+    read = shards.of_base(tmp_path).read("x")
+    assert read.dtype == np.float32
+    assert np.array_equal(read, tensor.to(torch.float32).numpy())
+
+
+def test_a_shard_that_was_cut_short_is_named_before_anything_is_read(tiny, tmp_path):
+    small_models.base(tmp_path, tiny / "base", shards="100KB")
+    victim = sorted(tmp_path.glob("*.safetensors"))[1]
+    small_models.cut(victim)
+    with pytest.raises(SaigaError, match=victim.name):
+        shards.of_base(tmp_path)
+
+
+def test_a_bin_shard_that_was_cut_short_is_named(whole, tmp_path):
+    small_models.cut(as_bin(whole, tmp_path, 2) / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(SaigaError, match=r"pytorch_model-00002-of-00002\.bin"):
+        shards.of_base(tmp_path)
+
+
+def test_a_shard_of_the_index_that_is_absent_is_named(tiny, tmp_path):
+    small_models.base(tmp_path, tiny / "base", shards="100KB")
+    victim = sorted(tmp_path.glob("*.safetensors"))[-1]
+    victim.unlink()
+    with pytest.raises(SaigaError, match=victim.name):
+        shards.of_base(tmp_path)
+
+
+def test_a_tensor_of_the_index_that_no_shard_holds_is_named(tiny, tmp_path):
+    small_models.base(tmp_path, tiny / "base", shards="100KB")
+    victim = sorted(tmp_path.glob("*.safetensors"))[0]
+    tensors = load_file(victim)
+    lost = min(tensors)
+    save_file({name: tensors[name] for name in tensors if name != lost} | {"more": torch.ones(1)}, victim)
+    with pytest.raises(SaigaError, match=lost):
+        shards.of_base(tmp_path)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    torch.save({"x": Evil()}, tmp_path / "pytorch_model.bin", pickle_module=pickle)
+    with pytest.raises(SaigaError, match=r"pytorch_model\.bin"):
+        shards.of_base(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_quantised_weights_are_refused_by_type(tmp_path):
+    save_file({"x": torch.zeros(4, 4, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+    with pytest.raises(SaigaError, match="x is of type U8"):
+        shards.of_base(tmp_path).read("x")
+
+
+def test_a_directory_without_weights_says_what_was_looked_for(tmp_path):
+    with pytest.raises(SaigaError, match=r"model\*\.safetensors or pytorch_model\*\.bin"):
+        shards.of_base(tmp_path)
