@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -78,7 +79,8 @@ def find_input(name: str, *, run_dir: str | Path | None = None) -> Path:
         places = ", ".join(map(str, found))
         raise SaigaError(f"{name!r} is attached more than once: {places}. Give the full path.")
     looked = ", ".join(str(path) for path in candidates)
-    raise SaigaError(f"{name!r} is not there. Looked at {looked}; attached inputs: {_attached()}.")
+    first = f" Run {wanted[0]} first." if wanted and re.fullmatch(r"\d\d_\w+", wanted[0]) else ""
+    raise SaigaError(f"{name!r} is not there.{first} Looked at {looked}; attached inputs: {_attached()}.")
 
 
 def _attached() -> str:

@@ -82,6 +82,11 @@ def test_a_tail_is_whole_names(mounted):
         workspace.find_input("records.jsonl")
 
 
+def test_a_stages_output_that_is_not_there_names_the_stage_to_run(tmp_path):
+    with pytest.raises(SaigaError, match=r"is not there\. Run 01_format first\."):
+        workspace.find_input("01_format/train.jsonl", run_dir=tmp_path)
+
+
 def test_a_name_with_brackets_is_no_pattern(mounted):
     made = file(mounted / "data" / "records [1].jsonl")
     file(mounted / "data" / "records 1.jsonl")
