@@ -136,7 +136,8 @@ def main(config_file: Path) -> None:
     model = _model(config, on_gpu=on_gpu, device=f"cuda:{rank}" if on_gpu else "cpu")
     run = trainer.build(config, model, plan, spread(held_out, EVALUATED), log)
     run.train()
-    if held_out and run.state.global_step % int(run.args.eval_steps or 1):
+    evaluated = [entry["step"] for entry in run.state.log_history if "eval_loss" in entry]
+    if held_out and run.state.global_step not in evaluated:
         run.evaluate()
     if run.is_world_process_zero():
         _save(model, config)

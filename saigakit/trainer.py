@@ -113,6 +113,7 @@ def _trainer_class(planned: list[Rows], held_out: list[Rows]) -> type["Trainer"]
         @torch.no_grad()
         def evaluate(self, *_: object, **__: object) -> dict[str, float]:
             self.model.eval()
+            start = time.monotonic()
             total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
             for pack in held_out[self.args.process_index :: self.args.world_size]:
                 batch = self._prepare_inputs(packing.collate(pack))
@@ -120,7 +121,7 @@ def _trainer_class(planned: list[Rows], held_out: list[Rows]) -> type["Trainer"]
                     loss_sum = self.model(**batch, use_cache=False, num_items_in_batch=1).loss
                 total += torch.tensor([loss_sum.item(), batch["logits_to_keep"].numel()], device=total.device)
             loss, tokens = self.accelerator.reduce(total, "sum").tolist()
-            metrics = {"eval_loss": loss / tokens}
+            metrics = {"eval_loss": loss / tokens, "eval_seconds": time.monotonic() - start}
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
@@ -134,7 +135,12 @@ def _progress(config: TrainConfig, plan: Plan, log: Log) -> "TrainerCallback":
     class Progress(TrainerCallback):
         """The log, a line now and then, and an end in time."""
 
-        start = shown = time.monotonic()
+        began = shown = time.monotonic()
+        seconds = 0.0  # of training, evaluations left out
+        evaluation_s = 0.0  # of the last evaluation
+
+        def on_step_begin(self, *_: object, **__: object) -> None:
+            self.began = time.monotonic()
 
         def on_log(
             self,
@@ -146,30 +152,30 @@ def _progress(config: TrainConfig, plan: Plan, log: Log) -> "TrainerCallback":
         ) -> None:
             step, logs = state.global_step, logs or {}
             if "eval_loss" in logs:
+                self.evaluation_s = logs["eval_seconds"]
                 log.write(step=step, held_out_loss=logs["eval_loss"])
                 log.say(f"step {step}: held-out loss {logs['eval_loss']:.4f} per token")
             elif "loss" in logs:
                 if not math.isfinite(logs["loss"]):
                     raise SaigaError(f"The loss is {logs['loss']} at step {step}. Use a smaller learning_rate.")
-                tokens, seconds = sum(plan.tokens[:step]), time.monotonic() - self.start
-                log.write(step=step, loss=logs["loss"], tokens=tokens, seconds=round(seconds, 2))
-                self.tell(step, logs["loss"], tokens, seconds)
+                tokens = sum(plan.tokens[:step])
+                log.write(step=step, loss=logs["loss"], tokens=tokens, seconds=round(self.seconds, 2))
+                self.tell(step, logs["loss"], tokens / self.seconds, int(args.eval_steps or plan.steps))
 
-        def tell(self, step: int, loss: float, tokens: int, seconds: float) -> None:
+        def tell(self, step: int, loss: float, speed: float, eval_steps: int) -> None:
             now = time.monotonic()
             if now - self.shown < REPORT_S and step < plan.steps:
                 return
             self.shown = now
-            left = timedelta(seconds=round(sum(plan.tokens[step:]) * seconds / tokens))
+            evaluations = math.ceil(plan.steps / eval_steps) - step // eval_steps
+            left = timedelta(seconds=round(sum(plan.tokens[step:]) / speed + evaluations * self.evaluation_s))
             ends = (datetime.now().astimezone() + left).strftime("%H:%M")
-            log.say(
-                f"step {step} of {plan.steps}: loss {loss:.3f}, {tokens / seconds:.0f} tokens/s, "
-                f"{left} left, ends at {ends}"
-            )
+            log.say(f"step {step} of {plan.steps}: loss {loss:.3f}, {speed:.0f} tokens/s, {left} left, ends at {ends}")
 
         def on_step_end(
             self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: object
         ) -> None:
+            self.seconds += time.monotonic() - self.began
             spent = time.time() - workspace.session_start()
             if spent > config.max_hours * 3600 and state.global_step < plan.steps:
                 log.say(f"max_hours={config.max_hours:g} are over: training ends at step {state.global_step}.")
