@@ -265,6 +265,12 @@ def _groups(texts: Sequence[frozenset[str]]) -> list[int]:
     return [root(index) for index in range(len(texts))]
 
 
+def common_system_prompt(conversations: "datasets.Dataset") -> str | None:
+    """The one that all conversations begin with; None where they differ or have none."""
+    beginnings = {first["content"] if first["role"] == "system" else None for first, *_ in conversations["messages"]}
+    return beginnings.pop() if len(beginnings) == 1 else None
+
+
 def write_conversations(conversations: Iterable[Mapping[str, Any]], file: str | Path) -> Path:
     """JSONL, written beside and renamed. Only "\n" looks like a line's end in it, even to str.splitlines."""
     path = Path(file)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from saigakit.shards import Array, Shape
 
 STAGE = "03_merge_gguf"
+SYSTEM_PROMPT_KEY = "saigakit.system_prompt"  # no key of llama.cpp's: what a conversation begins with by default
 
 
 def merge_gguf(
@@ -84,6 +85,7 @@ class Export:
 
     spec: ModelSpec
     quant_type: str
+    system_prompt: str | None  # that of the training records, else the model's own
     base_dir: Path
     merged: Merged
     architecture: Architecture
@@ -96,8 +98,10 @@ class Export:
     def of(cls, spec: ModelSpec, adapter_dir: Path | None, base_source: str | None, quant_type: str) -> Self:
         """Reads headers and the tokenizer. Raises SaigaError for all that does not fit together."""
         quantization.require_known(quant_type)
+        system_prompt = spec.system_prompt
         if adapter_dir is not None and (adapter_dir / manifest.NAME).is_file():
-            manifest.require_stage(adapter_dir, "02_train", model=spec.name)
+            trained = manifest.require_stage(adapter_dir, "02_train", model=spec.name)
+            system_prompt = trained.get("system_prompt") or system_prompt
         base_dir = sources.base_dir(spec, base_source)
         architecture = Architecture.of(base_dir)
         merged = Merged.of(base_dir, adapter_dir)
@@ -109,6 +113,7 @@ class Export:
         return cls(
             spec=spec,
             quant_type=quant_type,
+            system_prompt=system_prompt,
             base_dir=base_dir,
             merged=merged,
             architecture=architecture,
@@ -198,6 +203,8 @@ class Export:
         self.architecture.describe(writer)
         self.vocabulary.describe(writer)
         writer.add_chat_template(self.tokenizer.chat_template)
+        if self.system_prompt is not None:
+            writer.add_string(SYSTEM_PROMPT_KEY, self.system_prompt)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         named = "ALL_F32" if self.quant_type == "F32" else f"MOSTLY_{self.quant_type}"
         writer.add_file_type(gguf.LlamaFileType[named])

@@ -160,6 +160,7 @@ _ROWS = (
         base_model="package:smollm2_135m",
         max_seq_length=1024,
         golden_ids=(("<|im_start|>", (44, 108, 306, 79, 3738, 108, 46)),),  # text, never the control token 1
+        sampling=Sampling(temperature=0.0, repeat_penalty=1.0),  # copies terms: the likeliest token, and repetition
         lora=Lora(rank=32, alpha=64, dropout=0.0),
         learning_rate=1e-3,
         quantization="none",

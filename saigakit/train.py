@@ -62,7 +62,8 @@ def train_adapter(config: TrainConfig) -> Path:
     }
     if manifest.is_kept(final, **identity):
         return final
-    with manifest.making(final, **identity, facts={"number_format": number_format}) as partial:
+    prompt = data.common_system_prompt(data.read_conversations(found["train"]))
+    with manifest.making(final, **identity, facts={"number_format": number_format, "system_prompt": prompt}) as partial:
         paths = {"train_file": str(found["train"]), "output_dir": str(partial)}
         paths |= {"eval_file": str(found["held_out"])} if "held_out" in found else {}
         child_config = TrainConfig(**{**_fields(config), **paths}).write(partial / CONFIG_FILE)

@@ -305,3 +305,18 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
     with pytest.raises(KeyError):
         data.write_conversations([{"messages": TALK}, {}], file)
     assert file.read_bytes() == before
+
+
+def test_the_system_prompt_of_all_conversations_is_known_where_there_is_one(tmp_path):
+    def common(*prompts):
+        rows = [
+            {"system": prompt, "user": "а", "bot": "б"} if prompt else {"user": "а", "bot": "б"} for prompt in prompts
+        ]
+        file = tmp_path / "records.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return data.common_system_prompt(data.read_conversations(file))
+
+    assert common("Ты — Сайга.", "Ты — Сайга.") == "Ты — Сайга."
+    assert common("Ты — Сайга.", "Ты — кот.") is None
+    assert common("Ты — Сайга.", None) is None
+    assert common(None, None) is None
