@@ -1,0 +1,28 @@
+# Two commands: `make demo` and `make test`. Both make their own environment in .venv first.
+PYTHON ?= python3
+# One known version, because a range would take the newest. Where a CPU build of it is at hand, pip takes that.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/ready
+	$(BIN)/saigakit demo
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2
+
+.venv/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "saigakit needs Python 3.11 or later: make PYTHON=python3.12")'
+	@echo "Making .venv: about 10 minutes the first time, because llama.cpp is compiled; later runs start at once."
+	$(PYTHON) -m venv .venv
+	@# With a heartbeat, for pip is silent while it compiles. This part of saigakit needs no package.
+	$(BIN)/python -m saigakit.launch $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off "$(TORCH)"
+	$(BIN)/python -m saigakit.launch $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable ".[all,dev]"
+	touch .venv/ready
+
+clean:
+	rm -rf .venv runs

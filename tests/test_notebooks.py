@@ -1,0 +1,120 @@
+"""The four notebooks as files: thin, clean, and the same names with the same meaning in all of them."""
+
+import ast
+import inspect
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+import saigakit
+from saigakit import models, summary
+from saigakit.config import TrainConfig
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+STAGES = summary.STAGES
+PARAMS = sorted((NOTEBOOKS / "params").glob("*.yaml"))
+
+
+def read(stage):
+    return nbformat.read(NOTEBOOKS / f"{stage}.ipynb", as_version=4)
+
+
+def code(stage):
+    return [cell for cell in read(stage).cells if cell.cell_type == "code"]
+
+
+def parameters(stage):
+    [cell] = [cell for cell in code(stage) if "parameters" in cell.metadata.get("tags", [])]
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_it_is_valid_and_holds_nothing_of_a_run(stage):
+    notebook = read(stage)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code(stage))
+    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_it_is_thin(stage):
+    cells = code(stage)
+    assert 18 <= sum(len(cell.source.splitlines()) for cell in cells) <= 30
+    assert len(cells) <= 12
+    assert all(
+        len(cell.source.splitlines()) <= 6 for cell in cells if "parameters" not in cell.metadata.get("tags", [])
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_it_only_calls_and_shows(stage):
+    for cell in code(stage):
+        assert not cell.source.lstrip().startswith(("!", "%"))
+        forbidden = (ast.FunctionDef, ast.ClassDef, ast.While, ast.Try, ast.Lambda)
+        assert not [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, forbidden)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_name_of_the_library_that_it_uses_exists_and_takes_those_arguments(stage):
+    tree = ast.parse("\n".join(cell.source for cell in code(stage)))
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "saigakit"]
+    names = {alias.name for node in imported for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = getattr(node.func.value, "id", None)
+            if owner in names:
+                __import__(f"saigakit.{owner}")
+                function = getattr(getattr(saigakit, owner), node.func.attr)
+                keywords = {keyword.arg: None for keyword in node.keywords}
+                inspect.signature(function).bind(*([None] * len(node.args)), **keywords)
+    assert names
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters_are_few_literals(stage):
+    assert len(parameters(stage)) <= 8
+
+
+def test_a_parameter_of_one_name_has_one_default_in_all_notebooks():
+    found = {}
+    for stage in STAGES:
+        for name, value in parameters(stage).items():
+            found.setdefault(name, set()).add(value)
+    assert found.pop("adapter") == {"auto", "02_train"}  # what training starts from, and what it has made
+    assert {name: values for name, values in found.items() if len(values) > 1} == {}
+    assert found["model"] == {"saiga2_7b"} and found["run_dir"] == {"/kaggle/working"}
+
+
+def test_the_defaults_of_02_continue_saigas_adapter_in_nf4():
+    values = parameters("02_train")
+    del values["run_dir"]
+    config = TrainConfig(train_file="x", output_dir="y", **values)
+    assert config.start_adapter == models.find("saiga2_7b").released_adapter
+    assert config.weights_as == "nf4"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_prose_is_russian_first_then_a_line_of_english(stage):
+    for cell in read(stage).cells:
+        if cell.cell_type == "markdown":
+            assert "*" in cell.source
+            english = cell.source.rindex("*", 0, -1)
+            assert any("а" <= letter <= "я" for letter in cell.source[:english].lower()), cell.id
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_last_cell_asserts_what_was_made(stage):
+    assert code(stage)[-1].source.startswith("assert ")
+
+
+@pytest.mark.parametrize("file", PARAMS, ids=lambda file: file.stem)
+def test_every_name_in_a_file_of_parameters_is_one_of_a_notebook(file):
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    known = {name for stage in STAGES for name in parameters(stage)}
+    assert set(values) <= known
+    assert json.dumps(values)
