@@ -1,18 +1,22 @@
 """Held-out questions to the base model, its adapter and the GGUF: numbers, and what each answered."""
 
 import json
+import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saigakit import generation, infer, manifest, metrics, models, results, sources, tokenization, workspace
+from saigakit import generation, infer, manifest, memory, metrics, models, results, sources, tokenization, workspace
 from saigakit.errors import SaigaError
 from saigakit.generation import Generated, Progress
 
 STAGE = "04_infer"
 MARGIN = 16  # tokens that an answer may be longer than the longest reference
+DISK = 100 * 10**6  # bytes; 240 answers and the plot are under 1 MB
+OVERHEAD = 10**9  # bytes; torch, transformers and peft in the child
 Conversation = list[dict[str, str]]
 Example = tuple[Conversation, str]  # what is asked, and the reference answer
 Answers = tuple[list[str], Generated]
@@ -25,45 +29,101 @@ def compare(
     adapter: str | None = "02_train",
     base_source: str | None = None,
     max_examples: int = 240,
-    output_dir: str | Path | None = None,
 ) -> Path:
     """The stage 04_infer: results.json, answers.jsonl and comparison.png in `run_dir`/04_infer.
 
     Every held-out conversation is asked up to its last answer, which is the reference; the three models get the
-    same ids and the same limit on the answer's length.
+    same ids and the same limit on the answer's length. Raises SaigaError before a model is loaded where the GGUF
+    was made of other files, or the memory is too small.
     """
-    spec = models.find(model)
-    held_out_file = workspace.find_input("01_format/held_out.jsonl", run_dir=run_dir)
-    gguf_dir = workspace.find_input("03_merge_gguf", run_dir=run_dir)
-    made_gguf = manifest.require_stage(gguf_dir, "03_merge_gguf")
-    adapter_dir = None if adapter is None else sources.adapter_dir(spec, adapter, run_dir)
-    final = Path(run_dir) / STAGE if output_dir is None else Path(output_dir)
+    compared = Compared.of(model, run_dir, adapter, base_source)
+    final = Path(run_dir) / STAGE
     identity: dict[str, Any] = {
         "stage": STAGE,
         "parameters": {"model": model, "base_source": base_source, "adapter": adapter, "max_examples": max_examples},
-        "inputs": {
-            "held_out": manifest.hashes(held_out_file),
-            "gguf": made_gguf["outputs"],
-            "adapter": None if adapter_dir is None else manifest.hashes(adapter_dir),
-        },
+        "inputs": compared.inputs,
     }
     if manifest.is_kept(final, **identity):
         return final
-    base_dir = sources.base_dir(spec, base_source)
-    examples = spread(read_examples(held_out_file), max_examples)
-    with manifest.making(final, **identity) as partial:
-        asked = Asked.of(examples, tokenization.load_tokenizer(model, base_source))
-        answers = _ask_transformers(asked, base_dir, adapter_dir, spec.quantization, partial)
-        answers[made_gguf["parameters"]["quant_type"]] = _ask_gguf(asked, gguf_dir / "model.gguf")
-        _write(partial, examples, answers, _sizes(base_dir, adapter_dir, gguf_dir / "model.gguf"))
+    examples = spread(read_examples(compared.held_out_file), max_examples)
+    asked = Asked.of(examples, tokenization.load_tokenizer(model, base_source))
+    quantization = models.find(model).quantization
+    _require_memory(compared.base_dir, quantization, asked)
+    workspace.require_disk(final, DISK, STAGE)
+    with manifest.making(final, facts={"compared": compared.files}, **identity) as partial:
+        answers = _ask_transformers(asked, compared, quantization)
+        answers[compared.quant_type] = _ask_gguf(asked, compared.gguf_file)
+        _write(partial, examples, answers, compared.sizes)
     return final
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The files of the models that answer, known to belong together."""
+
+    held_out_file: Path
+    base_dir: Path
+    adapter_dir: Path | None
+    gguf_file: Path
+    quant_type: str
+    inputs: dict[str, Any]  # hashes of all of them
+
+    @classmethod
+    def of(cls, model: str, run_dir: str | Path, adapter: str | None, base_source: str | None) -> "Compared":
+        spec = models.find(model)
+        format_dir = workspace.find_input("01_format", run_dir=run_dir)
+        gguf_dir = workspace.find_input("03_merge_gguf", run_dir=run_dir)
+        manifest.require_stage(format_dir, "01_format", model=model)
+        made = manifest.require_stage(gguf_dir, "03_merge_gguf", model=model)
+        base_dir = sources.base_dir(spec, base_source)
+        adapter_dir = None if adapter is None else sources.adapter_dir(spec, adapter, run_dir)
+        inputs = {
+            "held_out": manifest.hashes(format_dir / "held_out.jsonl"),
+            "base": manifest.hashes(base_dir),
+            "adapter": None if adapter_dir is None else manifest.hashes(adapter_dir),
+            "gguf": made["outputs"],
+        }
+        for name, directory in (("base", base_dir), ("adapter", adapter_dir)):
+            if _weights(made["inputs"][name]) != _weights(inputs[name]):
+                raise SaigaError(
+                    f"{gguf_dir} was made of another {name} than the one to compare it with, "
+                    f"{directory or 'none'}: give {name} as in 03_merge_gguf, or run 03_merge_gguf again."
+                )
+        quant_type = made["parameters"]["quant_type"]
+        return cls(format_dir / "held_out.jsonl", base_dir, adapter_dir, gguf_dir / "model.gguf", quant_type, inputs)
+
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """What each row of results.json was answered by."""
+        before = [str(self.base_dir)]
+        after = {} if self.adapter_dir is None else {"after": [*before, str(self.adapter_dir)]}
+        return {"before": before, **after, self.quant_type: [str(self.gguf_file)]}
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes that each model loads, in the order of the answers."""
+        base = _total(self.base_dir, "*.safetensors") or _total(self.base_dir, "*.bin")
+        adapted = [] if self.adapter_dir is None else [base + _total(self.adapter_dir, "adapter_model.*")]
+        return [base, *adapted, self.gguf_file.stat().st_size]
+
+
+def _weights(hashes: Mapping[str, str] | None) -> list[str] | None:
+    """Of what a directory holds, the hashes that the numbers depend on."""
+    if hashes is None:
+        return None
+    kept = re.compile(r".*\.(?:safetensors|bin)|(?:adapter_)?config\.json")
+    return sorted(digest for name, digest in hashes.items() if kept.fullmatch(name))
+
+
+def _total(directory: Path, pattern: str) -> int:
+    return sum(file.stat().st_size for file in directory.glob(pattern))
 
 
 def read_examples(file: Path) -> list[Example]:
     """Each conversation up to its last answer, and that answer."""
     found: list[Example] = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        messages = json.loads(line)["messages"]
+    for line in file.read_text(encoding="utf-8").split("\n"):  # not splitlines: JSON strings may hold U+2028
+        messages = json.loads(line)["messages"] if line else []
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
         if last:
             found.append((messages[:last], messages[last]["content"]))
@@ -106,18 +166,34 @@ def _prompts(examples: Sequence[Example], tokenizer: tokenization.Tokenizer) -> 
     ]
 
 
-def _ask_transformers(
-    asked: Asked, base_dir: Path, adapter_dir: Path | None, quantization: models.Quantization, scratch: Path
-) -> dict[str, Answers]:
+def _require_memory(base_dir: Path, quantization: models.Quantization, asked: Asked) -> None:
+    """For the base and one text at a time; more memory answers more texts at once."""
+    gpus = workspace.gpus()
+    itemsize = 2 if gpus or workspace.cpu_has_bf16() else 4
+    tokens = max(map(len, asked.prompts)) + asked.max_new_tokens
+    parts = memory.inference(memory.Shape.of(base_dir), quantization, itemsize, tokens)
+    what = f"Answering with {base_dir.name} ({memory.in_words(parts)}, {OVERHEAD / workspace.GB:.1f} GB of libraries)"
+    needed = sum(parts.values()) + OVERHEAD
+    if not gpus:
+        workspace.require_memory(needed, what, "Close other programs or run 04_infer on a GPU.")
+    elif gpus[0].free < needed:
+        raise SaigaError(
+            f"{what} needs about {needed / workspace.GB:.1f} GB of GPU memory, and "
+            f"{gpus[0].free / workspace.GB:.1f} GB of {gpus[0].name} are free. End what else runs on it."
+        )
+
+
+def _ask_transformers(asked: Asked, compared: Compared, quantization: models.Quantization) -> dict[str, Answers]:
     request = generation.Request(
         prompts=asked.prompts,
         stop_ids=sorted(asked.stop_ids),
         max_new_tokens=asked.max_new_tokens,
-        base_dir=str(base_dir),
-        adapter_dir=None if adapter_dir is None else str(adapter_dir),
+        base_dir=str(compared.base_dir),
+        adapter_dir=None if compared.adapter_dir is None else str(compared.adapter_dir),
         quantization=quantization,
     )
-    made = generation.in_child(request, scratch)
+    with tempfile.TemporaryDirectory() as scratch:
+        made = generation.in_child(request, Path(scratch))
     return {name: ([asked.tokenizer.decode(ids) for ids in found.ids], found) for name, found in made.items()}
 
 
@@ -158,16 +234,5 @@ def _write(directory: Path, examples: Sequence[Example], answers: Mapping[str, A
         line = {"prompt": messages[-1]["content"], "reference": reference, "answers": said, "exact": exact}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     manifest.write_text(directory / "answers.jsonl", "".join(lines))
-    manifest.write_text(directory / "results.json", json.dumps(rows, indent=2))
+    manifest.write_text(directory / results.FILE, json.dumps(rows, indent=2))
     results.plot(rows).savefig(directory / "comparison.png", dpi=110)
-
-
-def _sizes(base_dir: Path, adapter_dir: Path | None, gguf_file: Path) -> list[int]:
-    """Bytes that each model loads, in the order of the answers."""
-    base = _total(base_dir, "*.safetensors") or _total(base_dir, "*.bin")
-    adapted = [] if adapter_dir is None else [base + _total(adapter_dir, "adapter_model.*")]
-    return [base, *adapted, gguf_file.stat().st_size]
-
-
-def _total(directory: Path, pattern: str) -> int:
-    return sum(file.stat().st_size for file in directory.glob(pattern))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FILE = "results.json"
 Result = dict[str, Any]
 _COLOURS = ("#9aa0a6", "#1a73e8", "#188038")
 _MEANING = {
@@ -27,7 +28,7 @@ _SHARES = {
 
 def read(directory: Path) -> list[Result]:
     """The rows that a finished 04_infer wrote."""
-    rows: list[Result] = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    rows: list[Result] = json.loads((directory / FILE).read_text(encoding="utf-8"))
     return rows
 
 
@@ -104,7 +105,7 @@ def _plot_shares(axes: "Axes", results: Sequence[Result]) -> None:
 
 def examples_table(answers_file: Path, count: int = 6) -> Table:
     """Texts with the answers of each model; where the trained ones are wrong comes first."""
-    rows = [json.loads(line) for line in answers_file.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in answers_file.read_text(encoding="utf-8").split("\n") if line]
     names = list(rows[0]["answers"])
     trained = [name for name in names if name != "before"]
     rows.sort(key=lambda row: sum(row["exact"][name] for name in trained))

@@ -1,0 +1,353 @@
+"""Runs of four small notebooks through the real papermill and real kernels."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import small_notebooks
+
+from saigakit import execution, manifest, runner, summary
+from saigakit.errors import SaigaError
+
+RUN = "import sys; from saigakit import runner; runner.run({}, sys.argv[1], notebooks_dir=sys.argv[2])"
+# Says that it is there, and goes on only when it is told to.
+WAIT = """\
+import os, time
+from pathlib import Path
+(Path(run_dir) / ".02_train.partial").mkdir(exist_ok=True)
+(Path(run_dir) / "started").write_text(str(os.getpid()))
+while not (Path(run_dir) / "go").exists():
+    time.sleep(0.05)"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A finished run, its notebooks and what it printed; copied by the tests that change it."""
+    place = tmp_path_factory.mktemp("made")
+    notebooks = small_notebooks.write(place / "notebooks")
+    command = [sys.executable, "-c", RUN, str(place / "run"), str(notebooks)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (place / "printed").write_text(done.stdout + done.stderr, encoding="utf-8")
+    return place
+
+
+@pytest.fixture
+def place(made, tmp_path):
+    shutil.copytree(made, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def again(place, capsys):
+    """Runs in the copy once more and says which stages were not kept."""
+
+    def again(parameters=None):
+        capsys.readouterr()
+        runner.run(parameters or {}, place / "run", notebooks_dir=place / "notebooks")
+        printed = capsys.readouterr().out
+        return [stage for stage in small_notebooks.STAGES if f"{stage}: done in" in printed]
+
+    return again
+
+
+def everything(directory):
+    return {str(file): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()}
+
+
+def test_a_run_leaves_each_stage_its_notebook_its_page_and_the_report(made):
+    for stage in small_notebooks.STAGES:
+        assert manifest.require_stage(made / "run" / stage, stage)
+        assert f"cell of {stage}" in (made / "run" / f"{stage}.ipynb").read_text(encoding="utf-8")
+        assert (made / "run" / f"{stage}.html").is_file()
+    assert set(json.loads((made / "run" / summary.TIMES_FILE).read_text(encoding="utf-8"))) == {*small_notebooks.STAGES}
+    assert (made / "run" / "report.html").is_file()
+    assert [path.name for path in (made / "run").iterdir() if "partial" in path.name] == []
+
+
+def test_what_the_cells_print_is_echoed_between_header_and_closing_line(made):
+    lines = (made / "printed").read_text(encoding="utf-8").splitlines()
+    start = lines.index("[2/4] 02_train …")
+    assert lines[start + 1] == "cell of 02_train"
+    assert lines[start + 2].startswith("[2/4] 02_train: done in ")
+
+
+def test_a_run_ends_with_the_table_the_report_and_how_to_talk_to_the_model(made):
+    printed = (made / "printed").read_text(encoding="utf-8")
+    assert "before (base model, transformers)" in printed
+    assert printed.rstrip().endswith(f"talk:   saigakit chat {made / 'run' / '03_merge_gguf' / 'model.gguf'}")
+
+
+def test_nothing_but_the_run_itself_is_said(made):
+    assert "WARNING" not in (made / "printed").read_text(encoding="utf-8")
+
+
+def test_a_page_shows_the_code_and_loads_nothing_from_the_network(made):
+    page = (made / "run" / "01_format.html").read_text(encoding="utf-8")
+    assert ">making</span>" in page and "<title>01_format</title>" in page
+    assert "src=" not in page and "<script" not in page
+
+
+def test_an_unchanged_run_is_kept_whole(again):
+    assert again() == []
+
+
+def test_a_changed_parameter_remakes_its_stage_and_what_follows(again, place):
+    assert again({"learning_rate": 0.5}) == ["02_train", "03_merge_gguf", "04_infer"]
+    assert "0.5" in (place / "run" / "02_train" / "out.txt").read_text(encoding="utf-8")
+
+
+def test_a_stage_that_comes_out_the_same_leaves_the_following_ones_kept(again, place):
+    small_notebooks.insert(place / "notebooks" / "02_train.ipynb", "pass")
+    assert again() == ["02_train"]
+
+
+def test_a_changed_output_is_made_again(again, place):
+    file = place / "run" / "04_infer" / "out.txt"
+    before = file.read_bytes()
+    file.write_bytes(b"damaged")
+    assert again() == ["04_infer"]
+    assert file.read_bytes() == before
+
+
+def test_a_changed_file_that_a_parameter_names_is_noticed(again, place):
+    records = place / "records.jsonl"
+    records.write_text("a", encoding="utf-8")
+    assert again({"records": str(records)})[0] == "01_format"
+    assert again({"records": str(records)}) == []
+    records.write_text("b", encoding="utf-8")
+    assert again({"records": str(records)}) == ["01_format"]
+
+
+def test_another_version_of_saigakit_makes_everything_afresh(again, monkeypatch):
+    monkeypatch.setattr("saigakit.__version__", "9.9.9")
+    assert again() == [*small_notebooks.STAGES]
+
+
+def test_a_stage_whose_replacement_fails_stays_whole(again, place):
+    before = everything(place / "run" / "02_train")
+    notebook = place / "notebooks" / "02_train.ipynb"
+    fail = "(made / 'out.txt').write_text('half')\n        raise OSError('no space')"
+    small_notebooks.save(
+        notebook, [cell.replace("        pass", f"        {fail}") for cell in small_notebooks.sources(notebook)]
+    )
+    with pytest.raises(SaigaError, match="02_train failed:"):
+        again({"learning_rate": 0.5})
+    assert everything(place / "run" / "02_train") == before
+
+
+def failing(place, source):
+    small_notebooks.insert(place / "notebooks" / "03_merge_gguf.ipynb", source)
+    with pytest.raises(SaigaError) as caught:
+        runner.run({}, place / "run", notebooks_dir=place / "notebooks")
+    return str(caught.value)
+
+
+def test_a_notebooks_own_sentence_is_the_whole_message(place):
+    said = (
+        "from saigakit import DataError\nraise DataError('2 bad records', ['a.jsonl:1: no role', 'a.jsonl:7: empty'])"
+    )
+    assert failing(place, said) == "2 bad records\n  a.jsonl:1: no role\n  a.jsonl:7: empty"
+
+
+def test_another_failure_shows_its_last_lines_and_where_the_notebook_is(place):
+    message = failing(place, "1 / 0")
+    failed = place / "run" / "03_merge_gguf.failed.ipynb"
+    assert "ZeroDivisionError: division by zero" in message and "\x1b" not in message
+    assert message.endswith(str(failed)) and "ZeroDivisionError" in failed.read_text(encoding="utf-8")
+
+
+def test_a_success_removes_the_failed_notebook(place, again):
+    failing(place, "1 / 0")
+    small_notebooks.save(
+        place / "notebooks" / "03_merge_gguf.ipynb",
+        [cell for cell in small_notebooks.sources(place / "notebooks" / "03_merge_gguf.ipynb") if cell != "1 / 0"],
+    )
+    again()
+    assert not (place / "run" / "03_merge_gguf.failed.ipynb").exists()
+
+
+def test_a_killed_kernel_is_one_sentence(place):
+    message = failing(place, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert "03_merge_gguf: the Python that ran the notebook was lost (Kernel died)" in message
+
+
+def test_a_notebook_that_ends_early_is_no_success(place):
+    shutil.rmtree(place / "run" / "03_merge_gguf")
+    assert "ran to its end without a complete result" in failing(place, "import sys\nsys.exit(0)")
+
+
+def test_an_unknown_parameter_is_refused_before_anything_runs(made, tmp_path):
+    with pytest.raises(
+        SaigaError, match=r"'learn_rate'\. Did you mean 'learning_rate'\? They have: learning_rate, mod"
+    ):
+        runner.run({"learn_rate": 1}, tmp_path / "run", notebooks_dir=made / "notebooks")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_value_that_no_notebook_can_hold_is_refused(made, tmp_path):
+    with pytest.raises(SaigaError, match="is a set"):
+        runner.run({"model": {"a"}}, tmp_path / "run", notebooks_dir=made / "notebooks")
+
+
+def test_a_parameter_can_be_meant_for_one_notebook(made):
+    stages = runner.read_stages(made / "notebooks", {"model": "a", "02_train.model": "b"})
+    assert [stage.values["model"] for stage in stages] == ["a", "b", "a", "a"]
+
+
+def test_a_parameter_with_two_meanings_must_say_which(place):
+    notebook = place / "notebooks" / "03_merge_gguf.ipynb"
+    first, *rest = small_notebooks.sources(notebook)
+    small_notebooks.save(notebook, [f"{first}\nlearning_rate = 'fast'", *rest])
+    with pytest.raises(
+        SaigaError, match=r"02_train\.learning_rate \(0\.001\), 03_merge_gguf\.learning_rate \('fast'\)"
+    ):
+        runner.read_stages(place / "notebooks", {"learning_rate": 1})
+
+
+def test_braces_in_a_path_stay_braces(made, tmp_path):
+    report = runner.run({}, tmp_path / "{a} b", notebooks_dir=made / "notebooks")
+    assert report == tmp_path / "{a} b" / "report.html" and report.is_file()
+
+
+def test_the_kernel_is_of_this_interpreter_whatever_jupyter_has_installed(place, monkeypatch):
+    foreign = place / "jupyter" / "kernels" / "python3"
+    foreign.mkdir(parents=True)
+    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "x", "language": "python"}
+    (foreign / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
+    monkeypatch.setenv("JUPYTER_PATH", str(place / "jupyter"))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(place / "jupyter"))
+    failed = failing(place, "import sys\nfrom saigakit import SaigaError\nraise SaigaError(sys.executable)")
+    assert Path(failed).samefile(sys.executable)
+
+
+@pytest.fixture
+def start(place):
+    """Starts a run of its own that comes to the waiting cell of 02_train; gives it and the kernel's process."""
+    started = []
+
+    def start(*command):
+        notebook, signed = place / "notebooks" / "02_train.ipynb", place / "run" / "started"
+        if WAIT not in small_notebooks.sources(notebook):
+            small_notebooks.insert(notebook, WAIT)
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        while not signed.is_file() or not signed.read_text():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        return process, psutil.Process(int(signed.read_text()))
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def run_command(place):
+    return ["-c", RUN, place / "run", place / "notebooks"]
+
+
+def has_ended(process):
+    psutil.wait_procs([process], timeout=20)
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_what_is_kept_and_can_go_on(place, start, again, number):
+    command = ["-m", "saigakit.cli", "run", "--run-dir", place / "run", "--notebooks", place / "notebooks"]
+    process, kernel = start(*command)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines() == [
+        "interrupted in 02_train; finished stages are kept: 01_format. Run the same command to go on."
+    ]
+    assert has_ended(kernel)
+    assert not (place / "run" / ".02_train.partial.ipynb").exists()
+    (place / "run" / "go").touch()
+    assert again() == ["02_train"]
+
+
+def test_an_interrupted_run_ends_what_the_notebook_has_started(place, start, run_command):
+    child = """\
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+(Path(run_dir) / "child").write_text(str(child.pid))"""
+    small_notebooks.insert(place / "notebooks" / "02_train.ipynb", f"from pathlib import Path\n{child}")
+    small_notebooks.insert(place / "notebooks" / "02_train.ipynb", WAIT, place=2)
+    process, _ = start(*run_command)
+    started = psutil.Process(int((place / "run" / "child").read_text()))
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        assert has_ended(started)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started.kill()
+
+
+def test_after_a_killed_run_nothing_half_made_has_a_name_and_the_next_one_works(place, start, run_command, again):
+    before = everything(place / "run" / "02_train")
+    process, kernel = start(*run_command)
+    process.kill()
+    process.communicate()
+    assert everything(place / "run" / "02_train") == before
+    (place / "run" / "go").touch()
+    assert again() == ["02_train"]
+    assert has_ended(kernel)
+
+
+def test_the_next_run_waits_for_the_kernel_of_a_killed_one(place, start, run_command, monkeypatch):
+    process, kernel = start(*run_command)
+    kernel.suspend()  # so that it does not notice
+    process.kill()
+    process.communicate()
+    (place / "run" / "go").touch()
+    monkeypatch.setattr(runner, "_LOCK_PATIENCE_S", 0.0)
+    try:
+        with pytest.raises(SaigaError, match="Another run is at work"):
+            runner.run({}, place / "run", notebooks_dir=place / "notebooks")
+    finally:
+        kernel.kill()
+
+
+def test_two_runs_in_one_directory_do_not_meet(start, run_command):
+    start(*run_command)
+    second = subprocess.run([sys.executable, *run_command], capture_output=True, text=True, timeout=60)
+    assert "Another run is at work" in second.stderr.splitlines()[-1]
+
+
+def test_a_silent_notebook_is_spoken_for(place, start):
+    impatient = f"from saigakit import execution; execution.SILENT_S = 0.2; {RUN}"
+    process, _ = start("-c", impatient, place / "run", place / "notebooks")
+    for line in process.stdout:
+        if line.startswith("02_train: ") and line.endswith(" s so far\n"):
+            break
+    (place / "run" / "go").touch()
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "02_train: done in" in output
+
+
+def test_a_time_is_told_in_minutes_from_one_minute_on():
+    assert execution.spent(59.4) == "59 s"
+    assert execution.spent(130) == "2 min 10 s"
+
+
+def test_without_notebooks_the_error_says_where_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("saigakit.__file__", str(tmp_path / "saigakit" / "__init__.py"))
+    with pytest.raises(SaigaError, match="--notebooks"):
+        runner.run({}, tmp_path / "run")
