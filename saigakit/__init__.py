@@ -2,10 +2,11 @@
 
 Data flows one way. A module imports only modules to its left:
 
-errors < models < config < workspace < manifest < memory < launch < data < examples < sources < template
-< tokenization < packing < train < generation < merge < quantization < export < infer < metrics < results
-< evaluate < summary < publish
-< kernels < runner < cli
+errors < models < config < workspace < install < manifest < tables < memory < launch < records < data < examples
+< definitions < sources < template < tokenization < report < packing < attention < weights < curve < trainer
+< train < generation < shards < merge < quantization < architecture < vocabulary < container < sizes < export
+< infer < metrics < results < evaluate < summary < kernels < parameters < execution < runner < conversation
+< cli
 """
 
 from saigakit.config import TrainConfig

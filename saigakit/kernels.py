@@ -50,6 +50,11 @@ def push(stage: str | Path, parameters: Mapping[str, object] | None = None) -> s
     return str(content["id"])
 
 
+def is_dataset(name: str) -> bool:
+    """Whether a folder of kaggle-metadata describes a data set, not a notebook."""
+    return any((folder / "dataset-metadata.json").is_file() for folder in (Path(name), METADATA / name))
+
+
 def push_dataset(folder: str | Path, files: Sequence[Path] = (), *, poll_s: float = 5.0) -> str:
     """Makes a private data set of a folder of kaggle-metadata and of `files`, or a new version of it.
 
@@ -59,6 +64,8 @@ def push_dataset(folder: str | Path, files: Sequence[Path] = (), *, poll_s: floa
     with tempfile.TemporaryDirectory() as scratch:
         shutil.copytree(source, scratch, dirs_exist_ok=True)
         for file in files:
+            if not file.is_file():
+                raise SaigaError(f"{file} is not there, so it cannot be uploaded.")
             shutil.copy2(file, scratch)
         if len(list(Path(scratch).iterdir())) < 2:
             raise SaigaError(f"{source} holds nothing to upload but its metadata; give the files.")

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from kaggle_stub import DATASETS, KERNELS, UPLOAD, KaggleStub
 
-from saigakit import kernels, manifest
+from saigakit import cli, kernels, manifest
 from saigakit.errors import SaigaError
 
 pytest.importorskip("kagglesdk")
@@ -234,6 +235,29 @@ def test_a_refused_data_set_is_an_error_although_the_command_line_exits_0(upload
     uploads.answer(DATASETS + "CreateDatasetVersion", {"status": "error", "error": "Incompatible dataset type"})
     with pytest.raises(SaigaError, match="Incompatible dataset type"):
         kernels.push_dataset("example-data", poll_s=0.01)
+
+
+def test_the_command_line_uploads_a_data_set_with_its_files(uploads, tmp_path):
+    wheel = tmp_path / "saigakit.whl"
+    wheel.write_bytes(b"wheel")
+    uploads.answer(DATASETS + "GetDatasetStatus", {"status": "READY"})
+    ended = CliRunner().invoke(cli.main, ["push", "wheels", str(wheel)])
+    assert ended.exit_code == 0, ended.output
+    assert uploads.uploads == [b"wheel"]
+
+
+def test_the_command_line_pushes_a_notebook_with_its_parameters(kaggle):
+    kaggle.answer(KERNELS + "SaveKernel", PUSHED)
+    ended = CliRunner().invoke(cli.main, ["push", "02_train", "-p", "epochs", "3"])
+    assert ended.exit_code == 0, ended.output
+    assert "epochs = 3" in "\n".join(code(kaggle.sent(KERNELS + "SaveKernel")[0]["text"]))
+
+
+@pytest.mark.parametrize(("name", "message"), [("wheels", "is not there"), ("02_train", "takes no files")])
+def test_files_that_cannot_be_pushed_are_named_before_anything_is_sent(kaggle, name, message):
+    ended = CliRunner().invoke(cli.main, ["push", name, "dist/none.whl"])
+    assert ended.exit_code == 1 and message in ended.output and "none.whl" in ended.output
+    assert kaggle.calls == []
 
 
 def test_wheels_without_a_wheel_are_not_uploaded(uploads):

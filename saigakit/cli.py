@@ -1,0 +1,276 @@
+"""Commands of a terminal into calls of the library; a SaigaError into one sentence and exit code 1."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from saigakit import __version__
+from saigakit.errors import SaigaError
+from saigakit.parameters import read_yaml, train_config, value
+
+INTERRUPTED = 130  # what a shell gives for Ctrl-C
+
+
+class _Group(click.Group):
+    """Ends a command without a traceback where the user can mend it."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (SaigaError, OSError) as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("saigakit"):
+                raise
+            click.echo(f"error: {error.name} is not installed: pip install 'saigakit[all]'.", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
+
+
+_PARAMETERS = click.option(
+    "-p", "--parameter", "parameters", type=(str, value), multiple=True, metavar="NAME VALUE",
+    help="One parameter; may be given many times and wins over the file.",
+)  # fmt: skip
+_MODEL = click.option("--model", required=True, help="Name of the registry, Hub id or directory.")
+_BASE_SOURCE = click.option("--base-source", help="Where the base model's weights are, if not on the Hub.")
+_NOTEBOOKS = click.option("--notebooks", help="Directory of the four notebooks, if not beside the package.")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="saigakit")
+def main() -> None:
+    """Fine-tune a Saiga model on Kaggle's free GPUs, run it as a 4-bit GGUF on a laptop.
+
+    Begin with `saigakit demo`: all four notebooks on a small model, no GPU needed.
+    """
+
+
+@main.command()
+@click.option("--run-dir", help="Where everything is written, if not in the run_dir of demo.yaml.")
+@_NOTEBOOKS
+def demo(run_dir: str | None, notebooks: str | None) -> None:
+    """The whole way on a small model: records, training, GGUF, comparison.
+
+    \b
+    Example: saigakit demo --run-dir runs/demo
+    """
+    from saigakit import runner
+
+    notebooks_dir = Path(notebooks) if notebooks else runner.find_notebooks()
+    values = read_yaml(notebooks_dir / "params" / "demo.yaml")
+    place = _place(run_dir, values)
+    records = _demo_records(Path(place))
+    values |= {"records": str(records / "train.jsonl"), "held_out": str(records / "held_out.jsonl")}
+    runner.run(values, place, notebooks_dir=notebooks_dir)
+
+
+def _place(run_dir: str | None, values: dict[str, Any]) -> str:
+    """Where the results go; takes run_dir out of `values`, which is of no single notebook."""
+    named = values.pop("run_dir", None)
+    place = run_dir or named
+    if not isinstance(place, str):
+        raise SaigaError("Where shall the results go? Give --run-dir DIR, or run_dir in the YAML file.")
+    return place
+
+
+def _demo_records(run_dir: Path) -> Path:
+    from saigakit import definitions, manifest
+
+    final = (run_dir / "records").absolute()
+    identity: dict[str, Any] = {"stage": "records", "parameters": {"saigakit": __version__}, "inputs": {}}
+    if not manifest.is_kept(final, **identity):
+        with manifest.making(final, **identity) as partial:
+            definitions.write_records(partial)
+    return final
+
+
+@main.command()
+@click.option("-f", "--file", "file", help="YAML file with the parameters.")
+@_PARAMETERS
+@click.option("--run-dir", help="Where everything is written; may stand in the file as run_dir.")
+@_NOTEBOOKS
+def run(file: str | None, parameters: Sequence[tuple[str, Any]], run_dir: str | None, notebooks: str | None) -> None:
+    """The four notebooks on your records. What is finished and unchanged is not run again.
+
+    \b
+    Example: saigakit run -f my.yaml -p epochs 3 --run-dir runs/terms
+    """
+    from saigakit import runner
+
+    values = (read_yaml(Path(file)) if file else {}) | dict(parameters)
+    place = _place(run_dir, values)
+    runner.run(values, place, notebooks_dir=notebooks)
+
+
+@main.command()
+@click.argument("file")
+@click.option("--model", default="saiga2_7b", show_default=True, help="Whose tokens are counted.")
+@_BASE_SOURCE
+@click.option("--max-seq-length", type=int, help="Tokens of the longest conversation.")
+def check(file: str, model: str, base_source: str | None, max_seq_length: int | None) -> None:
+    """Looks at a file of records as 01_format does, and keeps nothing.
+
+    \b
+    Example: saigakit check records.jsonl --model saiga2_7b
+    """
+    from saigakit import data, report, tokenization
+
+    conversations = data.read_conversations(Path(file))
+    click.echo(f"{file}: {len(conversations)} conversations, each is well-formed.")
+    try:
+        tokenization.load_tokenizer(model, base_source)
+    except SaigaError as error:
+        click.echo(f"Tokens were not counted, because the tokenizer of {model} is out of reach: {error}")
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        stage = report.check_records(
+            model=model, records=str(Path(file).absolute()), max_seq_length=max_seq_length,
+            run_dir=scratch, base_source=base_source,
+        )  # fmt: skip
+        click.echo(str(report.summary(stage)))
+
+
+@main.command()
+@click.option("-f", "--file", "file", required=True, help="YAML file with the fields of TrainConfig.")
+@_PARAMETERS
+def train(file: str, parameters: Sequence[tuple[str, Any]]) -> None:
+    """The stage 02_train alone.
+
+    \b
+    Example: saigakit train -f train.yaml -p epochs 3
+    """
+    from saigakit import train as training
+
+    made = training.train_adapter(train_config(read_yaml(Path(file)) | dict(parameters), file))
+    click.echo(f"adapter: {made}")
+
+
+@main.command()
+@_MODEL
+@click.option("--adapter", help='A finished 02_train, a directory or Hub id, or "released"; none: the base alone.')
+@click.option("--output", required=True, help="The GGUF file to make.")
+@click.option("--quant-type", default="Q4_K_M", show_default=True)
+@_BASE_SOURCE
+def export(model: str, adapter: str | None, output: str, quant_type: str, base_source: str | None) -> None:
+    """Base model and adapter into one quantised GGUF file.
+
+    \b
+    Example: saigakit export --model saiga2_7b --adapter runs/terms/02_train --output saiga.gguf
+    """
+    from saigakit import export as exporting
+
+    made = exporting.to_gguf(
+        model=model, adapter=adapter, output=output, quant_type=quant_type, base_source=base_source
+    )
+    click.echo(f"model: {made} ({made.stat().st_size / 1e6:,.0f} MB)\ntalk:  saigakit chat {made}")
+
+
+@main.command()
+@click.argument("file")
+@click.option("--system", help="System prompt; left out, the one of the training records; '': none.")
+@click.option("--temperature", type=click.FloatRange(min=0), help="0: always the likeliest token.")
+@click.option("--n-ctx", type=click.IntRange(min=256), default=4096, show_default=True, help="Tokens of context.")
+def chat(file: str, system: str | None, temperature: float | None, n_ctx: int) -> None:
+    """Talks to a GGUF file. An empty line or Ctrl-D ends, Ctrl-C stops an answer.
+
+    \b
+    Example: saigakit chat runs/demo/03_merge_gguf/model.gguf
+    """
+    from saigakit import conversation
+
+    conversation.talk(file, system=system, temperature=temperature, n_ctx=n_ctx)
+
+
+@main.command()
+@_MODEL
+@click.option("--run-dir", required=True, help="Where 01_format, 02_train and 03_merge_gguf are.")
+@click.option("--adapter", default="02_train", show_default=True)
+@_BASE_SOURCE
+@click.option("--max-examples", type=click.IntRange(min=1), default=240, show_default=True)
+def evaluate(model: str, run_dir: str, adapter: str, base_source: str | None, max_examples: int) -> None:
+    """The stage 04_infer alone: held-out texts to the base, the adapter and the GGUF.
+
+    \b
+    Example: saigakit evaluate --model saiga2_7b --run-dir runs/terms
+    """
+    from saigakit import evaluate as evaluation
+    from saigakit import results
+
+    made = evaluation.compare(
+        model=model, run_dir=run_dir, adapter=adapter, base_source=base_source, max_examples=max_examples
+    )
+    click.echo(f"{results.table(results.read(made))}\n\nresults: {made}")
+
+
+@main.command()
+@click.argument("name")
+@click.argument("files", nargs=-1)
+@_PARAMETERS
+def push(name: str, files: Sequence[str], parameters: Sequence[tuple[str, Any]]) -> None:
+    """Starts a notebook on Kaggle, or uploads a data set: wheels with its FILES, example-data.
+
+    \b
+    Example: saigakit push wheels dist/saigakit-0.1.0-py3-none-any.whl
+             saigakit push 02_train -p epochs 3
+    """
+    from saigakit import kernels
+
+    if kernels.is_dataset(name):
+        kernels.push_dataset(name, [Path(file) for file in files])
+    elif files:
+        raise SaigaError(f"{name} is a notebook, which takes no files: {', '.join(files)}. Parameters are given by -p.")
+    else:
+        kernels.push(name, dict(parameters))
+
+
+@main.command()
+@click.argument("kernel")
+def watch(kernel: str) -> None:
+    """Waits for a notebook on Kaggle and says how it ended.
+
+    \b
+    Example: saigakit watch 02_train
+    """
+    from saigakit import kernels
+
+    kernels.watch(kernel)
+
+
+@main.command()
+@click.argument("kernel")
+@click.argument("directory")
+def fetch(kernel: str, directory: str) -> None:
+    """Downloads what a notebook on Kaggle has made.
+
+    \b
+    Example: saigakit fetch 03_merge_gguf runs/kaggle
+    """
+    from saigakit import kernels
+
+    click.echo(f"fetched: {kernels.fetch(kernel, directory)}")
+
+
+@main.command()
+def doctor() -> None:
+    """This machine, the packages, and what each stage lacks.
+
+    \b
+    Example: saigakit doctor
+    """
+    from saigakit import install, manifest, workspace
+
+    click.echo(f"{workspace.describe()}\n\n{workspace.table(manifest.versions().items())}\n")
+    for stage in install.STAGES:
+        lacking = install.missing(install.needs(stage, kaggle=workspace.on_kaggle()))
+        click.echo(f"{stage}: " + (f"lacks {', '.join(lacking)}; {install.command(stage)}" if lacking else "ready"))
+    lacking = install.missing(("papermill", "ipykernel", "nbconvert"))
+    click.echo("run, demo: " + (f"lack {', '.join(lacking)}; pip install 'saigakit[run]'" if lacking else "ready"))
+
+
+if __name__ == "__main__":
+    main(prog_name="saigakit")
