@@ -234,7 +234,7 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(gguf_file, monkeypa
                 os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(infer, "stream", interrupted_once)
-    done = CliRunner().invoke(cli.main, ["chat", str(gguf_file)], input="a\nb\n")
+    done = CliRunner().invoke(cli.main, ["chat", str(gguf_file), "--system", ""], input="a\nb\n")
     assert done.exit_code == 0, done.output
     assert " …" in done.output
     assert [asked[1][0], asked[1][2]] == ["a", "b"] and asked[1][1]
