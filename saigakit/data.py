@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -91,8 +92,11 @@ class _Checking:
 
 def _to_dataset(conversations: Iterable[list[Message]], fingerprint: str) -> "datasets.Dataset":
     """In memory, so that nothing is left in the cache of `datasets`; a fingerprint spares it hashing the texts."""
-    import datasets
     import pyarrow
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tqdm asks for ipywidgets, and no bar is shown here
+        import datasets
 
     message = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
     schema = pyarrow.schema([("messages", pyarrow.list_(message))])

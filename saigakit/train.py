@@ -3,10 +3,8 @@
 As a module (`python -m saigakit.train config.json`) it is that child; more than one GPU: one child each.
 """
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -113,13 +111,10 @@ def _require_memory(needed: dict[str, int], gpus: Sequence[workspace.Gpu], proce
 
 def main(config_file: Path) -> None:
     """In the child: loads, trains, writes the adapter and the log beside the config."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a kernel package that is not needed
     import torch
     import transformers
 
-    warnings.simplefilter("ignore", FutureWarning)  # of peft's calls into transformers
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    weights.quiet()
     config = TrainConfig.read(config_file)
     rank, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_gpu = torch.cuda.is_available()

@@ -1,6 +1,8 @@
 """A base model and an adapter into a model in memory: number format by hardware, quantised, LoRA attached."""
 
 import json
+import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -133,6 +135,16 @@ def adapter_names(adapter_dir: Path) -> list[str]:
 def checkpointed(spec_gpus: Sequence[Gpu]) -> bool:
     """Whether activations are computed again in the backward pass: a GPU's memory needs it, a CPU's time does not."""
     return bool(spec_gpus)
+
+
+def quiet() -> None:
+    """In a child: without what libraries say of themselves that no user can act on."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a kernel package that is not needed
+    import transformers
+
+    warnings.simplefilter("ignore", FutureWarning)  # of peft's calls into transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def cpu_threads() -> None:
