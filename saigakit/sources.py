@@ -1,5 +1,6 @@
 """What a model, base_source or adapter parameter names into a local directory, from an attachment or the Hub."""
 
+import glob
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -42,29 +43,50 @@ def adapter_dir(spec: ModelSpec, adapter: str, run_dir: str | Path | None = None
         raise SaigaError(f"{spec.name} has no released adapter; use adapter=None for a new LoRA.")
     if name == "package:saiga_tiny":
         return examples.tiny_saiga() / "adapter"
-    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/"))
-    if is_hub_id and not Path(name).exists():
-        directory = _from_hub(name, _ADAPTER_FILES)
-    else:
-        directory = workspace.find_input(name, run_dir=run_dir)
-    if not (directory / "adapter_config.json").is_file():
-        raise SaigaError(f"{directory} is no LoRA adapter: it has no adapter_config.json. Run 02_train first.")
-    return directory
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if is_hub_id and not _is_here(name, run_dir):
+        return _from_hub(name, _ADAPTER_FILES)
+    return _holding(
+        workspace.find_input(name, run_dir=run_dir),
+        "adapter_config.json",
+        "is no LoRA adapter",
+        "Give the directory that 02_train made, or one of peft's files.",
+    )
+
+
+def _is_here(name: str, run_dir: str | Path | None) -> bool:
+    places = [Path(name), *([] if run_dir is None else [Path(run_dir) / name])]
+    attached = (path for root in workspace.input_roots() for path in root.rglob(glob.escape(name)))
+    return any(path.exists() for path in places) or any(attached)
 
 
 def _with_config(directory: Path) -> Path:
-    if not (directory / "config.json").is_file():
-        raise SaigaError(
-            f"{directory} is no base model: it has no config.json. base_source must name the directory "
-            "of the original Hugging Face files (config.json, *.safetensors, the tokenizer)."
-        )
-    return directory
+    return _holding(
+        directory,
+        "config.json",
+        "is no base model",
+        "Give the directory of the original Hugging Face files (config.json, *.safetensors, the tokenizer).",
+    )
+
+
+def _holding(directory: Path, marker: str, problem: str, remedy: str) -> Path:
+    """`directory`, or the only one below it that holds the file `marker`: Kaggle mounts a model under its version."""
+    if (directory / marker).is_file():
+        return directory
+    below = sorted(file.parent for file in directory.rglob(marker))
+    if len(below) == 1:
+        return below[0]
+    if below:
+        raise SaigaError(f"{directory} holds more than one {marker}: name one of {', '.join(map(str, below))}.")
+    raise SaigaError(f"{directory} {problem}: it has no {marker}. {remedy}")
 
 
 def _weight_files(repo: str) -> tuple[str, ...]:
     from huggingface_hub import HfApi
 
-    names = _asking_hub(repo, lambda: HfApi().list_repo_files(repo, token=workspace.secret("HF_TOKEN")))
+    # Not list_repo_files, which without a connection tries for 24 s.
+    found = _asking_hub(repo, lambda: HfApi().model_info(repo, token=workspace.secret("HF_TOKEN")))
+    names = [file.rfilename for file in found.siblings or []]
     return ("*.safetensors",) if any(name.endswith(".safetensors") for name in names) else ("*.bin",)
 
 
@@ -85,10 +107,10 @@ def _from_hub(repo: str, patterns: tuple[str, ...]) -> Path:
 
 
 def _asking_hub(repo: str, ask: Callable[[], T]) -> T:
-    from huggingface_hub.errors import (
+    # HTTPError is httpx's in huggingface_hub 1 and httpx2's in 2; no connection is one of these, and no OSError.
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
+        HTTPError,
         RepositoryNotFoundError,
     )
 
@@ -104,8 +126,8 @@ def _asking_hub(repo: str, ask: Callable[[], T]) -> T:
         ) from None
     except RepositoryNotFoundError:
         raise SaigaError(f"{repo} is not on the Hub (any more), or HF_TOKEN may not see it. {attach}") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    except (HTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".:") or type(error).__name__
         raise SaigaError(
             f"{repo} could not be fetched from the Hub: {reason}. On Kaggle, switch Internet on. {attach}"
         ) from None

@@ -1,0 +1,200 @@
+"""A Russian WordNet into the demo's records: short texts, and the terms that they define as JSON."""
+
+import json
+import random
+import re
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+from saigakit import examples, manifest
+from saigakit.errors import SaigaError
+
+Pair = tuple[str, str]  # term, definition
+Record = dict[str, list[dict[str, str]]]
+
+_WORD = r"[а-яё]+(?:-[а-яё]+)*"
+_DEFINITION = re.compile(rf"{_WORD}(?:,? {_WORD})*")
+_LABELS = re.compile(r"(?:\{\{[^{}]*\}\}[ ,;-]*(?:(?:и|или|также)\b[ ,]*)?)+")
+# The dictionary's labels of coarse words, and the subjects that it does not label.
+_COARSE = re.compile(r"\{\{(?:вульг|обсц|мат\b|груб|бран|презр|эвф|табу|унич|крим|секс)")
+_COARSE_STEM = re.compile(
+    "полово|половы|сексуал|проститу|мочи|испражн|совокуп|гомосек|дерьм|ягодиц|задниц|жоп|хуй|ссать|сперм|оргазм|перд[аие]"
+)
+# What begins as a remark, speaks of a sense that is not there or of grammar, or is cut short.
+_REMARK = re.compile(
+    r"(?:и|а|или|но|то есть|о|об|обо|также|чаще|обычно|см|это)\b"
+    r"|.*\b(?:эт[аиоу]\w*|так(?:ого|ому|им|ими|их|ой|ая|ую|ие)(?!,)|глагол\w*|гл|ср)\b|.*-л\b"
+)
+
+DEFINED = (0,) * 5 + (1,) * 9 + (2,) * 6  # terms that a text defines, over twenty texts
+INSTRUCTION = 'Определения в JSON: [{"term": "…", "definition": "…"}], если их нет — []'
+
+
+@dataclass(frozen=True)
+class Style:
+    """Sentences that texts are built of. {T} and {t}: the term with and without a capital; {d}: its definition."""
+
+    phrasings: tuple[str, ...]
+    fillers: tuple[str, ...]
+
+
+SEEN = Style(
+    phrasings=(
+        "{T} — это {d}.",
+        "{T} — {d}.",
+        "{T}: {d}.",
+        "Слово «{t}» означает: {d}.",
+        "Что такое {t}? Это {d}.",
+        "Под словом «{t}» понимают: {d}.",
+        "Термин «{t}» определяют так: {d}.",
+        "В словаре {t} — это {d}.",
+    ),
+    fillers=(
+        "Разберём ещё одно слово.",
+        "Об этом писали в газетах.",
+        "Пример взят из старой книги.",
+        "Лекция началась в девять утра.",
+        "Эту тему проходят в школе.",
+        "Вчера весь день шёл дождь.",
+        "Запишите это в тетрадь.",
+        "Слово «{t}» встречается редко.",
+        "Подробности есть в приложении.",
+        "К этому мы ещё вернёмся.",
+        "Автор не приводит примеров.",
+        "Ударение ставят по-разному.",
+        "Слушатели задали много вопросов.",
+        "Раздел дополнен в новом издании.",
+        "В тексте дважды упоминается {t}.",
+        "Перевод сделан со старого издания.",
+        "Дальше идёт список литературы.",
+        "На рисунке показан общий вид.",
+        "Слово «{t}» пришло из другого языка.",
+        "Учитель попросил повторить правило.",
+    ),
+)
+UNSEEN = Style(
+    phrasings=(
+        "Слово «{t}» значит: {d}.",
+        "Запишем: {t} — это {d}.",
+        "Словарь поясняет термин «{t}» так: {d}.",
+    ),
+    fillers=(
+        "Глава заканчивается упражнениями.",
+        "Это слово любят редакторы.",
+        "Студенты спорили до вечера.",
+        "Слово «{t}» есть не в каждом словаре.",
+        "Ответ найдёте на последней странице.",
+    ),
+)
+
+
+def write_records(directory: Path, *, train: int = 1200, held_out: int = 240, seed: int = 7) -> tuple[Path, Path]:
+    """train.jsonl and held_out.jsonl: no term of a held-out text is a word of a training text, and no text is twice.
+
+    Half of the held-out texts are built of phrasings and fillers that training never shows.
+    """
+    for_train, for_test = (_endless(pairs) for pairs in _split(definitions(), seed))
+    rng = random.Random(seed + 1)
+    texts: set[str] = set()
+    rows = _records(for_train, SEEN, train, rng, texts)
+    tests = _records(for_test, SEEN, held_out - held_out // 2, rng, texts)
+    tests += _records(for_test, UNSEEN, held_out // 2, rng, texts)
+    directory.mkdir(parents=True, exist_ok=True)
+    return (
+        manifest.write_text(directory / "train.jsonl", _jsonl(rows)),
+        manifest.write_text(directory / "held_out.jsonl", _jsonl(tests)),
+    )
+
+
+def _split(pairs: Sequence[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
+    """In random order: pairs for training, and a quarter of them whose terms no definition or sentence contains."""
+    written = chain((definition for _, definition in pairs), *asdict(SEEN).values())
+    words = set(re.findall(r"[а-яё]+", " ".join(written).lower()))
+    shuffled = random.Random(seed).sample(pairs, len(pairs))
+    apart = [pair for pair in shuffled if pair[0] not in words][: len(pairs) // 4]
+    held_out = set(apart)
+    return [pair for pair in shuffled if pair not in held_out], apart
+
+
+def _endless(pairs: Sequence[Pair]) -> Iterator[Pair]:
+    yield from pairs
+    raise SaigaError(f"So many records need more than the {len(pairs)} definitions that there are: ask for fewer.")
+
+
+def _records(pairs: Iterator[Pair], style: Style, count: int, rng: random.Random, texts: set[str]) -> list[Record]:
+    """`count` conversations whose texts are not among `texts`, to which they are added."""
+    kinds = [DEFINED[index % len(DEFINED)] for index in range(count)]
+    rng.shuffle(kinds)
+    found: list[Record] = []
+    for defined in kinds:
+        text, items = _text(pairs, style, defined, rng)
+        while text in texts:
+            text, items = _text(pairs, style, defined, rng)
+        texts.add(text)
+        found.append(_conversation(text, json.dumps(items, ensure_ascii=False)))
+    return found
+
+
+def _text(pairs: Iterator[Pair], style: Style, defined: int, rng: random.Random) -> tuple[str, list[dict[str, str]]]:
+    """A text that defines so many terms, and the items in it in the order of the text."""
+    fillers = rng.randint(0, 1) if defined else rng.randint(2, 3)
+    patterns = rng.choices(style.phrasings, k=defined) + rng.sample(style.fillers, fillers)
+    rng.shuffle(patterns)
+    sentences, items = [], []
+    for pattern in patterns:
+        term, definition = next(pairs) if "{" in pattern else ("", "")
+        sentences.append(pattern.format(T=term.capitalize(), t=term, d=definition))
+        if "{d}" in pattern:
+            items.append({"term": term.capitalize() if "{T}" in pattern else term, "definition": definition})
+    return " ".join(sentences), items
+
+
+def _conversation(text: str, answer: str) -> Record:
+    roles = {"system": INSTRUCTION, "user": text, "assistant": answer}
+    return {"messages": [{"role": role, "content": content} for role, content in roles.items()]}
+
+
+def _jsonl(rows: Sequence[Record]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def definitions() -> list[Pair]:
+    """(term, definition) of 3-6 words and at most 45 characters, in the WordNet's own order, both unique."""
+    file = examples.package_file(examples.WORDNET)
+    with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
+        rows = database.execute("SELECT lemma, definition FROM synsets ORDER BY synset_id").fetchall()
+    coarse = {lemma for lemma, text in rows if _COARSE.search(text)}
+    pairs: dict[str, str] = {}
+    taken: set[str] = set()
+    for lemma, text in rows:
+        definition = _plain(text)
+        if lemma not in pairs and lemma not in coarse and definition not in taken and _is_clean(lemma, definition):
+            pairs[lemma] = definition
+            taken.add(definition)
+    return list(pairs.items())
+
+
+def _plain(text: str) -> str:
+    """The first sense up to its first semicolon, without its labels and wiki markup."""
+    parts = text.split("#", 1)[0].split("~ru~")
+    sense = re.split(r"\{\{(?:пример|семантика)|~", parts[2], maxsplit=1)[0] if len(parts) > 2 else ""
+    sense = _LABELS.sub("", sense.strip(), count=1) if sense.lstrip().startswith("{{") else sense
+    sense = re.sub(r"\[\[(?:[^\]|]*\|)?([^\]|]*)\]\]", r"\1", sense)
+    sense = re.sub(r"'{2,}|<[^>]*>|\u0301", "", sense)
+    return re.sub(r"\s+", " ", sense).strip(" ,.;").split(";")[0].strip(" ,.")
+
+
+def _is_clean(term: str, definition: str) -> bool:
+    return (
+        re.fullmatch(r"[а-яё]{4,14}", term) is not None
+        and _DEFINITION.fullmatch(definition) is not None
+        and 3 <= len(definition.split()) <= 6
+        and len(definition) <= 45
+        and term[:-1] not in definition
+        and _REMARK.match(definition) is None
+        and _COARSE_STEM.search(f"{term} {definition}") is None
+    )

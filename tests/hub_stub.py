@@ -1,0 +1,75 @@
+"""A loopback stand-in for the Hub's API: repositories as dictionaries, and the answers of a repository that is not."""
+
+import hashlib
+import http.server
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+COMMIT = "0" * 39 + "1"
+REFUSALS = {  # as the Hub answers: status, X-Error-Code
+    "someone/gated": (403, "GatedRepo"),
+    "someone/vanished": (404, "RepoNotFound"),
+    "someone/private": (401, "RepoNotFound"),
+    "someone/broken": (400, ""),
+    "someone/overloaded": (503, ""),
+}
+
+
+class _Answers(http.server.BaseHTTPRequestHandler):
+    repositories: Mapping[str, Mapping[str, bytes]]
+    calls: list[str]
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, *, with_body: bool) -> None:
+        type(self).calls.append(self.path)
+        path = self.path.split("?")[0].removeprefix("/api/models")
+        repository = "/".join(path.split("/")[1:3])
+        if repository in REFUSALS:
+            status, code = REFUSALS[repository]
+            self._reply(status, b"{}", with_body, {"X-Error-Code": code} if code else {})
+        elif repository in self.repositories:
+            self._serve(path, repository, with_body)
+        else:
+            self._reply(404, b"{}", with_body, {"X-Error-Code": "RepoNotFound"})
+
+    def _serve(self, path: str, repository: str, with_body: bool) -> None:
+        files = self.repositories[repository]
+        if "/resolve/" in path:
+            content = files[path.split("/resolve/")[1].split("/", 1)[1]]
+            etag = f'"{hashlib.sha1(content, usedforsecurity=False).hexdigest()}"'
+            self._reply(200, content, with_body, {"ETag": etag, "X-Repo-Commit": COMMIT})
+        elif "/tree/" in path:
+            rows = [{"type": "file", "path": name, "size": len(files[name]), "oid": COMMIT} for name in files]
+            self._reply(200, json.dumps(rows).encode(), with_body, {})
+        else:
+            listed = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+            self._reply(200, json.dumps(listed).encode(), with_body, {})
+
+    def _reply(self, status: int, body: bytes, with_body: bool, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple[str, list[str]]]:
+    """The endpoint's address, and the paths that were asked for."""
+    calls: list[str] = []
+    answers = type("Answers", (_Answers,), {"repositories": repositories, "calls": calls})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", calls
+        server.shutdown()

@@ -1,0 +1,199 @@
+import json
+import re
+import sqlite3
+from contextlib import closing
+from itertools import chain
+
+import pytest
+
+from saigakit import definitions, examples
+from saigakit.definitions import INSTRUCTION, SEEN, UNSEEN
+from saigakit.errors import SaigaError
+
+SYLLABLES = ("ва", "го", "ди", "же", "зу", "ки", "лё", "мы", "но", "пя", "ра", "си")
+
+
+def synset(lemma, text):
+    return lemma, f"{lemma}~ru~{lemma}~ru~{text}~1~2#другой~ru~другой~ru~второе значение слова~3~4"
+
+
+def word(number):
+    """Letters for a number, never a word of the sentences."""
+    return "щ" + "".join(SYLLABLES[number // 12**place % 12] for place in range(3))
+
+
+@pytest.fixture
+def wordnet(tmp_path, monkeypatch):
+    """A small WordNet of the packaged one's shape."""
+
+    def make(rows):
+        file = tmp_path / "wordnet.db"
+        with closing(sqlite3.connect(file)) as database:
+            database.execute("CREATE TABLE synsets (synset_id INTEGER, lemma TEXT, definition TEXT)")
+            numbered = [(index, lemma, text) for index, (lemma, text) in enumerate(rows)]
+            database.executemany("INSERT INTO synsets VALUES (?, ?, ?)", numbered)
+            database.commit()
+        monkeypatch.setattr(examples, "package_file", lambda wanted: file)
+
+    return make
+
+
+@pytest.fixture
+def thousand(wordnet):
+    """1500 pairs; the definitions of the first 900 name a term of another."""
+    wordnet(
+        synset(word(i), f"вещь {word(i)[1:]} {word(i + 500) if i < 900 else 'годная'} из дерева") for i in range(1500)
+    )
+
+
+@pytest.fixture(scope="module")
+def packaged(callers_cache):
+    """(term, definition) of the real WordNet."""
+    try:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("SAIGAKIT_CACHE", str(callers_cache))
+            return definitions.definitions()
+    except SaigaError as error:
+        pytest.skip(f"the packaged WordNet is not to be had here: {error}")
+
+
+def written(directory, **counts):
+    return [
+        [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").split("\n") if line]
+        for file in definitions.write_records(directory, **counts)
+    ]
+
+
+def parts(messages):
+    return messages[1]["content"], json.loads(messages[2]["content"])
+
+
+@pytest.mark.parametrize(
+    ("text", "definition"),
+    [
+        ("{{разг.|ru}}, {{устар.}} [[кусок]] [[ткань|ткани]] {{пример|Вот {{выдел|он}}.}}", "кусок ткани"),
+        ("сто́ящий ''очень'' дорого<sup>2</sup>, ценный.", "стоящий очень дорого2, ценный"),
+        ("{{наречие|смелый}}; без страха и сомнений; смело", "без страха и сомнений"),
+        ("{{разг.}}-{{сниж.}} кормить кого-либо досыта", "кормить кого-либо досыта"),
+        ("место {{семантика|синонимы=-}} {{пример|}}", "место"),
+    ],
+)
+def test_a_definition_is_the_first_sense_without_labels_and_markup(text, definition):
+    assert definitions._plain(synset("слово", text)[1]) == definition
+
+
+@pytest.mark.parametrize(
+    ("lemma", "text"),
+    [
+        ("ход", "перемещение фигуры на доске"),  # a term of three letters
+        ("Москва", "столица большой северной страны"),
+        ("дом", "здание"),
+        ("ткань", "изделие"),  # too short
+        ("ткань", "изделие из нитей, которое получают на ткацком станке"),  # too long
+        ("бегун", "бегун на длинные дистанции"),  # the term itself
+        ("беслановка", "жительница города {{=|Беслан}} и окрестностей"),  # a template in the middle
+        ("автор", "и создатель какой-либо вещи"),  # goes on from something
+        ("залив", "большое скопление такой жидкости"),  # speaks of another sense
+        ("ломать", "о чём-либо твёрдом, прочном"),
+        ("пахтать", "действие по глаголу пахтать"),
+        ("бежать", "быстро двигаться куда-л"),  # cut short
+        ("хлорит", "соль кислоты HClO"),
+        ("скобка", "знак (обычно круглый) при письме"),
+        ("грубость", "{{груб.|ru}} слово для брани вслух"),
+    ],
+)
+def test_what_is_no_clean_pair_is_left_out(wordnet, lemma, text):
+    wordnet([synset(lemma, text), synset("ступня", "нижняя часть ноги человека")])
+    assert definitions.definitions() == [("ступня", "нижняя часть ноги человека")]
+
+
+def test_terms_and_definitions_are_unique(wordnet):
+    wordnet(
+        [
+            synset("ступня", "нижняя часть ноги человека"),
+            synset("ступня", "подошва обуви или лапы"),
+            synset("стопа", "нижняя часть ноги человека"),
+        ]
+    )
+    assert definitions.definitions() == [("ступня", "нижняя часть ноги человека")]
+
+
+def test_a_coarse_word_is_left_out_with_all_its_senses(wordnet):
+    wordnet([synset("рыло", "передняя часть головы животного"), synset("рыло", "{{вульг.|ru}} лицо")])
+    assert definitions.definitions() == []
+
+
+def test_every_record_is_the_instruction_a_text_and_its_items(thousand, tmp_path):
+    for messages in chain(*written(tmp_path, train=60, held_out=20)):
+        assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+        assert messages[0]["content"] == INSTRUCTION
+        assert all(set(item) == {"term", "definition"} for item in parts(messages)[1])
+
+
+def test_items_are_quoted_as_written_and_in_the_order_of_the_text(thousand, tmp_path):
+    for text, items in map(parts, chain(*written(tmp_path, train=300, held_out=60))):
+        end = 0
+        for item in items:
+            term = re.search(rf"(?<![А-Яа-яё]){item['term']}(?![А-Яа-яё])", text[end:])
+            assert term is not None, (text, item)
+            found = text.index(item["definition"], end + term.end())
+            assert text[found + len(item["definition"])] == "."
+            end = found + len(item["definition"])
+
+
+def test_a_quarter_of_the_texts_defines_nothing(thousand, tmp_path):
+    for rows in written(tmp_path, train=200, held_out=80):
+        assert sum(items == [] for _, items in map(parts, rows)) == len(rows) / 4
+
+
+def test_no_text_is_written_twice(thousand, tmp_path):
+    texts = [text for text, _ in map(parts, chain(*written(tmp_path, train=400, held_out=80)))]
+    assert len(set(texts)) == len(texts) == 480
+
+
+def held_out_terms(rows):
+    found = set()
+    for text, items in map(parts, rows):
+        found |= {item["term"].lower() for item in items}
+        found |= set(re.findall(r"(?:Слово «|упоминается )([а-яё]+)", text))
+    return found
+
+
+def test_no_term_of_a_held_out_text_is_a_word_of_a_training_text(thousand, tmp_path):
+    train, held_out = written(tmp_path, train=400, held_out=80)
+    words = set(re.findall(r"[а-яё]+", " ".join(text for text, _ in map(parts, train)).lower()))
+    assert held_out_terms(held_out)
+    assert not held_out_terms(held_out) & words
+
+
+def shape(pattern):
+    return re.sub(r"\\{[Ttd]\\}", "[А-Яа-яё, -]+", re.escape(pattern))
+
+
+def test_half_of_the_held_out_texts_has_phrasings_and_fillers_that_training_never_shows(thousand, tmp_path):
+    train, held_out = written(tmp_path, train=200, held_out=80)
+    unseen = re.compile("|".join(shape(pattern) for pattern in (*UNSEEN.phrasings, *UNSEEN.fillers)))
+    seen = re.compile("|".join(shape(pattern) for pattern in (*SEEN.phrasings[3:], *SEEN.fillers)))
+    assert not any(unseen.search(text) for text, _ in map(parts, train))
+    assert all(unseen.search(text) and not seen.search(text) for text, _ in map(parts, held_out[40:]))
+
+
+def test_the_same_seed_writes_the_same_bytes(thousand, tmp_path):
+    first = definitions.write_records(tmp_path / "a", train=40, held_out=8)
+    second = definitions.write_records(tmp_path / "b", train=40, held_out=8)
+    assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
+    other = definitions.write_records(tmp_path / "c", train=40, held_out=8, seed=8)
+    assert other[0].read_bytes() != first[0].read_bytes()
+
+
+def test_more_records_than_the_definitions_are_enough_for_are_refused_and_nothing_is_written(thousand, tmp_path):
+    with pytest.raises(SaigaError, match="ask for fewer"):
+        definitions.write_records(tmp_path / "records", train=5000)
+    assert not (tmp_path / "records").exists()
+
+
+def test_the_packaged_wordnet_gives_twelve_thousand_pairs_in_plain_russian(packaged):
+    assert 12_000 <= len(packaged) <= 19_000
+    assert all(re.fullmatch(r"[а-яё]{4,14}", term) for term, _ in packaged)
+    assert all(re.fullmatch(r"[а-яё, -]{1,45}", definition) for _, definition in packaged)
+    assert len({definition for _, definition in packaged}) == len(packaged)

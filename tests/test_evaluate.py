@@ -1,0 +1,240 @@
+import json
+import shutil
+
+import pytest
+
+from saigakit import evaluate, export, manifest, memory, results, sources, tokenization, workspace
+from saigakit.errors import SaigaError
+from saigakit.evaluate import Asked, Compared
+from saigakit.generation import Generated
+
+TURN = [{"role": "user", "content": "Кто ты?"}, {"role": "assistant", "content": "Сайга."}]
+ITEMS = '[{"term": "азот", "definition": "газ"}]'
+
+
+def write_conversations(file, conversations):
+    lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations]
+    file.write_text("".join(lines), encoding="utf-8")
+    return file
+
+
+def stage_01(run_dir, conversations):
+    identity = {"stage": "01_format", "parameters": {"model": "saiga_tiny"}, "inputs": {}}
+    with manifest.making(run_dir / "01_format", **identity) as partial:
+        write_conversations(partial / "held_out.jsonl", conversations)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny, tmp_path_factory):
+    """The stages that 04 needs, of the tiny Saiga."""
+    directory = tmp_path_factory.mktemp("run")
+    records = (tiny / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    roles = {"system": "system", "user": "user", "bot": "assistant"}
+    conversations = [
+        [{"role": roles[key], "content": text} for key, text in json.loads(line).items()] for line in records[:6]
+    ]
+    stage_01(directory, conversations)
+    export.merge_gguf(model="saiga_tiny", run_dir=directory, adapter="released", quant_type="F32")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def compared(run_dir):
+    """The whole stage, and the conversations that it asked."""
+    made = evaluate.compare(model="saiga_tiny", run_dir=run_dir, adapter="released", max_examples=4)
+    return made, evaluate.read_examples(run_dir / "01_format" / "held_out.jsonl")
+
+
+@pytest.fixture
+def copied(run_dir, tmp_path):
+    """Stages to spoil."""
+    for name in ("01_format", "03_merge_gguf"):
+        shutil.copytree(run_dir / name, tmp_path / name)
+    return tmp_path
+
+
+def test_a_conversation_is_asked_up_to_its_last_answer(tmp_path):
+    longer = [*TURN, {"role": "user", "content": "А я?"}, {"role": "assistant", "content": "Человек."}]
+    file = write_conversations(tmp_path / "held_out.jsonl", [TURN, [*longer, {"role": "user", "content": "Да?"}]])
+    assert evaluate.read_examples(file) == [(TURN[:1], "Сайга."), (longer[:3], "Человек.")]
+
+
+def test_line_separators_inside_a_text_do_not_end_a_record(tmp_path):
+    strange = [{"role": "user", "content": "раз\u2028два\u2029три\x85\x0b"}, TURN[1]]
+    file = write_conversations(tmp_path / "held_out.jsonl", [strange])
+    assert evaluate.read_examples(file) == [(strange[:1], "Сайга.")]
+
+
+def test_a_file_without_answers_is_refused(tmp_path):
+    file = write_conversations(tmp_path / "held_out.jsonl", [TURN[:1], TURN[1:]])
+    with pytest.raises(SaigaError, match="no conversation with an answer"):
+        evaluate.read_examples(file)
+
+
+@pytest.mark.parametrize(("count", "taken"), [(3, [0, 3, 6]), (10, list(range(10))), (99, list(range(10))), (1, [0])])
+def test_examples_are_taken_evenly_over_the_file(count, taken):
+    assert [text for _, text in evaluate.spread([([], index) for index in range(10)], count)] == taken
+
+
+def test_the_limit_is_the_longest_reference_and_a_margin(tiny):
+    tokenizer = tokenization.load_tokenizer("saiga_tiny")
+    asked = Asked.of([(TURN[:1], "Сайга."), (TURN[:1], "Да.")], tokenizer)
+    assert asked.max_new_tokens == len(tokenizer.encode_text("Сайга.")) + evaluate.MARGIN
+    assert asked.prompts == [tokenization.encode(TURN[:1], tokenizer, add_generation_prompt=True)["input_ids"]] * 2
+    assert asked.stop_ids == {tokenizer.special_tokens["</s>"]}
+
+
+def test_what_is_written_has_the_names_that_readers_expect(tmp_path):
+    examples = [(TURN[:1], ITEMS), (TURN[:1], "[]")]
+    answers = {
+        "before": (["не знаю", "[]"], Generated([[1], [2]], seconds=2.0, tokens=50)),
+        "after": ([ITEMS, "[]"], Generated([[1], [2]], seconds=4.0, tokens=100)),
+        "Q4_K_M": ([ITEMS, "[1]"], Generated([[1], [2]], seconds=1.0, tokens=75)),
+    }
+    evaluate._write(tmp_path, examples, answers, [400, 410, 100])
+    rows = results.read(tmp_path)
+    assert rows[0] == {
+        "name": "before",
+        "n": 2,
+        "exact": 0.5,
+        "json_valid": 0.5,
+        "f1": 0.0,
+        "tokens_per_s": 25.0,
+        "bytes": 400,
+    }
+    assert [(row["name"], row["exact"], row["bytes"]) for row in rows[1:]] == [
+        ("after", 1.0, 410),
+        ("Q4_K_M", 0.5, 100),
+    ]
+    first, second = map(json.loads, (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines())
+    assert first == {
+        "prompt": "Кто ты?",
+        "reference": ITEMS,
+        "answers": {"before": "не знаю", "after": ITEMS, "Q4_K_M": ITEMS},
+        "exact": {"before": False, "after": True, "Q4_K_M": True},
+    }
+    assert second["exact"] == {"before": True, "after": True, "Q4_K_M": False}
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_of_examples_reads_answers_with_line_separators(tmp_path):
+    answers = {"before": (["а\u2028б"], Generated([[1]], 1.0, 1)), "after": (["[]"], Generated([[1]], 1.0, 1))}
+    evaluate._write(tmp_path, [(TURN[:1], "[]")], answers, [1, 2])
+    assert "а\u2028б" in results.examples_table(tmp_path / "answers.jsonl").rows[0][2]
+
+
+def test_the_stage_has_a_row_for_each_model_and_no_other_files(compared):
+    made, _ = compared
+    assert [(row["name"], row["n"]) for row in results.read(made)] == [("before", 4), ("after", 4), ("F32", 4)]
+    names = sorted(file.name for file in made.iterdir())
+    assert names == ["answers.jsonl", "comparison.png", "results.json", "saigakit.json"]
+
+
+def test_answers_stand_beside_the_reference_of_their_question(compared):
+    made, examples = compared
+    lines = [json.loads(line) for line in (made / "answers.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    asked = evaluate.spread(examples, 4)
+    assert [(line["prompt"], line["reference"]) for line in lines] == [(m[-1]["content"], text) for m, text in asked]
+    assert all(set(line["answers"]) == {"before", "after", "F32"} for line in lines)
+    assert all(line["answers"]["before"] != line["answers"]["after"] for line in lines)
+
+
+def test_the_manifest_names_the_files_that_were_compared(compared, run_dir, tiny):
+    content = manifest.read(compared[0])
+    gguf_file = run_dir / "03_merge_gguf" / "model.gguf"
+    assert content["compared"] == {
+        "before": [str(tiny / "base")],
+        "after": [str(tiny / "base"), str(tiny / "adapter")],
+        "F32": [str(gguf_file)],
+    }
+    assert content["inputs"]["base"] == manifest.hashes(tiny / "base")
+    assert content["inputs"]["adapter"] == manifest.hashes(tiny / "adapter")
+    assert content["inputs"]["gguf"]["model.gguf"] == manifest.sha256(gguf_file)
+
+
+def test_a_finished_comparison_is_kept(compared, run_dir, capsys):
+    again = evaluate.compare(model="saiga_tiny", run_dir=run_dir, adapter="released", max_examples=4)
+    assert again == compared[0]
+    assert "kept" in capsys.readouterr().out
+
+
+def test_an_adapter_that_the_gguf_was_not_made_of_is_refused(copied, tiny):
+    adapter = shutil.copytree(tiny / "adapter", copied / "other")
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 9}), encoding="utf-8")
+    with pytest.raises(SaigaError, match=r"was made of another adapter .*other"):
+        evaluate.compare(model="saiga_tiny", run_dir=copied, adapter="other")
+
+
+def test_no_adapter_is_refused_where_the_gguf_has_one(copied):
+    with pytest.raises(SaigaError, match="was made of another adapter than the one to compare it with, none"):
+        evaluate.compare(model="saiga_tiny", run_dir=copied, adapter=None)
+
+
+def test_a_base_that_the_gguf_was_not_made_of_is_refused(copied, tiny):
+    base = shutil.copytree(tiny / "base", copied / "base")
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-1] + b"\x01")
+    with pytest.raises(SaigaError, match="was made of another base"):
+        evaluate.compare(model="saiga_tiny", run_dir=copied, adapter="released", base_source=str(base))
+
+
+def test_a_copy_of_the_base_with_other_notes_is_the_same_base(copied, tiny):
+    base = shutil.copytree(tiny / "base", copied / "base")
+    (base / "README.md").write_text("a copy", encoding="utf-8")
+    assert Compared.of("saiga_tiny", copied, "released", str(base)).base_dir == base
+
+
+def test_a_gguf_of_another_model_is_refused(copied):
+    file = copied / "03_merge_gguf" / "saigakit.json"
+    content = manifest.read(copied / "03_merge_gguf")
+    content["parameters"]["model"] = "saiga2_7b"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(SaigaError, match="was made for model='saiga2_7b'"):
+        evaluate.compare(model="saiga_tiny", run_dir=copied, adapter="released")
+
+
+@pytest.mark.parametrize("missing", ["01_format", "03_merge_gguf"])
+def test_a_stage_that_was_not_run_is_named(copied, missing):
+    shutil.rmtree(copied / missing)
+    with pytest.raises(SaigaError, match=f"Run {missing} first"):
+        evaluate.compare(model="saiga_tiny", run_dir=copied, adapter="released")
+
+
+def test_a_gguf_with_another_chat_template_is_refused(run_dir, monkeypatch):
+    tokenizer = tokenization.load_tokenizer("saiga_tiny")
+    asked = Asked.of([(TURN[:1], "Да.")], tokenizer)
+    other = Asked(asked.examples, tokenizer, [[1, *asked.prompts[0]]], asked.stop_ids, 20)
+    with pytest.raises(SaigaError, match="give different ids for the same prompt"):
+        evaluate._ask_gguf(other, run_dir / "03_merge_gguf" / "model.gguf")
+
+
+def test_memory_that_is_too_small_is_known_before_anything_is_loaded(copied, monkeypatch):
+    monkeypatch.setattr(workspace, "available_memory", lambda: 10**9)
+    with pytest.raises(SaigaError, match=r"Answering with base .* needs about 1\.0 GB of memory, and 1\.0 GB are free"):
+        evaluate.compare(model="saiga_tiny", run_dir=copied, adapter="released")
+    assert not (copied / "04_infer").exists()
+
+
+def test_the_memory_of_a_gpu_counts_where_there_is_one(copied, monkeypatch):
+    monkeypatch.setattr(workspace, "gpus", lambda: [workspace.Gpu("Tesla T4", (7, 5), 16 * 10**9, 5 * 10**8)])
+    with pytest.raises(SaigaError, match=r"1\.0 GB of GPU memory, and 0\.5 GB of Tesla T4 are free"):
+        evaluate.compare(model="saiga_tiny", run_dir=copied, adapter="released")
+
+
+def test_the_memory_needed_is_that_of_weights_one_text_and_the_libraries(tiny, monkeypatch):
+    tokenizer = tokenization.load_tokenizer("saiga_tiny")
+    asked = Asked.of([(TURN[:1], "Да.")], tokenizer)
+    needed = []
+    monkeypatch.setattr(workspace, "gpus", list)
+    monkeypatch.setattr(workspace, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(workspace, "require_memory", lambda size, what, remedy: needed.append(size))
+    evaluate._require_memory(tiny / "base", "none", asked)
+    shape = memory.Shape.of(sources.base_dir(evaluate.models.find("saiga_tiny")))
+    tokens = len(asked.prompts[0]) + asked.max_new_tokens
+    assert needed == [evaluate.OVERHEAD + sum(memory.inference(shape, "none", 4, tokens).values())]
+
+
+def test_a_full_disk_is_known_before_anything_is_loaded(copied, monkeypatch):
+    monkeypatch.setattr(workspace, "free_disk", lambda path: 10**6)
+    with pytest.raises(SaigaError, match=r"04_infer needs 0\.10 GB of disk"):
+        evaluate.compare(model="saiga_tiny", run_dir=copied, adapter="released")

@@ -1,0 +1,147 @@
+import hashlib
+import io
+import shutil
+import tarfile
+import zipfile
+
+import gguf
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from saigakit import examples, memory, tokenization, workspace
+from saigakit.errors import SaigaError
+from saigakit.examples import PackageFile
+
+CONTENT = b"the file that is wanted" * 1000
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAIGAKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch, cache):
+    """A wheel in a directory that is all that pip sees, and the description of the file in it."""
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(shelf), "CONFIG_FILE": "/dev/null"}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    archive = shelf / "toys-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(archive, "w") as wheel:
+        wheel.writestr("toys/data.bin", CONTENT)
+        wheel.writestr("toys-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toys\nVersion: 1.0\n")
+        wheel.writestr("toys-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("toys-1.0.dist-info/RECORD", "")
+    return PackageFile(
+        requirement="toys==1.0",
+        archive_sha256=hashlib.sha256(archive.read_bytes()).hexdigest(),
+        member="data.bin",
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+        size=len(CONTENT),
+    )
+
+
+def kept(cache):
+    return [file for file in (cache / "packages").rglob("*") if file.is_file()]
+
+
+def changed(package, **values):
+    return PackageFile(**{**vars(package), **values})
+
+
+def test_a_file_is_taken_out_of_its_package_and_nothing_else_stays(package, cache):
+    file = examples.package_file(package)
+    assert file.read_bytes() == CONTENT
+    assert kept(cache) == [file]
+
+
+def test_a_kept_file_is_not_downloaded_again(package, tmp_path, capsys):
+    file = examples.package_file(package)
+    shutil.rmtree(tmp_path / "shelf")
+    capsys.readouterr()
+    assert examples.package_file(package) == file
+    assert capsys.readouterr().out == ""
+
+
+def test_a_kept_file_that_is_damaged_is_downloaded_again(package):
+    examples.package_file(package).write_bytes(b"half")
+    assert examples.package_file(package).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("field", ["archive_sha256", "sha256"])
+def test_a_package_or_a_file_with_another_checksum_is_refused_and_not_kept(package, cache, field):
+    with pytest.raises(SaigaError, match=r"toys==1\.0"):
+        examples.package_file(changed(package, **{field: "0" * 64}))
+    assert kept(cache) == []
+
+
+def test_a_package_that_cannot_be_had_is_named_with_what_pip_said(package, cache):
+    with pytest.raises(SaigaError, match=r"(?s)toys==2\.0 could not be downloaded.*No matching distribution"):
+        examples.package_file(changed(package, requirement="toys==2.0"))
+    assert kept(cache) == []
+
+
+def test_a_disk_that_is_too_small_is_known_before_the_download(package, monkeypatch, cache):
+    monkeypatch.setattr(workspace, "free_disk", lambda path: 2 * len(CONTENT))
+    with pytest.raises(SaigaError, match=r"Unpacking toys==1\.0 needs"):
+        examples.package_file(package)
+    assert kept(cache) == []
+
+
+def test_a_file_is_taken_out_of_a_source_archive_too(tmp_path):
+    archive = tmp_path / "toys-1.0.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in {"toys-1.0/setup.py": b"1/0", "toys-1.0/toys/data.bin": CONTENT}.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    examples._extract(archive, "data.bin", tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_what_is_interrupted_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), examples._made_once(tmp_path / "models" / "one") as partial:
+        (partial / "half").write_bytes(b"")
+        raise KeyboardInterrupt
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_what_another_process_made_first_stays(tmp_path):
+    with examples._made_once(tmp_path / "one") as partial:
+        (partial / "mine").write_bytes(b"")
+        (tmp_path / "one").mkdir()
+        (tmp_path / "one" / "theirs").write_bytes(b"")
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["theirs"]
+
+
+def test_a_model_that_cannot_be_unpacked_is_not_there(package, cache, monkeypatch):
+    monkeypatch.setattr(examples, "SMOLLM2", package)  # no GGUF
+    with pytest.raises(SaigaError):
+        examples.smollm2_base()
+    assert list((cache / "models").iterdir()) == []
+
+
+def test_the_tiny_saiga_is_made_once(cache):
+    made = examples.tiny_saiga()
+    first = (made / "base" / "model.safetensors").stat()
+    assert (examples.tiny_saiga() / "base" / "model.safetensors").stat().st_mtime_ns == first.st_mtime_ns
+    assert sorted(item.name for item in made.iterdir()) == ["adapter", "base", "records.jsonl"]
+
+
+def test_smollm2_has_its_shape_and_its_tokenizer(smollm2):
+    shape = memory.Shape.of(smollm2)
+    assert (shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.tied) == (576, 30, 9, 3, True)
+    tokenizer = tokenization.load_tokenizer("smollm2_135m")
+    assert tokenization.end_of_turn_ids(tokenizer) == {2}
+
+
+def test_smollm2_has_the_weights_of_the_packaged_file(smollm2, callers_cache, monkeypatch):
+    monkeypatch.setenv("SAIGAKIT_CACHE", str(callers_cache))
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(examples.package_file(examples.SMOLLM2)).tensors}
+    packed = tensors["blk.7.ffn_down.weight"]
+    with safe_open(smollm2 / "model.safetensors", "numpy") as weights:
+        unpacked = weights.get_tensor("model.layers.7.mlp.down_proj.weight")
+    np.testing.assert_array_equal(unpacked, gguf.dequantize(packed.data, packed.tensor_type))

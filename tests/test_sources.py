@@ -1,0 +1,203 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hub_stub
+import pytest
+
+from saigakit import models, sources
+from saigakit.errors import SaigaError
+from saigakit.models import MODELS, ModelSpec
+
+SAIGA = MODELS["saiga2_7b"]
+BASE = {
+    "config.json": b"{}",
+    "model.safetensors": b"weights",
+    "pytorch_model.bin": b"the same weights",
+    "tokenizer.model": b"pieces",
+    "README.md": b"#",
+}
+ADAPTER = {"adapter_config.json": b"{}", "adapter_model.bin": b"weights", "tokenizer.model": b"pieces", "a.png": b""}
+OLD = {"someone/old": {name: content for name, content in BASE.items() if name != "model.safetensors"}}
+REPOSITORIES = {SAIGA.base_model: BASE, SAIGA.released_adapter: ADAPTER, **OLD}
+ASK = """
+import sys
+from saigakit import models, sources
+from saigakit.errors import SaigaError
+try:
+    directory = eval(sys.argv[1])
+    print(directory, *sorted(file.name for file in directory.iterdir()), sep="\\n")
+except SaigaError as error:
+    print("SaigaError", error, sep="\\n")
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with hub_stub.serving(REPOSITORIES) as served:
+        yield served
+
+
+def asked(expression, endpoint, cache):
+    """What a process that sees the Hub at `endpoint` gets: huggingface_hub reads the address when it is imported."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "SAIGAKIT_"))}
+    environment = {**plain, "HF_ENDPOINT": endpoint, "SAIGAKIT_CACHE": str(cache)}
+    child = subprocess.run(
+        [sys.executable, "-c", ASK, expression], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in child.stderr, child.stderr
+    assert child.returncode == 0
+    return child.stdout.splitlines()
+
+
+def directory_with(path: Path, *names: str) -> Path:
+    path.mkdir(parents=True)
+    for name in names:
+        (path / name).write_text("{}", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAIGAKIT_INPUT_ROOT", str(tmp_path / "input"))
+    return tmp_path / "input"
+
+
+def test_a_base_of_the_hub_comes_with_one_kind_of_weights_and_no_more(hub, tmp_path):
+    _, *names = asked("sources.base_dir(models.find('saiga2_7b'))", hub[0], tmp_path)
+    assert names == ["config.json", "model.safetensors", "tokenizer.model"]
+
+
+def test_a_base_without_safetensors_comes_as_bin(hub, tmp_path):
+    _, *names = asked("sources.base_dir(models.find('someone/old'))", hub[0], tmp_path)
+    assert names == ["config.json", "pytorch_model.bin", "tokenizer.model"]
+
+
+def test_the_tokenizer_is_the_released_adapters(hub, tmp_path):
+    directory, *names = asked("sources.tokenizer_dir(models.find('saiga2_7b'))", hub[0], tmp_path)
+    assert "saiga2_7b_lora" in directory
+    assert names == ["adapter_config.json", "tokenizer.model"]
+
+
+@pytest.mark.parametrize("adapter", ["released", "IlyaGusev/saiga2_7b_lora"])
+def test_an_adapter_of_the_hub_comes_with_its_weights(hub, tmp_path, adapter):
+    _, *names = asked(f"sources.adapter_dir(models.find('saiga2_7b'), {adapter!r})", hub[0], tmp_path)
+    assert names == ["adapter_config.json", "adapter_model.bin", "tokenizer.model"]
+
+
+@pytest.mark.parametrize(
+    ("repository", "said"),
+    [
+        ("gated", "is gated: accept its licence"),
+        ("vanished", "is not on the Hub (any more)"),
+        ("private", "HF_TOKEN may not see it"),
+        ("broken", "Bad request"),
+        ("overloaded", "503 Service Unavailable"),
+    ],
+)
+def test_a_refusal_of_the_hub_is_a_sentence_that_says_what_to_attach(hub, tmp_path, repository, said):
+    kind, sentence = asked(f"sources.base_dir(models.find('someone/{repository}'))", hub[0], tmp_path)
+    assert kind == "SaigaError"
+    assert sentence.startswith(f"someone/{repository} ")
+    assert said in sentence
+    assert "attach a copy" in sentence
+    assert "base_source" in sentence
+
+
+@pytest.mark.parametrize("what", ["base_dir(models.find('a/b'))", "tokenizer_dir(models.find('a/b'))"])
+def test_without_a_connection_a_sentence_comes_soon(tmp_path, what):
+    start = time.monotonic()
+    kind, sentence = asked(f"sources.{what}", "http://127.0.0.1:9", tmp_path)
+    assert kind == "SaigaError"
+    assert "a/b could not be fetched from the Hub: " in sentence
+    assert "switch Internet on" in sentence
+    assert time.monotonic() - start < 20  # the Hub's own retries take 24 s
+
+
+def test_a_directory_is_its_own_base_and_tokenizer(tiny):
+    spec = models.find(str(tiny / "base"))
+    assert sources.base_dir(spec) == sources.tokenizer_dir(spec) == tiny / "base"
+
+
+def test_a_packaged_model_is_made(tiny):
+    spec = models.find("saiga_tiny")
+    assert sources.base_dir(spec) == tiny / "base"
+    assert sources.adapter_dir(spec, "released") == tiny / "adapter"
+
+
+def test_base_source_is_taken_instead_of_the_hub(tmp_path):
+    attached = directory_with(tmp_path / "llama", "config.json")
+    assert sources.base_dir(SAIGA, str(attached)) == sources.tokenizer_dir(SAIGA, str(attached)) == attached
+
+
+@pytest.mark.parametrize("layout", ["", "datasets/someone"])
+def test_base_source_is_found_in_both_layouts_of_mounts(inputs, layout):
+    attached = directory_with(inputs / layout / "llama-2-7b", "config.json")
+    assert sources.base_dir(SAIGA, "llama-2-7b") == attached
+
+
+def test_a_model_mounted_under_its_version_is_found_by_its_name(inputs):
+    attached = directory_with(inputs / "models" / "meta" / "llama-2" / "pytorch" / "7b-hf" / "1", "config.json")
+    assert sources.base_dir(SAIGA, "llama-2") == attached
+
+
+def test_what_is_attached_twice_is_refused_with_both_places(inputs):
+    first = directory_with(inputs / "llama", "config.json")
+    second = directory_with(inputs / "datasets" / "someone" / "llama", "config.json")
+    with pytest.raises(SaigaError) as caught:
+        sources.base_dir(SAIGA, "llama")
+    assert str(first) in str(caught.value)
+    assert str(second) in str(caught.value)
+
+
+def test_two_models_in_one_attachment_are_refused_with_both_names(inputs):
+    for version in ("1", "2"):
+        directory_with(inputs / "llama" / version, "config.json")
+    with pytest.raises(SaigaError, match=r"more than one config\.json.*llama/1.*llama/2"):
+        sources.base_dir(SAIGA, "llama")
+
+
+def test_a_base_source_without_config_is_no_base_model(tmp_path):
+    directory_with(tmp_path / "empty", "readme.txt")
+    with pytest.raises(SaigaError, match=r"no base model: it has no config\.json"):
+        sources.base_dir(SAIGA, str(tmp_path / "empty"))
+
+
+def test_a_finished_stage_is_an_adapter(tmp_path):
+    made = directory_with(tmp_path / "02_train", "adapter_config.json")
+    assert sources.adapter_dir(SAIGA, "02_train", tmp_path) == made
+
+
+def test_a_finished_stage_of_an_attached_notebook_is_an_adapter(inputs, tmp_path):
+    made = directory_with(inputs / "notebooks" / "someone" / "train" / "02_train", "adapter_config.json")
+    assert sources.adapter_dir(SAIGA, "02_train", tmp_path) == made
+    assert sources.adapter_dir(SAIGA, "train/02_train", tmp_path) == made  # no Hub id, though it looks like one
+
+
+def test_an_attached_copy_is_taken_instead_of_the_hubs_adapter(inputs):
+    made = directory_with(inputs / "datasets" / "IlyaGusev" / "saiga2_7b_lora", "adapter_config.json")
+    assert sources.adapter_dir(SAIGA, "released") == made
+
+
+def test_a_directory_without_an_adapter_is_refused(tmp_path):
+    directory_with(tmp_path / "02_train", "config.json")
+    with pytest.raises(SaigaError, match=r"no LoRA adapter: it has no adapter_config\.json"):
+        sources.adapter_dir(SAIGA, "02_train", tmp_path)
+
+
+def test_a_stage_that_was_not_run_is_named(tmp_path):
+    with pytest.raises(SaigaError, match="Run 02_train first"):
+        sources.adapter_dir(SAIGA, "02_train", tmp_path)
+
+
+def test_a_model_without_a_released_adapter_says_so():
+    with pytest.raises(SaigaError, match="mine has no released adapter"):
+        sources.adapter_dir(ModelSpec(name="mine", base_model="someone/mine"), "released")
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = directory_with(tmp_path / "adapter", "adapter_config.json")
+    assert sources.adapter_dir(SAIGA, "~/adapter") == made
