@@ -79,7 +79,7 @@ SEEN = Style(
 UNSEEN = Style(
     phrasings=(
         "Слово «{t}» значит: {d}.",
-        "Запишем: {t} — это {d}.",
+        "По словарю, {t} — это {d}.",
         "Словарь поясняет термин «{t}» так: {d}.",
     ),
     fillers=(
@@ -92,7 +92,7 @@ UNSEEN = Style(
 )
 
 
-def write_records(directory: Path, *, train: int = 1200, held_out: int = 240, seed: int = 7) -> tuple[Path, Path]:
+def write_records(directory: Path, *, train: int = 800, held_out: int = 200, seed: int = 7) -> tuple[Path, Path]:
     """train.jsonl and held_out.jsonl: no term of a held-out text is a word of a training text, and no text is twice.
 
     Half of the held-out texts are built of phrasings and fillers that training never shows.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 STAGE = "02_train"
-EVALUATED = 48  # held-out conversations, evenly over the file: enough for a curve, seconds on a CPU
+EVALUATED = 32  # held-out conversations, evenly over the file: enough for a curve, seconds on a CPU
 CONFIG_FILE = "config.json"
 
 
