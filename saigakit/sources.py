@@ -82,12 +82,24 @@ def _holding(directory: Path, marker: str, problem: str, remedy: str) -> Path:
 
 
 def _weight_files(repo: str) -> tuple[str, ...]:
+    """One kind of weights. Raises SaigaError where the disk has no room for what of them is not there yet."""
     from huggingface_hub import HfApi
+    from huggingface_hub.file_download import repo_folder_name
 
     # Not list_repo_files, which without a connection tries for 24 s.
-    found = _asking_hub(repo, lambda: HfApi().model_info(repo, token=workspace.secret("HF_TOKEN")))
-    names = [file.rfilename for file in found.siblings or []]
-    return ("*.safetensors",) if any(name.endswith(".safetensors") for name in names) else ("*.bin",)
+    token = workspace.secret("HF_TOKEN")
+    found = _asking_hub(repo, lambda: HfApi().model_info(repo, files_metadata=True, token=token))
+    sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
+    ending = ".safetensors" if any(name.endswith(".safetensors") for name in sizes) else ".bin"
+    needed = sum(size for name, size in sizes.items() if name.endswith(ending))
+    blobs = _hub_cache() / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
+    there = sum(blob.stat().st_size for blob in blobs.glob("*"))
+    workspace.require_disk(_hub_cache(), max(0, needed - there), f"Downloading {repo}")
+    return (f"*{ending}",)
+
+
+def _hub_cache() -> Path:
+    return workspace.scratch_dir() / "hub"
 
 
 def _from_hub(repo: str, patterns: tuple[str, ...]) -> Path:
@@ -99,7 +111,7 @@ def _from_hub(repo: str, patterns: tuple[str, ...]) -> Path:
             snapshot_download(
                 repo,
                 allow_patterns=list(patterns),
-                cache_dir=workspace.scratch_dir() / "hub",
+                cache_dir=_hub_cache(),
                 token=workspace.secret("HF_TOKEN"),
             )
         ),

@@ -49,7 +49,8 @@ class _Answers(http.server.BaseHTTPRequestHandler):
             rows = [{"type": "file", "path": name, "size": len(files[name]), "oid": COMMIT} for name in files]
             self._reply(200, json.dumps(rows).encode(), with_body, {})
         else:
-            listed = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+            siblings = [{"rfilename": name, "size": len(files[name])} for name in files]
+            listed = {"id": repository, "sha": COMMIT, "siblings": siblings}
             self._reply(200, json.dumps(listed).encode(), with_body, {})
 
     def _reply(self, status: int, body: bytes, with_body: bool, headers: Mapping[str, str]) -> None:

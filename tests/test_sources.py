@@ -70,6 +70,15 @@ def test_a_base_of_the_hub_comes_with_one_kind_of_weights_and_no_more(hub, tmp_p
     assert names == ["config.json", "model.safetensors", "tokenizer.model"]
 
 
+def test_a_disk_too_small_for_the_weights_is_told_before_they_are_fetched_and_not_once_they_are_there(hub, tmp_path):
+    small = "setattr(sources.workspace, 'free_disk', lambda path: 0) or sources.base_dir(models.find('saiga2_7b'))"
+    kind, sentence = asked(small, hub[0], tmp_path)
+    assert kind == "SaigaError" and "Downloading TheBloke/Llama-2-7B-fp16 needs 0.00 GB of disk" in sentence
+    asked("sources.base_dir(models.find('saiga2_7b'))", hub[0], tmp_path)
+    _, *names = asked(small, hub[0], tmp_path)
+    assert "model.safetensors" in names
+
+
 def test_a_base_without_safetensors_comes_as_bin(hub, tmp_path):
     _, *names = asked("sources.base_dir(models.find('someone/old'))", hub[0], tmp_path)
     assert names == ["config.json", "pytorch_model.bin", "tokenizer.model"]
