@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Both make their own environment in .venv first.
 PYTHON ?= python3
-# One known version, because a range would take the newest. Where a CPU build of it is at hand, pip takes that.
+# One known version, because a range would take the newest. A CPU build is enough for the demo and the tests.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 

@@ -64,8 +64,6 @@ def demo(run_dir: str | None, notebooks: str | None) -> None:
     notebooks_dir = Path(notebooks) if notebooks else runner.find_notebooks()
     values = read_yaml(notebooks_dir / "params" / "demo.yaml")
     place = _place(run_dir, values)
-    records = _demo_records(Path(place))
-    values |= {"records": str(records / "train.jsonl"), "held_out": str(records / "held_out.jsonl")}
     runner.run(values, place, notebooks_dir=notebooks_dir)
 
 
@@ -76,17 +74,6 @@ def _place(run_dir: str | None, values: dict[str, Any]) -> str:
     if not isinstance(place, str):
         raise SaigaError("Where shall the results go? Give --run-dir DIR, or run_dir in the YAML file.")
     return place
-
-
-def _demo_records(run_dir: Path) -> Path:
-    from saigakit import definitions, manifest
-
-    final = (run_dir / "records").absolute()
-    identity: dict[str, Any] = {"stage": "records", "parameters": {"saigakit": __version__}, "inputs": {}}
-    if not manifest.is_kept(final, **identity):
-        with manifest.making(final, **identity) as partial:
-            definitions.write_records(partial)
-    return final
 
 
 @main.command()
@@ -118,15 +105,10 @@ def check(file: str, model: str, base_source: str | None, max_seq_length: int | 
     \b
     Example: saigakit check records.jsonl --model saiga2_7b
     """
-    from saigakit import data, report, tokenization
+    from saigakit import data, report
 
     conversations = data.read_conversations(Path(file))
     click.echo(f"{file}: {len(conversations)} conversations, each is well-formed.")
-    try:
-        tokenization.load_tokenizer(model, base_source)
-    except SaigaError as error:
-        click.echo(f"Tokens were not counted, because the tokenizer of {model} is out of reach: {error}")
-        return
     with tempfile.TemporaryDirectory() as scratch:
         stage = report.check_records(
             model=model, records=str(Path(file).absolute()), max_seq_length=max_seq_length,

@@ -10,7 +10,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from saigakit import manifest, records
 from saigakit.errors import DataError, SaigaError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import datasets
 
 Message = dict[str, str]
+T = TypeVar("T")
 ROLES = {
     "system": "system",
     "user": "user",
@@ -267,6 +268,12 @@ def _groups(texts: Sequence[frozenset[str]]) -> list[int]:
         for text in own:
             parent[root(index)] = root(seen.setdefault(text, index))
     return [root(index) for index in range(len(texts))]
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count`, evenly over the items, which may be sorted by kind."""
+    taken = min(count, len(items))
+    return [items[index * len(items) // taken] for index in range(taken)]
 
 
 def common_system_prompt(conversations: "datasets.Dataset") -> str | None:

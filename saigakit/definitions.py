@@ -1,16 +1,19 @@
 """A Russian WordNet into the demo's records: short texts, and the terms that they define as JSON."""
 
+import contextlib
+import hashlib
 import json
 import random
 import re
 import sqlite3
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
-from saigakit import examples, manifest
+from saigakit import examples, manifest, workspace
 from saigakit.errors import SaigaError
 
 Pair = tuple[str, str]  # term, definition
@@ -52,6 +55,12 @@ SEEN = Style(
         "Под словом «{t}» понимают: {d}.",
         "Термин «{t}» определяют так: {d}.",
         "В словаре {t} — это {d}.",
+        "«{t}» — это {d}.",
+        "Как известно, {t} — это {d}.",
+        "Например, {t} — это {d}.",
+        "В учебнике сказано: {t} — это {d}.",
+        "Смысл слова «{t}» такой: {d}.",
+        "Учёные понимают термин «{t}» иначе: {d}.",
     ),
     fillers=(
         "Разберём ещё одно слово.",
@@ -74,6 +83,12 @@ SEEN = Style(
         "На рисунке показан общий вид.",
         "Слово «{t}» пришло из другого языка.",
         "Учитель попросил повторить правило.",
+        "Слово «{t}» трудно перевести.",
+        "У слова «{t}» много синонимов.",
+        "Слово «{t}» мы уже разбирали.",
+        "Не все знают слово «{t}».",
+        "Это правило помнят немногие.",
+        "Это место часто цитируют.",
     ),
 )
 UNSEEN = Style(
@@ -90,6 +105,20 @@ UNSEEN = Style(
         "Ответ найдёте на последней странице.",
     ),
 )
+
+
+def packaged_records() -> Path:
+    """A directory with the demo's train.jsonl and held_out.jsonl, made once for this version of this module."""
+    made_of = hashlib.sha256(Path(__file__).read_bytes() + examples.WORDNET.sha256.encode()).hexdigest()
+    kept = workspace.scratch_dir() / "records" / made_of[:16]
+    if not kept.is_dir():
+        print("Making the demo's records of the WordNet …", flush=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+            write_records(Path(scratch) / "records")
+            with contextlib.suppress(FileExistsError):  # another process was first
+                (Path(scratch) / "records").rename(kept)
+    return kept
 
 
 def write_records(directory: Path, *, train: int = 800, held_out: int = 200, seed: int = 7) -> tuple[Path, Path]:

@@ -9,7 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saigakit import generation, infer, manifest, memory, metrics, models, results, sources, tokenization, workspace
+from saigakit import (
+    data,
+    generation,
+    infer,
+    manifest,
+    memory,
+    metrics,
+    models,
+    results,
+    sources,
+    tokenization,
+    workspace,
+)
 from saigakit.errors import SaigaError
 from saigakit.generation import Generated, Progress
 
@@ -36,6 +48,8 @@ def compare(
     same ids and the same limit on the answer's length. Raises SaigaError before a model is loaded where the GGUF
     was made of other files, or the memory is too small.
     """
+    if isinstance(max_examples, bool) or not isinstance(max_examples, int) or max_examples < 1:
+        raise SaigaError(f"max_examples={max_examples!r} must be a whole number of at least 1.")
     compared = Compared.of(model, run_dir, adapter, base_source)
     final = Path(run_dir) / STAGE
     identity: dict[str, Any] = {
@@ -45,7 +59,7 @@ def compare(
     }
     if manifest.is_kept(final, **identity):
         return final
-    examples = spread(read_examples(compared.held_out_file), max_examples)
+    examples = data.spread(read_examples(compared.held_out_file), max_examples)
     asked = Asked.of(examples, tokenization.load_tokenizer(model, base_source))
     quantization = models.find(model).quantization
     _require_memory(compared.base_dir, quantization, asked)
@@ -130,12 +144,6 @@ def read_examples(file: Path) -> list[Example]:
     if not found:
         raise SaigaError(f"{file} holds no conversation with an answer: nothing can be compared.")
     return found
-
-
-def spread(examples: list[Example], count: int) -> list[Example]:
-    """At most `count`, evenly over the file, which may be sorted by kind."""
-    taken = min(count, len(examples))
-    return [examples[index * len(examples) // taken] for index in range(taken)]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from saigakit.shards import Array, Shape
 
 STAGE = "03_merge_gguf"
+_WEIGHTS = (".safetensors", ".bin")
 SYSTEM_PROMPT_KEY = "saigakit.system_prompt"  # no key of llama.cpp's: what a conversation begins with by default
 
 
@@ -53,6 +54,8 @@ def merge_gguf(
             "adapter": None if adapter_dir is None else manifest.hashes(adapter_dir),
         },
     }
+    if adapter_dir is not None:
+        _require_same_base(adapter_dir, export.base_dir, identity["inputs"]["base"])
     if manifest.is_kept(final, **identity):
         return final
     facts: dict[str, Any] = {}
@@ -60,6 +63,19 @@ def merge_gguf(
         facts |= export.write(partial / "model.gguf")
         export.plot().savefig(partial / "sizes.png", dpi=110)
     return final
+
+
+def _require_same_base(adapter_dir: Path, base_dir: Path, base: Mapping[str, str]) -> None:
+    """Of the same weights that the adapter was trained on, where its manifest tells."""
+    if not (adapter_dir / manifest.NAME).is_file():
+        return
+    trained_on = manifest.read(adapter_dir)["inputs"].get("base", base)
+    weights = [{digest for name, digest in files.items() if name.endswith(_WEIGHTS)} for files in (trained_on, base)]
+    if weights[0] != weights[1]:
+        raise SaigaError(
+            f"The adapter in {adapter_dir} was trained on other weights than those in {base_dir}. "
+            "Give base_source as in 02_train, or train again."
+        )
 
 
 def to_gguf(

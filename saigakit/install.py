@@ -55,6 +55,7 @@ def prepare(stage: str) -> None:
 
     Raises SaigaError with pip's last lines where that fails, and off Kaggle with the command that installs.
     """
+    workspace.session_start()  # max_hours counts from here
     if stage not in STAGES:
         raise SaigaError(f"stage={stage!r} is unknown; use one of {', '.join(STAGES)}.")
     lacking = missing(needs(stage, kaggle=workspace.on_kaggle()))

@@ -189,6 +189,8 @@ def find(model: str) -> ModelSpec:
 
     Raises SaigaError for a name that is none of these.
     """
+    if not isinstance(model, str):
+        raise SaigaError(f"model={model!r} is a {type(model).__name__}; give a name.")
     if model in MODELS:
         return MODELS[model]
     if (model and Path(model).is_dir()) or (model.count("/") == 1 and not model.startswith((".", "/"))):

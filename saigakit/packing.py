@@ -58,19 +58,21 @@ def _positions(rows: Sequence[dict[str, list[int]]]) -> "torch.Tensor":
     return torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None]
 
 
-def schedule(lengths: Sequence[int], *, budget: int, epochs: float, seed: int) -> list[list[int]]:
+def schedule(lengths: Sequence[int], *, budget: int, most: int, epochs: float, seed: int) -> list[list[int]]:
     """Packs of all epochs in the order of training; every whole epoch shows each conversation once.
 
-    Conversations are shuffled, packed window by window, so that their neighbours change, and the packs are shuffled.
+    A pack has at most `budget` tokens and `most` conversations. Conversations are shuffled, packed window by window,
+    so that their neighbours change, and the packs are shuffled.
     """
     rng = random.Random(seed)
     packs: list[list[int]] = []
     for epoch in range(math.ceil(epochs)):
         order = rng.sample(range(len(lengths)), len(lengths))
         windows = [order[start : start + _WINDOW] for start in range(0, len(order), _WINDOW)]
-        made = [
+        fitted = [
             [window[i] for i in pack] for window in windows for pack in best_fit([lengths[i] for i in window], budget)
         ]
+        made = [pack[start : start + most] for pack in fitted for start in range(0, len(pack), most)]
         rng.shuffle(made)
         share = min(1.0, epochs - epoch)
         packs += made[: math.ceil(share * len(made))]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import data, manifest, tokenization, workspace
+from saigakit import data, manifest, sources, tokenization
 from saigakit.config import TrainConfig
 from saigakit.errors import SaigaError
 from saigakit.tables import Table
@@ -52,7 +52,7 @@ def check_records(
     checked = TrainConfig(model=model, train_file=records, output_dir=str(run_dir), max_seq_length=max_seq_length)
     limit = checked.sequence_budget
     named = {"records": records, "held_out": held_out}
-    files = {part: workspace.find_input(name, run_dir=run_dir) for part, name in named.items() if name is not None}
+    files = {part: sources.records_file(name, run_dir) for part, name in named.items() if name is not None}
     identity: dict[str, Any] = {
         "stage": STAGE,
         "parameters": {
@@ -70,7 +70,7 @@ def check_records(
         return final
     read = {part: data.read_conversations(file) for part, file in files.items()}
     tokenizer = tokenization.load_tokenizer(model, base_source)
-    facts = {"template_sha256": hashlib.sha256(tokenizer.chat_template.encode("utf-8")).hexdigest()}
+    facts = {"chat_template_sha256": hashlib.sha256(tokenizer.chat_template.encode("utf-8")).hexdigest()}
     with manifest.making(final, **identity, facts=facts) as partial:
         counted = {part: _counted(conversations, tokenizer, files[part]) for part, conversations in read.items()}
         fitting = {part: _fitting(conversations, limit, files[part]) for part, conversations in counted.items()}

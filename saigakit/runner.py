@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 import saigakit
-from saigakit import evaluate, execution, manifest, results, summary
+from saigakit import evaluate, execution, manifest, models, quantization, results, summary
 from saigakit.errors import SaigaError
 from saigakit.execution import Terminal
 from saigakit.parameters import suggestion
@@ -49,6 +49,7 @@ def run(parameters: Mapping[str, Any], run_dir: str | Path, *, notebooks_dir: st
     made; another one replaces it only when complete. Raises SaigaError with the notebook's own sentence.
     """
     run_dir = Path(run_dir).resolve()
+    _require_runnable(parameters)
     stages = read_stages(find_notebooks() if notebooks_dir is None else Path(notebooks_dir).absolute(), parameters)
     with _only_run(run_dir) as lock, _interruptible(), Terminal() as terminal:
         _finish_all(stages, run_dir, terminal, lock)
@@ -92,6 +93,14 @@ def read_stages(notebooks_dir: Path, given: Mapping[str, Any]) -> list[Stage]:
         own = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
         stages.append(Stage(notebook, found, {name: given[name] for name in found if name in given} | own))
     return stages
+
+
+def _require_runnable(given: Mapping[str, Any]) -> None:
+    """What would fail in a later stage is refused before the first."""
+    if "model" in given:
+        models.find(given["model"])
+    if "quant_type" in given:
+        quantization.require_known(given["quant_type"])
 
 
 def _require_known(name: str, defaults: Mapping[str, Mapping[str, Any]]) -> None:

@@ -5,17 +5,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from saigakit import examples, workspace
+from saigakit import definitions, examples, workspace
 from saigakit.errors import SaigaError
 from saigakit.models import ModelSpec
 
 T = TypeVar("T")
 _TOKENIZER_FILES = ("*.json", "*.model", "*.jinja")
+_PACKAGED_RECORDS = "package:wordnet/"
 _ADAPTER_FILES = (*_TOKENIZER_FILES, "adapter_model.*")
 _PACKAGED: dict[str, Callable[[], Path]] = {
     "package:smollm2_135m": examples.smollm2_base,
     "package:saiga_tiny": lambda: examples.tiny_saiga() / "base",
 }
+
+
+def records_file(name: str, run_dir: str | Path | None = None) -> Path:
+    """A file of records: a path, one inside `run_dir` or an attached input, or one of the demo's two."""
+    if name.startswith(_PACKAGED_RECORDS):
+        file = definitions.packaged_records() / name.removeprefix(_PACKAGED_RECORDS)
+        if not file.is_file():
+            raise SaigaError(f"{name!r} is not there; the demo has train.jsonl and held_out.jsonl.")
+        return file
+    return workspace.find_input(name, run_dir=run_dir)
 
 
 def base_dir(spec: ModelSpec, base_source: str | None = None) -> Path:
@@ -38,6 +49,8 @@ def tokenizer_dir(spec: ModelSpec, base_source: str | None = None) -> Path:
 
 def adapter_dir(spec: ModelSpec, adapter: str, run_dir: str | Path | None = None) -> Path:
     """A directory with adapter_config.json: "released", a path, a finished stage's name or a Hub id."""
+    if not isinstance(adapter, str):
+        raise SaigaError(f"adapter={adapter!r} is a {type(adapter).__name__}; give a path, a Hub id or None.")
     name = spec.released_adapter if adapter == "released" else adapter
     if name is None:
         raise SaigaError(f"{spec.name} has no released adapter; use adapter=None for a new LoRA.")

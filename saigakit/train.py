@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 STAGE = "02_train"
-EVALUATED = 32  # held-out conversations, evenly over the file: enough for a curve, seconds on a CPU
-CONFIG_FILE = "config.json"
+EVALUATED = 24  # held-out conversations, evenly over the file: enough for a curve, seconds on a CPU
+CONFIG_FILE = "train_config.json"
 
 
 def train_adapter(config: TrainConfig) -> Path:
@@ -51,6 +51,7 @@ def train_adapter(config: TrainConfig) -> Path:
     adapter_dir = None if config.start_adapter is None else sources.adapter_dir(spec, config.start_adapter)
     needed = _memory_needed(config, base_dir, on_gpu=bool(gpus), float32=number_format == "float32")
     _require_memory(needed, gpus, config.processes or 1)
+    workspace.require_disk(final, needed["adapter and optimizer"] + 10 * 10**6, "The adapter with its log")
     parameters = {name: value for name, value in config.to_json().items() if not name.endswith(("_file", "_dir"))}
     identity: dict[str, Any] = {
         "stage": STAGE,
@@ -130,7 +131,7 @@ def main(config_file: Path) -> None:
     transformers.set_seed(config.seed)  # a new adapter begins at random
     log.say(f"Loading {config.spec.base_model} …")
     model = _model(config, on_gpu=on_gpu, device=f"cuda:{rank}" if on_gpu else "cpu")
-    run = trainer.build(config, model, plan, spread(held_out, EVALUATED), log)
+    run = trainer.build(config, model, plan, data.spread(held_out, EVALUATED), log)
     run.train()
     evaluated = [entry["step"] for entry in run.state.log_history if "eval_loss" in entry]
     if held_out and run.state.global_step not in evaluated:
@@ -147,12 +148,6 @@ def _encoded(file: Path, tokenizer: tokenization.Tokenizer, limit: int) -> Rows:
     if len(kept) < len(rows):
         print(f"{file.name}: {len(rows) - len(kept)} of {len(rows)} are longer than {limit} tokens and left out.")
     return kept
-
-
-def spread(rows: Rows, count: int) -> Rows:
-    """At most `count`, evenly over the rows, which may be sorted by kind."""
-    taken = min(count, len(rows))
-    return [rows[index * len(rows) // taken] for index in range(taken)]
 
 
 def _model(config: TrainConfig, *, on_gpu: bool, device: str) -> "PeftModel":

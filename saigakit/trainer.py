@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-EVALUATIONS = 5  # in a run, unless eval_steps says otherwise
+EVALUATIONS = 4  # in a run, unless eval_steps says otherwise
 REPORT_S = 15  # between two lines of progress
 Rows = list[dict[str, list[int]]]
 
@@ -26,7 +26,9 @@ class Plan:
 
     def __init__(self, config: TrainConfig, rows: Rows, processes: int) -> None:
         lengths = [len(row["input_ids"]) for row in rows]
-        packs = packing.schedule(lengths, budget=config.sequence_budget, epochs=config.epochs, seed=config.seed)
+        most = max(1, config.batch_size // processes)
+        budget = config.sequence_budget
+        packs = packing.schedule(lengths, budget=budget, most=most, epochs=config.epochs, seed=config.seed)
         per_pack = sum(map(len, packs)) / len(packs)
         self.accumulation = max(1, round(config.batch_size / per_pack / processes))
         per_step = self.accumulation * processes
@@ -93,6 +95,17 @@ def build(config: TrainConfig, model: "PeftModel", plan: Plan, held_out: Rows, l
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _any_process(here: bool, args: "TrainingArguments") -> bool:
+    """The same answer in all processes: one that stopped alone would leave the others waiting for it."""
+    if args.world_size == 1:
+        return here
+    import torch
+
+    flag = torch.tensor([float(here)], device=args.device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
 
 
 def _trainer_class(planned: list[Rows], held_out: list[Rows]) -> type["Trainer"]:
@@ -176,8 +189,8 @@ def _progress(config: TrainConfig, plan: Plan, log: Log) -> "TrainerCallback":
             self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: object
         ) -> None:
             self.seconds += time.monotonic() - self.began
-            spent = time.time() - workspace.session_start()
-            if spent > config.max_hours * 3600 and state.global_step < plan.steps:
+            over = time.time() - workspace.session_start() > config.max_hours * 3600
+            if _any_process(over, args) and state.global_step < plan.steps:
                 log.say(f"max_hours={config.max_hours:g} are over: training ends at step {state.global_step}.")
                 control.should_training_stop = True
 

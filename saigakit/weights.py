@@ -31,7 +31,10 @@ def number_format(spec: ModelSpec, gpus: Sequence[Gpu]) -> NumberFormat:
     oldest = min(gpus, key=lambda gpu: gpu.capability)
     name = f"{oldest.name} (sm_{oldest.capability[0]}{oldest.capability[1]})"
     if oldest.capability < (7, 5):
-        raise SaigaError(f"{name} is too old: torch has no kernels for it. Choose the accelerator GPU T4 x2.")
+        raise SaigaError(
+            f"{name} is too old: torch has no kernels for it. On Kaggle choose the accelerator GPU T4 x2; "
+            "elsewhere set CUDA_VISIBLE_DEVICES to nothing to use the CPU."
+        )
     if oldest.capability >= _FIRST_BF16:
         return "bfloat16"
     if not spec.float16_safe:
@@ -130,11 +133,6 @@ def adapter_names(adapter_dir: Path) -> list[str]:
         return list(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
     except (SafetensorError, OSError, RuntimeError, EOFError) as error:
         raise SaigaError(f"{file} is missing or damaged ({error}); fetch the adapter again.") from None
-
-
-def checkpointed(spec_gpus: Sequence[Gpu]) -> bool:
-    """Whether activations are computed again in the backward pass: a GPU's memory needs it, a CPU's time does not."""
-    return bool(spec_gpus)
 
 
 def quiet() -> None:

@@ -158,14 +158,27 @@ def require_memory(needed: int, what: str, remedy: str) -> None:
 
 
 def gpus() -> list[Gpu]:
-    """By nvidia-smi, so that asking makes no CUDA context in this process; empty without a driver."""
+    """By nvidia-smi, so that asking makes no CUDA context in this process; empty without a driver.
+
+    Those that CUDA_VISIBLE_DEVICES names by number, where it is set.
+    """
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,memory.free"]
     result = subprocess.run([*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=False)
     if result.returncode != 0:  # driver present, no GPU attached
         return []
-    return [_parse_gpu(line) for line in result.stdout.splitlines() if line.strip()]
+    found = [_parse_gpu(line) for line in result.stdout.splitlines() if line.strip()]
+    numbers = visible_gpus(len(found))
+    return [found[number] for number in numbers if number < len(found)]
+
+
+def visible_gpus(count: int) -> list[int]:
+    """Numbers of the GPUs that CUDA_VISIBLE_DEVICES leaves; all of `count` where it is not set."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return list(range(count))
+    return [int(number) for number in named.split(",") if number.strip().isdigit()]
 
 
 def _parse_gpu(line: str) -> Gpu:

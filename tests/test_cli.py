@@ -9,7 +9,7 @@ import pytest
 import small_notebooks
 from click.testing import CliRunner
 
-from saigakit import cli, conversation, definitions, export, infer, manifest, parameters, summary
+from saigakit import cli, conversation, export, infer, manifest, parameters, summary
 from saigakit.errors import SaigaError
 from saigakit.models import MODELS
 
@@ -122,19 +122,14 @@ def test_a_notebooks_sentence_is_all_that_a_failed_run_says(tmp_path, notebooks)
     )
 
 
-def test_the_demo_runs_on_its_own_records_with_the_parameters_of_its_file(tmp_path, notebooks, monkeypatch):
-    monkeypatch.setattr(definitions, "write_records", lambda directory: (directory / "train.jsonl").write_text("{}"))
+def test_the_demo_runs_with_the_parameters_of_its_file_and_again_keeps_all(tmp_path, notebooks):
     (notebooks / "params").mkdir()
     (notebooks / "params" / "demo.yaml").write_text("learning_rate: 0.25\nrun_dir: runs/demo\n", encoding="utf-8")
-    first, *rest = small_notebooks.sources(notebooks / "01_format.ipynb")
-    small_notebooks.save(notebooks / "01_format.ipynb", [f"{first}\nheld_out = None", *rest])
     arguments = ["demo", "--run-dir", str(tmp_path / "run"), "--notebooks", str(notebooks)]
     for _ in range(2):
         done = CliRunner().invoke(cli.main, arguments)
         assert done.exit_code == 0, done.output
     assert manifest.read(tmp_path / "run" / "02_train")["parameters"]["learning_rate"] == 0.25
-    records = manifest.read(tmp_path / "run" / "01_format")["parameters"]["records"]
-    assert records == str(tmp_path / "run" / "records" / "train.jsonl")
     assert done.output.count(": kept (") == len(summary.STAGES)
 
 
@@ -152,10 +147,10 @@ def test_check_lists_bad_records_with_their_lines(tmp_path):
     assert "records.jsonl:1" in message and "records.jsonl:2" in message
 
 
-def test_check_reports_on_the_data_even_where_the_tokenizer_is_out_of_reach(tiny, tmp_path):
+def test_check_says_that_the_data_are_well_formed_before_it_fails_for_the_tokenizer(tiny, tmp_path):
     done = shell("check", tiny / "records.jsonl", "--base-source", tmp_path / "none")
-    assert done.returncode == 0, done.stderr
-    assert "well-formed" in done.stdout and "Tokens were not counted" in done.stdout
+    assert "well-formed" in done.stdout
+    assert (done.returncode, "is not there" in done.stderr, "Traceback" in done.stderr) == (1, True, False)
 
 
 @pytest.mark.parametrize(

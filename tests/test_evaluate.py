@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from saigakit import evaluate, export, manifest, memory, results, sources, tokenization, workspace
+from saigakit import data, evaluate, export, manifest, memory, results, sources, tokenization, workspace
 from saigakit.errors import SaigaError
 from saigakit.evaluate import Asked, Compared
 from saigakit.generation import Generated
@@ -73,7 +73,7 @@ def test_a_file_without_answers_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("count", "taken"), [(3, [0, 3, 6]), (10, list(range(10))), (99, list(range(10))), (1, [0])])
 def test_examples_are_taken_evenly_over_the_file(count, taken):
-    assert [text for _, text in evaluate.spread([([], index) for index in range(10)], count)] == taken
+    assert [text for _, text in data.spread([([], index) for index in range(10)], count)] == taken
 
 
 def test_the_limit_is_the_longest_reference_and_a_margin(tiny):
@@ -133,7 +133,7 @@ def test_the_stage_has_a_row_for_each_model_and_no_other_files(compared):
 def test_answers_stand_beside_the_reference_of_their_question(compared):
     made, examples = compared
     lines = [json.loads(line) for line in (made / "answers.jsonl").read_text(encoding="utf-8").split("\n") if line]
-    asked = evaluate.spread(examples, 4)
+    asked = data.spread(examples, 4)
     assert [(line["prompt"], line["reference"]) for line in lines] == [(m[-1]["content"], text) for m, text in asked]
     assert all(set(line["answers"]) == {"before", "after", "F32"} for line in lines)
     assert all(line["answers"]["before"] != line["answers"]["after"] for line in lines)
@@ -238,3 +238,9 @@ def test_a_full_disk_is_known_before_anything_is_loaded(copied, monkeypatch):
     monkeypatch.setattr(workspace, "free_disk", lambda path: 10**6)
     with pytest.raises(SaigaError, match=r"04_infer needs 0\.10 GB of disk"):
         evaluate.compare(model="saiga_tiny", run_dir=copied, adapter="released")
+
+
+@pytest.mark.parametrize("count", [0, "240", True])
+def test_a_number_of_examples_that_is_none_is_refused(tmp_path, count):
+    with pytest.raises(SaigaError, match=r"max_examples=.* must be a whole number"):
+        evaluate.compare(model="saiga_tiny", run_dir=tmp_path, max_examples=count)

@@ -206,6 +206,21 @@ def test_an_adapter_that_was_trained_for_another_model_is_refused(trained):
         export.merge_gguf(model="saiga_tiny", run_dir=trained)
 
 
+def test_weights_that_the_adapter_was_not_trained_on_are_refused(trained):
+    file = trained / "02_train" / manifest.NAME
+    small_models.edit_json(file, inputs={"base": {"config.json": "a", "model.safetensors": "another"}})
+    with pytest.raises(SaigaError, match="trained on other weights"):
+        export.merge_gguf(model="saiga_tiny", run_dir=trained)
+    assert not (trained / "03_merge_gguf").exists()
+
+
+def test_the_system_prompt_of_the_training_records_is_in_the_file(trained):
+    small_models.edit_json(trained / "02_train" / manifest.NAME, system_prompt="Ты — словарь.")
+    made = export.merge_gguf(model="saiga_tiny", run_dir=trained)
+    with closing(infer.load(made / "model.gguf", n_ctx=64)) as llm:
+        assert llm.metadata[export.SYSTEM_PROMPT_KEY] == "Ты — словарь."
+
+
 def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(trained, monkeypatch):
     monkeypatch.setattr(workspace, "free_disk", lambda path: 10_000)
     with pytest.raises(SaigaError, match=r"needs 0\.00 GB of disk"):

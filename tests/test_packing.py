@@ -62,14 +62,14 @@ def test_a_document_over_the_budget_is_refused_with_both_numbers():
 
 def test_every_epoch_shows_each_conversation_once():
     lengths = random_lengths(2, count=1200)
-    packs = schedule(lengths, budget=64, epochs=3, seed=1)
+    packs = schedule(lengths, budget=64, most=1000, epochs=3, seed=1)
     assert Counter(index for pack in packs for index in pack) == Counter(dict.fromkeys(range(1200), 3))
     assert all(sum(lengths[index] for index in pack) <= 64 for pack in packs)
 
 
 def test_an_epoch_meets_other_neighbours_than_the_one_before():
     lengths = random_lengths(3)
-    packs = schedule(lengths, budget=64, epochs=2, seed=1)
+    packs = schedule(lengths, budget=64, most=1000, epochs=2, seed=1)
     half = len(packs) // 2
     first, second = ({frozenset(pack) for pack in part} for part in (packs[:half], packs[half:]))
     assert len(first & second) < len(first) / 2
@@ -77,20 +77,22 @@ def test_an_epoch_meets_other_neighbours_than_the_one_before():
 
 def test_long_conversations_do_not_come_first():
     lengths = random_lengths(6)
-    longest = [max(lengths[index] for index in pack) for pack in schedule(lengths, budget=64, epochs=1, seed=1)]
+    longest = [
+        max(lengths[index] for index in pack) for pack in schedule(lengths, budget=64, most=1000, epochs=1, seed=1)
+    ]
     assert longest != sorted(longest, reverse=True)
 
 
 def test_half_an_epoch_shows_half_of_the_packs():
     lengths = random_lengths(4)
-    whole = schedule(lengths, budget=64, epochs=1, seed=1)
-    assert schedule(lengths, budget=64, epochs=1.5, seed=1)[: len(whole)] == whole
-    assert len(schedule(lengths, budget=64, epochs=0.5, seed=1)) == -(-len(whole) // 2)
+    whole = schedule(lengths, budget=64, most=1000, epochs=1, seed=1)
+    assert schedule(lengths, budget=64, most=1000, epochs=1.5, seed=1)[: len(whole)] == whole
+    assert len(schedule(lengths, budget=64, most=1000, epochs=0.5, seed=1)) == -(-len(whole) // 2)
 
 
 def test_the_order_follows_from_the_seed():
     lengths = random_lengths(5)
-    orders = [schedule(lengths, budget=64, epochs=1, seed=seed) for seed in (1, 1, 2)]
+    orders = [schedule(lengths, budget=64, most=1000, epochs=1, seed=seed) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
 
 
@@ -188,3 +190,9 @@ def test_gradients_of_a_pack_are_those_of_its_documents(llama, documents):
     # The loss is computed in float32.
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(together, apart, strict=True))
     llama.zero_grad()
+
+
+def test_a_pack_has_at_most_so_many_conversations_and_none_is_lost():
+    packs = schedule([4] * 50, budget=64, most=3, epochs=1, seed=1)
+    assert max(map(len, packs)) == 3
+    assert sorted(index for pack in packs for index in pack) == list(range(50))

@@ -75,7 +75,7 @@ def test_the_stage_has_its_files_and_a_manifest_that_the_next_stage_accepts(stag
         "seed": 42,
     }
     assert made["inputs"] == {"records": manifest.hashes(tiny / "records.jsonl")}
-    assert made["template_sha256"] == hashlib.sha256(tokenizer.chat_template.encode("utf-8")).hexdigest()
+    assert made["chat_template_sha256"] == hashlib.sha256(tokenizer.chat_template.encode("utf-8")).hexdigest()
     assert (stage / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -192,6 +192,15 @@ def test_an_unknown_parameter_is_refused_before_anything_runs(made, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "said"), [({"model": "saiga_tyni"}, "Did you mean 'saiga_tiny'"), ({"quant_type": "Q4KM"}, "Q4_K_M")]
+)
+def test_what_would_fail_in_a_later_stage_is_refused_before_the_first(made, tmp_path, given, said):
+    with pytest.raises(SaigaError, match=said):
+        runner.run(given, tmp_path / "run", notebooks_dir=made / "notebooks")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_value_that_no_notebook_can_hold_is_refused(made, tmp_path):
     with pytest.raises(SaigaError, match="is a set"):
         runner.run({"model": {"a"}}, tmp_path / "run", notebooks_dir=made / "notebooks")

@@ -210,3 +210,17 @@ def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     made = directory_with(tmp_path / "adapter", "adapter_config.json")
     assert sources.adapter_dir(SAIGA, "~/adapter") == made
+
+
+def test_an_unknown_file_of_the_demos_records_names_the_two_that_there_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources.definitions, "packaged_records", lambda: tmp_path)
+    (tmp_path / "train.jsonl").write_text("{}", encoding="utf-8")
+    assert sources.records_file("package:wordnet/train.jsonl") == tmp_path / "train.jsonl"
+    with pytest.raises(SaigaError, match=r"train\.jsonl and held_out\.jsonl"):
+        sources.records_file("package:wordnet/test.jsonl")
+
+
+@pytest.mark.parametrize("adapter", [False, 7])
+def test_an_adapter_that_is_no_text_is_refused(adapter):
+    with pytest.raises(SaigaError, match="give a path, a Hub id or None"):
+        sources.adapter_dir(SAIGA, adapter)

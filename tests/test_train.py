@@ -83,7 +83,7 @@ def test_two_processes_learn_what_one_learns(records, tmp_path):
 
 def test_the_held_out_loss_is_the_mean_over_learned_tokens(continued, records, tiny):
     tokenizer = tokenization.load_tokenizer("saiga_tiny")
-    rows = train.spread([tokenization.encode(row["messages"], tokenizer) for row in data.read_conversations(records)],
+    rows = data.spread([tokenization.encode(row["messages"], tokenizer) for row in data.read_conversations(records)],
                         train.EVALUATED)  # fmt: skip
     model = weights.load_base(tiny / "base", "nf4", torch.float32, "cpu")
     model = weights.with_adapter(model, tiny / "adapter", NEW).eval()
@@ -169,8 +169,15 @@ def test_the_plan_shows_each_conversation_once_an_epoch_in_steps_of_about_the_ba
 
 
 def test_half_an_epoch_is_about_half_of_the_packs():
-    whole, half = (packing.schedule([50] * 100, budget=100, epochs=epochs, seed=1) for epochs in (1, 0.5))
+    whole, half = (packing.schedule([50] * 100, budget=100, most=9, epochs=epochs, seed=1) for epochs in (1, 0.5))
     assert (len(whole), len(half)) == (50, 25)
+
+
+def test_a_batch_of_few_conversations_is_not_exceeded_by_a_pack_that_has_room_for_more():
+    rows = [{"input_ids": [1] * 10, "labels": [0]} for _ in range(60)]
+    config = TrainConfig(model="saiga_tiny", train_file="", output_dir="", epochs=1, batch_size=4)
+    assert Plan(config, rows, processes=1).steps == 15
+    assert Plan(config, rows, processes=2).steps == 15
 
 
 def test_every_model_of_the_registry_has_a_config():

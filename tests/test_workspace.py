@@ -220,6 +220,14 @@ def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
     assert second.free == 14000 * 1024**2
 
 
+@pytest.mark.parametrize(("visible", "free"), [("1", [14000]), ("1,0", [14000, 15101]), ("", []), ("7", [])])
+def test_only_the_gpus_that_cuda_may_see_count(tmp_path, monkeypatch, visible, free):
+    nvidia_smi(tmp_path, "Tesla T4, 7.5, 15360, 15101\\nTesla T4, 7.5, 15360, 14000\\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.free // 1024**2 for gpu in workspace.gpus()] == free
+
+
 def test_a_driver_without_a_gpu_is_no_gpu(tmp_path, monkeypatch):
     nvidia_smi(tmp_path, "No devices were found", code=6)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
