@@ -49,6 +49,8 @@ def train_adapter(config: TrainConfig) -> Path:
     number_format = weights.number_format(spec, gpus)
     base_dir = sources.base_dir(spec, config.base_source)
     adapter_dir = None if config.start_adapter is None else sources.adapter_dir(spec, config.start_adapter)
+    if adapter_dir is not None:
+        weights.require_fitting(adapter_dir, base_dir)
     needed = _memory_needed(config, base_dir, on_gpu=bool(gpus), float32=number_format == "float32")
     _require_memory(needed, gpus, config.processes or 1)
     workspace.require_disk(final, needed["adapter and optimizer"] + 10 * 10**6, "The adapter with its log")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from saigakit import workspace
 from saigakit.errors import SaigaError
+from saigakit.memory import Shape
 from saigakit.models import Lora, ModelSpec, Quantization
 from saigakit.workspace import Gpu
 
@@ -94,33 +96,47 @@ def with_adapter(model: "PreTrainedModel", adapter_dir: Path | None, lora: Lora)
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=True)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise SaigaError(_other_base(adapter_dir, model, str(error).strip().splitlines()[0][:300])) from None
-    _require_all_used(adapted, model, adapter_dir)
+        reason = str(error).strip().splitlines()[0][:300]
+        raise SaigaError(_other_base(adapter_dir, model.config.name_or_path, reason)) from None
+    _require_all_used(adapted, adapter_dir)
     return adapted
 
 
-def _require_all_used(adapted: "PeftModel", model: "PreTrainedModel", adapter_dir: Path) -> None:
+def _require_all_used(adapted: "PeftModel", adapter_dir: Path) -> None:
     """peft ignores matrices of layers that the base does not have."""
     from peft import get_peft_model_state_dict
 
-    there = set(adapter_names(adapter_dir))
+    there = set(adapter_shapes(adapter_dir))
     taken = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))  # True asks the Hub for the base
     if there != taken:
-        differing = sorted(there ^ taken)
-        raise SaigaError(_other_base(adapter_dir, model, f"{differing[0]} does not fit"))
+        reason = f"{min(there ^ taken)} does not fit"
+        raise SaigaError(_other_base(adapter_dir, adapted.config.name_or_path, reason))
 
 
-def _other_base(adapter_dir: Path, model: "PreTrainedModel", reason: str) -> str:
+def require_fitting(adapter_dir: Path, base_dir: Path) -> None:
+    """Raises SaigaError for the adapter of another base, by the shapes in its header: before anything is loaded."""
+    shape = Shape.of(base_dir)
+    for name, size in adapter_shapes(adapter_dir).items():
+        found = re.search(r"\.layers\.(\d+)\.\w+\.(\w+)\.lora_([AB])\.", name)
+        if found is None:  # of an embedding or the head, which is looked at when the model is loaded
+            continue
+        out, into = shape.linear.get(found[2], (0, 0))
+        fits = size[1] == into if found[3] == "A" else size[0] == out
+        if not fits or int(found[1]) >= shape.layers:
+            raise SaigaError(_other_base(adapter_dir, str(base_dir), f"{name} {tuple(size)} does not fit"))
+
+
+def _other_base(adapter_dir: Path, base: str, reason: str) -> str:
     trained_on = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
     return (
-        f"The adapter in {adapter_dir} is not one of this base model ({model.config.name_or_path}): {reason}. "
+        f"The adapter in {adapter_dir} is not one of this base model ({base}): {reason}. "
         f"It was trained on {trained_on.get('base_model_name_or_path')}. "
         "Give the adapter that belongs to `model`, or adapter=None for a new LoRA."
     )
 
 
-def adapter_names(adapter_dir: Path) -> list[str]:
-    """Names of the adapter's matrices. Raises SaigaError where its file is missing or damaged."""
+def adapter_shapes(adapter_dir: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the adapter's matrices. Raises SaigaError where its file is missing or damaged."""
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -128,9 +144,10 @@ def adapter_names(adapter_dir: Path) -> list[str]:
     try:
         if file.is_file():
             with safe_open(file, "pt") as opened:
-                return list(opened.keys())
+                return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
         file = adapter_dir / "adapter_model.bin"
-        return list(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return {name: tuple(tensor.shape) for name, tensor in state.items()}
     except (SafetensorError, OSError, RuntimeError, EOFError) as error:
         raise SaigaError(f"{file} is missing or damaged ({error}); fetch the adapter again.") from None
 

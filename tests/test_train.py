@@ -34,7 +34,7 @@ def continued(records, tmp_path_factory):
 
 def test_the_released_adapter_is_continued(continued, tiny):
     released = torch.load(tiny / "adapter" / "adapter_model.bin", weights_only=True)
-    assert set(weights.adapter_names(continued)) == set(released)
+    assert set(weights.adapter_shapes(continued)) == set(released)
     config = json.loads((continued / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["r"], config["lora_alpha"]) == (4, 8)
     assert manifest.require_stage(continued, "02_train", model="saiga_tiny")["inputs"]["adapter"]
@@ -101,7 +101,7 @@ def test_a_session_that_has_no_time_left_still_gives_an_adapter(records, tmp_pat
     monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 11 * 3600))
     made = train.train_adapter(config_for(records, tmp_path, adapter=None, quantization="none", epochs=5))
     assert "max_hours=10.5 are over: training ends at step 1" in capfd.readouterr().out
-    assert weights.adapter_names(made)
+    assert weights.adapter_shapes(made)
 
 
 @pytest.mark.parametrize(

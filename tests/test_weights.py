@@ -108,6 +108,22 @@ def test_an_adapter_whose_modules_the_base_lacks_is_refused(tiny, tmp_path):
         weights.with_adapter(load(tiny), adapter, Lora())
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: {name: value[:, :5] if "lora_A" in name else value for name, value in state.items()},
+        lambda state: {name: value[:5] if "lora_B" in name else value for name, value in state.items()},
+        lambda state: {name.replace("layers.1.", "layers.7."): value for name, value in state.items()},
+        lambda state: {name.replace("q_proj", "c_attn"): value for name, value in state.items()},
+    ],
+)
+def test_the_adapter_of_another_base_is_known_by_its_header(tiny, tmp_path, change):
+    weights.require_fitting(tiny / "adapter", tiny / "base")
+    adapter = changed_adapter(tiny, tmp_path / "a", change)
+    with pytest.raises(SaigaError, match=r"not one of this base model.*does not fit"):
+        weights.require_fitting(adapter, tiny / "base")
+
+
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
 def test_a_truncated_adapter_is_named(tiny, tmp_path, name):
     shutil.copytree(tiny / "adapter", tmp_path / "a")
@@ -115,7 +131,7 @@ def test_a_truncated_adapter_is_named(tiny, tmp_path, name):
     data = (tmp_path / "a" / name).read_bytes()
     (tmp_path / "a" / name).write_bytes(data[: len(data) // 2])
     with pytest.raises(SaigaError, match=rf"{name} is missing or damaged"):
-        weights.adapter_names(tmp_path / "a")
+        weights.adapter_shapes(tmp_path / "a")
 
 
 def test_a_truncated_base_is_named(tiny, tmp_path):
