@@ -97,7 +97,7 @@ def with_adapter(model: "PreTrainedModel", adapter_dir: Path | None, lora: Lora)
         adapted = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=True)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:300]
-        raise SaigaError(_other_base(adapter_dir, model.config.name_or_path, reason)) from None
+        raise SaigaError(_other_base(adapter_dir, str(model.config.name_or_path), reason)) from None
     _require_all_used(adapted, adapter_dir)
     return adapted
 
@@ -110,7 +110,7 @@ def _require_all_used(adapted: "PeftModel", adapter_dir: Path) -> None:
     taken = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))  # True asks the Hub for the base
     if there != taken:
         reason = f"{min(there ^ taken)} does not fit"
-        raise SaigaError(_other_base(adapter_dir, adapted.config.name_or_path, reason))
+        raise SaigaError(_other_base(adapter_dir, str(adapted.config.name_or_path), reason))
 
 
 def require_fitting(adapter_dir: Path, base_dir: Path) -> None:
