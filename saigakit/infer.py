@@ -46,6 +46,8 @@ def load(
         def __setattr__(self, name: str, value: object) -> None:
             if name == "model_params" and b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
                 value.use_extra_bufts = False  # type: ignore[attr-defined]
+            if name == "_model":  # beyond what it was trained for llama.cpp warns, and the answers are noise
+                self.context_params.n_ctx = min(self.context_params.n_ctx, value.n_ctx_train())  # type: ignore[attr-defined]
             super().__setattr__(name, value)
 
     try:
