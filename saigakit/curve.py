@@ -66,8 +66,10 @@ def plot(log: Sequence[Entry]) -> "Figure":
         text, place = f"{final['held_out_loss']:.3f}", (final["step"], final["held_out_loss"])
         axes.annotate(text, place, xytext=(0, 8), textcoords="offset points", ha="center", color="#1a73e8")
     axes.set_yscale("log")
-    for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis_format("{x:g}")  # 0.05, not 5 × 10⁻²
+    axes.yaxis.set_major_formatter("{x:g}")  # 0.05, not 5 × 10⁻²
+    lowest, highest = axes.get_ylim()
+    # Between the powers of ten only where few of them are in the picture: else the labels lie on each other.
+    axes.yaxis.set_minor_formatter("{x:g}" if highest < 10 * lowest else "")
     axes.set_xlabel("шаг оптимизатора / optimizer step")
     axes.set_ylabel("ошибка на токен / loss per token")
     axes.set_title("Как училась модель / how the model learned", fontsize=11)

@@ -40,3 +40,11 @@ def test_the_picture_shows_every_step_of_both_losses(trained):
     training, held_out = curve.plot(curve.read(trained)).axes[0].lines
     assert list(training.get_xdata()) == list(range(1, 21))
     assert list(held_out.get_ydata()) == [2.5, 0.5]
+
+
+@pytest.mark.parametrize(("losses", "labelled"), [((8.4, 7.9), True), ((3.0, 0.0002), False)])
+def test_labels_between_powers_of_ten_are_there_only_where_they_have_room(losses, labelled):
+    log = [{"step": step, "loss": loss, "tokens": 1, "seconds": 1} for step, loss in enumerate(losses, 1)]
+    axes = curve.plot(log).axes[0]
+    axes.figure.draw_without_rendering()
+    assert any(label.get_text() for label in axes.get_yticklabels(minor=True)) == labelled
