@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -56,13 +56,6 @@ class FastTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._text_only.decode([i for i in ids if i not in self._special_ids])
         return text
-
-    def piece(self, token_id: int) -> str:
-        return self._names.get(token_id) or str(self._text_only.id_to_token(token_id))
-
-    @cached_property
-    def _names(self) -> dict[int, str]:
-        return {token_id: token for token, token_id in self.special_tokens.items()}
 
 
 class GgufTokenizer:

@@ -163,6 +163,12 @@ def test_the_common_beginning_leaves_a_token_of_each_prompt(prompts, head):
     assert infer._common_prefix(prompts) == head
 
 
+def test_the_context_is_no_longer_than_the_model_was_trained_for(gguf_file, capfd):
+    with closing(infer.load(gguf_file, n_ctx=4096, n_threads=1)) as loaded:
+        assert loaded.n_ctx() == 1024
+    assert "n_ctx_train" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("share", [0.0001, 0.05, 0.5, 0.999])
 def test_a_file_that_is_cut_short_is_refused(gguf_file, tmp_path, share):
     damaged = tmp_path / "damaged.gguf"

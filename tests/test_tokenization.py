@@ -374,11 +374,6 @@ def test_it_decodes_without_the_special_tokens(llama2):
     assert llama2.decode([1, 9225, 13, 30060, 29957, 3766, 8864, 29977, 29991, 2]) == "bot\nЗдравствуй!"
 
 
-def test_a_piece_of_a_special_token_is_its_text(llama2, chatml):
-    assert [llama2.piece(token) for token in (1, 2, 9225)] == ["<s>", "</s>", "▁bot"]
-    assert chatml.piece(chatml.special_tokens["<think>"]) == "<think>"
-
-
 def test_the_tokenizer_of_a_registry_name_is_the_one_of_its_package(tiny_tokenizer):
     assert tiny_tokenizer.chat_template == SAIGA2
     assert tiny_tokenizer.variables == {

@@ -99,9 +99,12 @@ def test_the_held_out_loss_is_the_mean_over_learned_tokens(continued, records, t
     assert curve.read(continued)[0]["held_out_loss"] == pytest.approx(total / count, rel=1e-4)
 
 
-def test_a_session_that_has_no_time_left_still_gives_an_adapter(records, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_session_that_has_no_time_left_still_gives_an_adapter(records, tmp_path, monkeypatch, capfd, processes):
     monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 11 * 3600))
-    made = train.train_adapter(config_for(records, tmp_path, adapter=None, quantization="none", epochs=5))
+    made = train.train_adapter(
+        config_for(records, tmp_path, adapter=None, quantization="none", epochs=5, processes=processes)
+    )
     assert "max_hours=10.5 are over: training ends at step 1" in capfd.readouterr().out
     assert weights.adapter_shapes(made)
 
