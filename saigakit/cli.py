@@ -98,23 +98,25 @@ def run(file: str | None, parameters: Sequence[tuple[str, Any]], run_dir: str | 
 @click.argument("file")
 @click.option("--model", default="saiga2_7b", show_default=True, help="Whose tokens are counted.")
 @_BASE_SOURCE
+@click.option("--held-out", help="Held-out records of your own; without them a part of FILE is held out.")
 @click.option("--max-seq-length", type=int, help="Tokens of the longest conversation.")
-def check(file: str, model: str, base_source: str | None, max_seq_length: int | None) -> None:
-    """Looks at a file of records as 01_format does, and keeps nothing.
+def check(file: str, model: str, base_source: str | None, held_out: str | None, max_seq_length: int | None) -> None:
+    """Looks at records as 01_format does, and keeps nothing.
+
+    FILE is a file, a directory, a pattern like "part-*.jsonl", or a data set of the Hub (owner/name).
 
     \b
     Example: saigakit check records.jsonl --model saiga2_7b
     """
-    from saigakit import data, report
+    from saigakit import report, tokenization
 
-    conversations = data.read_conversations(Path(file))
-    click.echo(f"{file}: {len(conversations)} conversations, each is well-formed.")
     with tempfile.TemporaryDirectory() as scratch:
         stage = report.check_records(
-            model=model, records=str(Path(file).absolute()), max_seq_length=max_seq_length,
+            model=model, records=file, held_out=held_out, max_seq_length=max_seq_length,
             run_dir=scratch, base_source=base_source,
         )  # fmt: skip
-        click.echo(str(report.summary(stage)))
+        marked = report.examples(stage, tokenization.load_tokenizer(model, base_source))
+        click.echo(f"{marked}\n\n{report.summary(stage)}\n\n{report.advice(stage)}")
 
 
 @main.command()

@@ -1,261 +1,146 @@
-"""Files of records in the shapes people have into checked conversations, and those into training and held-out."""
+"""Files of records into checked conversations, and those into training and held-out."""
 
-import gzip
-import json
+import hashlib
 import os
 import random
-import re
-import warnings
-import zlib
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from saigakit import manifest, records
+from saigakit import records, shapes
+from saigakit.conversations import Conversation as Conversation
+from saigakit.conversations import Conversations, as_line
+from saigakit.conversations import Message as Message
 from saigakit.errors import DataError, SaigaError
+from saigakit.progress import Every
 from saigakit.records import Bad, named
 
-if TYPE_CHECKING:
-    import datasets
-
-Message = dict[str, str]
 T = TypeVar("T")
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "gpt": "assistant",
-}
-_BATCH = 16 * 10**6  # characters; Arrow counts the bytes of one batch in 32 bits
-_TOOL_KEYS = frozenset({"tools", "functions", "tool_calls", "function_call", "tool_call_id"})
-_TOOL_ROLES = frozenset({"tool", "function", "function_call", "observation"})
-_LATER = "tools come in a later version; remove these records or turn the calls into text"
-_LISTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_LINE_ENDS = re.compile("[\u0085\u2028\u2029]")
+KEPT_PROBLEMS = 1000  # of a million bad records; the others are counted
 
 
-def read_conversations(file: str | Path) -> "datasets.Dataset":
-    """The records of a JSONL file (.gz too) or of a JSON array, as a Dataset with the column "messages".
+def read_conversations(source: str | Path | Sequence[str | Path]) -> Conversations:
+    """The records of one file or of several: JSONL (.gz too), a JSON array or Parquet; see `shapes.conversation`.
 
-    Three shapes are read: {"messages": [{"role", "content"}]}, {"system"?, "user", "bot"} and ShareGPT's
-    {"conversations": [{"from", "value"}]}; a "system" beside a list becomes its first message. Other keys of a
-    record ("id") are not read, which is printed with their number. An unknown key of a message, which could change
-    what is learned, is a problem, and so are tools. Blank lines are skipped.
-    Raises DataError with every problem of the file: no record is dropped.
+    Keys beside a conversation ("id") are not read, which is printed with their number. Blank lines are skipped.
+    Raises DataError with every problem of all files: no record is dropped.
     """
-    path = Path(file)
-    if not path.is_file():
-        what = "is a directory; name the file in it" if path.is_dir() else "is not there"
-        raise SaigaError(f"{path} {what}.")
-    checking = _Checking(path)
-    try:
-        made = _to_dataset(checking.conversations(), manifest.sha256(path)[:16])
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise SaigaError(f"{path} is not a whole gzip file ({error}); copy it again.") from None
+    files = [Path(file) for file in ([source] if isinstance(source, str | Path) else source)]
+    for file in files:
+        if not file.is_file():
+            what = "is a directory; name the files in it" if file.is_dir() else "is not there"
+            raise SaigaError(f"{file} {what}.")
+    checking = _Checking(files)
+    made = Conversations.stored(checking.conversations(), expected=sum(file.stat().st_size for file in files))
     checking.conclude()
     return made
 
 
-class _Checking:
-    """One reading of a file, and what was found on the way."""
+def labels(files: Sequence[Path]) -> list[str]:
+    """A file's name; with its directory where another has the same name, with all of its path where that is no help."""
+    names = [file.name for file in files]
+    longer = [f"{file.parent.name}/{file.name}" for file in files]
+    return [
+        name if names.count(name) == 1 else long if longer.count(long) == 1 else str(file)
+        for file, name, long in zip(files, names, longer, strict=True)
+    ]
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.records = self.bad = 0
+
+class _Checking:
+    """One reading of files, and what was found on the way."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+        self.records = self.bad = self.empty = self.more_problems = 0
         self.problems: list[str] = []
         self.ignored: Counter[str] = Counter()
+        self.is_due = Every()
 
-    def conversations(self) -> Iterator[list[Message]]:
-        for line, record in records.read(self.path):
-            self.records += 1
-            messages = record if isinstance(record, Bad) else _normalised(record)
-            if isinstance(messages, Bad):
-                self.bad += 1
-                self.problems += [f"{self.path.name}:{line}: {problem}" for problem in messages.problems]
+    def conversations(self) -> Iterator[Conversation]:
+        """Those that are good; after the first bad one none, for they will not be used."""
+        for file, label in zip(self.files, labels(self.files), strict=True):
+            before = self.records
+            for line, record in records.read(file):
+                self.records += 1
+                made = record if isinstance(record, Bad) else shapes.conversation(record)
+                if isinstance(made, Bad):
+                    self.bad += 1
+                    self._add(f"{label}:{line}: {problem}" for problem in made.problems)
+                elif not self.problems:
+                    self.ignored.update(shapes.keys_not_read(cast(dict[str, Any], record)))
+                    yield made
+                if self.is_due():
+                    print(f"{label}: {self.records - before:,} records checked", flush=True)
+            if self.records == before:
+                self.empty += 1
+                self._add([f"{label}: holds no record; write one JSON object on each line, or leave the file out"])
+
+    def _add(self, problems: Iterable[str]) -> None:
+        for problem in problems:
+            if len(self.problems) < KEPT_PROBLEMS:
+                self.problems.append(problem)
             else:
-                self.ignored.update(_keys_not_read(cast(dict[str, Any], record)))
-                yield messages
+                self.more_problems += 1
 
     def conclude(self) -> None:
+        what = str(self.files[0]) if len(self.files) == 1 else f"{len(self.files)} files"
         if not self.records:
-            raise DataError(f"{self.path} holds no record; write one JSON object on each line.", [])
+            raise DataError(f"{what} holds no record; write one JSON object on each line.", [])
         if self.problems:
-            raise DataError(f"{self.path}: {self.bad} of {self.records} records cannot be used.", self.problems)
+            empty = f", and {self.empty} of the files hold none" if self.empty else ""
+            summary = f"{what}: {self.bad} of {self.records} records cannot be used{empty}."
+            raise DataError(summary, self.problems, more=self.more_problems)
         if self.ignored:
             counts = ", ".join(f"{named(key)} in {count} records" for key, count in self.ignored.most_common(10))
             more = f" and {len(self.ignored) - 10} more" if len(self.ignored) > 10 else ""
-            print(f"{self.path.name}: keys beside the conversation, not read: {counts}{more}.", flush=True)
+            name = self.files[0].name if len(self.files) == 1 else what
+            print(f"{name}: keys beside the conversation, not read: {counts}{more}.", flush=True)
 
 
-def _to_dataset(conversations: Iterable[list[Message]], fingerprint: str) -> "datasets.Dataset":
-    """In memory, so that nothing is left in the cache of `datasets`; a fingerprint spares it hashing the texts."""
-    import pyarrow
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tqdm asks for ipywidgets, and no bar is shown here
-        import datasets
-
-    message = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
-    schema = pyarrow.schema([("messages", pyarrow.list_(message))])
-    batches = [pyarrow.RecordBatch.from_pylist(rows, schema=schema) for rows in _batches(conversations)]
-    return datasets.Dataset(pyarrow.Table.from_batches(batches, schema=schema), fingerprint=fingerprint)
-
-
-def _batches(conversations: Iterable[list[Message]]) -> Iterator[list[dict[str, list[Message]]]]:
-    rows: list[dict[str, list[Message]]] = []
-    size = 0
-    for messages in conversations:
-        rows.append({"messages": messages})
-        size += sum(len(message["content"]) for message in messages)
-        if size > _BATCH:
-            yield rows
-            rows, size = [], 0
-    if rows:
-        yield rows
-
-
-def _normalised(record: object) -> list[Message] | Bad:
-    if not isinstance(record, dict):
-        return Bad((f"record: is {_kind(record)}; it must be an object",))
-    problems = [
-        f"{key}: {_LATER}" for key in sorted(_TOOL_KEYS & record.keys()) if record[key] not in (None, [], {}, "", "[]")
-    ]
-    shapes = [key for key in _LISTS if key in record]
-    if not shapes and not {"user", "bot"} & record.keys():
-        keys = ", ".join(map(named, list(record)[:10])) or "none"
-        return Bad(
-            (f"record: has no messages, no conversations and no user and bot (its keys: {keys}); write one of these",)
-        )
-    if len(shapes) + ({"user", "bot"} <= record.keys()) > 1:
-        return Bad(("record: holds two conversations (of messages, conversations, user and bot); keep one",))
-    turns = [("system", record["system"], "system")] if record.get("system") not in (None, "") else []
-    if shapes:
-        turns += _listed(shapes[0], record[shapes[0]], problems)
-    else:
-        turns += [("user", record.get("user"), "user"), ("bot", record.get("bot"), "assistant")]
-    problems += [problem for field, content, _ in turns if (problem := _content_problem(field, content))]
-    if not problems and (problem := _order_problem(turns)):
-        problems.append(problem)
-    return Bad(tuple(problems)) if problems else [{"role": role, "content": content} for _, content, role in turns]
-
-
-def _listed(name: str, messages: object, problems: list[str]) -> list[tuple[str, Any, str]]:
-    """(field, content, role) of each message; what is wrong but for the contents goes to `problems`."""
-    role_key, content_key = _LISTS[name]
-    if not isinstance(messages, list) or not messages:
-        problems.append(f"{name}: is {_kind(messages)}; it must be a list of messages")
-        return []
-    turns = []
-    for index, message in enumerate(messages):
-        field = f"{name}[{index}]"
-        if not isinstance(message, dict):
-            problems.append(f"{field}: is {_kind(message)}; it must be an object with {role_key} and {content_key}")
-            continue
-        for key in sorted(key for key in message if key not in (role_key, content_key) and message[key] is not None):
-            what = f"is there, and {_LATER}" if key in _TOOL_KEYS else "is an unknown key and would be lost; remove it"
-            problems.append(f"{field}: {named(key)} {what}")
-        role = message.get(role_key)
-        if not isinstance(role, str) or role not in ROLES:
-            problems.append(f"{field}.{role_key}: {_role_problem(role)}")
-            continue
-        turns.append((f"{field}.{content_key}", message.get(content_key), ROLES[role]))
-    return turns
-
-
-def _role_problem(role: object) -> str:
-    if role is None:
-        return "is missing; use system, user or assistant"
-    if role in _TOOL_ROLES:
-        return _LATER
-    return f"is {named(role) if isinstance(role, str) else _kind(role)}; use system, user or assistant"
-
-
-def _content_problem(field: str, content: object) -> str | None:
-    if content is None:
-        return f"{field}: is missing; add the text"
-    if not isinstance(content, str):
-        return f"{field}: is {_kind(content)}; it must be a text"
-    if not content.strip():
-        return f"{field}: is empty; write the text or remove the record"
-    if found := _SURROGATE.search(content):
-        return f"{field}: holds half a character ({found.group()!a}); write the whole one"
-    return None
-
-
-def _order_problem(turns: Sequence[tuple[str, Any, str]]) -> str | None:
-    first = 1 if turns[0][2] == "system" else 0
-    for index, (field, _, role) in enumerate(turns[first:]):
-        expected = ("user", "assistant")[index % 2]
-        if role != expected:
-            where = field.partition(".")[0]
-            return (
-                f"{where}: {role} speaks where {expected} should; system first if at all, then user, assistant, user …"
-            )
-    field, _, role = turns[-1]
-    if role != "assistant":
-        return f"{field.partition('.')[0]}: {role} has the last word; end with an answer of the assistant"
-    return None
-
-
-def _keys_not_read(record: Mapping[str, Any]) -> set[str]:
-    read = {"system", *(_LISTS if _LISTS.keys() & record.keys() else ("user", "bot")), *_TOOL_KEYS}
-    return {key for key in record if record[key] is not None} - read
-
-
-def _kind(value: object) -> str:
-    """A JSON value's type in words."""
-    if isinstance(value, list | str) and not value:
-        return "empty"
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def prompt_texts(messages: Iterable[Mapping[str, str]]) -> frozenset[str]:
+def prompt_texts(messages: Iterable[Mapping[str, Any]]) -> frozenset[str]:
     """What the user says, to compare prompts by: letter case and runs of blanks do not tell two apart."""
     return frozenset(" ".join(item["content"].split()).casefold() for item in messages if item["role"] == "user")
 
 
+def prompt_digests(messages: Iterable[Mapping[str, Any]]) -> frozenset[int]:
+    """`prompt_texts` in 8 bytes each: of a million different ones, two are alike once in 40 million data sets."""
+    return frozenset(
+        int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
+        for text in prompt_texts(messages)
+    )
+
+
 def split_conversations(
-    conversations: "datasets.Dataset", *, eval_fraction: float, seed: int
-) -> tuple["datasets.Dataset", "datasets.Dataset"]:
+    conversations: Conversations, *, eval_fraction: float, seed: int
+) -> tuple[Conversations, Conversations]:
     """(train, held_out): shuffled once, at least one held out, no text of a user on both sides.
 
     Conversations with a user's text in common go to the same side; a group too big for the fraction is trained on.
     """
     if isinstance(eval_fraction, bool) or not isinstance(eval_fraction, int | float) or not 0 < eval_fraction < 1:
         raise SaigaError(f"eval_fraction={eval_fraction!r} must be a number between 0 and 1, such as 0.05.")
-    order = list(range(len(conversations)))
+    order = array("q", range(len(conversations)))
     random.Random(seed).shuffle(order)
-    group_of = _groups([prompt_texts(row["messages"]) for row in conversations])
-    groups: dict[int, list[int]] = {}
-    for index in order:
-        groups.setdefault(group_of[index], []).append(index)
-    if len(groups) < 2:
+    group_of = _groups(conversations)
+    groups = sum(group == index for index, group in enumerate(group_of))
+    if groups < 2:
         raise SaigaError(
-            f"{len(order)} conversations with {len(groups)} distinct prompts cannot be split: at least 2 are needed, "
+            f"{len(order)} conversations with {groups} distinct prompts cannot be split: at least 2 are needed, "
             "with no text of the user in common. Add records or give a held_out file."
         )
-    wanted = min(len(order) - 1, max(1, round(eval_fraction * len(order))))
-    chosen: set[int] = set()
-    for group in groups.values():
-        if len(chosen) + len(group) <= wanted:
-            chosen.update(group)
-    if not chosen:
-        smallest = min(groups.values(), key=len)
-        chosen.update(smallest)
+    is_held_out = _held_out(order, group_of, min(len(order) - 1, max(1, round(eval_fraction * len(order)))))
     return (
-        conversations.select([index for index in order if index not in chosen]),
-        conversations.select([index for index in order if index in chosen]),
+        conversations.select(index for index in order if not is_held_out[group_of[index]]),
+        conversations.select(index for index in order if is_held_out[group_of[index]]),
     )
 
 
-def _groups(texts: Sequence[frozenset[str]]) -> list[int]:
-    """For each conversation the group of those that share a text with it, directly or through others."""
-    parent = list(range(len(texts)))
+def _groups(conversations: Conversations) -> "array[int]":
+    """For each conversation the first of those that share a text with it, directly or through others."""
+    parent = array("q", range(len(conversations)))
 
     def root(index: int) -> int:
         while parent[index] != index:
@@ -263,11 +148,37 @@ def _groups(texts: Sequence[frozenset[str]]) -> list[int]:
             index = parent[index]
         return index
 
-    seen: dict[str, int] = {}
-    for index, own in enumerate(texts):
-        for text in own:
-            parent[root(index)] = root(seen.setdefault(text, index))
-    return [root(index) for index in range(len(texts))]
+    digests, owners = array("Q"), array("q")
+    for index, conversation in enumerate(conversations):
+        for digest in prompt_digests(conversation["messages"]):
+            digests.append(digest)
+            owners.append(index)
+    for place, following in pairwise(sorted(range(len(digests)), key=digests.__getitem__)):
+        if digests[place] == digests[following]:
+            first, second = sorted((root(owners[place]), root(owners[following])))
+            parent[second] = first
+    return array("q", map(root, range(len(parent))))
+
+
+def _held_out(order: Sequence[int], group_of: Sequence[int], wanted: int) -> bytearray:
+    """1 at each group to hold out: in this order those that fit into `wanted`, else the smallest one."""
+    sizes = array("q", bytes(8 * len(order)))
+    for group in group_of:
+        sizes[group] += 1
+    chosen, seen = bytearray(len(order)), bytearray(len(order))
+    taken, smallest = 0, group_of[order[0]]
+    for group in map(group_of.__getitem__, order):
+        if seen[group]:
+            continue
+        seen[group] = 1
+        if sizes[group] < sizes[smallest]:
+            smallest = group
+        if taken + sizes[group] <= wanted:
+            chosen[group] = 1
+            taken += sizes[group]
+    if not taken:
+        chosen[smallest] = 1
+    return chosen
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
@@ -276,20 +187,24 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     return [items[index * len(items) // taken] for index in range(taken)]
 
 
-def common_system_prompt(conversations: "datasets.Dataset") -> str | None:
+def common_system_prompt(conversations: Iterable[Mapping[str, Any]]) -> str | None:
     """The one that all conversations begin with; None where they differ or have none."""
-    beginnings = {first["content"] if first["role"] == "system" else None for first, *_ in conversations["messages"]}
-    return beginnings.pop() if len(beginnings) == 1 else None
+    common: str | None = None
+    for number, conversation in enumerate(conversations):
+        first = conversation["messages"][0]
+        if first["role"] != "system" or (number and first["content"] != common):
+            return None
+        common = first["content"]
+    return common
 
 
 def write_conversations(conversations: Iterable[Mapping[str, Any]], file: str | Path) -> Path:
     """JSONL, written beside and renamed. Only "\n" looks like a line's end in it, even to str.splitlines."""
     path = Path(file)
     beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w", encoding="utf-8", newline="\n") as stream:
-        for row in conversations:
-            line = json.dumps({"messages": row["messages"]}, ensure_ascii=False)
-            stream.write(_LINE_ENDS.sub(lambda found: f"\\u{ord(found.group()):04x}", line) + "\n")
+    with beside.open("wb") as stream:
+        lines = conversations.lines() if isinstance(conversations, Conversations) else map(as_line, conversations)
+        stream.writelines(lines)
         stream.flush()
         os.fsync(stream.fileno())
     return beside.replace(path)

@@ -12,17 +12,21 @@ class SaigaError(Exception):
 
 
 class DataError(SaigaError):
-    """Bad records: every problem with its file, line and field; the first 50 are shown, the rest counted."""
+    """Bad records: every problem with its file, line and field; the first 50 are shown, the rest counted.
+
+    `more`: problems that were counted and not kept.
+    """
 
     SHOWN = 50
 
-    def __init__(self, summary: str, problems: Sequence[str]) -> None:
+    def __init__(self, summary: str, problems: Sequence[str], more: int = 0) -> None:
         self.summary = summary
         self.problems = list(problems)
-        super().__init__(summary, self.problems)
+        self.more = more
+        super().__init__(summary, self.problems, more)
 
     def __str__(self) -> str:
         lines = [self.summary, *(f"  {problem}" for problem in self.problems[: self.SHOWN])]
-        if len(self.problems) > self.SHOWN:
-            lines.append(f"  … and {len(self.problems) - self.SHOWN} more")
+        if hidden := max(0, len(self.problems) - self.SHOWN) + self.more:
+            lines.append(f"  … and {hidden} more")
         return "\n".join(lines)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from saigakit import (
     data,
@@ -24,14 +24,30 @@ from saigakit import (
 )
 from saigakit.errors import SaigaError
 from saigakit.generation import Generated, Progress
+from saigakit.template import Message
 
 STAGE = "04_infer"
 MARGIN = 16  # tokens that an answer may be longer than the longest reference
 DISK = 100 * 10**6  # bytes; 240 answers and the plot are under 1 MB
 OVERHEAD = 10**9  # bytes; torch, transformers and peft in the child
-Conversation = list[dict[str, str]]
-Example = tuple[Conversation, str]  # what is asked, and the reference answer
 Answers = tuple[list[str], Generated]
+
+
+class Example(NamedTuple):
+    """What is asked and what the data answer."""
+
+    messages: list[Message]
+    answer: Message
+    tools: list[dict[str, Any]] | None = None
+
+    def reference(self, tokenizer: tokenization.Tokenizer) -> str:
+        """The answer's text; calls of functions are as the model writes them."""
+        if "tool_calls" not in self.answer:
+            return str(self.answer["content"])
+        encoded = tokenization.encode([*self.messages, self.answer], tokenizer, tools=self.tools)
+        prompt = tokenization.encode(self.messages, tokenizer, tools=self.tools, add_generation_prompt=True)
+        labels = encoded["labels"][len(prompt["input_ids"]) :]
+        return tokenizer.decode([label for label in labels if label != tokenization.IGNORE_INDEX])
 
 
 def compare(
@@ -67,7 +83,7 @@ def compare(
     with manifest.making(final, facts={"compared": compared.files}, **identity) as partial:
         answers = _ask_transformers(asked, compared, quantization)
         answers[compared.quant_type] = _ask_gguf(asked, compared.gguf_file)
-        _write(partial, examples, answers, compared.sizes)
+        _write(partial, asked.pairs, answers, compared.sizes)
     return final
 
 
@@ -137,10 +153,11 @@ def read_examples(file: Path) -> list[Example]:
     """Each conversation up to its last answer, and that answer."""
     found: list[Example] = []
     for line in file.read_text(encoding="utf-8").split("\n"):  # not splitlines: JSON strings may hold U+2028
-        messages = json.loads(line)["messages"] if line else []
+        conversation = json.loads(line) if line else {"messages": []}
+        messages = conversation["messages"]
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
         if last:
-            found.append((messages[:last], messages[last]["content"]))
+            found.append(Example(messages[:last], messages[last], conversation.get("tools")))
     if not found:
         raise SaigaError(f"{file} holds no conversation with an answer: nothing can be compared.")
     return found
@@ -151,6 +168,7 @@ class Asked:
     """The questions as ids: one prompt for all models."""
 
     examples: list[Example]
+    references: list[str]
     tokenizer: tokenization.Tokenizer
     prompts: list[list[int]]
     stop_ids: frozenset[int]
@@ -158,19 +176,27 @@ class Asked:
 
     @classmethod
     def of(cls, examples: list[Example], tokenizer: tokenization.Tokenizer) -> "Asked":
-        longest = max(len(tokenizer.encode_text(reference)) for _, reference in examples)
+        references = [example.reference(tokenizer) for example in examples]
+        longest = max(len(tokenizer.encode_text(reference)) for reference in references)
         return cls(
             examples,
+            references,
             tokenizer,
             _prompts(examples, tokenizer),
             tokenization.end_of_turn_ids(tokenizer),
             longest + MARGIN,
         )
 
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Of each example what was asked last, and the reference."""
+        return [(each.messages[-1]["content"], text) for each, text in zip(self.examples, self.references, strict=True)]
+
 
 def _prompts(examples: Sequence[Example], tokenizer: tokenization.Tokenizer) -> list[list[int]]:
     return [
-        tokenization.encode(messages, tokenizer, add_generation_prompt=True)["input_ids"] for messages, _ in examples
+        tokenization.encode(each.messages, tokenizer, tools=each.tools, add_generation_prompt=True)["input_ids"]
+        for each in examples
     ]
 
 
@@ -223,8 +249,11 @@ def _ask_gguf(asked: Asked, gguf_file: Path) -> Answers:
         return [tokenizer.decode(ids) for ids in made.ids], made
 
 
-def _write(directory: Path, examples: Sequence[Example], answers: Mapping[str, Answers], sizes: Sequence[int]) -> None:
-    references = [reference for _, reference in examples]
+def _write(
+    directory: Path, pairs: Sequence[tuple[str, str]], answers: Mapping[str, Answers], sizes: Sequence[int]
+) -> None:
+    """`pairs`: what was asked last, and the reference."""
+    references = [reference for _, reference in pairs]
     rows = [
         {
             "name": name,
@@ -236,10 +265,10 @@ def _write(directory: Path, examples: Sequence[Example], answers: Mapping[str, A
         for (name, (texts, made)), size in zip(answers.items(), sizes, strict=True)
     ]
     lines = []
-    for index, (messages, reference) in enumerate(examples):
+    for index, (question, reference) in enumerate(pairs):
         said = {name: texts[index] for name, (texts, _) in answers.items()}
         exact = {name: metrics.is_exact(text, reference) for name, text in said.items()}
-        line = {"prompt": messages[-1]["content"], "reference": reference, "answers": said, "exact": exact}
+        line = {"prompt": question, "reference": reference, "answers": said, "exact": exact}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     manifest.write_text(directory / "answers.jsonl", "".join(lines))
     manifest.write_text(directory / results.FILE, json.dumps(rows, indent=2))

@@ -9,7 +9,18 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from saigakit import container, manifest, models, quantization, sizes, sources, tokenization, vocabulary, workspace
+from saigakit import (
+    container,
+    manifest,
+    models,
+    quantization,
+    sizes,
+    sources,
+    template,
+    tokenization,
+    vocabulary,
+    workspace,
+)
 from saigakit.architecture import Architecture
 from saigakit.errors import SaigaError
 from saigakit.merge import Merged
@@ -218,7 +229,7 @@ class Export:
         writer.add_sampling_penalty_repeat(sampling.repeat_penalty)
         self.architecture.describe(writer)
         self.vocabulary.describe(writer)
-        writer.add_chat_template(self.tokenizer.chat_template)
+        writer.add_chat_template(template.for_inference(self.tokenizer.chat_template))
         if self.system_prompt is not None:
             writer.add_string(SYSTEM_PROMPT_KEY, self.system_prompt)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

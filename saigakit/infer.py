@@ -4,10 +4,10 @@ import codecs
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from saigakit import tokenization, workspace
 from saigakit.errors import SaigaError
@@ -98,6 +98,7 @@ def stream(
     llm: "llama_cpp.Llama",
     messages: Sequence[Message],
     *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     sampling: Sampling | None = None,
     max_new_tokens: int | None = None,
 ) -> Iterator[str]:
@@ -106,7 +107,7 @@ def stream(
     Raises SaigaError when the conversation fills the context.
     """
     tokenizer = tokenization.load_gguf_tokenizer(llm)
-    prompt = tokenization.encode(messages, tokenizer, add_generation_prompt=True)["input_ids"]
+    prompt = tokenization.encode(messages, tokenizer, tools=tools, add_generation_prompt=True)["input_ids"]
     room = llm.n_ctx() - len(prompt)
     if room < 1:
         raise SaigaError(
@@ -137,11 +138,12 @@ def chat(
     llm: "llama_cpp.Llama",
     messages: Sequence[Message],
     *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     sampling: Sampling | None = None,
     max_new_tokens: int | None = None,
 ) -> str:
     """The whole answer."""
-    return "".join(stream(llm, messages, sampling=sampling, max_new_tokens=max_new_tokens))
+    return "".join(stream(llm, messages, tools=tools, sampling=sampling, max_new_tokens=max_new_tokens))
 
 
 def _piece(llm: "llama_cpp.Llama", token: int) -> bytes:

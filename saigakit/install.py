@@ -20,7 +20,9 @@ _BASE = (
     "tokenizers",
     "sentencepiece",
     "protobuf",
-    "datasets",
+    "pyarrow",
+    "numpy",
+    "rensa",
     "huggingface-hub",
     "matplotlib",
 )
@@ -42,6 +44,7 @@ PINS: Mapping[str, tuple[str, str]] = {
     "bitsandbytes": ("0.50.2", "bitsandbytes"),
     "gguf": ("0.19.0", "gguf"),
     "llama-cpp-python": ("0.3.35", "llama_cpp"),
+    "rensa": ("0.5.0", "rensa"),
 }
 # Also on Kaggle, in every stage: transformers reads the demo's model, smollm2_135m, from a GGUF file.
 _ON_KAGGLE = ("gguf",)

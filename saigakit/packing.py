@@ -1,5 +1,6 @@
 """Tokenised conversations into packs without padding: best fit into a token budget, positions restart per document."""
 
+import bisect
 import math
 import random
 from collections.abc import Sequence
@@ -17,17 +18,17 @@ def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices of `lengths` in bins of at most `budget`, longest first into the fullest bin that still has room."""
     if lengths and max(lengths) > budget:
         raise ValueError(f"a document of {max(lengths)} tokens does not fit into a pack of {budget}")
-    room: dict[int, list[list[int]]] = {}  # free tokens -> bins
+    room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
     bins: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = min((free for free, stack in room.items() if stack and free >= lengths[index]), default=None)
-        if fitting is None:
-            bins.append([])
-            target, free = bins[-1], budget
+        fullest = bisect.bisect_left(room, (lengths[index], 0))
+        if fullest < len(room):
+            free, target = room.pop(fullest)
         else:
-            target, free = room[fitting].pop(), fitting
-        target.append(index)
-        room.setdefault(free - lengths[index], []).append(target)
+            free, target = budget, len(bins)
+            bins.append([])
+        bins[target].append(index)
+        bisect.insort(room, (free - lengths[index], target))
     return bins
 
 

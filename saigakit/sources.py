@@ -1,17 +1,32 @@
-"""What a model, base_source or adapter parameter names into a local directory, from an attachment or the Hub."""
+"""What a parameter names (a model, an adapter, records) into local files, from an attachment or the Hub."""
 
 import glob
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from saigakit import definitions, examples, workspace
+from saigakit import definitions, examples, records, splits, workspace
 from saigakit.errors import SaigaError
 from saigakit.models import ModelSpec
 
 T = TypeVar("T")
 _TOKENIZER_FILES = ("*.json", "*.model", "*.jinja")
+_IDS_DEPEND_ON = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 _PACKAGED_RECORDS = "package:wordnet/"
+_HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_FILES = (*records.SUFFIXES, *records.REFUSED)  # so ends the name of a file, and of no data set
+_ATTACH_MODEL = (
+    "Or attach a copy as a Kaggle model or data set and give its directory as base_source (for an adapter: as adapter)."
+)
+_ATTACH_RECORDS = "No such path is here either: attach a copy as a Kaggle data set and give its name or a path in it."
 _ADAPTER_FILES = (*_TOKENIZER_FILES, "adapter_model.*")
 _PACKAGED: dict[str, Callable[[], Path]] = {
     "package:smollm2_135m": examples.smollm2_base,
@@ -19,14 +34,71 @@ _PACKAGED: dict[str, Callable[[], Path]] = {
 }
 
 
-def records_file(name: str, run_dir: str | Path | None = None) -> Path:
-    """A file of records: a path, one inside `run_dir` or an attached input, or one of the demo's two."""
+def records_files(name: str, run_dir: str | Path | None = None) -> list[Path]:
+    """A file, a directory's files of records, those that fit a pattern, one of the demo's two or a data set of the Hub.
+
+    Inside `run_dir`, from here or in an attached input. Of the Hub: "owner/name", also with ":split",
+    ":configuration" or ":configuration/split"; what is here goes first.
+    """
     if name.startswith(_PACKAGED_RECORDS):
-        file = definitions.packaged_records() / name.removeprefix(_PACKAGED_RECORDS)
-        if not file.is_file():
-            raise SaigaError(f"{name!r} is not there; the demo has train.jsonl and held_out.jsonl.")
-        return file
-    return workspace.find_input(name, run_dir=run_dir)
+        return [_packaged_records(name.removeprefix(_PACKAGED_RECORDS))]
+    repo, _, choice = name.partition(":")
+    if _HUB_ID.fullmatch(repo) and not name.endswith(_FILES) and not _is_here(name, run_dir):
+        return _data_set(repo, choice)
+    places = [Path(name).expanduser(), *([] if run_dir is None else [Path(run_dir) / name])]
+    if set("*?[") & set(name) and not any(place.exists() for place in places):
+        return _matching(name, run_dir)
+    found = workspace.find_input(name, run_dir=run_dir)
+    return _files_below(found) if found.is_dir() else [found]
+
+
+def _packaged_records(name: str) -> Path:
+    file = definitions.packaged_records() / name
+    if not file.is_file():
+        raise SaigaError(f"'{_PACKAGED_RECORDS}{name}' is not there; the demo has train.jsonl and held_out.jsonl.")
+    return file
+
+
+def _files_below(directory: Path) -> list[Path]:
+    """Hidden ones are left out."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file() and file.name.endswith(records.SUFFIXES))
+    seen = [file for file in files if not any(part.startswith(".") for part in file.relative_to(directory).parts)]
+    if not seen:
+        raise SaigaError(f"{directory} holds no file of records ({', '.join(records.SUFFIXES)}).")
+    return seen
+
+
+def _matching(pattern: str, run_dir: str | Path | None) -> list[Path]:
+    """Of the first place where something fits: `run_dir`, here, the attached inputs."""
+    name = str(Path(pattern).expanduser())
+    for place in (run_dir, None):
+        base = Path() if place is None else Path(place)
+        # Path.glob takes no absolute pattern, and hidden files.
+        found = [base / match for match in glob.glob(name, root_dir=place, recursive=True)]  # noqa: PTH207
+        if files := sorted({file for file in found if file.is_file()}):
+            return files
+    roots = workspace.input_roots() if not Path(name).is_absolute() else []
+    files = sorted({file for root in roots for file in root.rglob(name) if file.is_file() and file.name[0] != "."})
+    tops = {Path(*file.parts[: -len(Path(name).parts)]) for file in files}
+    if len(tops) > 1 and "**" not in name:
+        raise SaigaError(f"{pattern!r} fits in more than one place: {', '.join(map(str, sorted(tops)))}. Name one.")
+    if not files:
+        looked = ", ".join(map(str, [*([] if run_dir is None else [run_dir]), Path.cwd(), *workspace.input_roots()]))
+        raise SaigaError(f"No file fits {pattern!r}. Looked in {looked}.")
+    return files
+
+
+def _data_set(repo: str, choice: str) -> list[Path]:
+    """The files of one split, fetched."""
+    from huggingface_hub import HfApi
+
+    token = workspace.secret("HF_TOKEN")
+    found = _asking_hub(repo, lambda: HfApi().dataset_info(repo, files_metadata=True, token=token), _ATTACH_RECORDS)
+    sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
+    names = splits.records_of(repo, list(sizes), choice)
+    _require_room(repo, "dataset", sum(sizes[name] for name in names))
+    directory = _from_hub(repo, tuple(map(glob.escape, names)), "dataset")
+    return [directory / name for name in names]
 
 
 def base_dir(spec: ModelSpec, base_source: str | None = None) -> Path:
@@ -45,6 +117,12 @@ def tokenizer_dir(spec: ModelSpec, base_source: str | None = None) -> Path:
     if base_source is not None or spec.base_model in _PACKAGED or Path(spec.base_model).is_dir():
         return base_dir(spec, base_source)
     return _from_hub(spec.released_adapter or spec.base_model, _TOKENIZER_FILES)
+
+
+def tokenizer_files(spec: ModelSpec, base_source: str | None = None) -> list[Path]:
+    """What of `tokenizer_dir` the ids of a prompt depend on."""
+    directory = tokenizer_dir(spec, base_source)
+    return [directory / name for name in _IDS_DEPEND_ON if (directory / name).is_file()]
 
 
 def adapter_dir(spec: ModelSpec, adapter: str, run_dir: str | Path | None = None) -> Path:
@@ -97,25 +175,29 @@ def _holding(directory: Path, marker: str, problem: str, remedy: str) -> Path:
 def _weight_files(repo: str) -> tuple[str, ...]:
     """One kind of weights. Raises SaigaError where the disk has no room for what of them is not there yet."""
     from huggingface_hub import HfApi
-    from huggingface_hub.file_download import repo_folder_name
 
     # Not list_repo_files, which without a connection tries for 24 s.
     token = workspace.secret("HF_TOKEN")
     found = _asking_hub(repo, lambda: HfApi().model_info(repo, files_metadata=True, token=token))
     sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
     ending = ".safetensors" if any(name.endswith(".safetensors") for name in sizes) else ".bin"
-    needed = sum(size for name, size in sizes.items() if name.endswith(ending))
-    blobs = _hub_cache() / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
+    _require_room(repo, "model", sum(size for name, size in sizes.items() if name.endswith(ending)))
+    return (f"*{ending}",)
+
+
+def _require_room(repo: str, repo_type: str, needed: int) -> None:
+    from huggingface_hub.file_download import repo_folder_name
+
+    blobs = _hub_cache() / repo_folder_name(repo_id=repo, repo_type=repo_type) / "blobs"
     there = sum(blob.stat().st_size for blob in blobs.glob("*"))
     workspace.require_disk(_hub_cache(), max(0, needed - there), f"Downloading {repo}")
-    return (f"*{ending}",)
 
 
 def _hub_cache() -> Path:
     return workspace.scratch_dir() / "hub"
 
 
-def _from_hub(repo: str, patterns: tuple[str, ...]) -> Path:
+def _from_hub(repo: str, patterns: tuple[str, ...], repo_type: str = "model") -> Path:
     from huggingface_hub import snapshot_download
 
     return _asking_hub(
@@ -123,15 +205,17 @@ def _from_hub(repo: str, patterns: tuple[str, ...]) -> Path:
         lambda: Path(
             snapshot_download(
                 repo,
+                repo_type=repo_type,
                 allow_patterns=list(patterns),
                 cache_dir=_hub_cache(),
                 token=workspace.secret("HF_TOKEN"),
             )
         ),
+        _ATTACH_RECORDS if repo_type == "dataset" else _ATTACH_MODEL,
     )
 
 
-def _asking_hub(repo: str, ask: Callable[[], T]) -> T:
+def _asking_hub(repo: str, ask: Callable[[], T], attach: str = _ATTACH_MODEL) -> T:
     # HTTPError is httpx's in huggingface_hub 1 and httpx2's in 2; no connection is one of these, and no OSError.
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
@@ -139,10 +223,6 @@ def _asking_hub(repo: str, ask: Callable[[], T]) -> T:
         RepositoryNotFoundError,
     )
 
-    attach = (
-        "Or attach a copy as a Kaggle model or data set and give its directory as base_source "
-        "(for an adapter: as adapter)."
-    )
     try:
         return ask()
     except GatedRepoError:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     """Rows that a terminal prints aligned and a notebook shows as HTML."""
 
@@ -17,6 +17,8 @@ class Table:
         widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
         lines = [_line(cells, widths) for cells in (self.header, *self.rows)]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], self.note]).rstrip()
+
+    __repr__ = __str__  # what a notebook keeps beside the HTML
 
     def _repr_html_(self) -> str:
         rows = [_html_row(self.header, "th"), *(_html_row(row, "td") for row in self.rows)]

@@ -1,6 +1,7 @@
 """Messages into the text of a prompt, by the model's own Jinja chat template."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
@@ -9,15 +10,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from saigakit import placeholders
 from saigakit.errors import SaigaError
 from saigakit.models import ModelSpec
 
 Message = Mapping[str, Any]
+MARKS = ("\U000f0002", "\U000f0003")
+_GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
 
 class _Generation(Extension):
@@ -30,41 +34,107 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Marked(_Generation):
+    """The same between two marks, to compare them with what is learned."""
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        line = parser.stream.current.lineno
+        begin, end = (nodes.Output([nodes.TemplateData(mark)]).set_lineno(line) for mark in MARKS)
+        return [begin, *super().parse(parser), end]
+
+
 def _raise(message: str) -> NoReturn:
     raise SaigaError(f"The chat template refuses this conversation: {message}")
 
 
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _masked_tojson(value: object, **form: Any) -> str:  # noqa: ANN401
+    return placeholders.quoted(_tojson(value, **form))
+
+
 @cache
-def _compiled(chat_template: str) -> jinja2.Template:
+def _now() -> datetime:
+    """One moment for the whole run: a conversation has the same ids at its end as at its beginning."""
+    return datetime.now().astimezone()
+
+
+@cache
+def _compiled(chat_template: str, masked: bool) -> jinja2.Template:
     # The settings with which transformers renders chat templates, so that other tools render the same text.
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Marked if masked else _Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = _masked_tojson if masked else _tojson
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
+    environment.globals["strftime_now"] = lambda form: _now().strftime(form)
     return environment.from_string(chat_template)
 
 
 def render(
-    messages: Sequence[Message], chat_template: str, *, add_generation_prompt: bool = False, **variables: str
+    messages: Sequence[Message],
+    chat_template: str,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+    variables: Mapping[str, str] | None = None,
+    masked: bool = False,
 ) -> str:
     """The whole text, special tokens spelled out. `variables`: bos_token, eos_token and the like.
 
+    `masked`: the messages hold placeholders, and what `{% generation %}` encloses stands between MARKS.
     Raises SaigaError where the template refuses the messages or is broken.
     """
     try:
-        return _compiled(chat_template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, **variables
+        return _compiled(chat_template, masked).render(
+            messages=messages,
+            tools=tools or None,  # templates tell None from undefined
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **(variables or {}),
         )
     except (jinja2.TemplateError, TypeError) as error:  # TypeError: text + None inside a template
         raise SaigaError(f"The chat template cannot render this conversation: {error}") from None
 
 
+def for_inference(chat_template: str) -> str:
+    """The same template without `{% generation %}`, which programs that only run models do not know."""
+    return _GENERATION.sub(lambda found: f"{found[1]}{'endif' if found[2] else 'if true'}{found[3]}", chat_template)
+
+
+def with_tools(chat_template: str) -> str:
+    """The template itself where it reads `tools`; else after one that turns functions and calls into text."""
+    if "tools" in meta.find_undeclared_variables(_parsed(chat_template)):
+        return chat_template
+    return _packaged("hermes") + chat_template
+
+
+def _parsed(chat_template: str) -> nodes.Template:
+    environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    try:
+        return environment.parse(chat_template)
+    except jinja2.TemplateError as error:
+        raise SaigaError(f"The chat template is broken: {error}") from None
+
+
+def _packaged(name: str) -> str:
+    return resources.files("saigakit").joinpath(f"templates/{name}.jinja").read_text(encoding="utf-8")
+
+
 def of_model(spec: ModelSpec, tokenizer_dir: Path) -> str:
-    """The registry's template, else the tokenizer's own (chat_template.jinja or tokenizer_config.json)."""
-    if spec.template is not None:
-        return resources.files("saigakit").joinpath(f"templates/{spec.template}.jinja").read_text(encoding="utf-8")
+    """The registry's template, else the tokenizer's own (chat_template.jinja or tokenizer_config.json); with tools."""
+    return with_tools(_packaged(spec.template) if spec.template else _own(spec, tokenizer_dir))
+
+
+def _own(spec: ModelSpec, tokenizer_dir: Path) -> str:
     file = tokenizer_dir / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")

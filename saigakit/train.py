@@ -17,6 +17,7 @@ from saigakit import (
     launch,
     manifest,
     memory,
+    rows,
     sources,
     tokenization,
     trainer,
@@ -25,8 +26,7 @@ from saigakit import (
 )
 from saigakit.config import TrainConfig
 from saigakit.errors import SaigaError
-from saigakit.tokenization import IGNORE_INDEX
-from saigakit.trainer import Log, Plan, Rows
+from saigakit.trainer import Log, Plan
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -125,15 +125,17 @@ def main(config_file: Path) -> None:
         torch.cuda.set_device(rank)
     weights.cpu_threads()
     tokenizer = tokenization.load_tokenizer(config.model, config.base_source)
-    rows = _encoded(Path(config.train_file), tokenizer, config.sequence_budget)
-    held_out = _encoded(Path(config.eval_file), tokenizer, config.sequence_budget) if config.eval_file else []
+    train_rows = _rows(config.train_file, tokenizer, config)
+    held_out = data.spread(_rows(config.eval_file, tokenizer, config), EVALUATED) if config.eval_file else []
     log = Log(Path(config.output_dir) / curve.LOG_FILE, quiet=rank > 0)
-    plan = Plan(config, rows, processes)
-    log.say(f"{len(rows)} conversations, {sum(plan.tokens):,} tokens in {config.epochs:g} epochs: {plan.steps} steps.")
+    plan = Plan(config, train_rows, processes)
+    log.say(
+        f"{len(train_rows)} conversations, {sum(plan.tokens):,} tokens in {config.epochs:g} epochs: {plan.steps} steps."
+    )
     transformers.set_seed(config.seed)  # a new adapter begins at random
     log.say(f"Loading {config.spec.base_model} …")
     model = _model(config, on_gpu=on_gpu, device=f"cuda:{rank}" if on_gpu else "cpu")
-    run = trainer.build(config, model, plan, data.spread(held_out, EVALUATED), log)
+    run = trainer.build(config, model, plan, held_out, log)
     run.train()
     evaluated = [entry["step"] for entry in run.state.log_history if "eval_loss" in entry]
     if held_out and run.state.global_step not in evaluated:
@@ -142,14 +144,9 @@ def main(config_file: Path) -> None:
         _save(model, config)
 
 
-def _encoded(file: Path, tokenizer: tokenization.Tokenizer, limit: int) -> Rows:
-    rows = [tokenization.encode(row["messages"], tokenizer) for row in data.read_conversations(file)]
-    kept = [row for row in rows if len(row["input_ids"]) <= limit and set(row["labels"][1:]) != {IGNORE_INDEX}]
-    if not kept:
-        raise SaigaError(f"{file}: no conversation has an answer within max_seq_length={limit} tokens.")
-    if len(kept) < len(rows):
-        print(f"{file.name}: {len(rows) - len(kept)} of {len(rows)} are longer than {limit} tokens and left out.")
-    return kept
+def _rows(file: str, tokenizer: tokenization.Tokenizer, config: TrainConfig) -> rows.Rows:
+    path = Path(file)
+    return rows.store(data.read_conversations(path), tokenizer, config.sequence_budget, name=path.name)
 
 
 def _model(config: TrainConfig, *, on_gpu: bool, device: str) -> "PeftModel":

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 from saigakit import packing, weights, workspace
 from saigakit.config import TrainConfig
 from saigakit.errors import SaigaError
+from saigakit.rows import Rows
+from saigakit.tokenization import Example
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -18,14 +21,27 @@ if TYPE_CHECKING:
 
 EVALUATIONS = 4  # in a run, unless eval_steps says otherwise
 REPORT_S = 15  # between two lines of progress
-Rows = list[dict[str, list[int]]]
+Pack = list[Example]
+
+
+class Packs(Sequence[Pack]):
+    """Rows by their indices, read when a pack is asked for."""
+
+    def __init__(self, rows: Sequence[Example], packs: Sequence[Sequence[int]]) -> None:
+        self.rows, self.packs = rows, packs
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> Pack:  # type: ignore[override]  # no slices
+        return [self.rows[row] for row in self.packs[index]]
 
 
 class Plan:
     """The packs of the whole run and how many make one optimizer step: about batch_size conversations."""
 
     def __init__(self, config: TrainConfig, rows: Rows, processes: int) -> None:
-        lengths = [len(row["input_ids"]) for row in rows]
+        lengths = rows.lengths
         most = max(1, config.batch_size // processes)
         budget = config.sequence_budget
         packs = packing.schedule(lengths, budget=budget, most=most, epochs=config.epochs, seed=config.seed)
@@ -33,7 +49,7 @@ class Plan:
         self.accumulation = max(1, round(config.batch_size / per_pack / processes))
         per_step = self.accumulation * processes
         self.steps = math.ceil(len(packs) / per_step)
-        self.packs: list[Rows] = [[rows[index] for index in pack] for pack in packs]
+        self.packs = Packs(rows, packs)
         sizes = [sum(lengths[index] for index in pack) for pack in packs]
         self.tokens = [sum(sizes[start : start + per_step]) for start in range(0, len(sizes), per_step)]  # of each step
 
@@ -54,7 +70,7 @@ class Log:
                 stream.write(json.dumps(entry) + "\n")
 
 
-def build(config: TrainConfig, model: "PeftModel", plan: Plan, held_out: Rows, log: Log) -> "Trainer":
+def build(config: TrainConfig, model: "PeftModel", plan: Plan, held_out: Pack, log: Log) -> "Trainer":
     from transformers import PrinterCallback, TrainingArguments
 
     number_format = weights.number_format(config.spec, workspace.gpus() if model.device.type == "cuda" else [])
@@ -84,12 +100,12 @@ def build(config: TrainConfig, model: "PeftModel", plan: Plan, held_out: Rows, l
         ddp_find_unused_parameters=False,
     )
     lengths = [len(row["input_ids"]) for row in held_out]
-    packs = [[held_out[i] for i in pack] for pack in packing.best_fit(lengths, config.sequence_budget)]
+    packs = Packs(held_out, packing.best_fit(lengths, config.sequence_budget))
     trainer = _trainer_class(plan.packs, packs)(
         model=model,
         args=arguments,
         train_dataset=plan.packs,
-        eval_dataset=packs or None,
+        eval_dataset=packs if held_out else None,
         data_collator=lambda batch: packing.collate(batch[0]),
         callbacks=[_progress(config, plan, log)],
     )
@@ -108,7 +124,7 @@ def _any_process(here: bool, args: "TrainingArguments") -> bool:
     return bool(flag.item())
 
 
-def _trainer_class(planned: list[Rows], held_out: list[Rows]) -> type["Trainer"]:
+def _trainer_class(planned: Packs, held_out: Packs) -> type["Trainer"]:
     """Trainer that keeps the plan's order and whose held-out loss is the mean over learned tokens.
 
     The stock eval_loss depends on the batch size and is wrong on two processes.
@@ -128,8 +144,8 @@ def _trainer_class(planned: list[Rows], held_out: list[Rows]) -> type["Trainer"]
             self.model.eval()
             start = time.monotonic()
             total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-            for pack in held_out[self.args.process_index :: self.args.world_size]:
-                batch = self._prepare_inputs(packing.collate(pack))
+            for index in range(self.args.process_index, len(held_out), self.args.world_size):
+                batch = self._prepare_inputs(packing.collate(held_out[index]))
                 with self.accelerator.autocast():
                     loss_sum = self.model(**batch, use_cache=False, num_items_in_batch=1).loss
                 total += torch.tensor([loss_sum.item(), batch["logits_to_keep"].numel()], device=total.device)

@@ -1,7 +1,9 @@
 """A tokenizer's files into the vocabulary of a GGUF, so that llama.cpp gives the same ids."""
 
+import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing, redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from saigakit import template, tokenization
 from saigakit.errors import SaigaError
 from saigakit.tokenization import FastTokenizer
+from saigakit.tokenizer_backends import NORMALIZATION_KEY, TOKENIZER_JSON_KEY, GgufTokenizer
 
 if TYPE_CHECKING:
     import gguf
@@ -29,8 +32,11 @@ _PRE_TOKENIZERS = {
     ("digits", "words and bytes"): "smollm",
     ("words and bytes",): "gpt-2",
 }
+# llama.cpp's pattern for it has no combining marks: "за́мок" with its stress is one word, and to llama.cpp three.
+_INEXACT = frozenset({"tekken"})
 _PROBE = (
-    "Привет! Ёлка — «съешь» ещё: №5, 3,14 и 12345 ₽ 🙂 don't I'LL\n\n  два  пробела\tТаб \r\nКонец. <s> </s> <|im_end|>"
+    "Привет! Ёлка — «съешь» ещё, и\u0306од: №5, 3,14 и 12345 ₽ 🙂 don't I'LL\n\n  два  пробела\tТаб \r\nКонец. "
+    "<s> </s> <|im_end|>"
 )
 
 
@@ -46,6 +52,9 @@ class Vocabulary:
     merges: list[str] | None = None
     special_ids: Mapping[str, int] = field(default_factory=dict)  # bos, eos, unk, pad, eot: those that there are
     adds_bos: bool = False  # whether programs put it before a prompt
+    has_prefix_space: bool = True  # SentencePiece: before the text at the beginning and after a special token
+    is_nfc: bool = False  # whether texts are brought to Unicode's composed form
+    tokenizer_json: str | None = None  # where llama.cpp's way to split text into words is not the tokenizer's
 
     @classmethod
     def of(cls, tokenizer_dir: Path, tokenizer: FastTokenizer, config: Mapping[str, Any]) -> Self:
@@ -58,6 +67,8 @@ class Vocabulary:
             made,
             special_ids=_special_ids(made.tokens, tokenizer, config),
             adds_bos=_adds_bos(tokenizer_dir, tokenizer),
+            has_prefix_space=tokenizer.has_prefix_space,
+            is_nfc=tokenizer.is_nfc,
         )
 
     @classmethod
@@ -121,12 +132,14 @@ class Vocabulary:
         found |= {token["id"]: (token["content"], _kind(token)) for token in content["added_tokens"]}
         _require_rows(found, rows)
         tokens = [found.get(i, (f"[PAD{i}]", UNUSED)) for i in range(rows)]
+        pre = _pre_tokenizer(file, content.get("pre_tokenizer") or {})
         return cls(
             model="gpt2",
-            pre=_pre_tokenizer(file, content.get("pre_tokenizer") or {}),
+            pre=pre,
             tokens=[text for text, _ in tokens],
             types=[kind for _, kind in tokens],
             merges=[" ".join(_pair(merge)) for merge in content["model"]["merges"]],
+            tokenizer_json=json.dumps(content, ensure_ascii=False) if pre in _INEXACT else None,
         )
 
     def describe(self, writer: "gguf.GGUFWriter") -> None:
@@ -143,7 +156,11 @@ class Vocabulary:
             writer.add_uint32(f"tokenizer.ggml.{_KEYS[name]}", token_id)
         writer.add_add_bos_token(self.adds_bos)
         writer.add_add_eos_token(False)
-        writer.add_add_space_prefix(self.model == "llama")
+        writer.add_add_space_prefix(self.model == "llama" and self.has_prefix_space)
+        if self.tokenizer_json is not None:
+            writer.add_string(TOKENIZER_JSON_KEY, self.tokenizer_json)
+        if self.is_nfc:
+            writer.add_string(NORMALIZATION_KEY, "NFC")
 
 
 _KEYS = {
@@ -173,7 +190,7 @@ def _special_ids(tokens: Sequence[str], tokenizer: FastTokenizer, config: Mappin
 def _adds_bos(tokenizer_dir: Path, tokenizer: FastTokenizer) -> bool:
     """Never where the template spells it, or it would come twice; else as tokenizer_config.json says."""
     turn = [{"role": "user", "content": "?"}]
-    prompt = template.render(turn, tokenizer.chat_template, add_generation_prompt=True, **tokenizer.variables)
+    prompt = template.render(turn, tokenizer.chat_template, add_generation_prompt=True, variables=tokenizer.variables)
     if prompt.startswith(tokenizer.variables.get("bos_token", "")):
         return False
     config = tokenizer_dir / "tokenizer_config.json"
@@ -241,19 +258,15 @@ def _step(part: Mapping[str, Any]) -> str:
 def require_same_ids(vocabulary_file: Path, tokenizer: FastTokenizer, texts: Sequence[str]) -> None:
     """llama.cpp reads a GGUF's vocabulary and gives the ids of `tokenizer`. Raises SaigaError with the difference."""
     import llama_cpp
-    from llama_cpp._internals import LlamaModel
 
-    params = llama_cpp.llama_model_default_params()
-    params.vocab_only = True
-    model = LlamaModel(path_model=str(vocabulary_file), params=params, verbose=False)
-    try:
+    with redirect_stderr(io.StringIO()):  # it warns that a vocabulary has no context
+        llm = llama_cpp.Llama(str(vocabulary_file), vocab_only=True, verbose=False)
+    with closing(llm):
+        theirs = GgufTokenizer(llm)
         for text in (_PROBE, *texts):
-            wanted = tokenizer.encode_text(text)
-            got = model.tokenize(text.encode("utf-8"), add_bos=False, special=False)
+            wanted, got = tokenizer.encode_text(text), theirs.encode_text(text)
             if got != wanted:
                 raise SaigaError(
                     f"llama.cpp would read {text!r} as {got}, and the model was trained on {wanted}: "
                     "saigakit cannot export this tokenizer."
                 )
-    finally:
-        model.close()

@@ -1,5 +1,6 @@
 """Where am I: Kaggle or local, its inputs and directories, its disk, memory, GPUs, secrets and time."""
 
+import errno
 import glob
 import os
 import re
@@ -125,6 +126,20 @@ def require_disk(path: Path, needed: int, what: str) -> None:
             f"{what} needs {needed / GB:.2f} GB of disk at {path}, and {free / GB:.2f} GB are free. "
             "Delete something there or choose another run_dir."
         )
+
+
+def is_full(error: OSError) -> bool:
+    """Whether it says that a file could not grow."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def scratch_full(what: str, needed: int) -> SaigaError:
+    """`needed`: bytes at least."""
+    directory = scratch_dir()
+    return SaigaError(
+        f"{what} needs {needed / GB:.2f} GB of disk or more at {directory}, and {free_disk(directory) / GB:.2f} GB are "
+        "free. Delete something there, or name a directory with room in the environment variable SAIGAKIT_CACHE."
+    )
 
 
 def available_memory() -> int:

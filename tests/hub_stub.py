@@ -1,9 +1,13 @@
-"""A loopback stand-in for the Hub's API: repositories as dictionaries, and the answers of a repository that is not."""
+"""A loopback stand-in for the Hub's API: repositories as dictionaries, and the answers of a repository that is not.
+
+A data set has the name "datasets/owner/name".
+"""
 
 import hashlib
 import http.server
 import json
 import threading
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -29,10 +33,11 @@ class _Answers(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, *, with_body: bool) -> None:
         type(self).calls.append(self.path)
-        path = self.path.split("?")[0].removeprefix("/api/models")
-        repository = "/".join(path.split("/")[1:3])
-        if repository in REFUSALS:
-            status, code = REFUSALS[repository]
+        path = self.path.split("?")[0].removeprefix("/api").removeprefix("/models")
+        parts = 3 if path.startswith("/datasets/") else 2
+        repository = "/".join(path.split("/")[1 : parts + 1])
+        if (name := repository.removeprefix("datasets/")) in REFUSALS:
+            status, code = REFUSALS[name]
             self._reply(status, b"{}", with_body, {"X-Error-Code": code} if code else {})
         elif repository in self.repositories:
             self._serve(path, repository, with_body)
@@ -42,7 +47,7 @@ class _Answers(http.server.BaseHTTPRequestHandler):
     def _serve(self, path: str, repository: str, with_body: bool) -> None:
         files = self.repositories[repository]
         if "/resolve/" in path:
-            content = files[path.split("/resolve/")[1].split("/", 1)[1]]
+            content = files[urllib.parse.unquote(path.split("/resolve/")[1].split("/", 1)[1])]
             etag = f'"{hashlib.sha1(content, usedforsecurity=False).hexdigest()}"'
             self._reply(200, content, with_body, {"ETag": etag, "X-Repo-Commit": COMMIT})
         elif "/tree/" in path:

@@ -1,4 +1,4 @@
-"""Files of records into checked conversations: every accepted shape, every kind of bad line, a split without leaks."""
+"""Files of records into checked conversations, every bad record named, and a split without leaks."""
 
 import gzip
 import json
@@ -6,10 +6,14 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from saigakit import data
+from saigakit import data, progress
+from saigakit.conversations import Conversations
 from saigakit.errors import DataError, SaigaError
 
 TALK = [{"role": "user", "content": "Кто ты?"}, {"role": "assistant", "content": "Сайга."}]
@@ -41,39 +45,18 @@ def problems(read):
     return of
 
 
-def dataset(texts):
-    """A Dataset of one-turn conversations that ask `texts`."""
-    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": "да"}] for text in texts]
-    return data._to_dataset(turns, "test")
+def asking(texts):
+    """One-turn conversations that ask `texts`."""
+    return of_turns(map(asked, texts))
 
 
-@pytest.mark.parametrize(
-    ("record", "messages"),
-    [
-        ({"messages": TALK}, TALK),
-        ({"messages": WITH_SYSTEM}, WITH_SYSTEM),
-        ({"messages": [TALK[0], {"role": "bot", "content": "Сайга."}]}, TALK),
-        ({"messages": [*TALK, *TALK]}, [*TALK, *TALK]),
-        ({"messages": TALK, "system": "Отвечай кратко."}, WITH_SYSTEM),
-        ({"messages": [TALK[0], {**TALK[1], "tool_calls": None}], "tools": []}, TALK),
-        ({"user": "Кто ты?", "bot": "Сайга."}, TALK),
-        ({"system": "Отвечай кратко.", "user": "Кто ты?", "bot": "Сайга."}, WITH_SYSTEM),
-        ({"system": "", "user": "Кто ты?", "bot": "Сайга."}, TALK),
-        ({"conversations": [{"from": "human", "value": "Кто ты?"}, {"from": "gpt", "value": "Сайга."}]}, TALK),
-        (
-            {
-                "conversations": [
-                    {"from": "system", "value": "Отвечай кратко."},
-                    {"from": "user", "value": "Кто ты?"},
-                    {"from": "assistant", "value": "Сайга."},
-                ]
-            },
-            WITH_SYSTEM,
-        ),
-    ],
-)
-def test_every_shape_becomes_the_same_messages(read, record, messages):
-    assert read([record]) == [messages]
+def asked(text):
+    """A question and its answer."""
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": "да"}]
+
+
+def of_turns(conversations):
+    return Conversations.stored({"messages": turns} for turns in conversations)
 
 
 def test_a_damaged_gzip_file_is_an_error_with_its_name(read):
@@ -89,19 +72,6 @@ def test_unusual_line_separators_inside_a_text_do_not_cut_it(read):
     assert read([{"user": text, "bot": "да"}])[0][0]["content"] == text
 
 
-def test_texts_are_kept_to_the_letter(read):
-    text = "  отступ\n\tтаб </s> <|im_end|> 🙂 漢 e\u0301\u200b \x00 "
-    assert read([{"user": text, "bot": text}]) == [
-        [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
-    ]
-
-
-def test_many_batches_lose_nothing_and_keep_the_order(read, monkeypatch):
-    monkeypatch.setattr(data, "_BATCH", 100)
-    rows = [{"user": f"вопрос {index}", "bot": "ответ " * (index % 7 + 1)} for index in range(200)]
-    assert [messages[0]["content"] for messages in read(rows)] == [row["user"] for row in rows]
-
-
 def test_other_keys_of_a_record_are_counted_aloud(read, capsys):
     read([{"id": 1, "user": "а", "bot": "б"}, {"id": 2, "messages": TALK, "user": "Иван", "source": None}])
     said = capsys.readouterr().out
@@ -113,54 +83,6 @@ def test_other_keys_of_a_record_are_counted_aloud(read, capsys):
 def test_nothing_is_said_when_everything_is_read(read, capsys):
     read([{"user": "а", "bot": "б"}])
     assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize(
-    ("record", "expected"),
-    [
-        ({"instruction": "а", "output": "б"}, "record: has no messages, no conversations and no user and bot"),
-        ({}, "(its keys: none)"),
-        ({"messages": TALK, "conversations": []}, "record: holds two conversations"),
-        ({"messages": TALK, "user": "а", "bot": "б"}, "record: holds two conversations"),
-        ({"user": "а"}, "bot: is missing"),
-        ({"bot": "а"}, "user: is missing"),
-        ({"user": None, "bot": "а"}, "user: is missing"),
-        ({"user": 5, "bot": "а"}, "user: is a number; it must be a text"),
-        ({"user": True, "bot": "а"}, "user: is true or false"),
-        ({"user": {"text": "а"}, "bot": "а"}, "user: is an object"),
-        ({"user": "а", "bot": " \n\t"}, "bot: is empty"),
-        ({"user": "", "bot": "а"}, "user: is empty"),
-        ({"system": "  ", "user": "а", "bot": "а"}, "system: is empty"),
-        ({"system": 1, "user": "а", "bot": "а"}, "system: is a number"),
-        ({"messages": "Кто ты?"}, "messages: is a text; it must be a list"),
-        ({"messages": []}, "messages: is empty"),
-        ({"messages": None}, "messages: is null"),
-        ({"messages": ["Кто ты?", TALK[1]]}, "messages[0]: is a text; it must be an object with role and content"),
-        ({"messages": [{"role": "user"}, TALK[1]]}, "messages[0].content: is missing"),
-        ({"messages": [{"content": "а"}, TALK[1]]}, "messages[0].role: is missing"),
-        ({"messages": [{"role": "narrator", "content": "а"}, TALK[1]]}, "messages[0].role: is 'narrator'; use system"),
-        ({"messages": [{"role": 1, "content": "а"}, TALK[1]]}, "messages[0].role: is a number"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}, TALK[1]]}, "messages[0].content: is a list"),
-        ({"messages": [TALK[0], {**TALK[1], "weight": 0}]}, "messages[1]: 'weight' is an unknown key"),
-        ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "б"}]}, "conversations[0].value: is missing"),
-        ({"conversations": TALK}, "conversations[0].from: is missing"),
-        ({"messages": [TALK[1], TALK[0]]}, "messages[0]: assistant speaks where user should"),
-        ({"messages": [TALK[0], *TALK]}, "messages[1]: user speaks where assistant should"),
-        ({"messages": [*TALK, WITH_SYSTEM[0], *TALK]}, "messages[2]: system speaks where user should"),
-        ({"messages": WITH_SYSTEM, "system": "Ещё один."}, "messages[0]: system speaks where user should"),
-        ({"messages": [*TALK, TALK[0]]}, "messages[2]: user has the last word"),
-        ({"messages": [WITH_SYSTEM[0]]}, "messages[0]: system has the last word"),
-        ({"messages": TALK, "tools": [{"type": "function"}]}, "tools: tools come in a later version"),
-        ({"messages": [TALK[0], {**TALK[1], "tool_calls": [{}]}]}, "'tool_calls' is there, and tools come in a later"),
-        ({"messages": [*TALK, {"role": "tool", "content": "1"}]}, "messages[2].role: tools come in a later version"),
-        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "conversations[0].from: tools come in a later"),
-    ],
-)
-def test_a_bad_record_is_named_with_its_file_line_and_field(problems, record, expected):
-    good = json.dumps({"messages": TALK})
-    found = problems(f"{good}\n{json.dumps(record)}\n{good}\n")
-    assert all(problem.startswith("records.jsonl:2: ") for problem in found)
-    assert any(expected in problem for problem in found), found
 
 
 @pytest.mark.parametrize(
@@ -195,16 +117,133 @@ def test_every_problem_is_collected_and_fifty_are_shown(problems, read):
     assert lines[-1] == "  … and 20 more"
 
 
+def test_of_very_many_problems_a_thousand_are_kept_and_all_are_counted(problems, read):
+    bad = "".join('{"user": 1, "bot": 2}\n' for _ in range(1200))
+    assert len(problems(bad)) == 1000
+    with pytest.raises(DataError) as caught:
+        read(bad)
+    assert str(caught.value).splitlines()[-1] == "  … and 2350 more"
+
+
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b"[]", b"[ ]\n"])
 def test_a_file_without_records_is_an_error(read, content):
     with pytest.raises(DataError, match="holds no record"):
         read(content)
 
 
+@pytest.fixture
+def files(tmp_path):
+    """Names and contents into paths."""
+
+    def write(**contents):
+        paths = []
+        for name, lines in contents.items():
+            path = tmp_path / f"{name.replace('__', '/')}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            paths.append(path)
+        return paths
+
+    return write
+
+
+def test_several_files_are_one_list_in_the_order_given(files):
+    paths = files(b=['{"user": "1", "bot": "1"}'], a=['{"user": "2", "bot": "2"}', '{"user": "3", "bot": "3"}'])
+    asked = [row["messages"][0]["content"] for row in data.read_conversations(paths)]
+    assert asked == ["1", "2", "3"]
+
+
+def test_problems_of_several_files_name_each_its_own(files):
+    paths = files(a=['{"user": 1}'], b=['{"user": "2", "bot": "2"}', "[]", "{"], c=['{"user": "3", "bot": "3"}'])
+    with pytest.raises(DataError) as caught:
+        data.read_conversations(paths)
+    assert caught.value.summary == "3 files: 3 of 5 records cannot be used."
+    assert [problem.rpartition(": ")[0].split(": ")[0] for problem in caught.value.problems] == [
+        "a.jsonl:1",
+        "a.jsonl:1",
+        "b.jsonl:2",
+        "b.jsonl:3",
+    ]
+
+
+def test_files_of_the_same_name_are_told_apart_by_their_directory(files):
+    paths = files(ru__part=["{}"], en__part=["{}"], other=["{}"])
+    with pytest.raises(DataError) as caught:
+        data.read_conversations(paths)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "ru/part.jsonl",
+        "en/part.jsonl",
+        "other.jsonl",
+    ]
+
+
+def test_files_whose_directories_have_the_same_name_too_are_told_apart_by_their_path():
+    paths = [Path("/a/ru/x.jsonl"), Path("/b/ru/x.jsonl"), Path("/b/y.jsonl")]
+    assert data.labels(paths) == ["/a/ru/x.jsonl", "/b/ru/x.jsonl", "y.jsonl"]
+
+
+def test_an_empty_file_among_others_is_a_problem(files):
+    with pytest.raises(DataError) as caught:
+        data.read_conversations(files(a=['{"user": "2", "bot": "2"}'], b=[]))
+    assert caught.value.summary == "2 files: 0 of 1 records cannot be used, and 1 of the files hold none."
+    assert caught.value.problems == [
+        "b.jsonl: holds no record; write one JSON object on each line, or leave the file out"
+    ]
+
+
+def test_keys_beside_the_conversations_of_several_files_are_counted_together(files, capsys):
+    data.read_conversations(files(a=['{"user": "2", "bot": "2", "id": 1}'], b=['{"user": "3", "bot": "3", "id": 2}']))
+    assert capsys.readouterr().out == "2 files: keys beside the conversation, not read: 'id' in 2 records.\n"
+
+
+def test_rows_of_a_parquet_file_with_tools_are_conversations(tmp_path):
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}},
+        },
+        {"type": "function", "function": {"name": "time", "parameters": {"properties": {"zone": {"type": "number"}}}}},
+    ]
+    calls = [
+        {"type": "function", "function": {"name": "weather", "arguments": {"city": "Томск"}}},
+        {"type": "function", "function": {"name": "time", "arguments": {"zone": 7}}},
+    ]
+    rows = [
+        [
+            TALK[0],
+            {"role": "assistant", "content": "", "tool_calls": calls},
+            {"role": "tool", "content": "-5"},
+            TALK[1],
+        ],
+        TALK,
+    ]
+    file = tmp_path / "records.parquet"
+    parquet.write_table(pyarrow.table({"messages": rows, "tools": [tools, None]}), file)
+    assert list(data.read_conversations(file)) == [{"messages": rows[0], "tools": tools}, {"messages": TALK}]
+
+
+def test_a_bad_row_of_a_parquet_file_is_named_with_its_number(tmp_path):
+    file = tmp_path / "records.parquet"
+    parquet.write_table(pyarrow.table({"user": ["а", None], "bot": ["б", "в"]}), file)
+    with pytest.raises(DataError) as caught:
+        data.read_conversations(file)
+    assert caught.value.problems == ["records.parquet:2: user: is missing; add the text"]
+
+
+def test_progress_names_the_file_and_the_records_so_far(files, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY_S", 0)
+    data.read_conversations(files(a=['{"user": "1", "bot": "1"}'] * 2, b=['{"user": "3", "bot": "3"}']))
+    assert capsys.readouterr().out.splitlines() == [
+        "a.jsonl: 1 records checked",
+        "a.jsonl: 2 records checked",
+        "b.jsonl: 1 records checked",
+    ]
+
+
 def test_a_missing_file_and_a_directory_are_named(tmp_path):
     with pytest.raises(SaigaError, match=r"нет\.jsonl is not there"):
         data.read_conversations(tmp_path / "нет.jsonl")
-    with pytest.raises(SaigaError, match="is a directory; name the file in it"):
+    with pytest.raises(SaigaError, match="is a directory; name the files in it"):
         data.read_conversations(tmp_path)
 
 
@@ -222,7 +261,7 @@ def test_reading_and_splitting_leave_nothing_in_the_home_directory(tmp_path):
     command = [sys.executable, "-c", code, str(file)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("2\n", "")
-    assert list(home.rglob("*")) == []
+    assert [path for path in home.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -235,7 +274,7 @@ def test_a_split_is_complete_and_no_prompt_is_on_both_sides(seed):
         asked = [[{"role": "user", "content": text}, {"role": "assistant", "content": str(index)}] for text in texts]
         turns.append([message for pair in asked for message in pair])
     turns[0] = [{"role": "user", "content": "особый вопрос"}, {"role": "assistant", "content": "0"}]  # two at least
-    conversations = data._to_dataset(turns, "test")
+    conversations = of_turns(turns)
     sides = data.split_conversations(conversations, eval_fraction=rng.uniform(0.01, 0.99), seed=seed)
     train, held_out = ([row["messages"] for row in side] for side in sides)
     assert train and held_out
@@ -245,54 +284,68 @@ def test_a_split_is_complete_and_no_prompt_is_on_both_sides(seed):
 
 
 def test_a_split_is_the_same_for_the_same_seed_and_another_for_another():
-    conversations = dataset([f"вопрос {index}" for index in range(100)])
-    held_out = [
-        data.split_conversations(conversations, eval_fraction=0.1, seed=seed)[1][:]["messages"] for seed in (1, 1, 2)
-    ]
-    assert held_out[0] == held_out[1] != held_out[2]
+    conversations = asking([f"вопрос {index}" for index in range(100)])
+    held_out = [data.split_conversations(conversations, eval_fraction=0.1, seed=seed)[1] for seed in (1, 1, 2)]
+    assert list(held_out[0]) == list(held_out[1]) != list(held_out[2])
 
 
 def test_the_held_out_part_has_the_size_that_was_asked_for():
-    train, held_out = data.split_conversations(dataset(map(str, range(200))), eval_fraction=0.05, seed=42)
+    train, held_out = data.split_conversations(asking(map(str, range(200))), eval_fraction=0.05, seed=42)
     assert (len(train), len(held_out)) == (190, 10)
 
 
 def test_at_least_one_is_held_out_and_at_least_one_is_trained_on():
     for fraction in (0.001, 0.999):
-        assert [len(side) for side in data.split_conversations(dataset("аб"), eval_fraction=fraction, seed=1)] == [1, 1]
+        assert [len(side) for side in data.split_conversations(asking("аб"), eval_fraction=fraction, seed=1)] == [1, 1]
 
 
 def test_letter_case_and_blanks_do_not_make_another_prompt():
     with pytest.raises(SaigaError, match="3 conversations with 1 distinct prompts cannot be split"):
-        data.split_conversations(dataset(["Кто ты?", "кто  ты?", " Кто ты?\n"]), eval_fraction=0.5, seed=1)
+        data.split_conversations(asking(["Кто ты?", "кто  ты?", " Кто ты?\n"]), eval_fraction=0.5, seed=1)
 
 
 def test_the_smallest_group_is_held_out_when_each_is_over_the_fraction():
-    train, held_out = data.split_conversations(dataset("аааббвввв"), eval_fraction=0.01, seed=1)
+    train, held_out = data.split_conversations(asking("аааббвввв"), eval_fraction=0.01, seed=1)
     assert [row["messages"][0]["content"] for row in held_out] == ["б", "б"]
     assert len(train) == 7
 
 
 def test_a_prompt_that_most_records_share_is_trained_on():
-    conversations = dataset(["Продолжай"] * 80 + [f"вопрос {index}" for index in range(20)])
+    conversations = asking(["Продолжай"] * 80 + [f"вопрос {index}" for index in range(20)])
     train, held_out = data.split_conversations(conversations, eval_fraction=0.1, seed=3)
     assert (len(train), len(held_out)) == (90, 10)
+
+
+def test_a_digest_stands_for_a_text_of_the_user():
+    def digests(text):
+        return data.prompt_digests([{"role": "system", "content": "С"}, {"role": "user", "content": text}])
+
+    assert digests("Кто ты?") == digests(" кто  ТЫ? ") != digests("Кто я?")
+    assert all(0 <= digest < 2**64 for digest in digests("Кто ты?"))
+
+
+def test_a_prompt_shared_through_another_conversation_keeps_all_three_together():
+    turns = [[asked("а"), asked("б")], [asked("б"), asked("в")], [asked("в")], [asked("г")]]
+    conversations = of_turns([message for pair in pairs for message in pair] for pairs in turns)
+    train, held_out = data.split_conversations(conversations, eval_fraction=0.5, seed=1)
+    assert (len(train), len(held_out)) == (3, 1)
+    assert held_out[0]["messages"][0]["content"] == "г"
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, "0.05", True, None, float("nan")])
 def test_a_fraction_that_is_none_is_refused(fraction):
     with pytest.raises(SaigaError, match="eval_fraction="):
-        data.split_conversations(dataset("аб"), eval_fraction=fraction, seed=1)
+        data.split_conversations(asking("аб"), eval_fraction=fraction, seed=1)
 
 
 def test_what_is_written_is_read_back_to_the_letter(tmp_path):
     texts = ["Ёлка", "один\u2028два\u0085три", '"кавычки" \\ \n', "\x00\x1f🙂"]
-    file = data.write_conversations(dataset(texts), tmp_path / "out.jsonl")
+    file = data.write_conversations(asking(texts), tmp_path / "out.jsonl")
     assert [row["messages"][0]["content"] for row in data.read_conversations(file)] == texts
 
 
 def test_a_written_file_has_readable_cyrillic_and_one_line_for_each_conversation(tmp_path):
-    file = data.write_conversations(dataset(["Ёлка", "один\u2028два\u2029три\u0085"]), tmp_path / "out.jsonl")
+    file = data.write_conversations(asking(["Ёлка", "один\u2028два\u2029три\u0085"]), tmp_path / "out.jsonl")
     text = file.read_text(encoding="utf-8")
     assert "Ёлка" in text
     assert len(text.splitlines()) == 2
@@ -300,7 +353,7 @@ def test_a_written_file_has_readable_cyrillic_and_one_line_for_each_conversation
 
 
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
-    file = data.write_conversations(dataset(["а"]), tmp_path / "out.jsonl")
+    file = data.write_conversations(asking(["а"]), tmp_path / "out.jsonl")
     before = file.read_bytes()
     with pytest.raises(KeyError):
         data.write_conversations([{"messages": TALK}, {}], file)
@@ -320,3 +373,11 @@ def test_the_system_prompt_of_all_conversations_is_known_where_there_is_one(tmp_
     assert common("Ты — Сайга.", "Ты — кот.") is None
     assert common("Ты — Сайга.", None) is None
     assert common(None, None) is None
+
+
+def test_tools_are_written_and_read_back(tmp_path):
+    tools = [{"type": "function", "function": {"name": "f", "description": "д\u2028"}}]
+    rows = [{"messages": TALK, "tools": tools}, {"messages": TALK}]
+    assert list(data.read_conversations(data.write_conversations(rows, tmp_path / "out.jsonl"))) == rows
+    selected = Conversations.stored(rows).select([1, 0])
+    assert list(data.read_conversations(data.write_conversations(selected, tmp_path / "out.jsonl"))) == rows[::-1]

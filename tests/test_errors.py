@@ -27,6 +27,11 @@ def test_fifty_problems_are_all_shown():
     assert str(DataError("bad", [f"line {i}" for i in range(50)])).splitlines()[-1] == "  line 49"
 
 
+def test_problems_that_were_not_kept_are_counted_too():
+    assert str(DataError("bad", ["line 1"], more=7)).splitlines()[-1] == "  … and 7 more"
+    assert str(DataError("bad", ["line"] * 60, more=7)).splitlines()[-1] == "  … and 17 more"
+
+
 def test_a_notebook_shows_the_sentence_instead_of_the_stack(capsys):
     shell = InteractiveShell()
     try:
@@ -38,5 +43,5 @@ def test_a_notebook_shows_the_sentence_instead_of_the_stack(capsys):
 
 
 def test_errors_travel_between_processes():
-    error = pickle.loads(pickle.dumps(DataError("bad", ["line 1"])))
-    assert (str(error), error.problems) == ("bad\n  line 1", ["line 1"])
+    error = pickle.loads(pickle.dumps(DataError("bad", ["line 1"], more=2)))
+    assert (str(error), error.problems) == ("bad\n  line 1\n  … and 2 more", ["line 1"])

@@ -5,11 +5,15 @@ import pytest
 
 from saigakit import data, evaluate, export, manifest, memory, results, sources, tokenization, workspace
 from saigakit.errors import SaigaError
-from saigakit.evaluate import Asked, Compared
+from saigakit.evaluate import Asked, Compared, Example
 from saigakit.generation import Generated
 
 TURN = [{"role": "user", "content": "Кто ты?"}, {"role": "assistant", "content": "Сайга."}]
 ITEMS = '[{"term": "азот", "definition": "газ"}]'
+
+
+def asking(answer):
+    return Example(TURN[:1], {"role": "assistant", "content": answer})
 
 
 def write_conversations(file, conversations):
@@ -56,13 +60,24 @@ def copied(run_dir, tmp_path):
 def test_a_conversation_is_asked_up_to_its_last_answer(tmp_path):
     longer = [*TURN, {"role": "user", "content": "А я?"}, {"role": "assistant", "content": "Человек."}]
     file = write_conversations(tmp_path / "held_out.jsonl", [TURN, [*longer, {"role": "user", "content": "Да?"}]])
-    assert evaluate.read_examples(file) == [(TURN[:1], "Сайга."), (longer[:3], "Человек.")]
+    assert evaluate.read_examples(file) == [
+        Example(TURN[:1], TURN[1]),
+        Example(longer[:3], longer[3]),
+    ]
+
+
+def test_the_reference_of_a_call_is_the_call_as_the_model_writes_it(tiny):
+    tools = [{"type": "function", "function": {"name": "найти"}}]
+    call = {"type": "function", "function": {"name": "найти", "arguments": {"что": "азот"}}}
+    example = Example(TURN[:1], {"role": "assistant", "content": "", "tool_calls": [call]}, tools)
+    asked = Asked.of([example], tokenization.load_tokenizer("saiga_tiny"))
+    assert asked.references == ['<tool_call>\n{"name": "найти", "arguments": {"что": "азот"}}\n</tool_call>']
 
 
 def test_line_separators_inside_a_text_do_not_end_a_record(tmp_path):
     strange = [{"role": "user", "content": "раз\u2028два\u2029три\x85\x0b"}, TURN[1]]
     file = write_conversations(tmp_path / "held_out.jsonl", [strange])
-    assert evaluate.read_examples(file) == [(strange[:1], "Сайга.")]
+    assert evaluate.read_examples(file) == [Example(strange[:1], strange[1])]
 
 
 def test_a_file_without_answers_is_refused(tmp_path):
@@ -78,14 +93,14 @@ def test_examples_are_taken_evenly_over_the_file(count, taken):
 
 def test_the_limit_is_the_longest_reference_and_a_margin(tiny):
     tokenizer = tokenization.load_tokenizer("saiga_tiny")
-    asked = Asked.of([(TURN[:1], "Сайга."), (TURN[:1], "Да.")], tokenizer)
+    asked = Asked.of([asking("Сайга."), asking("Да.")], tokenizer)
     assert asked.max_new_tokens == len(tokenizer.encode_text("Сайга.")) + evaluate.MARGIN
     assert asked.prompts == [tokenization.encode(TURN[:1], tokenizer, add_generation_prompt=True)["input_ids"]] * 2
     assert asked.stop_ids == {tokenizer.special_tokens["</s>"]}
 
 
 def test_what_is_written_has_the_names_that_readers_expect(tmp_path):
-    examples = [(TURN[:1], ITEMS), (TURN[:1], "[]")]
+    examples = [("Кто ты?", ITEMS), ("Кто ты?", "[]")]
     answers = {
         "before": (["не знаю", "[]"], Generated([[1], [2]], seconds=2.0, tokens=50)),
         "after": ([ITEMS, "[]"], Generated([[1], [2]], seconds=4.0, tokens=100)),
@@ -119,7 +134,7 @@ def test_what_is_written_has_the_names_that_readers_expect(tmp_path):
 
 def test_the_table_of_examples_reads_answers_with_line_separators(tmp_path):
     answers = {"before": (["а\u2028б"], Generated([[1]], 1.0, 1)), "after": (["[]"], Generated([[1]], 1.0, 1))}
-    evaluate._write(tmp_path, [(TURN[:1], "[]")], answers, [1, 2])
+    evaluate._write(tmp_path, [("Кто ты?", "[]")], answers, [1, 2])
     assert "а\u2028б" in results.examples_table(tmp_path / "answers.jsonl").rows[0][2]
 
 
@@ -134,7 +149,9 @@ def test_answers_stand_beside_the_reference_of_their_question(compared):
     made, examples = compared
     lines = [json.loads(line) for line in (made / "answers.jsonl").read_text(encoding="utf-8").split("\n") if line]
     asked = data.spread(examples, 4)
-    assert [(line["prompt"], line["reference"]) for line in lines] == [(m[-1]["content"], text) for m, text in asked]
+    assert [(line["prompt"], line["reference"]) for line in lines] == [
+        (each.messages[-1]["content"], each.answer["content"]) for each in asked
+    ]
     assert all(set(line["answers"]) == {"before", "after", "F32"} for line in lines)
     assert all(line["answers"]["before"] != line["answers"]["after"] for line in lines)
 
@@ -202,8 +219,8 @@ def test_a_stage_that_was_not_run_is_named(copied, missing):
 
 def test_a_gguf_with_another_chat_template_is_refused(run_dir, monkeypatch):
     tokenizer = tokenization.load_tokenizer("saiga_tiny")
-    asked = Asked.of([(TURN[:1], "Да.")], tokenizer)
-    other = Asked(asked.examples, tokenizer, [[1, *asked.prompts[0]]], asked.stop_ids, 20)
+    asked = Asked.of([asking("Да.")], tokenizer)
+    other = Asked(asked.examples, asked.references, tokenizer, [[1, *asked.prompts[0]]], asked.stop_ids, 20)
     with pytest.raises(SaigaError, match="give different ids for the same prompt"):
         evaluate._ask_gguf(other, run_dir / "03_merge_gguf" / "model.gguf")
 
@@ -223,7 +240,7 @@ def test_the_memory_of_a_gpu_counts_where_there_is_one(copied, monkeypatch):
 
 def test_the_memory_needed_is_that_of_weights_one_text_and_the_libraries(tiny, monkeypatch):
     tokenizer = tokenization.load_tokenizer("saiga_tiny")
-    asked = Asked.of([(TURN[:1], "Да.")], tokenizer)
+    asked = Asked.of([asking("Да.")], tokenizer)
     needed = []
     monkeypatch.setattr(workspace, "gpus", list)
     monkeypatch.setattr(workspace, "cpu_has_bf16", lambda: False)

@@ -15,7 +15,6 @@ PACKAGE = Path(saigakit.__file__).parent
 HEAVY = {
     "accelerate",
     "bitsandbytes",
-    "datasets",
     "gguf",
     "huggingface_hub",
     "kaggle",
@@ -24,6 +23,7 @@ HEAVY = {
     "numpy",
     "papermill",
     "peft",
+    "pyarrow",
     "safetensors",
     "sentencepiece",
     "tokenizers",

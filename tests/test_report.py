@@ -7,17 +7,10 @@ import subprocess
 import sys
 
 import pytest
-import tokenizers
 
-from saigakit import data, manifest, report, tokenization
+from saigakit import data, manifest, progress, report, template, tokenization
 from saigakit.errors import DataError, SaigaError
-
-DIALOGUE = [
-    {"role": "user", "content": "Что такое </s> и <b>? 🙂"},
-    {"role": "assistant", "content": "Конец."},
-    {"role": "user", "content": "Точно?"},
-    {"role": "assistant", "content": "Да."},
-]
+from saigakit.models import MODELS
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +67,9 @@ def test_the_stage_has_its_files_and_a_manifest_that_the_next_stage_accepts(stag
         "max_seq_length": 512,
         "seed": 42,
     }
-    assert made["inputs"] == {"records": manifest.hashes(tiny / "records.jsonl")}
+    names = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+    tokenizer_files = {name: manifest.sha256(tiny / "base" / name) for name in names}
+    assert made["inputs"] == {"records": manifest.hashes(tiny / "records.jsonl"), "tokenizer": tokenizer_files}
     assert made["chat_template_sha256"] == hashlib.sha256(tokenizer.chat_template.encode("utf-8")).hexdigest()
     assert (stage / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
@@ -163,7 +158,8 @@ def test_what_is_too_long_is_left_out_counted_and_said(check, write, tokenizer, 
     longest = len(tokenization.encode(messages_of(write(pairs))[2], tokenizer)["input_ids"])
     made = check(write(pairs), max_seq_length=longest - 1, eval_fraction=0.5)
     assert counts_of(made)["dropped"] == {"records": 1}
-    assert f"1 of 3 conversations are longer than {longest - 1} tokens" in capsys.readouterr().out
+    said = f"of 3 conversations 0 lose their last turns and 1 are left out, because they are longer than {longest - 1}"
+    assert said in capsys.readouterr().out
     kept = messages_of(made / "train.jsonl") + messages_of(made / "held_out.jsonl")
     assert sorted(messages[0]["content"] for messages in kept) == ["а", "в"]
 
@@ -172,7 +168,7 @@ def test_a_conversation_of_just_the_limit_is_kept(check, write, tokenizer, capsy
     pairs = [("а", "б"), ("в", "длинно " * 20)]
     longest = len(tokenization.encode(messages_of(write(pairs))[1], tokenizer)["input_ids"])
     assert counts_of(check(write(pairs), max_seq_length=longest))["dropped"] == {"records": 0}
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "own.jsonl: 2 conversations, each is well-formed.\n"
 
 
 def test_an_error_names_both_lengths_when_nothing_fits(check, write, tmp_path):
@@ -203,10 +199,11 @@ def test_records_are_found_in_the_run_directory(tiny, check, tmp_path):
 
 
 def test_progress_is_printed_by_the_clock_alone(check, write, capsys, monkeypatch):
-    monkeypatch.setattr(report, "EVERY_S", 0)
+    monkeypatch.setattr(progress, "EVERY_S", 0)
     check(write([("а", "б"), ("в", "г")]))
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"own.jsonl: {done} of 2 conversations tokenised" for done in (1, 2)]
+    assert "own.jsonl: 2 of 2 conversations tokenised" in lines
+    assert "train.jsonl: 1 of 1 conversations looked at" in lines
 
 
 def test_a_template_that_refuses_a_conversation_is_named_with_its_number(tiny, tmp_path, write):
@@ -233,6 +230,8 @@ def test_the_summary_counts_what_a_reader_must_know(check, write):
     assert rows["asked in train too"] == ("–", "1")
     assert rows["answers that say nothing found"] == ("3", "1")
     assert rows["special tokens as text"] == ("</s>: 2, <s>: 1", "0")
+    assert rows["too long, last turns cut off"] == ("0", "0")
+    assert rows["nothing to learn"] == rows["answers without an end"] == ("0", "0")
     assert rows["too long, left out"] == ("0", "0")
     assert rows["learned"][0].endswith("%")
 
@@ -242,102 +241,87 @@ def test_the_summary_of_an_unfinished_stage_says_what_to_run(tmp_path):
         report.summary(tmp_path / "01_format")
 
 
-@pytest.mark.parametrize(
-    "answer", ["[]", " [ ] ", "{}", "null", '""', '{"terms": []}', '[{"a": null}]', "нет", "Нет.", "Ничего не найдено"]
-)
-def test_an_answer_says_that_nothing_was_found(answer):
-    assert report.says_nothing_found(answer)
+def test_a_conversation_that_is_too_long_loses_whole_turns_and_is_counted(check, tmp_path, tokenizer, capsys):
+    turn = [{"role": "user", "content": "в"}, {"role": "assistant", "content": "г"}]
+    short = [{"role": "user", "content": "а"}, {"role": "assistant", "content": "б"}]
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps({"messages": each}) + "\n" for each in (turn * 4, short)), encoding="utf-8")
+    limit = len(tokenization.encode(turn * 2, tokenizer)["input_ids"])
+    made = check(str(file), max_seq_length=limit, eval_fraction=0.5)
+    assert counts_of(made)["cut"] == {"records": 1}
+    kept = messages_of(made / "train.jsonl") + messages_of(made / "held_out.jsonl")
+    assert sorted(map(len, kept)) == [2, 4]
+    assert "1 lose their last turns and 0 are left out" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("answer", ["[0]", "false", "0", '[{"term": "атом"}]', "Нет, это не так", "[", "[" * 100_000])
-def test_an_answer_says_something(answer):
-    assert not report.says_nothing_found(answer)
+def test_functions_and_calls_go_through_the_stage(check, tmp_path):
+    tools = [{"type": "function", "function": {"name": "найти", "parameters": {"type": "object"}}}]
+    call = {"function": {"name": "найти", "arguments": '{"что": "</s>"}'}}
+    rows = [
+        {
+            "tools": tools,
+            "messages": [{"role": "user", "content": f"в {i}"}, {"role": "assistant", "tool_calls": [call]}],
+        }
+        for i in range(4)
+    ]
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in rows), encoding="utf-8")
+    made = check(str(file), eval_fraction=0.5)
+    written = data.read_conversations(made / "train.jsonl")[0]
+    assert written["tools"] == tools
+    assert written["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"что": "</s>"}
+    counts = counts_of(made)["train"]
+    assert (counts["with_tools"], counts["no_call"]) == (2, 0)
+    assert counts["special_tokens_where"] == {"</s>": {"arguments": 2}}
+    rows = {name.split(" · ")[1]: tuple(cells) for name, *cells in report.summary(made).rows}
+    assert rows["tools and no call"] == ("0 / 2", "0 / 2")
+    assert any("tools and no call" in row[0] for row in report.advice(made).rows)
 
 
-def bars(figure):
-    """(left edge, right edge, height) of every bar that is there."""
-    found = [bar for container in figure.axes[0].containers for bar in container]
-    return [(bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height()) for bar in found if bar.get_height()]
+NEAR = "В старом парке у реки каждое утро гуляют люди с собаками, а дети кормят уток хлебом и смеются у фонтана. "
 
 
-def test_the_picture_shows_every_conversation_and_no_bar_crosses_the_limit():
-    lengths = [*range(1, 300), 1000, 5000]
-    drawn = bars(report.plot(lengths, 256))
-    assert sum(height for _, _, height in drawn) == len(lengths)
-    assert sum(height for left, _, height in drawn if left > 256) == sum(length > 256 for length in lengths)
-    assert all(right <= 256.5 or left >= 256.5 for left, right, _ in drawn)
+def test_a_held_out_text_that_is_nearly_in_training_is_counted_and_advised_against(check, write):
+    records = write([(NEAR + "Найди термины.", "[]"), ("Совсем другой вопрос о погоде на севере страны", "да")])
+    held_out = write([(NEAR.replace("хлебом", "зерном") + "Найди термины.", "[]")], "held.jsonl")
+    made = check(records, held_out=held_out)
+    near = counts_of(made)["near_duplicates"]
+    assert near["held_out_in_train"] == 1
+    assert [text[:15] for text in near["pairs"][0]] == [NEAR[:15]] * 2
+    assert any("nearly the same as in training: 1 of 1" in row[0] for row in report.advice(made).rows)
 
 
-@pytest.mark.parametrize(("lengths", "entries"), [([5, 7], 2), ([5, 9], 3), ([9], 3), ([8], 2), ([1], 2)])
-def test_the_legend_names_what_is_too_long_only_where_something_is(lengths, entries):
-    figure = report.plot(lengths, 8)
-    texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert len(texts) == entries
-    assert "max_seq_length" in texts[-1]
-    assert sum(height for _, _, height in bars(figure)) == len(lengths)
+def test_the_advice_ends_with_steps_and_hours(stage):
+    last = report.advice(stage).rows[-1][0]
+    assert last.startswith("4 шагов за эпоху · steps per epoch")
+    assert "T4 ×2" in last and "quota" in last
 
 
-def test_the_prompt_has_exactly_the_ids_and_the_learned_ones_of_training(tokenizer):
-    example = tokenization.encode(DIALOGUE, tokenizer)
-    shown = report.show(DIALOGUE, tokenizer).pieces
-    assert [token_id for piece in shown for token_id in piece.ids] == example["input_ids"]
-    learned = [piece.is_learned for piece in shown for _ in piece.ids]
-    assert learned == [label != tokenization.IGNORE_INDEX for label in example["labels"]]
-    assert report.show({"messages": DIALOGUE}, tokenizer).pieces == shown
+def test_examples_are_marked_where_they_are_learned(stage, tokenizer):
+    marked = report.examples(stage, tokenizer, count=2)
+    for prompt, conversation in zip(marked.prompts, data.spread(messages_of(stage / "train.jsonl"), 2), strict=True):
+        assert f"⟦{conversation[-1]['content']}</s>⟧" in str(marked)
+        assert "".join(piece.text for piece in prompt.pieces if piece.is_learned).endswith("</s>")
 
 
-def test_only_what_the_template_spells_is_a_special_token(tokenizer):
-    shown = report.show(DIALOGUE, tokenizer).pieces
-    special = [piece.text for piece in shown if piece.is_special]
-    assert special == ["<s>", "</s>"] * 4
-    assert "</s>" in "".join(piece.text for piece in shown if not piece.is_special)
+@pytest.mark.parametrize("name", ["records.jsonl", "part-*.jsonl", "."])
+def test_records_of_several_files_are_one_set(check, write, tmp_path, name):
+    (tmp_path / "own").mkdir()
+    write([("а", "б"), ("в", "г")], "own/part-1.jsonl")
+    write([("д", "е")], "own/part-2.jsonl")
+    write([("д", "е"), ("а", "б"), ("в", "г")], "own/records.jsonl")
+    made = check(str(tmp_path / "own" / name), eval_fraction=0.4)
+    counted = counts_of(made)
+    total = counted["train"]["conversations"] + counted["held_out"]["conversations"]
+    assert total == (6 if name == "." else 3)
 
 
-def test_a_character_of_several_tokens_is_one_piece(tokenizer):
-    smile = next(piece for piece in report.show(DIALOGUE, tokenizer).pieces if "🙂" in piece.text)
-    assert (smile.text, len(smile.ids)) == ("🙂", 4)
-
-
-def test_a_byte_level_tokenizer_is_shown_in_cyrillic():
-    from tokenizers import decoders, models, pre_tokenizers
-
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw = tokenizers.Tokenizer(models.BPE({character: index for index, character in enumerate(sorted(alphabet))}, []))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    byte_level = tokenization.FastTokenizer(raw, chat_template, {})
-    shown = report.show(DIALOGUE, byte_level).pieces
-    text = "".join(piece.text for piece in shown)
-    assert text == "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in DIALOGUE).strip(" ")
-    assert ("Ч", 2) in [(piece.text, len(piece.ids)) for piece in shown]
-
-
-def test_a_replacement_character_in_a_text_swallows_nothing(tokenizer):
-    dialogue = [{"role": "user", "content": "\ufffd\ufffd конец"}, DIALOGUE[1]]
-    shown = report.show(dialogue, tokenizer).pieces
-    assert max(len(piece.ids) for piece in shown) == 4
-    assert "\ufffd\ufffd конец" in "".join(piece.text for piece in shown)
-    assert [i for piece in shown for i in piece.ids] == tokenization.encode(dialogue, tokenizer)["input_ids"]
-
-
-def test_the_terminal_shows_pieces_with_ids_and_stars_at_learned_ones(tokenizer):
-    lines = str(report.show([{"role": "user", "content": "Да"}, DIALOGUE[1]], tokenizer)).splitlines()
-    start, end, user = tokenizer.special_tokens["<s>"], tokenizer.special_tokens["</s>"], tokenizer.encode_text("user")
-    assert lines[0] == f"<s>[{start}] ␣user[{user[0]}] ⏎[13]"
-    assert f"</s>[{end}]* " in lines[3]
-    assert "*" not in "".join(lines[:3])
-    assert lines[-1].startswith("* учится · learned: ")
-
-
-def test_the_notebook_shows_texts_as_text_with_a_legend_in_two_languages(tokenizer):
-    page = report.show(DIALOGUE, tokenizer)._repr_html_()
-    assert "&lt;s&gt;" in page
-    assert "<s>" not in page
-    assert "<b>" not in page
-    for words in ("учится · learned", "служебный токен · special token", "только читает · only read"):
-        assert page.count(words) == 1
+def test_another_tokenizer_is_another_stage(tiny, write, tmp_path):
+    model = shutil.copytree(tiny / "base", tmp_path / "model")
+    records = write([("а", "б"), ("в", "г")])
+    chat_template = template.of_model(MODELS["saiga_tiny"], tiny / "base")
+    (model / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    report.check_records(model=str(model), records=records, run_dir=tmp_path / "run")
+    (model / "chat_template.jinja").write_text(chat_template + "{# another #}", encoding="utf-8")
+    with pytest.raises(SaigaError, match="made differently"):
+        report.check_records(model=str(model), records=records, run_dir=tmp_path / "run")

@@ -21,14 +21,26 @@ BASE = {
 }
 ADAPTER = {"adapter_config.json": b"{}", "adapter_model.bin": b"weights", "tokenizer.model": b"pieces", "a.png": b""}
 OLD = {"someone/old": {name: content for name, content in BASE.items() if name != "model.safetensors"}}
-REPOSITORIES = {SAIGA.base_model: BASE, SAIGA.released_adapter: ADAPTER, **OLD}
+DATA_SETS = {
+    "datasets/someone/talks": {
+        "data/train-00000-of-00002.parquet": b"first",
+        "data/train-00001-of-00002.parquet": b"second",
+        "data/test [x].jsonl": b"third",
+        "README.md": b"#",
+    },
+    "datasets/someone/languages": {"en/train.jsonl": b"{}", "ru/train.jsonl": b"[]"},
+}
+REPOSITORIES = {SAIGA.base_model: BASE, SAIGA.released_adapter: ADAPTER, **OLD, **DATA_SETS}
 ASK = """
 import sys
 from saigakit import models, sources
 from saigakit.errors import SaigaError
 try:
-    directory = eval(sys.argv[1])
-    print(directory, *sorted(file.name for file in directory.iterdir()), sep="\\n")
+    found = eval(sys.argv[1])
+    if isinstance(found, list):
+        print(*(f"{file.name}: {file.read_text()}" for file in found), sep="\\n")
+    else:
+        print(found, *sorted(file.name for file in found.iterdir()), sep="\\n")
 except SaigaError as error:
     print("SaigaError", error, sep="\\n")
 """
@@ -215,12 +227,147 @@ def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
 def test_an_unknown_file_of_the_demos_records_names_the_two_that_there_are(monkeypatch, tmp_path):
     monkeypatch.setattr(sources.definitions, "packaged_records", lambda: tmp_path)
     (tmp_path / "train.jsonl").write_text("{}", encoding="utf-8")
-    assert sources.records_file("package:wordnet/train.jsonl") == tmp_path / "train.jsonl"
-    with pytest.raises(SaigaError, match=r"train\.jsonl and held_out\.jsonl"):
-        sources.records_file("package:wordnet/test.jsonl")
+    assert sources.records_files("package:wordnet/train.jsonl") == [tmp_path / "train.jsonl"]
+    with pytest.raises(SaigaError, match=r"'package:wordnet/test\.jsonl' is not there; .* train\.jsonl and held_out"):
+        sources.records_files("package:wordnet/test.jsonl")
 
 
 @pytest.mark.parametrize("adapter", [False, 7])
 def test_an_adapter_that_is_no_text_is_refused(adapter):
     with pytest.raises(SaigaError, match="give a path, a Hub id or None"):
         sources.adapter_dir(SAIGA, adapter)
+
+
+def test_a_file_of_records_is_found_here_in_the_run_directory_and_in_an_input(inputs, tmp_path, monkeypatch):
+    here = directory_with(tmp_path / "here", "a.jsonl")
+    run_dir = directory_with(tmp_path / "run", "b.jsonl")
+    attached = directory_with(inputs / "datasets" / "me" / "talks", "c.csv")
+    monkeypatch.chdir(here)
+    assert sources.records_files("a.jsonl", run_dir) == [Path("a.jsonl")]
+    assert sources.records_files("b.jsonl", run_dir) == [run_dir / "b.jsonl"]
+    assert sources.records_files("talks/c.csv", run_dir) == [attached / "c.csv"]
+    with pytest.raises(SaigaError, match=r"'talks/d\.csv' is not there"):
+        sources.records_files("talks/d.csv", run_dir)
+
+
+def test_a_directory_is_its_files_of_records_in_order_and_no_hidden_ones(tmp_path):
+    names = ["b.jsonl", "a.json.gz", "c.parquet", "d.jsonl.gz", "e.json", "f.csv", "README.md", ".g.jsonl"]
+    directory_with(tmp_path / "talks", *names)
+    directory_with(tmp_path / "talks" / "a" / "b", "z.jsonl")
+    directory_with(tmp_path / "talks" / ".cache", "y.jsonl")
+    found = [file.relative_to(tmp_path / "talks").as_posix() for file in sources.records_files(str(tmp_path / "talks"))]
+    assert found == ["a/b/z.jsonl", "a.json.gz", "b.jsonl", "c.parquet", "d.jsonl.gz", "e.json"]
+
+
+def test_a_directory_below_a_hidden_one_is_read(tmp_path):
+    made = directory_with(tmp_path / ".data" / "talks", "a.jsonl")
+    assert sources.records_files(str(made)) == [made / "a.jsonl"]
+
+
+def test_a_directory_without_records_is_refused(tmp_path):
+    made = directory_with(tmp_path / "talks", "a.csv")
+    with pytest.raises(SaigaError, match="talks holds no file of records"):
+        sources.records_files(str(made))
+
+
+def test_a_pattern_is_the_files_that_fit_it_in_the_first_place_where_some_do(inputs, tmp_path, monkeypatch):
+    names = ("part-2.jsonl", "part-1.jsonl", "other.jsonl")
+    run_dir = directory_with(tmp_path / "run", *names)
+    here = directory_with(tmp_path / "here", *names)
+    attached = directory_with(inputs / "datasets" / "me" / "talks", *names)
+    monkeypatch.chdir(here)
+    fitting = sorted(names)[1:]
+    assert sources.records_files("part-*.jsonl", run_dir) == [run_dir / name for name in fitting]
+    assert sources.records_files("part-?.jsonl") == [Path(name) for name in fitting]
+    assert sources.records_files(f"{here}/part-*") == [here / name for name in fitting]
+    assert sources.records_files("../*/part-[1].jsonl") == [Path(f"../{name}/part-1.jsonl") for name in ("here", "run")]
+    assert sources.records_files("talks/part-*.jsonl", run_dir) == [attached / name for name in fitting]
+
+
+def test_a_pattern_that_fits_in_two_inputs_is_refused_with_both(inputs, tmp_path, monkeypatch):
+    first, second = (directory_with(inputs / name, "part-1.jsonl") for name in ("one", "two"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SaigaError) as caught:
+        sources.records_files("part-*.jsonl")
+    assert str(first) in str(caught.value) and str(second) in str(caught.value)
+
+
+def test_a_pattern_that_nothing_fits_names_where_was_looked(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SaigaError) as caught:
+        sources.records_files("part-*.jsonl", tmp_path / "run")
+    assert "No file fits 'part-*.jsonl'" in str(caught.value) and str(tmp_path / "run") in str(caught.value)
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path):
+    made = directory_with(tmp_path / "talks", "part [1].jsonl", "part 1.jsonl")
+    assert sources.records_files("talks/part [1].jsonl", tmp_path) == [made / "part [1].jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("someone/talks", ["train-00000-of-00002.parquet: first", "train-00001-of-00002.parquet: second"]),
+        ("someone/talks:test", ["test [x].jsonl: third"]),
+        ("someone/languages:ru", ["train.jsonl: []"]),
+        ("someone/languages:en/train", ["train.jsonl: {}"]),
+    ],
+)
+def test_a_data_set_of_the_hub_is_the_files_of_its_split(hub, tmp_path, name, files):
+    assert asked(f"sources.records_files({name!r})", hub[0], tmp_path) == files
+
+
+def test_of_a_data_set_only_the_files_of_the_split_are_fetched(hub, tmp_path):
+    before = len(hub[1])
+    asked("sources.records_files('someone/languages:ru')", hub[0], tmp_path)
+    fetched = [call for call in hub[1][before:] if "/resolve/" in call]
+    assert fetched and all("ru/train.jsonl" in call for call in fetched)
+
+
+def test_a_data_set_with_several_configurations_is_refused_with_their_names(hub, tmp_path):
+    kind, sentence = asked("sources.records_files('someone/languages')", hub[0], tmp_path)
+    assert kind == "SaigaError"
+    assert "more than one configuration: en, ru" in sentence
+
+
+def test_a_disk_too_small_for_a_data_set_is_told_before_it_is_fetched(hub, tmp_path):
+    small = "setattr(sources.workspace, 'free_disk', lambda path: 0) or sources.records_files('someone/talks')"
+    kind, sentence = asked(small, hub[0], tmp_path)
+    assert kind == "SaigaError" and "Downloading someone/talks needs 0.00 GB of disk" in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("someone/gated", "is gated: accept its licence"),
+        ("someone/vanished:train", "is not on the Hub (any more)"),
+        ("my/talks", "is not on the Hub (any more)"),
+        ("someone/overloaded", "503 Service Unavailable"),
+    ],
+)
+def test_a_refusal_of_a_data_set_says_what_to_attach(hub, tmp_path, name, said):
+    kind, sentence = asked(f"sources.records_files({name!r})", hub[0], tmp_path)
+    assert kind == "SaigaError"
+    assert sentence.startswith(f"{name.partition(':')[0]} ")
+    assert said in sentence
+    assert "No such path is here either: attach a copy as a Kaggle data set" in sentence
+
+
+def test_a_data_set_without_a_connection_is_a_sentence_soon(tmp_path):
+    start = time.monotonic()
+    kind, sentence = asked("sources.records_files('a/b')", "http://127.0.0.1:9", tmp_path)
+    assert kind == "SaigaError" and "a/b could not be fetched from the Hub: " in sentence
+    assert time.monotonic() - start < 20  # the Hub's own retries take 24 s
+
+
+def test_a_path_that_is_here_goes_before_a_data_set_of_the_hub(tmp_path):
+    made = directory_with(tmp_path / "someone" / "talks", "a.jsonl")
+    assert sources.records_files("someone/talks", tmp_path) == [made / "a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "name", ["someone/talks.jsonl", "01_format/train.jsonl", "a/b/c", "/a/b", "./a", "a--b/c", "ы/я"]
+)
+def test_what_cannot_be_a_data_set_is_not_asked_for(tmp_path, name):
+    with pytest.raises(SaigaError, match="is not there"):
+        sources.records_files(name, tmp_path)

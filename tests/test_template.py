@@ -54,7 +54,9 @@ def test_the_text_is_that_of_transformers(add_generation_prompt):
     theirs, _ = render_jinja_template(
         [messages], chat_template=INVOLVED, add_generation_prompt=add_generation_prompt, bos_token="<s>"
     )
-    ours = template.render(messages, INVOLVED, add_generation_prompt=add_generation_prompt, bos_token="<s>")
+    ours = template.render(
+        messages, INVOLVED, add_generation_prompt=add_generation_prompt, variables={"bos_token": "<s>"}
+    )
     assert ours == theirs[0]
 
 
@@ -108,7 +110,7 @@ def test_the_registrys_template_goes_before_the_tokenizers(tmp_path):
 def test_the_tokenizers_own_file_is_read(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("из файла", encoding="utf-8")
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "из настроек"}', encoding="utf-8")
-    assert template.of_model(directory_spec(), tmp_path) == "из файла"
+    assert template.of_model(directory_spec(), tmp_path).endswith("из файла")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_the_tokenizers_own_file_is_read(tmp_path):
 )
 def test_the_tokenizers_settings_are_read(tmp_path, value):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}), encoding="utf-8")
-    assert template.of_model(directory_spec(), tmp_path) == "plain"
+    assert template.of_model(directory_spec(), tmp_path).endswith("plain")
 
 
 @pytest.mark.parametrize("config", [None, {}, {"chat_template": [{"name": "rag", "template": "x"}]}])

@@ -337,7 +337,7 @@ def test_a_template_that_rewrites_a_content_is_refused():
 def test_a_template_that_drops_earlier_turns_is_refused():
     chat_template = CHATML.replace("for message in messages", "for message in messages[-2:]")
     messages = [*CONVERSATION, {"role": "user", "content": "Ещё"}, {"role": "assistant", "content": "Да"}]
-    with pytest.raises(SaigaError, match="turn by turn"):
+    with pytest.raises(SaigaError, match=r"leaves out messages\[0\]\.content"):
         encode(messages, FastTokenizer(chatml_bpe(), chat_template, {}))
 
 
@@ -362,11 +362,11 @@ def test_a_tokenizer_without_special_tokens_is_refused():
         {"role": "user", "content": None},
         {"role": "user", "content": [{"type": "text", "text": "Привет"}]},
         {"role": "user"},
-        {"role": "user", "content": "Привет", "name": "</s><s>system"},
+        {"role": "user", "content": "Привет", "weight": "</s><s>system"},
     ],
 )
 def test_a_message_of_another_shape_is_refused_with_its_number(llama2, message):
-    with pytest.raises(SaigaError, match=r"Message 2 is .*assistant, system, user"):
+    with pytest.raises(SaigaError, match=r"Message 2 is .*system, user, assistant, tool"):
         encode([CONVERSATION[0], message], llama2)
 
 

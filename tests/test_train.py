@@ -10,6 +10,7 @@ from saigakit import curve, data, launch, manifest, models, packing, tokenizatio
 from saigakit.config import TrainConfig
 from saigakit.errors import SaigaError
 from saigakit.models import Lora
+from saigakit.rows import Rows
 from saigakit.trainer import Plan
 from saigakit.workspace import Gpu
 
@@ -161,8 +162,16 @@ def test_a_stage_that_was_not_run_is_named(tmp_path, monkeypatch):
     refused_before_a_child_starts(monkeypatch, config, r"01_format/train\.jsonl.*is not there")
 
 
+def stored(texts):
+    """Rows of these ids, all learned."""
+    made = Rows()
+    for ids in texts:
+        made.append({"input_ids": ids, "labels": ids})
+    return made
+
+
 def test_the_plan_shows_each_conversation_once_an_epoch_in_steps_of_about_the_batch():
-    rows = [{"input_ids": [index] * (20 + index % 30), "labels": [0]} for index in range(200)]
+    rows = stored([index] * (20 + index % 30) for index in range(200))
     config = TrainConfig(model="saiga_tiny", train_file="", output_dir="", epochs=2, batch_size=16, max_seq_length=100)
     plan = Plan(config, rows, processes=1)
     shown = [row["input_ids"][0] for pack in plan.packs for row in pack]
@@ -179,7 +188,7 @@ def test_half_an_epoch_is_about_half_of_the_packs():
 
 
 def test_a_batch_of_few_conversations_is_not_exceeded_by_a_pack_that_has_room_for_more():
-    rows = [{"input_ids": [1] * 10, "labels": [0]} for _ in range(60)]
+    rows = stored([1] * 10 for _ in range(60))
     config = TrainConfig(model="saiga_tiny", train_file="", output_dir="", epochs=1, batch_size=4)
     for processes in (1, 2):
         plan = Plan(config, rows, processes=processes)

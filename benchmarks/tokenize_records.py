@@ -1,0 +1,153 @@
+"""How fast a big file of dialogues is checked, tokenised and packed, and in how much memory.
+
+python benchmarks/tokenize_records.py [--dialogues 1000000] [--tokenizer-model tokenizer.model]
+
+Speed is compared on the first dialogues, in alternating rounds, with the tokenizers library on whole texts in bulk
+and with one call per row, as `datasets.map` of the 2023 tutorial made them. Then the whole file goes its way in a
+process of its own. The texts are definitions of the Russian WordNet in random order.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ["TOKENIZERS_PARALLELISM"] = "true"
+import tokenizers
+
+from saigakit import data, definitions, packing, rows, sources, template, tokenization
+from saigakit.models import MODELS
+from saigakit.tables import Table
+
+COMPARED, ROUNDS = 20_000, 5
+CONTEXT = 2048
+BULK = 1000  # texts in one call of the library
+
+
+def write_dialogues(file: Path, count: int) -> None:
+    """About 2 KB each, most of it the question; every dialogue is another one."""
+    said = [f"{term} — это {definition}. " for term, definition in definitions.definitions()]
+    rng = random.Random(0)
+    with file.open("w", encoding="utf-8") as stream:
+        for _ in range(count):
+            messages = [
+                {"role": "system", "content": MODELS["saiga2_7b"].system_prompt},
+                {"role": "user", "content": "Найди термины: " + "".join(rng.choices(said, k=rng.randint(8, 22)))},
+                {"role": "assistant", "content": "".join(rng.choices(said, k=rng.randint(1, 6)))},
+            ]
+            stream.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+
+
+def loaded(tokenizer_model: str | None):
+    """(the library's tokenizer, ours over it)."""
+    if tokenizer_model:
+        raw = tokenization.from_sentencepiece(Path(tokenizer_model))
+        chat_template = template.of_model(MODELS["saiga2_7b"], Path())
+        return raw, tokenization.FastTokenizer(raw, chat_template, {"bos_token": "<s>", "eos_token": "</s>"})
+    directory = sources.tokenizer_dir(MODELS["smollm2_135m"])
+    raw = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return raw, tokenization.load_tokenizer("smollm2_135m")
+
+
+def in_bulk(raw, texts):
+    for start in range(0, len(texts), BULK):
+        for encoding in raw.encode_batch(texts[start : start + BULK], add_special_tokens=False):
+            yield encoding.ids
+
+
+def row_by_row(raw, texts):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    for text in texts:
+        row = tokenizer(text, truncation=True, max_length=CONTEXT, padding=False, add_special_tokens=False)
+        row["labels"] = row["input_ids"].copy()
+        yield row["input_ids"]
+
+
+def compare(file: Path, tokenizer_model: str | None):
+    """Seconds of each way in each round; all give the same number of tokens."""
+    raw, ours = loaded(tokenizer_model)
+    conversations = data.read_conversations(file)[:COMPARED]
+    texts = [template.render(each["messages"], ours.chat_template) for each in conversations]
+    ways = {
+        "in bulk": lambda: in_bulk(raw, texts),
+        "saigakit": lambda: (
+            item.example["input_ids"] for item in rows.encode_fitting(conversations, ours, 10**6, name="")
+        ),
+        "row by row": lambda: row_by_row(raw, texts),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        tokens = {}
+        for name, way in ways.items():
+            start = time.perf_counter()
+            tokens[name] = sum(map(len, way()))
+            seconds[name].append(time.perf_counter() - start)
+        assert tokens["in bulk"] == tokens["saigakit"], tokens
+    return seconds, tokens["saigakit"], sum(len(text.encode()) for text in texts)
+
+
+def whole_way(file: Path, tokenizer_model: str | None):
+    """(what, seconds, resident MB at the peak so far) of each step."""
+    done = []
+
+    def step(name, act):
+        start = time.perf_counter()
+        made = act()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        done.append((name, f"{time.perf_counter() - start:.0f}", f"{peak:.0f}"))
+        return made
+
+    ours = step("loading the tokenizer", lambda: loaded(tokenizer_model)[1])
+    conversations = step("reading and checking", lambda: data.read_conversations(file))
+    stored = step("tokenising", lambda: rows.store(conversations, ours, CONTEXT, name=file.name))
+    packs = step(
+        "packing",
+        lambda: packing.schedule(stored.lengths, budget=CONTEXT, most=len(stored), epochs=1, seed=1),
+    )
+    filled = sum(stored.lengths) / len(packs) / CONTEXT
+    note = (
+        f"{len(stored):,} rows, {sum(stored.lengths):,} tokens, {len(packs):,} packs of {CONTEXT}, {filled:.1%} full."
+    )
+    return done, note
+
+
+def alone(measure, *arguments):
+    """In a process of its own, so that a peak of memory is its own too."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments).result()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dialogues", type=int, default=COMPARED)
+    parser.add_argument("--tokenizer-model", help="a tokenizer.model of Llama 2; without it SmolLM2's tokenizer.json")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "dialogues.jsonl"
+        write_dialogues(file, given.dialogues)
+        size = file.stat().st_size
+        seconds, tokens, size_compared = alone(compare, file, given.tokenizer_model)
+        bulk = statistics.median(seconds["in bulk"])
+        table = []
+        for name, measured in seconds.items():
+            ratios = sorted(other / own for own, other in zip(measured, seconds["in bulk"], strict=True))
+            middle = statistics.median(measured)
+            speed = (f"{size_compared / middle / 1e6:.2f}", f"{tokens / middle / 1e6:.2f}")
+            table.append((name, *speed, f"{bulk / middle:.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}"))
+        header = ("tokenising", "MB/s", "M tokens/s", "of in bulk", "in single rounds")
+        print(Table(header, table, f"{COMPARED:,} dialogues at most, {ROUNDS} rounds, {os.cpu_count()} cores."), "\n")
+        done, note = alone(whole_way, file, given.tokenizer_model)
+        print(Table((f"{given.dialogues:,} dialogues, {size / 1e9:.2f} GB", "s", "peak MB"), done, note))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""A conversation into the parts of its prompt: special tokens that the template spells, and runs of text between them.
+
+The parts depend on the shape of a conversation alone, so they are found once for all conversations of one shape.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from saigakit import placeholders, template
+from saigakit.errors import SaigaError
+from saigakit.placeholders import Masked
+from saigakit.template import Message
+from saigakit.tokenizer_backends import Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool")
+_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name"}
+_NEEDED = re.compile(r"messages\[\d+\]\.(content|tool_calls\[\d+\]\.function\..*)|tools\[\d+\](\.function)?\.name")
+_SHAPES_KEPT = 2048
+_Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A special token, or a run of text: what of it is prompt, and what the assistant's answer, where there is one."""
+
+    special_id: int | None
+    prompt: str
+    answer: str | None
+    is_learned: bool  # the answer, or this special token
+
+    @property
+    def text(self) -> str:
+        return self.prompt + (self.answer or "")
+
+    def filled(self, texts: Sequence[str]) -> "Part":
+        if self.special_id is not None:
+            return self
+        answer = None if self.answer is None else placeholders.fill(self.answer, texts)
+        return Part(None, placeholders.fill(self.prompt, texts), answer, self.is_learned)
+
+
+Layout = list[Part]
+_shapes: WeakKeyDictionary[Tokenizer, dict[tuple[str, bool], Layout]] = WeakKeyDictionary()
+
+
+def of(
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    tokenizer: Tokenizer,
+    add_generation_prompt: bool,
+) -> Layout:
+    """Raises SaigaError for messages of another shape, and where the filled parts are not what the template renders."""
+    _require_messages(messages, tools)
+    masked = placeholders.mask(messages, tools or None)
+    shapes = _shapes.setdefault(tokenizer, {})
+    key = (masked.key, add_generation_prompt)
+    if (shape := shapes.get(key)) is None:
+        if len(shapes) >= _SHAPES_KEPT:  # each record has functions of its own
+            shapes.clear()
+        shape = shapes[key] = _shape(masked, tokenizer, add_generation_prompt)
+    layout = [part.filled(masked.texts) for part in shape]
+    _require_same(layout, messages, tools, tokenizer, add_generation_prompt)
+    return layout
+
+
+def _require_messages(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> None:
+    """Raises SaigaError for a message that holds anything else: it would enter the prompt unmasked."""
+    for number, message in enumerate(messages, start=1):
+        is_message = (
+            message.get("role") in ROLES and isinstance(message.get("content"), str) and message.keys() <= _KEYS
+        )
+        if not is_message:
+            raise SaigaError(
+                f"Message {number} is {str(dict(message))[:80]}: it must have a role ({', '.join(ROLES)}) and a "
+                "content, which is text; besides, only tool_calls, tool_call_id and name."
+            )
+        if not tools and (message["role"] == "tool" or "tool_calls" in message):
+            raise SaigaError(f"Message {number} is of a call of a function, and there are no tools.")
+
+
+def _require_same(
+    layout: Layout,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    tokenizer: Tokenizer,
+    prompt: bool,
+) -> None:
+    whole = template.render(
+        messages, tokenizer.chat_template, tools=tools, add_generation_prompt=prompt, variables=tokenizer.variables
+    )
+    if "".join([part.text for part in layout]) != whole:
+        begin = ", ".join(repr(message["content"][:30]) for message in messages)
+        raise SaigaError(
+            "The chat template does more to the contents than trim their ends, so they cannot be tokenised exactly. "
+            f"Take out what it reacts to; the contents begin {begin}."
+        )
+
+
+def _shape(masked: Masked, tokenizer: Tokenizer, add_generation_prompt: bool) -> Layout:
+    """The parts with placeholders in their texts."""
+
+    def rendered(count: int, prompt: bool) -> str:
+        text = template.render(
+            masked.messages[:count],
+            tokenizer.chat_template,
+            tools=masked.tools,
+            add_generation_prompt=prompt,
+            masked=True,
+            variables=tokenizer.variables,
+        )
+        return text if count == len(masked.messages) and not prompt else _MARK.sub("", text)
+
+    special = _splitter(tokenizer.special_tokens)
+    marked = rendered(len(masked.messages), add_generation_prompt)
+    text = _MARK.sub("", marked)
+    _require_whole(text, masked, is_prompt=add_generation_prompt)
+    spans: list[_Span] = []
+    for index in [i for i, message in enumerate(masked.messages) if message["role"] == "assistant"]:
+        prompt, whole = rendered(index, True), _MARK.sub("", rendered(index + 1, False))
+        if whole.startswith(prompt) and text.startswith(whole):
+            spans.append(_answer(prompt, whole, special))
+        elif not add_generation_prompt:  # a prompt needs earlier answers to have the ids of training, if it can
+            raise SaigaError(
+                "The chat template does not render turn by turn, so this conversation cannot be trained on. "
+                "Split it so that it has one answer, the last message."
+            )
+    if not add_generation_prompt:
+        _require_marks(marked, spans)
+    return list(_parts(text, spans, special, tokenizer, is_training=not add_generation_prompt))
+
+
+_MARK = re.compile("[" + "".join(template.MARKS) + "]")
+
+
+def _require_whole(text: str, masked: Masked, *, is_prompt: bool) -> None:
+    """Raises SaigaError for a text that the template leaves out; a prompt may go without earlier turns."""
+    there = placeholders.held(text)
+    for number, path in enumerate(masked.paths):
+        needed = path.startswith("tools") if is_prompt else True
+        if number not in there and needed and _NEEDED.fullmatch(path):
+            raise SaigaError(f"The chat template leaves out {path}, so it cannot be trained on or asked with it.")
+
+
+def _answer(prompt: str, whole: str, special: re.Pattern[str]) -> _Span:
+    """(start, end) in the text of one turn: after its generation prompt, up to the token that ends it."""
+    ends = [match.end() for match in special.finditer(whole, len(prompt))]
+    if not ends:
+        raise SaigaError("The chat template ends the assistant's turn without a special token.")
+    return len(prompt), ends[-1]
+
+
+def _require_marks(marked: str, spans: Sequence[_Span]) -> None:
+    """Where a template says by `{% generation %}` what the assistant says, it must begin where learning begins."""
+    begin, end = template.MARKS
+    starts = [match.start() - 2 * index for index, match in enumerate(re.finditer(begin, marked))]
+    if starts and (starts != [start for start, _ in spans] or marked.count(begin) != marked.count(end)):
+        raise SaigaError(
+            f"The chat template marks as the assistant's what begins at the characters {starts} of a prompt, and its "
+            f"generation prompt ends at {[start for start, _ in spans]}: mend its generation tags."
+        )
+
+
+def _splitter(special_tokens: Mapping[str, int]) -> re.Pattern[str]:
+    longest_first = sorted(filter(None, special_tokens), key=len, reverse=True)
+    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+
+
+def _parts(
+    text: str, spans: Sequence[_Span], special: re.Pattern[str], tokenizer: Tokenizer, *, is_training: bool
+) -> Iterator[Part]:
+    start = 0
+    for part in special.split(text):
+        end = start + len(part)
+        span = next(((a, b) for a, b in spans if start < b and a < end), None)
+        if part in tokenizer.special_tokens:
+            yield Part(tokenizer.special_tokens[part], part, None, span is not None and is_training)
+        elif part and span is None:
+            yield Part(None, part, None, False)
+        elif part and span is not None:
+            head = max(0, span[0] - start)
+            yield Part(None, part[:head], part[head:], is_training)
+        start = end

@@ -1,0 +1,143 @@
+"""Conversations into tokenised rows that fit a length, on all cores; the rows lie in a file, not in memory."""
+
+import os
+import tempfile
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any, NamedTuple
+
+from saigakit import tokenization, workspace
+from saigakit.errors import SaigaError
+from saigakit.progress import Every
+from saigakit.tokenization import IGNORE_INDEX, Example, Tokenizer
+
+_BATCH = 256  # conversations
+_THREADS = 2  # one is in the tokenizers library, which uses all cores, while the other prepares the next batch
+Conversation = Mapping[str, Any]
+
+
+class Encoded(NamedTuple):
+    """`conversation` and `example` after whole turns were cut off; example None: not even the first answer fits."""
+
+    conversation: Conversation
+    example: Example | None
+    tokens: int  # before
+    is_cut: bool
+
+
+def encode_fitting(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, limit: int, *, name: str
+) -> Iterator[Encoded]:
+    """Each conversation with at most `limit` tokens, in order; progress by the clock.
+
+    Raises SaigaError with `name` and the number of a conversation that cannot be tokenised.
+    """
+    is_due = Every()
+    done = 0
+    try:
+        for batch, examples in _batches(conversations, tokenizer):
+            for conversation, example in zip(batch, examples, strict=True):
+                yield _fitting(conversation, example, tokenizer, limit)
+            done += len(batch)
+            if is_due():
+                print(f"{name}: {done:,} of {len(conversations):,} conversations tokenised", flush=True)
+    except SaigaError as error:
+        raise SaigaError(f"{name}, {error}") from None
+
+
+def _batches(
+    conversations: Iterable[Conversation], tokenizer: Tokenizer
+) -> Iterator[tuple[list[Conversation], list[Example]]]:
+    source = iter(conversations)
+    waiting: deque[tuple[list[Conversation], Future[list[Example]]]] = deque()
+    first = 1
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while True:
+            while len(waiting) < _THREADS and (batch := list(islice(source, _BATCH))):
+                waiting.append((batch, pool.submit(tokenization.encode_many, batch, tokenizer, first=first)))
+                first += len(batch)
+            if not waiting:
+                return
+            batch, examples = waiting.popleft()
+            yield batch, examples.result()
+
+
+def _fitting(conversation: Conversation, example: Example, tokenizer: Tokenizer, limit: int) -> Encoded:
+    """Answers are cut off from the end, each with what led to it, until the rest fits: none loses its own end."""
+    tokens = len(example["input_ids"])
+    if tokens <= limit:
+        return Encoded(conversation, example, tokens, is_cut=False)
+    messages = conversation["messages"]
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    for end in reversed(answers[:-1]):
+        shorter = {**conversation, "messages": messages[: end + 1]}
+        made = tokenization.encode(shorter["messages"], tokenizer, tools=conversation.get("tools"))
+        if len(made["input_ids"]) <= limit:
+            return Encoded(shorter, made, tokens, is_cut=True)
+    return Encoded(conversation, None, tokens, is_cut=False)
+
+
+class Rows(Sequence[Example]):
+    """Tokenised conversations in a temporary file without a name: whoever dies leaves nothing behind."""
+
+    def __init__(self) -> None:
+        self.lengths, self.learned = array("i"), array("i")  # tokens of each row
+        self._ends = array("q", [0])  # in tokens
+        self._file = tempfile.TemporaryFile(dir=workspace.scratch_dir(), buffering=1 << 20)  # noqa: SIM115
+
+    def append(self, example: Example) -> None:
+        """Raises SaigaError where the disk has no room for it."""
+        ids, labels = example["input_ids"], example["labels"]
+        try:
+            self._file.write(array("i", ids).tobytes() + array("i", labels).tobytes())
+        except OSError as error:
+            raise (self._full() if workspace.is_full(error) else error) from None
+        self.lengths.append(len(ids))
+        self.learned.append(len(labels) - labels.count(IGNORE_INDEX))
+        self._ends.append(self._ends[-1] + len(ids))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
+        index = range(len(self))[index]
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise (self._full() if workspace.is_full(error) else error) from None
+        itemsize = self.lengths.itemsize
+        size = 2 * itemsize * self.lengths[index]
+        found = array("i", os.pread(self._file.fileno(), size, 2 * itemsize * self._ends[index])).tolist()
+        return {"input_ids": found[: self.lengths[index]], "labels": found[self.lengths[index] :]}
+
+    def _full(self) -> SaigaError:
+        return workspace.scratch_full("The tokenised copy of the records", 2 * self.lengths.itemsize * self._ends[-1])
+
+
+def store(conversations: Sequence[Conversation], tokenizer: Tokenizer, limit: int, *, name: str) -> Rows:
+    """The rows that have something to learn; what is cut off or left out is counted aloud."""
+    rows = Rows()
+    cut = dropped = 0
+    for _, example, _, is_cut in encode_fitting(conversations, tokenizer, limit, name=name):
+        if example is None or set(example["labels"][1:]) == {IGNORE_INDEX}:
+            dropped += 1
+        else:
+            cut += is_cut
+            rows.append(example)
+    if not rows:
+        raise SaigaError(f"{name}: no conversation has an answer within max_seq_length={limit} tokens.")
+    if said := what_did_not_fit(name, len(conversations), cut, dropped, limit):
+        print(said, flush=True)
+    return rows
+
+
+def what_did_not_fit(name: str, total: int, cut: int, dropped: int, limit: int) -> str:
+    if not cut and not dropped:
+        return ""
+    return (
+        f"{name}: of {total:,} conversations {cut:,} lose their last turns and {dropped:,} are left out, because they "
+        f"are longer than {limit:,} tokens."
+    )

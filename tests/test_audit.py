@@ -1,0 +1,232 @@
+"""What a report states about a side: counted on the examples that training gets, and warned about."""
+
+import json
+
+import pytest
+
+from saigakit import audit, tokenization
+from saigakit.audit import Side
+from saigakit.tokenization import IGNORE_INDEX
+
+END = 2
+SPECIAL = ("<s>", "</s>", "</s>x", "[INST]", " ")
+LEARNED = {"input_ids": [1, 5, 6, END], "labels": [IGNORE_INDEX, IGNORE_INDEX, 6, END]}
+TOOL = {"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}
+
+
+def dialogue(question="а", answer="б"):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def calling(arguments, call_id="1"):
+    called = {"id": call_id, "type": "function", "function": {"name": "search", "arguments": arguments}}
+    return [
+        {"role": "user", "content": "а"},
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+        {"role": "tool", "content": "в", "tool_call_id": call_id},
+        {"role": "assistant", "content": "г"},
+    ]
+
+
+def facts_of(*conversations, example=LEARNED):
+    side = Side(SPECIAL, frozenset({END}))
+    for conversation in conversations:
+        side.add(conversation if isinstance(conversation, dict) else {"messages": conversation}, example)
+    return side.facts()
+
+
+@pytest.fixture
+def facts():
+    """A side that nothing is to be said against."""
+    sound = {"conversations": 1000, "tokens": 10_000, "learned_tokens": 5000, "answers": 1000, "structured": 0}
+    return {**facts_of(), **sound}
+
+
+def warned(train, held_out, near=0):
+    """What is warned about, in English."""
+    return [warning.split(" · ")[1] for warning in audit.warnings(train, held_out, near_in_train=near)]
+
+
+def test_tokens_are_those_of_the_examples(tiny):
+    tokenizer = tokenization.load_tokenizer("saiga_tiny")
+    conversations = [dialogue("Что это?", "Атом."), [*dialogue("Да?", "Да."), *dialogue("Точно?", "Точно, да.")]]
+    side = Side(tokenizer.special_tokens, tokenization.end_of_turn_ids(tokenizer))
+    examples = [tokenization.encode(messages, tokenizer) for messages in conversations]
+    for messages, example in zip(conversations, examples, strict=True):
+        side.add({"messages": messages}, example)
+    facts = side.facts()
+    assert facts["conversations"] == 2
+    assert facts["turns"] == 3
+    assert facts["tokens"] == sum(len(example["input_ids"]) for example in examples)
+    assert facts["longest"] == len(examples[1]["input_ids"])
+    learned = [label for example in examples for label in example["labels"] if label != IGNORE_INDEX]
+    assert facts["learned_tokens"] == len(learned)
+    assert facts["answers_without_end"] == facts["without_learned_tokens"] == 0
+
+
+def test_facts_can_be_written_as_json():
+    facts = facts_of(dialogue("<s>"), dialogue("<s>"))
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_an_empty_side_has_its_facts_too():
+    facts = facts_of()
+    assert (facts["conversations"], facts["duplicates"], facts["longest"]) == (0, 0, 0)
+
+
+def test_facts_can_be_asked_for_while_conversations_come_in():
+    side = Side(SPECIAL, frozenset({END}))
+    for count in (1, 2):
+        side.add({"messages": dialogue()}, LEARNED)
+        assert side.facts()["conversations"] == count
+
+
+def test_an_exact_duplicate_has_the_same_roles_contents_calls_and_tools():
+    same = facts_of(dialogue(), dialogue(), calling({"q": 1}), calling({"q": 1}, call_id="2"))
+    assert same["duplicates"] == 2
+    tooled = {"messages": dialogue(), "tools": [TOOL]}
+    other = facts_of(dialogue(), dialogue("а "), dialogue("аб", ""), calling({"q": 1}), calling({"q": 2}), tooled)
+    assert other["duplicates"] == 0
+
+
+def test_a_conversation_without_learned_tokens_is_counted():
+    example = {"input_ids": [1, 5], "labels": [IGNORE_INDEX, IGNORE_INDEX]}
+    assert facts_of(dialogue(), example=example)["without_learned_tokens"] == 1
+
+
+def test_every_answer_without_an_end_is_counted_wherever_it_stands():
+    labels = [IGNORE_INDEX, 7, 8, IGNORE_INDEX, 9, END, IGNORE_INDEX, 7]
+    facts = facts_of(dialogue(), example={"input_ids": [0] * 8, "labels": labels})
+    assert facts["answers_without_end"] == 2
+    assert facts["longest_answer"] == 2
+
+
+@pytest.mark.parametrize(
+    "answer", ["[]", " [ ] ", "{}", "null", '""', '{"terms": []}', '[{"a": null}]', "нет", "Нет.", "Ничего не найдено"]
+)
+def test_an_answer_says_that_nothing_was_found(answer):
+    assert audit.says_nothing_found(answer)
+    assert facts_of(dialogue(answer=answer))["nothing_found"] == 1
+
+
+@pytest.mark.parametrize("answer", ["[0]", "false", "0", '[{"term": "атом"}]', "Нет, это не так", "[", "[" * 100_000])
+def test_an_answer_says_something(answer):
+    assert not audit.says_nothing_found(answer)
+    assert facts_of(dialogue(answer=answer))["nothing_found"] == 0
+
+
+def test_lists_and_objects_are_structured_answers_and_nothing_else_is():
+    answers = ["[1]", ' {"a": 1}\n', "1", '"a"', "null", "текст [1]", "[1"]
+    facts = facts_of(*(dialogue(answer=answer) for answer in answers))
+    assert (facts["structured"], facts["answers"]) == (2, 7)
+
+
+def test_the_last_answer_alone_is_judged():
+    assert facts_of([*dialogue(answer="[]"), *dialogue(answer="текст")])["nothing_found"] == 0
+
+
+def test_a_call_in_the_end_is_no_answer():
+    facts = facts_of({"messages": calling({})[:2], "tools": [TOOL]})
+    assert (facts["answers"], facts["nothing_found"], facts["structured"]) == (0, 0, 0)
+
+
+def test_a_conversation_with_tools_and_no_call_is_counted():
+    made = [{"messages": calling({}), "tools": [TOOL]}, {"messages": dialogue(), "tools": [TOOL]}, dialogue()]
+    facts = facts_of(*made)
+    assert (facts["with_tools"], facts["no_call"]) == (2, 1)
+
+
+def test_a_special_token_is_counted_once_a_conversation_and_by_place():
+    system = {"role": "system", "content": "[INST]"}
+    facts = facts_of([system, *dialogue("</s> и </s>", "</s>")], dialogue("</s>x"), dialogue("<s"))
+    assert facts["special_tokens_as_text"] == {"</s>": 1, "[INST]": 1, "</s>x": 1}
+    assert facts["special_tokens_where"] == {
+        "</s>": {"user": 1, "assistant": 1},
+        "[INST]": {"system": 1},
+        "</s>x": {"user": 1},
+    }
+
+
+def test_special_tokens_are_found_in_tools_arguments_and_results():
+    tools = [{"type": "function", "function": {"name": "search", "description": "до </s>"}}]
+    messages = calling({"q": ["<s>"]})
+    messages[2]["content"] = "[INST]"
+    where = facts_of({"messages": messages, "tools": tools})["special_tokens_where"]
+    assert where == {"</s>": {"tools": 1}, "<s>": {"arguments": 1}, "[INST]": {"tool": 1}}
+
+
+def test_of_a_thousand_reserved_tokens_the_right_one_is_found():
+    side = Side([f"<SPECIAL_{number}>" for number in range(1000)], frozenset({END}))
+    side.add({"messages": dialogue("<SPECIAL_7> <SPECIAL_777> <SPECIAL_1000> <SPECIAL_")}, LEARNED)
+    assert side.facts()["special_tokens_as_text"].keys() == {"<SPECIAL_7>", "<SPECIAL_777>"}
+
+
+def test_without_special_tokens_none_is_found():
+    side = Side([], frozenset({END}))
+    side.add({"messages": dialogue("<s>")}, LEARNED)
+    assert side.facts()["special_tokens_as_text"] == {}
+
+
+def test_sound_sides_have_no_warning(facts):
+    assert audit.warnings(facts, facts, near_in_train=0) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"without_learned_tokens": 1}, "nothing to learn (training): 1 of 1,000"),
+        ({"answers_without_end": 1}, "without an end-of-turn token (training): 1;"),
+        ({"duplicates": 11}, "Exact duplicates (training): 11 of 1,000, 1.1%"),
+        ({"learned_tokens": 199}, "Only 2.0% of the tokens are learned (training)"),
+        ({"structured": 500, "nothing_found": 99}, "nothing found: 99 of 1,000, under 10%"),
+        ({"with_tools": 100, "no_call": 9}, "tools and no call: 9 of 100, under 10%"),
+    ],
+)
+def test_training_is_warned_about(facts, changed, words):
+    (warning,) = warned({**facts, **changed}, facts)
+    assert words in warning
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"duplicates": 10},
+        {"learned_tokens": 200},
+        {"structured": 500, "nothing_found": 100},
+        {"structured": 499},
+        {"with_tools": 100, "no_call": 10},
+    ],
+)
+def test_at_the_limit_there_is_no_warning(facts, changed):
+    assert warned({**facts, **changed}, facts) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "near", "words"),
+    [
+        ({"duplicates": 11}, 0, "Exact duplicates (held out): 11"),
+        ({"conversations": 19}, 0, "held out: 19, fewer than 20"),
+        ({}, 3, "nearly the same as in training: 3 of 1,000"),
+    ],
+)
+def test_held_out_is_warned_about(facts, changed, near, words):
+    (warning,) = warned(facts, {**facts, **changed}, near)
+    assert words in warning
+
+
+def test_twenty_held_out_conversations_are_enough(facts):
+    assert warned(facts, {**facts, "conversations": 20}) == []
+
+
+def test_what_only_training_teaches_is_not_asked_of_held_out(facts):
+    assert warned(facts, {**facts, "structured": 1000, "with_tools": 1000}) == []
+
+
+def test_a_warning_is_a_russian_sentence_and_an_english_one(facts):
+    bad = {**facts, "conversations": 10, "duplicates": 5, "without_learned_tokens": 1, "answers_without_end": 1}
+    made = audit.warnings({**bad, "with_tools": 9, "structured": 1000, "learned_tokens": 1}, bad, near_in_train=1)
+    assert len(made) == 11
+    for warning in made:
+        russian, english = warning.split(" · ")
+        assert any("а" <= letter <= "я" for letter in russian)
+        assert not any("а" <= letter <= "я" for letter in english)

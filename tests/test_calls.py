@@ -1,0 +1,169 @@
+"""Tools and calls in the spellings people have, and what is wrong with them by its field."""
+
+import pytest
+
+from saigakit import calls
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "default": None}}}
+FUNCTION = {"name": "weather", "description": "Погода", "parameters": SCHEMA}
+TOOL = {"type": "function", "function": FUNCTION}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Томск"}}}
+
+
+def tools(**record):
+    problems = []
+    return calls.tools_of(record, problems), problems
+
+
+def read(value, names=("weather",)):
+    problems = []
+    return calls.read_calls("calls", value, names, problems), problems
+
+
+def nested(levels):
+    value = "дно"
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        TOOL,
+        {"function": FUNCTION},
+        {**TOOL, "type": None, "strict": None},
+        FUNCTION,
+        {**FUNCTION, "strict": None},
+        {"type": "function", **FUNCTION},
+        {**FUNCTION, "parameters": '{"type": "object", "properties": {"city": {"type": "string", "default": null}}}'},
+    ],
+)
+def test_a_tool_in_every_spelling_becomes_the_same_and_its_schema_keeps_its_nulls(item):
+    assert tools(tools=[item]) == ([TOOL], [])
+
+
+def test_other_keys_of_a_tool_are_kept():
+    assert tools(tools=[{**TOOL, "function": {**FUNCTION, "strict": True}}])[0][0]["function"]["strict"] is True
+
+
+@pytest.mark.parametrize("empty", [None, [], {}, "", "[]", "{}", "null"])
+def test_empty_tools_are_none(empty):
+    assert tools(tools=empty, functions=empty) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"tools": 5}, "tools: is a number; it must be a list of tools"),
+        ({"tools": {"name": "а"}}, "tools: is an object; it must be a list of tools"),
+        ({"tools": "[{]"}, "tools: is broken JSON (Expecting property name enclosed in double quotes, column 3)"),
+        ({"tools": "[" * 100_000}, "tools: is nested too deeply; it must be a list of tools"),
+        ({"tools": '[{"name": "а", "name": "б"}]'}, "tools: is broken JSON (the key 'name' is there twice)"),
+        ({"tools": ["weather"]}, "tools[0]: is broken JSON"),
+        ({"tools": [TOOL, 5]}, "tools[1]: is a number; it must be an object"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name: is missing"),
+        ({"tools": [{**TOOL, "type": "retrieval"}]}, "tools[0].type: is 'retrieval'; it must be 'function'"),
+        ({"tools": [{"type": "function", "function": 5}]}, "tools[0].function: is a number; it must be an object"),
+        ({"tools": [{"function": {"name": " "}}]}, "tools[0].function.name: is empty"),
+        ({"functions": [{"name": 5}]}, "functions[0].name: is a number; it must be a text"),
+        ({"tools": [{"name": "а", "description": ["б"]}]}, "tools[0].description: is a list; it must be a text"),
+        ({"tools": [{"name": "а", "parameters": []}]}, "tools[0].parameters: is empty; it must be an object"),
+        ({"tools": [TOOL, TOOL]}, "tools: 'weather' is there 2 times; keep one"),
+        ({"tools": [TOOL], "functions": [FUNCTION]}, "record: has both tools and functions; keep tools"),
+        ({"tools": [{"name": "а", "parameters": {"x y": {"b": ["в", "\ud83d"]}}}]},
+         "tools[0].parameters['x y'].b[1]: holds half a character ('\\ud83d')"),
+        ({"tools": [{"name": "а", "parameters": {"\ud83d": 1}}]}, "holds half a character"),
+        ({"tools": [{"name": "а", "parameters": {"x": float("nan")}}]}, "tools[0].parameters.x: is nan, which is no"),
+        ({"tools": [{"name": "а", "parameters": {"x": b"y"}}]}, "tools[0].parameters.x: is of the type bytes"),
+        ({"tools": [{"name": "а", "parameters": nested(101)}]}, "tools[0]: is nested too deeply"),
+        ({"tools": [{**TOOL, "note": "\ud83d"}]}, "tools[0].note: holds half a character"),
+    ],
+)  # fmt: skip
+def test_a_bad_tool_is_named_with_its_field(record, expected):
+    _, problems = tools(**record)
+    assert len(problems) == 1
+    assert problems[0].startswith(expected) or expected in problems[0]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [CALL],
+        CALL,
+        CALL["function"],
+        '{"name": "weather", "arguments": {"city": "Томск"}}',
+        '[{"name": "weather", "arguments": {"city": "Томск"}}]',
+        [{"id": None, "function": {"name": "weather", "arguments": '{"city": "Томск"}'}}],
+        [{"id": "", "type": None, "function": {"name": "weather", "arguments": ' {"city": "\\u0422омск"} '}}],
+    ],
+)
+def test_a_call_in_every_spelling_becomes_the_same(value):
+    assert read(value) == ([CALL], [])
+
+
+def test_an_id_is_kept_and_empty_arguments_are_an_object():
+    made, problems = read([{"id": "7", "function": {"name": "weather", "arguments": "{}"}}])
+    assert problems == []
+    assert made == [{"type": "function", "id": "7", "function": {"name": "weather", "arguments": {}}}]
+
+
+def called(**function):
+    return [{"function": {**CALL["function"], **function}}]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (5, "calls: is a number; it must be a list of calls"),
+        ("погода", "calls: is broken JSON (Expecting value, column 1); it must be a list of calls"),
+        ("[]", "calls: is empty; it must be a list of calls"),
+        (["погода"], "calls[0]: is a text; it must be an object with a function"),
+        ([{"function": "погода"}], "calls[0].function: is a text; it must be an object with name and arguments"),
+        ([{**CALL, "type": "custom"}], "calls[0].type: is 'custom'; it must be 'function'"),
+        ([{**CALL, "index": 0}], "calls[0]: 'index' is an unknown key and would be lost"),
+        (called(strict=True), "calls[0].function: 'strict' is an unknown key"),
+        ([{**CALL, "id": 5}], "calls[0].id: is a number; it must be a text"),
+        ([{**CALL, "id": "\ud83d"}], "calls[0].id: holds half a character"),
+        (called(name=None), "calls[0].function.name: is missing"),
+        (called(name="time"), "calls[0].function.name: is 'time', which is not among the record's tools ('weather')"),
+        (called(arguments=None), "calls[0].function.arguments: is missing; write {} where there are none"),
+        (called(arguments=""), "calls[0].function.arguments: is broken JSON"),
+        (
+            called(arguments='{"a": 1'),
+            "calls[0].function.arguments: is broken JSON (Expecting ',' delimiter, column 8)",
+        ),
+        (
+            called(arguments='{"a": 1, "a": 2}'),
+            "calls[0].function.arguments: is broken JSON (the key 'a' is there twice)",
+        ),
+        (called(arguments="[1]"), "calls[0].function.arguments: is a list; it must be an object"),
+        (called(arguments="null"), "calls[0].function.arguments: is null; it must be an object"),
+        (called(arguments=5), "calls[0].function.arguments: is a number; it must be an object"),
+        (called(arguments={"a": ["\ud83d"]}), "calls[0].function.arguments.a[0]: holds half a character"),
+        (called(arguments='{"a": "\\ud83d"}'), "calls[0].function.arguments.a: holds half a character"),
+        (called(arguments='{"a": NaN}'), "calls[0].function.arguments.a: is nan, which is no number of JSON"),
+        (called(arguments=nested(500)), "calls[0].function.arguments: is nested too deeply"),
+        ([{**CALL, "id": "1"}, {**CALL, "id": "1"}], "calls: 2 calls have the id '1'; give each its own"),
+    ],
+)
+def test_a_bad_call_is_named_with_its_field(value, expected):
+    _, problems = read(value)
+    assert len(problems) == 1
+    assert problems[0].startswith(expected)
+
+
+def test_a_call_without_tools_is_a_problem_and_one_beside_broken_tools_is_not():
+    assert read([CALL], names=[])[1] == ["calls: calls a function, and the record has no tools; add its tools"]
+    assert read([CALL], names=None)[1] == []
+
+
+def test_a_value_of_just_the_depth_that_is_kept_is_no_problem():
+    assert read(called(arguments=nested(calls.NESTED)))[1] == []
+    assert read(called(arguments=nested(calls.NESTED + 1)))[1] != []
+
+
+def test_of_a_message_with_both_kinds_of_calls_that_is_said():
+    problems = []
+    calls.calls_of("m", {"tool_calls": [CALL], "function_call": CALL["function"]}, ("weather",), problems)
+    assert problems == ["m: has both tool_calls and function_call; keep tool_calls"]

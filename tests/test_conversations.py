@@ -1,0 +1,160 @@
+"""Conversations in a file: any order of reading gives what was written, and nothing is left of the file."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+from saigakit import conversations, data
+from saigakit.conversations import Conversations
+from saigakit.errors import SaigaError
+
+FULL = """
+import os, resource, sys
+from saigakit import workspace
+from saigakit.conversations import Conversations
+from saigakit.errors import SaigaError
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+try:
+    Conversations.stored({"messages": [{"role": "user", "content": "x" * 1000}]} for _ in range(int(sys.argv[1])))
+except SaigaError as error:
+    print(error)
+"""
+LARGE = """
+import re
+from pathlib import Path
+from saigakit.conversations import Conversations
+text = "ё" * 10_000
+stored = Conversations.stored({"messages": [{"role": "user", "content": text}]} for _ in range(5000))  # 100 MB
+assert sum(len(row["messages"]) for row in stored) == 5000
+print(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])  # the most that it ever had
+"""
+
+
+def asking(text):
+    return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "да"}]}
+
+
+@pytest.fixture
+def many():
+    """Conversations of very different lengths, and themselves as dictionaries."""
+    rng = random.Random(1)
+    rows = [asking(f"{index} " + "ё\u2028" * rng.choice((0, 1, 50, 5000))) for index in range(500)]
+    return Conversations.stored(rows), rows
+
+
+def test_what_is_stored_is_read_in_its_order_as_often_as_one_likes(many):
+    stored, rows = many
+    assert len(stored) == 500
+    assert list(stored) == rows == list(stored)
+
+
+def test_each_is_read_by_its_number_also_from_the_end(many):
+    stored, rows = many
+    assert [stored[index] for index in (0, 499, 7, -1, -500)] == [rows[index] for index in (0, 499, 7, -1, -500)]
+    for outside in (500, -501):
+        with pytest.raises(IndexError):
+            stored[outside]
+
+
+def test_a_selection_of_a_selection_is_read_in_the_order_asked_for(many):
+    stored, rows = many
+    order = random.Random(2).sample(range(500), 300)
+    chosen = stored.select(order)
+    assert list(chosen) == [rows[index] for index in order]
+    again = chosen.select(range(299, -1, -2))
+    assert list(again) == [rows[order[index]] for index in range(299, -1, -2)]
+    assert again[1] == rows[order[297]]
+    with pytest.raises(IndexError):
+        chosen.select([300])
+
+
+def test_a_slice_is_a_selection(many):
+    stored, rows = many
+    assert list(stored[10:400:7]) == rows[10:400:7]
+    assert list(stored.select(range(100))[-3:]) == rows[97:100]
+
+
+def test_two_readings_at_once_do_not_disturb_each_other(many):
+    stored, rows = many
+    assert list(zip(stored, stored[250:], strict=False)) == list(zip(rows, rows[250:], strict=False))
+
+
+def test_a_child_process_and_its_parent_read_the_same_file(many):
+    stored, rows = many
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if list(stored) == rows else 1)
+    assert list(stored) == rows
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_what_is_read_can_be_changed_without_changing_what_is_stored(many):
+    stored, rows = many
+    stored[0]["messages"].clear()
+    assert stored[0] == rows[0]
+
+
+def test_none_are_no_conversations():
+    stored = Conversations.stored([])
+    assert (len(stored), list(stored), list(stored.select([]))) == (0, [], [])
+
+
+def test_tools_are_stored_and_other_keys_are_not():
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert list(Conversations.stored([{**asking("а"), "tools": tools, "id": 1}])) == [{**asking("а"), "tools": tools}]
+
+
+def test_a_written_file_is_opened_as_it_is(many, tmp_path):
+    stored, rows = many
+    file = data.write_conversations(rows, tmp_path / "records.jsonl")
+    assert list(Conversations.of_file(file)) == rows
+    assert b"".join(stored.lines()) == file.read_bytes()
+
+
+def test_a_line_has_no_other_end_and_is_the_same_json():
+    row = asking('один\u2028два\u2029три\u0085 \\u2028 \\\u2028 \n"')
+    line = conversations.as_line(row)
+    assert json.loads(line) == row
+    assert len(line.decode("utf-8").splitlines()) == 1
+
+
+def test_nothing_is_in_the_cache_while_the_conversations_are_read(many, monkeypatch, tmp_path):
+    monkeypatch.setenv("SAIGAKIT_CACHE", str(tmp_path / "cache"))
+    stored = Conversations.stored([asking("а")])
+    assert list((tmp_path / "cache").rglob("*")) == []
+    assert len(list(stored)) == 1
+
+
+@pytest.mark.parametrize("count", [290, 100_000])
+def test_a_disk_that_is_full_is_a_sentence_with_the_bytes_and_the_directory(tmp_path, count):
+    """A limit on the size of files stands for the disk; at 290 the last buffer is what does not fit."""
+    environment = {**os.environ, "SAIGAKIT_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", FULL, str(count)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("The checked copy of the records needs 0.00 GB of disk or more at ")
+    assert str(tmp_path) in result.stdout
+    assert "SAIGAKIT_CACHE" in result.stdout
+    assert result.stderr == ""
+
+
+def test_what_cannot_fit_is_refused_before_a_byte_is_written():
+    with pytest.raises(SaigaError, match=r"needs 9000000\.00 GB of disk or more"):
+        Conversations.stored(iter(lambda: pytest.fail("was read"), None), expected=9 * 10**15)
+
+
+def test_a_fault_of_the_source_is_not_taken_for_a_full_disk():
+    def failing():
+        yield asking("а")
+        raise FileNotFoundError("gone")
+
+    with pytest.raises(FileNotFoundError, match="gone"):
+        Conversations.stored(failing())
+
+
+def test_memory_does_not_grow_with_the_texts():
+    result = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 60_000  # KB

@@ -1,0 +1,140 @@
+"""Conversations with and without functions into special tokens and runs of text, on a ChatML tokenizer made here."""
+
+import pytest
+from test_placeholders import MESSAGES, TOOLS
+from test_tokenization import CHATML, CONVERSATION, chatml_bpe, learned
+
+from saigakit import layouts, template, tokenization
+from saigakit.errors import SaigaError
+from saigakit.tokenization import FastTokenizer, encode
+
+WITH_TOOLS = template.with_tools(CHATML)
+NATIVE = (
+    "{%- if tools -%}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{%- endif -%}"
+    "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{%- for call in m.tool_calls or [] -%}<think>{{ call.function | tojson }}{%- endfor -%}<|im_end|>\n{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+)
+
+
+def chatml(chat_template: str = WITH_TOOLS) -> FastTokenizer:
+    return FastTokenizer(chatml_bpe(), chat_template, {})
+
+
+def test_functions_and_calls_of_a_template_without_them_become_text():
+    tokenizer = chatml()
+    text = template.render(MESSAGES, tokenizer.chat_template, tools=TOOLS)
+    assert text.startswith("<|im_start|>system\nТебе доступны функции.")
+    assert '"name": "найти"' in text
+    assert '<|im_start|>assistant\n<tool_call>\n{"name": "найти", "arguments": {"<s>ключ": ["</s>", 1.5]}}' in text
+    assert '<|im_start|>user\n<tool_response>\n{"ok": "</s>"}\n</tool_response><|im_end|>' in text
+    assert tokenizer.decode(encode(MESSAGES, tokenizer, tools=TOOLS)["input_ids"]) == text.replace(
+        "<|im_start|>", ""
+    ).replace("<|im_end|>", "")
+
+
+def test_the_call_and_the_last_answer_are_learned_and_the_result_is_not():
+    tokenizer = chatml()
+    said = tokenizer.decode(learned(encode(MESSAGES, tokenizer, tools=TOOLS)))
+    assert said.startswith('<tool_call>\n{"name": "найти"')
+    assert said.endswith("</tool_call>Готово")
+    assert "tool_response" not in said
+
+
+def test_results_of_several_calls_are_one_turn_of_the_user():
+    results = [MESSAGES[2], {**MESSAGES[2], "content": "второй"}]
+    text = template.render([*MESSAGES[:2], *results, MESSAGES[3]], WITH_TOOLS, tools=TOOLS)
+    assert text.count("<|im_start|>user") == 2
+    assert text.count("<tool_response>") == 2
+
+
+def test_without_functions_the_added_template_changes_nothing():
+    assert template.render(CONVERSATION, WITH_TOOLS) == template.render(CONVERSATION, CHATML)
+
+
+def test_a_template_with_functions_of_its_own_stays_as_it_is():
+    assert template.with_tools(NATIVE) == NATIVE
+
+
+def test_a_special_token_that_the_template_spells_around_a_call_is_one_and_in_an_argument_it_is_text():
+    tokenizer = chatml(NATIVE)
+    think = tokenizer.special_tokens["<think>"]
+    call = {"type": "function", "function": {"name": "<think>", "arguments": {"<think>": "<|im_end|>"}}}
+    tools = [{"type": "function", "function": {"name": "<think>", "description": "<|im_end|>"}}]
+    messages = [MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    example = encode(messages, tokenizer, tools=tools)
+    assert example["input_ids"].count(think) == 1
+    assert example["labels"].count(think) == 1
+    assert example["input_ids"].count(tokenizer.special_tokens["<|im_end|>"]) == 3
+
+
+def test_a_template_that_leaves_functions_out_is_refused():
+    ignoring = "{%- if tools is defined -%}{%- endif -%}" + CHATML
+    with pytest.raises(SaigaError, match=r"leaves out tools\[0\]\.function\.name"):
+        encode([*CONVERSATION], chatml(ignoring), tools=TOOLS)
+    with pytest.raises(SaigaError, match=r"leaves out tools\[0\]\.function\.name"):
+        encode(CONVERSATION[:2], chatml(ignoring), tools=TOOLS, add_generation_prompt=True)
+
+
+def test_a_template_that_leaves_calls_out_is_refused():
+    ignoring = "{{ tools | tojson if tools }}" + CHATML
+    with pytest.raises(SaigaError, match=r"leaves out messages\[1\]\.tool_calls\[0\]\.function\.name"):
+        encode(MESSAGES, chatml(ignoring), tools=TOOLS)
+
+
+@pytest.mark.parametrize("messages", [MESSAGES[:2], [MESSAGES[0], {"role": "tool", "content": "б"}]])
+def test_calls_without_functions_are_refused_with_their_number(messages):
+    with pytest.raises(SaigaError, match="Message 2 is of a call of a function, and there are no tools"):
+        encode(messages, chatml())
+
+
+def test_a_template_that_says_a_text_twice_and_in_another_order_is_followed():
+    swapped = (
+        "{%- for m in messages -%}{%- if m.role == 'user' -%}{{ m.content }}<think>{%- endif -%}{%- endfor -%}" + CHATML
+    )
+    tokenizer = chatml(swapped)
+    one = [{"role": "user", "content": "а<think>"}, {"role": "assistant", "content": "б"}]
+    ids = encode(one, tokenizer)["input_ids"]
+    assert tokenizer.decode(ids) == "а<think>user\nа<think>\nassistant\nб\n"
+    assert ids.count(tokenizer.special_tokens["<think>"]) == 1
+    with pytest.raises(SaigaError, match="turn by turn"):
+        encode([*one, *one], tokenizer)
+
+
+def test_marks_that_agree_with_what_is_learned_are_accepted_and_others_are_refused():
+    answer = "{{ '<|im_start|>assistant\n' }}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    other = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
+    marked = (
+        "{%- for message in messages -%}{% if message['role'] == 'assistant' %}" + answer + "{% else %}" + other + ""
+        "{% endif %}{{ '\n' }}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+    )
+    assert encode(CONVERSATION, chatml(marked)) == encode(CONVERSATION, chatml(CHATML))
+    header_too = marked.replace(
+        answer, answer.replace("{% generation %}", "", 1).replace("{{", "{% generation %}{{", 1)
+    )
+    with pytest.raises(SaigaError, match="generation prompt ends at"):
+        encode(CONVERSATION, chatml(header_too))
+    unmarked = template.for_inference(marked)
+    assert "generation %}" not in unmarked.replace("add_generation_prompt", "")
+    assert template.render(CONVERSATION, unmarked) == template.render(CONVERSATION, marked)
+
+
+def test_one_rendering_serves_all_conversations_of_a_shape(monkeypatch):
+    tokenizer = chatml()
+    rendered = []
+    render = template.render
+    monkeypatch.setattr(layouts.template, "render", lambda *a, **k: rendered.append(k.get("masked")) or render(*a, **k))
+    for text in ("а", "б </s>", "в"):
+        encode([CONVERSATION[0], {"role": "user", "content": text}, CONVERSATION[2]], tokenizer)
+    assert rendered.count(None) == 3
+    assert rendered.count(True) == 3  # the whole, a prompt, a turn: of the first alone
+
+
+def test_many_at_once_are_what_they_are_alone_and_a_bad_one_has_its_number():
+    tokenizer = chatml()
+    conversations = [{"messages": CONVERSATION}, {"messages": MESSAGES, "tools": TOOLS}, {"messages": CONVERSATION[1:]}]
+    alone = [encode(each["messages"], tokenizer, tools=each.get("tools")) for each in conversations]
+    assert tokenization.encode_many(conversations, tokenizer) == alone
+    with pytest.raises(SaigaError, match=r"conversation 12: Message 2 is of a call"):
+        tokenization.encode_many([{"messages": CONVERSATION}, {"messages": MESSAGES}], tokenizer, first=11)

@@ -1,0 +1,28 @@
+"""The picture of lengths shows every conversation on its side of the limit."""
+
+import pytest
+
+from saigakit import lengths
+
+
+def bars(figure):
+    """(left edge, right edge, height) of every bar that is there."""
+    found = [bar for container in figure.axes[0].containers for bar in container]
+    return [(bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height()) for bar in found if bar.get_height()]
+
+
+def test_the_picture_shows_every_conversation_and_no_bar_crosses_the_limit():
+    counted = [*range(1, 300), 1000, 5000]
+    drawn = bars(lengths.plot(counted, 256))
+    assert sum(height for _, _, height in drawn) == len(counted)
+    assert sum(height for left, _, height in drawn if left > 256) == sum(length > 256 for length in counted)
+    assert all(right <= 256.5 or left >= 256.5 for left, right, _ in drawn)
+
+
+@pytest.mark.parametrize(("counted", "entries"), [([5, 7], 2), ([5, 9], 3), ([9], 3), ([8], 2), ([1], 2)])
+def test_the_legend_names_what_is_too_long_only_where_something_is(counted, entries):
+    figure = lengths.plot(counted, 8)
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(texts) == entries
+    assert "max_seq_length" in texts[-1]
+    assert sum(height for _, _, height in bars(figure)) == len(counted)

@@ -1,0 +1,126 @@
+"""Conversations into rows that fit, in order, by whole turns; rows in a file that nobody has to remove."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from saigakit import progress, rows, tokenization, workspace
+from saigakit.errors import SaigaError
+from saigakit.tokenization import IGNORE_INDEX, encode
+
+SYSTEM = {"role": "system", "content": "Отвечай кратко."}
+
+
+def turns(count: int, words: int = 5) -> list[dict[str, str]]:
+    made = []
+    for index in range(count):
+        made += [
+            {"role": "user", "content": f"Вопрос {index} " + "слово " * words},
+            {"role": "assistant", "content": f"Ответ {index}."},
+        ]
+    return made
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return tokenization.load_tokenizer("saiga_tiny")
+
+
+def test_rows_are_those_of_encode_in_the_same_order_over_many_batches(tokenizer):
+    conversations = [{"messages": turns(1 + index % 3)} for index in range(700)]
+    made = [item.example for item in rows.encode_fitting(conversations, tokenizer, 512, name="records")]
+    assert made == [encode(each["messages"], tokenizer) for each in conversations]
+
+
+def test_a_conversation_that_is_too_long_loses_whole_turns_from_its_end(tokenizer):
+    messages = [SYSTEM, *turns(6)]
+    length = len(encode(messages, tokenizer)["input_ids"])
+    fits = len(encode(messages[:7], tokenizer)["input_ids"])
+    (item,) = rows.encode_fitting([{"messages": messages, "id": 7}], tokenizer, fits, name="records")
+    assert item.conversation == {"messages": messages[:7], "id": 7}
+    assert item.example == encode(messages[:7], tokenizer)
+    assert (item.tokens, item.is_cut) == (length, True)
+    (item,) = rows.encode_fitting([{"messages": messages}], tokenizer, fits - 1, name="records")
+    assert item.conversation["messages"] == messages[:5]
+
+
+def test_what_is_cut_ends_with_the_end_of_an_answer(tokenizer):
+    (end,) = tokenization.end_of_turn_ids(tokenizer)
+    for limit in range(30, 200, 7):
+        (item,) = rows.encode_fitting([{"messages": turns(5)}], tokenizer, limit, name="records")
+        if item.example is not None:
+            assert len(item.example["input_ids"]) <= limit
+            assert [label for label in item.example["labels"] if label != IGNORE_INDEX][-1] == end
+            assert item.conversation["messages"][-1]["role"] == "assistant"
+
+
+def test_a_conversation_whose_first_answer_does_not_fit_is_dropped(tokenizer):
+    (item,) = rows.encode_fitting([{"messages": turns(2, words=100)}], tokenizer, 50, name="records")
+    assert item.example is None
+    assert not item.is_cut
+    assert item.tokens > 50
+
+
+def test_a_conversation_that_cannot_be_tokenised_is_named_with_its_number(tokenizer):
+    conversations = [{"messages": turns(1)}] * 300 + [{"messages": [{"role": "user"}]}]
+    with pytest.raises(SaigaError, match=r"^records\.jsonl, conversation 301: Message 1 is"):
+        list(rows.encode_fitting(conversations, tokenizer, 512, name="records.jsonl"))
+
+
+def test_progress_goes_by_the_clock(tokenizer, capsys, monkeypatch):
+    conversations = [{"messages": turns(1)}] * 600
+    list(rows.encode_fitting(conversations, tokenizer, 512, name="records"))
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(progress, "EVERY_S", 0)
+    list(rows.encode_fitting(conversations, tokenizer, 512, name="records"))
+    assert capsys.readouterr().out.splitlines()[-1] == "records: 600 of 600 conversations tokenised"
+
+
+def test_stored_rows_are_read_back_in_any_order_and_leave_no_file(tokenizer):
+    before = set(workspace.scratch_dir().iterdir())
+    conversations = [{"messages": turns(1 + index % 4, words=index)} for index in range(40)]
+    stored = rows.store(conversations, tokenizer, 2000, name="records")
+    expected = [encode(each["messages"], tokenizer) for each in conversations]
+    assert set(workspace.scratch_dir().iterdir()) == before
+    assert [stored[index] for index in (39, 0, 17, -1)] == [expected[index] for index in (39, 0, 17, -1)]
+    assert list(stored) == expected
+    assert list(stored.lengths) == [len(each["input_ids"]) for each in expected]
+    learned = [sum(label != IGNORE_INDEX for label in each["labels"]) for each in expected]
+    assert list(stored.learned) == learned
+
+
+def test_what_is_cut_and_left_out_is_counted_aloud(tokenizer, capsys):
+    fits = len(encode(turns(1), tokenizer)["input_ids"])
+    conversations = [{"messages": turns(1)}, {"messages": turns(3)}, {"messages": turns(1, words=90)}]
+    assert len(rows.store(conversations, tokenizer, fits, name="records")) == 2
+    said = capsys.readouterr().out
+    assert "records: of 3 conversations 1 lose their last turns and 1 are left out" in said
+    assert f"longer than {fits} tokens" in said
+
+
+def test_nothing_that_fits_is_an_error_with_the_limit(tokenizer):
+    with pytest.raises(SaigaError, match=r"records: no conversation has an answer within max_seq_length=10 tokens"):
+        rows.store([{"messages": turns(1)}], tokenizer, 10, name="records")
+
+
+def test_a_disk_that_is_full_is_an_error_with_what_is_needed(tiny, tmp_path):
+    """In a process of its own, for the limit stays."""
+    code = """
+import resource
+from saigakit import rows
+resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
+stored = rows.Rows()
+try:
+    for _ in range(10_000):
+        stored.append({"input_ids": [1] * 100, "labels": [1] * 100})
+except rows.SaigaError as error:
+    print(error)
+"""
+    environment = {**os.environ, "SAIGAKIT_CACHE": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert re.match(r"The tokenised copy of the records needs 0\.00 GB of disk or more at ", ended.stdout), ended.stderr
+    assert "SAIGAKIT_CACHE" in ended.stdout
+    assert list(tmp_path.iterdir()) == []

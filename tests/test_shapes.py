@@ -1,0 +1,233 @@
+"""Records of every shape into normalised conversations, and bad ones into their problems."""
+
+import pytest
+
+from saigakit import shapes
+from saigakit.records import Bad
+
+TALK = [{"role": "user", "content": "Кто ты?"}, {"role": "assistant", "content": "Сайга."}]
+WITH_SYSTEM = [{"role": "system", "content": "Отвечай кратко."}, *TALK]
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+ASK = {"role": "user", "content": "Какая погода в Томске?"}
+ARGUMENTS = {"city": "Томск"}
+CALL = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": ARGUMENTS}}
+ANSWER = {"role": "tool", "content": "-5", "tool_call_id": "1"}
+SAID = {"role": "assistant", "content": "Минус пять."}
+WITH_TOOL = [ASK, {"role": "assistant", "content": "", "tool_calls": [CALL]}, ANSWER, SAID]
+PLAIN_CALL = {"name": "weather", "arguments": ARGUMENTS}
+TOOL_TURNS = [
+    ASK,
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": PLAIN_CALL}]},
+    {"role": "tool", "content": "-5"},
+    SAID,
+]
+
+
+def calling(**changes):
+    """WITH_TOOL whose assistant's message has these keys instead."""
+    return {"messages": [ASK, {**WITH_TOOL[1], **changes}, ANSWER, SAID], "tools": [WEATHER]}
+
+
+def problems(record):
+    found = shapes.conversation(record)
+    assert isinstance(found, Bad), found
+    return list(found.problems)
+
+
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        ({"messages": TALK}, TALK),
+        ({"messages": WITH_SYSTEM}, WITH_SYSTEM),
+        ({"messages": [TALK[0], {"role": "bot", "content": "Сайга."}]}, TALK),
+        ({"messages": [*TALK, *TALK]}, [*TALK, *TALK]),
+        ({"messages": TALK, "system": "Отвечай кратко."}, WITH_SYSTEM),
+        ({"messages": [TALK[0], {**TALK[1], "tool_calls": None, "name": None}], "tools": []}, TALK),
+        ({"messages": [TALK[0], {**TALK[1], "tool_calls": [], "function_call": {}}], "tools": "[]"}, TALK),
+        ({"user": "Кто ты?", "bot": "Сайга."}, TALK),
+        ({"system": "Отвечай кратко.", "user": "Кто ты?", "bot": "Сайга."}, WITH_SYSTEM),
+        ({"system": "", "user": "Кто ты?", "bot": "Сайга.", "tools": "", "functions": None}, TALK),
+        ({"conversations": [{"from": "human", "value": "Кто ты?"}, {"from": "gpt", "value": "Сайга."}]}, TALK),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "Отвечай кратко."},
+                    {"from": "user", "value": "Кто ты?"},
+                    {"from": "assistant", "value": "Сайга."},
+                ]
+            },
+            WITH_SYSTEM,
+        ),
+    ],
+)
+def test_every_shape_becomes_the_same_messages(record, messages):
+    assert shapes.conversation(record) == {"messages": messages}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        calling(),
+        calling(content=None),
+        {"messages": WITH_TOOL, "tools": '[{"function": {"name": "weather", "parameters": {"type": "object", '
+         '"properties": {}}}}]'},
+        {"messages": WITH_TOOL, "tools": [WEATHER["function"]]},
+        {"messages": WITH_TOOL, "functions": [WEATHER["function"]]},
+        calling(tool_calls=[{**CALL, "function": {"name": "weather", "arguments": '{"city": "Томск"}'}}]),
+        calling(tool_calls=[{"id": "1", **PLAIN_CALL}]),
+    ],
+)  # fmt: skip
+def test_tools_and_calls_in_every_spelling_become_the_same(record):
+    assert shapes.conversation(record) == {"messages": WITH_TOOL, "tools": [WEATHER]}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [ASK, {"role": "assistant", "content": None, "function_call": PLAIN_CALL}, *TOOL_TURNS[2:]]},
+        {
+            "conversations": [
+                {"from": "human", "value": ASK["content"]},
+                {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Томск"}}'},
+                {"from": "observation", "value": "-5"},
+                {"from": "gpt", "value": "Минус пять."},
+            ]
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": ASK["content"]},
+                {"from": "function_call", "value": '[{"name": "weather", "arguments": "{\\"city\\": \\"Томск\\"}"}]'},
+                {"from": "tool", "value": "-5"},
+                {"from": "gpt", "value": "Минус пять."},
+            ]
+        },
+    ],
+)
+def test_older_calls_and_those_of_sharegpt_become_the_same(record):
+    assert shapes.conversation({**record, "tools": [WEATHER]}) == {"messages": TOOL_TURNS, "tools": [WEATHER]}
+
+
+def test_a_function_message_is_a_tools_and_keeps_its_name():
+    answered = {"role": "function", "name": "weather", "content": "-5"}
+    made = shapes.conversation({"messages": [*TOOL_TURNS[:2], answered, SAID], "tools": [WEATHER]})
+    assert made["messages"][2] == {"role": "tool", "name": "weather", "content": "-5"}
+
+
+def test_words_beside_a_call_are_kept():
+    assert shapes.conversation(calling(content=" Смотрю. "))["messages"][1]["content"] == " Смотрю. "
+
+
+def test_two_calls_have_two_answers_and_a_call_may_be_the_last_word():
+    second = {**CALL, "id": "2"}
+    both = {"role": "assistant", "content": "", "tool_calls": [CALL, second]}
+    turns = [ASK, both, {**ANSWER, "tool_call_id": "2"}, ANSWER, {**WITH_TOOL[1], "tool_calls": [CALL]}]
+    assert shapes.conversation({"messages": turns, "tools": [WEATHER]})["messages"] == turns
+
+
+def test_tools_that_are_not_called_are_kept():
+    assert shapes.conversation({"user": "а", "bot": "б", "tools": [WEATHER]})["tools"] == [WEATHER]
+
+
+def test_texts_are_kept_to_the_letter():
+    text = "  отступ\n\tтаб </s> <|im_end|> 🙂 漢 e\u0301\u200b \x00 "
+    made = shapes.conversation({"user": text, "bot": text})
+    assert [message["content"] for message in made["messages"]] == [text, text]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (5, "record: is a number; it must be an object"),
+        ({"instruction": "а", "output": "б"}, "record: has no messages, no conversations and no user and bot"),
+        ({}, "(its keys: none)"),
+        ({"messages": TALK, "conversations": []}, "record: holds two conversations"),
+        ({"messages": TALK, "user": "а", "bot": "б"}, "record: holds two conversations"),
+        ({"user": "а"}, "bot: is missing"),
+        ({"bot": "а"}, "user: is missing"),
+        ({"user": None, "bot": "а"}, "user: is missing"),
+        ({"user": 5, "bot": "а"}, "user: is a number; it must be a text"),
+        ({"user": True, "bot": "а"}, "user: is true or false"),
+        ({"user": b"a", "bot": "а"}, "user: is of the type bytes; it must be a text"),
+        ({"user": {"text": "а"}, "bot": "а"}, "user: is an object"),
+        ({"user": "а", "bot": " \n\t"}, "bot: is empty"),
+        ({"user": "", "bot": "а"}, "user: is empty"),
+        ({"user": "\ud83d", "bot": "а"}, "user: holds half a character ('\\ud83d')"),
+        ({"user": "а", "bot": "\ude42\ud83d"}, "bot: holds half a character ('\\ude42')"),
+        ({"system": "  ", "user": "а", "bot": "а"}, "system: is empty"),
+        ({"system": 1, "user": "а", "bot": "а"}, "system: is a number"),
+        ({"messages": "Кто ты?"}, "messages: is a text; it must be a list"),
+        ({"messages": []}, "messages: is empty"),
+        ({"messages": None}, "messages: is null"),
+        ({"messages": ["Кто ты?", TALK[1]]}, "messages[0]: is a text; it must be an object with role and content"),
+        ({"messages": [{"role": "user"}, TALK[1]]}, "messages[0].content: is missing"),
+        ({"messages": [{"content": "а"}, TALK[1]]}, "messages[0].role: is missing"),
+        ({"messages": [{"role": "narrator", "content": "а"}, TALK[1]]}, "messages[0].role: is 'narrator'; use system"),
+        ({"messages": [{"role": 1, "content": "а"}, TALK[1]]}, "messages[0].role: is a number"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}, TALK[1]]}, "messages[0].content: is a list"),
+        ({"messages": [TALK[0], {**TALK[1], "weight": 0}]}, "messages[1]: 'weight' is an unknown key"),
+        ({"messages": [TALK[0], {**TALK[1], "train": False}]}, "messages[1]: 'train' is an unknown key"),
+        ({"messages": [{**TALK[0], "name": "Иван"}, TALK[1]]}, "messages[0]: 'name' is an unknown key"),
+        ({"messages": [{**TALK[0], "tool_calls": [CALL]}, TALK[1]]}, "messages[0]: 'tool_calls' is an unknown key"),
+        ({"messages": [TALK[0], {**TALK[1], "tool_call_id": "1"}]}, "messages[1]: 'tool_call_id' is an unknown key"),
+        ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "б"}]}, "conversations[0].value: is missing"),
+        ({"conversations": TALK}, "conversations[0].from: is missing"),
+        ({"messages": [TALK[1], TALK[0]]}, "messages[0]: assistant speaks where user should"),
+        ({"messages": [TALK[0], *TALK]}, "messages[1]: user speaks where assistant should"),
+        ({"messages": [*TALK, WITH_SYSTEM[0], *TALK]}, "messages[2]: system speaks where user should"),
+        ({"messages": WITH_SYSTEM, "system": "Ещё один."}, "messages[0]: system speaks where user should"),
+        ({"messages": [*TALK, TALK[0]]}, "messages[2]: user has the last word"),
+        ({"messages": [WITH_SYSTEM[0]]}, "messages[0]: system has the last word"),
+        ({"messages": TALK, "tool_calls": [CALL]}, "tool_calls: stands beside the messages"),
+    ],
+)
+def test_a_bad_record_is_named_with_its_field(record, expected):
+    assert any(expected in problem for problem in problems(record)), problems(record)
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (calling(content=" "), "messages[1].content: is empty"),
+        (calling(content=5), "messages[1].content: is a number"),
+        ({"messages": [TALK[0], {"role": "assistant", "content": ""}]}, "messages[1].content: is empty"),
+        ({"messages": [*TALK, ANSWER, SAID]}, "messages[2]: tool speaks where user should; system first if at all, "
+         "then user, assistant, user …, and tool after an assistant's tool_calls, then assistant"),
+        ({"messages": [*WITH_TOOL[:2], *TALK], "tools": [WEATHER]}, "messages[2]: user speaks where tool should"),
+        ({"messages": [*WITH_TOOL[:3], *TALK], "tools": [WEATHER]}, "messages[3]: user speaks where assistant should"),
+        ({"messages": WITH_TOOL[:3], "tools": [WEATHER]}, "messages[2]: tool has the last word"),
+        ({"messages": [*WITH_TOOL[:2], {**ANSWER, "content": ""}, SAID]}, "messages[2].content: is empty"),
+        ({"messages": [*WITH_TOOL[:2], {**ANSWER, "content": {"t": -5}}, SAID]}, "messages[2].content: is an object"),
+        ({"messages": [*WITH_TOOL[:2], {**ANSWER, "tool_call_id": 1}, SAID]}, "messages[2].tool_call_id: is a number"),
+        ({"messages": [*WITH_TOOL[:2], {**ANSWER, "name": "\ud83d"}, SAID]}, "messages[2].name: holds half a"),
+        (calling(tool_calls=[{**CALL, "id": "2"}]), "messages[2].tool_call_id: is '1', no call of the assistant's turn "
+         "before: there is only '2'"),
+        (calling(tool_calls=[PLAIN_CALL]), "messages[2].tool_call_id: is '1', no call of the assistant's turn before: "
+         "there is none with an id"),
+        ({"messages": [*WITH_TOOL[:3], {**WITH_TOOL[1], "tool_calls": [{**CALL, "id": "2"}]}, ANSWER, SAID],
+          "tools": [WEATHER]}, "messages[4].tool_call_id: is '1'"),
+        ({"messages": WITH_TOOL}, "messages[1].tool_calls: calls a function, and the record has no tools"),
+        ({"conversations": [{"from": "human", "value": "а"}, {"from": "function_call", "value": "{"}]},
+         "conversations[1].value: is broken JSON"),
+        ({"conversations": [{"from": "human", "value": "а"}, {"from": "function_call"}]},
+         "conversations[1].value: is null; it must be a list of calls"),
+    ],
+)  # fmt: skip
+def test_a_bad_turn_of_tools_is_named_with_its_field(record, expected):
+    assert any(expected in problem for problem in problems(record)), problems(record)
+
+
+def test_every_problem_of_a_record_is_named():
+    messages = [{"role": "user", "content": 5}, {"role": "narrator"}, {"role": "assistant", "content": "", "weight": 1}]
+    assert [problem.partition(":")[0] for problem in problems({"messages": messages, "tools": 5})] == [
+        "tools",
+        "messages[1].role",
+        "messages[2]",
+        "messages[0].content",
+        "messages[2].content",
+    ]
+
+
+def test_keys_beside_the_conversation_are_told():
+    record = {"messages": TALK, "id": 1, "user": "Иван", "source": None, "tools": [], "tool_choice": "auto"}
+    assert shapes.keys_not_read(record) == {"id", "user", "tool_choice"}
+    assert shapes.keys_not_read({"user": "а", "bot": "б", "system": "в"}) == set()
