@@ -14,6 +14,7 @@ from saigakit.errors import SaigaError
 from saigakit.generation import BATCH_TOKENS, Generated, OnProgress, until_stop
 from saigakit.models import Sampling
 from saigakit.template import Message
+from saigakit.tokenizer_backends import piece
 
 if TYPE_CHECKING:
     import llama_cpp
@@ -128,7 +129,7 @@ def stream(
     for _, token in zip(range(min(room, max_new_tokens or room)), tokens, strict=False):
         if token in stop_ids:
             break
-        if text := decoder.decode(_piece(llm, token)):
+        if text := decoder.decode(piece(llm, token)):
             yield text
     if rest := decoder.decode(b"", final=True):
         yield rest
@@ -144,22 +145,6 @@ def chat(
 ) -> str:
     """The whole answer."""
     return "".join(stream(llm, messages, tools=tools, sampling=sampling, max_new_tokens=max_new_tokens))
-
-
-def _piece(llm: "llama_cpp.Llama", token: int) -> bytes:
-    """Bytes of a token, part of a character perhaps; control tokens have none."""
-    import ctypes
-
-    import llama_cpp
-
-    vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
-    size = 64
-    while True:
-        buffer = (ctypes.c_char * size)()
-        used = llama_cpp.llama_token_to_piece(vocabulary, token, buffer, size, 0, False)
-        if used >= 0:
-            return buffer.raw[:used]
-        size = -used  # the length that it needs
 
 
 def greedy(

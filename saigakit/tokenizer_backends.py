@@ -109,6 +109,7 @@ class GgufTokenizer:
         if "tokenizer.chat_template" not in llm.metadata:
             raise SaigaError("This GGUF holds no chat template, so its prompt format is unknown.")
         self.chat_template = llm.metadata["tokenizer.chat_template"]
+        self._has_prefix_space = llm.metadata.get("tokenizer.ggml.add_space_prefix") == "true"
         whole = llm.metadata.get(TOKENIZER_JSON_KEY)
         self._exact = FastTokenizer(tokenizers.Tokenizer.from_str(whole), "", {}) if whole else None
         self._normalizes = llm.metadata.get(NORMALIZATION_KEY) == "NFC"
@@ -127,7 +128,8 @@ class GgufTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         special = set(self.special_tokens.values())
-        return self._llm.detokenize([i for i in ids if i not in special]).decode("utf-8", errors="replace")
+        text = b"".join(piece(self._llm, i) for i in ids if i not in special).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self._has_prefix_space else text
 
     def _cut(self, text: str) -> list[str]:
         """The text in parts that hold no whole user-defined token, cut where byte-level BPE never merges."""
@@ -140,6 +142,22 @@ class GgufTokenizer:
                 )
             cuts.append(cut.end())
         return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+def piece(llm: "llama_cpp.Llama", token: int) -> bytes:
+    """Bytes of a token, part of a character perhaps; control tokens have none."""
+    import ctypes
+
+    import llama_cpp
+
+    vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
+    size = 64
+    while True:  # llama-cpp-python's own loses what is longer than 32
+        buffer = (ctypes.c_char * size)()
+        used = llama_cpp.llama_token_to_piece(vocabulary, token, buffer, size, 0, False)
+        if used >= 0:
+            return buffer.raw[:used]
+        size = -used  # the length that it needs
 
 
 # A letter before a sign: all pre-tokenizers of llama.cpp's byte-level vocabularies end a word between the two.

@@ -211,7 +211,7 @@ def test_a_streamed_answer_is_the_greedy_one_at_temperature_zero(llm):
     stop_ids = tokenization.end_of_turn_ids(tokenizer)
     ids = ask(llm, [prompt], stop_ids=stop_ids).ids[0]
     text = infer.chat(llm, MESSAGES, sampling=Sampling(temperature=0.0, repeat_penalty=1.0), max_new_tokens=12)
-    assert text == b"".join(infer._piece(llm, token) for token in ids).decode("utf-8", errors="replace")
+    assert text == b"".join(infer.piece(llm, token) for token in ids).decode("utf-8", errors="replace")
 
 
 def saying(monkeypatch, llm, text, *then):

@@ -271,3 +271,12 @@ def test_llama_cpp_itself_splits_nemos_words_alike_but_around_combining_marks(pa
     assert [text for text in plain if differs(text)] == []
     assert differs("кто́-то")
     assert pair.gguf.encode_text("кто́-то") == pair.fast.encode_text("кто́-то")
+
+
+def test_ids_are_decoded_alike_by_both_down_to_the_longest_tokens(pair):
+    special = set(pair.fast.special_tokens.values())
+    size = pair.gguf._llm.n_vocab()
+    longest = sorted(range(size), key=lambda i: -len(pair.fast.decode([i])))[:100]
+    samples = [[i] for i in longest if i not in special]
+    samples += [pair.fast.encode_text(each.messages[0]["content"]) for each in dialogues(300, seed=5, has_tools=False)]
+    assert [ids for ids in samples if pair.fast.decode(ids) != pair.gguf.decode(ids)] == []
