@@ -23,7 +23,7 @@ def plot(lengths: Sequence[int], limit: int) -> "Figure":
     fits = [tokens for tokens in lengths if tokens <= limit]
     axes.hist(fits, edges, color=_BLUE, rwidth=0.92, label=f"{len(fits):,} помещаются (fit)")
     if too_long := [tokens for tokens in lengths if tokens > limit]:
-        label = f"{len(too_long):,} длиннее, убраны (too long, left out)"
+        label = f"{len(too_long):,} длиннее (over the limit)"
         axes.hist(too_long, edges, color=_RED, rwidth=0.92, label=label)
     axes.axvline(border, color=_RED, linestyle="--", label=f"предел {limit:,} (max_seq_length)")
     axes.set_xscale("log", base=2)

@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+Filler = Callable[[Sequence[str]], str]
 _BLANK = "\u205f"  # a space that Jinja's trim and str.strip take away, JSON leaves alone, and no template spells
 _FIRST, _LAST = "\U000f0000", "\U000f0001"
 _HOLDER = re.compile(f"({_BLANK}?){_FIRST}([0-9]+)({_LAST}+)({_BLANK}?)")
@@ -77,19 +78,40 @@ def quoted(text: str) -> str:
     return _HOLDER.sub(lambda found: f"{found[1]}{_FIRST}{found[2]}{found[3]}{_LAST}{found[4]}", text)
 
 
-def fill(text: str, texts: Sequence[str]) -> str:
-    """The texts in the place of their placeholders: stripped on a side where the template stripped the placeholder,
-    and escaped as often as it was written as JSON."""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A placeholder as a template left it."""
 
-    def original(found: re.Match[str]) -> str:
-        made = texts[int(found[2])]
-        made = made if found[1] else made.lstrip()
-        made = made if found[4] else made.rstrip()
-        for _ in found[3][1:]:
+    number: int
+    is_stripped_left: bool
+    is_stripped_right: bool
+    times_quoted: int
+
+    @classmethod
+    def of(cls, found: re.Match[str]) -> Self:
+        return cls(int(found[2]), not found[1], not found[4], len(found[3]) - 1)
+
+    def original(self, texts: Sequence[str]) -> str:
+        made = texts[self.number]
+        made = made.lstrip() if self.is_stripped_left else made
+        made = made.rstrip() if self.is_stripped_right else made
+        for _ in range(self.times_quoted):
             made = json.dumps(made, ensure_ascii=False)[1:-1]
         return made
 
-    return _HOLDER.sub(original, text)
+
+def filler(text: str) -> Filler:
+    """What puts texts in the place of their placeholders: stripped on a side where the template stripped the
+    placeholder, and escaped as often as it was written as JSON."""
+    parts: list[str | _Held] = []
+    end = 0
+    for found in _HOLDER.finditer(text):
+        parts += [text[end : found.start()], _Held.of(found)]
+        end = found.end()
+    if not parts:
+        return lambda _: text
+    parts.append(text[end:])
+    return lambda texts: "".join([part if isinstance(part, str) else part.original(texts) for part in parts])
 
 
 def held(text: str) -> set[int]:

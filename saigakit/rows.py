@@ -1,11 +1,13 @@
 """Conversations into tokenised rows that fit a length, on all cores; the rows lie in a file, not in memory."""
 
+import gc
 import os
 import tempfile
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ from saigakit.progress import Every
 from saigakit.tokenization import IGNORE_INDEX, Example, Tokenizer
 
 _BATCH = 256  # conversations
-_THREADS = 2  # one is in the tokenizers library, which uses all cores, while the other prepares the next batch
+_THREADS = 4  # some are in the tokenizers library, which uses all cores, while another prepares the next batch
 Conversation = Mapping[str, Any]
 
 
@@ -54,7 +56,7 @@ def _batches(
     source = iter(conversations)
     waiting: deque[tuple[list[Conversation], Future[list[Example]]]] = deque()
     first = 1
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool, _rare_collections():
         while True:
             while len(waiting) < _THREADS and (batch := list(islice(source, _BATCH))):
                 waiting.append((batch, pool.submit(tokenization.encode_many, batch, tokenizer, first=first)))
@@ -63,6 +65,17 @@ def _batches(
                 return
             batch, examples = waiting.popleft()
             yield batch, examples.result()
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Python's cyclic collector walks through all the ids each time: at its usual pace that is a tenth of the work."""
+    usual = gc.get_threshold()
+    gc.set_threshold(10_000, *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
 
 
 def _fitting(conversation: Conversation, example: Example, tokenizer: Tokenizer, limit: int) -> Encoded:

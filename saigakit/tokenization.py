@@ -1,13 +1,14 @@
 """Messages to input_ids and labels: special tokens come from the template alone, only the assistant is learned."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saigakit import models, sources, template
 from saigakit.errors import SaigaError
-from saigakit.layouts import Layout, Part
+from saigakit.layouts import Layout
 from saigakit.layouts import of as layout_of
 from saigakit.template import Message
 from saigakit.tokenizer_backends import FastTokenizer, GgufTokenizer, Ids, Tokenizer, from_sentencepiece
@@ -73,6 +74,7 @@ def _variables(directory: Path) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
+@lru_cache(maxsize=1)  # seconds for a vocabulary of 131,072 tokens, and each answer asks for it
 def load_gguf_tokenizer(llm: "llama_cpp.Llama") -> GgufTokenizer:
     """The tokenizer of a loaded GGUF."""
     return GgufTokenizer(llm)
@@ -108,34 +110,35 @@ def encode_many(conversations: Iterable[Mapping[str, Any]], tokenizer: Tokenizer
 
 
 def _assembled(layouts: Sequence[Layout], tokenizer: Tokenizer) -> list[Example]:
-    prompts = list({part.prompt for layout in layouts for part in layout if part.answer is not None and part.prompt})
-    alone = dict(zip(prompts, tokenizer.encode_texts(prompts), strict=True))
-    runs = tokenizer.encode_texts([part.text for layout in layouts for part in layout if part.special_id is None])
-    ids_of_run = iter(runs)
-    return [_example(layout, ids_of_run, alone, tokenizer) for layout in layouts]
+    """Each text is tokenised once: system prompts, headers and line ends repeat."""
+    runs = [part for layout in layouts for part in layout if part.special_id is None]
+    texts = dict.fromkeys([part.text for part in runs])
+    texts |= dict.fromkeys([part.prompt for part in runs if part.prompt])
+    ids_of = dict(zip(texts, tokenizer.encode_texts(list(texts)), strict=True))
+    return [_example(layout, ids_of, tokenizer) for layout in layouts]
 
 
-def _example(layout: Layout, ids_of_run: Iterator[Ids], alone: Mapping[str, Ids], tokenizer: Tokenizer) -> Example:
+def _example(layout: Layout, ids_of: Mapping[str, Ids], tokenizer: Tokenizer) -> Example:
     input_ids: Ids = []
     labels: Ids = []
     for part in layout:
-        ids, learned_from = [part.special_id] if part.special_id is not None else next(ids_of_run), 0
-        if part.answer is not None and part.prompt:
-            ids, learned_from = _split_run(part, ids, alone[part.prompt], tokenizer)
+        ids, learned_from = [part.special_id] if part.special_id is not None else ids_of[part.text], 0
+        if part.prompt:
+            ids, learned_from = _split_run(part.text, part.prompt, ids, ids_of[part.prompt], tokenizer)
         input_ids += ids
         labels += [IGNORE_INDEX] * learned_from + ids[learned_from:] if part.is_learned else [IGNORE_INDEX] * len(ids)
     return {"input_ids": input_ids, "labels": labels}
 
 
-def _split_run(part: Part, together: Ids, alone: Ids, tokenizer: Tokenizer) -> tuple[Ids, int]:
+def _split_run(text: str, prompt: str, together: Ids, alone: Ids, tokenizer: Tokenizer) -> tuple[Ids, int]:
     """Ids of one run of text, and where in them the answer begins; the prompt's ids are those it has alone."""
-    answer = part.answer or ""
     if together[: len(alone)] == alone:
         return together, len(alone)
     # A merge crosses the border ("\n" + "\n…"): inference starts after the prompt's own ids, so training does too.
+    answer = text[len(prompt) :]
     apart = alone + tokenizer.encode_text(answer)
     if tokenizer.decode(apart) != tokenizer.decode(together):
-        raise SaigaError(f"The answer {answer[:40]!r} cannot be tokenised apart from its prompt {part.prompt[-40:]!r}.")
+        raise SaigaError(f"The answer {answer[:40]!r} cannot be tokenised apart from its prompt {prompt[-40:]!r}.")
     return apart, len(alone)
 
 

@@ -66,7 +66,7 @@ def test_conversations_of_one_shape_have_one_key_and_others_another():
 def rendered(text, value):
     """What a template makes of `value`, and what is made of it through placeholders."""
     masked = placeholders.mask([{"role": "user", "content": value}], None)
-    through = placeholders.fill(template.render(masked.messages, text, masked=True), masked.texts)
+    through = placeholders.filler(template.render(masked.messages, text, masked=True))(masked.texts)
     return template.render([{"role": "user", "content": value}], text), through
 
 

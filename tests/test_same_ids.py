@@ -149,6 +149,8 @@ def _wrong(oracle: Oracle, dialogue: Dialogue, example: Example, rng: random.Ran
     text, learned = spelled(example, oracle)
     wanted_text = oracle.marked(dialogue, len(dialogue.messages))
     wanted_ids, answer = oracle.ids(dialogue, wanted_text), oracle.answer(dialogue, turn, wanted_text)
+    if pair.fast.is_nfc:
+        wanted_text, answer = unicodedata.normalize("NFC", wanted_text), unicodedata.normalize("NFC", answer)
     if pair.is_sentencepiece:  # its decoder reads the piece for a space as a space
         wanted_text, answer = wanted_text.replace("▁", " "), answer.replace("▁", " ")
     is_learned = len(learned) == len(dialogue.turns) and learned[number] == answer

@@ -287,6 +287,7 @@ def _renamed(
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     content["pre_tokenizer"] = json.loads(pre_tokenizers.Sequence([split, _byte_level()]).__getstate__())
     content["model"]["ignore_merges"] = True
+    content["normalizer"] = {"type": "NFC"} if pre == "qwen2" else None
     _write(directory / "tokenizer.json", content)
 
 
