@@ -14,6 +14,9 @@ MANY_DUPLICATES = 0.01  # of the conversations
 LITTLE_LEARNED = 0.02  # of the tokens
 FEW_HELD_OUT = 20  # conversations
 _NOTHING = frozenset({"нет", "ничего", "ничего нет", "не найдено", "ничего не найдено", "none", "no", "nothing"})
+_SAYS_NOTHING = re.compile(
+    r"^[\w ]+ нет$|\bне найден[аоы]?\b|\bотсутству[юе]т|\bnot found\b|^no \w+ found$"  # «Терминов нет»
+)
 _LONGEST_NOTHING = 40  # characters, blanks within included
 _JSON = json.JSONEncoder(ensure_ascii=False).encode
 _RUN = re.compile(b"\x01+")
@@ -196,7 +199,8 @@ def _is_nothing(answer: str, value: object) -> bool:
     if value is not answer:
         return _is_hollow(value)
     short = answer.strip()
-    return len(short) <= _LONGEST_NOTHING and " ".join(short.split()).casefold().strip(" .!") in _NOTHING
+    said = " ".join(short.split()).casefold().strip(" .!")
+    return len(short) <= _LONGEST_NOTHING and (said in _NOTHING or _SAYS_NOTHING.search(said) is not None)
 
 
 def _is_hollow(value: object) -> bool:

@@ -108,7 +108,7 @@ def check(file: str, model: str, base_source: str | None, held_out: str | None, 
     \b
     Example: saigakit check records.jsonl --model saiga2_7b
     """
-    from saigakit import report, tokenization
+    from saigakit import lengths, report, tokenization
 
     with tempfile.TemporaryDirectory() as scratch:
         stage = report.check_records(
@@ -116,7 +116,10 @@ def check(file: str, model: str, base_source: str | None, held_out: str | None, 
             run_dir=scratch, base_source=base_source,
         )  # fmt: skip
         marked = report.examples(stage, tokenization.load_tokenizer(model, base_source))
-        click.echo(f"{marked}\n\n{report.summary(stage)}\n\n{report.advice(stage)}")
+        found = report.read(stage)
+        bars = lengths.table(found["lengths"], found["max_seq_length"])
+        for part in (marked, bars, report.summary(stage), report.near_pairs(stage), report.advice(stage)):
+            click.echo(f"{part}\n" if str(part) else "", nl=bool(str(part)))
 
 
 @main.command()

@@ -6,9 +6,9 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, Self, TypeVar, cast
 
 from saigakit import records, shapes
 from saigakit.conversations import Conversation as Conversation
@@ -19,6 +19,7 @@ from saigakit.progress import Every
 from saigakit.records import Bad, named
 
 T = TypeVar("T")
+_SHORT = 3  # blanks in a text that says too little to be a question of its own
 KEPT_PROBLEMS = 1000  # of a million bad records; the others are counted
 
 
@@ -100,25 +101,53 @@ class _Checking:
             print(f"{name}: keys beside the conversation, not read: {counts}{more}.", flush=True)
 
 
-def prompt_texts(messages: Iterable[Mapping[str, Any]]) -> frozenset[str]:
-    """What the user says, to compare prompts by: letter case and runs of blanks do not tell two apart."""
-    return frozenset(" ".join(item["content"].split()).casefold() for item in messages if item["role"] == "user")
+class Asked(NamedTuple):
+    """What two conversations are compared by, in 8 bytes each: of a million, two are alike by chance once in 40 million
+    data sets."""
+
+    whole: int  # the system prompt and everything that the user says
+    texts: frozenset[int]  # those of the user's that say something: "Спасибо" stands in many conversations
+
+    @classmethod
+    def of(cls, messages: Iterable[Mapping[str, Any]]) -> Self:
+        said = [(item["role"], _plain(item["content"])) for item in messages if item["role"] in ("system", "user")]
+        texts = frozenset(_digest(text) for role, text in said if role == "user" and text.count(" ") >= _SHORT)
+        return cls(_digest("\n".join(text for _, text in said)), texts)
 
 
-def prompt_digests(messages: Iterable[Mapping[str, Any]]) -> frozenset[int]:
-    """`prompt_texts` in 8 bytes each: of a million different ones, two are alike once in 40 million data sets."""
-    return frozenset(
-        int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
-        for text in prompt_texts(messages)
-    )
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
+
+
+def _many(total: int) -> int:
+    """A text in more conversations than these is an instruction, and tells none of them apart."""
+    return max(10, total // 5)
+
+
+def asked_in(training: Conversations, held_out: Conversations) -> int:
+    """How many held-out conversations ask what one in training asks."""
+    wholes: set[int] = set()
+    texts: Counter[int] = Counter()
+    for each in training:
+        asked = Asked.of(each["messages"])
+        wholes.add(asked.whole)
+        texts.update(asked.texts)
+    most = _many(len(training))
+    found = (Asked.of(each["messages"]) for each in held_out)
+    return sum(asked.whole in wholes or any(0 < texts[text] <= most for text in asked.texts) for asked in found)
 
 
 def split_conversations(
     conversations: Conversations, *, eval_fraction: float, seed: int
 ) -> tuple[Conversations, Conversations]:
-    """(train, held_out): shuffled once, at least one held out, no text of a user on both sides.
+    """(train, held_out): shuffled once, at least one held out, no question on both sides.
 
-    Conversations with a user's text in common go to the same side; a group too big for the fraction is trained on.
+    Conversations with a user's text in common go to the same side, but for short ones ("Спасибо") and for those that
+    many share (an instruction); a group too big for the fraction is trained on.
     """
     if isinstance(eval_fraction, bool) or not isinstance(eval_fraction, int | float) or not 0 < eval_fraction < 1:
         raise SaigaError(f"eval_fraction={eval_fraction!r} must be a number between 0 and 1, such as 0.05.")
@@ -148,15 +177,22 @@ def _groups(conversations: Conversations) -> "array[int]":
             index = parent[index]
         return index
 
-    digests, owners = array("Q"), array("q")
+    def unite(digests: "array[int]", owners: "array[int]", most: int) -> None:
+        for _, group in groupby(sorted(range(len(digests)), key=digests.__getitem__), key=digests.__getitem__):
+            places = list(group)
+            for place in places[1:] if len(places) <= most else ():
+                first, second = sorted((root(owners[places[0]]), root(owners[place])))
+                parent[second] = first
+
+    wholes, digests, owners = array("Q"), array("Q"), array("q")
     for index, conversation in enumerate(conversations):
-        for digest in prompt_digests(conversation["messages"]):
+        asked = Asked.of(conversation["messages"])
+        wholes.append(asked.whole)
+        for digest in asked.texts:
             digests.append(digest)
             owners.append(index)
-    for place, following in pairwise(sorted(range(len(digests)), key=digests.__getitem__)):
-        if digests[place] == digests[following]:
-            first, second = sorted((root(owners[place]), root(owners[following])))
-            parent[second] = first
+    unite(wholes, array("q", range(len(wholes))), len(wholes))
+    unite(digests, owners, _many(len(wholes)))
     return array("q", map(root, range(len(parent))))
 
 

@@ -1,13 +1,45 @@
 """How many tokens conversations have, into a picture with the limit."""
 
+import bisect
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from saigakit.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_WIDTH = 40  # characters of the longest bar
 _BLUE, _RED = "#1a73e8", "#d93025"
+
+
+def _edges(lengths: Sequence[int], limit: int) -> list[float]:
+    """Logarithmic, and the limit is one of them: no bar is of both kinds."""
+    border = limit + 0.5
+    shortest, longest = min(*lengths, limit), max(*lengths, limit) + 1
+    steps = range(math.floor(8 * math.log2(shortest / border)), math.ceil(8 * math.log2(longest / border)) + 1)
+    return [border * 2 ** (step / 8) for step in steps]
+
+
+def histogram(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """[from, to, conversations] of each bar of the picture that is not empty; tokens, both ends included."""
+    edges = _edges(lengths, limit)
+    counts = Counter(bisect.bisect_right(edges, tokens) - 1 for tokens in lengths)
+    return [[math.ceil(edges[bar]), math.ceil(edges[bar + 1]) - 1, counts[bar]] for bar in sorted(counts)]
+
+
+def table(bars: Sequence[Sequence[int]], limit: int) -> Table:
+    """The picture for a terminal."""
+    most = max(count for *_, count in bars)
+    rows = [
+        (f"{first:,}–{last:,}", f"{count:,}", ("█" if last <= limit else "░") * math.ceil(_WIDTH * count / most))
+        for first, last, count in bars
+    ]
+    padded = [(span, count, bar.ljust(_WIDTH)) for span, count, bar in rows]
+    note = f"░ длиннее предела {limit:,} · over the limit"
+    return Table(("токенов · tokens", "диалогов · conversations", ""), padded, note)
 
 
 def plot(lengths: Sequence[int], limit: int) -> "Figure":
@@ -18,8 +50,7 @@ def plot(lengths: Sequence[int], limit: int) -> "Figure":
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     shortest, longest, border = min(*lengths, limit), max(*lengths, limit) + 1, limit + 0.5
-    steps = range(math.floor(8 * math.log2(shortest / border)), math.ceil(8 * math.log2(longest / border)) + 1)
-    edges = [border * 2 ** (step / 8) for step in steps]  # the limit is an edge: no bar is of both kinds
+    edges = _edges(lengths, limit)
     fits = [tokens for tokens in lengths if tokens <= limit]
     axes.hist(fits, edges, color=_BLUE, rwidth=0.92, label=f"{len(fits):,} помещаются (fit)")
     if too_long := [tokens for tokens in lengths if tokens > limit]:

@@ -60,6 +60,8 @@ _SAIGA2_GOLDEN = (
     ("system\n", (1788, 13)),
     ("user\nПривет", (1404, 13, 30013, 641, 7616)),
     ("bot\n", (9225, 13)),
+    # Runs of blanks: a tokenizer.json that transformers 5 has made of a tokenizer.model splits them otherwise.
+    ("if x:\n            return x", (565, 921, 29901, 13, 9651, 736, 921)),
 )
 _LLAMA3_SAMPLING = Sampling(temperature=0.6)
 
@@ -96,7 +98,12 @@ _ROWS = (
         template="saiga2",
         system_prompt=SAIGA_SYSTEM_PROMPT,
         context_length=4096,
-        golden_ids=(("system\n", (1587, 13)), ("user\n", (2188, 13)), ("bot\n", (12435, 13))),
+        golden_ids=(
+            ("system\n", (1587, 13)),
+            ("user\n", (2188, 13)),
+            ("bot\n", (12435, 13)),
+            ("if x:\n            return x", (513, 1318, 28747, 13, 17422, 604, 1318)),
+        ),
         lora=Lora(target_modules=ATTENTION),
         parameters_b=7.24,
         licence="apache-2.0",

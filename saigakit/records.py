@@ -15,7 +15,8 @@ from saigakit.errors import SaigaError
 if TYPE_CHECKING:
     import pyarrow
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")  # what is taken of a directory or a data set
+# What is taken of a directory or a data set.
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 LINE_LIMIT = 100 * 10**6  # bytes; a conversation is never that long, a file without line ends is
 ARRAY_LIMIT = 10**9  # bytes of a JSON array, which is read as a whole
 _PARQUET_MAGIC = b"PAR1"
@@ -47,7 +48,7 @@ def read(path: Path) -> Iterator[tuple[int, object]]:
             raise SaigaError(f"{path} {remedy}.")
     with path.open("rb") as stream:
         is_parquet = stream.read(4) == _PARQUET_MAGIC
-    if is_parquet or path.suffix == ".parquet":
+    if is_parquet or path.suffix.lower() == ".parquet":
         yield from _parquet_rows(path)
         return
     try:
@@ -64,7 +65,7 @@ def _json_records(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb"))
+    return cast(BinaryIO, gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb"))
 
 
 def _line_records(stream: BinaryIO) -> Iterator[tuple[int, object]]:
@@ -180,7 +181,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, _converted(row, as_json)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (OverflowError, UnicodeDecodeError) as error:  # a time that Python cannot hold, a text that is no UTF-8
+        raise SaigaError(f"{path}, after row {number}: {error}. Remove the column that holds it.") from None
+    except (pyarrow.ArrowException, OSError) as error:
         raise SaigaError(
             f"{path} is not a whole Parquet file ({' '.join(str(error).split())}); copy it again."
         ) from None

@@ -7,6 +7,7 @@ from difflib import SequenceMatcher
 from itertools import groupby
 
 from saigakit import models, template, tokenization
+from saigakit.errors import SaigaError
 from saigakit.tables import Table
 from saigakit.template import Message
 from saigakit.tokenizer_backends import Tokenizer
@@ -39,8 +40,18 @@ class _Piece:
     role: str | None = None
 
 
-def of(tokenizer: Tokenizer, messages: Sequence[Message] = DIALOGUE[:2]) -> list[Rendering]:
+def _dialogue(tokenizer: Tokenizer) -> Sequence[Message]:
+    """Without the system prompt, where the template refuses one."""
+    try:
+        template.render(DIALOGUE, tokenizer.chat_template, variables=tokenizer.variables)
+    except SaigaError:
+        return DIALOGUE[1:]
+    return DIALOGUE
+
+
+def of(tokenizer: Tokenizer) -> list[Rendering]:
     """A prompt that ends with the question: first as training and inference here write it, then as others do."""
+    messages = _dialogue(tokenizer)[:-1]
     ours = tokenization.encode(messages, tokenizer, add_generation_prompt=True)["input_ids"]
     pieces = _pieces(messages, tokenizer)
     kept = _without_blanks(pieces)
@@ -59,9 +70,9 @@ def of(tokenizer: Tokenizer, messages: Sequence[Message] = DIALOGUE[:2]) -> list
     return made
 
 
-def compare(tokenizer: Tokenizer, messages: Sequence[Message] = DIALOGUE[:2]) -> Table:
+def compare(tokenizer: Tokenizer) -> Table:
     """The renderings of a prompt, each from where it leaves ours."""
-    first, *others = of(tokenizer, messages)
+    first, *others = of(tokenizer)
     rows = [(first.name, _shown(first.ids[:_SHOWN], tokenizer, first.ids), str(len(first.ids)), first.cost)]
     for each in others:
         parts = SequenceMatcher(None, first.ids, each.ids, autojunk=False).get_opcodes()
@@ -79,7 +90,7 @@ def compare(tokenizer: Tokenizer, messages: Sequence[Message] = DIALOGUE[:2]) ->
 
 def role_ids(tokenizer: Tokenizer) -> Table:
     """What stands before the words of each role, in the ids of training."""
-    pieces = _pieces(DIALOGUE, tokenizer)
+    pieces = _pieces(_dialogue(tokenizer), tokenizer)
     rows, start = [], 0
     for index, piece in enumerate(pieces):
         if piece.role is not None:

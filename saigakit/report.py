@@ -30,6 +30,7 @@ from saigakit.tables import Table
 from saigakit.tokenization import Tokenizer
 
 STAGE = "01_format"
+_SIZE_UNKNOWN = "размер модели неизвестен: часы как для 7 B · the model's size is unknown: hours as for 7 B"
 _SHOWN_PAIRS, _SHOWN_CHARACTERS = 5, 200  # of near-duplicates
 
 
@@ -38,7 +39,7 @@ def check_records(
     model: str,
     records: str,
     held_out: str | None = None,
-    eval_fraction: float = 0.05,
+    eval_fraction: float = 0.15,
     max_seq_length: int | None = None,
     run_dir: str | Path,
     base_source: str | None = None,
@@ -80,8 +81,9 @@ def check_records(
         fitted = {part: Fitted.of(read[part], tokenizer, limit, Path(str(named[part])).name) for part in read}
         report = {"model": model, "max_seq_length": limit, **_written(fitted, tokenizer, partial, eval_fraction, seed)}
         report["estimate"] = _estimate(report["train"], model).to_json()
-        manifest.write_text(partial / "report.json", json.dumps(report, ensure_ascii=False, indent=2))
         counted = [tokens for part in fitted.values() for tokens in part.lengths]
+        report["lengths"] = lengths.histogram(counted, limit)
+        manifest.write_text(partial / "report.json", json.dumps(report, ensure_ascii=False, indent=2))
         lengths.plot(counted, limit).savefig(partial / "lengths.png", dpi=110)
     return final
 
@@ -143,10 +145,11 @@ def _written(
         ),
         strict=True,
     )
-    repeated, near = _asked_in_training(sides), _near(sides, signed)
+    repeated, near = data.asked_in(*sides), _near(sides, signed)
     return {
         "cut": {part: each.cut for part, each in fitted.items()},
         "dropped": {part: each.dropped for part, each in fitted.items()},
+        "of": {part: len(each.lengths) for part, each in fitted.items()},
         "train": facts[0],
         "held_out": facts[1],
         "held_out_prompts_in_train": repeated,
@@ -174,15 +177,6 @@ def _write_side(
     return facts.facts(), signer.finish()
 
 
-def _asked_in_training(sides: Sequence[Conversations]) -> int:
-    """How many held-out conversations share a text of the user with one in training."""
-    seen = {digest for each in sides[0] for digest in data.prompt_digests(each["messages"])}
-    shared = sum(not seen.isdisjoint(data.prompt_digests(each["messages"])) for each in sides[1])
-    if shared:
-        print(f"Asked in train too: {shared} of {len(sides[1])} held-out conversations.", flush=True)
-    return shared
-
-
 def _near(sides: Sequence[Conversations], signed: Sequence[Signatures]) -> dict[str, Any]:
     """Counts, and the beginnings of a few pairs (held-out, training)."""
     within = [near_duplicates.within(side) for side in signed]
@@ -197,6 +191,10 @@ def _near(sides: Sequence[Conversations], signed: Sequence[Signatures]) -> dict[
             [near_duplicates.said_by_user(each["messages"])[:_SHOWN_CHARACTERS] for each in pair] for pair in shown
         ],
     }
+
+
+def _with_share(count: int, total: int) -> str:
+    return f"{count:,} ({count / total:.1%})" if count else "0"
 
 
 def _estimate(train: Mapping[str, Any], model: str) -> estimates.Estimate:
@@ -221,12 +219,14 @@ def summary(directory: str | Path) -> Table:
     def counts(key: str) -> list[str]:
         return [f"{side[key]:,}" for side in sides]
 
-    def of_files(key: str) -> list[object]:
-        return [report[key]["records"], report[key].get("held_out", "–")]
+    def of_files(key: str) -> list[str]:
+        found = [(report[key].get(part), report["of"].get(part)) for part in ("records", "held_out")]
+        return ["–" if count is None else _with_share(count, total) for count, total in found]
 
     found = [side["special_tokens_as_text"].items() for side in sides]
     as_text = [", ".join(f"{token}: {count}" for token, count in tokens) or "0" for tokens in found]
     with_tools = [f"{side['no_call']:,} / {side['with_tools']:,}" for side in sides]
+    nothing = [_with_share(side["nothing_found"], side["conversations"]) for side in sides]
     limit = f"{report['max_seq_length']:,}"
     table: list[tuple[str, Sequence[object]]] = [
         ("диалогов · conversations", counts("conversations")),
@@ -241,7 +241,10 @@ def summary(directory: str | Path) -> Table:
         ("почти повторов · near-duplicates", [near["train"], near["held_out"]]),
         ("вопрос есть и в обучении · asked in train too", ["–", report["held_out_prompts_in_train"]]),
         ("почти такой вопрос есть в обучении · nearly asked in train", ["–", near["held_out_in_train"]]),
-        ("ответов «ничего нет» · answers that say nothing found", counts("nothing_found")),
+        (
+            "ответов «ничего нет» · answers that say nothing found",
+            nothing,
+        ),
         *([("с функциями, но без вызова · tools and no call", with_tools)] if sides[0]["with_tools"] else []),
         ("служебные токены как текст · special tokens as text", as_text),
     ]
@@ -257,7 +260,18 @@ def advice(directory: str | Path) -> Table:
     said = report["warnings"] or ["Замечаний нет · nothing to mend"]
     steps = f"{estimate.steps_per_epoch:,} шагов за эпоху · steps per epoch"
     cost = f"{steps}; {TrainConfig.epochs:g} эпохи · epochs: {estimate}"
-    return Table(("на что посмотреть · what to look at",), [*((each,) for each in said), (cost,)], estimates.NOTE)
+    guess = (
+        []
+        if report["model"] in models.MODELS
+        else ["размер модели неизвестен, считается 7 B · size unknown: as for 7 B"]
+    )
+    return Table(("на что посмотреть · what to look at",), [(each,) for each in (*said, cost, *guess)], estimates.NOTE)
+
+
+def near_pairs(directory: str | Path) -> str:
+    """A few held-out texts that are nearly in training, each beside the other; empty where there are none."""
+    pairs = read(directory)["near_duplicates"]["pairs"]
+    return "\n".join(f"отложено · held out: {one}\nобучение · train:    {other}" for one, other in pairs)
 
 
 def examples(directory: str | Path, tokenizer: Tokenizer, count: int = 3) -> pieces.Marked:

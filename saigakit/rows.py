@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 from saigakit import tokenization, workspace
@@ -83,9 +83,12 @@ def _fitting(conversation: Conversation, example: Example, tokenizer: Tokenizer,
     tokens = len(example["input_ids"])
     if tokens <= limit:
         return Encoded(conversation, example, tokens, is_cut=False)
-    messages = conversation["messages"]
+    messages, labels = conversation["messages"], example["labels"]
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    for end in reversed(answers[:-1]):
+    pairs = enumerate(pairwise([*labels, IGNORE_INDEX]), start=1)
+    ends = [end for end, (label, following) in pairs if label != IGNORE_INDEX and following == IGNORE_INDEX]
+    room = sum(end <= limit for end in ends) if len(ends) == len(answers) else len(answers)
+    for end in reversed(answers[: min(room, len(answers) - 1)]):
         shorter = {**conversation, "messages": messages[: end + 1]}
         made = tokenization.encode(shorter["messages"], tokenizer, tools=conversation.get("tools"))
         if len(made["input_ids"]) <= limit:

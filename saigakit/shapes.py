@@ -58,8 +58,8 @@ def conversation(record: object) -> Conversation | Bad:
     else:
         turns += [("user", _message("user", record.get("user"))), ("bot", _message("assistant", record.get("bot")))]
     for field, message in turns:
-        is_call = "tool_calls" in message and message["content"] == ""
-        if not is_call and (problem := text_problem(field, message["content"])):
+        may_be_empty = "tool_calls" in message or message["role"] == "tool"  # a call, or a function's empty result
+        if not (may_be_empty and message["content"] == "") and (problem := text_problem(field, message["content"])):
             problems.append(problem)
     if not problems:
         problems += _order_problems(turns) or _answer_problems(turns)
@@ -70,20 +70,24 @@ def conversation(record: object) -> Conversation | Bad:
 
 def _shape(record: Mapping[str, Any]) -> str | Bad:
     """The key of its list, or "user"."""
-    shapes = [key for key in _LISTS if key in record]
+    there = {key for key in record if record[key] is not None}
+    shapes = [key for key in _LISTS if key in there]
+    if not shapes and not {"user", "bot"} & there:
+        shapes = [key for key in _LISTS if key in record][:1]  # null, and said to be so
     if not shapes and not {"user", "bot"} & record.keys():
         keys = ", ".join(map(named, list(record)[:10])) or "none"
         return Bad(
             (f"record: has no messages, no conversations and no user and bot (its keys: {keys}); write one of these",)
         )
-    if len(shapes) + ({"user", "bot"} <= record.keys()) > 1:
+    if len(shapes) + ({"user", "bot"} <= there) > 1:
         return Bad(("record: holds two conversations (of messages, conversations, user and bot); keep one",))
     return shapes[0] if shapes else "user"
 
 
 def keys_not_read(record: Mapping[str, Any]) -> set[str]:
-    read = {"system", *(_LISTS if _LISTS.keys() & record.keys() else ("user", "bot")), *_OF_RECORD, *_OF_MESSAGE}
-    return {key for key in record if record[key] is not None} - read
+    there = {key for key in record if record[key] is not None}
+    read = {"system", *(_LISTS if _LISTS.keys() & there else ("user", "bot")), *_OF_RECORD, *_OF_MESSAGE}
+    return there - read
 
 
 def _message(role: str, content: object) -> Message:

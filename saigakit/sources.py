@@ -40,6 +40,8 @@ def records_files(name: str, run_dir: str | Path | None = None) -> list[Path]:
     Inside `run_dir`, from here or in an attached input. Of the Hub: "owner/name", also with ":split",
     ":configuration" or ":configuration/split"; what is here goes first.
     """
+    if not name.strip():
+        raise SaigaError("records is empty: name a file, a directory, a pattern or a data set of the Hub.")
     if name.startswith(_PACKAGED_RECORDS):
         return [_packaged_records(name.removeprefix(_PACKAGED_RECORDS))]
     repo, _, choice = name.partition(":")
@@ -60,12 +62,14 @@ def _packaged_records(name: str) -> Path:
 
 
 def _files_below(directory: Path) -> list[Path]:
-    """Hidden ones are left out."""
-    files = sorted(file for file in directory.rglob("*") if file.is_file() and file.name.endswith(records.SUFFIXES))
-    seen = [file for file in files if not any(part.startswith(".") for part in file.relative_to(directory).parts)]
-    if not seen:
-        raise SaigaError(f"{directory} holds no file of records ({', '.join(records.SUFFIXES)}).")
-    return seen
+    """As of a data set of the Hub: the split train, where names say splits. What else there is, is said."""
+    inside = [file.relative_to(directory) for file in sorted(directory.rglob("*")) if file.is_file()]
+    names = [path.as_posix() for path in inside if not any(part.startswith(".") for part in path.parts)]
+    chosen = splits.records_of(str(directory), names)
+    if others := [name for name in names if name not in chosen]:
+        shown = ", ".join(others[:10]) + (f" and {len(others) - 10} more" if len(others) > 10 else "")
+        print(f"{directory.name}: {len(chosen)} of {len(names)} files are read; left out: {shown}.", flush=True)
+    return [directory / name for name in chosen]
 
 
 def _matching(pattern: str, run_dir: str | Path | None) -> list[Path]:

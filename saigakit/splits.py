@@ -40,7 +40,7 @@ def records_of(repo: str, names: Sequence[str], choice: str = "") -> list[str]:
 
 def _holds_records(path: PurePosixPath) -> bool:
     is_hidden = any(part.startswith(".") for part in path.parts)
-    return path.name.endswith(SUFFIXES) and path.name not in _DESCRIPTIONS and not is_hidden
+    return path.name.lower().endswith(SUFFIXES) and path.name not in _DESCRIPTIONS and not is_hidden
 
 
 def _of_configuration(repo: str, names: Sequence[str], wanted: str) -> list[str]:

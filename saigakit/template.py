@@ -101,7 +101,7 @@ def render(
             add_generation_prompt=add_generation_prompt,
             **(variables or {}),
         )
-    except (jinja2.TemplateError, TypeError) as error:  # TypeError: text + None inside a template
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:  # of its own words
         raise SaigaError(f"The chat template cannot render this conversation: {error}") from None
 
 

@@ -11,7 +11,7 @@ from saigakit.errors import SaigaError
 from saigakit.layouts import Layout
 from saigakit.layouts import of as layout_of
 from saigakit.template import Message
-from saigakit.tokenizer_backends import FastTokenizer, GgufTokenizer, Ids, Tokenizer, from_sentencepiece
+from saigakit.tokenizer_backends import FastTokenizer, GgufTokenizer, Ids, Tokenizer, from_json, from_sentencepiece
 
 if TYPE_CHECKING:
     import llama_cpp
@@ -22,7 +22,7 @@ IGNORE_INDEX = -100  # torch's cross_entropy: a position that is not learned
 Example = dict[str, Ids]  # "input_ids" and "labels" of one conversation
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _PROBE = (
-    {"role": "user", "content": "Привет, мир!"},
+    {"role": "user", "content": "Привет,  мир!\n\n\n\n\tЕщё   раз:\n        return"},
     {"role": "assistant", "content": "Здравствуй!"},
 )
 
@@ -33,16 +33,9 @@ def load_tokenizer(model: str, source: str | None = None) -> FastTokenizer:
     Raises SaigaError when it is not the tokenizer that the model was trained with, and when it treats text around
     special tokens in a way that `encode` cannot give.
     """
-    import tokenizers
-
     spec = models.find(model)
     directory = sources.tokenizer_dir(spec, source)
-    if (directory / "tokenizer.json").is_file():
-        raw = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    elif (directory / "tokenizer.model").is_file():
-        raw = from_sentencepiece(directory / "tokenizer.model")
-    else:
-        raise SaigaError(f"{directory} has neither tokenizer.json nor tokenizer.model.")
+    raw = _raw(directory)
     tokenizer = FastTokenizer(raw, template.of_model(spec, directory), _variables(directory))
     for text, ids in spec.golden_ids:
         if (got := tokenizer.encode_text(text)) != list(ids):
@@ -51,6 +44,19 @@ def load_tokenizer(model: str, source: str | None = None) -> FastTokenizer:
             )
     require_as_a_whole(raw, tokenizer)
     return tokenizer
+
+
+def _raw(directory: Path) -> "tokenizers.Tokenizer":
+    """Of tokenizer.model where there is one: a tokenizer.json that was made of it may have lost its scores."""
+    if (directory / "tokenizer.json").is_file():
+        found = from_json(directory / "tokenizer.json")
+        is_sentencepiece = json.loads(found.to_str())["model"].get("byte_fallback")
+        if not is_sentencepiece or not (directory / "tokenizer.model").is_file():
+            return found
+        return from_sentencepiece(directory / "tokenizer.model", found)
+    if (directory / "tokenizer.model").is_file():
+        return from_sentencepiece(directory / "tokenizer.model")
+    raise SaigaError(f"{directory} has neither tokenizer.json nor tokenizer.model.")
 
 
 def require_as_a_whole(raw: "tokenizers.Tokenizer", tokenizer: FastTokenizer) -> None:
@@ -68,7 +74,10 @@ def _variables(directory: Path) -> dict[str, str]:
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (directory / name).is_file():
-            found |= json.loads((directory / name).read_text(encoding="utf-8"))
+            try:
+                found |= json.loads((directory / name).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise SaigaError(f"{directory / name} is damaged ({error}); fetch it again.") from None
     values = {name: found.get(name) for name in _NAMED_TOKENS}
     texts = {name: value["content"] if isinstance(value, dict) else value for name, value in values.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}

@@ -47,8 +47,14 @@ class FastTokenizer:
         import tokenizers
 
         content = json.loads(tokenizer.to_str())
-        self.special_tokens: Mapping[str, int] = {token["content"]: token["id"] for token in content["added_tokens"]}
-        content |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        blanks = [token for token in content["added_tokens"] if not token["special"] and not token["content"].strip()]
+        self.special_tokens: Mapping[str, int] = {
+            token["content"]: token["id"] for token in content["added_tokens"] if token not in blanks
+        }
+        content["model"]["vocab"] |= {
+            token["content"]: token["id"] for token in blanks
+        }  # or their ids were counted anew
+        content |= {"added_tokens": blanks, "post_processor": None, "truncation": None, "padding": None}
         self.is_nfc, self.has_prefix_space = _is_nfc(content), _has_prefix_space(content)
         self._text_only = tokenizers.Tokenizer.from_str(json.dumps(content))
         self._special_ids = set(self.special_tokens.values())
@@ -101,9 +107,12 @@ class GgufTokenizer:
             for i, kind in kinds.items()
             if kind & special
         }
+        is_added = {i: kinds[i] & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED for i in names}
+        # Runs of blanks are text like any other.
+        names = {i: token for i, token in names.items() if token.strip() or not is_added[i]}
         self.special_tokens: Mapping[str, int] = {token: i for i, token in names.items()}
         # llama.cpp finds these in any text, even when asked not to look for special tokens.
-        found = [name for i, name in names.items() if kinds[i] & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED and name]
+        found = [name for i, name in names.items() if is_added[i]]
         longest_first = sorted(found, key=len, reverse=True)
         self._always_found = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         if "tokenizer.chat_template" not in llm.metadata:
@@ -164,8 +173,21 @@ def piece(llm: "llama_cpp.Llama", token: int) -> bytes:
 _WORD_END = re.compile(r"[A-Za-z](?=[|>\]_/:-])")
 
 
-def from_sentencepiece(file: Path) -> "tokenizers.Tokenizer":
-    """tokenizer.model with its scores and the prefix space after every special token (`legacy`), as in llama.cpp."""
+def from_json(file: Path) -> "tokenizers.Tokenizer":
+    """Raises SaigaError where the file is damaged."""
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more exact
+        raise SaigaError(f"{file} is damaged or of an unknown kind ({error}); fetch it again.") from None
+
+
+def from_sentencepiece(file: Path, saved: "tokenizers.Tokenizer | None" = None) -> "tokenizers.Tokenizer":
+    """tokenizer.model with its scores and the prefix space after every special token (`legacy`), as in llama.cpp.
+
+    `saved`: the same vocabulary with tokens that were added to it, which are taken from there.
+    """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
@@ -191,6 +213,13 @@ def from_sentencepiece(file: Path) -> "tokenizers.Tokenizer":
     )
     control = [piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    added = {} if saved is None else saved.get_added_tokens_decoder()
+    for number, token in sorted(added.items()):
+        if token.content in vocabulary:
+            continue
+        tokenizer.add_tokens([token])
+        if tokenizer.token_to_id(token.content) != number:
+            raise SaigaError(f"{file} and the tokenizer.json beside it are of two vocabularies; fetch both again.")
     return tokenizer
 
 

@@ -270,7 +270,7 @@ def test_a_split_is_complete_and_no_prompt_is_on_both_sides(seed):
     size = rng.randint(2, 120)
     turns = []
     for index in range(size):
-        texts = [f"вопрос {rng.randint(0, size)}" for _ in range(rng.choice((1, 1, 1, 2)))]
+        texts = [f"вопрос под своим номером {rng.randint(0, size)}" for _ in range(rng.choice((1, 1, 1, 2)))]
         asked = [[{"role": "user", "content": text}, {"role": "assistant", "content": str(index)}] for text in texts]
         turns.append([message for pair in asked for message in pair])
     turns[0] = [{"role": "user", "content": "особый вопрос"}, {"role": "assistant", "content": "0"}]  # two at least
@@ -279,8 +279,9 @@ def test_a_split_is_complete_and_no_prompt_is_on_both_sides(seed):
     train, held_out = ([row["messages"] for row in side] for side in sides)
     assert train and held_out
     assert sorted(map(json.dumps, train + held_out)) == sorted(map(json.dumps, turns))
-    asked_in = [{text for messages in side for text in data.prompt_texts(messages)} for side in (train, held_out)]
-    assert asked_in[0].isdisjoint(asked_in[1])
+    sides = [{m["content"] for messages in side for m in messages if m["role"] == "user"} for side in (train, held_out)]
+    assert sides[0].isdisjoint(sides[1])
+    assert data.asked_in(of_turns(train), of_turns(held_out)) == 0
 
 
 def test_a_split_is_the_same_for_the_same_seed_and_another_for_another():
@@ -316,16 +317,49 @@ def test_a_prompt_that_most_records_share_is_trained_on():
     assert (len(train), len(held_out)) == (90, 10)
 
 
-def test_a_digest_stands_for_a_text_of_the_user():
-    def digests(text):
-        return data.prompt_digests([{"role": "system", "content": "С"}, {"role": "user", "content": text}])
+def test_questions_are_compared_without_case_and_runs_of_blanks_and_with_their_system_prompt():
+    def whole(text, system="С"):
+        return data.Asked.of([{"role": "system", "content": system}, {"role": "user", "content": text}]).whole
 
-    assert digests("Кто ты?") == digests(" кто  ТЫ? ") != digests("Кто я?")
-    assert all(0 <= digest < 2**64 for digest in digests("Кто ты?"))
+    assert whole("Кто ты?") == whole(" кто  ТЫ? ") != whole("Кто я?")
+    assert whole("Кто ты?") != whole("Кто ты?", "Д")
+    assert 0 <= whole("Кто ты?") < 2**64
+
+
+THANKS = {"role": "user", "content": "Спасибо"}
+YES = {"role": "assistant", "content": "Пожалуйста"}
+
+
+def test_a_short_text_that_many_say_unites_no_conversations():
+    conversations = of_turns([*asked(f"вопрос {index}"), THANKS, YES] for index in range(30))
+    train, held_out = data.split_conversations(conversations, eval_fraction=0.2, seed=1)
+    assert (len(train), len(held_out)) == (24, 6)
+    assert data.asked_in(train, held_out) == 0
+
+
+def test_an_instruction_that_all_have_unites_no_conversations_whose_texts_are_in_the_system_prompt():
+    def turn(index):
+        return [
+            {"role": "system", "content": f"Текст {index}"},
+            *asked("Найди в этом тексте все термины и ответь списком"),
+        ]
+
+    conversations = of_turns(turn(index) for index in range(30))
+    train, held_out = data.split_conversations(conversations, eval_fraction=0.2, seed=1)
+    assert (len(train), len(held_out)) == (24, 6)
+    assert data.asked_in(train, held_out) == 0
+
+
+def test_a_question_of_training_is_counted_in_held_out_wherever_it_stands():
+    question = asked("Почему небо над морем бывает зелёным?")
+    training = of_turns([question, [*asked("Привет"), *question]])
+    held_out = of_turns([[*asked("Здравствуй"), *question], asked("Совсем другой вопрос о море и о небе")])
+    assert data.asked_in(training, held_out) == 1
 
 
 def test_a_prompt_shared_through_another_conversation_keeps_all_three_together():
-    turns = [[asked("а"), asked("б")], [asked("б"), asked("в")], [asked("в")], [asked("г")]]
+    one, two, three = (f"вопрос с номером номер {number}" for number in (1, 2, 3))
+    turns = [[asked(one), asked(two)], [asked(two), asked(three)], [asked(three)], [asked("г")]]
     conversations = of_turns([message for pair in pairs for message in pair] for pairs in turns)
     train, held_out = data.split_conversations(conversations, eval_fraction=0.5, seed=1)
     assert (len(train), len(held_out)) == (3, 1)

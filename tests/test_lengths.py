@@ -26,3 +26,13 @@ def test_the_legend_names_what_is_too_long_only_where_something_is(counted, entr
     assert len(texts) == entries
     assert "max_seq_length" in texts[-1]
     assert sum(height for _, _, height in bars(figure)) == len(counted)
+
+
+def test_the_terminal_has_the_same_bars_as_the_picture():
+    counted = [*range(1, 300), 1000, 5000]
+    found = lengths.histogram(counted, 256)
+    assert [count for *_, count in found] == [height for _, _, height in bars(lengths.plot(counted, 256))]
+    assert all(last <= 256 or first > 256 for first, last, _ in found)
+    assert sum(count for *_, count in found) == len(counted)
+    lines = str(lengths.table(found, 256)).splitlines()
+    assert "░" in lines[-2] and "█" in lines[2]

@@ -55,8 +55,11 @@ def test_a_model_with_a_released_adapter_has_a_template_of_ours(spec):
 
 
 def test_role_ids_are_those_of_the_models_own_vocabulary():
-    ids = {name: [ids[0] for _, ids in MODELS[name].golden_ids] for name in ("saiga2_7b", "saiga_mistral_7b")}
-    assert ids == {"saiga2_7b": [1788, 1404, 9225], "saiga_mistral_7b": [1587, 2188, 12435]}
+    found = {
+        name: [ids[0] for text, ids in MODELS[name].golden_ids if not text.startswith("if")]
+        for name in ("saiga2_7b", "saiga_mistral_7b")
+    }
+    assert found == {"saiga2_7b": [1788, 1404, 9225], "saiga_mistral_7b": [1587, 2188, 12435]}
 
 
 def test_gemma3_is_not_float16_safe_and_the_others_are():

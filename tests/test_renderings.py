@@ -131,3 +131,12 @@ def test_a_notebook_shows_each_row_and_no_special_token_as_a_tag(tiny_tokenizer,
     assert page.count("<tr>") == len(table(tiny_tokenizer).rows) + 1
     assert "&lt;s&gt;" in page
     assert "<s>" not in page
+
+
+def test_a_template_without_a_system_role_has_its_tables_too(tiny):
+    ours = tokenization.load_tokenizer("saiga_tiny")
+    refusing = "{%- if messages[0].role == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}"
+    raw = tokenization.from_sentencepiece(tiny / "base" / "tokenizer.model")
+    other = tokenization.FastTokenizer(raw, refusing + ours.chat_template, ours.variables)
+    assert [row[0] for row in renderings.role_ids(other).rows] == ["user", "assistant"]
+    assert renderings.compare(other).rows

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from saigakit import progress, rows, tokenization, workspace
+from saigakit import layouts, progress, rows, template, tokenization, workspace
 from saigakit.errors import SaigaError
 from saigakit.tokenization import IGNORE_INDEX, encode
 
@@ -124,3 +124,12 @@ except rows.SaigaError as error:
     assert re.match(r"The tokenised copy of the records needs 0\.00 GB of disk or more at ", ended.stdout), ended.stderr
     assert "SAIGAKIT_CACHE" in ended.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_very_long_conversation_is_cut_with_few_renderings(tokenizer, monkeypatch):
+    rendered = []
+    render = template.render
+    monkeypatch.setattr(layouts.template, "render", lambda *a, **k: rendered.append(1) or render(*a, **k))
+    (item,) = rows.encode_fitting([{"messages": turns(60)}], tokenizer, 300, name="records")
+    assert item.is_cut
+    assert len(rendered) < 2 * 60 + 4 + 2 * 60  # the whole once, and what is left of it once or twice

@@ -195,7 +195,7 @@ def test_a_bad_record_is_named_with_its_field(record, expected):
         ({"messages": [*WITH_TOOL[:2], *TALK], "tools": [WEATHER]}, "messages[2]: user speaks where tool should"),
         ({"messages": [*WITH_TOOL[:3], *TALK], "tools": [WEATHER]}, "messages[3]: user speaks where assistant should"),
         ({"messages": WITH_TOOL[:3], "tools": [WEATHER]}, "messages[2]: tool has the last word"),
-        ({"messages": [*WITH_TOOL[:2], {**ANSWER, "content": ""}, SAID]}, "messages[2].content: is empty"),
+        ({"messages": [*WITH_TOOL[:2], {**ANSWER, "content": " "}, SAID]}, "messages[2].content: is empty"),
         ({"messages": [*WITH_TOOL[:2], {**ANSWER, "content": {"t": -5}}, SAID]}, "messages[2].content: is an object"),
         ({"messages": [*WITH_TOOL[:2], {**ANSWER, "tool_call_id": 1}, SAID]}, "messages[2].tool_call_id: is a number"),
         ({"messages": [*WITH_TOOL[:2], {**ANSWER, "name": "\ud83d"}, SAID]}, "messages[2].name: holds half a"),

@@ -256,7 +256,27 @@ def test_a_directory_is_its_files_of_records_in_order_and_no_hidden_ones(tmp_pat
     directory_with(tmp_path / "talks" / "a" / "b", "z.jsonl")
     directory_with(tmp_path / "talks" / ".cache", "y.jsonl")
     found = [file.relative_to(tmp_path / "talks").as_posix() for file in sources.records_files(str(tmp_path / "talks"))]
-    assert found == ["a/b/z.jsonl", "a.json.gz", "b.jsonl", "c.parquet", "d.jsonl.gz", "e.json"]
+    assert found == ["a.json.gz", "a/b/z.jsonl", "b.jsonl", "c.parquet", "d.jsonl.gz", "e.json"]
+
+
+def test_what_of_a_directory_is_not_read_is_said(tmp_path, capsys):
+    directory_with(tmp_path / "talks", "a.JSONL", "b.ndjson", "c.csv", "d.txt")
+    assert len(sources.records_files(str(tmp_path / "talks"))) == 2
+    assert "talks: 2 of 4 files are read; left out: c.csv, d.txt." in capsys.readouterr().out
+
+
+def test_a_copy_of_a_data_set_gives_its_split_train_as_the_hub_does(tmp_path, capsys):
+    directory_with(tmp_path / "set", "dataset_infos.json")
+    for split in ("train", "test"):
+        directory_with(tmp_path / "set" / split, "a.jsonl")
+    assert sources.records_files(str(tmp_path / "set")) == [tmp_path / "set" / "train" / "a.jsonl"]
+    assert "left out: dataset_infos.json, test/a.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_of_records_is_refused(name):
+    with pytest.raises(SaigaError, match="records is empty"):
+        sources.records_files(name)
 
 
 def test_a_directory_below_a_hidden_one_is_read(tmp_path):

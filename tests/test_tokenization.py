@@ -425,3 +425,36 @@ def test_a_prompt_of_a_template_that_drops_turns_is_tokenised_all_the_same():
         "input_ids"
     ]
     assert tokenizer.decode(ids) == "assistant\nЗдравствуй!\nuser\nЕщё\nassistant\n"
+
+
+def test_the_scores_of_a_tokenizer_model_go_before_a_tokenizer_json_that_lost_them(processor, tmp_path):
+    """As transformers 5 saves it: merges in the order of the vocabulary, so that runs of blanks split otherwise."""
+    from transformers import LlamaTokenizer
+
+    (tmp_path / "tokenizer.model").write_bytes(LLAMA2.read_bytes())
+    LlamaTokenizer.from_pretrained(tmp_path, legacy=True).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    code = "Код:\n    if x:\n            return x"
+    assert tokenization.load_tokenizer("saiga2_7b", str(tmp_path)).encode_text(code) == processor.encode(code)
+    (tmp_path / "tokenizer.model").unlink()
+    with pytest.raises(SaigaError, match="is not the tokenizer of saiga2_7b"):
+        tokenization.load_tokenizer("saiga2_7b", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_file_of_a_tokenizer_is_named(smollm2, tmp_path, name):
+    for file in ("tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"):
+        (tmp_path / file).write_bytes((smollm2 / file).read_bytes())
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-20])
+    with pytest.raises(SaigaError, match=f"{name} is damaged"):
+        tokenization.load_tokenizer(str(tmp_path))
+
+
+def test_added_runs_of_blanks_are_text_and_have_their_own_ids():
+    tokenizer = chatml_bpe()
+    tokenizer.add_tokens([AddedToken("\n\n\n\n", special=False, normalized=False)])
+    ours = FastTokenizer(tokenizer, CHATML, {})
+    text = "раз\n\n\n\nдва"
+    assert ours.encode_text(text) == tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.token_to_id("\n\n\n\n") in ours.encode_text(text)
+    assert "\n\n\n\n" not in ours.special_tokens
