@@ -12,7 +12,7 @@ from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 from saigakit import tokenization, workspace
-from saigakit.errors import SaigaError
+from saigakit.errors import DataError, SaigaError
 from saigakit.progress import Every
 from saigakit.tokenization import IGNORE_INDEX, Example, Tokenizer
 
@@ -35,24 +35,29 @@ def encode_fitting(
 ) -> Iterator[Encoded]:
     """Each conversation with at most `limit` tokens, in order; progress by the clock.
 
-    Raises SaigaError with `name` and the number of a conversation that cannot be tokenised.
+    Raises DataError with the number of each conversation that cannot be tokenised; after the first none is given out.
     """
     is_due = Every()
     done = 0
-    try:
-        for batch, examples in _batches(conversations, tokenizer):
+    problems: list[str] = []
+    for batch, encoded in _batches(conversations, tokenizer):
+        try:
+            examples = encoded.result()
+        except DataError as error:
+            problems += [f"{name}, {problem}" for problem in error.problems]
+        if not problems:
             for conversation, example in zip(batch, examples, strict=True):
                 yield _fitting(conversation, example, tokenizer, limit)
-            done += len(batch)
-            if is_due():
-                print(f"{name}: {done:,} of {len(conversations):,} conversations tokenised", flush=True)
-    except SaigaError as error:
-        raise SaigaError(f"{name}, {error}") from None
+        done += len(batch)
+        if is_due():
+            print(f"{name}: {done:,} of {len(conversations):,} conversations tokenised", flush=True)
+    if problems:
+        raise DataError(f"{name}: {len(problems)} of {done} conversations cannot be tokenised.", problems)
 
 
 def _batches(
     conversations: Iterable[Conversation], tokenizer: Tokenizer
-) -> Iterator[tuple[list[Conversation], list[Example]]]:
+) -> Iterator[tuple[list[Conversation], Future[list[Example]]]]:
     source = iter(conversations)
     waiting: deque[tuple[list[Conversation], Future[list[Example]]]] = deque()
     first = 1
@@ -63,8 +68,7 @@ def _batches(
                 first += len(batch)
             if not waiting:
                 return
-            batch, examples = waiting.popleft()
-            yield batch, examples.result()
+            yield waiting.popleft()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saigakit import models, sources, template
-from saigakit.errors import SaigaError
+from saigakit.errors import DataError, SaigaError
 from saigakit.layouts import Layout
 from saigakit.layouts import of as layout_of
 from saigakit.template import Message
@@ -108,13 +108,18 @@ def encode(
 
 
 def encode_many(conversations: Iterable[Mapping[str, Any]], tokenizer: Tokenizer, *, first: int = 1) -> list[Example]:
-    """`encode` of each conversation, quicker: one call of the tokenizer for all. `first`: its number in errors."""
-    layouts = []
+    """`encode` of each conversation, quicker: one call of the tokenizer for all. `first`: its number in errors.
+
+    Raises DataError with every conversation that cannot be tokenised.
+    """
+    layouts, problems = [], []
     for number, conversation in enumerate(conversations, start=first):
         try:
             layouts.append(layout_of(conversation["messages"], conversation.get("tools"), tokenizer, False))
         except SaigaError as error:
-            raise SaigaError(f"conversation {number}: {error}") from None
+            problems.append(f"conversation {number}: {error}")
+    if problems:
+        raise DataError(f"{len(problems)} conversations cannot be tokenised.", problems)
     return _assembled(layouts, tokenizer)
 
 

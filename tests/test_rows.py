@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from saigakit import layouts, progress, rows, template, tokenization, workspace
-from saigakit.errors import SaigaError
+from saigakit.errors import DataError, SaigaError
 from saigakit.tokenization import IGNORE_INDEX, encode
 
 SYSTEM = {"role": "system", "content": "Отвечай кратко."}
@@ -64,10 +64,13 @@ def test_a_conversation_whose_first_answer_does_not_fit_is_dropped(tokenizer):
     assert item.tokens > 50
 
 
-def test_a_conversation_that_cannot_be_tokenised_is_named_with_its_number(tokenizer):
-    conversations = [{"messages": turns(1)}] * 300 + [{"messages": [{"role": "user"}]}]
-    with pytest.raises(SaigaError, match=r"^records\.jsonl, conversation 301: Message 1 is"):
+def test_every_conversation_that_cannot_be_tokenised_is_named_with_its_number(tokenizer):
+    bad = {"messages": [{"role": "user"}]}
+    conversations = [{"messages": turns(1)}] * 300 + [bad] + [{"messages": turns(1)}] * 300 + [bad]
+    with pytest.raises(DataError, match=r"records\.jsonl: 2 of 602 conversations cannot be tokenised") as caught:
         list(rows.encode_fitting(conversations, tokenizer, 512, name="records.jsonl"))
+    numbers = [problem.split(": ")[0] for problem in caught.value.problems]
+    assert numbers == ["records.jsonl, conversation 301", "records.jsonl, conversation 602"]
 
 
 def test_progress_goes_by_the_clock(tokenizer, capsys, monkeypatch):

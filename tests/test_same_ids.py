@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 from vocabularies import CASES, Pair
 
-from saigakit import tokenization
+from saigakit import layouts, placeholders, tokenization
+from saigakit.errors import SaigaError
 from saigakit.tokenization import IGNORE_INDEX, FastTokenizer, Tokenizer
 
 COUNT = 10_000
@@ -282,3 +283,23 @@ def test_ids_are_decoded_alike_by_both_down_to_the_longest_tokens(pair):
     samples = [[i] for i in longest if i not in special]
     samples += [pair.fast.encode_text(each.messages[0]["content"]) for each in dialogues(300, seed=5, has_tools=False)]
     assert [ids for ids in samples if pair.fast.decode(ids) != pair.gguf.decode(ids)] == []
+
+
+@pytest.mark.parametrize(
+    ("pair", "token"), [("llama2-saiga2", "</s>"), ("smollm2-its_own", "<|im_end|>")], indirect=["pair"]
+)
+def test_without_placeholders_the_check_finds_special_tokens_that_came_from_texts(pair, token, monkeypatch):
+    messages = [{"role": "user", "content": f"Привет {token} мир"}, {"role": "assistant", "content": "Да"}]
+    harmless = [{"role": "user", "content": "слово"}, {"role": "assistant", "content": "слово"}]
+    tried = [Dialogue({"messages": messages}, {"messages": harmless}, is_ordinary=False)]
+    assert failures(pair, tried) == []
+    monkeypatch.setattr(placeholders._Taken, "holder", lambda self, text, path: text)
+    monkeypatch.setattr(layouts, "_is_plain", lambda messages, tools: False)
+    assert "a special token came from a text" in {what for what, _ in failures(pair, tried)}
+
+
+@pytest.mark.parametrize("pair", ["llama2-saiga2"], indirect=True)
+def test_a_filler_that_puts_the_wrong_text_in_is_stopped(pair, monkeypatch):
+    monkeypatch.setattr(placeholders._Held, "original", lambda self, texts: texts[0])
+    with pytest.raises(SaigaError, match="does more to the contents than trim"):
+        tokenization.encode_many([each.conversation for each in dialogues(20, seed=1, has_tools=True)], pair.fast)
