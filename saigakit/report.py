@@ -23,7 +23,7 @@ from saigakit import (
 )
 from saigakit.config import TrainConfig
 from saigakit.conversations import Conversation, Conversations
-from saigakit.errors import SaigaError
+from saigakit.errors import DataError, SaigaError
 from saigakit.near_duplicates import Signatures
 from saigakit.progress import Every
 from saigakit.tables import Table
@@ -72,7 +72,7 @@ def check_records(
     final = Path(run_dir) / STAGE
     if final.is_dir() and manifest.is_kept(final, **identity()):
         return final
-    read = {part: data.read_conversations(found) for part, found in files.items()}  # before a tokenizer is fetched
+    read = _read(files)  # before a tokenizer is fetched
     for part, found in read.items():
         print(f"{Path(str(named[part])).name}: {len(found):,} conversations, each is well-formed.", flush=True)
     tokenizer = tokenization.load_tokenizer(model, base_source)
@@ -86,6 +86,21 @@ def check_records(
         manifest.write_text(partial / "report.json", json.dumps(report, ensure_ascii=False, indent=2))
         lengths.plot(counted, limit).savefig(partial / "lengths.png", dpi=110)
     return final
+
+
+def _read(files: Mapping[str, Sequence[Path]]) -> dict[str, Conversations]:
+    """Raises DataError with the problems of all of them."""
+    read: dict[str, Conversations] = {}
+    refused: list[DataError] = []
+    for part, found in files.items():
+        try:
+            read[part] = data.read_conversations(found)
+        except DataError as error:
+            refused.append(error)
+    if refused:
+        problems = [problem for error in refused for problem in error.problems]
+        raise DataError(" ".join(error.summary for error in refused), problems, more=sum(e.more for e in refused))
+    return read
 
 
 def _hashes(files: Sequence[Path]) -> dict[str, str]:
