@@ -122,7 +122,7 @@ def test_bad_records_leave_nothing_in_the_run_directory(check, tmp_path, write):
 
 def test_bad_records_of_both_files_are_named_at_once(check, write):
     records, held_out = write([("а", "б"), ("в", "")]), write([("", "б")], "held.jsonl")
-    with pytest.raises(DataError, match="1 of 2 records cannot be used.*1 of 1 records cannot be used") as caught:
+    with pytest.raises(DataError, match=r"1 of 2 records cannot be used.*1 of 1 records cannot be used") as caught:
         check(records, held_out=held_out)
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["own.jsonl", "held.jsonl"]
 

@@ -30,10 +30,12 @@ _Failure = tuple[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module", params=CASES)
-def pair(request, tmp_path_factory) -> Pair:
+def pair(request, tmp_path_factory) -> Iterator[Pair]:
     needs_smollm2 = vocabularies.needs_smollm2(request.param)
     source = request.getfixturevalue("smollm2") if needs_smollm2 else None
-    return vocabularies.pair(request.param, tmp_path_factory.mktemp("vocabularies"), source)
+    made = vocabularies.pair(request.param, tmp_path_factory.mktemp("vocabularies"), source)
+    yield made
+    made.gguf._llm.close()
 
 
 @dataclass(frozen=True)
