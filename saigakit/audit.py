@@ -113,11 +113,6 @@ class Side:
             self._special_records.update({token for token, _ in found})
 
 
-def says_nothing_found(answer: str) -> bool:
-    """An answer like [], {"terms": []}, null or "нет": without some, a model learns to find something in any text."""
-    return _is_nothing(answer, _parsed(answer))
-
-
 def warnings(train: Mapping[str, Any], held_out: Mapping[str, Any], *, near_in_train: int) -> list[str]:
     """What to look at before training. `near_in_train`: held-out conversations that are nearly in training."""
     return [
@@ -196,6 +191,7 @@ def _parsed(answer: str) -> object:
 
 
 def _is_nothing(answer: str, value: object) -> bool:
+    """An answer like [], {"terms": []}, null or "нет": without some, a model learns to find something in any text."""
     if value is not answer:
         return _is_hollow(value)
     short = answer.strip()

@@ -54,11 +54,12 @@ def check_records(
     checked = TrainConfig(model=model, train_file=records, output_dir=str(run_dir), max_seq_length=max_seq_length)
     limit = checked.sequence_budget
     named = {"records": records, "held_out": held_out}
+    names = {part: name and Path(name).absolute().name for part, name in named.items()}  # "." has a name, too
     files = {part: sources.records_files(name, run_dir) for part, name in named.items() if name is not None}
     parameters = {
         "model": model,
         "base_source": base_source,
-        **{part: None if name is None else Path(name).name for part, name in named.items()},
+        **names,
         "eval_fraction": eval_fraction,
         "max_seq_length": limit,
         "seed": seed,
@@ -74,11 +75,11 @@ def check_records(
         return final
     read = _read(files)  # before a tokenizer is fetched
     for part, found in read.items():
-        print(f"{Path(str(named[part])).name}: {len(found):,} conversations, each is well-formed.", flush=True)
+        print(f"{names[part]}: {len(found):,} conversations, each is well-formed.", flush=True)
     tokenizer = tokenization.load_tokenizer(model, base_source)
     facts = {"chat_template_sha256": hashlib.sha256(tokenizer.chat_template.encode("utf-8")).hexdigest()}
     with manifest.making(final, **identity(), facts=facts) as partial:
-        fitted = {part: Fitted.of(read[part], tokenizer, limit, Path(str(named[part])).name) for part in read}
+        fitted = {part: Fitted.of(read[part], tokenizer, limit, str(names[part])) for part in read}
         report = {"model": model, "max_seq_length": limit, **_written(fitted, tokenizer, partial, eval_fraction, seed)}
         report["estimate"] = _estimate(report["train"], model).to_json()
         counted = [tokens for part in fitted.values() for tokens in part.lengths]

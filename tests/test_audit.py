@@ -102,16 +102,29 @@ def test_every_answer_without_an_end_is_counted_wherever_it_stands():
 
 
 @pytest.mark.parametrize(
-    "answer", ["[]", " [ ] ", "{}", "null", '""', '{"terms": []}', '[{"a": null}]', "нет", "Нет.", "Ничего не найдено"]
+    "answer",
+    [
+        "[]",
+        " [ ] ",
+        "{}",
+        "null",
+        '""',
+        '{"terms": []}',
+        '[{"a": null}]',
+        "нет",
+        "Нет.",
+        "Терминов нет.",
+        "Термины не найдены",
+        "В тексте ничего не найдено",
+        "No terms found",
+    ],
 )
 def test_an_answer_says_that_nothing_was_found(answer):
-    assert audit.says_nothing_found(answer)
     assert facts_of(dialogue(answer=answer))["nothing_found"] == 1
 
 
 @pytest.mark.parametrize("answer", ["[0]", "false", "0", '[{"term": "атом"}]', "Нет, это не так", "[", "[" * 100_000])
 def test_an_answer_says_something(answer):
-    assert not audit.says_nothing_found(answer)
     assert facts_of(dialogue(answer=answer))["nothing_found"] == 0
 
 
