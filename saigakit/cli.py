@@ -110,16 +110,18 @@ def check(file: str, model: str, base_source: str | None, held_out: str | None, 
     """
     from saigakit import lengths, report, tokenization
 
+    is_here = bool(file) and Path(file).exists()
+    records = str(Path(file).absolute()) if is_here else file  # "." is this directory, not the scratch one
     with tempfile.TemporaryDirectory() as scratch:
         stage = report.check_records(
-            model=model, records=file, held_out=held_out, max_seq_length=max_seq_length,
+            model=model, records=records, held_out=held_out, max_seq_length=max_seq_length,
             run_dir=scratch, base_source=base_source,
         )  # fmt: skip
         marked = report.examples(stage, tokenization.load_tokenizer(model, base_source))
         found = report.read(stage)
         bars = lengths.table(found["lengths"], found["max_seq_length"])
-        for part in (marked, bars, report.summary(stage), report.near_pairs(stage), report.advice(stage)):
-            click.echo(f"{part}\n" if str(part) else "", nl=bool(str(part)))
+        parts = (marked, bars, report.summary(stage), report.near_pairs(stage), report.advice(stage))
+        click.echo("\n\n".join(filter(None, map(str, parts))))
 
 
 @main.command()

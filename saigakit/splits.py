@@ -22,7 +22,8 @@ def records_of(repo: str, names: Sequence[str], choice: str = "") -> list[str]:
     if not usable:
         held = ", ".join(sorted(names)[:10]) or "nothing"
         raise SaigaError(
-            f"{repo} holds no file of records ({', '.join(SUFFIXES)}), only {held}. Turn it into JSONL and attach that."
+            f"{repo} holds no file of records ({', '.join(SUFFIXES)}), but {held}. "
+            "Turn what you want to train on into JSONL."
         )
     before, _, after = choice.rpartition("/")
     configuration, asked = (before, after) if before or after in _SPLITS else (after, "")

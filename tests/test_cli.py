@@ -1,6 +1,7 @@
 """The commands as a shell runs them: exit codes, sentences, no tracebacks."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,16 @@ def test_check_shows_the_counts_of_a_file(tiny):
     assert done.returncode == 0, done.stderr
     assert "conversations, each is well-formed" in done.stdout
     assert "learned" in done.stdout
+
+
+def test_check_of_this_directory_reads_it_and_names_it(tiny, tmp_path, monkeypatch):
+    (tmp_path / "записи").mkdir()
+    shutil.copy(tiny / "records.jsonl", tmp_path / "записи")
+    monkeypatch.chdir(tmp_path / "записи")
+    done = shell("check", ".", "--model", "saiga_tiny")
+    assert done.returncode == 0, done.stderr
+    assert "записи: 60 conversations, each is well-formed" in done.stdout
+    assert "█" in done.stdout
 
 
 def test_check_lists_bad_records_with_their_lines(tmp_path):

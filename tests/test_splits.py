@@ -47,7 +47,7 @@ def test_of_all_files_those_of_the_split_are_chosen(names, choice, chosen):
         (["test.jsonl"], "", "me/set has no split 'train'; its splits: test."),
         (["records.jsonl"], "test", "me/set has no split 'test'; the names of its files say no split"),
         (["records.jsonl.zst", "README.md"], "", "me/set holds no file of records (.jsonl, .ndjson, .json, "),
-        (["records.jsonl.zst"], "", "only records.jsonl.zst. Turn it into JSONL"),
+        (["records.jsonl.zst"], "", "but records.jsonl.zst. Turn what you want to train on into JSONL"),
         ([], "", "only nothing"),
     ],
 )
