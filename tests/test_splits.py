@@ -48,7 +48,7 @@ def test_of_all_files_those_of_the_split_are_chosen(names, choice, chosen):
         (["records.jsonl"], "test", "me/set has no split 'test'; the names of its files say no split"),
         (["records.jsonl.zst", "README.md"], "", "me/set holds no file of records (.jsonl, .ndjson, .json, "),
         (["records.jsonl.zst"], "", "but records.jsonl.zst. Turn what you want to train on into JSONL"),
-        ([], "", "only nothing"),
+        ([], "", "but nothing"),
     ],
 )
 def test_a_choice_that_cannot_be_made_is_said_with_what_there_is(names, choice, said):
