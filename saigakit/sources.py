@@ -87,8 +87,9 @@ def _matching(pattern: str, run_dir: str | Path | None) -> list[Path]:
     if len(tops) > 1 and "**" not in name:
         raise SaigaError(f"{pattern!r} fits in more than one place: {', '.join(map(str, sorted(tops)))}. Name one.")
     if not files:
-        looked = ", ".join(map(str, [*([] if run_dir is None else [run_dir]), Path.cwd(), *workspace.input_roots()]))
-        raise SaigaError(f"No file fits {pattern!r}. Looked in {looked}.")
+        holds_files = run_dir is not None and any(Path(run_dir).glob("*"))
+        looked = [*([run_dir] if holds_files else []), Path.cwd(), *workspace.input_roots()]
+        raise SaigaError(f"No file fits {pattern!r}. Looked in {', '.join(map(str, looked))}.")
     return files
 
 

@@ -314,9 +314,13 @@ def test_a_pattern_that_fits_in_two_inputs_is_refused_with_both(inputs, tmp_path
 
 def test_a_pattern_that_nothing_fits_names_where_was_looked(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SaigaError) as caught:
-        sources.records_files("part-*.jsonl", tmp_path / "run")
-    assert "No file fits 'part-*.jsonl'" in str(caught.value) and str(tmp_path / "run") in str(caught.value)
+    directory_with(tmp_path / "run", "other.jsonl")
+    (tmp_path / "scratch").mkdir()
+    for place, is_named in (("run", True), ("scratch", False)):  # where nothing is, there was nothing to look for
+        with pytest.raises(SaigaError) as caught:
+            sources.records_files("part-*.jsonl", tmp_path / place)
+        assert f"No file fits 'part-*.jsonl'. Looked in {tmp_path}" in str(caught.value)
+        assert (str(tmp_path / place) in str(caught.value)) == is_named
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path):
