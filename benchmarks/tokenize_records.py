@@ -1,10 +1,11 @@
 """How fast a big file of dialogues is checked, tokenised and packed, and in how much memory.
 
-python benchmarks/tokenize_records.py [--dialogues 1000000] [--tokenizer-model tokenizer.model]
+python benchmarks/tokenize_records.py [--dialogues 1000000] [--tokenizer-model tokenizer.model] [--check]
 
 Speed is compared on the first dialogues, in alternating rounds, with the tokenizers library on whole texts in bulk
 and with one call per row, as `datasets.map` of the 2023 tutorial made them. Then the whole file goes its way in a
-process of its own. The texts are definitions of the Russian WordNet in random order.
+process of its own. With --check, 01_format follows with all that its report states, on SmolLM2's vocabulary, in another
+process. The texts are definitions of the Russian WordNet in random order.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 import tokenizers
 
-from saigakit import data, definitions, packing, rows, sources, template, tokenization
+from saigakit import data, definitions, packing, report, rows, sources, template, tokenization
 from saigakit.models import MODELS
 from saigakit.tables import Table
 
@@ -81,7 +82,7 @@ def compare(file: Path, tokenizer_model: str | None):
     ways = {
         "in bulk": lambda: in_bulk(raw, texts),
         "saigakit": lambda: (
-            item.example["input_ids"] for item in rows.encode_fitting(conversations, ours, 10**6, name="")
+            row["input_ids"] for item in rows.encode_fitting(conversations, ours, 10**6, name="") for row in item.rows
         ),
         "row by row": lambda: row_by_row(raw, texts),
     }
@@ -121,6 +122,13 @@ def whole_way(file: Path, tokenizer_model: str | None):
     return done, note
 
 
+def whole_check(file: Path, directory: Path):
+    """(seconds, resident MB at the peak) of 01_format: split, audit and near-duplicates included."""
+    start = time.perf_counter()
+    report.check_records(model="smollm2_135m", records=str(file), run_dir=directory, max_seq_length=CONTEXT)
+    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def alone(measure, *arguments):
     """In a process of its own, so that a peak of memory is its own too."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -131,6 +139,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dialogues", type=int, default=COMPARED)
     parser.add_argument("--tokenizer-model", help="a tokenizer.model of Llama 2; without it SmolLM2's tokenizer.json")
+    parser.add_argument("--check", action="store_true", help="01_format as a whole, too")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "dialogues.jsonl"
@@ -151,6 +160,9 @@ def main():
         print(Table(header, table, f"{COMPARED:,} dialogues at most, {ROUNDS} rounds, {os.cpu_count()} cores."), "\n")
         done, note = alone(whole_way, file, given.tokenizer_model)
         print(Table((f"{given.dialogues:,} dialogues, {size / 1e9:.2f} GB", "s", "peak MB"), done, note))
+        if given.check:
+            spent, peak = alone(whole_check, file, Path(directory) / "run")
+            print(f"\n01_format as a whole: {spent:.0f} s, {peak:.0f} MB at the peak.")
 
 
 if __name__ == "__main__":

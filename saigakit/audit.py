@@ -22,6 +22,7 @@ _JSON = json.JSONEncoder(ensure_ascii=False).encode
 _RUN = re.compile(b"\x01+")
 _COUNTS = (
     "conversations",
+    "rows",
     "turns",
     "tokens",
     "learned_tokens",
@@ -48,8 +49,8 @@ class Side:
         self._special_records: Counter[str] = Counter()
         self._special_where: Counter[tuple[str, str]] = Counter()
 
-    def add(self, conversation: Mapping[str, Any], example: Mapping[str, Sequence[int]]) -> None:
-        """`example`: the input_ids and labels of the conversation."""
+    def add(self, conversation: Mapping[str, Any], rows: Sequence[Mapping[str, Sequence[int]]]) -> None:
+        """`rows`: the input_ids and labels that the conversation is trained as."""
         messages = conversation["messages"]
         tools = _JSON(conversation["tools"]) if conversation.get("tools") else ""
         calls = [_JSON(_called(message)) if message.get("tool_calls") else "" for message in messages]
@@ -57,7 +58,8 @@ class Side:
         self._hashes.append(hash((tools, *said)))
         self._counts["conversations"] += 1
         self._counts["turns"] += sum(role == "assistant" for role, _, _ in said)
-        self._add_tokens(example)
+        self._counts["rows"] += len(rows)
+        self._counts["without_learned_tokens"] += sum(map(self._add_tokens, rows)) == 0
         self._add_answer(messages[-1]["content"])
         if tools:
             self._counts["with_tools"] += 1
@@ -82,17 +84,18 @@ class Side:
             "special_tokens_where": where,
         }
 
-    def _add_tokens(self, example: Mapping[str, Sequence[int]]) -> None:
-        labels = example["labels"]
+    def _add_tokens(self, row: Mapping[str, Sequence[int]]) -> int:
+        """How many of them are learned."""
+        labels = row["labels"]
         is_learned = bytes([label != IGNORE_INDEX for label in labels])
         learned = is_learned.count(1)
         self._counts["tokens"] += len(labels)
         self._counts["learned_tokens"] += learned
-        self._counts["without_learned_tokens"] += not learned
         self._longest = max(self._longest, len(labels))
         for run in _RUN.finditer(is_learned):  # one turn of the assistant
             self._counts["answers_without_end"] += labels[run.end() - 1] not in self._end_ids
             self._longest_answer = max(self._longest_answer, run.end() - run.start())
+        return learned
 
     def _add_answer(self, answer: str) -> None:
         """The last message; where it is a call alone there is none."""

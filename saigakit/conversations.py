@@ -1,5 +1,6 @@
 """Normalised conversations into a file and out of it again: a million of them take 8 MB of memory."""
 
+import bisect
 import json
 import os
 import tempfile
@@ -19,22 +20,49 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False)
 _DECODER = json.JSONDecoder()
 
 
+class Origins:
+    """Where conversations were read: files by their labels, and in them lines, in 4 bytes each."""
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        """Each conversation is one line, unless others are added."""
+        self._labels = list(labels)
+        self._firsts = [0]  # of each file, the number of its first conversation
+        self._lines: array[int] | None = None
+
+    def begin(self, file: int) -> None:
+        self._lines = array("i") if self._lines is None else self._lines
+        self._firsts[file:] = [len(self._lines)]
+
+    def add(self, line: int) -> None:
+        assert self._lines is not None
+        self._lines.append(line)
+
+    def of(self, number: int) -> str:
+        file = bisect.bisect_right(self._firsts, number) - 1
+        return f"{self._labels[file]}:{number + 1 if self._lines is None else self._lines[number]}"
+
+
 class Conversations(Sequence[Conversation]):
     """Lines of a file, each made an object when it is asked for; a selection shares the file."""
 
-    def __init__(self, stream: BinaryIO, offsets: "array[int]", indices: Sequence[int]) -> None:
+    def __init__(
+        self, stream: BinaryIO, offsets: "array[int]", indices: Sequence[int], origins: Origins | None = None
+    ) -> None:
         self._stream = stream
         self._offsets = offsets  # where each line begins, and the end
         self._indices = indices
+        self._origins = origins
 
     @classmethod
     def of_file(cls, file: Path) -> "Conversations":
         """Of a file that `data.write_conversations` made, which is not checked again."""
         stream = file.open("rb")
-        return cls._of_lines(stream, stream)
+        return cls._of_lines(stream, stream, Origins([file.name]))
 
     @classmethod
-    def stored(cls, conversations: Iterable[Conversation], *, expected: int = 0) -> "Conversations":
+    def stored(
+        cls, conversations: Iterable[Conversation], *, expected: int = 0, origins: Origins | None = None
+    ) -> "Conversations":
         """In a file without a name, which ends with the process. `expected`: bytes that it will have at least.
 
         Raises SaigaError where the disk has no room for it.
@@ -44,7 +72,7 @@ class Conversations(Sequence[Conversation]):
             raise workspace.scratch_full(what, expected)
         stream = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  # it is read as long as the object lives
         try:
-            stored = cls._of_lines(stream, _written(conversations, stream))
+            stored = cls._of_lines(stream, _written(conversations, stream), origins)
             stream.flush()
         except OSError as error:
             if not workspace.is_full(error):
@@ -56,15 +84,22 @@ class Conversations(Sequence[Conversation]):
         return stored
 
     @classmethod
-    def _of_lines(cls, stream: BinaryIO, lines: Iterable[bytes]) -> "Conversations":
+    def _of_lines(cls, stream: BinaryIO, lines: Iterable[bytes], origins: Origins | None) -> "Conversations":
         offsets, end = array("q", [0]), 0
         for line in lines:
             end += len(line)
             offsets.append(end)
-        return cls(stream, offsets, range(len(offsets) - 1))
+        return cls(stream, offsets, range(len(offsets) - 1), origins)
 
     def select(self, indices: Iterable[int]) -> "Conversations":
-        return Conversations(self._stream, self._offsets, array("q", (self._indices[index] for index in indices)))
+        return self._of(array("q", (self._indices[index] for index in indices)))
+
+    def _of(self, indices: Sequence[int]) -> "Conversations":
+        return Conversations(self._stream, self._offsets, indices, self._origins)
+
+    def origin(self, index: int) -> str | None:
+        """ "records.jsonl:17", where a conversation was read; None for those that were made."""
+        return None if self._origins is None else self._origins.of(self._indices[index])
 
     @property
     def places(self) -> Sequence[int]:
@@ -96,7 +131,7 @@ class Conversations(Sequence[Conversation]):
     def __getitem__(self, index: slice) -> "Conversations": ...
     def __getitem__(self, index: int | slice) -> "Conversation | Conversations":
         if isinstance(index, slice):
-            return Conversations(self._stream, self._offsets, self._indices[index])
+            return self._of(self._indices[index])
         place = self._indices[index]
         begin, end = self._offsets[place], self._offsets[place + 1]
         return _conversation(self._bytes(begin, end - begin))

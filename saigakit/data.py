@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self, TypeVar, cast
 
 from saigakit import records, shapes
 from saigakit.conversations import Conversation as Conversation
-from saigakit.conversations import Conversations, as_line
+from saigakit.conversations import Conversations, Origins, as_line
 from saigakit.conversations import Message as Message
 from saigakit.errors import DataError, SaigaError
 from saigakit.progress import Every
@@ -35,7 +35,8 @@ def read_conversations(source: str | Path | Sequence[str | Path]) -> Conversatio
             what = "is a directory; name the files in it" if file.is_dir() else "is not there"
             raise SaigaError(f"{file} {what}.")
     checking = _Checking(files)
-    made = Conversations.stored(checking.conversations(), expected=sum(file.stat().st_size for file in files))
+    expected = sum(file.stat().st_size for file in files)
+    made = Conversations.stored(checking.conversations(), expected=expected, origins=checking.origins)
     checking.conclude()
     return made
 
@@ -58,12 +59,15 @@ class _Checking:
         self.records = self.bad = self.empty = self.more_problems = 0
         self.problems: list[str] = []
         self.ignored: Counter[str] = Counter()
+        self.labels = labels(files)
+        self.origins = Origins(self.labels)
         self.is_due = Every()
 
     def conversations(self) -> Iterator[Conversation]:
         """Those that are good; after the first bad one none, for they will not be used."""
-        for file, label in zip(self.files, labels(self.files), strict=True):
+        for number, (file, label) in enumerate(zip(self.files, self.labels, strict=True)):
             before = self.records
+            self.origins.begin(number)
             for line, record in records.read(file):
                 self.records += 1
                 made = record if isinstance(record, Bad) else shapes.conversation(record)
@@ -72,6 +76,7 @@ class _Checking:
                     self._add(f"{label}:{line}: {problem}" for problem in made.problems)
                 elif not self.problems:
                     self.ignored.update(shapes.keys_not_read(cast(dict[str, Any], record)))
+                    self.origins.add(line)
                     yield made
                 if self.is_due():
                     print(f"{label}: {self.records - before:,} records checked", flush=True)

@@ -36,25 +36,25 @@ class Estimate:
 
 def estimate(
     *,
-    conversations: int,
+    rows: int,
     tokens: int,
     parameters_b: float,
     epochs: float = TrainConfig.epochs,
     batch_size: int = TrainConfig.batch_size,
 ) -> Estimate:
-    """Of a run over `conversations` that have `tokens` together, each shown once an epoch."""
+    """Of a run over `rows` (conversations, as a rule) that have `tokens` together, each shown once an epoch."""
     low, high = hours(tokens=tokens * epochs, parameters_b=parameters_b)
     return Estimate(
-        steps_per_epoch=steps(conversations=conversations, epochs=1, batch_size=batch_size),
-        steps=steps(conversations=conversations, epochs=epochs, batch_size=batch_size),
+        steps_per_epoch=steps(rows=rows, epochs=1, batch_size=batch_size),
+        steps=steps(rows=rows, epochs=epochs, batch_size=batch_size),
         hours=(low, high),
         quota=(low / QUOTA_HOURS, high / QUOTA_HOURS),
     )
 
 
-def steps(*, conversations: int, epochs: float = TrainConfig.epochs, batch_size: int = TrainConfig.batch_size) -> int:
+def steps(*, rows: int, epochs: float = TrainConfig.epochs, batch_size: int = TrainConfig.batch_size) -> int:
     """Optimizer steps; training packs conversations, so that a step has about `batch_size` of them."""
-    return math.ceil(conversations * epochs / batch_size)
+    return math.ceil(rows * epochs / batch_size)
 
 
 def hours(*, tokens: float, parameters_b: float, gpus: int = T4S) -> tuple[float, float]:

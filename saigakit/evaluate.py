@@ -44,7 +44,8 @@ class Example(NamedTuple):
         """The answer's text; calls of functions are as the model writes them."""
         if "tool_calls" not in self.answer:
             return str(self.answer["content"])
-        encoded = tokenization.encode([*self.messages, self.answer], tokenizer, tools=self.tools)
+        whole = tokenization.one_answer_each([*self.messages, self.answer])[-1]
+        encoded = tokenization.encode(whole, tokenizer, tools=self.tools)
         prompt = tokenization.encode(self.messages, tokenizer, tools=self.tools, add_generation_prompt=True)
         labels = encoded["labels"][len(prompt["input_ids"]) :]
         return tokenizer.decode([label for label in labels if label != tokenization.IGNORE_INDEX])
@@ -150,12 +151,13 @@ def _total(directory: Path, pattern: str) -> int:
 
 
 def read_examples(file: Path) -> list[Example]:
-    """Each conversation up to its last answer, and that answer."""
+    """Each conversation up to its last answer that is not of weight 0, and that answer."""
     found: list[Example] = []
     for line in file.read_text(encoding="utf-8").split("\n"):  # not splitlines: JSON strings may hold U+2028
         conversation = json.loads(line) if line else {"messages": []}
         messages = conversation["messages"]
-        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+        answers = [i for i, each in enumerate(messages) if each["role"] == "assistant" and each.get("weight") != 0]
+        last = max(answers, default=0)
         if last:
             found.append(Example(messages[:last], messages[last], conversation.get("tools")))
     if not found:

@@ -15,10 +15,14 @@ from saigakit.template import Message
 from saigakit.tokenizer_backends import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
-_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name"}
+_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "weight"}
 _NEEDED = re.compile(r"messages\[\d+\]\.(content|tool_calls\[\d+\]\.function\..*)|tools\[\d+\](\.function)?\.name")
 _SHAPES_KEPT = 2048
 _Span = tuple[int, int]
+
+
+class NotTurnByTurnError(SaigaError):
+    """An answer is rendered otherwise when others follow it; a conversation that ends with it can be trained on."""
 
 
 class Part(NamedTuple):
@@ -51,8 +55,9 @@ class _Slot(NamedTuple):
 
 
 Layout = list[Part]
-_Key = tuple[object, bool]
-_shapes: WeakKeyDictionary[Tokenizer, dict[_Key, list[_Slot]]] = WeakKeyDictionary()
+_Key = tuple[object, bool, frozenset[int]]
+_Shape = list[_Slot] | NotTurnByTurnError  # one that is refused is so each time
+_shapes: WeakKeyDictionary[Tokenizer, dict[_Key, _Shape]] = WeakKeyDictionary()
 
 
 def of(
@@ -61,23 +66,44 @@ def of(
     tokenizer: Tokenizer,
     add_generation_prompt: bool,
 ) -> Layout:
-    """Raises SaigaError for messages of another shape, and where the filled parts are not what the template renders."""
+    """An answer of weight 0 is not learned.
+
+    Raises NotTurnByTurnError where one that is learned has other ids than in a prompt, SaigaError for messages of
+    another shape and where the filled parts are not what the template renders.
+    """
     _require_messages(messages, tools)
+    messages, only_read = _without_weights(messages)
     masked = None if _is_plain(messages, tools) else placeholders.mask(messages, tools)
     if masked is None:  # as a million conversations are: the same as masking them, in a fifth of the time
         texts = [message["content"] for message in messages if message["content"]]
-        key: _Key = (tuple([(message["role"], not message["content"]) for message in messages]), add_generation_prompt)
+        roles = tuple([(message["role"], not message["content"]) for message in messages])
+        key: _Key = (roles, add_generation_prompt, only_read)
     else:
-        texts, key = masked.texts, (masked.key, add_generation_prompt)
+        texts, key = masked.texts, (masked.key, add_generation_prompt, only_read)
     shapes = _shapes.setdefault(tokenizer, {})
     if (shape := shapes.get(key)) is None:
         if len(shapes) >= _SHAPES_KEPT:  # each record has functions of its own
             shapes.clear()
-        parts = _shape(masked or placeholders.mask(messages, None), tokenizer, add_generation_prompt)
-        shape = shapes[key] = [_Slot.of(part) for part in parts]
+        try:
+            parts = _shape(masked or placeholders.mask(messages, None), tokenizer, add_generation_prompt, only_read)
+            shape = [_Slot.of(part) for part in parts]
+        except NotTurnByTurnError as error:
+            shape = error
+        shapes[key] = shape
+    if isinstance(shape, NotTurnByTurnError):
+        raise NotTurnByTurnError(*shape.args)
     layout = [slot.filled(texts) for slot in shape]
     _require_same(layout, messages, tools, tokenizer, add_generation_prompt)
     return layout
+
+
+def _without_weights(messages: Sequence[Message]) -> tuple[Sequence[Message], frozenset[int]]:
+    """What a template may see, and the numbers of the answers that are not learned."""
+    only_read = frozenset([index for index, message in enumerate(messages) if message.get("weight") == 0])
+    if not any("weight" in message for message in messages):
+        return messages, only_read
+    kept = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    return kept, only_read
 
 
 def _is_plain(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> bool:
@@ -93,7 +119,7 @@ def _require_messages(messages: Sequence[Message], tools: Sequence[Mapping[str, 
         if not is_message:
             raise SaigaError(
                 f"Message {number} is {str(dict(message))[:80]}: it must have a role ({', '.join(ROLES)}) and a "
-                "content, which is text; besides, only tool_calls, tool_call_id and name."
+                "content, which is text; besides, only tool_calls, tool_call_id, name and weight."
             )
         if not tools and (message["role"] == "tool" or "tool_calls" in message):
             raise SaigaError(f"Message {number} is of a call of a function, and there are no tools.")
@@ -117,7 +143,7 @@ def _require_same(
         )
 
 
-def _shape(masked: Masked, tokenizer: Tokenizer, add_generation_prompt: bool) -> Layout:
+def _shape(masked: Masked, tokenizer: Tokenizer, add_generation_prompt: bool, only_read: frozenset[int]) -> Layout:
     """The parts with placeholders in their texts."""
 
     def rendered(count: int, prompt: bool) -> str:
@@ -136,17 +162,18 @@ def _shape(masked: Masked, tokenizer: Tokenizer, add_generation_prompt: bool) ->
     text = _MARK.sub("", marked)
     _require_whole(text, masked, is_prompt=add_generation_prompt)
     spans: list[_Span] = []
-    for index in [i for i, message in enumerate(masked.messages) if message["role"] == "assistant"]:
+    answers = [index for index, message in enumerate(masked.messages) if message["role"] == "assistant"]
+    for index in [index for index in answers if index not in only_read]:
         prompt, whole = rendered(index, True), _MARK.sub("", rendered(index + 1, False))
         if whole.startswith(prompt) and text.startswith(whole):
             spans.append(_answer(prompt, whole, special))
         elif not add_generation_prompt:  # a prompt needs earlier answers to have the ids of training, if it can
-            raise SaigaError(
-                "The chat template does not render turn by turn, so this conversation cannot be trained on. "
-                "Split it so that it has one answer, the last message."
+            raise NotTurnByTurnError(
+                "The chat template does not render turn by turn: what it makes of "
+                f"messages[{index}] is not what a model is asked and answers, so it cannot be trained on."
             )
     if not add_generation_prompt:
-        _require_marks(marked, spans)
+        _require_marks(marked, spans, [number for number, index in enumerate(answers) if index not in only_read])
     return list(_parts(text, spans, special, tokenizer, is_training=not add_generation_prompt))
 
 
@@ -170,11 +197,17 @@ def _answer(prompt: str, whole: str, special: re.Pattern[str]) -> _Span:
     return len(prompt), ends[-1]
 
 
-def _require_marks(marked: str, spans: Sequence[_Span]) -> None:
-    """Where a template says by `{% generation %}` what the assistant says, it must begin where learning begins."""
+def _require_marks(marked: str, spans: Sequence[_Span], learned: Sequence[int]) -> None:
+    """Where a template says by `{% generation %}` what the assistant says, it must begin where learning begins.
+
+    `learned`: which of the answers.
+    """
     begin, end = template.MARKS
     starts = [match.start() - 2 * index for index, match in enumerate(re.finditer(begin, marked))]
-    if starts and (starts != [start for start, _ in spans] or marked.count(begin) != marked.count(end)):
+    if starts and (
+        [starts[number] for number in learned if number < len(starts)] != [start for start, _ in spans]
+        or marked.count(begin) != marked.count(end)
+    ):
         raise SaigaError(
             f"The chat template marks as the assistant's what begins at the characters {starts} of a prompt, and its "
             f"generation prompt ends at {[start for start, _ in spans]}: mend its generation tags."

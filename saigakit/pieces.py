@@ -90,9 +90,9 @@ class Marked:
 
 
 def show(conversation: Mapping[str, Any], tokenizer: Tokenizer) -> Prompt:
-    """The exact ids of a conversation, as training gets them."""
-    made = tokenization.encode(conversation["messages"], tokenizer, tools=conversation.get("tools"))
-    return Prompt(list(_pieces(made, tokenizer)))
+    """The exact ids of a conversation, as training gets them; where it is several rows, of the last and longest."""
+    ((*_, row),) = tokenization.encode_rows([conversation], tokenizer)
+    return Prompt(list(_pieces(row, tokenizer)))
 
 
 def mark(conversations: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Marked:

@@ -114,6 +114,7 @@ class Fitted:
 
     conversations: Conversations
     encoded: rows.Rows = field(default_factory=rows.Rows)
+    firsts: "array[int]" = field(default_factory=lambda: array("i", [0]))  # of each conversation's rows, and the end
     lengths: "array[int]" = field(default_factory=lambda: array("i"))  # of all, before turns were cut off
     cut: int = 0
     dropped: int = 0
@@ -123,14 +124,15 @@ class Fitted:
         made = cls(conversations)
 
         def fitting() -> Iterator[Conversation]:
-            for conversation, example, tokens, is_cut in rows.encode_fitting(
-                conversations, tokenizer, limit, name=name
-            ):
+            encoding = rows.encode_fitting(conversations, tokenizer, limit, name=name)
+            for conversation, encoded, tokens, is_cut in encoding:
                 made.lengths.append(tokens)
                 made.cut += is_cut
-                made.dropped += example is None
-                if example is not None:
-                    made.encoded.append(example)
+                made.dropped += not encoded
+                for row in encoded:
+                    made.encoded.append(row)
+                if encoded:
+                    made.firsts.append(len(made.encoded))
                     yield dict(conversation)
 
         made.conversations = Conversations.stored(fitting())
@@ -142,6 +144,9 @@ class Fitted:
         if said := rows.what_did_not_fit(name, len(made.lengths), made.cut, made.dropped, limit):
             print(said, flush=True)
         return made
+
+    def rows_of(self, place: int) -> list[tokenization.Example]:
+        return [self.encoded[row] for row in range(self.firsts[place], self.firsts[place + 1])]
 
 
 def _written(
@@ -156,7 +161,7 @@ def _written(
     common = near_duplicates.boilerplate(near_duplicates.said_by_user(each["messages"]) for each in sample)
     facts, signed = zip(
         *(
-            _write_side(directory / f"{name}.jsonl", side, part.encoded, tokenizer, common)
+            _write_side(directory / f"{name}.jsonl", side, part, tokenizer, common)
             for name, side, part in zip(("train", "held_out"), sides, (training, held_out), strict=True)
         ),
         strict=True,
@@ -175,7 +180,7 @@ def _written(
 
 
 def _write_side(
-    file: Path, side: Conversations, encoded: rows.Rows, tokenizer: Tokenizer, common: frozenset[str]
+    file: Path, side: Conversations, part: Fitted, tokenizer: Tokenizer, common: frozenset[str]
 ) -> tuple[dict[str, Any], Signatures]:
     facts = audit.Side(tokenizer.special_tokens, tokenization.end_of_turn_ids(tokenizer))
     signer = near_duplicates.Signer(common)
@@ -183,7 +188,7 @@ def _write_side(
 
     def looked_at() -> Iterator[Conversation]:
         for done, (place, conversation) in enumerate(zip(side.places, side, strict=True), start=1):
-            facts.add(conversation, encoded[place])
+            facts.add(conversation, part.rows_of(place))
             signer.add(near_duplicates.said_by_user(conversation["messages"]))
             if is_due():
                 print(f"{file.name}: {done:,} of {len(side):,} conversations looked at", flush=True)
@@ -214,9 +219,7 @@ def _with_share(count: int, total: int) -> str:
 
 
 def _estimate(train: Mapping[str, Any], model: str) -> estimates.Estimate:
-    return estimates.estimate(
-        conversations=train["conversations"], tokens=train["tokens"], parameters_b=models.find(model).parameters_b
-    )
+    return estimates.estimate(rows=train["rows"], tokens=train["tokens"], parameters_b=models.find(model).parameters_b)
 
 
 def read(directory: str | Path) -> dict[str, Any]:
@@ -244,8 +247,10 @@ def summary(directory: str | Path) -> Table:
     with_tools = [f"{side['no_call']:,} / {side['with_tools']:,}" for side in sides]
     nothing = [_with_share(side["nothing_found"], side["conversations"]) for side in sides]
     limit = f"{report['max_seq_length']:,}"
+    is_split = any(side["rows"] > side["conversations"] for side in sides)  # see rows.WHY_MORE_ROWS
     table: list[tuple[str, Sequence[object]]] = [
         ("диалогов · conversations", counts("conversations")),
+        *([("строк, по одной на ответ · rows, one for each answer", counts("rows"))] if is_split else []),
         ("токенов · tokens", counts("tokens")),
         ("из них учится · learned", [f"{side['learned_tokens'] / side['tokens']:.1%}" for side in sides]),
         ("самый длинный · longest", counts("longest")),

@@ -5,49 +5,54 @@ import os
 import tempfile
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 from saigakit import tokenization, workspace
+from saigakit.conversations import Conversations
 from saigakit.errors import DataError, SaigaError
 from saigakit.progress import Every
 from saigakit.tokenization import IGNORE_INDEX, Example, Tokenizer
 
 _BATCH = 256  # conversations
+WHY_MORE_ROWS = "one for each answer: the chat template renders the last one otherwise than those before it."
 _THREADS = 4  # some are in the tokenizers library, which uses all cores, while another prepares the next batch
 Conversation = Mapping[str, Any]
+_Encoding = Future[list[list[Example]]]
 
 
 class Encoded(NamedTuple):
-    """`conversation` and `example` after whole turns were cut off; example None: not even the first answer fits."""
+    """`conversation` and its rows (`tokenization.encode_rows`) after whole turns were cut off; no row: not even the
+    first answer fits."""
 
     conversation: Conversation
-    example: Example | None
-    tokens: int  # before
+    rows: list[Example]
+    tokens: int  # of the longest row before
     is_cut: bool
 
 
 def encode_fitting(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, limit: int, *, name: str
 ) -> Iterator[Encoded]:
-    """Each conversation with at most `limit` tokens, in order; progress by the clock.
+    """Each conversation with at most `limit` tokens a row, in order; progress by the clock.
 
-    Raises DataError with the number of each conversation that cannot be tokenised; after the first none is given out.
+    Raises DataError with the place of each conversation that cannot be tokenised; after the first none is given out.
     """
     is_due = Every()
     done = 0
     problems: list[str] = []
-    for batch, encoded in _batches(conversations, tokenizer):
+    for batch, encoded in _batches(conversations, tokenizer, name):
         try:
-            examples = encoded.result()
+            made = encoded.result()
         except DataError as error:
-            problems += [f"{name}, {problem}" for problem in error.problems]
+            problems += error.problems
         if not problems:
-            for conversation, example in zip(batch, examples, strict=True):
-                yield _fitting(conversation, example, tokenizer, limit)
+            for conversation, its_rows in zip(batch, made, strict=True):
+                yield _fitting(conversation, its_rows, tokenizer, limit)
         done += len(batch)
         if is_due():
             print(f"{name}: {done:,} of {len(conversations):,} conversations tokenised", flush=True)
@@ -56,19 +61,26 @@ def encode_fitting(
 
 
 def _batches(
-    conversations: Iterable[Conversation], tokenizer: Tokenizer
-) -> Iterator[tuple[list[Conversation], Future[list[Example]]]]:
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, name: str
+) -> Iterator[tuple[list[Conversation], _Encoding]]:
     source = iter(conversations)
-    waiting: deque[tuple[list[Conversation], Future[list[Example]]]] = deque()
-    first = 1
+    waiting: deque[tuple[list[Conversation], _Encoding]] = deque()
+    first = 0
     with ThreadPoolExecutor(_THREADS) as pool, _rare_collections():
         while True:
             while len(waiting) < _THREADS and (batch := list(islice(source, _BATCH))):
-                waiting.append((batch, pool.submit(tokenization.encode_many, batch, tokenizer, first=first)))
+                named = partial(_place, conversations, name, first)
+                waiting.append((batch, pool.submit(tokenization.encode_rows, batch, tokenizer, named=named)))
                 first += len(batch)
             if not waiting:
                 return
             yield waiting.popleft()
+
+
+def _place(conversations: Sequence[Conversation], name: str, first: int, index: int) -> str:
+    if isinstance(conversations, Conversations) and (place := conversations.origin(first + index)):
+        return place
+    return f"{name}, conversation {first + index + 1}"
 
 
 @contextmanager
@@ -82,22 +94,34 @@ def _rare_collections() -> Iterator[None]:
         gc.set_threshold(*usual)
 
 
-def _fitting(conversation: Conversation, example: Example, tokenizer: Tokenizer, limit: int) -> Encoded:
+def _fitting(conversation: Conversation, rows: list[Example], tokenizer: Tokenizer, limit: int) -> Encoded:
     """Answers are cut off from the end, each with what led to it, until the rest fits: none loses its own end."""
-    tokens = len(example["input_ids"])
+    tokens = max(len(row["input_ids"]) for row in rows)
     if tokens <= limit:
-        return Encoded(conversation, example, tokens, is_cut=False)
-    messages, labels = conversation["messages"], example["labels"]
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        return Encoded(conversation, rows, tokens, is_cut=False)
+    if len(rows) > 1:
+        return _fewer_rows(conversation, rows, tokens, limit)
+    messages, labels = conversation["messages"], rows[0]["labels"]
+    answers = [i for i, each in enumerate(messages) if each["role"] == "assistant" and each.get("weight") != 0]
     pairs = enumerate(pairwise([*labels, IGNORE_INDEX]), start=1)
     ends = [end for end, (label, following) in pairs if label != IGNORE_INDEX and following == IGNORE_INDEX]
     room = sum(end <= limit for end in ends) if len(ends) == len(answers) else len(answers)
-    for end in reversed(answers[: min(room, len(answers) - 1)]):
+    for end in reversed([end for end in answers[:room] if end + 1 < len(messages)]):
         shorter = {**conversation, "messages": messages[: end + 1]}
         made = tokenization.encode(shorter["messages"], tokenizer, tools=conversation.get("tools"))
         if len(made["input_ids"]) <= limit:
-            return Encoded(shorter, made, tokens, is_cut=True)
-    return Encoded(conversation, None, tokens, is_cut=False)
+            return Encoded(shorter, [made], tokens, is_cut=True)
+    return Encoded(conversation, [], tokens, is_cut=False)
+
+
+def _fewer_rows(conversation: Conversation, rows: list[Example], tokens: int, limit: int) -> Encoded:
+    """Up to the last answer whose row fits; the rows before it are shorter, or say no more than it does."""
+    up_to = tokenization.one_answer_each(conversation["messages"])
+    fitting = [index for index, row in enumerate(rows) if len(row["input_ids"]) <= limit]
+    if not fitting:
+        return Encoded(conversation, [], tokens, is_cut=False)
+    shorter = {**conversation, "messages": conversation["messages"][: len(up_to[fitting[-1]])]}
+    return Encoded(shorter, [rows[index] for index in fitting], tokens, is_cut=True)
 
 
 class Rows(Sequence[Example]):
@@ -141,14 +165,19 @@ def store(conversations: Sequence[Conversation], tokenizer: Tokenizer, limit: in
     """The rows that have something to learn; what is cut off or left out is counted aloud."""
     rows = Rows()
     cut = dropped = 0
-    for _, example, _, is_cut in encode_fitting(conversations, tokenizer, limit, name=name):
-        if example is None or set(example["labels"][1:]) == {IGNORE_INDEX}:
-            dropped += 1
-        else:
-            cut += is_cut
-            rows.append(example)
+    for _, encoded, _, is_cut in encode_fitting(conversations, tokenizer, limit, name=name):
+        learned = [row for row in encoded if set(row["labels"][1:]) != {IGNORE_INDEX}]
+        dropped += not learned
+        cut += is_cut and bool(learned)
+        for row in learned:
+            rows.append(row)
     if not rows:
         raise SaigaError(f"{name}: no conversation has an answer within max_seq_length={limit} tokens.")
+    if len(rows) > len(conversations) - dropped:
+        print(
+            f"{name}: {len(conversations) - dropped:,} conversations are {len(rows):,} rows, {WHY_MORE_ROWS}",
+            flush=True,
+        )
     if said := what_did_not_fit(name, len(conversations), cut, dropped, limit):
         print(said, flush=True)
     return rows

@@ -24,7 +24,7 @@ ROLES = {
 }
 _LISTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 _OF_RECORD = frozenset({"tools", "functions"})
-_OF_ROLE = {"assistant": ("tool_calls", "function_call"), "tool": ("tool_call_id", "name")}
+_OF_ROLE = {"assistant": ("tool_calls", "function_call", "weight"), "tool": ("tool_call_id", "name")}
 _OF_MESSAGE = ("function_call", "tool_call_id", "tool_calls")
 _NEXT = {
     "start": ("system", "user"),
@@ -62,7 +62,7 @@ def conversation(record: object) -> Conversation | Bad:
         if not (may_be_empty and message["content"] == "") and (problem := text_problem(field, message["content"])):
             problems.append(problem)
     if not problems:
-        problems += _order_problems(turns) or _answer_problems(turns)
+        problems += _order_problems(turns) or _answer_problems(turns) or _weight_problems(turns)
     if problems:
         return Bad(tuple(problems))
     return {"messages": [message for _, message in turns], **({"tools": tools} if tools else {})}
@@ -120,6 +120,7 @@ def _listed(name: str, messages: object, names: Collection[str] | None, problems
             }
         elif role == "assistant":
             _take_calls(made, calls.calls_of(field, message, names, problems))
+            _take_weight(made, f"{field}.weight", message.get("weight"), problems)
         elif role == "tool":
             made |= _answered(field, message, problems)
         turns.append((f"{field}.{content_key}", made))
@@ -131,6 +132,17 @@ def _take_calls(message: Message, found: list[calls.Call] | None) -> None:
     if found is not None:
         message["tool_calls"] = found
         message["content"] = "" if message["content"] is None else message["content"]
+
+
+def _take_weight(message: Message, field: str, weight: object, problems: list[str]) -> None:
+    """OpenAI's files for fine-tuning: 0 for an answer that is only read."""
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        problems.append(
+            f"{field}: is {weight if isinstance(weight, int | float) else kind(weight)}; use 0 for an answer "
+            "that is not to be learned, 1 for one that is"
+        )
+    elif weight == 0:
+        message["weight"] = 0
 
 
 def _answered(field: str, message: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -174,3 +186,9 @@ def _answer_problems(turns: Sequence[_Turn]) -> list[str]:
             where = f"{field.partition('.')[0]}.tool_call_id"
             problems.append(f"{where}: is {named(answered)}, no call of the assistant's turn before: there is {known}")
     return problems
+
+
+def _weight_problems(turns: Sequence[_Turn]) -> list[str]:
+    if all(message.get("weight") == 0 for _, message in turns if message["role"] == "assistant"):
+        return ["messages: each answer of the assistant has weight 0, so nothing is learned; leave the record out"]
+    return []

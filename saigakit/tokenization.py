@@ -1,14 +1,15 @@
 """Messages to input_ids and labels: special tokens come from the template alone, only the assistant is learned."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saigakit import models, sources, template
 from saigakit.errors import DataError, SaigaError
-from saigakit.layouts import Layout
+from saigakit.layouts import Layout, NotTurnByTurnError
 from saigakit.layouts import of as layout_of
 from saigakit.template import Message
 from saigakit.tokenizer_backends import FastTokenizer, GgufTokenizer, Ids, Tokenizer, from_json, from_sentencepiece
@@ -100,27 +101,55 @@ def encode(
 
     The template is rendered with a placeholder for each text of the user and split at the special tokens that it
     spells; then the texts are put back into the runs between them. So a `</s>` in a text stays text.
-    `tools` are OpenAI's descriptions of functions. Raises SaigaError where the result would not be what the template
-    renders, and where the template cannot be trained on: it must render turn by turn and end each turn.
+    `tools` are OpenAI's descriptions of functions; an answer with "weight": 0 is only read, as in OpenAI's files for
+    fine-tuning. Raises SaigaError where the result would not be what the template renders, and where the template
+    cannot be trained on: it must end each turn and, for more than one answer, render turn by turn (see `encode_rows`).
     """
     layout = layout_of(messages, tools, tokenizer, add_generation_prompt)
     return _assembled([layout], tokenizer)[0]
 
 
-def encode_many(conversations: Iterable[Mapping[str, Any]], tokenizer: Tokenizer, *, first: int = 1) -> list[Example]:
-    """`encode` of each conversation, quicker: one call of the tokenizer for all. `first`: its number in errors.
+def encode_rows(
+    conversations: Iterable[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    named: Callable[[int], str] = lambda index: f"conversation {index + 1}",
+) -> list[list[Example]]:
+    """The rows that each conversation is trained as: one, but for templates that render the last answer otherwise than
+    those before it (Qwen3): there one for each answer, that answer learned.
 
-    Raises DataError with every conversation that cannot be tokenised.
+    Quicker than `encode` of each: one call of the tokenizer for all. Raises DataError with every conversation that
+    cannot be tokenised; `named`: what it is called there.
     """
-    layouts, problems = [], []
-    for number, conversation in enumerate(conversations, start=first):
+    layouts: list[list[Layout]] = []
+    problems: list[str] = []
+    for index, conversation in enumerate(conversations):
         try:
-            layouts.append(layout_of(conversation["messages"], conversation.get("tools"), tokenizer, False))
+            layouts.append(_layouts(conversation, tokenizer))
         except SaigaError as error:
-            problems.append(f"conversation {number}: {error}")
+            problems.append(f"{named(index)}: {error}")
     if problems:
         raise DataError(f"{len(problems)} conversations cannot be tokenised.", problems)
-    return _assembled(layouts, tokenizer)
+    made = iter(_assembled([layout for each in layouts for layout in each], tokenizer))
+    return [list(islice(made, len(each))) for each in layouts]
+
+
+def _layouts(conversation: Mapping[str, Any], tokenizer: Tokenizer) -> list[Layout]:
+    tools = conversation.get("tools")
+    try:
+        return [layout_of(conversation["messages"], tools, tokenizer, False)]
+    except NotTurnByTurnError:
+        return [layout_of(messages, tools, tokenizer, False) for messages in one_answer_each(conversation["messages"])]
+
+
+def one_answer_each(messages: Sequence[Message]) -> list[list[Message]]:
+    """For each answer that is learned the conversation up to it, with the answers before it only read."""
+    ends = [i for i, each in enumerate(messages) if each["role"] == "assistant" and each.get("weight") != 0]
+    return [[*map(_only_read, messages[:end]), messages[end]] for end in ends]
+
+
+def _only_read(message: Message) -> Message:
+    return {**message, "weight": 0} if message["role"] == "assistant" else message
 
 
 def _assembled(layouts: Sequence[Layout], tokenizer: Tokenizer) -> list[Example]:

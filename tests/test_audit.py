@@ -31,7 +31,7 @@ def calling(arguments, call_id="1"):
 def facts_of(*conversations, example=LEARNED):
     side = Side(SPECIAL, frozenset({END}))
     for conversation in conversations:
-        side.add(conversation if isinstance(conversation, dict) else {"messages": conversation}, example)
+        side.add(conversation if isinstance(conversation, dict) else {"messages": conversation}, [example])
     return side.facts()
 
 
@@ -53,7 +53,7 @@ def test_tokens_are_those_of_the_examples(tiny):
     side = Side(tokenizer.special_tokens, tokenization.end_of_turn_ids(tokenizer))
     examples = [tokenization.encode(messages, tokenizer) for messages in conversations]
     for messages, example in zip(conversations, examples, strict=True):
-        side.add({"messages": messages}, example)
+        side.add({"messages": messages}, [example])
     facts = side.facts()
     assert facts["conversations"] == 2
     assert facts["turns"] == 3
@@ -77,7 +77,7 @@ def test_an_empty_side_has_its_facts_too():
 def test_facts_can_be_asked_for_while_conversations_come_in():
     side = Side(SPECIAL, frozenset({END}))
     for count in (1, 2):
-        side.add({"messages": dialogue()}, LEARNED)
+        side.add({"messages": dialogue()}, [LEARNED])
         assert side.facts()["conversations"] == count
 
 
@@ -170,13 +170,13 @@ def test_special_tokens_are_found_in_tools_arguments_and_results():
 
 def test_of_a_thousand_reserved_tokens_the_right_one_is_found():
     side = Side([f"<SPECIAL_{number}>" for number in range(1000)], frozenset({END}))
-    side.add({"messages": dialogue("<SPECIAL_7> <SPECIAL_777> <SPECIAL_1000> <SPECIAL_")}, LEARNED)
+    side.add({"messages": dialogue("<SPECIAL_7> <SPECIAL_777> <SPECIAL_1000> <SPECIAL_")}, [LEARNED])
     assert side.facts()["special_tokens_as_text"].keys() == {"<SPECIAL_7>", "<SPECIAL_777>"}
 
 
 def test_without_special_tokens_none_is_found():
     side = Side([], frozenset({END}))
-    side.add({"messages": dialogue("<s>")}, LEARNED)
+    side.add({"messages": dialogue("<s>")}, [LEARNED])
     assert side.facts()["special_tokens_as_text"] == {}
 
 

@@ -415,3 +415,15 @@ def test_tools_are_written_and_read_back(tmp_path):
     assert list(data.read_conversations(data.write_conversations(rows, tmp_path / "out.jsonl"))) == rows
     selected = Conversations.stored(rows).select([1, 0])
     assert list(data.read_conversations(data.write_conversations(selected, tmp_path / "out.jsonl"))) == rows[::-1]
+
+
+def test_each_conversation_knows_its_file_and_line_in_any_selection(tmp_path):
+    line = '{"user": "а%s", "bot": "б"}'
+    (tmp_path / "a.jsonl").write_text("\n".join([line % 1, "", line % 2]), encoding="utf-8")
+    (tmp_path / "b.json").write_text("[\n" + line % 3 + ",\n\n" + line % 4 + "]", encoding="utf-8")
+    made = data.read_conversations([tmp_path / "a.jsonl", tmp_path / "b.json"])
+    assert [made.origin(index) for index in range(4)] == ["a.jsonl:1", "a.jsonl:3", "b.json:2", "b.json:4"]
+    assert made.select([2, 1])[1:].origin(0) == "a.jsonl:3"
+    file = data.write_conversations(made.select([3, 0]), tmp_path / "c.jsonl")
+    assert Conversations.of_file(file).origin(1) == "c.jsonl:2"
+    assert Conversations.stored(iter(made)).origin(0) is None

@@ -99,6 +99,10 @@ def test_a_template_that_says_a_text_twice_and_in_another_order_is_followed():
     assert ids.count(tokenizer.special_tokens["<think>"]) == 1
     with pytest.raises(SaigaError, match="turn by turn"):
         encode([*one, *one], tokenizer)
+    ((first, last),) = tokenization.encode_rows([{"messages": [*one, *one]}], tokenizer)
+    assert first["input_ids"] == ids
+    assert tokenizer.decode(last["input_ids"]).startswith("а<think>а<think>user\nа<think>\nassistant\nб\nuser")
+    assert tokenizer.decode(learned(last)) == "б"
 
 
 def test_marks_that_agree_with_what_is_learned_are_accepted_and_others_are_refused():
@@ -131,10 +135,54 @@ def test_one_rendering_serves_all_conversations_of_a_shape(monkeypatch):
     assert rendered.count(True) == 3  # the whole, a prompt, a turn: of the first alone
 
 
-def test_many_at_once_are_what_they_are_alone_and_a_bad_one_has_its_number():
+def test_many_at_once_are_what_they_are_alone_and_a_bad_one_has_its_place():
     tokenizer = chatml()
     conversations = [{"messages": CONVERSATION}, {"messages": MESSAGES, "tools": TOOLS}, {"messages": CONVERSATION[1:]}]
-    alone = [encode(each["messages"], tokenizer, tools=each.get("tools")) for each in conversations]
-    assert tokenization.encode_many(conversations, tokenizer) == alone
-    with pytest.raises(SaigaError, match=r"conversation 12: Message 2 is of a call"):
-        tokenization.encode_many([{"messages": CONVERSATION}, {"messages": MESSAGES}], tokenizer, first=11)
+    alone = [[encode(each["messages"], tokenizer, tools=each.get("tools"))] for each in conversations]
+    assert tokenization.encode_rows(conversations, tokenizer) == alone
+    with pytest.raises(SaigaError, match=r"records:12: Message 2 is of a call"):
+        tokenization.encode_rows(
+            [{"messages": CONVERSATION}, {"messages": MESSAGES}], tokenizer, named=lambda index: f"records:{index + 11}"
+        )
+
+
+TWICE = [*CONVERSATION, {"role": "user", "content": "А ещё?"}, {"role": "assistant", "content": "И ещё."}]
+
+
+def test_an_answer_of_weight_0_is_only_read_and_templates_do_not_see_the_weight():
+    told = CHATML.replace("+ message['content'] +", "+ message['content'] + ('!' if 'weight' in message else '') +")
+    assert told != CHATML
+    for tokenizer in (chatml(), chatml(told)):
+        whole = encode(TWICE, tokenizer)
+        made = encode([*TWICE[:2], {**TWICE[2], "weight": 0}, *TWICE[3:]], tokenizer)
+        assert made["input_ids"] == whole["input_ids"]
+        assert learned(made) == learned(whole)[len(learned(encode(TWICE[:3], tokenizer))) :]
+    assert encode(TWICE, chatml()) == whole  # the shape with a weight is another one
+
+
+THOUGHTFUL = CHATML.replace(
+    "+ message['content'] +",
+    "+ ('<think>' if message.role == 'assistant' and loop.last else '') + message['content'] +",
+)
+
+
+def test_where_the_last_answer_is_rendered_otherwise_each_answer_is_a_row():
+    tokenizer = chatml(THOUGHTFUL)
+    assert THOUGHTFUL != CHATML
+    with pytest.raises(SaigaError, match="turn by turn"):
+        encode(TWICE, tokenizer)
+    ((first, last),) = tokenization.encode_rows([{"messages": TWICE}], tokenizer)
+    assert first == encode(TWICE[:3], tokenizer)
+    think = tokenizer.special_tokens["<think>"]
+    for row, count in ((first, 3), (last, 5)):
+        asked = encode(TWICE[: count - 1], tokenizer, add_generation_prompt=True)["input_ids"]
+        assert row["input_ids"][: len(asked)] == asked
+        assert row["labels"][len(asked)] == think
+        assert row["input_ids"].count(think) == 1
+    assert tokenizer.decode(learned(last)) == "И ещё."
+
+
+def test_a_template_whose_prompt_is_never_the_beginning_is_refused_with_the_place():
+    other_prompt = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>bot\n' }}")
+    with pytest.raises(SaigaError, match=r"conversation 1: .*turn by turn: what it makes of messages\[2\] is not"):
+        tokenization.encode_rows([{"messages": TWICE}], chatml(other_prompt))

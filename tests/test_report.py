@@ -212,7 +212,7 @@ def test_progress_is_printed_by_the_clock_alone(check, write, capsys, monkeypatc
     assert "train.jsonl: 1 of 1 conversations looked at" in lines
 
 
-def test_a_template_that_refuses_a_conversation_is_named_with_its_number(tiny, tmp_path, write):
+def test_a_conversation_that_the_template_refuses_is_named_with_its_file_and_line(tiny, tmp_path):
     model = shutil.copytree(tiny / "base", tmp_path / "model")
     refusing = (
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -220,10 +220,57 @@ def test_a_template_that_refuses_a_conversation_is_named_with_its_number(tiny, t
         "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
     )
     (model / "chat_template.jinja").write_text(refusing, encoding="utf-8")
-    file = tmp_path / "mixed.jsonl"
-    file.write_text('{"user": "а", "bot": "б"}\n{"system": "в", "user": "г", "bot": "д"}\n', encoding="utf-8")
-    with pytest.raises(SaigaError, match=r"mixed\.jsonl, conversation 2: .*no system"):
-        report.check_records(model=str(model), records=str(file), run_dir=tmp_path / "run")
+    records = tmp_path / "records"
+    records.mkdir()
+    good, bad = '{"user": "а", "bot": "б"}\n', '{"system": "в", "user": "г", "bot": "д"}\n'
+    (records / "1.jsonl").write_text(good + "\n\n" + bad, encoding="utf-8")
+    (records / "2.jsonl").write_text(bad + good, encoding="utf-8")
+    with pytest.raises(DataError, match=r"2 of 4 conversations cannot be tokenised") as caught:
+        report.check_records(model=str(model), records=str(records), run_dir=tmp_path / "run")
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == ["1.jsonl:4", "2.jsonl:1"]
+    assert all("no system" in problem for problem in caught.value.problems)
+
+
+def test_where_the_last_answer_is_rendered_otherwise_rows_are_counted_and_cut_one_by_one(tiny, tmp_path, capsys):
+    model = shutil.copytree(tiny / "base", tmp_path / "model")
+    thoughtful = (
+        "{% for m in messages %}{{ '<s>' + m['role'] + '\\n' }}"
+        "{{ 'так: ' if loop.last and m['role'] == 'assistant' }}{{ m['content'] + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
+    )
+    (model / "chat_template.jinja").write_text(thoughtful, encoding="utf-8")
+    turns = [
+        ("user", "Кто ты и что умеешь?"),
+        ("assistant", "Сайга"),
+        ("user", "А ещё что?"),
+        ("assistant", "да " * 90),
+    ]
+    lines = [
+        json.dumps({"messages": [{"role": role, "content": f"{text} {number}"} for role, text in some]})
+        for number in range(9)
+        for some in (turns, turns[:2])
+    ]
+    file = tmp_path / "talks.jsonl"
+    file.write_text("\n".join(lines), encoding="utf-8")
+
+    def made(limit):
+        stage = report.check_records(
+            model=str(model), records=str(file), run_dir=tmp_path / str(limit), max_seq_length=limit
+        )
+        facts = [report.read(stage)[side] for side in ("train", "held_out")]
+        return stage, [sum(side[key] for side in facts) for key in ("conversations", "rows", "turns", "learned_tokens")]
+
+    stage, counts = made(2000)
+    assert counts[:3] == [18, 27, 27]
+    assert "rows, one for each answer" in str(report.summary(stage))
+    assert "так: " in str(report.examples(stage, tokenization.load_tokenizer(str(model)), count=18))
+    tokenizer = tokenization.load_tokenizer(str(model))
+    rows = [row for each in tokenization.encode_rows(data.read_conversations(file), tokenizer) for row in each]
+    assert counts[3] == sum(label != -100 for row in rows for label in row["labels"])
+    stage, counts = made(100)
+    assert counts[:3] == [18, 18, 18]
+    assert "9 lose their last turns" in capsys.readouterr().out
+    assert "rows, one for each answer" not in str(report.summary(stage))
 
 
 def test_the_summary_counts_what_a_reader_must_know(check, write):

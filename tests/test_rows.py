@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from test_layouts import THOUGHTFUL, chatml
 
 from saigakit import layouts, progress, rows, template, tokenization, workspace
 from saigakit.errors import DataError, SaigaError
@@ -31,7 +32,7 @@ def tokenizer(tiny):
 
 def test_rows_are_those_of_encode_in_the_same_order_over_many_batches(tokenizer):
     conversations = [{"messages": turns(1 + index % 3)} for index in range(700)]
-    made = [item.example for item in rows.encode_fitting(conversations, tokenizer, 512, name="records")]
+    made = [row for item in rows.encode_fitting(conversations, tokenizer, 512, name="records") for row in item.rows]
     assert made == [encode(each["messages"], tokenizer) for each in conversations]
 
 
@@ -41,7 +42,7 @@ def test_a_conversation_that_is_too_long_loses_whole_turns_from_its_end(tokenize
     fits = len(encode(messages[:7], tokenizer)["input_ids"])
     (item,) = rows.encode_fitting([{"messages": messages, "id": 7}], tokenizer, fits, name="records")
     assert item.conversation == {"messages": messages[:7], "id": 7}
-    assert item.example == encode(messages[:7], tokenizer)
+    assert item.rows == [encode(messages[:7], tokenizer)]
     assert (item.tokens, item.is_cut) == (length, True)
     (item,) = rows.encode_fitting([{"messages": messages}], tokenizer, fits - 1, name="records")
     assert item.conversation["messages"] == messages[:5]
@@ -51,15 +52,15 @@ def test_what_is_cut_ends_with_the_end_of_an_answer(tokenizer):
     (end,) = tokenization.end_of_turn_ids(tokenizer)
     for limit in range(30, 200, 7):
         (item,) = rows.encode_fitting([{"messages": turns(5)}], tokenizer, limit, name="records")
-        if item.example is not None:
-            assert len(item.example["input_ids"]) <= limit
-            assert [label for label in item.example["labels"] if label != IGNORE_INDEX][-1] == end
+        for row in item.rows:
+            assert len(row["input_ids"]) <= limit
+            assert [label for label in row["labels"] if label != IGNORE_INDEX][-1] == end
             assert item.conversation["messages"][-1]["role"] == "assistant"
 
 
 def test_a_conversation_whose_first_answer_does_not_fit_is_dropped(tokenizer):
     (item,) = rows.encode_fitting([{"messages": turns(2, words=100)}], tokenizer, 50, name="records")
-    assert item.example is None
+    assert item.rows == []
     assert not item.is_cut
     assert item.tokens > 50
 
@@ -136,3 +137,30 @@ def test_a_very_long_conversation_is_cut_with_few_renderings(tokenizer, monkeypa
     (item,) = rows.encode_fitting([{"messages": turns(60)}], tokenizer, 300, name="records")
     assert item.is_cut
     assert len(rendered) < 2 * 60 + 4 + 2 * 60  # the whole once, and what is left of it once or twice
+
+
+def test_rows_of_a_template_that_renders_the_last_answer_otherwise_are_one_for_each_answer(capsys):
+    split = chatml(THOUGHTFUL)
+    conversations = [{"messages": turns(2)}, {"messages": turns(1)}]
+    stored = rows.store(conversations, split, 500, name="records")
+    ends = [tokenization.encode_rows([{"messages": turns(count)}], split)[0][-1] for count in (1, 2, 1)]
+    assert list(stored) == ends
+    assert "records: 2 conversations are 3 rows, one for each answer" in capsys.readouterr().out
+    shorter = len(ends[1]["input_ids"]) - 1
+    assert list(rows.store(conversations, split, shorter, name="records")) == [ends[0], ends[2]]
+    assert "1 lose their last turns" in capsys.readouterr().out
+    (item, _) = rows.encode_fitting(conversations, split, shorter, name="records")
+    assert item.conversation["messages"] == turns(1)
+
+
+def test_an_answer_of_weight_0_at_the_end_does_not_hide_a_cut(tokenizer):
+    messages = [
+        *turns(2),
+        {"role": "user", "content": "слово " * 50},
+        {"role": "assistant", "content": "а", "weight": 0},
+    ]
+    fits = len(encode(messages[:4], tokenizer)["input_ids"])
+    (item,) = rows.encode_fitting([{"messages": messages}], tokenizer, fits, name="records")
+    assert (item.conversation["messages"], item.is_cut) == (messages[:4], True)
+    (item,) = rows.encode_fitting([{"messages": messages}], tokenizer, fits - 1, name="records")
+    assert item.conversation["messages"] == messages[:2]

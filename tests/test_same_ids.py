@@ -63,6 +63,14 @@ class Oracle:
             messages, tools, None, self.template, add_generation_prompt=prompt, **self.variables
         )[0][0]
 
+    def learned_turns(self, dialogue: Dialogue) -> list[int]:
+        """All answers, or the last alone where one before it is not what the model says when it is asked."""
+        if self.pair.is_split:
+            whole = self.marked(dialogue, len(dialogue.messages))
+            if not all(whole.startswith(self.marked(dialogue, turn + 1)) for turn in dialogue.turns):
+                return dialogue.turns[-1:]
+        return dialogue.turns
+
     def answer(self, dialogue: Dialogue, turn: int, text: str) -> str:
         """What is learned of a turn: from its generation prompt to its last special token; `text` is the whole."""
         prompt = self.marked(dialogue, turn, prompt=True)
@@ -122,9 +130,14 @@ def _decoded(run: Sequence[tuple[int, bool]], pair: Pair) -> list[tuple[str, boo
     return [part for part in ((head, False), (whole[len(head) :], True)) if part[0]]
 
 
-def failures(pair: Pair, tried: Iterable[Dialogue], encode_many: Encode = tokenization.encode_many) -> list[_Failure]:
+def encoded(conversations: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> list[Example]:
+    """Of each conversation the last row, which holds all of it."""
+    return [made[-1] for made in tokenization.encode_rows(conversations, tokenizer)]
+
+
+def failures(pair: Pair, tried: Iterable[Dialogue], encode_many: Encode | None = None) -> list[_Failure]:
     """What is wrong with which conversation."""
-    oracle, rng = Oracle.of(pair), random.Random(0)
+    oracle, rng, encode_many = Oracle.of(pair), random.Random(0), encode_many or encoded
     harmless: dict[str, list[int]] = {}
     found: list[_Failure] = []
     for batch in batched(tried, 500):
@@ -146,8 +159,9 @@ def failures(pair: Pair, tried: Iterable[Dialogue], encode_many: Encode = tokeni
 def _wrong(oracle: Oracle, dialogue: Dialogue, example: Example, rng: random.Random) -> dict[str, bool]:
     """One of its answers is also asked for, of either tokenizer."""
     pair, ids = oracle.pair, example["input_ids"]
-    number, asked = rng.randrange(len(dialogue.turns)), rng.choice((pair.fast, pair.gguf))
-    turn = dialogue.turns[number]
+    turns = oracle.learned_turns(dialogue)
+    number, asked = rng.randrange(len(turns)), rng.choice((pair.fast, pair.gguf))
+    turn = turns[number]
     prompt = tokenization.encode(dialogue.messages[:turn], asked, tools=dialogue.tools, add_generation_prompt=True)
     text, learned = spelled(example, oracle)
     wanted_text = oracle.marked(dialogue, len(dialogue.messages))
@@ -156,7 +170,7 @@ def _wrong(oracle: Oracle, dialogue: Dialogue, example: Example, rng: random.Ran
         wanted_text, answer = unicodedata.normalize("NFC", wanted_text), unicodedata.normalize("NFC", answer)
     if pair.is_sentencepiece:  # its decoder reads the piece for a space as a space
         wanted_text, answer = wanted_text.replace("▁", " "), answer.replace("▁", " ")
-    is_learned = len(learned) == len(dialogue.turns) and learned[number] == answer
+    is_learned = len(learned) == len(turns) and learned[number] == answer
     return {
         "a prompt is not the beginning": prompt["input_ids"] != ids[: len(prompt["input_ids"])],
         "the ids read otherwise than the template": text != wanted_text,
@@ -179,10 +193,10 @@ def test_every_special_token_stays_text_wherever_it_stands_and_however_it_is_cut
         for token in {*SPECIAL, *list(pair.fast.special_tokens)[:40]}
         for first, second in [(token, token), *((token[:cut], token[cut:]) for cut in range(1, len(token)))]
     ]
-    found = tokenization.encode_many(conversations, pair.fast)
+    found = encoded(conversations, pair.fast)
     counts = {len([i for i in example["input_ids"] if i in special]) for example in found}
     assert len(counts) == 1
-    assert found == tokenization.encode_many(conversations, pair.gguf)
+    assert found == encoded(conversations, pair.gguf)
 
 
 def in_place(conversations: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> list[Example]:
@@ -207,7 +221,7 @@ def in_place(conversations: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> l
 
 def without_one_id(conversations: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> list[Example]:
     """Right but for the second of the ids, which is left out."""
-    examples = tokenization.encode_many(conversations, tokenizer)
+    examples = encoded(conversations, tokenizer)
     return [{name: [ids[0], *ids[2:]] for name, ids in example.items()} for example in examples]
 
 
@@ -304,4 +318,4 @@ def test_without_placeholders_the_check_finds_special_tokens_that_came_from_text
 def test_a_filler_that_puts_the_wrong_text_in_is_stopped(pair, monkeypatch):
     monkeypatch.setattr(placeholders._Held, "original", lambda self, texts: texts[0])
     with pytest.raises(SaigaError, match="does more to the contents than trim"):
-        tokenization.encode_many([each.conversation for each in dialogues(20, seed=1, has_tools=True)], pair.fast)
+        encoded([each.conversation for each in dialogues(20, seed=1, has_tools=True)], pair.fast)

@@ -164,7 +164,15 @@ def test_texts_are_kept_to_the_letter():
         ({"messages": [{"role": "narrator", "content": "а"}, TALK[1]]}, "messages[0].role: is 'narrator'; use system"),
         ({"messages": [{"role": 1, "content": "а"}, TALK[1]]}, "messages[0].role: is a number"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}, TALK[1]]}, "messages[0].content: is a list"),
-        ({"messages": [TALK[0], {**TALK[1], "weight": 0}]}, "messages[1]: 'weight' is an unknown key"),
+        ({"messages": [TALK[0], {**TALK[1], "wait": 0}]}, "messages[1]: 'wait' is an unknown key"),
+        ({"messages": [{**TALK[0], "weight": 0}, TALK[1]]}, "messages[0]: 'weight' is an unknown key"),
+        ({"messages": [TALK[0], {**TALK[1], "weight": 0}]}, "messages: each answer of the assistant has weight 0"),
+        (
+            {"messages": [TALK[0], {**TALK[1], "weight": 2}]},
+            "messages[1].weight: is 2; use 0 for an answer that is not",
+        ),
+        ({"messages": [TALK[0], {**TALK[1], "weight": "0"}]}, "messages[1].weight: is a text; use 0"),
+        ({"messages": [TALK[0], {**TALK[1], "weight": True}]}, "messages[1].weight: is True; use 0"),
         ({"messages": [TALK[0], {**TALK[1], "train": False}]}, "messages[1]: 'train' is an unknown key"),
         ({"messages": [{**TALK[0], "name": "Иван"}, TALK[1]]}, "messages[0]: 'name' is an unknown key"),
         ({"messages": [{**TALK[0], "tool_calls": [CALL]}, TALK[1]]}, "messages[0]: 'tool_calls' is an unknown key"),
@@ -217,7 +225,11 @@ def test_a_bad_turn_of_tools_is_named_with_its_field(record, expected):
 
 
 def test_every_problem_of_a_record_is_named():
-    messages = [{"role": "user", "content": 5}, {"role": "narrator"}, {"role": "assistant", "content": "", "weight": 1}]
+    messages = [
+        {"role": "user", "content": 5},
+        {"role": "narrator"},
+        {"role": "assistant", "content": "", "weights": 1},
+    ]
     assert [problem.partition(":")[0] for problem in problems({"messages": messages, "tools": 5})] == [
         "tools",
         "messages[1].role",
@@ -231,3 +243,9 @@ def test_keys_beside_the_conversation_are_told():
     record = {"messages": TALK, "id": 1, "user": "Иван", "source": None, "tools": [], "tool_choice": "auto"}
     assert shapes.keys_not_read(record) == {"id", "user", "tool_choice"}
     assert shapes.keys_not_read({"user": "а", "bot": "б", "system": "в"}) == set()
+
+
+def test_an_answer_of_weight_0_keeps_it_and_one_of_weight_1_is_like_any_other():
+    messages = [TALK[0], {**TALK[1], "weight": 0}, TALK[0], {**TALK[1], "weight": 1}]
+    made = shapes.conversation({"messages": messages})
+    assert made == {"messages": [TALK[0], {**TALK[1], "weight": 0}, *TALK[:2]]}

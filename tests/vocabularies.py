@@ -25,6 +25,7 @@ _NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # SmolLM2's words with the special tokens and the way to split of models whose vocabularies no package has:
 # its tokens of ids 0 to 8 renamed; those that Qwen does not flag as special are not flagged here.
 _LLAMA3 = ("<|end_of_text|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
+_GEMMA = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
 _QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _QWEN_PLAIN = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
@@ -95,6 +96,34 @@ HERMES_TOOLS = r"""
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+# After the last question of the user the answer that ends a conversation gets an empty thought; those before have none.
+THINKING = (
+    HERMES_TOOLS.replace("{%- generation %}", "", 1)
+    .replace("{%- endgeneration %}", "", 1)
+    .replace(
+        "{{- message.content }}",
+        "{{- ('<think>\\n\\n</think>\\n\\n' if loop.last else '') + message.content }}",
+        1,
+    )
+)
+# Gemma's turns, with the system turn that Saiga's have and stock Gemma has not.
+GEMMA = r"""
+{{- bos_token }}
+{%- for message in messages %}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
+    {{- '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<start_of_turn>model\n' }}{%- endif %}"""
+# The system prompt goes into the first turn of the user, as in stock Gemma and in Mistral's first formats.
+FOLDED_SYSTEM = r"""
+{{- bos_token }}
+{%- set has_system = messages[0]['role'] == 'system' %}
+{%- for message in (messages[1:] if has_system else messages) %}
+    {%- set before = messages[0]['content'] | trim + '\n\n' if has_system and loop.first else '' %}
+    {%- set role = 'model' if message['role'] == 'assistant' else 'user' %}
+    {{- '<start_of_turn>' + role + '\n' + before + message['content'] | trim + '<end_of_turn>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<start_of_turn>model\n' }}{%- endif %}"""
 LLAMA3 = r"""
 {%- for message in messages %}
     {%- set header = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' %}
@@ -112,6 +141,7 @@ class Pair:
     gguf: GgufTokenizer
     own: Callable[[str], list[int]]  # ids of text by sentencepiece or by tokenizer.json with its added tokens
     is_sentencepiece: bool
+    is_split: bool  # the last answer is rendered otherwise than those before it
     always_found: Sequence[str]  # pieces that sentencepiece itself takes out of any text, and llama.cpp does not
     tokenizer_dir: Path
 
@@ -155,6 +185,11 @@ def qwen_tokens(directory: Path, source: Path | None) -> None:
     _write(directory / "tokenizer_config.json", {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
 
 
+def gemma_tokens(directory: Path, source: Path | None) -> None:
+    _renamed(directory, source, "llama-bpe", special=_GEMMA)
+    _write(directory / "tokenizer_config.json", {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"})
+
+
 # Each vocabulary with each format whose tokens it has.
 CASES = {
     "llama2-saiga2": (llama2, SAIGA2),
@@ -167,11 +202,14 @@ CASES = {
     "smollm2-hermes_tools": (smollm2, HERMES_TOOLS),
     "llama3_tokens-llama3": (llama3_tokens, LLAMA3),
     "qwen_tokens-hermes_tools": (qwen_tokens, HERMES_TOOLS),
+    "qwen_tokens-thinking": (qwen_tokens, THINKING),
+    "gemma_tokens-saiga_gemma": (gemma_tokens, GEMMA),
+    "gemma_tokens-folded_system": (gemma_tokens, FOLDED_SYSTEM),
 }
 
 
 def needs_smollm2(case: str) -> bool:
-    return CASES[case][0] in (smollm2, llama3_tokens, qwen_tokens)
+    return CASES[case][0] in (smollm2, llama3_tokens, qwen_tokens, gemma_tokens)
 
 
 def pair(case: str, directory: Path, smollm2_dir: Path | None = None) -> Pair:
@@ -192,6 +230,7 @@ def pair(case: str, directory: Path, smollm2_dir: Path | None = None) -> Pair:
         gguf=tokenization.load_gguf_tokenizer(llm),
         own=_own(made),
         is_sentencepiece=(made / "tokenizer.model").is_file(),
+        is_split=chat_template == THINKING,
         always_found=["[REFERENCE_DOC_"] if make is mistral_v3 else [],
         tokenizer_dir=made,
     )
