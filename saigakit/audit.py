@@ -55,15 +55,17 @@ class Side:
         tools = _JSON(conversation["tools"]) if conversation.get("tools") else ""
         calls = [_JSON(_called(message)) if message.get("tool_calls") else "" for message in messages]
         said = [(message["role"], message["content"], made) for message, made in zip(messages, calls, strict=True)]
-        self._hashes.append(hash((tools, *said)))
+        is_learned = [each["role"] == "assistant" and each.get("weight") != 0 for each in messages]
+        learned = [index for index, is_one in enumerate(is_learned) if is_one]
+        self._hashes.append(hash((tools, tuple(learned), *said)))
         self._counts["conversations"] += 1
-        self._counts["turns"] += sum(role == "assistant" for role, _, _ in said)
+        self._counts["turns"] += len(learned)
         self._counts["rows"] += len(rows)
         self._counts["without_learned_tokens"] += sum(map(self._add_tokens, rows)) == 0
-        self._add_answer(messages[-1]["content"])
+        self._add_answer(messages[learned[-1]]["content"] if learned else "")
         if tools:
             self._counts["with_tools"] += 1
-            self._counts["no_call"] += not any(calls)
+            self._counts["no_call"] += not any(calls[index] for index in learned)
         self._add_special([*((role, content) for role, content, _ in said), ("tools", tools)], calls)
 
     def facts(self) -> dict[str, Any]:
@@ -98,7 +100,7 @@ class Side:
         return learned
 
     def _add_answer(self, answer: str) -> None:
-        """The last message; where it is a call alone there is none."""
+        """The last that is learned; where it is a call alone there is none."""
         value = _parsed(answer)
         self._counts["answers"] += bool(answer)
         self._counts["structured"] += isinstance(value, list | dict)

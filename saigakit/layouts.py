@@ -4,7 +4,7 @@ The parts depend on the shape of a conversation alone, so they are found once fo
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
@@ -88,7 +88,7 @@ def of(
             parts = _shape(masked or placeholders.mask(messages, None), tokenizer, add_generation_prompt, only_read)
             shape = [_Slot.of(part) for part in parts]
         except NotTurnByTurnError as error:
-            shape = error
+            shape = NotTurnByTurnError(*error.args)  # not itself: its frames hold the conversations of a whole batch
         shapes[key] = shape
     if isinstance(shape, NotTurnByTurnError):
         raise NotTurnByTurnError(*shape.args)
@@ -162,19 +162,22 @@ def _shape(masked: Masked, tokenizer: Tokenizer, add_generation_prompt: bool, on
     text = _MARK.sub("", marked)
     _require_whole(text, masked, is_prompt=add_generation_prompt)
     spans: list[_Span] = []
-    answers = [index for index, message in enumerate(masked.messages) if message["role"] == "assistant"]
-    for index in [index for index in answers if index not in only_read]:
+    learned: list[_Span] = []
+    for index in [index for index, message in enumerate(masked.messages) if message["role"] == "assistant"]:
         prompt, whole = rendered(index, True), _MARK.sub("", rendered(index + 1, False))
+        is_learned = index not in only_read and not add_generation_prompt
         if whole.startswith(prompt) and text.startswith(whole):
+            # One that is only read, too: a run is split at its border in a prompt, so it is in training.
             spans.append(_answer(prompt, whole, special))
-        elif not add_generation_prompt:  # a prompt needs earlier answers to have the ids of training, if it can
+            learned += spans[-1:] if is_learned else []
+        elif is_learned:  # a prompt needs earlier answers to have the ids of training, if it can
             raise NotTurnByTurnError(
                 "The chat template does not render turn by turn: what it makes of "
                 f"messages[{index}] is not what a model is asked and answers, so it cannot be trained on."
             )
     if not add_generation_prompt:
-        _require_marks(marked, spans, [number for number, index in enumerate(answers) if index not in only_read])
-    return list(_parts(text, spans, special, tokenizer, is_training=not add_generation_prompt))
+        _require_marks(marked, learned, unlearned=len(only_read))
+    return list(_parts(text, spans, set(learned), special, tokenizer))
 
 
 _MARK = re.compile("[" + "".join(template.MARKS) + "]")
@@ -197,20 +200,23 @@ def _answer(prompt: str, whole: str, special: re.Pattern[str]) -> _Span:
     return len(prompt), ends[-1]
 
 
-def _require_marks(marked: str, spans: Sequence[_Span], learned: Sequence[int]) -> None:
+def _require_marks(marked: str, learned: Sequence[_Span], *, unlearned: int) -> None:
     """Where a template says by `{% generation %}` what the assistant says, it must begin where learning begins.
 
-    `learned`: which of the answers.
+    The `unlearned` answers that are only read may be marked or not.
     """
     begin, end = template.MARKS
     starts = [match.start() - 2 * index for index, match in enumerate(re.finditer(begin, marked))]
-    if starts and (
-        [starts[number] for number in learned if number < len(starts)] != [start for start, _ in spans]
-        or marked.count(begin) != marked.count(end)
-    ):
+    looked_at = [start for start in starts if any(first <= start < last for first, last in learned)]
+    is_agreed = (
+        looked_at == [first for first, _ in learned]
+        and len(starts) - len(learned) <= unlearned
+        and marked.count(begin) == marked.count(end)
+    )
+    if starts and not is_agreed:
         raise SaigaError(
             f"The chat template marks as the assistant's what begins at the characters {starts} of a prompt, and its "
-            f"generation prompt ends at {[start for start, _ in spans]}: mend its generation tags."
+            f"generation prompt ends at {[first for first, _ in learned]}: mend its generation tags."
         )
 
 
@@ -220,16 +226,16 @@ def _splitter(special_tokens: Mapping[str, int]) -> re.Pattern[str]:
 
 
 def _parts(
-    text: str, spans: Sequence[_Span], special: re.Pattern[str], tokenizer: Tokenizer, *, is_training: bool
+    text: str, spans: Sequence[_Span], learned: Set[_Span], special: re.Pattern[str], tokenizer: Tokenizer
 ) -> Iterator[Part]:
     start = 0
     for part in special.split(text):
         end = start + len(part)
         span = next(((a, b) for a, b in spans if start < b and a < end), None)
         if part in tokenizer.special_tokens:
-            yield Part(tokenizer.special_tokens[part], part, None, span is not None and is_training)
+            yield Part(tokenizer.special_tokens[part], part, None, span in learned)
         elif part and span is None:
             yield Part(None, part, None, False)
         elif part and span is not None:
-            yield Part(None, part, part[: max(0, span[0] - start)], is_training)
+            yield Part(None, part, part[: max(0, span[0] - start)], span in learned)
         start = end

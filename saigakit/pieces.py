@@ -15,6 +15,7 @@ _BOX = "display:inline-block;margin:1px;padding:0 3px;border-radius:3px;text-ali
 # Colours of its own: a notebook's theme may be dark.
 _PAPER = "background:#f8f9fa;color:#202124;padding:8px;font:13px/1.3 monospace"
 _VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
+_ROWS_SHOWN = 3  # of one conversation
 _SHOWN = 400  # characters of a long stretch that is only read
 
 
@@ -96,8 +97,9 @@ def show(conversation: Mapping[str, Any], tokenizer: Tokenizer) -> Prompt:
 
 
 def mark(conversations: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Marked:
-    """The text of each, with what the model learns of it marked."""
-    return Marked([show(conversation, tokenizer) for conversation in conversations])
+    """The text of each, with what the model learns of it marked; where it is several rows, the last ones."""
+    found = tokenization.encode_rows(conversations, tokenizer)
+    return Marked([Prompt(list(_pieces(row, tokenizer))) for rows in found for row in rows[-_ROWS_SHOWN:]])
 
 
 def _pieces(example: Example, tokenizer: Tokenizer) -> Iterator[Piece]:

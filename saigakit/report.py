@@ -3,10 +3,10 @@
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from saigakit import (
     audit,
@@ -29,6 +29,8 @@ from saigakit.progress import Every
 from saigakit.tables import Table
 from saigakit.tokenization import Tokenizer
 
+T = TypeVar("T")
+U = TypeVar("U")
 STAGE = "01_format"
 _SIZE_UNKNOWN = "размер модели неизвестен: часы как для 7 B · the model's size is unknown: hours as for 7 B"
 _SHOWN_PAIRS, _SHOWN_CHARACTERS = 5, 200  # of near-duplicates
@@ -79,7 +81,7 @@ def check_records(
     tokenizer = tokenization.load_tokenizer(model, base_source)
     facts = {"chat_template_sha256": hashlib.sha256(tokenizer.chat_template.encode("utf-8")).hexdigest()}
     with manifest.making(final, **identity(), facts=facts) as partial:
-        fitted = {part: Fitted.of(read[part], tokenizer, limit, str(names[part])) for part in read}
+        fitted = _fitted(read, tokenizer, limit, names)
         report = {"model": model, "max_seq_length": limit, **_written(fitted, tokenizer, partial, eval_fraction, seed)}
         report["estimate"] = _estimate(report["train"], model).to_json()
         counted = [tokens for part in fitted.values() for tokens in part.lengths]
@@ -91,17 +93,30 @@ def check_records(
 
 def _read(files: Mapping[str, Sequence[Path]]) -> dict[str, Conversations]:
     """Raises DataError with the problems of all of them."""
-    read: dict[str, Conversations] = {}
+    return _of_all(files, data.read_conversations)
+
+
+def _fitted(
+    read: Mapping[str, Conversations], tokenizer: Tokenizer, limit: int, names: Mapping[str, str | None]
+) -> dict[str, "Fitted"]:
+    """Raises DataError with what cannot be tokenised of all of them."""
+    return _of_all(
+        {part: part for part in read}, lambda part: Fitted.of(read[part], tokenizer, limit, str(names[part]))
+    )
+
+
+def _of_all(parts: Mapping[str, T], make: Callable[[T], U]) -> dict[str, U]:
+    made: dict[str, U] = {}
     refused: list[DataError] = []
-    for part, found in files.items():
+    for part, found in parts.items():
         try:
-            read[part] = data.read_conversations(found)
+            made[part] = make(found)
         except DataError as error:
             refused.append(error)
     if refused:
         problems = [problem for error in refused for problem in error.problems]
         raise DataError(" ".join(error.summary for error in refused), problems, more=sum(e.more for e in refused))
-    return read
+    return made
 
 
 def _hashes(files: Sequence[Path]) -> dict[str, str]:
@@ -226,6 +241,8 @@ def read(directory: str | Path) -> dict[str, Any]:
     """report.json of a finished 01_format."""
     manifest.require_stage(Path(directory), STAGE)
     found: dict[str, Any] = json.loads((Path(directory) / "report.json").read_text(encoding="utf-8"))
+    for side in (found["train"], found["held_out"]):  # one row each, as long as they were not counted
+        side.setdefault("rows", side["conversations"])
     return found
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from saigakit import tokenization, workspace
@@ -18,7 +18,7 @@ from saigakit.errors import DataError, SaigaError
 from saigakit.progress import Every
 from saigakit.tokenization import IGNORE_INDEX, Example, Tokenizer
 
-_BATCH = 256  # conversations
+_BATCH, _BATCH_MESSAGES = 256, 2048  # conversations, and their messages together, at most
 WHY_MORE_ROWS = "one for each answer: the chat template renders the last one otherwise than those before it."
 _THREADS = 4  # some are in the tokenizers library, which uses all cores, while another prepares the next batch
 Conversation = Mapping[str, Any]
@@ -45,7 +45,7 @@ def encode_fitting(
     is_due = Every()
     done = 0
     problems: list[str] = []
-    for batch, encoded in _batches(conversations, tokenizer, name):
+    for batch, encoded in _batches(conversations, tokenizer, limit, name):
         try:
             made = encoded.result()
         except DataError as error:
@@ -61,20 +61,31 @@ def encode_fitting(
 
 
 def _batches(
-    conversations: Sequence[Conversation], tokenizer: Tokenizer, name: str
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, limit: int, name: str
 ) -> Iterator[tuple[list[Conversation], _Encoding]]:
     source = iter(conversations)
     waiting: deque[tuple[list[Conversation], _Encoding]] = deque()
     first = 0
     with ThreadPoolExecutor(_THREADS) as pool, _rare_collections():
         while True:
-            while len(waiting) < _THREADS and (batch := list(islice(source, _BATCH))):
+            while len(waiting) < _THREADS and (batch := _next_batch(source)):
                 named = partial(_place, conversations, name, first)
-                waiting.append((batch, pool.submit(tokenization.encode_rows, batch, tokenizer, named=named)))
+                encoding = pool.submit(tokenization.encode_rows, batch, tokenizer, limit=limit, named=named)
+                waiting.append((batch, encoding))
                 first += len(batch)
             if not waiting:
                 return
             yield waiting.popleft()
+
+
+def _next_batch(source: Iterator[Conversation]) -> list[Conversation]:
+    """Fewer where they are long: each answer may be a row of its own."""
+    batch: list[Conversation] = []
+    messages = 0
+    while len(batch) < _BATCH and messages < _BATCH_MESSAGES and (each := next(source, None)) is not None:
+        batch.append(each)
+        messages += len(each["messages"])
+    return batch
 
 
 def _place(conversations: Sequence[Conversation], name: str, first: int, index: int) -> str:
@@ -99,8 +110,9 @@ def _fitting(conversation: Conversation, rows: list[Example], tokenizer: Tokeniz
     tokens = max(len(row["input_ids"]) for row in rows)
     if tokens <= limit:
         return Encoded(conversation, rows, tokens, is_cut=False)
-    if len(rows) > 1:
-        return _fewer_rows(conversation, rows, tokens, limit)
+    if len(rows) > 1:  # of a template that renders the last answer otherwise
+        fitting = sum(len(row["input_ids"]) <= limit for row in rows[:-1])
+        return _fewer_rows(conversation, fitting, tokens, tokenizer)
     messages, labels = conversation["messages"], rows[0]["labels"]
     answers = [i for i, each in enumerate(messages) if each["role"] == "assistant" and each.get("weight") != 0]
     pairs = enumerate(pairwise([*labels, IGNORE_INDEX]), start=1)
@@ -108,20 +120,20 @@ def _fitting(conversation: Conversation, rows: list[Example], tokenizer: Tokeniz
     room = sum(end <= limit for end in ends) if len(ends) == len(answers) else len(answers)
     for end in reversed([end for end in answers[:room] if end + 1 < len(messages)]):
         shorter = {**conversation, "messages": messages[: end + 1]}
-        made = tokenization.encode(shorter["messages"], tokenizer, tools=conversation.get("tools"))
-        if len(made["input_ids"]) <= limit:
-            return Encoded(shorter, [made], tokens, is_cut=True)
+        (made,) = tokenization.encode_rows([shorter], tokenizer, limit=limit)
+        if all(len(row["input_ids"]) <= limit for row in made):
+            return Encoded(shorter, made, tokens, is_cut=True)
     return Encoded(conversation, [], tokens, is_cut=False)
 
 
-def _fewer_rows(conversation: Conversation, rows: list[Example], tokens: int, limit: int) -> Encoded:
-    """Up to the last answer whose row fits; the rows before it are shorter, or say no more than it does."""
-    up_to = tokenization.one_answer_each(conversation["messages"])
-    fitting = [index for index, row in enumerate(rows) if len(row["input_ids"]) <= limit]
+def _fewer_rows(conversation: Conversation, fitting: int, tokens: int, tokenizer: Tokenizer) -> Encoded:
+    """Up to the last answer before the first whose row does not fit."""
     if not fitting:
         return Encoded(conversation, [], tokens, is_cut=False)
-    shorter = {**conversation, "messages": conversation["messages"][: len(up_to[fitting[-1]])]}
-    return Encoded(shorter, [rows[index] for index in fitting], tokens, is_cut=True)
+    up_to = tokenization.one_answer_each(conversation["messages"])[fitting - 1]
+    shorter = {**conversation, "messages": conversation["messages"][: len(up_to)]}
+    # Made anew: without the turns after it, it may be a single row.
+    return Encoded(shorter, tokenization.encode_rows([shorter], tokenizer)[0], tokens, is_cut=True)
 
 
 class Rows(Sequence[Example]):
@@ -164,20 +176,20 @@ class Rows(Sequence[Example]):
 def store(conversations: Sequence[Conversation], tokenizer: Tokenizer, limit: int, *, name: str) -> Rows:
     """The rows that have something to learn; what is cut off or left out is counted aloud."""
     rows = Rows()
-    cut = dropped = 0
+    cut = dropped = unlearned = 0
     for _, encoded, _, is_cut in encode_fitting(conversations, tokenizer, limit, name=name):
         learned = [row for row in encoded if set(row["labels"][1:]) != {IGNORE_INDEX}]
-        dropped += not learned
+        dropped += not encoded
+        unlearned += bool(encoded) and not learned
         cut += is_cut and bool(learned)
         for row in learned:
             rows.append(row)
     if not rows:
         raise SaigaError(f"{name}: no conversation has an answer within max_seq_length={limit} tokens.")
-    if len(rows) > len(conversations) - dropped:
-        print(
-            f"{name}: {len(conversations) - dropped:,} conversations are {len(rows):,} rows, {WHY_MORE_ROWS}",
-            flush=True,
-        )
+    if unlearned:
+        print(f"{name}: {unlearned:,} conversations have nothing to learn and are left out.", flush=True)
+    if len(rows) > (kept := len(conversations) - dropped - unlearned):
+        print(f"{name}: {kept:,} conversations are {len(rows):,} rows, {WHY_MORE_ROWS}", flush=True)
     if said := what_did_not_fit(name, len(conversations), cut, dropped, limit):
         print(said, flush=True)
     return rows

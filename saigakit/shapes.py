@@ -118,6 +118,7 @@ def _listed(name: str, messages: object, names: Collection[str] | None, problems
                 "content": "",
                 "tool_calls": calls.read_calls(f"{field}.{content_key}", made["content"], names, problems),
             }
+            _take_weight(made, f"{field}.weight", message.get("weight"), problems)
         elif role == "assistant":
             _take_calls(made, calls.calls_of(field, message, names, problems))
             _take_weight(made, f"{field}.weight", message.get("weight"), problems)
@@ -190,5 +191,6 @@ def _answer_problems(turns: Sequence[_Turn]) -> list[str]:
 
 def _weight_problems(turns: Sequence[_Turn]) -> list[str]:
     if all(message.get("weight") == 0 for _, message in turns if message["role"] == "assistant"):
-        return ["messages: each answer of the assistant has weight 0, so nothing is learned; leave the record out"]
+        where = turns[0][0].partition("[")[0]
+        return [f"{where}: each answer of the assistant has weight 0, so nothing is learned; leave the record out"]
     return []

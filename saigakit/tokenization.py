@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,10 +60,21 @@ def _raw(directory: Path) -> "tokenizers.Tokenizer":
 
 
 def require_as_a_whole(raw: "tokenizers.Tokenizer", tokenizer: FastTokenizer) -> None:
-    """Raises SaigaError where an ordinary dialogue has other ids than `raw` gives its rendered text as a whole."""
-    text = template.render(_PROBE, tokenizer.chat_template, variables=tokenizer.variables)
-    whole, ours = raw.encode(text, add_special_tokens=False).ids, encode(_PROBE, tokenizer)["input_ids"]
-    if whole != ours:
+    """Raises SaigaError where an ordinary dialogue has other ids than `raw` gives its rendered text as a whole.
+
+    Or its prompt and its answer, each as a whole: a merge may cross the border, and inference begins at it.
+    """
+
+    def rendered(messages: Sequence[Message], prompt: bool) -> str:
+        variables = tokenizer.variables
+        return template.render(messages, tokenizer.chat_template, add_generation_prompt=prompt, variables=variables)
+
+    def ids(text: str) -> Ids:
+        return raw.encode(text, add_special_tokens=False).ids
+
+    text, prompt = rendered(_PROBE, False), rendered(_PROBE[:1], True)
+    whole, ours = ids(text), encode(_PROBE, tokenizer)["input_ids"]
+    if ours not in (whole, ids(prompt) + ids(text.removeprefix(prompt))):
         raise SaigaError(
             f"This tokenizer gives {text!r} the ids {whole}, and piece by piece, as saigakit does so that nothing in "
             f"a text becomes a special token, they are {ours}. saigakit cannot train this model."
@@ -113,33 +123,45 @@ def encode_rows(
     conversations: Iterable[Mapping[str, Any]],
     tokenizer: Tokenizer,
     *,
+    limit: int | None = None,
     named: Callable[[int], str] = lambda index: f"conversation {index + 1}",
 ) -> list[list[Example]]:
     """The rows that each conversation is trained as: one, but for templates that render the last answer otherwise than
-    those before it (Qwen3): there one for each answer, that answer learned.
+    those before it (Qwen3): there one for each answer, that answer learned. Of those that have more than `limit` tokens
+    only the last is made, for its length: a long talk has as many rows as answers.
 
     Quicker than `encode` of each: one call of the tokenizer for all. Raises DataError with every conversation that
     cannot be tokenised; `named`: what it is called there.
     """
-    layouts: list[list[Layout]] = []
+    layouts: list[Layout] = []
+    several: dict[int, list[Example]] = {}  # by the number of the conversation
     problems: list[str] = []
     for index, conversation in enumerate(conversations):
+        messages, tools = conversation["messages"], conversation.get("tools")
         try:
-            layouts.append(_layouts(conversation, tokenizer))
+            try:
+                layouts.append(layout_of(messages, tools, tokenizer, False))
+            except NotTurnByTurnError:
+                several[index] = _one_by_one(messages, tools, tokenizer, limit)
         except SaigaError as error:
             problems.append(f"{named(index)}: {error}")
     if problems:
         raise DataError(f"{len(problems)} conversations cannot be tokenised.", problems)
-    made = iter(_assembled([layout for each in layouts for layout in each], tokenizer))
-    return [list(islice(made, len(each))) for each in layouts]
+    single = iter(_assembled(layouts, tokenizer))
+    return [several[index] if index in several else [next(single)] for index in range(len(layouts) + len(several))]
 
 
-def _layouts(conversation: Mapping[str, Any], tokenizer: Tokenizer) -> list[Layout]:
-    tools = conversation.get("tools")
-    try:
-        return [layout_of(conversation["messages"], tools, tokenizer, False)]
-    except NotTurnByTurnError:
-        return [layout_of(messages, tools, tokenizer, False) for messages in one_answer_each(conversation["messages"])]
+def _one_by_one(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, tokenizer: Tokenizer, limit: int | None
+) -> list[Example]:
+    made: list[Example] = []
+    *before, whole = one_answer_each(messages)
+    for up_to in before:
+        row = encode(up_to, tokenizer, tools=tools)
+        if limit is not None and len(row["input_ids"]) > limit:
+            break
+        made.append(row)
+    return [*made, encode(whole, tokenizer, tools=tools)]
 
 
 def one_answer_each(messages: Sequence[Message]) -> list[list[Message]]:

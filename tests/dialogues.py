@@ -69,7 +69,13 @@ class Dialogue:
 
     @property
     def turns(self) -> list[int]:
-        return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        """Of the answers that are learned."""
+        return [i for i, each in enumerate(self.messages) if each["role"] == "assistant" and each.get("weight") != 0]
+
+    @property
+    def seen(self) -> list[dict[str, Any]]:
+        """The messages as a template gets them."""
+        return [{key: value for key, value in each.items() if key != "weight"} for each in self.messages]
 
 
 def dialogues(count: int, *, seed: int, has_tools: bool, ordinary: float = 0.4) -> Iterator[Dialogue]:
@@ -144,6 +150,9 @@ class _Shape:
                 messages.append(self.calling(tools))  # a record may end with a call
                 break
             messages.append(self.message("assistant"))
+        for message in messages[:-1]:
+            if message["role"] == "assistant" and self.rng.random() < 0.15:
+                message["weight"] = 0
         return {"messages": messages, "tools": tools} if tools else {"messages": messages}
 
     def message(self, role: str) -> dict[str, Any]:

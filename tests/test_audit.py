@@ -243,3 +243,25 @@ def test_a_warning_is_a_russian_sentence_and_an_english_one(facts):
         russian, english = warning.split(" · ")
         assert any("а" <= letter <= "я" for letter in russian)
         assert not any("а" <= letter <= "я" for letter in english)
+
+
+def test_answers_that_are_only_read_are_not_counted_and_tell_conversations_apart():
+    said = [{"role": "user", "content": "а"}, {"role": "assistant", "content": "[1]"}]
+    side = Side(SPECIAL, frozenset({END}))
+    talks = ([*said, said[0], {**said[1], "content": "[]", "weight": 0}], [said[0], {**said[1], "weight": 0}, *said])
+    for messages in talks:
+        side.add({"messages": messages}, [LEARNED])
+    facts = side.facts()
+    assert (facts["turns"], facts["nothing_found"], facts["structured"]) == (2, 0, 2)
+    side.add({"messages": [*said, *said]}, [LEARNED])
+    side.add({"messages": [said[0], {**said[1], "weight": 0}, *said]}, [LEARNED])
+    assert side.facts()["duplicates"] == 1
+    tool = {"type": "function", "function": {"name": "f"}}
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
+        "weight": 0,
+    }
+    side.add({"messages": [said[0], call, {"role": "tool", "content": "1"}, said[1]], "tools": [tool]}, [LEARNED])
+    assert side.facts()["no_call"] == 1

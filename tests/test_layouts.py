@@ -1,5 +1,8 @@
 """Conversations with and without functions into special tokens and runs of text, on a ChatML tokenizer made here."""
 
+import gc
+import weakref
+
 import pytest
 from test_placeholders import MESSAGES, TOOLS
 from test_tokenization import CHATML, CONVERSATION, chatml_bpe, learned
@@ -117,8 +120,15 @@ def test_marks_that_agree_with_what_is_learned_are_accepted_and_others_are_refus
     header_too = marked.replace(
         answer, answer.replace("{% generation %}", "", 1).replace("{{", "{% generation %}{{", 1)
     )
-    with pytest.raises(SaigaError, match="generation prompt ends at"):
-        encode(CONVERSATION, chatml(header_too))
+    twice = marked.replace("+ '<|im_end|>' }}", "}}{% endgeneration %}!{% generation %}{{ '<|im_end|>' }}", 1)
+    users_too = marked.replace(other, "{% generation %}" + other + "{% endgeneration %}")
+    for broken in (header_too, twice, users_too):
+        assert broken != marked
+        with pytest.raises(SaigaError, match="generation prompt ends at"):
+            encode(CONVERSATION, chatml(broken))
+    last_alone = marked.replace("== 'assistant' %}", "== 'assistant' and loop.last %}")
+    for conversation in (CONVERSATION, [*TWICE[:2], {**TWICE[2], "weight": 0}, *TWICE[3:]]):
+        assert encode(conversation, chatml(last_alone)) == encode(conversation, chatml(CHATML))
     unmarked = template.for_inference(marked)
     assert "generation %}" not in unmarked.replace("add_generation_prompt", "")
     assert template.render(CONVERSATION, unmarked) == template.render(CONVERSATION, marked)
@@ -180,6 +190,48 @@ def test_where_the_last_answer_is_rendered_otherwise_each_answer_is_a_row():
         assert row["labels"][len(asked)] == think
         assert row["input_ids"].count(think) == 1
     assert tokenizer.decode(learned(last)) == "И ещё."
+
+
+def test_an_answer_that_is_only_read_has_the_ids_that_it_has_in_a_prompt():
+    """Its text begins with a line end, which would merge with the one before it."""
+    tokenizer = chatml()
+    messages = [*TWICE[:2], {**TWICE[2], "content": "\n\nДа"}, *TWICE[3:]]
+    asked = encode(messages[:4], tokenizer, add_generation_prompt=True)["input_ids"]
+    for weight in (0, 1):
+        made = encode([*messages[:2], {**messages[2], "weight": weight}, *messages[3:]], tokenizer)
+        assert made["input_ids"][: len(asked)] == asked
+    assert encode([{**each, "weight": 0} for each in messages[:4]], tokenizer, add_generation_prompt=True) == encode(
+        messages[:4], tokenizer, add_generation_prompt=True
+    )
+
+
+def test_a_refusal_that_is_kept_for_a_shape_keeps_no_conversation():
+    class Text(str):
+        pass
+
+    content = Text("слово")
+    alive = weakref.ref(content)
+    messages = [{**TWICE[0], "content": content}, *TWICE[1:]]
+    tokenizer = chatml(THOUGHTFUL)
+    for _ in range(2):
+        with pytest.raises(SaigaError, match="turn by turn"):
+            encode(messages, tokenizer)
+    del content, messages
+    gc.collect()
+    assert alive() is None
+
+
+def test_rows_over_the_limit_are_not_made_but_for_the_last(monkeypatch):
+    tokenizer, encoded = chatml(THOUGHTFUL), []
+    turns = [turn for _ in range(30) for turn in TWICE[3:]]
+    ((first, second, *_),) = tokenization.encode_rows([{"messages": turns}], tokenizer)
+    limit = len(second["input_ids"])
+    whole = tokenization.encode
+    monkeypatch.setattr(tokenization, "encode", lambda *a, **k: encoded.append(1) or whole(*a, **k))
+    (made,) = tokenization.encode_rows([{"messages": turns}], tokenizer, limit=limit)
+    assert made[:-1] == [first, second]
+    assert len(made[-1]["input_ids"]) > 10 * limit
+    assert len(encoded) == 4
 
 
 def test_a_template_whose_prompt_is_never_the_beginning_is_refused_with_the_place():

@@ -226,8 +226,10 @@ def test_a_conversation_that_the_template_refuses_is_named_with_its_file_and_lin
     (records / "1.jsonl").write_text(good + "\n\n" + bad, encoding="utf-8")
     (records / "2.jsonl").write_text(bad + good, encoding="utf-8")
     with pytest.raises(DataError, match=r"2 of 4 conversations cannot be tokenised") as caught:
-        report.check_records(model=str(model), records=str(records), run_dir=tmp_path / "run")
-    assert [problem.split(": ")[0] for problem in caught.value.problems] == ["1.jsonl:4", "2.jsonl:1"]
+        report.check_records(
+            model=str(model), records=str(records), held_out=str(records / "2.jsonl"), run_dir=tmp_path / "run"
+        )
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == ["1.jsonl:4", "2.jsonl:1", "2.jsonl:1"]
     assert all("no system" in problem for problem in caught.value.problems)
 
 
@@ -379,3 +381,13 @@ def test_another_tokenizer_is_another_stage(tiny, write, tmp_path):
     (model / "chat_template.jinja").write_text(chat_template + "{# another #}", encoding="utf-8")
     with pytest.raises(SaigaError, match="made differently"):
         report.check_records(model=str(model), records=records, run_dir=tmp_path / "run")
+
+
+def test_a_report_made_before_rows_were_counted_is_read(stage, tmp_path):
+    older = shutil.copytree(stage, tmp_path / "01_format")
+    facts = counts_of(older)
+    for side in ("train", "held_out"):
+        del facts[side]["rows"]
+    (older / "report.json").write_text(json.dumps(facts), encoding="utf-8")
+    assert str(report.summary(older)) == str(report.summary(stage))
+    assert str(report.advice(older)) == str(report.advice(stage))

@@ -164,3 +164,23 @@ def test_an_answer_of_weight_0_at_the_end_does_not_hide_a_cut(tokenizer):
     assert (item.conversation["messages"], item.is_cut) == (messages[:4], True)
     (item,) = rows.encode_fitting([{"messages": messages}], tokenizer, fits - 1, name="records")
     assert item.conversation["messages"] == messages[:2]
+
+
+def test_what_is_cut_to_a_single_row_is_that_row(capsys):
+    """Where the template renders a shortened conversation turn by turn, it is read again as one row, too."""
+    only_long_ones = THOUGHTFUL.replace("and loop.last", "and loop.last and messages | length > 4")
+    assert only_long_ones != THOUGHTFUL
+    tokenizer = chatml(only_long_ones)
+    short, long = {"messages": turns(2)}, {"messages": [*turns(2), *turns(1, words=90)]}
+    limit = len(encode(short["messages"], tokenizer)["input_ids"])
+    (item,) = rows.encode_fitting([long], tokenizer, limit, name="records")
+    assert item.conversation == short
+    assert item.rows == [encode(short["messages"], tokenizer)]
+
+
+def test_conversations_without_anything_to_learn_are_not_said_to_be_long(tokenizer, capsys):
+    silent = [{**each, "weight": 0} if each["role"] == "assistant" else each for each in turns(1)]
+    assert len(rows.store([{"messages": silent}, {"messages": turns(1)}], tokenizer, 500, name="records")) == 1
+    said = capsys.readouterr().out
+    assert "records: 1 conversations have nothing to learn" in said
+    assert "longer than" not in said

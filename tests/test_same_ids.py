@@ -58,13 +58,13 @@ class Oracle:
 
     def marked(self, dialogue: Dialogue, count: int, *, prompt: bool = False) -> str:
         """The text of the first messages, with one character for each special token of the template."""
-        messages, tools = [dialogue.messages[:count]], dialogue.tools
+        messages, tools = [dialogue.seen[:count]], dialogue.tools
         return render_jinja_template(
             messages, tools, None, self.template, add_generation_prompt=prompt, **self.variables
         )[0][0]
 
     def learned_turns(self, dialogue: Dialogue) -> list[int]:
-        """All answers, or the last alone where one before it is not what the model says when it is asked."""
+        """Those that are to be learned, or the last alone where one before it is not what the model says when asked."""
         if self.pair.is_split:
             whole = self.marked(dialogue, len(dialogue.messages))
             if not all(whole.startswith(self.marked(dialogue, turn + 1)) for turn in dialogue.turns):
@@ -86,10 +86,13 @@ class Oracle:
             runs = filter(None, _MARKS.split(text))
             return [i for run in runs for i in ([ord(run) - _MARK] if _MARKS.match(run) else self.pair.own(run))]
         # An answer that begins with a line end has ids of its own, so that inference begins where training did.
-        has_blank = any(dialogue.messages[turn]["content"][:1].isspace() for turn in dialogue.turns)
+        has_blank = any(each["role"] == "assistant" and each["content"][:1].isspace() for each in dialogue.messages)
         if has_blank or not dialogue.is_ordinary:
             return None
-        return self.pair.own(_MARKS.sub(lambda mark: self.names[ord(mark[0]) - _MARK], text))
+        # The last answer is asked for: a merge may cross the end of its prompt, and inference begins there.
+        prompt = self.marked(dialogue, dialogue.turns[-1], prompt=True) if self.pair.is_split else ""
+        named = [_MARKS.sub(lambda mark: self.names[ord(mark[0]) - _MARK], each) for each in (prompt, text)]
+        return self.pair.own(named[0]) + self.pair.own(named[1].removeprefix(named[0]))
 
 
 def batched(items: Iterable[Dialogue], count: int) -> Iterator[list[Dialogue]]:
@@ -247,8 +250,9 @@ def test_what_is_learned_is_what_transformers_marks_as_the_assistants(pair):
         **pair.fast.variables,
     )
     for dialogue in dialogues(300, seed=2, has_tools=True, ordinary=1):
-        if any(dialogue.messages[turn]["content"][:1].isspace() for turn in dialogue.turns):
-            continue  # those have ids of their own: test_tokenization
+        has_blank = any(dialogue.messages[turn]["content"][:1].isspace() for turn in dialogue.turns)
+        if has_blank or dialogue.seen != dialogue.messages:
+            continue  # those have ids of their own (test_tokenization), or answers that transformers would learn
         example = tokenization.encode(dialogue.messages, pair.fast, tools=dialogue.tools)
         marked = theirs.apply_chat_template(
             dialogue.messages, tools=dialogue.tools, return_assistant_tokens_mask=True, return_dict=True

@@ -245,6 +245,25 @@ def test_keys_beside_the_conversation_are_told():
     assert shapes.keys_not_read({"user": "а", "bot": "б", "system": "в"}) == set()
 
 
+def test_a_call_of_weight_0_keeps_it_in_sharegpt_too():
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    turns = [
+        {"from": "human", "value": "а"},
+        call,
+        {"from": "observation", "value": "1"},
+        {"from": "gpt", "value": "б"},
+    ]
+    made = shapes.conversation({"tools": tools, "conversations": [turns[0], {**call, "weight": 0}, *turns[2:]]})
+    assert [message.get("weight") for message in made["messages"]] == [None, 0, None, None]
+    bad = shapes.conversation({"tools": tools, "conversations": [turns[0], {**call, "weight": "0"}, *turns[2:]]})
+    assert bad.problems == (
+        "conversations[1].weight: is a text; use 0 for an answer that is not to be learned, 1 for one that is",
+    )
+    nothing = shapes.conversation({"conversations": [turns[0], {**turns[3], "weight": 0}]})
+    assert nothing.problems[0].startswith("conversations: each answer of the assistant has weight 0")
+
+
 def test_an_answer_of_weight_0_keeps_it_and_one_of_weight_1_is_like_any_other():
     messages = [TALK[0], {**TALK[1], "weight": 0}, TALK[0], {**TALK[1], "weight": 1}]
     made = shapes.conversation({"messages": messages})

@@ -106,6 +106,11 @@ THINKING = (
         1,
     )
 )
+# The prompt begins the thought, and a line end stands on either side of where the answer begins.
+THINKING_PROMPT = THINKING.replace(
+    "{{- '<|im_start|>assistant\\n' }}{%- endif %}", "{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+)
+assert HERMES_TOOLS != THINKING != THINKING_PROMPT
 # Gemma's turns, with the system turn that Saiga's have and stock Gemma has not.
 GEMMA = r"""
 {{- bos_token }}
@@ -203,6 +208,7 @@ CASES = {
     "llama3_tokens-llama3": (llama3_tokens, LLAMA3),
     "qwen_tokens-hermes_tools": (qwen_tokens, HERMES_TOOLS),
     "qwen_tokens-thinking": (qwen_tokens, THINKING),
+    "qwen_tokens-thinking_prompt": (qwen_tokens, THINKING_PROMPT),
     "gemma_tokens-saiga_gemma": (gemma_tokens, GEMMA),
     "gemma_tokens-folded_system": (gemma_tokens, FOLDED_SYSTEM),
 }
@@ -230,7 +236,7 @@ def pair(case: str, directory: Path, smollm2_dir: Path | None = None) -> Pair:
         gguf=tokenization.load_gguf_tokenizer(llm),
         own=_own(made),
         is_sentencepiece=(made / "tokenizer.model").is_file(),
-        is_split=chat_template == THINKING,
+        is_split=chat_template in (THINKING, THINKING_PROMPT),
         always_found=["[REFERENCE_DOC_"] if make is mistral_v3 else [],
         tokenizer_dir=made,
     )
