@@ -111,10 +111,7 @@ def whole_way(file: Path, tokenizer_model: str | None):
     ours = step("loading the tokenizer", lambda: loaded(tokenizer_model)[1])
     conversations = step("reading and checking", lambda: data.read_conversations(file))
     stored = step("tokenising", lambda: rows.store(conversations, ours, CONTEXT, name=file.name))
-    packs = step(
-        "packing",
-        lambda: packing.schedule(stored.lengths, budget=CONTEXT, most=len(stored), epochs=1, seed=1),
-    )
+    packs = step("packing", lambda: packs_of_steps(stored.lengths))
     filled = sum(stored.lengths) / len(packs) / CONTEXT
     note = (
         f"{len(stored):,} rows, {sum(stored.lengths):,} tokens, {len(packs):,} packs of {CONTEXT}, {filled:.1%} full."
@@ -127,6 +124,11 @@ def whole_check(file: Path, directory: Path):
     start = time.perf_counter()
     report.check_records(model="smollm2_135m", records=str(file), run_dir=directory, max_seq_length=CONTEXT)
     return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def packs_of_steps(lengths, batch_size=16):
+    steps = (lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size))
+    return [pack for step in steps for pack in packing.lay(step, budget=CONTEXT, processes=1)[0]]
 
 
 def alone(measure, *arguments):

@@ -218,6 +218,23 @@ def push(name: str, files: Sequence[str], parameters: Sequence[tuple[str, Any]])
 
 
 @main.command()
+@click.argument("run_dir")
+@click.argument("repo_id")
+@click.option("--public", is_flag=True, help="Everybody can see it; private without this.")
+@click.option("--replace", is_flag=True, help="Also where the repository holds something else.")
+def publish(run_dir: str, repo_id: str, public: bool, replace: bool) -> None:
+    """Puts the adapter of RUN_DIR on the Hugging Face Hub, with a model card; the token is in HF_TOKEN.
+
+    \b
+    Example: saigakit publish runs/terms me/saiga2_7b_terms_lora
+    """
+    from saigakit import publish as publishing
+
+    url = publishing.push_adapter(Path(run_dir) / "02_train", repo_id, private=not public, replace=replace)
+    click.echo(f"published: {url}")
+
+
+@main.command()
 @click.argument("kernel")
 def watch(kernel: str) -> None:
     """Waits for a notebook on Kaggle and says how it ended.

@@ -1,13 +1,13 @@
 """Training parameters into a frozen, checked TrainConfig: JSON on disk, read by the child process."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from saigakit import models
 from saigakit.errors import SaigaError
-from saigakit.models import Lora, ModelSpec, Quantization
+from saigakit.models import ALL_LINEAR, Lora, ModelSpec, Quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,8 @@ class TrainConfig:
     """Everything a training run depends on. None means: what the model's registry row says.
 
     `adapter`: "auto" continues the released adapter where the model has one and starts a new LoRA where it
-    has none; "released" insists on it; a path or Hub id continues that one; None starts a new LoRA.
+    has none; "released" insists on it; "folded" adds it to the base and trains a new LoRA on all linear layers beside
+    it, which are one adapter in the end; a path or Hub id continues that one; None starts a new LoRA.
     """
 
     model: str
@@ -31,17 +32,24 @@ class TrainConfig:
     batch_size: int = 16  # conversations per optimizer step, over all processes
     max_seq_length: int | None = None  # tokens; also the budget of one pack
     eval_steps: int | None = None  # optimizer steps between two evaluations; None: five in the run
+    early_stopping: int | None = None  # evaluations without a better held-out loss; None: all steps are made
+    neftune_alpha: float | None = None  # noise on the embeddings of training, arXiv:2310.05914; 5 is usual
+    replay_file: str | None = None  # general dialogues, mixed in against forgetting
+    replay_fraction: float = 0.05  # of the conversations of an epoch, where there is a replay_file
     max_hours: float = 10.5  # Kaggle kills a session at 12 h and keeps nothing of a killed one
+    save_minutes: float = 30.0  # between two checkpoints
+    save_steps: int | None = None  # optimizer steps between two checkpoints, instead of minutes
+    resume_from: str | None = None  # a stage of an earlier session that ended by max_hours, or its attached copy
     processes: int | None = None  # None: one per GPU, one on a CPU
     seed: int = 42
 
     def __post_init__(self) -> None:
         spec = models.find(self.model)
-        if self.adapter == "released" and spec.released_adapter is None:
+        if self.adapter in ("released", "folded") and spec.released_adapter is None:
             raise SaigaError(
-                f"adapter='released': {spec.name} has no released adapter; use adapter=None for a new LoRA."
+                f"adapter={self.adapter!r}: {spec.name} has no released adapter; use adapter=None for a new LoRA."
             )
-        for name in ("learning_rate", "epochs", "max_hours"):
+        for name in ("learning_rate", "epochs", "max_hours", "save_minutes", "neftune_alpha", "replay_fraction"):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -52,10 +60,12 @@ class TrainConfig:
                 )
             if not value > 0:  # so that NaN is refused too
                 raise SaigaError(f"{name}={value!r} must be above 0.")
-        for name in ("batch_size", "max_seq_length", "eval_steps", "processes"):
+        for name in ("batch_size", "max_seq_length", "eval_steps", "early_stopping", "save_steps", "processes"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise SaigaError(f"{name}={value!r} must be a whole number of at least 1.")
+        if self.replay_fraction >= 1:
+            raise SaigaError(f"replay_fraction={self.replay_fraction!r} must be below 1: it is a share of an epoch.")
         if self.quantization not in (None, "nf4", "int8", "none"):
             raise SaigaError(f"quantization={self.quantization!r}: use 'nf4', 'int8' or 'none'.")
         if self.max_seq_length is not None and self.max_seq_length > spec.context_length:
@@ -78,8 +88,13 @@ class TrainConfig:
         return self.quantization or self.spec.quantization
 
     @property
+    def is_folded(self) -> bool:
+        """The released adapter goes into the base, and a new LoRA beside it learns."""
+        return self.adapter == "folded"
+
+    @property
     def new_lora(self) -> Lora:
-        return self.lora or self.spec.lora
+        return self.lora or (replace(self.spec.lora, target_modules=ALL_LINEAR) if self.is_folded else self.spec.lora)
 
     @property
     def peak_learning_rate(self) -> float:
@@ -87,8 +102,8 @@ class TrainConfig:
 
     @property
     def start_adapter(self) -> str | None:
-        """The adapter to continue, None for a new LoRA; "auto" and "released" resolved."""
-        return self.spec.released_adapter if self.adapter in ("auto", "released") else self.adapter
+        """The adapter to begin with, None for a new LoRA alone; "auto", "released" and "folded" resolved."""
+        return self.spec.released_adapter if self.adapter in ("auto", "released", "folded") else self.adapter
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -104,6 +119,6 @@ class TrainConfig:
         if unknown:
             raise SaigaError(f"{file}: unknown settings {', '.join(sorted(unknown))}.")
         if values.get("lora"):
-            modules = tuple(values["lora"]["target_modules"])
-            values["lora"] = Lora(**{**values["lora"], "target_modules": modules})
+            lists = {name: tuple(value) for name, value in values["lora"].items() if isinstance(value, list)}
+            values["lora"] = Lora(**values["lora"] | lists)
         return cls(**values)

@@ -135,15 +135,24 @@ def _many(total: int) -> int:
 
 def asked_in(training: Conversations, held_out: Conversations) -> int:
     """How many held-out conversations ask what one in training asks."""
+    return len(asking_alike(training, held_out))
+
+
+def asking_alike(these: Conversations, those: Conversations) -> list[int]:
+    """The indices of `those` that ask what one of `these` asks."""
     wholes: set[int] = set()
     texts: Counter[int] = Counter()
-    for each in training:
+    for each in these:
         asked = Asked.of(each["messages"])
         wholes.add(asked.whole)
         texts.update(asked.texts)
-    most = _many(len(training))
-    found = (Asked.of(each["messages"]) for each in held_out)
-    return sum(asked.whole in wholes or any(0 < texts[text] <= most for text in asked.texts) for asked in found)
+    most = _many(len(these))
+    found = (Asked.of(each["messages"]) for each in those)
+    return [
+        index
+        for index, asked in enumerate(found)
+        if asked.whole in wholes or any(0 < texts[text] <= most for text in asked.texts)
+    ]
 
 
 def split_conversations(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from saigakit import (
     data,
@@ -24,31 +24,13 @@ from saigakit import (
 )
 from saigakit.errors import SaigaError
 from saigakit.generation import Generated, Progress
-from saigakit.template import Message
+from saigakit.questions import MARGIN, Example, read_examples
 
 STAGE = "04_infer"
-MARGIN = 16  # tokens that an answer may be longer than the longest reference
 DISK = 100 * 10**6  # bytes; 240 answers and the plot are under 1 MB
 OVERHEAD = 10**9  # bytes; torch, transformers and peft in the child
+__all__ = ["Asked", "Compared", "Example", "compare", "read_examples"]
 Answers = tuple[list[str], Generated]
-
-
-class Example(NamedTuple):
-    """What is asked and what the data answer."""
-
-    messages: list[Message]
-    answer: Message
-    tools: list[dict[str, Any]] | None = None
-
-    def reference(self, tokenizer: tokenization.Tokenizer) -> str:
-        """The answer's text; calls of functions are as the model writes them."""
-        if "tool_calls" not in self.answer:
-            return str(self.answer["content"])
-        whole = tokenization.one_answer_each([*self.messages, self.answer])[-1]
-        encoded = tokenization.encode(whole, tokenizer, tools=self.tools)
-        prompt = tokenization.encode(self.messages, tokenizer, tools=self.tools, add_generation_prompt=True)
-        labels = encoded["labels"][len(prompt["input_ids"]) :]
-        return tokenizer.decode([label for label in labels if label != tokenization.IGNORE_INDEX])
 
 
 def compare(
@@ -150,21 +132,6 @@ def _total(directory: Path, pattern: str) -> int:
     return sum(file.stat().st_size for file in directory.glob(pattern))
 
 
-def read_examples(file: Path) -> list[Example]:
-    """Each conversation up to its last answer that is not of weight 0, and that answer."""
-    found: list[Example] = []
-    for line in file.read_text(encoding="utf-8").split("\n"):  # not splitlines: JSON strings may hold U+2028
-        conversation = json.loads(line) if line else {"messages": []}
-        messages = conversation["messages"]
-        answers = [i for i, each in enumerate(messages) if each["role"] == "assistant" and each.get("weight") != 0]
-        last = max(answers, default=0)
-        if last:
-            found.append(Example(messages[:last], messages[last], conversation.get("tools")))
-    if not found:
-        raise SaigaError(f"{file} holds no conversation with an answer: nothing can be compared.")
-    return found
-
-
 @dataclass(frozen=True)
 class Asked:
     """The questions as ids: one prompt for all models."""
@@ -196,10 +163,7 @@ class Asked:
 
 
 def _prompts(examples: Sequence[Example], tokenizer: tokenization.Tokenizer) -> list[list[int]]:
-    return [
-        tokenization.encode(each.messages, tokenizer, tools=each.tools, add_generation_prompt=True)["input_ids"]
-        for each in examples
-    ]
+    return [each.prompt(tokenizer) for each in examples]
 
 
 def _require_memory(base_dir: Path, quantization: models.Quantization, asked: Asked) -> None:

@@ -109,20 +109,19 @@ class HfModel:
         on_progress: OnProgress,
     ) -> Generated:
         """Greedy, in left-padded batches of like lengths, the longest first."""
+        import torch
+
         bare = self._adapted is not None and not adapted
         ids: list[list[int]] = [[] for _ in prompts]
         done = tokens = 0
         start = time.perf_counter()
         on_progress(0, len(prompts))
-        budget = min(BATCH_TOKENS, _tokens_in_memory(self._model))
+        budget = min(BATCH_TOKENS, tokens_in_memory(self._model))
         with self._adapted.disable_adapter() if bare else nullcontext():
             for batch in batches([len(prompt) for prompt in prompts], max_new_tokens, budget):
-                rows = self._answer_batch(
-                    [prompts[i] for i in batch],
-                    stop_ids,
-                    max_new_tokens,
-                    _counting_from(done, len(prompts), on_progress),
-                )
+                asked, counting = [prompts[i] for i in batch], _counting_from(done, len(prompts), on_progress)
+                with torch.inference_mode():
+                    rows = greedy(self._model, asked, stop_ids, max_new_tokens, counting)
                 for index, row in zip(batch, rows, strict=True):
                     ids[index], length = until_stop(row, stop_ids)
                     tokens += length
@@ -131,43 +130,44 @@ class HfModel:
         on_progress(done, len(prompts))
         return Generated(ids, seconds, tokens)
 
-    def _answer_batch(
-        self,
-        prompts: Sequence[list[int]],
-        stop_ids: frozenset[int],
-        max_new_tokens: int,
-        on_ended: Callable[[int], None],
-    ) -> list[list[int]]:
-        import torch
-        from transformers import GenerationConfig, StoppingCriteriaList
 
-        width = max(map(len, prompts))
-        pad = min(stop_ids)  # never attended to; after a stop id it is cut off again
-        device = self._model.device
-        input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
-        stops = torch.tensor(sorted(stop_ids), device=device)
+def greedy(
+    model: "PreTrainedModel",
+    prompts: Sequence[list[int]],
+    stop_ids: frozenset[int],
+    max_new_tokens: int,
+    on_ended: Callable[[int], None] = lambda _: None,
+) -> list[list[int]]:
+    """The likeliest continuations of one left-padded batch, as transformers gives them: see `until_stop`."""
+    import torch
+    from transformers import GenerationConfig, StoppingCriteriaList
 
-        def watch(ids: "torch.Tensor", _scores: object, **_: object) -> "torch.Tensor":
-            on_ended(int(torch.isin(ids[:, width:], stops).any(dim=1).sum()))
-            return torch.zeros(len(ids), dtype=torch.bool, device=device)
+    width = max(map(len, prompts))
+    pad = min(stop_ids)  # never attended to; after a stop id it is cut off again
+    device = model.device
+    input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
+    stops = torch.tensor(sorted(stop_ids), device=device)
 
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=sorted(stop_ids),
-            pad_token_id=pad,
-        )
-        with torch.inference_mode():
-            output = self._model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                generation_config=settings,
-                stopping_criteria=StoppingCriteriaList([watch]),
-            )
-        rows: list[list[int]] = output[:, width:].tolist()
-        return rows
+    def watch(ids: "torch.Tensor", _scores: object, **_: object) -> "torch.Tensor":
+        on_ended(int(torch.isin(ids[:, width:], stops).any(dim=1).sum()))
+        return torch.zeros(len(ids), dtype=torch.bool, device=device)
+
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=sorted(stop_ids),
+        pad_token_id=pad,
+    )
+    output: Any = model.generate(  # type: ignore[operator]
+        input_ids=input_ids,
+        attention_mask=mask,
+        generation_config=settings,
+        stopping_criteria=StoppingCriteriaList([watch]),
+    )
+    rows: list[list[int]] = output[:, width:].tolist()
+    return rows
 
 
 def _counting_from(done: int, total: int, on_progress: OnProgress) -> Callable[[int], None]:
@@ -205,7 +205,7 @@ def _load(base_dir: Path, quantization: Quantization) -> "PreTrainedModel":
     return model
 
 
-def _tokens_in_memory(model: "PreTrainedModel") -> int:
+def tokens_in_memory(model: "PreTrainedModel") -> int:
     """Tokens whose keys and values fit in half of the free memory."""
     import torch
 

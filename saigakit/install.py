@@ -62,17 +62,25 @@ def prepare(stage: str) -> None:
     if stage not in STAGES:
         raise SaigaError(f"stage={stage!r} is unknown; use one of {', '.join(STAGES)}.")
     lacking = missing(needs(stage, kaggle=workspace.on_kaggle()))
-    torchao = _old_torchao() if "train" in STAGES[stage] else None
     if not workspace.on_kaggle():
-        _refuse(stage, lacking, torchao)
+        _refuse(stage, lacking)
         return
-    if torchao:
+    if "train" in STAGES[stage] and (torchao := _old_torchao()):
         print(f"Removing torchao {torchao}: peft refuses to load an adapter beside a version below 0.16.", flush=True)
         _pip(["uninstall", "--yes", "torchao"])
         if _old_torchao():
             raise SaigaError(f"pip could not remove torchao {torchao}. Choose another environment in the settings.")
     if lacking:
         _install(lacking)
+
+
+def require_no_old_torchao() -> None:
+    """Raises SaigaError with the command that mends it where peft would refuse the torchao that is installed."""
+    if torchao := _old_torchao():
+        raise SaigaError(
+            f"torchao {torchao} is installed, and peft refuses to load an adapter beside a version below 0.16. "
+            "Run: pip uninstall torchao"
+        )
 
 
 def needs(stage: str, *, kaggle: bool) -> list[str]:
@@ -126,14 +134,11 @@ def _install(names: Sequence[str]) -> None:
     _require_imports([PINS[name][1] for name in names if name in PINS])
 
 
-def _refuse(stage: str, lacking: Sequence[str], torchao: str | None) -> None:
+def _refuse(stage: str, lacking: Sequence[str]) -> None:
     if lacking:
         raise SaigaError(f"{stage} needs {', '.join(lacking)}, not installed here. Run: {command(stage)}")
-    if torchao:
-        raise SaigaError(
-            f"torchao {torchao} is installed, and peft refuses to load an adapter beside a version below 0.16. "
-            "Run: pip uninstall torchao"
-        )
+    if "train" in STAGES[stage]:
+        require_no_old_torchao()
 
 
 def _version(name: str) -> str | None:

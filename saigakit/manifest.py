@@ -108,7 +108,22 @@ def is_kept(final: Path, *, stage: str, parameters: Mapping[str, Any], inputs: M
 
 def _may_replace(final: Path) -> bool:
     """A directory without a manifest is no stage of ours: it is never thrown away."""
-    return os.environ.get(_REPLACE) == "1" and (final / NAME).is_file()
+    return is_replacing() and (final / NAME).is_file()
+
+
+def is_replacing() -> bool:
+    """Whether the runner has set SAIGAKIT_REPLACE=1."""
+    return os.environ.get(_REPLACE) == "1"
+
+
+def differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs in the parameters and inputs of two manifests, one phrase each."""
+    return [
+        f"{key}: {_short(there[part].get(key))} there, {_short(now[part].get(key))} now"
+        for part in ("parameters", "inputs")
+        for key in {**there[part], **now[part]}
+        if there[part].get(key) != now[part].get(key)
+    ]
 
 
 def _difference(final: Path, stage: str, wanted: Manifest) -> str | None:
@@ -117,14 +132,8 @@ def _difference(final: Path, stage: str, wanted: Manifest) -> str | None:
         content = require_stage(final, stage)
     except SaigaError as error:
         return str(error)
-    differing = [
-        f"{key}: {_short(content[part].get(key))} there, {_short(wanted[part].get(key))} now"
-        for part in ("parameters", "inputs")
-        for key in {**content[part], **wanted[part]}
-        if content[part].get(key) != wanted[part].get(key)
-    ]
-    if differing:
-        return f"{final} exists and was made differently ({'; '.join(differing)})."
+    if found := differing(content, wanted):
+        return f"{final} exists and was made differently ({'; '.join(found)})."
     damaged = [name for name, digest in content["outputs"].items() if sha256(final / name) != digest]
     return f"{final}: {', '.join(damaged)} changed since it was made." if damaged else None
 
@@ -142,8 +151,11 @@ def making(
     parameters: Mapping[str, Any],
     inputs: Mapping[str, Any],
     facts: Mapping[str, Any] | None = None,
+    goes_on: bool = False,
 ) -> Iterator[Path]:
     """A directory beside `final` to write into; on success it gets its manifest and the final name.
+
+    `facts` may be filled while it is written; `goes_on`: a stage of that name is there, and this is it further on.
 
     A directory left by a killed run is emptied first; on an error nothing bears the final name, and what bore it
     before stays.
@@ -155,7 +167,7 @@ def making(
     content = _identity(stage, parameters, inputs)
     content |= {**(facts or {}), "versions": versions(), "outputs": hashes(partial)}
     write_text(partial / NAME, json.dumps(content, ensure_ascii=False, indent=2, default=str))
-    if final.exists() and not _may_replace(final):
+    if final.exists() and not goes_on and not _may_replace(final):
         raise SaigaError(f"{final} appeared while {partial} was written; nothing was overwritten.")
     replaced = final.with_name(f".{final.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +11,13 @@ from saigakit.errors import SaigaError
 from saigakit.models import ALL_LINEAR, Lora, Quantization
 
 BITS = {"nf4": 4.13, "int8": 8.0}  # of a quantised weight; nf4 with double quantisation of its block scales
-ADAPTER_BYTES = 16  # per parameter: float32 weight, gradient and two moments of AdamW
+ADAPTER_BYTES = 16  # per trained parameter: float32 weight, gradient and two moments of AdamW
+LARGE_VOCABULARY = 100_000  # from here on the head computes its logits in chunks
+CHUNK_LOGITS = 1 << 24  # numbers of one chunk: 67 MB in float32
+_LOGIT_BYTES = 12  # a float32 log-probability with two gradients: of the loss, and through the softmax
+_CUDA_BYTES = 600 * 10**6  # CUDA's context, its libraries and gaps between tensors: an allowance, not measured
+# Modules of a layer that read the same tensor.
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -27,6 +33,8 @@ class Shape:
     intermediate: int
     vocabulary: int
     tied: bool
+    norms: int = 2  # of a layer
+    head_norms: bool = False  # queries and keys have norms of their own
 
     @classmethod
     def of(cls, base_dir: Path) -> Self:
@@ -50,6 +58,8 @@ class Shape:
             intermediate=config.get("intermediate_size") or 4 * config["hidden_size"],
             vocabulary=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings", False)),
+            norms=4 if str(config.get("model_type")).startswith(("gemma2", "gemma3")) else 2,
+            head_norms=str(config.get("model_type")).startswith(("qwen3", "gemma3")),
         )
 
     @property
@@ -77,8 +87,27 @@ class Shape:
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     def adapter_parameters(self, lora: Lora) -> int:
-        targets = (self.linear[name] for name in lora.target_modules if name in self.linear)
-        return self.layers * lora.rank * sum(out + into for out, into in targets)
+        """Of the matrices of all layers, DoRA's magnitudes and whole trained modules."""
+        targets = [self.linear[name] for name in lora.target_modules if name in self.linear]
+        per_layer = sum(lora.rank * (out + into) + (out if lora.dora else 0) for out, into in targets)
+        return self.layers * per_layer + len(lora.modules_to_save) * self.vocabulary * self.hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """What of a pack decides its memory: lengths are in tokens; `learned` of all tokens have a label."""
+
+    documents: Sequence[int]
+    learned: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.documents)
+
+
+def head_in_chunks(shape: Shape, lora: Lora) -> bool:
+    """Whether training computes its logits in chunks: for a large vocabulary whose head is not trained itself."""
+    return shape.vocabulary >= LARGE_VOCABULARY and "lm_head" not in lora.modules_to_save
 
 
 def weights(shape: Shape, quantization: Quantization, itemsize: int) -> int:
@@ -87,23 +116,136 @@ def weights(shape: Shape, quantization: Quantization, itemsize: int) -> int:
     return int(shape.linear_parameters * per_number + shape.embedding_parameters * itemsize)
 
 
-def training(
-    shape: Shape, *, quantization: Quantization, lora: Lora, pack_tokens: int, itemsize: int, checkpointing: bool
-) -> dict[str, int]:
-    """Bytes by what they are for, for one pack of `pack_tokens`; a first estimate, meant to refuse in minute 1.
+@dataclass(frozen=True)
+class Step:
+    """Bytes that a forward pass keeps for its backward pass, added up from what autograd saves of each operation.
 
-    A layer's live activations are about 26 hidden-wide and 8 intermediate-wide float32 numbers per token, measured
-    on SmolLM2-135M with a LoRA on all linear layers (packs of 512 and 1024 tokens on a CPU). With activation
-    checkpointing one layer is live and the others keep their input alone.
+    A frozen matrix saves nothing, for its input's gradient needs the weight alone. `itemsize` 2 means a GPU: autocast,
+    fused attention, norms in float32. Counted against real models in benchmarks/training_memory.py.
     """
-    layer = pack_tokens * (26 * shape.hidden + 8 * shape.intermediate) * 4
-    kept = shape.layers * pack_tokens * shape.hidden * itemsize + layer if checkpointing else shape.layers * layer
-    return {
+
+    shape: Shape
+    lora: Lora
+    pack: Pack
+    itemsize: int
+    quantization: Quantization
+
+    @property
+    def _stream(self) -> int:
+        """Bytes of a number between layers: an nf4 matrix answers in the format of its input, float32."""
+        return 4 if self.quantization == "nf4" else self.itemsize
+
+    @property
+    def _layer(self) -> int:
+        shape, width = self.shape, self.shape.head_dim
+        normed = shape.norms * shape.hidden + shape.head_norms * (shape.heads + shape.kv_heads) * width
+        swiglu = 3 * shape.intermediate * self._stream  # gate, its SiLU, up
+        per_token = 4 * normed + swiglu + self._attention + self._adapters + self._int8_inputs(alone=False)
+        probabilities = 0 if self.itemsize == 2 else 4 * shape.heads * sum(size**2 for size in self.pack.documents)
+        return self.pack.tokens * per_token + probabilities + self._dora_weights
+
+    @property
+    def _attention(self) -> int:
+        """Per token. Fused: queries, keys, values, their result and its logsumexp. Else scaled copies of the first."""
+        queries = self.shape.heads * self.shape.head_dim
+        return 4 * queries * 2 + 4 * self.shape.heads if self.itemsize == 2 else 3 * queries * 4
+
+    @property
+    def _adapters(self) -> int:
+        """Per token: what goes into A, the mask of its dropout, and what goes into B."""
+        total = 0
+        for names in _SAME_INPUT:
+            targets = [self.shape.linear[name] for name in names if name in self.lora.target_modules]
+            copied = self.itemsize == 2 or self.lora.dropout > 0  # by autocast or dropout: one for each target
+            mask = (1 if self.itemsize == 2 else 4) if self.lora.dropout else 0  # a CPU keeps it as float32
+            for number, (out, into) in enumerate(targets):
+                total += into * mask + self.lora.rank * self.itemsize
+                total += into * self.itemsize if copied or number == 0 else 0
+                total += out * (self._stream + self.itemsize) if self.lora.dora else 0  # with and without magnitude
+        return total
+
+    def _int8_inputs(self, *, alone: bool) -> int:
+        """Per token: bitsandbytes keeps what went into an int8 matrix, out of the sight of autograd and checkpointing.
+
+        `alone`: no LoRA keeps any of it as its own input, as under checkpointing.
+        """
+        if self.quantization != "int8":
+            return 0
+        shared = self.itemsize == 4 and not self.lora.dropout and not alone
+        targets = self.lora.target_modules if shared else ()
+        groups = zip(_SAME_INPUT, (4, self.itemsize) * 2, strict=True)  # norms give float32
+        return sum(self.shape.linear[names[0]][1] * size for names, size in groups if not set(names) & set(targets))
+
+    @property
+    def _dora_weights(self) -> int:
+        """With dropout DoRA multiplies by the dequantised matrix a second time, and autograd keeps that copy."""
+        if not (self.lora.dora and self.lora.dropout and (self.quantization != "none" or self.itemsize == 2)):
+            return 0
+        targets = [self.shape.linear[name] for name in self.lora.target_modules if name in self.shape.linear]
+        return self.itemsize * sum(out * into for out, into in targets)
+
+    def kept(self, *, checkpointing: bool) -> int:
+        """By all layers: each its input alone, with activation checkpointing."""
+        shape, tokens = self.shape, self.pack.tokens
+        its_input = shape.hidden * self._stream + self._int8_inputs(alone=True)
+        of_a_layer = tokens * its_input if checkpointing else self._layer
+        last_norm, rotations = 4 * tokens * shape.hidden, 2 * tokens * shape.head_dim * self.itemsize
+        return shape.layers * of_a_layer + last_norm + rotations
+
+    def kept_by_the_loss(self, *, chunked: bool) -> int:
+        """Log-probabilities in float32, or what goes into the head."""
+        return 4 * self.pack.learned * (self.shape.hidden if chunked else self.shape.vocabulary)
+
+    def logits(self, *, chunked: bool) -> int:
+        """At the highest moment of the loss, forward or backward."""
+        numbers = self.pack.learned * self.shape.vocabulary
+        if not chunked:
+            return numbers * _LOGIT_BYTES
+        return 2 * self.kept_by_the_loss(chunked=True) + min(numbers, CHUNK_LOGITS) * _LOGIT_BYTES
+
+    def working(self, *, checkpointing: bool) -> int:
+        """At the highest moment of one layer's backward pass: gradients, a dequantised matrix, the layer made anew."""
+        shape, longest = self.shape, max(self.pack.documents)
+        gated = self.pack.tokens * shape.intermediate * self._stream
+        matrix = max(out * into for out, into in shape.linear.values()) * self.itemsize
+        matrix = 0 if self.quantization == "none" else matrix
+        if self.lora.dora:  # a unit matrix through both adapters, and the norm of the sum with the weight, in float32
+            matrix += max(4 * (into * into + 2 * out * into) for out, into in shape.linear.values())
+        # By the time of attention's gradients those of the gated part, and what it had kept, are gone.
+        attended = 0 if self.itemsize == 2 else 2 * 4 * shape.heads * longest**2 - 3 * gated
+        return max(3 * gated, gated + matrix, attended) + (self._layer if checkpointing else 0)
+
+
+def training(
+    shape: Shape,
+    *,
+    quantization: Quantization,
+    lora: Lora,
+    pack_tokens: int,
+    itemsize: int,
+    checkpointing: bool,
+    pack: Pack | None = None,
+    chunked_head: bool | None = None,
+) -> dict[str, int]:
+    """Bytes by what they are for, at the highest moment of a step on one pack; their sum is that of the process.
+
+    `itemsize`: bytes of a number in matrix products, 2 on a GPU and 4 on a CPU. `pack`: the largest of the run,
+    where its rows are known; else one document of `pack_tokens`, half of it learned. `chunked_head`: None means as
+    `head_in_chunks` says. On a GPU autocast, fused attention and float32 norms are taken for granted.
+    """
+    pack = pack or Pack(documents=(pack_tokens,), learned=pack_tokens // 2)
+    chunked = head_in_chunks(shape, lora) if chunked_head is None else chunked_head
+    step = Step(shape, lora, pack, itemsize, quantization)
+    logits = step.logits(chunked=chunked)
+    parts = {
         "weights": weights(shape, quantization, itemsize),
         "adapter and optimizer": shape.adapter_parameters(lora) * ADAPTER_BYTES,
-        "activations": kept,
-        "logits": 3 * pack_tokens * shape.vocabulary * 4 // 2,  # float32, its softmax and gradient; half is learned
+        "activations": step.kept(checkpointing=checkpointing),
+        "logits": logits,
+        # The logits have gone when the backward pass comes to the layers: of the two the larger counts.
+        "working buffers": max(0, step.working(checkpointing=checkpointing) - logits),
     }
+    return parts | ({"CUDA": _CUDA_BYTES} if itemsize == 2 else {})
 
 
 def inference(shape: Shape, quantization: Quantization, itemsize: int, tokens: int) -> dict[str, int]:

@@ -32,6 +32,9 @@ class Lora:
     alpha: int = 16
     dropout: float = 0.05
     target_modules: tuple[str, ...] = ALL_LINEAR
+    modules_to_save: tuple[str, ...] = ()  # trained as a whole: "embed_tokens", "lm_head"
+    rslora: bool = False  # scaled by alpha / sqrt(rank), arXiv:2312.03732
+    dora: bool = False  # direction and magnitude apart, arXiv:2402.09353
 
 
 @dataclass(frozen=True, kw_only=True)

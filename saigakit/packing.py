@@ -1,8 +1,10 @@
 """Tokenised conversations into packs without padding: best fit into a token budget, positions restart per document."""
 
 import bisect
+import heapq
 import math
 import random
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +12,6 @@ from saigakit.tokenization import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import torch
-
-_WINDOW = 512  # conversations: enough to fill packs to 99 %
 
 
 def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -59,22 +59,38 @@ def _positions(rows: Sequence[dict[str, list[int]]]) -> "torch.Tensor":
     return torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None]
 
 
-def schedule(lengths: Sequence[int], *, budget: int, most: int, epochs: float, seed: int) -> list[list[int]]:
-    """Packs of all epochs in the order of training; every whole epoch shows each conversation once.
+def order(shown: Sequence[Sequence[int]], epochs: float, seed: int) -> "array[int]":
+    """The conversations that each epoch shows in the order of training: every epoch is shuffled anew.
 
-    A pack has at most `budget` tokens and `most` conversations. Conversations are shuffled, packed window by window,
-    so that their neighbours change, and the packs are shuffled.
+    Of a fractional last epoch it is the share, rounded up.
     """
     rng = random.Random(seed)
-    packs: list[list[int]] = []
-    for epoch in range(math.ceil(epochs)):
-        order = rng.sample(range(len(lengths)), len(lengths))
-        windows = [order[start : start + _WINDOW] for start in range(0, len(order), _WINDOW)]
-        fitted = [
-            [window[i] for i in pack] for window in windows for pack in best_fit([lengths[i] for i in window], budget)
-        ]
-        made = [pack[start : start + most] for pack in fitted for start in range(0, len(pack), most)]
-        rng.shuffle(made)
+    made = array("i")
+    for epoch, indices in zip(range(math.ceil(epochs)), shown, strict=True):
+        shuffled = array("i", indices)
+        rng.shuffle(shuffled)
         share = min(1.0, epochs - epoch)
-        packs += made[: math.ceil(share * len(made))]
-    return packs
+        made += shuffled[: math.ceil(round(share * len(shuffled), 6))]  # 0.1 + 0.2 of ten is three, not four
+    return made
+
+
+def lay(lengths: Sequence[int], *, budget: int, processes: int) -> list[list[list[int]]]:
+    """The packs of each process for the documents of one step, which are first shared out so that none waits.
+
+    A process has at least one document where there are that many; its packs have at most `budget` tokens.
+    """
+    shares = _balanced(lengths, processes)
+    return [
+        [[share[i] for i in pack] for pack in best_fit([lengths[index] for index in share], budget)] for share in shares
+    ]
+
+
+def _balanced(lengths: Sequence[int], processes: int) -> list[list[int]]:
+    """Longest first to whoever has the fewest tokens."""
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    tokens = [(0, process) for process in range(processes)]
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fewest, process = tokens[0]
+        shares[process].append(index)
+        heapq.heapreplace(tokens, (fewest + lengths[index], process))
+    return shares

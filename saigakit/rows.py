@@ -141,11 +141,12 @@ class Rows(Sequence[Example]):
 
     def __init__(self) -> None:
         self.lengths, self.learned = array("i"), array("i")  # tokens of each row
+        self.numbers = array("i")  # of each row's conversation in its file, from 1
         self._ends = array("q", [0])  # in tokens
         self._file = tempfile.TemporaryFile(dir=workspace.scratch_dir(), buffering=1 << 20)  # noqa: SIM115
 
-    def append(self, example: Example) -> None:
-        """Raises SaigaError where the disk has no room for it."""
+    def append(self, example: Example, number: int | None = None) -> None:
+        """`number` is that of the conversation in its file. Raises SaigaError where the disk has no room for it."""
         ids, labels = example["input_ids"], example["labels"]
         try:
             self._file.write(array("i", ids).tobytes() + array("i", labels).tobytes())
@@ -153,6 +154,7 @@ class Rows(Sequence[Example]):
             raise (self._full() if workspace.is_full(error) else error) from None
         self.lengths.append(len(ids))
         self.learned.append(len(labels) - labels.count(IGNORE_INDEX))
+        self.numbers.append(len(self) if number is None else number)
         self._ends.append(self._ends[-1] + len(ids))
 
     def __len__(self) -> int:
@@ -177,13 +179,14 @@ def store(conversations: Sequence[Conversation], tokenizer: Tokenizer, limit: in
     """The rows that have something to learn; what is cut off or left out is counted aloud."""
     rows = Rows()
     cut = dropped = unlearned = 0
-    for _, encoded, _, is_cut in encode_fitting(conversations, tokenizer, limit, name=name):
+    fitting = encode_fitting(conversations, tokenizer, limit, name=name)
+    for number, (_, encoded, _, is_cut) in enumerate(fitting, start=1):
         learned = [row for row in encoded if set(row["labels"][1:]) != {IGNORE_INDEX}]
         dropped += not encoded
         unlearned += bool(encoded) and not learned
         cut += is_cut and bool(learned)
         for row in learned:
-            rows.append(row)
+            rows.append(row, number)
     if not rows:
         raise SaigaError(f"{name}: no conversation has an answer within max_seq_length={limit} tokens.")
     if unlearned:

@@ -150,6 +150,11 @@ def adapter_dir(spec: ModelSpec, adapter: str, run_dir: str | Path | None = None
     )
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether it is "owner/name" as the Hub has it, which no path of this machine is."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
 def _is_here(name: str, run_dir: str | Path | None) -> bool:
     places = [Path(name), *([] if run_dir is None else [Path(run_dir) / name])]
     attached = (path for root in workspace.input_roots() for path in root.rglob(glob.escape(name)))

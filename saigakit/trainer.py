@@ -1,175 +1,230 @@
-"""Packs into optimizer steps: the Trainer of a run, its plan, its log and its progress lines."""
+"""Steps into a trained adapter: the Trainer of a run, what it saves, when it ends and what it says of itself."""
 
-import json
+import contextlib
 import math
+import random
+import shutil
+import tempfile
 import time
-from collections.abc import Sequence
-from datetime import datetime, timedelta
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from saigakit import packing, weights, workspace
+from saigakit import checkpoints, evaluation, head, launch, packing, ranks, weights, workspace
+from saigakit.checkpoints import Store
 from saigakit.config import TrainConfig
 from saigakit.errors import SaigaError
-from saigakit.rows import Rows
-from saigakit.tokenization import Example
+from saigakit.evaluation import HeldOut
+from saigakit.steps import Plan, Step
+from saigakit.training_log import Log
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch.utils.data import SequentialSampler
+    from torch.utils.data import DataLoader, Dataset
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-EVALUATIONS = 4  # in a run, unless eval_steps says otherwise
-REPORT_S = 15  # between two lines of progress
-Pack = list[Example]
+MARGIN_S = 60.0  # for the curve, the hashes and whatever else follows the last step
+Ending = Literal["finished", "early_stopping", "max_hours", "asked"]
+OnEvaluation = Callable[[int, float, "PeftModel"], None]
 
 
-class Packs(Sequence[Pack]):
-    """Rows by their indices, read when a pack is asked for."""
+@dataclass
+class Run:
+    """Everything that the parts of a run share. Times in seconds."""
 
-    def __init__(self, rows: Sequence[Example], packs: Sequence[Sequence[int]]) -> None:
-        self.rows, self.packs = rows, packs
+    config: TrainConfig
+    plan: Plan
+    held_out: HeldOut
+    store: Store
+    log: Log
+    kept: Sequence[Path] = ()  # files beside the log that go into a checkpoint
+    on_evaluation: OnEvaluation | None = None  # (step, held-out loss, model), in the first process alone
+    ending: Ending = "finished"
+    step_loss: float = math.nan  # this process's part of the last step's; Trainer's own is of 7 digits
+    worst_step_s: float = 0.0
+    save_s: float = 0.0  # of the slowest checkpoint
+    evaluation_s: float = 0.0
+    saved: float = field(default_factory=time.monotonic)
+    saved_step: int = -1
 
-    def __len__(self) -> int:
-        return len(self.packs)
+    @property
+    def eval_steps(self) -> int:
+        return evaluation.steps_between(len(self.plan), self.config.eval_steps)
 
-    def __getitem__(self, index: int) -> Pack:  # type: ignore[override]  # no slices
-        return [self.rows[row] for row in self.packs[index]]
+    @property
+    def reserve_s(self) -> float:
+        """What another step, a checkpoint, an evaluation and the outputs need."""
+        return self.worst_step_s + 2 * self.save_s + self.evaluation_s + MARGIN_S
 
+    def is_time_over(self) -> bool:
+        """Whether they would not be done within max_hours of the session."""
+        return time.time() + self.reserve_s > workspace.session_start() + self.config.max_hours * 3600
 
-class Plan:
-    """The packs of the whole run and how many make one optimizer step: about batch_size conversations."""
-
-    def __init__(self, config: TrainConfig, rows: Rows, processes: int) -> None:
-        lengths = rows.lengths
-        most = max(1, config.batch_size // processes)
-        budget = config.sequence_budget
-        packs = packing.schedule(lengths, budget=budget, most=most, epochs=config.epochs, seed=config.seed)
-        per_pack = sum(map(len, packs)) / len(packs)
-        self.accumulation = max(1, round(config.batch_size / per_pack / processes))
-        per_step = self.accumulation * processes
-        self.steps = math.ceil(len(packs) / per_step)
-        self.packs = Packs(rows, packs)
-        sizes = [sum(lengths[index] for index in pack) for pack in packs]
-        self.tokens = [sum(sizes[start : start + per_step]) for start in range(0, len(sizes), per_step)]  # of each step
-
-
-class Log:
-    """log.jsonl, and a sparse line for whoever watches."""
-
-    def __init__(self, file: Path, *, quiet: bool) -> None:
-        self.file, self.quiet = file, quiet
-
-    def say(self, text: str) -> None:
-        if not self.quiet:
-            print(text, flush=True)
-
-    def write(self, **entry: float) -> None:
-        if not self.quiet:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry) + "\n")
+    def is_save_due(self, step: int) -> bool:
+        if self.config.save_steps is not None:
+            return step % self.config.save_steps == 0
+        return time.monotonic() - self.saved > self.config.save_minutes * 60
 
 
-def build(config: TrainConfig, model: "PeftModel", plan: Plan, held_out: Pack, log: Log) -> "Trainer":
+def build(run: Run, model: "PeftModel", *, resumed: bool) -> "Trainer":
     from transformers import PrinterCallback, TrainingArguments
 
+    config, steps = run.config, len(run.plan)
     number_format = weights.number_format(config.spec, workspace.gpus() if model.device.type == "cuda" else [])
     arguments = TrainingArguments(
         output_dir=config.output_dir,
-        per_device_train_batch_size=1,  # one pack
-        gradient_accumulation_steps=plan.accumulation,
-        num_train_epochs=1,  # the plan holds the packs of all epochs
+        per_device_train_batch_size=1,  # one step: its packs are looped over in training_step
+        gradient_accumulation_steps=1,
+        num_train_epochs=1,  # the plan holds the steps of all epochs
         learning_rate=config.peak_learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=plan.steps // 20,
+        warmup_steps=steps // 20,
         max_grad_norm=1.0,
+        neftune_noise_alpha=config.neftune_alpha,
         fp16=number_format == "float16",
         bf16=number_format == "bfloat16",
         use_cpu=model.device.type == "cpu",
-        eval_strategy="steps" if held_out else "no",
-        eval_steps=config.eval_steps or math.ceil(plan.steps / EVALUATIONS),
-        eval_on_start=bool(held_out),
+        eval_strategy="steps" if run.held_out else "no",
+        eval_steps=run.eval_steps,
+        eval_on_start=bool(run.held_out) and not resumed,
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would log a broken loss as 0
-        save_strategy="no",
+        save_strategy="no",  # `_watch` asks for checkpoints
         report_to="none",
         disable_tqdm=True,
         seed=config.seed,
         remove_unused_columns=False,
-        dataloader_pin_memory=model.device.type == "cuda",
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
     )
-    lengths = [len(row["input_ids"]) for row in held_out]
-    packs = Packs(held_out, packing.best_fit(lengths, config.sequence_budget))
-    trainer = _trainer_class(plan.packs, packs)(
+    trainer = _trainer_class(run)(
         model=model,
         args=arguments,
-        train_dataset=plan.packs,
-        eval_dataset=packs if held_out else None,
-        data_collator=lambda batch: packing.collate(batch[0]),
-        callbacks=[_progress(config, plan, log)],
+        train_dataset=run.plan,
+        eval_dataset=cast(Any, run.held_out) if run.held_out else None,
+        callbacks=[_watch(run, model)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _any_process(here: bool, args: "TrainingArguments") -> bool:
-    """The same answer in all processes: one that stopped alone would leave the others waiting for it."""
-    if args.world_size == 1:
-        return here
-    import torch
-
-    flag = torch.tensor([float(here)], device=args.device)
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return bool(flag.item())
-
-
-def _trainer_class(planned: Packs, held_out: Packs) -> type["Trainer"]:
-    """Trainer that keeps the plan's order and whose held-out loss is the mean over learned tokens.
+def _trainer_class(run: Run) -> type["Trainer"]:
+    """Trainer whose losses, of training and held out, are means over the learned tokens of all processes.
 
     The stock eval_loss depends on the batch size and is wrong on two processes.
     """
     import torch
-    from torch.utils.data import SequentialSampler
+    from torch.utils.data import DataLoader
     from transformers import Trainer
 
-    class PackTrainer(Trainer):
+    packs = packing.best_fit(run.held_out.lengths, run.config.sequence_budget)
+
+    class StepTrainer(Trainer):
         model: "PeftModel"
 
-        def _get_train_sampler(self, train_dataset: object = None) -> "SequentialSampler":
-            return SequentialSampler(planned)
+        def get_train_dataloader(self) -> "DataLoader[Step]":
+            """Not accelerate's, which would deal the steps out to the processes: each takes its part of every step."""
+            plan = cast("Dataset[Step]", run.plan)
+            return DataLoader(plan, batch_size=1, collate_fn=lambda one: one[0])
+
+        def training_step(  # type: ignore[override]  # a Step, where Trainer has a dict
+            self, model: "torch.nn.Module", inputs: Step, num_items_in_batch: object = None
+        ) -> "torch.Tensor":
+            model.train()
+            # DDP takes the mean over processes of the gradients, and the log that of the losses.
+            weight = 0.0 if inputs.idle else self.args.world_size / inputs.learned
+            total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+            for number, pack in enumerate(inputs.packs, 1):
+                is_last = number == len(inputs.packs)
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                    loss = self._loss_sum(model, pack) * weight
+                    self.accelerator.backward(loss)
+                total += loss.detach()
+            run.step_loss = total.item()
+            return total.float()
+
+        def _loss_sum(self, model: "torch.nn.Module", pack: dict[str, Any]) -> "torch.Tensor":
+            with self.accelerator.autocast():
+                return model(**self._prepare_inputs(pack), use_cache=False, num_items_in_batch=1).loss  # type: ignore[no-any-return]
+
+        def floating_point_ops(self, *_: object) -> int:
+            return 0  # Trainer's looks for input_ids in a step
 
         @torch.no_grad()
         def evaluate(self, *_: object, **__: object) -> dict[str, float]:
             self.model.eval()
             start = time.monotonic()
             total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-            for index in range(self.args.process_index, len(held_out), self.args.world_size):
-                batch = self._prepare_inputs(packing.collate(held_out[index]))
-                with self.accelerator.autocast():
-                    loss_sum = self.model(**batch, use_cache=False, num_items_in_batch=1).loss
-                total += torch.tensor([loss_sum.item(), batch["logits_to_keep"].numel()], device=total.device)
+            with head.deferred(self.model):
+                for number in range(self.args.process_index, len(packs), self.args.world_size):
+                    pack = packing.collate([run.held_out[index] for index in packs[number]])
+                    loss_sum = self._loss_sum(self.model, pack).item()
+                    total += torch.tensor([loss_sum, pack["logits_to_keep"].numel()], device=total.device)
             loss, tokens = self.accelerator.reduce(total, "sum").tolist()
-            metrics = {"eval_loss": loss / tokens, "eval_seconds": time.monotonic() - start}
+            run.evaluation_s = time.monotonic() - start
+            metrics = {"eval_loss": loss / tokens}
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
-    return PackTrainer
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            """Trainer's goes on without the files, and in transformers 5.0 fails on two processes without a GPU."""
+            for part, name in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
+                if checkpoint is not None and part is not None:
+                    part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+
+        def _save_checkpoint(self, *_: object) -> None:
+            start = time.monotonic()
+            with tempfile.TemporaryDirectory() as scratch:  # each process its own: a machine may have a disk of its own
+                self._save_rng_state(scratch)
+                mine = {file.name: file.read_bytes() for file in Path(scratch).iterdir()}
+            everyones = ranks.gathered(mine, self.args)
+
+            def fill(directory: Path) -> None:
+                state = directory / checkpoints.STATE
+                save_adapter(self.model, state)
+                self._save_optimizer_and_scheduler(str(state))
+                self._save_scaler(str(state))
+                for name, content in ((name, content) for one in everyones for name, content in one.items()):
+                    (state / name).write_bytes(content)
+                self.state.save_to_json(str(state / "trainer_state.json"))
+                run.log.copy(directory / checkpoints.LOG)
+                for file in filter(Path.is_file, run.kept):
+                    shutil.copyfile(file, directory / file.name)
+
+            step, needed = self.state.global_step, 3 * _adapter_bytes(self.model)  # with two moments of AdamW
+            ranks.by_first(lambda: run.store.write(step, fill, needed=needed), self.args)
+            run.saved, run.saved_step = time.monotonic(), step
+            run.save_s = max(run.save_s, run.saved - start)
+            run.log.say(f"step {step}: checkpoint saved in {run.saved - start:.1f} s")
+
+    return StepTrainer
 
 
-def _progress(config: TrainConfig, plan: Plan, log: Log) -> "TrainerCallback":
+def _watch(run: Run, model: "PeftModel") -> "TrainerCallback":
     from transformers import TrainerCallback
 
-    class Progress(TrainerCallback):
-        """The log, a line now and then, and an end in time."""
+    class Watch(TrainerCallback):
+        """The log, the checkpoints, the best adapter, and the end where it comes before the last step."""
 
-        began = shown = time.monotonic()
-        seconds = 0.0  # of training, evaluations left out
-        evaluation_s = 0.0  # of the last evaluation
+        began = 0.0
 
         def on_step_begin(self, *_: object, **__: object) -> None:
             self.began = time.monotonic()
+
+        def on_step_end(
+            self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: object
+        ) -> None:
+            step, took = state.global_step, time.monotonic() - self.began
+            run.log.seconds += took
+            run.worst_step_s = max(run.worst_step_s, took)
+            here = (run.is_time_over(), launch.is_asked_to_end(), run.is_save_due(step))
+            is_over, is_asked, control.should_save = ranks.any_of(here, args)
+            if step < len(run.plan) and (is_over or is_asked):
+                run.ending = "asked" if is_asked else "max_hours"
+                control.should_save = control.should_training_stop = True
 
         def on_log(
             self,
@@ -179,35 +234,81 @@ def _progress(config: TrainConfig, plan: Plan, log: Log) -> "TrainerCallback":
             logs: dict[str, float] | None = None,
             **_: object,
         ) -> None:
-            step, logs = state.global_step, logs or {}
+            step, steps, logs = state.global_step, len(run.plan), logs or {}
             if "eval_loss" in logs:
-                self.evaluation_s = logs["eval_seconds"]
-                log.write(step=step, held_out_loss=logs["eval_loss"])
-                log.say(f"step {step}: held-out loss {logs['eval_loss']:.4f} per token")
+                if not math.isfinite(logs["eval_loss"]):
+                    raise SaigaError(_broken(run, step, f"The held-out loss is {logs['eval_loss']} after"))
+                run.log.write(step=step, held_out_loss=logs["eval_loss"])
+                run.log.say(f"step {step}: held-out loss {logs['eval_loss']:.4f} per token")
             elif "loss" in logs:
-                if not math.isfinite(logs["loss"]):
-                    raise SaigaError(f"The loss is {logs['loss']} at step {step}. Use a smaller learning_rate.")
-                tokens = sum(plan.tokens[:step])
-                log.write(step=step, loss=logs["loss"], tokens=tokens, seconds=round(self.seconds, 2))
-                self.tell(step, logs["loss"], tokens / self.seconds, int(args.eval_steps or plan.steps))
+                loss = ranks.mean(run.step_loss, args)
+                # With a GradScaler a gradient may overflow: that step is left out and the scale is halved.
+                if not math.isfinite(loss if args.fp16 else loss + logs.get("grad_norm", 0.0)):
+                    what = "The gradient is not finite" if math.isfinite(loss) else f"The loss is {loss}"
+                    raise SaigaError(_broken(run, step, f"{what} at"))
+                tokens = run.plan.tokens_until[step]
+                run.log.write(step=step, loss=loss, tokens=tokens, seconds=round(run.log.seconds, 2))
+                evaluations = (math.ceil(steps / run.eval_steps) - step // run.eval_steps) * run.evaluation_s
+                run.log.tell(step, steps, loss, tokens=tokens, of=run.plan.tokens, more_s=evaluations)
 
-        def tell(self, step: int, loss: float, speed: float, eval_steps: int) -> None:
-            now = time.monotonic()
-            if now - self.shown < REPORT_S and step < plan.steps:
-                return
-            self.shown = now
-            evaluations = math.ceil(plan.steps / eval_steps) - step // eval_steps
-            left = timedelta(seconds=round(sum(plan.tokens[step:]) / speed + evaluations * self.evaluation_s))
-            ends = (datetime.now().astimezone() + left).strftime("%H:%M")
-            log.say(f"step {step} of {plan.steps}: loss {loss:.3f}, {speed:.0f} tokens/s, {left} left, ends at {ends}")
-
-        def on_step_end(
-            self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **_: object
+        def on_evaluate(
+            self,
+            args: "TrainingArguments",
+            state: "TrainerState",
+            control: "TrainerControl",
+            metrics: dict[str, float] | None = None,
+            **_: object,
         ) -> None:
-            self.seconds += time.monotonic() - self.began
-            over = time.time() - workspace.session_start() > config.max_hours * 3600
-            if _any_process(over, args) and state.global_step < plan.steps:
-                log.say(f"max_hours={config.max_hours:g} are over: training ends at step {state.global_step}.")
+            step, loss = state.global_step, (metrics or {})["eval_loss"]
+            best = evaluation.best(run.log.held_out)
+            if best is not None and best.step == step:
+                needed = _adapter_bytes(model)
+                ranks.by_first(lambda: run.store.keep_best(partial(save_adapter, model), needed=needed), args)
+            ranks.by_first(lambda: _call(run.on_evaluation, step, loss, model), args)
+            if is_stopped_early(run) and step < len(run.plan):
                 control.should_training_stop = True
 
-    return Progress()
+    return Watch()
+
+
+def is_stopped_early(run: Run) -> bool:
+    """Whether the held-out loss has not become better for early_stopping evaluations; it is then said and kept."""
+    best, patience = evaluation.best(run.log.held_out), run.config.early_stopping
+    if best is None or patience is None or best.worse_since < patience:
+        return False
+    run.ending = "early_stopping"
+    run.log.say(f"early_stopping={patience}: the held-out loss was best at step {best.step}; training ends here.")
+    return True
+
+
+def _broken(run: Run, step: int, what: str) -> str:
+    numbers = ", ".join(str(number) for number in run.plan.numbers(max(step, 1) - 1) if number > 0)  # below: of replay
+    saved = f"the checkpoint of step {run.saved_step} is kept" if run.saved_step >= 0 else "there is no checkpoint yet"
+    return (
+        f"{what} step {step}, whose conversations are {numbers} of {Path(run.config.train_file).name}; {saved}. "
+        "Use a smaller learning_rate, or look at these conversations."
+    )
+
+
+def _call(act: OnEvaluation | None, step: int, loss: float, model: "PeftModel") -> None:
+    """Without a trace in the random numbers of training."""
+    import torch
+
+    if act is None:
+        return
+    python = random.getstate()
+    with torch.random.fork_rng():
+        act(step, loss, model)
+    random.setstate(python)
+
+
+def save_adapter(model: "PeftModel", directory: Path) -> None:
+    """The adapter alone. Its config names the base as `model` does, see train."""
+    model.save_pretrained(str(directory), save_embedding_layers=False)  # "auto" would ask the Hub for the base
+    (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
+
+
+def _adapter_bytes(model: "PeftModel") -> int:
+    return sum(
+        parameter.numel() * parameter.element_size() for parameter in model.parameters() if parameter.requires_grad
+    )

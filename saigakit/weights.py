@@ -78,7 +78,7 @@ def load_base(
 
 
 def with_adapter(model: "PreTrainedModel", adapter_dir: Path | None, lora: Lora) -> "PeftModel":
-    """The adapter continued, or a new one where there is none; its matrices are float32 and trainable.
+    """The adapter continued, as its own config says, or a new one where there is none; all that trains is float32.
 
     Raises SaigaError for the adapter of another base.
     """
@@ -90,16 +90,44 @@ def with_adapter(model: "PreTrainedModel", adapter_dir: Path | None, lora: Lora)
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=list(lora.target_modules),
+            modules_to_save=list(lora.modules_to_save) or None,
+            use_rslora=lora.rslora,
+            use_dora=lora.dora,
             task_type="CAUSAL_LM",
         )
-        return get_peft_model(model, settings)
+        return _trained_in_float32(get_peft_model(model, settings))
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=True)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise SaigaError(_other_base(adapter_dir, str(model.config.name_or_path), reason)) from None
     _require_all_used(adapted, adapter_dir)
+    return _trained_in_float32(adapted)
+
+
+def _trained_in_float32(adapted: "PeftModel") -> "PeftModel":
+    """peft leaves whole trained modules in the base's format, where small updates are lost."""
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return adapted
+
+
+def require_formats(model: "torch.nn.Module", dtype: "torch.dtype") -> None:
+    """To be called when a model is ready to train on one GPU or the CPU.
+
+    Raises TypeError where what trains is not float32 (a GradScaler cannot unscale anything else), and where a frozen
+    weight is in another float format than `dtype` or float32 (bfloat16 on a T4 is emulated, and slow).
+    """
+    import torch
+
+    for name, parameter in model.named_parameters():
+        allowed = {torch.float32} if parameter.requires_grad else {torch.float32, dtype}
+        if parameter.is_floating_point() and parameter.dtype not in allowed:
+            wanted = " or ".join(sorted(str(item) for item in allowed))
+            raise TypeError(f"{name} is {parameter.dtype} and must be {wanted}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise TypeError("no parameter of the model is trainable")
 
 
 def _require_all_used(adapted: "PeftModel", adapter_dir: Path) -> None:
@@ -117,8 +145,10 @@ def require_fitting(adapter_dir: Path, base_dir: Path) -> None:
     """Raises SaigaError for the adapter of another base, by the shapes in its header: before anything is loaded."""
     shape = Shape.of(base_dir)
     for name, size in adapter_shapes(adapter_dir).items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")) and size != (shape.vocabulary, shape.hidden):
+            raise SaigaError(_other_base(adapter_dir, str(base_dir), f"{name} {tuple(size)} does not fit"))
         found = re.search(r"\.layers\.(\d+)\.\w+\.(\w+)\.lora_([AB])\.", name)
-        if found is None:  # of an embedding or the head, which is looked at when the model is loaded
+        if found is None:  # of the head, or DoRA's magnitudes: looked at when the model is loaded
             continue
         out, into = shape.linear.get(found[2], (0, 0))
         fits = size[1] == into if found[3] == "A" else size[0] == out
@@ -150,6 +180,30 @@ def adapter_shapes(adapter_dir: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
     except (SafetensorError, OSError, RuntimeError, EOFError) as error:
         raise SaigaError(f"{file} is missing or damaged ({error}); fetch the adapter again.") from None
+
+
+def lora_of(adapter_dir: Path) -> Lora:
+    """What an adapter on disk is, in the terms of a new one: a continued one stays so.
+
+    Raises SaigaError where its files are missing or damaged.
+    """
+    file = adapter_dir / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        rank, alpha = config["r"], config["lora_alpha"]
+    except (OSError, ValueError, KeyError) as error:
+        raise SaigaError(f"{file} is missing or damaged ({error!r}); fetch the adapter again.") from None
+    # Not from the config: it may hold a pattern.
+    found = {match[1] for name in adapter_shapes(adapter_dir) if (match := re.search(r"\.(\w+)\.lora_A\.", name))}
+    return Lora(
+        rank=rank,
+        alpha=alpha,
+        dropout=config.get("lora_dropout", 0.0),
+        target_modules=tuple(sorted(found)),
+        modules_to_save=tuple(config.get("modules_to_save") or ()),
+        rslora=config.get("use_rslora", False),
+        dora=config.get("use_dora", False),
+    )
 
 
 def quiet() -> None:

@@ -1,10 +1,10 @@
-"""A training log as a table and a picture."""
+"""A training log as a table, a picture and a verdict."""
 
 import json
 
 import pytest
 
-from saigakit import curve
+from saigakit import curve, manifest
 
 LOG = [
     {"step": 0, "held_out_loss": 2.5},
@@ -13,33 +13,118 @@ LOG = [
 ]
 
 
+def log_of(held_out, training):
+    """Evaluations every 20 steps, training losses that lie on lines between `training` at the evaluations."""
+    log = [{"step": 0, "held_out_loss": held_out[0]}]
+    for number, loss in enumerate(held_out[1:]):
+        begin, end = training[number : number + 2]
+        for step in range(1, 21):
+            at = {"step": 20 * number + step, "loss": begin + (end - begin) * step / 20}
+            log.append({**at, "tokens": 100 * at["step"], "seconds": 2.0 * at["step"]})
+        log.append({"step": 20 * (number + 1), "held_out_loss": loss})
+    return log
+
+
+def write(directory, log):
+    (directory / curve.LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+    return directory
+
+
 @pytest.fixture
 def trained(tmp_path):
-    (tmp_path / curve.LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in LOG), encoding="utf-8")
-    return tmp_path
+    return write(tmp_path, LOG)
 
 
 def test_the_log_is_read_as_it_was_written(trained):
     assert curve.read(trained) == LOG
 
 
-def test_the_table_has_steps_tokens_speed_and_both_losses(trained):
+def test_the_table_has_steps_tokens_speed_both_losses_and_the_best_step(trained):
     cells = [value for _, value in curve.summary(trained).rows]
     assert cells[:3] == ["20", "2,000", "0.7 min, 50 tokens/s"]
-    assert cells[3].startswith("3.000 → 0.2")  # the mean of the last ten steps
-    assert cells[4] == "2.500 → 0.500"
+    assert cells[3].startswith("3.000 → 0.1")  # the mean of the last steps
+    assert cells[4:] == ["2.500 → 0.500", "20, 0.500"]
+
+
+def test_the_best_step_is_that_of_the_lowest_held_out_loss_and_the_first_of_equals(tmp_path):
+    log = log_of([3.0, 1.0, 0.5, 0.5, 0.9], [3, 2, 1, 0.5, 0.1])
+    assert curve.best(log) == (40, 0.5)
+    assert dict(curve.summary(write(tmp_path, log)).rows)["лучший шаг · best step"] == "40, 0.500"
+
+
+def test_memory_is_told_where_the_log_has_it(tmp_path):
+    rows = dict(curve.summary(write(tmp_path, [{"memory_predicted": 7.5e9}, *LOG, {"memory_peak": 7.25e9}])).rows)
+    assert rows["память: предсказано, измерено · memory: predicted, measured"] == "7.50 GB, 7.25 GB"
+    rows = dict(curve.summary(write(tmp_path, [{"memory_predicted": 7.5e9}, *LOG])).rows)
+    assert rows["память: предсказано, измерено · memory: predicted, measured"] == "7.50 GB, ?"
+
+
+@pytest.mark.parametrize(("ended", "said"), [("early_stopping", "no better held-out loss"), ("max_hours", "max_hours")])
+def test_an_early_end_and_the_step_of_the_adapter_are_told(tmp_path, ended, said):
+    identity = {"stage": "02_train", "parameters": {}, "inputs": {}}
+    with manifest.making(tmp_path / "made", facts={"training": {"ended": ended, "best_step": 20}}, **identity) as made:
+        write(made, LOG)
+    rows = dict(curve.summary(tmp_path / "made").rows)
+    assert said in rows["обучение закончилось · training ended"]
+    assert rows["сохранён адаптер шага · adapter kept of step"] == "20"
 
 
 def test_a_run_without_held_out_texts_has_one_line(tmp_path):
-    (tmp_path / curve.LOG_FILE).write_text(json.dumps(LOG[1]) + "\n", encoding="utf-8")
-    assert len(curve.summary(tmp_path).rows) == 4
-    assert len(curve.plot(curve.read(tmp_path)).axes[0].lines) == 1
+    assert len(curve.summary(write(tmp_path, LOG[1:-1])).rows) == 4
+    assert len(curve.plot(LOG[1:-1]).axes[0].lines) == 1
+    assert "nothing to judge by" in curve.verdict(LOG[1:-1])
 
 
 def test_the_picture_shows_every_step_of_both_losses(trained):
     training, held_out = curve.plot(curve.read(trained)).axes[0].lines
     assert list(training.get_xdata()) == list(range(1, 21))
     assert list(held_out.get_ydata()) == [2.5, 0.5]
+
+
+def test_the_picture_marks_the_best_step_where_it_is_not_the_last():
+    axes = curve.plot(log_of([3.0, 1.0, 0.5, 0.9], [3, 2, 1, 0.5])).axes[0]
+    [best] = [line for line in axes.lines if "40 (best step)" in line.get_label()]
+    assert (list(best.get_xdata()), list(best.get_ydata())) == ([40], [0.5])
+    assert sorted(text.get_text() for text in axes.texts) == ["0.500", "0.900"]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "training", "said"),
+    [
+        (
+            [2.0, 1.0, 0.8, 0.9, 1.0],
+            [2, 1, 0.6, 0.3, 0.1],
+            "was best at step 40 of 80 and has risen by 25 % since (0.800",
+        ),
+        ([1.0, 1.2, 1.5], [1, 0.5, 0.1], "memorises: held-out loss was best at step 0 of 40 and has risen by 50 %"),
+        ([2.0, 1.0, 1.5, 2.5], [2, 1, 1.6, 2.6], "gets worse: since step 20 of 60 held-out loss has risen by 150 %"),
+        ([2.0, 1.9, 2.0, 1.995], [2, 1, 0.5, 0.1], "memorises: held-out loss was best at step 20 of 60"),
+        ([2.0, 1.995, 2.0], [2, 1, 0.5], "does not learn: held-out loss has hardly changed (2.000 → 2.000)"),
+        ([2.0, 1.5, 1.2, 1.0], [2, 1.5, 1.2, 1], "from step 40 to 60 held-out loss fell by 17 % (1.200 → 1.000)"),
+        ([2.0, 1.0, 0.9, 0.895], [2, 1, 0.9, 0.9], "Learned: held-out loss fell from 2.000 to 0.895"),
+        ([2.0, 0.9, 0.815, 0.8], [2, 1, 0.9, 0.9], "Learned: held-out loss fell from 2.000 to 0.800"),
+        ([8.383, 8.229, 8.126, 8.064, 8.038], [8.5, 8.3, 8.1, 8, 7.9], "Still learning: from step 60 to 80"),
+        # A run of the demo: 7 % above the best, and 0.003 nats.
+        ([0.765, 0.085, 0.087, 0.047, 0.0434, 0.0465], [0.7, 0.1, 0.05, 0.04, 0.03, 0.01], "Learned"),
+        ([0.745, 0.05, 0.02, 0.0025, 0.0015], [0.7, 0.1, 0.05, 0.02, 0.01], "Learned"),
+        ([2.0, 1.0], [2, 1], "Fewer than three evaluations"),
+    ],
+)
+def test_the_verdict_says_what_happened_with_its_numbers(held_out, training, said):
+    verdict = curve.verdict(log_of(held_out, training))
+    assert said in verdict
+    russian, english = verdict.split(" · ")
+    assert any("а" <= letter <= "я" for letter in russian) and not any("а" <= letter <= "я" for letter in english)
+
+
+def test_a_short_run_that_memorises_is_told_from_one_that_breaks():
+    def short(losses):
+        steps = [{"step": step, "loss": loss, "tokens": step, "seconds": step} for step, loss in enumerate(losses, 1)]
+        return [{"step": 0, "held_out_loss": 2.0}, *steps[:3], {"step": 3, "held_out_loss": 1.0}, *steps[3:],
+                {"step": 6, "held_out_loss": 1.5}]  # fmt: skip
+
+    assert "memorises" in curve.verdict(short([2.0, 1.5, 1.0, 0.7, 0.4, 0.2]))
+    assert "gets worse" in curve.verdict(short([2.0, 1.5, 1.0, 1.2, 1.4, 1.8]))
 
 
 @pytest.mark.parametrize(("losses", "labelled"), [((8.4, 7.9), True), ((3.0, 0.0002), False)])

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from saigakit import data, evaluate, export, manifest, memory, results, sources, tokenization, workspace
+from saigakit import data, evaluate, export, manifest, memory, questions, results, sources, tokenization, workspace
 from saigakit.errors import SaigaError
 from saigakit.evaluate import Asked, Compared, Example
 from saigakit.generation import Generated
@@ -94,7 +94,7 @@ def test_examples_are_taken_evenly_over_the_file(count, taken):
 def test_the_limit_is_the_longest_reference_and_a_margin(tiny):
     tokenizer = tokenization.load_tokenizer("saiga_tiny")
     asked = Asked.of([asking("Сайга."), asking("Да.")], tokenizer)
-    assert asked.max_new_tokens == len(tokenizer.encode_text("Сайга.")) + evaluate.MARGIN
+    assert asked.max_new_tokens == len(tokenizer.encode_text("Сайга.")) + questions.MARGIN
     assert asked.prompts == [tokenization.encode(TURN[:1], tokenizer, add_generation_prompt=True)["input_ids"]] * 2
     assert asked.stop_ids == {tokenizer.special_tokens["</s>"]}
 

@@ -1,9 +1,12 @@
 """Children: their output, their failure as a sentence, and that none outlives its parent."""
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -77,15 +80,117 @@ def test_no_child_outlives_its_parent(number):
         assert gone_within(child, 20)
 
 
-def test_a_child_that_ignores_the_request_to_end_is_killed(monkeypatch):
-    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True)\n"
-    code += "while True: time.sleep(1)"
-    process = subprocess.Popen(python(code), stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stdout.readline() == "ready\n"
-    monkeypatch.setattr(launch, "PATIENCE_S", 0.5)
-    launch._end(process)
-    process.stdout.close()
-    assert process.returncode == -signal.SIGKILL
+def interrupted(code, *, saving, number=signal.SIGINT, times=1, after=""):
+    """(seconds to the end, exit code, what was printed) of a parent that is interrupted when the child is ready."""
+    parent = (
+        f"from saigakit import launch\nlaunch.PATIENCE_S = 0.5\nlaunch.run({python(code)!r}, saving={saving}){after}"
+    )
+    with subprocess.Popen(python(parent), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        start = time.monotonic()
+        process.send_signal(number)
+        if times > 1:
+            assert (
+                process.stdout.readline()
+                == "Ending after this step, with a checkpoint. Interrupt again to end at once.\n"
+            )
+            process.send_signal(number)
+        printed = process.stdout.read()
+    return time.monotonic() - start, process.returncode, printed
+
+
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True)\n"
+STUBBORN += "while True: time.sleep(1)"
+GENTLE = """
+import time
+from saigakit import launch
+from saigakit.errors import SaigaError
+with launch.child(), launch.ending_gently():
+    print("ready", flush=True)
+    while not launch.is_asked_to_end():
+        time.sleep(0.01)
+    time.sleep(SAVING)
+    print("saved", flush=True)
+    raise SaigaError("Call it again.")
+"""
+
+
+def test_a_child_that_ignores_the_request_to_end_is_killed():
+    seconds, code, _ = interrupted(STUBBORN, saving=False)
+    assert code != 0 and 0.5 < seconds < 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_child_that_saves_is_waited_for_longer_than_others(number):
+    seconds, code, printed = interrupted(GENTLE.replace("SAVING", "1.5"), saving=True, number=number)
+    assert code in (-signal.SIGINT, 128 + signal.SIGTERM)
+    assert printed.splitlines()[1:] == ["saved", "Call it again."]
+    assert seconds > 1.5
+
+
+def test_a_second_interrupt_ends_a_child_that_saves_at_once():
+    seconds, _, printed = interrupted(GENTLE.replace("SAVING", "60"), saving=True, times=2)
+    assert seconds < 5
+    assert "saved" not in printed
+
+
+def test_a_child_that_saves_is_not_ended_by_the_end_of_its_parent():
+    parent = f"from saigakit import launch\nlaunch.run({python(GENTLE.replace('SAVING', '0.5'))!r}, saving=True)"
+    with subprocess.Popen(python(parent), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        child = psutil.Process(process.pid).children()[0].pid
+        process.kill()
+        assert not gone_within(child, 0.3)
+        assert gone_within(child, 10)
+
+
+def test_processes_of_torch_are_asked_to_end_together(tmp_path, monkeypatch):
+    """torch.distributed.run would kill them 30 s after a signal."""
+    pytest.importorskip("torch")
+    (tmp_path / "gentle.py").write_text(GENTLE.replace("SAVING", "0.1"), encoding="utf-8")
+    parent = "from saigakit import launch\nlaunch.distributed('gentle', [], processes=2)"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    with subprocess.Popen(python(parent), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for _ in range(2):
+            assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        printed = process.stdout.read().splitlines()
+    assert printed.count("saved") == 2
+    assert printed[-1] == "Call it again."
+
+
+def test_a_long_silence_makes_few_lines(monkeypatch, capfd):
+    monkeypatch.setattr(launch, "HEARTBEAT_S", 0.002)
+    launch.run(python("import time; time.sleep(0.7)"))
+    assert capfd.readouterr().out.count("still running") < 250  # a line each fiftieth of the time, and not 350
+
+
+def test_two_machines_are_one_run(tmp_path, capfd, monkeypatch):
+    pytest.importorskip("torch")
+    code = "import os, torch; torch.distributed.init_process_group('gloo'); one = torch.ones(1)\n"
+    code += "torch.distributed.all_reduce(one); print('rank', os.environ['RANK'], 'sum', int(one))"
+    (tmp_path / "reduces.py").write_text(code, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    with ThreadPoolExecutor() as pool:
+        machines = [launch.Nodes(2, rank, endpoint) for rank in range(2)]
+        list(pool.map(lambda nodes: launch.distributed("reduces", [], processes=1, nodes=nodes), machines))
+    assert {line for line in capfd.readouterr().out.splitlines() if "rank" in line} == {"rank 0 sum 2", "rank 1 sum 2"}
+
+
+def test_machines_are_named_in_the_environment(monkeypatch):
+    assert launch.Nodes.of_environment() is None
+    monkeypatch.setenv("SAIGAKIT_NODES", "2 1 10.0.0.1:29500")
+    assert launch.Nodes.of_environment() == launch.Nodes(2, 1, "10.0.0.1:29500")
+
+
+@pytest.mark.parametrize("text", ["2", "2 2 10.0.0.1:29500", "0 0 host:1", "2 0 host"])
+def test_machines_that_are_named_wrongly_are_refused_with_an_example(monkeypatch, text):
+    monkeypatch.setenv("SAIGAKIT_NODES", text)
+    with pytest.raises(SaigaError, match='for example "2 0 10'):
+        launch.Nodes.of_environment()
 
 
 def test_two_processes_know_their_ranks(tmp_path, capfd, monkeypatch):

@@ -1,6 +1,7 @@
 """The four notebooks as files: thin, clean, and the same names with the same meaning in all of them."""
 
 import ast
+import dataclasses
 import inspect
 import json
 from pathlib import Path
@@ -96,6 +97,38 @@ def test_the_defaults_of_02_continue_saigas_adapter_in_nf4():
     config = TrainConfig(train_file="x", output_dir="y", **values)
     assert config.start_adapter == models.find("saiga2_7b").released_adapter
     assert config.weights_as == "nf4"
+
+
+def test_every_setting_of_training_is_explained_in_02():
+    prose = "\n".join(cell.source for cell in read("02_train").cells if cell.cell_type == "markdown")
+    files = {"train_file", "eval_file", "output_dir"}  # stages, which the title tells of
+    named = {field.name for kind in (TrainConfig, models.Lora) for field in dataclasses.fields(kind)} - files
+    inside_lora = {"rank": "ранг", "alpha": "alpha", "dropout": "dropout", "target_modules": "слои"}
+    assert [
+        name for name in sorted(named) if f"`{name}`" not in prose and inside_lora.get(name, "`") not in prose
+    ] == []
+
+
+def test_the_defaults_that_02_tells_of_are_those_of_the_library():
+    cells = {cell.id: cell.source for cell in read("02_train").cells}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in cells["every_parameter"].splitlines()]
+    ours = {row[0].split(",")[0].strip("`"): row[2] for row in rows if len(row) == 5}
+    config, spec = TrainConfig(model="saiga2_7b", train_file="", output_dir=""), models.find("saiga2_7b")
+    for name, value in (
+        ("learning_rate", f"{spec.learning_rate:.0e}".replace("e-0", "e-")),
+        ("batch_size", f"{config.batch_size}"),
+        ("epochs", f"{config.epochs:g}"),
+        ("max_seq_length", f"{spec.max_seq_length}"),
+        ("quantization", f'"{spec.quantization}"'),
+        ("lora", f"{spec.lora.rank}, {spec.lora.alpha}, {spec.lora.dropout}".replace(".", ",")),
+        ("early_stopping", f"{config.early_stopping}"),
+        ("save_minutes", f"{config.save_minutes:g}"),
+        ("max_hours", f"{config.max_hours}".replace(".", ",")),
+        ("neftune_alpha", f"{config.neftune_alpha}"),
+        ("replay_file", f"{config.replay_fraction}".replace(".", ",")),
+        ("seed", f"{config.seed}"),
+    ):
+        assert value in ours[name], name
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,11 +1,11 @@
 """Packs: nothing lost, nothing over the budget, and for a real model the same as documents one by one."""
 
+import math
 import random
-from collections import Counter
 
 import pytest
 
-from saigakit.packing import best_fit, collate, schedule
+from saigakit.packing import best_fit, collate, lay, order
 from saigakit.tokenization import IGNORE_INDEX
 
 torch = pytest.importorskip("torch")
@@ -61,39 +61,52 @@ def test_a_document_over_the_budget_is_refused_with_both_numbers():
 
 
 def test_every_epoch_shows_each_conversation_once():
-    lengths = random_lengths(2, count=1200)
-    packs = schedule(lengths, budget=64, most=1000, epochs=3, seed=1)
-    assert Counter(index for pack in packs for index in pack) == Counter(dict.fromkeys(range(1200), 3))
-    assert all(sum(lengths[index] for index in pack) <= 64 for pack in packs)
+    shown = order([range(1200)] * 3, 3, seed=1)
+    assert all(sorted(shown[start : start + 1200]) == list(range(1200)) for start in (0, 1200, 2400))
 
 
-def test_an_epoch_meets_other_neighbours_than_the_one_before():
-    lengths = random_lengths(3)
-    packs = schedule(lengths, budget=64, most=1000, epochs=2, seed=1)
-    half = len(packs) // 2
-    first, second = ({frozenset(pack) for pack in part} for part in (packs[:half], packs[half:]))
-    assert len(first & second) < len(first) / 2
+def test_an_epoch_has_another_order_than_the_one_before():
+    shown = order([range(1200)] * 2, 2, seed=1)
+    assert sum(a == b for a, b in zip(shown[:1200], shown[1200:], strict=True)) < 20
 
 
-def test_long_conversations_do_not_come_first():
-    lengths = random_lengths(6)
-    longest = [
-        max(lengths[index] for index in pack) for pack in schedule(lengths, budget=64, most=1000, epochs=1, seed=1)
-    ]
-    assert longest != sorted(longest, reverse=True)
-
-
-def test_half_an_epoch_shows_half_of_the_packs():
-    lengths = random_lengths(4)
-    whole = schedule(lengths, budget=64, most=1000, epochs=1, seed=1)
-    assert schedule(lengths, budget=64, most=1000, epochs=1.5, seed=1)[: len(whole)] == whole
-    assert len(schedule(lengths, budget=64, most=1000, epochs=0.5, seed=1)) == -(-len(whole) // 2)
+@pytest.mark.parametrize(("epochs", "count"), [(1.5, 1800), (0.5, 600), (0.0001, 1), (0.1 + 0.2, 360)])
+def test_a_fractional_last_epoch_takes_its_share(epochs, count):
+    assert (
+        list(order([range(1200)] * math.ceil(epochs), epochs, seed=1))
+        == list(order([range(1200)] * 2, 2, seed=1))[:count]
+    )
 
 
 def test_the_order_follows_from_the_seed():
-    lengths = random_lengths(5)
-    orders = [schedule(lengths, budget=64, most=1000, epochs=1, seed=seed) for seed in (1, 1, 2)]
+    orders = [list(order([range(1200)] * 1, 1, seed=seed)) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_packs_of_all_processes_hold_each_document_once_and_none_is_over_the_budget(seed, processes):
+    lengths = random_lengths(seed, count=16)
+    laid = lay(lengths, budget=64, processes=processes)
+    assert len(laid) == processes
+    assert sorted(index for packs in laid for pack in packs for index in pack) == list(range(16))
+    assert all(0 < sum(lengths[index] for index in pack) <= 64 for packs in laid for pack in packs)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_processes_have_nearly_the_same_number_of_tokens(seed):
+    lengths = random_lengths(seed, count=32)
+    tokens = [sum(lengths[index] for pack in packs for index in pack) for packs in lay(lengths, budget=64, processes=2)]
+    assert max(tokens) - min(tokens) <= min(lengths) + 2
+
+
+def test_one_process_has_the_fewest_packs_that_fit():
+    assert [len(pack) for pack in lay([30, 30, 30, 34, 34, 34], budget=64, processes=1)[0]] == [2, 2, 2]
+
+
+def test_each_process_has_a_document_where_there_are_enough():
+    assert all(lay([60, 1, 1, 1], budget=64, processes=4))
+    assert [len(packs) for packs in lay([5, 5], budget=64, processes=3)] == [1, 1, 0]
 
 
 def test_positions_restart_at_every_document(documents):
@@ -190,9 +203,3 @@ def test_gradients_of_a_pack_are_those_of_its_documents(llama, documents):
     # The loss is computed in float32.
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(together, apart, strict=True))
     llama.zero_grad()
-
-
-def test_a_pack_has_at_most_so_many_conversations_and_none_is_lost():
-    packs = schedule([4] * 50, budget=64, most=3, epochs=1, seed=1)
-    assert max(map(len, packs)) == 3
-    assert sorted(index for pack in packs for index in pack) == list(range(50))

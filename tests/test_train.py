@@ -1,17 +1,37 @@
 """02_train on the tiny Saiga: real child processes, real bitsandbytes; what it writes, keeps and refuses."""
 
 import json
+import re
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from saigakit import curve, data, launch, manifest, models, packing, tokenization, train, weights, workspace
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import kill_resume
+
+from saigakit import (
+    checkpoints,
+    curve,
+    data,
+    evaluation,
+    launch,
+    manifest,
+    models,
+    samples,
+    tokenization,
+    train,
+    weights,
+    worker,
+    workspace,
+)
 from saigakit.config import TrainConfig
 from saigakit.errors import SaigaError
 from saigakit.models import Lora
-from saigakit.rows import Rows
-from saigakit.trainer import Plan
 from saigakit.workspace import Gpu
 
 NEW = Lora(rank=4, alpha=8)
@@ -71,23 +91,25 @@ def test_other_parameters_do_not_overwrite_it(continued, records):
         train.train_adapter(config_for(records, continued.parent, quantization="nf4", epochs=2))
 
 
-def test_two_processes_learn_what_one_learns(records, tmp_path):
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_two_processes_learn_what_one_learns(tmp_path, quantization):
+    """Packs of 128 tokens: one process has more of them than the other; the last step has one conversation."""
     lora = Lora(rank=4, alpha=8, dropout=0.0)
-    # 17 packs of 256 tokens, 4 a step by 1 or 2 processes; the last step, of one pack, cannot be shared.
-    settings = {"max_seq_length": 256, "batch_size": 14, "adapter": None, "lora": lora, "quantization": "none"}
+    settings = {"max_seq_length": 128, "batch_size": 7, "epochs": 1.25, "quantization": quantization, "lora": lora}
     logs = []
     for processes in (1, 2):
-        config = config_for(records, tmp_path / str(processes), processes=processes, **settings)
-        log = curve.read(train.train_adapter(config))
-        logs.append([entry.get("loss", entry.get("held_out_loss")) for entry in log if entry["step"] <= 4])
-    assert len(logs[0]) == 7
-    assert logs[0] == pytest.approx(logs[1], abs=1e-4)
+        config = kill_resume.config_for(tmp_path / str(processes), processes=processes, **settings)
+        kill_resume.finished(config)
+        log = curve.read(Path(config.output_dir))
+        logs.append([entry.get("loss", entry.get("held_out_loss")) for entry in log])
+    assert len(logs[0]) == 1 + 11 + 3
+    assert logs[0] == pytest.approx(logs[1], abs=1e-6, rel=0)
 
 
 def test_the_held_out_loss_is_the_mean_over_learned_tokens(continued, records, tiny):
     tokenizer = tokenization.load_tokenizer("saiga_tiny")
     rows = data.spread([tokenization.encode(row["messages"], tokenizer) for row in data.read_conversations(records)],
-                        train.EVALUATED)  # fmt: skip
+                        evaluation.AT_LEAST)  # fmt: skip
     model = weights.load_base(tiny / "base", "nf4", torch.float32, "cpu")
     model = weights.with_adapter(model, tiny / "adapter", NEW).eval()
     total = count = 0
@@ -106,7 +128,7 @@ def test_a_session_that_has_no_time_left_still_gives_an_adapter(records, tmp_pat
     made = train.train_adapter(
         config_for(records, tmp_path, adapter=None, quantization="none", epochs=5, processes=processes)
     )
-    assert "max_hours=10.5 are over: training ends at step 1" in capfd.readouterr().out
+    assert "max_hours=10.5 end training at step 1 of 19, which is saved" in capfd.readouterr().out
     assert weights.adapter_shapes(made)
 
 
@@ -162,38 +184,108 @@ def test_a_stage_that_was_not_run_is_named(tmp_path, monkeypatch):
     refused_before_a_child_starts(monkeypatch, config, r"01_format/train\.jsonl.*is not there")
 
 
-def stored(texts):
-    """Rows of these ids, all learned."""
-    made = Rows()
-    for ids in texts:
-        made.append({"input_ids": ids, "labels": ids})
-    return made
+def in_this_process(monkeypatch, on_evaluation=None):
+    """The child's work; `on_evaluation` in place of the samples."""
+    monkeypatch.setattr(launch, "distributed", lambda _, arguments, **__: worker.main(Path(arguments[0])))
+    if on_evaluation is not None:
+        monkeypatch.setattr(samples.Samples, "write", lambda _, *about: on_evaluation(*about))
 
 
-def test_the_plan_shows_each_conversation_once_an_epoch_in_steps_of_about_the_batch():
-    rows = stored([index] * (20 + index % 30) for index in range(200))
-    config = TrainConfig(model="saiga_tiny", train_file="", output_dir="", epochs=2, batch_size=16, max_seq_length=100)
-    plan = Plan(config, rows, processes=1)
-    shown = [row["input_ids"][0] for pack in plan.packs for row in pack]
-    assert sorted(shown[:200]) == list(range(200)) and sorted(shown[200:]) == list(range(200))
-    assert all(sum(len(row["input_ids"]) for row in pack) <= 100 for pack in plan.packs)
-    assert plan.accumulation == round(16 / (400 / len(plan.packs)))
-    assert sum(plan.tokens) == 2 * sum(len(row["input_ids"]) for row in rows)
-    assert len(plan.tokens) == plan.steps
+@pytest.fixture
+def seen(monkeypatch):
+    """Step -> (held-out loss, a trained matrix), by the hook of evaluations."""
+    found = {}
+
+    def hook(step, loss, model):
+        torch.rand(7)  # which changes nothing
+        found[step] = (loss, next(p for n, p in model.named_parameters() if MATRIX in n).detach().clone())
+
+    in_this_process(monkeypatch, hook)
+    return found
 
 
-def test_half_an_epoch_is_about_half_of_the_packs():
-    whole, half = (packing.schedule([50] * 100, budget=100, most=9, epochs=epochs, seed=1) for epochs in (1, 0.5))
-    assert (len(whole), len(half)) == (50, 25)
+MATRIX = "layers.0.self_attn.q_proj.lora_B"
+# The first step of a warmup has a learning rate of 0, so that the second is worse.
+WORSENS = {
+    "adapter": None,
+    "quantization": "none",
+    "learning_rate": 30.0,
+    "epochs": 2,
+    "batch_size": 5,
+    "eval_steps": 1,
+}
 
 
-def test_a_batch_of_few_conversations_is_not_exceeded_by_a_pack_that_has_room_for_more():
-    rows = stored([1] * 10 for _ in range(60))
-    config = TrainConfig(model="saiga_tiny", train_file="", output_dir="", epochs=1, batch_size=4)
-    for processes in (1, 2):
-        plan = Plan(config, rows, processes=processes)
-        assert max(map(len, plan.packs)) * plan.accumulation * processes == 4
-        assert plan.steps in (15, 16)
+def test_the_adapter_with_the_best_held_out_loss_is_what_the_stage_returns(seen, records, tmp_path, capfd):
+    made = train.train_adapter(config_for(records, tmp_path, early_stopping=1, **WORSENS))
+    losses = {step: loss for step, (loss, _) in seen.items()}
+    assert losses == {e["step"]: e["held_out_loss"] for e in curve.read(made) if "held_out_loss" in e}
+    assert min(losses) == 0
+    best = min((loss, step) for step, loss in losses.items() if step > 0)[1]
+    assert best < max(losses)
+    with safe_open(made / "adapter_model.safetensors", "pt") as file:
+        kept = next(file.get_tensor(name) for name in file.keys() if MATRIX in name)  # noqa: SIM118
+    assert torch.equal(kept, seen[best][1])
+    assert not torch.equal(kept, seen[max(losses)][1])
+    assert manifest.read(made)["training"]["best_step"] == best
+    assert f"The adapter is that of step {best}, with the best held-out loss" in capfd.readouterr().out
+
+
+def test_training_stops_when_the_held_out_loss_does_not_become_better(seen, records, tmp_path, capfd):
+    made = train.train_adapter(config_for(records, tmp_path, early_stopping=1, **WORSENS))
+    training = manifest.read(made)["training"]
+    assert (training["ended"], training["step"]) == ("early_stopping", training["best_step"] + 1)
+    assert f"early_stopping=1: the held-out loss was best at step {training['best_step']}" in capfd.readouterr().out
+    assert not (made / "checkpoint").exists()
+    train.train_adapter(config_for(records, tmp_path, early_stopping=1, **WORSENS))
+    assert "kept" in capfd.readouterr().out
+
+
+def test_the_hook_of_evaluations_leaves_no_trace_in_the_losses(seen, records, tmp_path, monkeypatch):
+    """With dropout: it draws from the same random numbers."""
+    settings = {"adapter": None, "quantization": "none", "lora": Lora(rank=4, alpha=8, dropout=0.2), "eval_steps": 1}
+    with_hook = train.train_adapter(config_for(records, tmp_path / "with", **settings))
+    in_this_process(monkeypatch)
+    without = train.train_adapter(config_for(records, tmp_path / "without", **settings))
+    assert seen
+    assert manifest.sha256(with_hook / "adapter_model.safetensors") == manifest.sha256(
+        without / "adapter_model.safetensors"
+    )
+
+
+def test_a_broken_loss_names_the_step_the_conversations_and_the_checkpoint_that_is_kept(records, tmp_path, monkeypatch):
+    in_this_process(monkeypatch)
+    broken = {**WORSENS, "learning_rate": 1e30, "batch_size": 3, "eval_steps": 100}
+    said = (
+        r"at step (\d+), whose conversations are \d+, \d+, \d+ of records\.jsonl; the checkpoint of step (\d+) is kept"
+    )
+    with pytest.raises(SaigaError, match=said) as caught:
+        train.train_adapter(config_for(records, tmp_path, save_steps=1, **broken))
+    step, saved = (int(number) for number in re.search(said, str(caught.value)).groups())
+    assert saved == step - 1
+    store = checkpoints.beside(tmp_path / "02_train")
+    assert checkpoints.problem_of(store / f"step-{saved:08d}") is None
+    with safe_open(store / f"step-{saved:08d}" / "state" / "adapter_model.safetensors", "pt") as file:
+        assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
+
+
+def test_a_broken_held_out_loss_ends_training_too(records, tmp_path, monkeypatch):
+    in_this_process(monkeypatch)
+    broken = {**WORSENS, "learning_rate": 1e30}
+    with pytest.raises(
+        SaigaError, match=r"The held-out loss is nan after step \d+, whose conversations are \d+, .*no check"
+    ):
+        train.train_adapter(config_for(records, tmp_path, **broken))
+
+
+def test_noise_on_the_embeddings_changes_training_and_not_evaluation(records, tmp_path, monkeypatch):
+    in_this_process(monkeypatch)
+    logs = []
+    for alpha in (None, 5.0):
+        settings = {"adapter": None, "quantization": "none", "neftune_alpha": alpha}
+        logs.append(curve.read(train.train_adapter(config_for(records, tmp_path / str(alpha), **settings))))
+    assert logs[0][0] == logs[1][0]
+    assert logs[0][1]["loss"] != logs[1][1]["loss"]
 
 
 def test_every_model_of_the_registry_has_a_config():

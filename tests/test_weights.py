@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
+import small_models
 import torch
 
 from saigakit import weights
 from saigakit.errors import SaigaError
-from saigakit.models import MODELS, Lora
+from saigakit.models import ATTENTION, MODELS, Lora
 from saigakit.workspace import Gpu
 
 T4, P100, L4 = (Gpu(name, capability, 16 << 30, 15 << 30) for name, capability in
@@ -56,6 +58,104 @@ def test_a_released_adapter_is_continued_bit_for_bit(tiny):
     taken = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     assert all(torch.equal(there[name], taken[name]) for name in there)
     assert sum(p.requires_grad for p in adapted.parameters()) == len(there)
+
+
+def logits(model, ids=(1, 400, 500)):
+    with torch.no_grad():
+        return model.eval()(torch.tensor([ids])).logits
+
+
+def with_random_b(model):
+    torch.manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ("lora_B" in name or "modules_to_save" in name):
+            torch.nn.init.normal_(parameter, 0.0, 0.1)
+    return model
+
+
+def test_rslora_scales_by_the_root_of_the_rank(tiny):
+    plain, stable = (
+        with_random_b(weights.with_adapter(load(tiny), None, Lora(rank=4, alpha=8, rslora=rslora)))
+        for rslora in (False, True)
+    )
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    assert plain.get_submodule(layer).scaling["default"] == 8 / 4
+    assert stable.get_submodule(layer).scaling["default"] == 8 / 4**0.5
+    assert not torch.equal(logits(plain), logits(stable))
+
+
+def test_dora_trains_magnitudes(tiny):
+    adapted = weights.with_adapter(load(tiny, "nf4"), None, Lora(rank=4, dora=True))
+    magnitudes = [p for name, p in adapted.named_parameters() if "magnitude" in name]
+    assert len(magnitudes) == 2 * 7 and all(p.requires_grad and p.dtype == torch.float32 for p in magnitudes)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        Lora(rank=4, alpha=6, rslora=True, target_modules=ATTENTION),
+        Lora(rank=4, dora=True),
+        Lora(rank=4, modules_to_save=("embed_tokens", "lm_head")),
+    ],
+    ids=["rsLoRA", "DoRA", "modules_to_save"],
+)
+def test_what_was_saved_is_continued_bit_for_bit_and_trained(tiny, tmp_path, lora, quantization):
+    first = with_random_b(weights.with_adapter(load(tiny, quantization), None, lora))
+    before = logits(first)
+    first.save_pretrained(tmp_path, save_embedding_layers=False)
+    weights.require_fitting(tmp_path, tiny / "base")
+    described = weights.lora_of(tmp_path)
+    assert described == replace(
+        lora, target_modules=tuple(sorted(lora.target_modules)), modules_to_save=described.modules_to_save
+    )
+    assert set(described.modules_to_save) == set(lora.modules_to_save)
+    second = weights.with_adapter(load(tiny, quantization), tmp_path, Lora())
+    torch.testing.assert_close(logits(second), before, rtol=0, atol=0)
+    trainable = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (first, second)]
+    assert trainable[0] == trainable[1]
+    ids = torch.tensor([[1, 400, 500, 600]])
+    second.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in second.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_modules_that_train_as_a_whole_do_so_in_float32_new_and_continued(tiny, tmp_path, dtype):
+    for adapter_dir in (None, tmp_path):
+        base = weights.load_base(tiny / "base", "none", dtype, "cpu")
+        adapted = weights.with_adapter(base, adapter_dir, Lora(modules_to_save=("lm_head",)))
+        assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+        assert {p.dtype for p in adapted.parameters() if not p.requires_grad} == {dtype}
+        weights.require_formats(adapted, dtype)
+        adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+
+
+def test_number_formats_that_a_t4_cannot_train_in_are_refused(tiny):
+    adapted = weights.with_adapter(weights.load_base(tiny / "base", "nf4", torch.float16, "cpu"), None, Lora())
+    weights.require_formats(adapted, torch.float16)
+    norm = adapted.get_base_model().model.norm.weight
+    norm.data = norm.data.bfloat16()
+    with pytest.raises(
+        TypeError, match=r"norm\.weight is torch\.bfloat16 and must be torch\.float16 or torch\.float32"
+    ):
+        weights.require_formats(adapted, torch.float16)
+    norm.data = norm.data.float()
+    next(p for p in adapted.parameters() if p.requires_grad).data = torch.zeros(4, 64, dtype=torch.float16)
+    with pytest.raises(TypeError, match=r"lora_A.* is torch\.float16 and must be torch\.float32"):
+        weights.require_formats(adapted, torch.float16)
+    adapted.requires_grad_(requires_grad=False)
+    with pytest.raises(TypeError, match=r"no parameter .* trainable"):
+        weights.require_formats(adapted, torch.float16)
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_a_whole_module_of_another_vocabulary_is_refused_by_its_header(tiny, tmp_path, module):
+    first = weights.with_adapter(load(tiny), None, Lora(rank=2, modules_to_save=(module,)))
+    first.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    weights.require_fitting(tmp_path / "a", tiny / "base")
+    other = small_models.base(tmp_path / "base", tiny / "base", vocab_size=800, num_hidden_layers=2)
+    with pytest.raises(SaigaError, match=rf"{module}.*\(768, 64\) does not fit"):
+        weights.require_fitting(tmp_path / "a", other)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

@@ -1,0 +1,329 @@
+"""How many real tokens a second four ways of training give, side by side: the same model, adapter and conversations.
+
+python benchmarks/train_throughput.py [--hidden 1024] [--layers 4] [--conversations 48] [--rounds 4] [--threads 2]
+
+- tutorial: the 2023 tutorial's collator and batches: two conversations padded to a multiple of 8, in random order, a
+  language-model head over all positions, everything learned.
+- grouped: the same, conversations of like lengths together.
+- TRL: SFTTrainer with packing="bfd", where `pip install trl datasets` was run.
+- saigakit: packs without padding, attention document by document, the head on learned positions alone.
+
+Lengths are log-normal as in dialogues (mean 598 tokens, median 417), scaled with the model's width: attention has
+the share of the work that it has in a 7B model. Each way makes one optimizer step over all conversations, in a process
+of its own, in rounds that alternate; activation checkpointing is on in all. Also measured: the operations that saigakit
+executes, recomputation included, against torch.mm at the model's shapes.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import util
+from pathlib import Path
+
+from saigakit import attention, checkpoints, evaluation, packing, rows, steps, trainer, training_log
+from saigakit.config import TrainConfig
+from saigakit.models import ATTENTION
+from saigakit.tables import Table
+from saigakit.tokenization import IGNORE_INDEX
+
+WAYS = ("tutorial", "grouped", "TRL", "saigakit")
+VOCABULARY, WIDTH_7B, PACK_7B = 32_000, 4096, 3584
+LEARNED = 0.3  # of a conversation, at its end
+
+
+def conversations(count: int, hidden: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    rng = random.Random(seed)
+    sigma = math.sqrt(2 * math.log(598 / 417))
+    made = []
+    for _ in range(count):
+        length = min(3500, max(50, rng.lognormvariate(math.log(417), sigma)))
+        length = max(8, round(length * hidden / WIDTH_7B))
+        ids = [rng.randrange(3, VOCABULARY) for _ in range(length)]
+        answer = round(LEARNED * length)
+        made.append({"input_ids": ids, "labels": [IGNORE_INDEX] * (length - answer) + ids[length - answer :]})
+    return made
+
+
+def make_model(hidden: int, layers: int):
+    """A Llama of random weights with a LoRA on its attention, as Saiga's adapters have."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=round(hidden * 11008 / 4096),
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 128,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+    base = LlamaForCausalLM(config)
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.enable_input_require_grads()
+    lora = LoraConfig(r=16, lora_alpha=16, lora_dropout=0.0, target_modules=list(ATTENTION), task_type="CAUSAL_LM")
+    return get_peft_model(base, lora)
+
+
+def arguments(directory: str, **more):
+    from transformers import TrainingArguments
+
+    return TrainingArguments(**_settings(directory), **more)
+
+
+def _settings(directory: str) -> dict:
+    return {
+        "output_dir": directory,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-4,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "remove_unused_columns": False,
+    }
+
+
+def padded(model, made, directory: str, *, grouped: bool):
+    """The tutorial's Trainer: everything is learned, padding to a multiple of 8."""
+    import torch
+    from transformers import Trainer
+
+    def collate(batch):
+        width = -(-max(len(row["input_ids"]) for row in batch) // 8) * 8
+        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        labels = torch.full((len(batch), width), IGNORE_INDEX)
+        mask = torch.zeros(len(batch), width, dtype=torch.long)
+        for number, row in enumerate(batch):
+            length = len(row["input_ids"])
+            ids[number, :length] = labels[number, :length] = torch.tensor(row["input_ids"])
+            mask[number, :length] = 1
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+    order = random.Random(1).sample(made, len(made))
+    if grouped:
+        order.sort(key=lambda row: -len(row["input_ids"]))
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(order)
+
+    settings = arguments(
+        directory, per_device_train_batch_size=2, gradient_accumulation_steps=math.ceil(len(order) / 2)
+    )
+    return InOrder(model=model, args=settings, train_dataset=order, data_collator=collate)
+
+
+def with_trl(model, made, directory: str, budget: int):
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")),
+        bos_token="<s>", eos_token="</s>", pad_token="<unk>",
+    )  # fmt: skip
+    lengths = [len(row["input_ids"]) for row in made]
+    settings = SFTConfig(
+        **_settings(directory),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=len(packing.best_fit(lengths, budget)),
+        packing=True,
+        packing_strategy="bfd",
+        max_length=budget,
+        bf16=False,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        dataset_num_proc=1,
+    )
+    return SFTTrainer(model=model, args=settings, train_dataset=Dataset.from_list(made), processing_class=tokenizer)
+
+
+def with_saigakit(model, made, directory: str, budget: int):
+    attention.use(model.get_base_model())
+    stored = rows.Rows()
+    for row in made:
+        stored.append(row)
+    config = TrainConfig(
+        model=directory, train_file="", output_dir=directory, batch_size=len(made), max_seq_length=budget, epochs=1
+    )
+    place = Path(directory)
+    run = trainer.Run(
+        config,
+        steps.Plan(config, stored),
+        evaluation.HeldOut(stored, 0),
+        checkpoints.Store(place / "checkpoints", {}),
+        training_log.Log(place / "log.jsonl", quiet=True),
+    )
+    return trainer.build(run, model, resumed=False)
+
+
+def measured(way: str, given: argparse.Namespace) -> dict:
+    """In a process of its own: loss of the first step, seconds of the second, peak memory."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(given.threads)
+    transformers.logging.set_verbosity_error()
+    made = conversations(given.conversations, given.hidden)
+    budget = round(PACK_7B * given.hidden / WIDTH_7B)
+    model = make_model(given.hidden, given.layers)
+    with tempfile.TemporaryDirectory() as directory:
+        build = {
+            "tutorial": lambda: padded(model, made, directory, grouped=False),
+            "grouped": lambda: padded(model, made, directory, grouped=True),
+            "TRL": lambda: with_trl(model, made, directory, budget),
+            "saigakit": lambda: with_saigakit(model, made, directory, budget),
+        }[way]
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run = build()
+        clock = Clock.on(run)
+        run.train()  # warms up, and its loss is that of the untrained adapter
+        loss = next(entry["loss"] for entry in run.state.log_history if "loss" in entry)
+        run.train()
+        seconds = clock.seconds[-1]
+        flops = counted(run) if way == "saigakit" else 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "loss": loss,
+        "seconds": seconds,
+        "tokens": sum(len(row["input_ids"]) for row in made),
+        "peak_mb": (peak - before) / 1024,
+        "tflop": flops / 1e12,
+    }
+
+
+class Clock:
+    """Seconds of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    @classmethod
+    def on(cls, run) -> "Clock":
+        from transformers import TrainerCallback
+
+        clock = cls()
+
+        class Watch(TrainerCallback):
+            def on_step_begin(self, *_, **__):
+                self.start = time.perf_counter()
+
+            def on_step_end(self, *_, **__):
+                clock.seconds.append(time.perf_counter() - self.start)
+
+        run.add_callback(Watch())
+        return clock
+
+
+def counted(run) -> int:
+    """Floating-point operations of one more step, recomputation included."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        run.train()
+    return counter.get_total_flops()
+
+
+def matrix_products(hidden: int, threads: int, tokens: int) -> float:
+    """FLOP/s of torch.mm at the shapes of a layer."""
+    import torch
+
+    torch.set_num_threads(threads)
+    wide = round(hidden * 11008 / 4096)
+    shapes = [(tokens, hidden, hidden)] * 4 + [(tokens, hidden, wide)] * 2 + [(tokens, wide, hidden)]
+    pairs = [(torch.randn(m, k), torch.randn(k, n)) for m, k, n in shapes]
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        for first, second in pairs:
+            torch.mm(first, second)
+        best = min(best, time.perf_counter() - start)
+    return sum(2 * m * k * n for m, k, n in shapes) / best
+
+
+def in_child(way: str, given: argparse.Namespace) -> dict:
+    command = [sys.executable, __file__, "--way", way]
+    for name in ("hidden", "layers", "conversations", "threads"):
+        command += [f"--{name}", str(getattr(given, name))]
+    quiet = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=quiet, check=False)
+    if ended.returncode:
+        sys.exit(f"{way} failed:\n{ended.stderr[-3000:]}")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--conversations", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.way:
+        print(json.dumps(measured(given.way, given)))
+        return
+    ways = [way for way in WAYS if way != "TRL" or (util.find_spec("trl") and util.find_spec("datasets"))]
+    found: dict[str, list[dict]] = {way: [] for way in ways}
+    reached: list[float] = []
+    for number in range(given.rounds):
+        for way in ways if number % 2 == 0 else ways[::-1]:
+            found[way].append(in_child(way, given))
+        reached.append(matrix_products(given.hidden, given.threads, round(PACK_7B * given.hidden / WIDTH_7B)))
+        print(f"round {number + 1} of {given.rounds} is done", flush=True)
+    print(table(found, given))
+    work = [
+        one["tflop"] * 1e12 / one["seconds"] / products
+        for one, products in zip(found["saigakit"], reached, strict=True)
+    ]
+    print(
+        f"\nsaigakit executes {found['saigakit'][0]['tflop']:.2f} TFLOP in a step, recomputation included: "
+        f"{statistics.median(work):.0%} ({min(work):.0%} to {max(work):.0%}) of the speed of torch.mm at these shapes, "
+        f"{statistics.median(reached) / 1e9:.0f} GFLOP/s."
+    )
+
+
+def table(found: dict[str, list[dict]], given: argparse.Namespace) -> Table:
+    lines = []
+    for way, runs in found.items():
+        ratios = [theirs["seconds"] / one["seconds"] for theirs, one in zip(found["tutorial"], runs, strict=True)]
+        lines.append(
+            (
+                way,
+                f"{statistics.median(one['tokens'] / one['seconds'] for one in runs):.0f}",
+                f"{statistics.median(ratios):.2f}",
+                f"{min(ratios):.2f} to {max(ratios):.2f}",
+                f"{statistics.median(one['peak_mb'] for one in runs):.0f}",
+                f"{runs[0]['loss']:.5f}",
+            )
+        )
+    if "TRL" in found:
+        ratios = [a["seconds"] / b["seconds"] for a, b in zip(found["TRL"], found["saigakit"], strict=True)]
+        told = f" saigakit / TRL: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})."
+    else:
+        told = " TRL is not installed."
+    note = (
+        f"{found['saigakit'][0]['tokens']:,} real tokens, {given.conversations} conversations, hidden {given.hidden}, "
+        f"{given.layers} layers, {given.threads} threads, {given.rounds} rounds.{told}\n"
+        "The tutorial's ways learn everything, so their loss is another one."
+    )
+    header = ("way", "real tokens/s", "of tutorial", "in single rounds", "peak MB above the model", "loss")
+    return Table(header, lines, note)
+
+
+if __name__ == "__main__":
+    main()

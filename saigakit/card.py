@@ -1,0 +1,156 @@
+"""A finished 02_train into its model card: what it is, what it was trained with, what was measured."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from saigakit import curve, evaluate, manifest, results, sources, train
+from saigakit.config import TrainConfig
+from saigakit.tokenization import Tokenizer
+
+# The names that the Hub has for licences: https://huggingface.co/docs/hub/repositories-licenses
+_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "gemma")
+_CARD = Template("""---
+$metadata
+---
+# $title
+
+A LoRA adapter for $base, trained with saigakit$continued. The base model's licence ($licence) applies to it.
+
+Это адаптер LoRA для $base, обученный с saigakit. Он работает только вместе с этой базовой моделью и с шаблоном диалога,
+который приведён ниже. Всё измеренное измерил его автор; независимой проверки не было. Ответы бывают неверны.
+Действует лицензия базовой модели: $licence.
+
+## Measured
+
+$losses
+
+$compared
+![Training and held-out loss](curve.png)
+
+Measured by its author alone. Nothing else was tested: not facts, not safety, no other tasks. It may give wrong answers
+in confident words.
+
+## Trained with
+
+$training
+
+The records are not published. SHA-256 of the training records: $data.
+
+## Prompt
+
+Chat template (SHA-256 `$template_hash`):
+
+```jinja
+$template
+```
+
+$system_prompt
+## Versions
+
+$versions
+""")
+
+
+def write(stage_dir: Path, repo_id: str, tokenizer: Tokenizer) -> str:
+    """The card of the adapter in `stage_dir`, with the numbers of 04_infer where it compared this very adapter."""
+    content = manifest.read(stage_dir)
+    config = TrainConfig.read(stage_dir / train.CONFIG_FILE)
+    template, prompt = tokenizer.chat_template, content.get("system_prompt")
+    return _CARD.substitute(
+        metadata=_metadata(config),
+        title=repo_id.split("/")[1],
+        base=_base(config),
+        continued="" if (start := _started_from(config)) is None else f"; it continues {start}",
+        licence=config.spec.licence or "see there",
+        losses=_losses(curve.read(stage_dir)),
+        compared=_compared(stage_dir),
+        training=_table(("setting", "value"), _settings(config, stage_dir, content)),
+        data=", ".join(f"`{digest}`" for digest in content["inputs"]["train"].values()),
+        template_hash=hashlib.sha256(template.encode("utf-8")).hexdigest(),
+        template=template.replace("```", "` ` `"),
+        system_prompt="" if prompt is None else f"System prompt of the records: {_code(prompt)}\n",
+        versions=_table(("package", "version"), content.get("versions", {}).items()),
+    )
+
+
+def _metadata(config: TrainConfig) -> str:
+    """YAML, which JSON is too; the Hub refuses a base model that is not there."""
+    licence = config.spec.licence
+    values: dict[str, Any] = {"language": ["ru"], "library_name": "peft", "pipeline_tag": "text-generation"}
+    if licence in _LICENCES:
+        values["license"] = licence
+    elif licence:
+        values |= {"license": "other", "license_name": licence}
+    if sources.is_hub_id(config.spec.base_model):
+        values["base_model"] = config.spec.base_model
+    values["tags"] = ["lora", "saiga", "saigakit"]
+    return "\n".join(f"{name}: {json.dumps(value)}" for name, value in values.items())
+
+
+def _base(config: TrainConfig) -> str:
+    name = config.spec.base_model
+    return f"[{name}](https://huggingface.co/{name})" if sources.is_hub_id(name) else _code(Path(name).name)
+
+
+def _started_from(config: TrainConfig) -> str | None:
+    """The adapter that was continued, by its public name; None for a new one."""
+    name = config.start_adapter
+    return None if name is None else name if sources.is_hub_id(name) else "another adapter"
+
+
+def _losses(log: list[curve.Entry]) -> str:
+    held_out, best = curve.evaluations(log), curve.best(log)
+    if best is None:
+        return "There were no held-out texts: no loss was measured."
+    named = (("before training", held_out[0]), ("best", best), ("last", held_out[-1]))
+    rows = ((name, f"{step}", f"{loss:.4f}") for name, (step, loss) in named)
+    table = _table(("held-out loss, nats per token", "step", "loss"), rows)
+    return f"{table}\n\nThe held-out texts were not trained on; the best step was chosen by them."
+
+
+def _compared(stage_dir: Path) -> str:
+    """The table of 04_infer beside the stage; empty where it is missing or of another adapter."""
+    directory = stage_dir.parent / evaluate.STAGE
+    if not (directory / manifest.NAME).is_file():
+        return ""
+    if manifest.read(directory)["inputs"].get("adapter") != manifest.hashes(stage_dir):
+        print(f"{directory} compared another adapter: its numbers are not in the model card.", flush=True)
+        return ""
+    found = results.show_table(results.read(directory))
+    return f"{_table(found.header, found.rows)}\n\n{found.note}\n"
+
+
+def _settings(config: TrainConfig, stage_dir: Path, content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lora = json.loads((stage_dir / "adapter_config.json").read_text(encoding="utf-8"))
+    steps = [entry for entry in curve.read(stage_dir) if "loss" in entry]
+    kept = content.get("training", {}).get("best_step")
+    return [
+        ("base weights", f"{config.weights_as}, {content.get('number_format', '?')}"),
+        ("LoRA", f"r {lora['r']}, alpha {lora['lora_alpha']}, dropout {lora['lora_dropout']}"),
+        ("layers", ", ".join(sorted(lora["target_modules"]))),
+        ("learning rate", f"{config.peak_learning_rate:g}"),
+        ("epochs", f"{config.epochs:g}"),
+        ("conversations per step", f"{config.batch_size}"),
+        ("longest conversation", f"{config.sequence_budget} tokens"),
+        ("steps", f"{steps[-1]['step']}" + (f", adapter of step {kept}" if kept is not None else "")),
+        ("tokens", f"{steps[-1]['tokens']:,}"),
+        ("seed", f"{config.seed}"),
+    ]
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    names = [_cell(name) for name in header]
+    lines = [names, ["---"] * len(names), *([_cell(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    return f"`{' '.join(text.split()).replace('`', chr(39))}`"

@@ -1,0 +1,134 @@
+"""The language-model head in chunks: loss and gradients of a large vocabulary, and never all of its logits."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from saigakit.errors import SaigaError
+from saigakit.memory import CHUNK_LOGITS
+from saigakit.tokenization import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+_PROBE = 8  # tokens on which both heads must agree
+
+
+def use(model: "PreTrainedModel | PeftModel") -> bool:
+    """From now on `model` in training mode gives a loss and no logits (hidden states are in their place).
+
+    In evaluation mode it is as before, see also `deferred`. False, and the model as it was, where its loss is not
+    that of the head's logits as they are: some models scale or cap them. To be called with the adapter attached.
+    Raises SaigaError where the head is trained itself.
+    """
+    base = _base(model)
+    plain, loss_before = base.get_output_embeddings(), base.loss_function
+    if any(parameter.requires_grad for parameter in plain.parameters()):
+        raise SaigaError("lm_head is trained itself, and its logits cannot be had in chunks: not with modules_to_save.")
+    chunked = _head_class()(plain).train(base.training)
+    before = _probe(base)
+    base.set_output_embeddings(chunked)
+    base.loss_function = functools.partial(_loss, chunked)
+    with deferred(model):
+        after = _probe(base)
+    if abs(after - before) <= 1e-5 * abs(before):
+        return True
+    base.set_output_embeddings(plain)
+    base.loss_function = loss_before
+    return False
+
+
+@contextmanager
+def deferred(model: "PreTrainedModel | PeftModel") -> Iterator[None]:
+    """Chunks in evaluation mode too, for a held-out loss; nothing where `use` was not called."""
+    head = _base(model).get_output_embeddings()
+    if not isinstance(head, _head_class()):
+        yield
+        return
+    head.deferred = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        head.deferred = False  # type: ignore[assignment]
+
+
+def _base(model: "PreTrainedModel | PeftModel") -> "PreTrainedModel":
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
+@functools.cache
+def _head_class() -> "type[torch.nn.Module]":
+    import torch
+
+    class Head(torch.nn.Module):
+        """The plain head, which it holds, or nothing at all: then the loss applies it."""
+
+        def __init__(self, plain: "torch.nn.Module") -> None:
+            super().__init__()
+            self.plain = plain
+            self.deferred = False
+
+        def forward(self, hidden: "torch.Tensor") -> "torch.Tensor":
+            if self.training or self.deferred:
+                return hidden
+            logits: torch.Tensor = self.plain(hidden)
+            return logits
+
+        @property
+        def weight(self) -> "torch.Tensor":
+            return self.plain.weight  # type: ignore[return-value]
+
+    return Head
+
+
+def _loss(
+    head: "torch.nn.Module",
+    logits: "torch.Tensor",
+    labels: "torch.Tensor",
+    vocab_size: int,
+    num_items_in_batch: "torch.Tensor | int | None" = None,
+    shift_labels: "torch.Tensor | None" = None,
+    **_: object,
+) -> "torch.Tensor":
+    """What transformers' ForCausalLMLoss gives; `logits` are hidden states where the head is deferred."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    apply = head.plain if head.training or head.deferred else torch.nn.Identity()
+    if shift_labels is None:
+        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+    learned = (shift_labels != IGNORE_INDEX).to(logits.device)
+    targets = shift_labels.to(logits.device)[learned]
+    hidden = logits.flatten(0, 1) if bool(learned.all()) else logits[learned]
+    size = max(1, CHUNK_LOGITS // vocab_size)
+    chunks = zip(hidden.split(size), targets.split(size), strict=True)
+    # Logits of a chunk are made anew in the backward pass: about 1 % more arithmetic for an 8B model.
+    losses = [
+        checkpoint(_loss_of_chunk, apply, part, target, use_reentrant=False, preserve_rng_state=False)
+        for part, target in chunks
+    ]
+    return torch.stack(losses).sum() / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _loss_of_chunk(head: "torch.nn.Module", hidden: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    return torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+
+def _probe(base: "PreTrainedModel") -> float:
+    """The loss of a few tokens, without dropout and without a trace in the model."""
+    import torch
+
+    device, dtype, was_training = base.device, base.get_output_embeddings().weight.dtype, base.training
+    ids = torch.arange(_PROBE, device=device)[None]
+    base.eval()
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        loss = base(input_ids=ids, position_ids=ids, labels=ids, use_cache=False).loss.item()
+    base.train(was_training)
+    return float(loss)

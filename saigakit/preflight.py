@@ -1,0 +1,115 @@
+"""A run's settings against the machine and the model's files: what cannot work is refused before weights load."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from saigakit import install, memory, shards, weights, workspace
+from saigakit.config import TrainConfig
+from saigakit.errors import SaigaError
+from saigakit.models import Lora
+from saigakit.weights import NumberFormat
+from saigakit.workspace import Gpu
+
+_WEIGHT_BYTES = 4  # of a trained parameter
+_CHECKPOINT = 3  # times the adapter: itself and AdamW's two moments
+_CHECKPOINTS = 2  # at once: the next one is complete before the last one goes
+_BESIDES = 10 * 10**6  # bytes of log, curve and configs
+_WHOLE = ("embed_tokens", "lm_head")  # what modules_to_save may name
+
+
+def machine(config: TrainConfig, gpus: Sequence[Gpu]) -> NumberFormat:
+    """Before anything is fetched: the number format that training will compute in.
+
+    Raises SaigaError for a GPU that is too old or overflows with this model, for fewer GPUs than processes, and for a
+    package that peft refuses.
+    """
+    install.require_no_old_torchao()
+    if gpus and (config.processes or 1) > len(gpus):
+        raise SaigaError(
+            f"processes={config.processes}, and {len(gpus)} GPU{'s are' if len(gpus) > 1 else ' is'} here; "
+            f"each process needs one of its own. Use processes={len(gpus)}, or None for one on each."
+        )
+    return weights.number_format(config.spec, gpus[: config.processes])
+
+
+def process(visible_gpus: int, processes: int) -> None:
+    """In a child. Raises SaigaError for one process that sees several GPUs: it would double loss and gradients."""
+    if processes == 1 and visible_gpus > 1:
+        raise SaigaError(
+            f"One process sees {visible_gpus} GPUs, and would give a quantised model twice its loss. Set "
+            "CUDA_VISIBLE_DEVICES=0 before torch is imported, or start training through train_adapter, which does."
+        )
+
+
+def model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -> Lora:
+    """When the files are there: the adapter that will be trained, the continued one's own settings or the new one's.
+
+    Raises SaigaError for weights that are incomplete, an adapter of another base, settings of a new LoRA beside an
+    adapter that is continued, and modules that this base does not have.
+    """
+    stored = shards.of_base(base_dir).stored
+    if adapter_dir is not None:
+        weights.require_fitting(adapter_dir, base_dir)
+    lora = config.new_lora
+    if config.is_folded and (lora.dora or lora.modules_to_save):
+        raise SaigaError("adapter='folded' makes one plain LoRA of two: leave dora and modules_to_save out of lora.")
+    if adapter_dir is not None and not config.is_folded:
+        lora = weights.lora_of(adapter_dir)
+        if config.lora is not None and _sorted(config.lora) != _sorted(lora):
+            raise SaigaError(
+                f"lora is given, and adapter={config.adapter!r} continues {adapter_dir}, which keeps its own (rank "
+                f"{lora.rank}, alpha {lora.alpha}, {', '.join(lora.target_modules)}). Leave lora out, or use "
+                "adapter=None for a new one."
+            )
+    _require_modules(lora, stored, base_dir)
+    if lora.dora or lora.modules_to_save:
+        what = "DoRA" if lora.dora else f"modules_to_save={lora.modules_to_save}"
+        print(f"Note: 03_merge_gguf merges plain LoRA alone. With {what} the adapter can be used by peft.", flush=True)
+    return lora
+
+
+def _sorted(lora: Lora) -> Lora:
+    return replace(lora, target_modules=tuple(sorted(lora.target_modules)))
+
+
+def _require_modules(lora: Lora, stored: Iterable[str], base_dir: Path) -> None:
+    names = [name.removesuffix(".weight") for name in stored if name.endswith(".weight")]
+    linear = {name.rpartition(".")[2] for name in names if ".layers." in name and "norm" not in name}
+    if unknown := sorted(set(lora.target_modules) - linear):
+        raise SaigaError(
+            f"lora.target_modules names {', '.join(unknown)}, and the layers of {base_dir} have "
+            f"{', '.join(sorted(linear))}."
+        )
+    if strange := sorted(set(lora.modules_to_save) - set(_WHOLE)):
+        raise SaigaError(f"lora.modules_to_save names {', '.join(strange)}; use {' or '.join(map(repr, _WHOLE))}.")
+    if lora.modules_to_save and memory.Shape.of(base_dir).tied:
+        raise SaigaError(
+            f"lora.modules_to_save={lora.modules_to_save}: {base_dir} uses its embeddings as its head (tied), and one "
+            "alone cannot be trained. Leave modules_to_save out."
+        )
+
+
+def disk(directory: Path, shape: memory.Shape, lora: Lora) -> None:
+    """Raises SaigaError where the adapter and two of its checkpoints will not fit."""
+    adapter = shape.adapter_parameters(lora) * _WEIGHT_BYTES
+    needed = adapter + _CHECKPOINTS * _CHECKPOINT * adapter + _BESIDES
+    workspace.require_disk(directory, needed, f"The adapter with {_CHECKPOINTS} checkpoints")
+
+
+def fits(parts: dict[str, int], gpus: Sequence[Gpu], processes: int) -> None:
+    """Says what training needs. Raises SaigaError with that number and the one that is there.
+
+    `parts` is what memory.training gave for the run's largest pack.
+    """
+    remedy = "Use a smaller max_seq_length, quantization='nf4' or a smaller model."
+    total, words = sum(parts.values()), memory.in_words(parts)
+    print(f"Memory: about {total / 1e9:.1f} GB for each process ({words}).", flush=True)
+    for gpu in gpus:
+        if gpu.free < total:
+            raise SaigaError(
+                f"Training needs about {total / 1e9:.1f} GB on {gpu.name} ({words}), and {gpu.free / 1e9:.1f} GB of "
+                f"its {gpu.memory / 1e9:.1f} GB are free. {remedy}"
+            )
+    if not gpus:
+        workspace.require_memory(total * processes, f"Training ({words})", remedy)

@@ -1,0 +1,240 @@
+"""A finished adapter and its model card into a repository of the Hub, and a look at whether all of it arrived."""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saigakit import card, manifest, sources, tokenization, train, workspace
+from saigakit.errors import SaigaError
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
+
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_SHOWN = ("log.jsonl", "curve.png")  # what the card tells of; samples.md holds records and stays
+_HUBS_OWN = {".gitattributes", "README.md"}
+_TOKENS = "https://huggingface.co/settings/tokens"
+
+
+def push_adapter(stage_dir: str | Path, repo_id: str, *, private: bool = True, replace: bool = False) -> str:
+    """The address of the repository `repo_id` ("owner/name") with the adapter of a finished 02_train and its card.
+
+    One commit: the repository changes when everything has arrived, or not at all. Of the records it gets their
+    SHA-256 and their common system prompt. Needs a token that may write in the secret HF_TOKEN.
+    Raises SaigaError, also where the repository holds something other than an earlier adapter of this model on these
+    weights; with `replace` its files give way (git keeps them in its history).
+    """
+    directory = Path(stage_dir)
+    content = _require_whole(directory)
+    token = _token()
+    _require_name(repo_id)
+    model = content["parameters"]["model"]
+    tokenizer = tokenization.load_tokenizer(model, content["parameters"].get("base_source"))
+    with tempfile.TemporaryDirectory() as scratch:
+        files = {name: directory / name for name in (*_ADAPTER, *_SHOWN) if (directory / name).is_file()}
+        public = json.dumps(_public(content), ensure_ascii=False, indent=2)
+        files[manifest.NAME] = manifest.write_text(Path(scratch) / manifest.NAME, public)
+        text = card.write(directory, repo_id, tokenizer)
+        files["README.md"] = manifest.write_text(Path(scratch) / "README.md", text)
+        with _quietly(), _explained(repo_id, token):
+            return _Push(repo_id, token).all_of(files, _public(content), private=private, replace=replace)
+
+
+def _require_whole(directory: Path) -> manifest.Manifest:
+    content = manifest.require_stage(directory, train.STAGE)
+    damaged = [name for name, digest in content["outputs"].items() if manifest.sha256(directory / name) != digest]
+    if damaged:
+        raise SaigaError(f"{directory}: {', '.join(damaged)} changed since it was made; run {train.STAGE} again.")
+    return content
+
+
+def _require_name(repo_id: str) -> None:
+    if not sources.is_hub_id(repo_id):
+        raise SaigaError(
+            f"repo_id={repo_id!r} is no name of a repository: give 'owner/name', of Latin letters, digits, '-', '_' "
+            "and '.', where owner is your name on the Hub or that of your organisation."
+        )
+
+
+def _token() -> str:
+    token = (workspace.secret("HF_TOKEN") or "").strip()
+    if not token:
+        raise SaigaError(
+            "HF_TOKEN is not set. On Kaggle attach it to this notebook as a secret (Add-ons, Secrets); elsewhere set "
+            f"the environment variable. It is made at {_TOKENS} and must be allowed to write."
+        )
+    if not re.fullmatch(r"[!-~]+", token):  # a library would quote it in its own error
+        raise SaigaError(f"HF_TOKEN holds characters that no token has, such as blanks: copy it again from {_TOKENS}.")
+    return token
+
+
+def _public(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest as 03_merge_gguf reads it, without names of places on this machine."""
+    parameters = {name: _without_place(value) for name, value in content["parameters"].items() if name != "base_source"}
+    outputs = {name: digest for name, digest in content["outputs"].items() if name in _ADAPTER}
+    return {**content, "parameters": parameters, "outputs": outputs}
+
+
+def _without_place(value: object) -> object:
+    is_place = isinstance(value, str) and (value.startswith(("/", ".", "~")) or Path(value).exists())
+    return Path(str(value)).name if is_place else value
+
+
+class _Push:
+    """One repository, and the token that is told to nobody else."""
+
+    def __init__(self, repo_id: str, token: str) -> None:
+        from huggingface_hub import HfApi
+
+        self.repo_id = repo_id
+        self.api = HfApi(token=token)
+
+    def all_of(self, files: Mapping[str, Path], content: Mapping[str, Any], *, private: bool, replace: bool) -> str:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        there = self._there()
+        names = [] if there is None else [file.rfilename for file in there.siblings or []]
+        if there is None:
+            self.api.create_repo(self.repo_id, private=private)
+        else:
+            self._require_private(there, private)
+            self._require_earlier(names, content, replace)
+        size = sum(file.stat().st_size for file in files.values())
+        print(f"Uploading {len(files)} files, {size / 1e6:,.1f} MB, to {self.repo_id} …", flush=True)
+        gone = [name for name in names if name not in files and name not in _HUBS_OWN]
+        commit = self.api.create_commit(
+            self.repo_id,
+            [
+                *(CommitOperationAdd(name, str(file)) for name, file in files.items()),
+                *(CommitOperationDelete(name) for name in gone),
+            ],
+            commit_message=f"Adapter of {content['parameters']['model']}, trained with saigakit",
+        )
+        self._require_arrived(files, commit.oid)
+        url = f"{self.api.endpoint}/{self.repo_id}"
+        print(f"All {len(files)} files arrived: {url}", flush=True)
+        return url
+
+    def _there(self) -> "ModelInfo | None":
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        try:
+            return self.api.model_info(self.repo_id)
+        except RepositoryNotFoundError:
+            return None
+
+    def _require_private(self, there: "ModelInfo", private: bool) -> None:
+        if private and not there.private:
+            raise SaigaError(
+                f"{self.repo_id} is there and public, and private=True. Make it private in its settings on the Hub, "
+                "push with private=False, or choose another repo_id."
+            )
+
+    def _require_earlier(self, names: list[str], content: Mapping[str, Any], replace: bool) -> None:
+        """Raises SaigaError where the repository holds something else and may not be replaced."""
+        held = [name for name in names if name not in _HUBS_OWN]
+        if replace or not held:
+            return
+        what = f"{len(held)} files ({', '.join(held[:5])}{', …' if len(held) > 5 else ''})"
+        if manifest.NAME in held:
+            made, now = _made(self._fetched(manifest.NAME, None)), _made(json.dumps(content))
+            if made == now:
+                return
+            if made[0] is not None:
+                what = f"{made[0]} of model={made[1]!r}" + (", on other base weights" if made[:2] == now[:2] else "")
+        raise SaigaError(
+            f"{self.repo_id} is there and holds {what}; nothing was overwritten. Choose another repo_id, or push with "
+            "replace=True: then its files give way."
+        )
+
+    def _require_arrived(self, files: Mapping[str, Path], commit: str) -> None:
+        """Sizes of all files, SHA-256 of the large ones as the Hub has it, of the small ones fetched again."""
+        from huggingface_hub.hf_api import RepoFile
+
+        listed = self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)
+        found = {item.path: item for item in listed if isinstance(item, RepoFile)}
+        for name, file in files.items():
+            if name not in found:
+                raise SaigaError(f"{name} did not arrive in {self.repo_id}. Push it again.")
+            size, digest = file.stat().st_size, manifest.sha256(file)
+            if found[name].size != size:
+                problem = f"has {found[name].size:,} bytes in {self.repo_id} and {size:,} here"
+            elif (lfs := found[name].lfs) is not None and lfs.sha256 != digest:
+                problem = f"has the SHA-256 {lfs.sha256} in {self.repo_id} and {digest} here"
+            elif lfs is None and self._fetched(name, commit) != file.read_bytes():
+                problem = f"has another content in {self.repo_id} than here"
+            else:
+                continue
+            raise SaigaError(f"{name} {problem}: it was damaged on the way. Delete it there and push again.")
+
+    def _fetched(self, name: str, revision: str | None) -> bytes:
+        with tempfile.TemporaryDirectory() as scratch:
+            return Path(self.api.hf_hub_download(self.repo_id, name, revision=revision, cache_dir=scratch)).read_bytes()
+
+
+def _made(text: str | bytes) -> tuple[Any, Any, Any]:
+    """Stage, model and hashes of the base in a manifest; nothing where it is none."""
+    try:
+        content = json.loads(text)
+        return content["stage"], content["parameters"]["model"], content["inputs"]["base"]
+    except (ValueError, KeyError, TypeError):
+        return None, None, None
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without progress bars, of which Kaggle keeps every line."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+@contextmanager
+def _explained(repo_id: str, token: str) -> Iterator[None]:
+    """The Hub's refusals and broken connections as sentences; the token is in none of them."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise SaigaError(_refusal(error.response.status_code, repo_id, _reason(error, token))) from None
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: of one file's upload
+        raise SaigaError(
+            f"The upload to {repo_id} was interrupted: {_reason(error, token)}. The repository changes only when all "
+            "files have arrived. Try again; on Kaggle, switch Internet on."
+        ) from None
+
+
+def _refusal(status: int, repo_id: str, reason: str) -> str:
+    if status == 401:
+        return (
+            f"The Hub does not know the token in HF_TOKEN: it is mistyped, expired or deleted. Make one at {_TOKENS}."
+        )
+    if status == 403:
+        return (
+            f"The token in HF_TOKEN may not write to {repo_id}. Give it write access at {_TOKENS}, and name your own "
+            "user or an organisation where you may write."
+        )
+    return f"The Hub refused {repo_id} ({status}): {reason}. If it is overloaded, try again later."
+
+
+def _reason(error: BaseException, token: str) -> str:
+    """One line of it and of what caused it."""
+    chain = [error, error.__cause__] if error.__cause__ is not None else [error]
+    texts = dict.fromkeys(" ".join(str(each).split()) or type(each).__name__ for each in chain)
+    return "; ".join(texts).replace(token, "…")[:300].rstrip(".:; ")

@@ -1,0 +1,151 @@
+"""A loopback stand-in for the Hub's writing API: repositories that can be created, committed to, listed and read.
+
+`faults`: what goes wrong on the way, see `Hub`.
+"""
+
+import base64
+import hashlib
+import http.server
+import json
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+OWNER = "someone"  # whose the one good token is
+
+
+@dataclass
+class Hub:
+    """Files by repository; `private` ones; every request as "METHOD path"."""
+
+    token: str
+    repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    private: set[str] = field(default_factory=set)
+    # "cut": large files lose their last byte; "lose", "alter": a file of the commit; "put": status of an upload;
+    # "create", "commit": status of these; "swap": another content of the same size in a large file.
+    faults: dict[str, object] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+    commits: int = 0
+    endpoint: str = ""
+
+    @property
+    def head(self) -> str:
+        return f"{self.commits:040d}"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    hub: Hub
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815  # names of the standard library
+
+    def _answer(self) -> None:
+        hub, path = self.hub, urllib.parse.unquote(self.path.split("?")[0])
+        hub.calls.append(f"{self.command} {path}")
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if path.startswith("/lfs/"):
+            return self._put(path.removeprefix("/lfs/"), body)
+        if self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self._reply(401, {"error": "Invalid user token."})
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        if path == "/api/validate-yaml":
+            return self._reply(200, {})
+        repo = "/".join(path.removeprefix("/api/models").strip("/").split("/")[:2]).removesuffix(".git")
+        if repo not in hub.repositories:
+            return self._reply(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        return self._of_repository(repo, path, body)
+
+    def _of_repository(self, repo: str, path: str, body: bytes) -> None:
+        hub, files = self.hub, self.hub.repositories[repo]
+        if "/preupload/" in path:
+            names = [item["path"] for item in json.loads(body)["files"]]
+            modes = [{"path": name, "uploadMode": _mode(name), "shouldIgnore": False} for name in names]
+            return self._reply(200, {"files": modes})
+        if path.endswith("/info/lfs/objects/batch"):
+            oids = [item["oid"] for item in json.loads(body)["objects"]]
+            to = {oid: {"upload": {"href": f"{hub.endpoint}/lfs/{oid}"}} for oid in oids}
+            uploads = [{"oid": oid, "size": 1, "actions": to[oid]} for oid in oids]
+            return self._reply(200, {"transfer": "basic", "objects": uploads})
+        if "/commit/" in path:
+            return self._commit(repo, [json.loads(line) for line in body.splitlines()])
+        if "/tree/" in path:
+            return self._reply(200, [_row(name, content) for name, content in files.items()])
+        if "/resolve/" in path:
+            content = files[path.split("/resolve/")[1].split("/", 1)[1]]
+            etag = f'"{hashlib.sha1(content, usedforsecurity=False).hexdigest()}"'
+            return self._reply(200, content, {"ETag": etag, "X-Repo-Commit": hub.head})
+        siblings = [{"rfilename": name} for name in files]
+        return self._reply(200, {"id": repo, "sha": hub.head, "private": repo in hub.private, "siblings": siblings})
+
+    def _create(self, wanted: dict[str, object]) -> None:
+        if status := self.hub.faults.get("create"):
+            return self._reply(int(str(status)), {"error": "You don't have the rights"})
+        repo = f"{wanted['organization'] or OWNER}/{wanted['name']}"
+        self.hub.repositories[repo] = {".gitattributes": b"*.safetensors filter=lfs"}
+        if wanted.get("visibility") == "private" or wanted.get("private"):
+            self.hub.private.add(repo)
+        return self._reply(200, {"url": f"{self.hub.endpoint}/{repo}", "id": repo})
+
+    def _put(self, oid: str, body: bytes) -> None:
+        faults = self.hub.faults
+        if status := faults.get("put"):
+            return self._reply(int(str(status)), {"error": "expired"})
+        self.hub.objects[oid] = body[:-1] if "cut" in faults else bytes(len(body)) if "swap" in faults else body
+        return self._reply(200, {})
+
+    def _commit(self, repo: str, lines: list[dict[str, dict[str, str]]]) -> None:
+        if status := self.hub.faults.get("commit"):
+            return self._reply(int(str(status)), {"error": "forbidden"})
+        files = self.hub.repositories[repo]
+        for line in lines:
+            value, name = line["value"], line["value"].get("path", "")
+            if line["key"] == "deletedFile":
+                del files[name]
+            elif line["key"] == "lfsFile" and self.hub.faults.get("lose") != name:
+                files[name] = self.hub.objects[value["oid"]]
+            elif line["key"] == "file" and self.hub.faults.get("lose") != name:
+                content = base64.b64decode(value["content"])
+                files[name] = content.swapcase() if self.hub.faults.get("alter") == name else content
+        self.hub.commits += 1
+        url = f"{self.hub.endpoint}/{repo}/commit/{self.hub.head}"
+        return self._reply(200, {"commitUrl": url, "commitOid": self.hub.head, "success": True})
+
+    def _reply(self, status: int, content: object, headers: dict[str, str] | None = None) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def _mode(name: str) -> str:
+    return "lfs" if name.endswith((".safetensors", ".png")) else "regular"
+
+
+def _row(name: str, content: bytes) -> dict[str, object]:
+    row: dict[str, object] = {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+    if _mode(name) == "lfs":
+        row["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    return row
+
+
+@contextmanager
+def serving(token: str) -> Iterator[Hub]:
+    hub = Hub(token)
+    handler = type("Handler", (_Handler,), {"hub": hub})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield hub
+        server.shutdown()

@@ -1,0 +1,44 @@
+"""Evaluations: how many conversations they are worth, and which was the best."""
+
+import pytest
+
+from saigakit import evaluation
+from saigakit.evaluation import Best
+
+
+@pytest.mark.parametrize(
+    ("held_out", "tokens", "count"),
+    [
+        (500, 1_000, 24),  # a short run
+        (10, 1_000, 10),
+        (500, 1_000_000, 100),  # a twentieth is 50,000 tokens: five evaluations of 10,000
+        (500, 100_000_000, 500),
+    ],
+)
+def test_all_evaluations_cost_about_a_twentieth_of_training(held_out, tokens, count):
+    assert evaluation.evaluated([100] * held_out, steps=100, tokens=tokens, eval_steps=None) == count
+
+
+def test_more_evaluations_are_of_fewer_conversations():
+    counts = [evaluation.evaluated([100] * 500, steps=100, tokens=10**6, eval_steps=steps) for steps in (5, 50)]
+    assert counts == [24, 166]
+
+
+def test_a_run_is_evaluated_four_times_unless_something_else_is_said():
+    assert [evaluation.steps_between(steps, None) for steps in (1, 4, 10, 100)] == [1, 1, 3, 25]
+    assert evaluation.steps_between(100, 7) == 7
+
+
+def log_of(*losses):
+    return [{"step": 0, "held_out_loss": 1.0}, {"step": 1, "loss": 0.1}] + [
+        {"step": step, "held_out_loss": loss} for step, loss in enumerate(losses, 1)
+    ]
+
+
+def test_the_best_is_the_lowest_and_of_equal_ones_the_earlier():
+    assert evaluation.best(log_of(5.0, 3.0, 4.0, 3.0)) == Best(2, 3.0, worse_since=2)
+
+
+def test_before_the_first_step_nothing_is_best():
+    assert evaluation.best(log_of()) is None
+    assert evaluation.best(log_of(9.0)) == Best(1, 9.0, worse_since=0)

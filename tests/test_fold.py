@@ -1,0 +1,142 @@
+"""A released adapter in its base before a new LoRA is trained, and both as one adapter of the original base."""
+
+import json
+
+import pytest
+import small_models
+import torch
+from safetensors.torch import load_file, save_file
+
+from saigakit import fold, merge, weights
+from saigakit.errors import SaigaError
+from saigakit.models import ALL_LINEAR, ATTENTION, Lora
+
+IDS = torch.tensor([[1, 400, 500, 33, 7]])
+
+
+@pytest.fixture(scope="module")
+def base_dir(tiny, tmp_path_factory):
+    return small_models.base(tmp_path_factory.mktemp("fold") / "base", tiny / "base", initializer_range=0.05)
+
+
+@pytest.fixture(scope="module")
+def released(base_dir, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("fold") / "released"
+    return small_models.adapter(directory, base_dir, r=3, lora_alpha=7, target_modules=list(ATTENTION))
+
+
+def load(base_dir, quantization="none", dtype=torch.float32):
+    return weights.load_base(base_dir, quantization, dtype, "cpu")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def merged_by_hand(base_dir, released, directory):
+    """The base with the adapter in its files."""
+    model = load(base_dir)
+    model.save_pretrained(directory)
+    file = directory / "model.safetensors"
+    both = merge.Merged.of(base_dir, released)
+    save_file({name: torch.from_numpy(both.read(name)) for name in load_file(file)}, file, metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_the_folded_base_is_the_merged_one_quantised_once(base_dir, released, tmp_path, quantization):
+    model = load(base_dir, quantization)
+    before = logits(model)
+    model = load(base_dir, quantization)
+    fold.into(model, base_dir, released)
+    folded = logits(model)
+    assert torch.equal(folded, logits(load(merged_by_hand(base_dir, released, tmp_path / "merged"), quantization)))
+    assert (folded - before).abs().max() > 0.01
+
+
+def test_it_is_what_peft_computes_from_base_and_adapter(base_dir, released):
+    model = load(base_dir)
+    fold.into(model, base_dir, released)
+    apart = weights.with_adapter(load(base_dir), released, Lora())
+    torch.testing.assert_close(logits(model), logits(apart), rtol=0, atol=1e-6 * logits(apart).abs().max().item())
+
+
+def test_the_number_format_stays(base_dir, released):
+    model = load(base_dir, dtype=torch.float16)
+    fold.into(model, base_dir, released)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    assert not any(parameter.requires_grad for parameter in model.model.layers[0].self_attn.q_proj.parameters())
+
+
+def trained_on_top(base_dir, released, directory, quantization="none", **settings):
+    """A few steps of a new LoRA on the folded base, saved; the trained model."""
+    model = load(base_dir, quantization)
+    fold.into(model, base_dir, released)
+    torch.manual_seed(2)
+    adapted = weights.with_adapter(model, None, Lora(**({"rank": 5, "alpha": 8, "dropout": 0.0} | settings)))
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(4):
+        adapted.train()(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.save_pretrained(directory, save_embedding_layers=False)
+    return adapted
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_both_adapters_as_one_on_the_original_base_are_exact(base_dir, released, tmp_path, rslora):
+    trained = trained_on_top(base_dir, released, tmp_path / "new", rslora=rslora)
+    both = fold.combined(released, tmp_path / "new", tmp_path / "both")
+    described = weights.lora_of(both)
+    assert (described.rank, set(described.target_modules), described.rslora) == (8, set(ALL_LINEAR), False)
+    wanted = logits(trained)
+    found = logits(weights.with_adapter(load(base_dir), both, Lora()))
+    assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+    assert (wanted - logits(weights.with_adapter(load(base_dir), released, Lora()))).abs().max() > 0.01
+
+
+def test_both_as_one_can_be_merged_like_any_adapter(base_dir, released, tmp_path):
+    trained = trained_on_top(base_dir, released, tmp_path / "new")
+    both = fold.combined(released, tmp_path / "new", tmp_path / "both")
+    model = load(base_dir)
+    fold.into(model, base_dir, both)
+    wanted = logits(trained)
+    assert (logits(model) - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
+def test_a_new_lora_is_trained_on_the_quantised_sum(base_dir, released, tmp_path):
+    trained = trained_on_top(base_dir, released, tmp_path / "new", quantization="nf4")
+    assert weights.lora_of(tmp_path / "new").rank == 5
+    model = load(base_dir, "nf4")
+    fold.into(model, base_dir, released)
+    torch.testing.assert_close(logits(weights.with_adapter(model, tmp_path / "new", Lora())), logits(trained))
+
+
+def test_modules_that_the_released_adapter_leaves_alone_get_zeros(base_dir, released, tmp_path):
+    trained_on_top(base_dir, released, tmp_path / "new", target_modules=("q_proj", "up_proj"))
+    state = load_file(fold.combined(released, tmp_path / "new", tmp_path / "both") / "adapter_model.safetensors")
+    a, b = (state[f"base_model.model.model.layers.1.mlp.up_proj.lora_{letter}.weight"] for letter in "AB")
+    assert a.shape[0] == b.shape[1] == 8
+    assert not a[:3].any() and not b[:, :3].any() and a[3:].any() and b[:, 3:].any()
+    a = state["base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"]
+    assert a[:3].any() and not a[3:].any()
+
+
+def test_the_adapter_of_another_base_is_refused(tiny, released):
+    with pytest.raises(SaigaError, match="adapter of another base"):
+        fold.into(load(tiny / "base"), tiny / "base", released)
+
+
+def test_more_than_plain_lora_is_refused(base_dir, released, tmp_path):
+    trained_on_top(base_dir, released, tmp_path / "new", dora=True)
+    with pytest.raises(SaigaError, match="DoRA"):
+        fold.combined(released, tmp_path / "new", tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+
+
+def test_an_adapter_that_is_there_is_not_overwritten(base_dir, released, tmp_path):
+    before = json.loads((released / "adapter_config.json").read_text(encoding="utf-8"))
+    with pytest.raises(SaigaError, match="has an adapter already"):
+        fold.combined(released, released, released)
+    assert json.loads((released / "adapter_config.json").read_text(encoding="utf-8")) == before

@@ -1,0 +1,303 @@
+"""An adapter to the Hub: the real client against a loopback stand-in, in child processes."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import hub_writing_stub
+import pytest
+import yaml
+from small_models import adapter, edit_json
+
+from saigakit import card, curve, evaluate, export, manifest, models, publish, results, tokenization
+from saigakit.config import TrainConfig
+from saigakit.errors import SaigaError
+
+TOKEN = "hf_SecretOfTheTests"
+REPO = "someone/saiga-cats"
+PUSH = """
+import json, sys
+from saigakit import publish
+from saigakit.errors import SaigaError
+stage, repo, settings = sys.argv[1:]
+try:
+    print(publish.push_adapter(stage, repo, **json.loads(settings)))
+except SaigaError as error:
+    print("SaigaError", error)
+"""
+LOG = [
+    {"step": 0, "held_out_loss": 2.5},
+    *({"step": step, "loss": 3.0 / step, "tokens": 100 * step, "seconds": 2.0 * step} for step in range(1, 9)),
+    {"step": 4, "held_out_loss": 0.75},
+    {"step": 8, "held_out_loss": 0.875},
+]
+
+
+def stage_02(run_dir, tiny, *, model="saiga_tiny", base="hash of the base"):
+    """As 02_train leaves it, the adapter written by peft itself."""
+    inputs = {"train": {"train.jsonl": "hash of the records"}, "base": {"model.safetensors": base}, "adapter": None}
+    parameters = {"model": model, "base_source": "/home/me/base", "adapter": "/home/me/older", "epochs": 2.0}
+    facts = {"number_format": "float32", "system_prompt": "Ты — кот.", "training": {"best_step": 4}}
+    identity = {"stage": "02_train", "parameters": parameters, "inputs": inputs}
+    with manifest.making(run_dir / "02_train", facts=facts, **identity) as made:
+        adapter(made, tiny / "base")
+        edit_json(made / "adapter_config.json", base_model_name_or_path="package:saiga_tiny")
+        (made / "README.md").unlink()
+        (made / curve.LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in LOG), encoding="utf-8")
+        (made / "curve.png").write_bytes(b"\x89PNG\x00")
+        (made / "samples.md").write_text("Мой секретный вопрос", encoding="utf-8")
+        places = {"train_file": "/home/me/train.jsonl", "output_dir": "/home/me/out", "base_source": str(tiny / "base")}
+        TrainConfig(**{"model": model, "adapter": None, "epochs": 2, **places}).write(made / "train_config.json")
+    # Only the stub is without a place: the tokenizer is looked up by base_source.
+    edit_json(run_dir / "02_train" / manifest.NAME, parameters={**parameters, "base_source": str(tiny / "base")})
+    return run_dir / "02_train"
+
+
+@pytest.fixture(scope="module")
+def stage(tiny, tmp_path_factory):
+    return stage_02(tmp_path_factory.mktemp("run"), tiny)
+
+
+@pytest.fixture
+def hub():
+    with hub_writing_stub.serving(TOKEN) as served:
+        yield served
+
+
+@pytest.fixture
+def push(hub, stage, tmp_path):
+    """Pushes in a child process; nothing that it leaves or says holds the token."""
+
+    def run(repo=REPO, *, directory=stage, token=TOKEN, endpoint=None, **settings):
+        plain = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment = {**plain, "HF_ENDPOINT": endpoint or hub.endpoint, "HF_HOME": str(tmp_path / "hf_home"),
+                       "TMPDIR": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HOME": str(tmp_path),
+                       "HF_TOKEN": token}  # fmt: skip
+        command = [sys.executable, "-c", PUSH, str(directory), repo, json.dumps(settings)]
+        settings_of_child = {"env": environment, "cwd": tmp_path, "stdin": subprocess.DEVNULL}
+        child = subprocess.run(command, capture_output=True, text=True, check=False, **settings_of_child)
+        left = [file for file in tmp_path.rglob("*") if file.is_file()]
+        public = [content for files in hub.repositories.values() for content in files.values()]
+        secret = token.strip()
+        for text in (child.stdout.encode(), child.stderr.encode(), *(file.read_bytes() for file in left), *public):
+            assert secret.encode() not in text
+        assert "Traceback" not in child.stderr, child.stderr
+        assert child.returncode == 0
+        return child.stdout.strip().splitlines()[-1]
+
+    return run
+
+
+def test_the_adapter_arrives_with_its_card_and_without_the_records(push, hub, stage):
+    assert push() == f"{hub.endpoint}/{REPO}"
+    files = hub.repositories[REPO]
+    shown = {"adapter_config.json", "adapter_model.safetensors", "saigakit.json", "log.jsonl", "curve.png", "README.md"}
+    assert set(files) == {".gitattributes", *shown}
+    for name in shown - {"README.md", "saigakit.json"}:
+        assert files[name] == (stage / name).read_bytes()
+    assert REPO in hub.private
+    assert not any("секретный вопрос".encode() in content or b"/home/me" in content for content in files.values())
+
+
+def test_what_was_pushed_is_an_adapter_that_03_takes(push, hub, tiny, tmp_path):
+    push()
+    fetched = tmp_path / "fetched"
+    fetched.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "saigakit.json"):  # what sources fetches
+        (fetched / name).write_bytes(hub.repositories[REPO][name])
+    made = export.Export.of(models.find("saiga_tiny"), fetched, str(tiny / "base"), "Q8_0")
+    assert made.system_prompt == "Ты — кот."
+
+
+def test_a_public_repository_is_made_only_when_it_is_asked_for(push, hub):
+    push(private=False)
+    assert REPO in hub.repositories and REPO not in hub.private
+
+
+def test_a_public_repository_that_is_there_is_not_taken_for_a_private_push(push, hub):
+    hub.repositories[REPO] = {}
+    assert "is there and public, and private=True" in push()
+    assert hub.commits == 0
+
+
+def test_a_later_training_of_the_same_model_takes_the_place_of_the_earlier_one(push, hub, tiny, tmp_path):
+    push()
+    later = stage_02(tmp_path / "later", tiny)
+    edit_json(later / "adapter_config.json", lora_alpha=99)
+    outputs = {file.name: manifest.sha256(file) for file in later.iterdir() if file.name != manifest.NAME}
+    edit_json(later / manifest.NAME, outputs=outputs)
+    hub.repositories[REPO]["adapter_model.bin"] = b"of an older format"
+    assert push(directory=later).endswith(REPO)
+    assert json.loads(hub.repositories[REPO]["adapter_config.json"])["lora_alpha"] == 99
+    assert "adapter_model.bin" not in hub.repositories[REPO]
+
+
+def test_pushing_the_same_again_is_no_error(push, hub):
+    assert push() == push()
+
+
+OTHER = {"stage": "02_train", "parameters": {"model": "saiga2_7b"}, "inputs": {"base": {}}}
+OTHER_BASE = {**OTHER, "parameters": {"model": "saiga_tiny"}}
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"model.safetensors": b"", "config.json": b"{}"}, "holds 2 files (model.safetensors, config.json)"),
+        ({"saigakit.json": json.dumps(OTHER).encode()}, "holds 02_train of model='saiga2_7b';"),
+        ({"saigakit.json": json.dumps(OTHER_BASE).encode()}, "of model='saiga_tiny', on other base weights;"),
+        ({"saigakit.json": b"[1]"}, "holds 1 files (saigakit.json)"),
+        ({"saigakit.json": b"{"}, "holds 1 files (saigakit.json)"),
+    ],
+)
+def test_a_repository_of_something_else_is_replaced_only_when_it_is_asked_for(push, hub, files, said):
+    hub.repositories[REPO] = {".gitattributes": b"", "README.md": b"#", **files}
+    hub.private.add(REPO)
+    before = dict(hub.repositories[REPO])
+    message = push()
+    assert said in message and "nothing was overwritten" in message and "replace=True" in message
+    assert hub.repositories[REPO] == before and hub.commits == 0
+    assert push(replace=True).endswith(REPO)
+    assert "config.json" not in hub.repositories[REPO] and "adapter_config.json" in hub.repositories[REPO]
+
+
+def test_an_empty_repository_is_filled(push, hub):
+    hub.repositories[REPO] = {".gitattributes": b"", "README.md": b"#"}
+    hub.private.add(REPO)
+    assert push().endswith(REPO)
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [
+        (None, "HF_TOKEN is not set"),
+        ("  ", "HF_TOKEN is not set"),
+        ("hf_Secret\nOfTheTests", "HF_TOKEN holds characters that no token has"),
+        ("hf_Секрет", "HF_TOKEN holds characters that no token has"),
+    ],
+)
+def test_without_a_token_nothing_is_asked(stage, monkeypatch, token, said):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(SaigaError, match=said) as caught:
+        publish.push_adapter(stage, REPO)
+    assert "OfTheTests" not in str(caught.value) and "Секрет" not in str(caught.value)
+
+
+def test_a_wrong_token_is_told(push, hub):
+    assert "does not know the token in HF_TOKEN" in push(token="hf_WrongToken")
+    assert hub.repositories == {}
+
+
+def test_a_token_with_a_line_end_is_taken_without_it(push):
+    assert push(token=f"{TOKEN}\n").endswith(REPO)
+
+
+@pytest.mark.parametrize("fault", ["create", "commit"])
+def test_a_token_that_may_not_write_is_told(push, hub, fault):
+    hub.faults[fault] = 403
+    assert f"may not write to {REPO}" in push()
+
+
+@pytest.mark.parametrize("repo", ["cats", "a/b/c", "someone/кошки", "someone/a--b", "", "/abs/path", "someone/x.git/"])
+def test_a_bad_name_is_told_before_anything_is_asked(stage, monkeypatch, repo):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(SaigaError, match="is no name of a repository") as caught:
+        publish.push_adapter(stage, repo)
+    assert repr(repo) in str(caught.value)
+
+
+def test_no_connection_is_told(push):
+    assert "was interrupted: " in (message := push(endpoint="http://127.0.0.1:9")) and "switch Internet on" in message
+
+
+def test_an_upload_that_breaks_changes_nothing(push, hub):
+    hub.faults["put"] = 403
+    message = push()
+    assert "SaigaError" in message and REPO in message
+    assert set(hub.repositories[REPO]) == {".gitattributes"}
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ({"cut": True}, f" bytes in {REPO} and "),
+        ({"swap": True}, "adapter_model.safetensors has the SHA-256"),
+        ({"lose": "saigakit.json"}, "saigakit.json did not arrive"),
+        ({"alter": "adapter_config.json"}, "adapter_config.json has another content"),
+    ],
+)
+def test_what_did_not_arrive_as_it_was_is_named(push, hub, faults, said):
+    hub.faults.update(faults)
+    assert said in push()
+
+
+def test_a_stage_that_was_changed_is_not_pushed(push, hub, stage, tmp_path):
+    shutil.copytree(stage, tmp_path / "02_train")
+    (tmp_path / "02_train" / "log.jsonl").write_text("", encoding="utf-8")
+    assert "log.jsonl changed since it was made" in push(directory=tmp_path / "02_train")
+    assert "is not there: run 02_train first" in push(directory=tmp_path / "nothing")
+    assert hub.calls == []
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return tokenization.load_tokenizer("saiga_tiny")
+
+
+def test_the_card_has_metadata_that_the_hub_takes(stage, tokenizer):
+    metadata = yaml.safe_load(card.write(stage, REPO, tokenizer).split("---\n")[1])
+    assert metadata["language"] == ["ru"] and metadata["license"] == "apache-2.0"
+    assert "base_model" not in metadata  # "package:saiga_tiny" is nothing of the Hub's
+    of_saiga = yaml.safe_load(card._metadata(TrainConfig(model="saiga2_7b", train_file="", output_dir="")))
+    assert (of_saiga["base_model"], of_saiga["license"]) == ("TheBloke/Llama-2-7B-fp16", "llama2")
+    of_yandex = yaml.safe_load(card._metadata(TrainConfig(model="saiga_yandexgpt_8b", train_file="", output_dir="")))
+    assert (of_yandex["license"], of_yandex["license_name"]) == ("other", "yandexgpt-5-lite-8b")
+
+
+def test_the_card_tells_how_it_was_made_and_what_was_measured(stage, tokenizer):
+    text = card.write(stage, REPO, tokenizer)
+    for part in ("# saiga-cats\n", "Это адаптер LoRA", "| before training | 0 | 2.5000 |", "| best | 4 | 0.7500 |",
+                 "| last | 8 | 0.8750 |", "`hash of the records`", "8, adapter of step 4", "| epochs | 2 |",
+                 "r 4, alpha 8", hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
+                 tokenizer.chat_template, "`Ты — кот.`", "| peft | "):  # fmt: skip
+        assert part in text
+    assert "$" not in text and str(stage.parent) not in text
+
+
+def test_the_card_names_the_adapter_that_was_continued():
+    started = card._started_from(TrainConfig(model="saiga2_7b", train_file="", output_dir=""))
+    assert started == "IlyaGusev/saiga2_7b_lora"
+    assert card._started_from(TrainConfig(model="saiga2_7b", adapter=None, train_file="", output_dir="")) is None
+    local = TrainConfig(model="saiga2_7b", adapter="/home/me/mine", train_file="", output_dir="")
+    assert card._started_from(local) == "another adapter"
+
+
+def compared(run_dir, adapter_hashes):
+    numbers = {"n": 3, "exact": 0.5, "json_valid": 1.0, "f1": 0.75, "tokens_per_s": 10.0, "bytes": 5 * 10**6}
+    rows = [{"name": name, **numbers} for name in ("before", "after")]
+    identity = {"stage": "04_infer", "parameters": {}, "inputs": {"adapter": adapter_hashes}}
+    with manifest.making(run_dir / evaluate.STAGE, **identity) as made:
+        (made / results.FILE).write_text(json.dumps(rows), encoding="utf-8")
+
+
+def test_results_of_04_are_in_the_card_where_they_are_of_this_adapter(stage, tokenizer, tmp_path, capsys):
+    mine = shutil.copytree(stage, tmp_path / "02_train")
+    compared(tmp_path, manifest.hashes(mine))
+    assert "| after (with the adapter, transformers) | 100.0 % | 50.0 % | 75.0 % |" in card.write(mine, REPO, tokenizer)
+    shutil.rmtree(tmp_path / evaluate.STAGE)
+    compared(tmp_path, {"adapter_model.safetensors": "another"})
+    assert "| after" not in card.write(mine, REPO, tokenizer)
+    assert "compared another adapter" in capsys.readouterr().out
+
+
+def test_the_reason_of_a_failure_never_holds_the_token():
+    error = RuntimeError("Error while uploading")
+    error.__cause__ = ValueError(f"Illegal header value b'Bearer {TOKEN}'")
+    with pytest.raises(SaigaError) as caught, publish._explained(REPO, TOKEN):
+        raise error
+    assert TOKEN not in str(caught.value) and "Illegal header value" in str(caught.value)

@@ -1,0 +1,302 @@
+"""Answers of a model in training: what is asked and written, and that training does not notice it."""
+
+import gc
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from saigakit import attention, data, generation, packing, samples, tokenization, weights
+from saigakit.conversations import Conversations
+from saigakit.errors import SaigaError
+from saigakit.models import Lora
+from saigakit.samples import Samples
+
+LORA = Lora(rank=4, alpha=8, dropout=0.3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return tokenization.load_tokenizer("saiga_tiny")
+
+
+@pytest.fixture(scope="module")
+def held_out(tiny):
+    return data.read_conversations(tiny / "records.jsonl")
+
+
+def talk(question, answer="Да."):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def in_training(tiny, quantization="none", *, on_gpu=True):
+    """As 02_train has it: packed attention, no cache, activation checkpointing where `on_gpu`."""
+    torch.manual_seed(0)
+    base = weights.load_base(tiny / "base", quantization, torch.float32, "cpu")
+    base.config.use_cache = False
+    attention.use(base)
+    if on_gpu:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    return weights.with_adapter(base, tiny / "adapter", LORA).train()
+
+
+def learn(model, rows, steps, between=lambda step: None):
+    """Adapter weights and losses after a few optimizer steps with dropout; `between` is called before each."""
+    model.active_peft_config.lora_dropout = 0.3
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    torch.manual_seed(5)
+    for step in range(steps):
+        between(step)
+        loss = model(**packing.collate(rows[3 * step : 3 * step + 3]), use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, [parameter.detach().clone() for parameter in trained]
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_training_with_samples_is_training_without_them_bit_for_bit(
+    tiny, tokenizer, held_out, tmp_path, quantization, on_gpu
+):
+    rows = [tokenization.encode(row["messages"], tokenizer) for row in held_out[:12]]
+    asked = Samples(tokenizer, held_out, tmp_path / "samples.md")
+    without = learn(in_training(tiny, quantization, on_gpu=on_gpu), rows, 4)
+    model = in_training(tiny, quantization, on_gpu=on_gpu)
+    with_samples = learn(model, rows, 4, lambda step: asked.write(step, 1.0, model))
+    assert with_samples[0] == without[0]
+    assert all(map(torch.equal, with_samples[1], without[1]))
+    assert len(set(without[0])) == 4  # it does learn
+
+
+def state(model):
+    base = model.get_base_model()
+    modes = {name: module.training for name, module in model.named_modules()}
+    kept = (
+        base.config._attn_implementation,
+        base.config.use_cache,
+        base.generation_config,
+        base.is_gradient_checkpointing,
+    )
+    return modes, kept, torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())
+
+
+def test_everything_is_put_back(tiny, tokenizer, held_out, tmp_path):
+    model = in_training(tiny)
+    model.get_submodule("base_model.model.model.layers.1").eval()  # no one mode of all
+    before = state(model)
+    Samples(tokenizer, held_out, tmp_path / "samples.md").write(0, 1.0, model)
+    assert state(model) == before
+    assert before[1][0] == attention.NAME
+
+
+def test_everything_is_put_back_when_generation_fails(tiny, tokenizer, held_out, tmp_path, monkeypatch):
+    model = in_training(tiny)
+    before = state(model)
+
+    def fail(base, *_):
+        assert not base.training and base.config._attn_implementation == "sdpa"
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(generation, "greedy", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Samples(tokenizer, held_out, tmp_path / "samples.md").write(0, 1.0, model)
+    assert state(model) == before
+    assert not (tmp_path / "samples.md").exists()
+
+
+def live_bytes():
+    gc.collect()
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in gc.get_objects()
+        if isinstance(tensor, torch.Tensor)
+    }
+    return sum(storages.values())
+
+
+def test_no_tensor_is_left_behind(tiny, tokenizer, held_out, tmp_path):
+    model = in_training(tiny)
+    asked = Samples(tokenizer, held_out, tmp_path / "samples.md")
+    before = live_bytes()
+    asked.write(0, 1.0, model)
+    assert live_bytes() == before > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_no_memory_of_a_gpu_is_left_taken(tiny, tokenizer, held_out, tmp_path):
+    model = in_training(tiny).to("cuda")
+    asked = Samples(tokenizer, held_out, tmp_path / "samples.md")
+    before = torch.cuda.memory_allocated()
+    asked.write(0, 1.0, model)
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_answers_are_those_of_generation_one_by_one(tiny, tokenizer, held_out, tmp_path):
+    asked = Samples(tokenizer, held_out, tmp_path / "samples.md")
+    asked.write(0, 1.0, in_training(tiny))
+    hf = generation.HfModel(tiny / "base", tiny / "adapter", "none")
+    expected = []
+    for conversation in data.spread(held_out, 4):
+        prompt = tokenization.encode(conversation["messages"][:-1], tokenizer, add_generation_prompt=True)["input_ids"]
+        made = hf.answers([prompt], adapted=True, stop_ids=tokenization.end_of_turn_ids(tokenizer),
+                          max_new_tokens=asked.max_new_tokens, on_progress=lambda *_: None)  # fmt: skip
+        expected.append(tokenizer.decode(made.ids[0]))
+    _, [entry] = samples._parsed(tmp_path / "samples.md")
+    assert [answer.text for answer in entry.answers] == expected
+    assert len(set(expected)) > 1
+
+
+def test_half_precision_with_float32_norms_and_adapter_generates(tiny, tokenizer, held_out, tmp_path):
+    base = weights.load_base(tiny / "base", "nf4", torch.bfloat16, "cpu")
+    attention.use(base)
+    for parameter in base.parameters():
+        if parameter.ndim == 1:
+            parameter.data = parameter.data.float()
+    asked = Samples(tokenizer, held_out, tmp_path / "samples.md")
+    asked.write(0, 1.0, weights.with_adapter(base, tiny / "adapter", LORA).train())
+    assert len(samples._parsed(tmp_path / "samples.md")[1]) == 1
+
+
+class Script:
+    """Stands in for generation: answers that are known."""
+
+    def __init__(self, monkeypatch, tokenizer):
+        self.texts, self.tokenizer = ["Да."], tokenizer
+        monkeypatch.setattr(generation, "greedy", self)
+
+    def __call__(self, _model, prompts, stop_ids, max_new_tokens):
+        ids = [self.tokenizer.encode_text(text) for text in self.texts]
+        return [[*ids[index % len(ids)], *stop_ids] for index in range(len(prompts))]
+
+
+@pytest.fixture
+def script(monkeypatch, tokenizer):
+    return Script(monkeypatch, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return in_training(tiny)
+
+
+def test_the_file_reads_as_question_right_answer_and_answers_by_step(script, model, tokenizer, tmp_path):
+    file = tmp_path / "samples.md"
+    asked = Samples(tokenizer, Conversations.stored([talk("Что такое азот?", "Газ.")]), file)
+    asked.write(0, 2.34567, model)
+    script.texts = ["Это газ.\n## 2\n**жирный**"]
+    asked.write(40, 0.5, model)
+    text = file.read_text(encoding="utf-8")
+    frame = ["    Что такое азот?", "    Газ.", "**Шаг 0, ошибка 2.3457 · step 0, loss 2.3457**", "    Да.",
+             "**Шаг 40, ошибка 0.5000 · step 40, loss 0.5000**", "    Это газ.\n    ## 2\n    **жирный**"]  # fmt: skip
+    places = [text.index(part) for part in frame]
+    assert places == sorted(places)
+    assert "cut at" not in text
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.md"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "    отступ\n\n", "a\r\nb", "**Шаг 1, ошибка 1 · x**", "раз\u2028два\x85", "\n## 2\n"]
+)
+def test_whatever_is_asked_and_answered_is_read_back_as_it_was(script, model, tokenizer, tmp_path, text):
+    script.texts = [text]
+    asked = Samples(tokenizer, Conversations.stored([talk(f"1{text}"), talk("Два?", f"{text}2")]), tmp_path / "s.md")
+    asked.write(0, 1.0, model)
+    sections, [entry] = samples._parsed(tmp_path / "s.md")
+    assert sections == [(f"1{text}", "Да."), ("Два?", f"{text}2")]
+    said = tokenizer.decode(tokenizer.encode_text(text))
+    assert [answer.text for answer in entry.answers] == [said, said]
+
+
+def test_an_answer_that_did_not_end_is_marked(tokenizer, tiny, held_out, tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "MOST_TOKENS", 3)
+    Samples(tokenizer, held_out, tmp_path / "s.md").write(0, 1.0, in_training(tiny))
+    assert "обрезан на 3 токенах · step 0, loss 1.0000, cut at 3 tokens" in (tmp_path / "s.md").read_text("utf-8")
+    (tmp_path / "s.md").rename(tmp_path / samples.FILE)
+    assert any(row[2].endswith(" …") for row in samples.table(tmp_path).rows)
+
+
+def test_a_resumed_run_writes_the_file_of_an_uninterrupted_one(script, model, tokenizer, tmp_path):
+    held_out = Conversations.stored(talk(f"Вопрос {number}?") for number in range(9))
+    whole, resumed = tmp_path / "whole.md", tmp_path / "resumed.md"
+
+    def go(asked, steps):
+        for step in steps:
+            script.texts = [f"ответ {step}"]
+            asked.write(step, 1 / (step + 3), model)
+
+    go(Samples(tokenizer, held_out, whole), [0, 10, 20, 30])
+    go(Samples(tokenizer, held_out, resumed), [0, 10, 20])
+    again = Samples(tokenizer, held_out, resumed)
+    again.restart_at(14)
+    assert "step 20" not in resumed.read_text(encoding="utf-8")
+    go(again, [20, 30])
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_a_run_that_resumes_without_a_file_begins_one(script, model, tokenizer, tmp_path):
+    asked = Samples(tokenizer, Conversations.stored([talk("А?")]), tmp_path / "s.md")
+    asked.restart_at(5)
+    asked.write(10, 1.0, model)
+    assert "step 10" in (tmp_path / "s.md").read_text(encoding="utf-8")
+
+
+def test_a_file_of_other_questions_is_not_taken_up(script, model, tokenizer, tmp_path):
+    file = tmp_path / "s.md"
+    Samples(tokenizer, Conversations.stored([talk("А?")]), file).write(0, 1.0, model)
+    before = file.read_bytes()
+    with pytest.raises(SaigaError, match="other held-out questions"):
+        Samples(tokenizer, Conversations.stored([talk("Б?")]), file).restart_at(5)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content", ["", "# пусто", "## 1\n\n**Вопрос**\n", "\n## 1\n**a**\n    b\n**c**\n    d\n**e**\n"]
+)
+def test_a_damaged_file_is_one_sentence(tokenizer, tmp_path, content):
+    file = tmp_path / "s.md"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(SaigaError, match=r"s\.md is damaged"):
+        Samples(tokenizer, Conversations.stored([talk("А?")]), file).restart_at(5)
+
+
+def test_four_questions_spread_over_the_file_are_asked_each_up_to_its_last_answer(script, model, tokenizer, tmp_path):
+    longer = {"messages": [*talk("Раз?")["messages"], *talk("Два?", "Третий.")["messages"]]}
+    held_out = Conversations.stored([longer, *(talk(f"Вопрос {number}?") for number in range(1, 100))])
+    Samples(tokenizer, held_out, tmp_path / "s.md").write(0, 1.0, model)
+    sections, _ = samples._parsed(tmp_path / "s.md")
+    assert sections[0] == ("Два?", "Третий.")
+    numbers = [int(question.split()[1].rstrip("?")) for question, _ in sections[1:]]
+    assert all(abs(found - wanted) <= 2 for found, wanted in zip(numbers, (25, 50, 75), strict=True))
+
+
+def test_a_question_that_is_too_long_is_not_asked_and_none_at_all_is_said(model, tokenizer, tmp_path, script, capsys):
+    long = talk("азот " * samples.PROMPT_TOKENS)
+    Samples(tokenizer, Conversations.stored([long, talk("А?")]), tmp_path / "s.md").write(0, 1.0, model)
+    assert samples._parsed(tmp_path / "s.md")[0] == [("А?", "Да.")]
+    assert capsys.readouterr().out == ""
+    Samples(tokenizer, Conversations.stored([long]), tmp_path / "none.md").write(0, 1.0, model)
+    assert "No held-out question of at most 1024 tokens" in capsys.readouterr().out
+    assert not (tmp_path / "none.md").exists()
+
+
+def test_the_table_shows_before_and_after(script, model, tokenizer, tmp_path):
+    asked = Samples(tokenizer, Conversations.stored([talk("А?"), talk("Б?")]), tmp_path / samples.FILE)
+    for step, text in ((0, "не знаю"), (10, "может быть"), (20, "да")):
+        script.texts = [text]
+        asked.write(step, 1 / (step + 1), model)
+    shown = samples.table(tmp_path)
+    assert shown.header[2:] == ("шаг 0 · step 0", "шаг 20 · step 20")
+    assert list(shown.rows) == [("А?", "Да.", "не знаю", "да"), ("Б?", "Да.", "не знаю", "да")]
+    assert "1.0000 → 0.0476" in shown.note and "3 steps" in shown.note
+
+
+def test_a_stage_without_samples_has_a_table_that_says_so(tmp_path):
+    assert "no held-out questions" in str(samples.table(tmp_path))

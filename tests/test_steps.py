@@ -1,0 +1,106 @@
+"""Steps: exactly batch_size conversations each, the same on any number of processes, and nothing kept but arrays."""
+
+import tracemalloc
+from array import array
+
+import pytest
+
+from saigakit.config import TrainConfig
+from saigakit.rows import Rows
+from saigakit.steps import Plan
+from saigakit.tokenization import IGNORE_INDEX
+
+
+def stored(lengths):
+    """Rows of this many tokens, the second half learned; the ids of row n are n."""
+    made = Rows()
+    for number, length in enumerate(lengths):
+        unlearned = [IGNORE_INDEX] * (length // 2)
+        made.append({"input_ids": [number] * length, "labels": unlearned + [number] * (length - length // 2)})
+    return made
+
+
+def plan_of(rows, *, processes=1, process=0, **settings):
+    config = TrainConfig(
+        **{"model": "saiga_tiny", "train_file": "", "output_dir": "", "max_seq_length": 100, **settings}
+    )
+    return Plan(config, rows, processes=processes, process=process)
+
+
+def shown(plan, step):
+    """The rows of a step, each pack of this process after the other."""
+    return [row for pack in plan[step].packs for row in pack["input_ids"][pack["position_ids"] == 0].tolist()]
+
+
+LENGTHS = [20 + index % 30 for index in range(200)]
+
+
+def test_each_epoch_shows_each_conversation_once_in_another_order():
+    plan = plan_of(stored(LENGTHS), epochs=2, batch_size=16)
+    order = [row for step in range(len(plan)) for row in sorted(shown(plan, step))]
+    assert len(order) == 400
+    assert sorted(plan.order[:200]) == sorted(plan.order[200:]) == list(range(200))
+    assert plan.order[:200] != plan.order[200:]
+
+
+@pytest.mark.parametrize(("epochs", "batch_size", "sizes"), [(2, 16, {16}), (1, 30, {30, 20}), (0.5, 7, {7, 2})])
+def test_a_step_has_exactly_the_batch_and_only_the_last_may_be_smaller(epochs, batch_size, sizes):
+    plan = plan_of(stored(LENGTHS), epochs=epochs, batch_size=batch_size)
+    found = [len(shown(plan, step)) for step in range(len(plan))]
+    assert set(found[:-1]) == {batch_size}
+    assert set(found) == sizes
+
+
+@pytest.mark.parametrize("count", [60, 61, 200])
+def test_short_conversations_in_fours_make_a_quarter_as_many_steps(count):
+    plan = plan_of(stored([10] * count), epochs=1, batch_size=4)
+    assert len(plan) == -(-count // 4)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_the_processes_of_a_step_share_what_one_process_has(processes):
+    rows = stored(LENGTHS)
+    alone = plan_of(rows, epochs=1.3, batch_size=9)
+    together = [
+        plan_of(rows, epochs=1.3, batch_size=9, processes=processes, process=number) for number in range(processes)
+    ]
+    assert {len(plan) for plan in together} == {len(alone)}
+    for step in range(len(alone)):
+        parts = [row for plan in together if not plan[step].idle for row in shown(plan, step)]
+        assert sorted(parts) == sorted(shown(alone, step))
+        assert {plan[step].learned for plan in together} == {alone[step].learned}
+
+
+def test_a_process_without_a_conversation_computes_one_that_counts_nothing():
+    rows = stored([10] * 4)
+    plans = [plan_of(rows, epochs=1, batch_size=3, processes=2, process=number) for number in range(2)]
+    assert [(len(plan[1].packs), plan[1].idle) for plan in plans] == [(1, False), (1, True)]
+
+
+def test_no_pack_is_over_the_budget_and_tokens_are_counted():
+    rows = stored(LENGTHS)
+    plan = plan_of(rows, epochs=1, batch_size=16)
+    packs = [pack for step in range(len(plan)) for pack in plan[step].packs]
+    assert max(pack["input_ids"].shape[1] for pack in packs) <= 100
+    assert plan.tokens == sum(pack["input_ids"].shape[1] for pack in packs) == sum(LENGTHS)
+    for step in range(len(plan)):
+        assert plan[step].learned == sum(pack["logits_to_keep"].numel() for pack in plan[step].packs)
+
+
+def test_the_conversations_of_a_step_are_known_by_their_numbers_in_the_file():
+    rows = Rows()
+    for number in (3, 7, 8, 20):
+        rows.append({"input_ids": [number] * 5, "labels": [number] * 5}, number)
+    plan = plan_of(rows, epochs=1, batch_size=2)
+    assert [plan.numbers(step) for step in range(2)] == [sorted(shown(plan, step)) for step in range(2)]
+
+
+def test_a_plan_keeps_nothing_but_arrays():
+    rows = Rows()
+    rows.lengths, rows.learned = array("i", [500]) * 200_000, array("i", [50]) * 200_000
+    tracemalloc.start()
+    plan = plan_of(rows, epochs=1, batch_size=16, max_seq_length=1024)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(plan) == 12_500
+    assert kept < 2e6  # 4 bytes a conversation, 16 a step

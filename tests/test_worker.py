@@ -1,0 +1,124 @@
+"""What one training does besides its steps: samples, replay, a folded adapter, a head in chunks, a trial."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from saigakit import curve, launch, memory, samples, tokenization, train, trial, weights, worker
+from saigakit.config import TrainConfig
+from saigakit.errors import SaigaError
+from saigakit.models import ALL_LINEAR, Lora
+from saigakit.rows import Rows
+from saigakit.steps import Plan
+
+
+@pytest.fixture
+def records(tiny):
+    return tiny / "records.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(launch, "distributed", lambda _, arguments, **__: worker.main(Path(arguments[0])))
+
+
+def trained(records, directory, **settings):
+    files = {"train_file": str(records), "eval_file": str(records), "output_dir": str(directory / "02_train")}
+    given = {"model": "saiga_tiny", "epochs": 1, "quantization": "none", "adapter": None} | files | settings
+    return train.train_adapter(TrainConfig(**given))
+
+
+def losses(stage):
+    return [entry.get("loss", entry.get("held_out_loss")) for entry in curve.read(stage)]
+
+
+def test_the_answers_at_every_evaluation_are_in_the_stage(records, tmp_path):
+    stage = trained(records, tmp_path)
+    evaluated = [entry["step"] for entry in curve.read(stage) if "held_out_loss" in entry]
+    text = (stage / samples.FILE).read_text(encoding="utf-8")
+    assert all(f"**Шаг {step}, " in text for step in evaluated)
+    assert len(samples.table(stage).rows) == samples.COUNT
+
+
+def test_general_dialogues_are_a_share_of_every_epoch(records, tmp_path, capsys):
+    general = tmp_path / "general.jsonl"
+    talks = [{"user": f"Какая погода в городе номер {n}?", "bot": f"Ясно, {n}."} for n in range(50)]
+    general.write_text("\n".join(json.dumps(talk, ensure_ascii=False) for talk in talks), encoding="utf-8")
+    count = len(records.read_text(encoding="utf-8").splitlines())
+    plain = trained(records, tmp_path / "plain", batch_size=4)
+    stage = trained(records, tmp_path / "mixed", batch_size=4, replay_file=str(general), replay_fraction=0.2)
+    assert (
+        f"In each epoch {round(count / 4)} general conversations beside {count} of training" in capsys.readouterr().out
+    )
+    steps = [sum("loss" in entry for entry in curve.read(made)) for made in (plain, stage)]
+    assert steps == [-(-count // 4), -(-(count + round(count / 4)) // 4)]
+    assert json.loads((stage / "saigakit.json").read_text(encoding="utf-8"))["inputs"]["replay"]
+
+
+def test_a_folded_adapter_begins_as_the_released_one_and_is_one_adapter_in_the_end(records, tmp_path, tiny):
+    released = trained(records, tmp_path / "released", adapter="released")
+    folded = trained(records, tmp_path / "folded", adapter="folded", lora=Lora(rank=3, alpha=6, dropout=0.0))
+    assert losses(folded)[0] == pytest.approx(losses(released)[0], abs=1e-5)
+    assert losses(folded)[-1] < losses(folded)[0]
+    config = json.loads((folded / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["r"] == 3 + json.loads((tiny / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    assert sorted(config["target_modules"]) == sorted(ALL_LINEAR)
+    modules = {name.split(".")[-3] for name in weights.adapter_shapes(folded)}
+    assert modules == set(ALL_LINEAR)
+    assert "best" not in {file.name for file in folded.iterdir()}
+
+
+def test_a_folded_adapter_is_plain_lora(records, tmp_path):
+    with pytest.raises(SaigaError, match="leave dora and modules_to_save out of lora"):
+        trained(records, tmp_path, adapter="folded", lora=Lora(rank=3, dora=True))
+
+
+def test_the_adapter_of_a_folded_training_gives_the_loss_that_was_measured(records, tmp_path, tiny):
+    """On the original base, as 03_merge_gguf and everybody else loads it."""
+    import torch
+
+    folded = trained(records, tmp_path, adapter="folded", lora=Lora(rank=3, alpha=6, dropout=0.0))
+    model = weights.load_base(tiny / "base", "none", torch.float32, "cpu")
+    model = weights.with_adapter(model, folded, Lora()).eval()
+    tokenizer = tokenization.load_tokenizer("saiga_tiny")
+    stored = worker.rows.store(worker.data.read_conversations(records), tokenizer, 512, name="records")
+    chosen = worker.data.spread(list(stored), 24)
+    total = count = 0
+    for row in chosen:
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        count += int((labels != tokenization.IGNORE_INDEX).sum())
+    best = min(entry["held_out_loss"] for entry in curve.read(folded) if "held_out_loss" in entry and entry["step"])
+    assert total / count == pytest.approx(best, rel=2e-3)  # other conversations may be evaluated: see evaluation
+
+
+def test_a_head_in_chunks_learns_the_same(records, tmp_path, monkeypatch):
+    lora = Lora(rank=4, alpha=8, dropout=0.0)
+    plain = trained(records, tmp_path / "plain", lora=lora)
+    monkeypatch.setattr(memory, "LARGE_VOCABULARY", 1)
+    chunked = trained(records, tmp_path / "chunked", lora=lora)
+    assert losses(chunked) == pytest.approx(losses(plain), abs=1e-5)
+    assert (chunked / samples.FILE).read_bytes() == (plain / samples.FILE).read_bytes()
+
+
+def test_a_trial_on_the_largest_pack_changes_nothing(records, tmp_path, monkeypatch, capsys):
+    tried = trained(records, tmp_path / "tried")
+    assert "Trial on the largest pack, " in capsys.readouterr().out
+    monkeypatch.setattr(trial, "run", lambda *_, **__: trial.Trial(seconds_per_token=1.0, peak_bytes=None))
+    untried = trained(records, tmp_path / "untried")
+    assert losses(tried) == losses(untried)
+    assert (tried / "adapter_model.safetensors").read_bytes() == (untried / "adapter_model.safetensors").read_bytes()
+
+
+def test_the_largest_pack_is_found_wherever_it_is():
+    stored = Rows()
+    for length in (10, 30, 12, 25, 9, 30):
+        stored.append({"input_ids": [1] * length, "labels": [1] * length})
+    plan = Plan(TrainConfig(model="saiga_tiny", train_file="", output_dir="", batch_size=2, max_seq_length=60), stored)
+    pack, parts = worker._largest(plan, lambda pack: {"all": sum(pack.documents)})
+    packs = [pack for step in range(len(plan)) for packs in plan.layout(step) for pack in packs]
+    assert sum(len(row["input_ids"]) for row in pack) == parts["all"]
+    assert parts["all"] == max(sum(stored.lengths[row] for row in pack) for pack in packs)
