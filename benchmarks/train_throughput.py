@@ -28,7 +28,7 @@ import time
 from importlib import util
 from pathlib import Path
 
-from saigakit import attention, checkpoints, evaluation, packing, rows, steps, trainer, training_log
+from saigakit import attention, checkpoints, evaluation, packing, rows, steps, trainer, training_log, training_run
 from saigakit.config import TrainConfig
 from saigakit.models import ATTENTION
 from saigakit.tables import Table
@@ -160,7 +160,7 @@ def with_saigakit(model, made, directory: str, budget: int):
         model=directory, train_file="", output_dir=directory, batch_size=len(made), max_seq_length=budget, epochs=1
     )
     place = Path(directory)
-    run = trainer.Run(
+    run = training_run.Run(
         config,
         steps.Plan(config, stored),
         evaluation.HeldOut(stored, 0),

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,13 +15,13 @@ from saigakit import (
     models,
     near_duplicates,
     pieces,
-    rows,
     sources,
     tokenization,
 )
 from saigakit.config import TrainConfig
 from saigakit.conversations import Conversation, Conversations
-from saigakit.errors import DataError, SaigaError
+from saigakit.errors import DataError
+from saigakit.fitting import Fitted
 from saigakit.near_duplicates import Signatures
 from saigakit.progress import Every
 from saigakit.tables import Table
@@ -98,7 +96,7 @@ def _read(files: Mapping[str, Sequence[Path]]) -> dict[str, Conversations]:
 
 def _fitted(
     read: Mapping[str, Conversations], tokenizer: Tokenizer, limit: int, names: Mapping[str, str | None]
-) -> dict[str, "Fitted"]:
+) -> dict[str, Fitted]:
     """Raises DataError with what cannot be tokenised of all of them."""
     return _of_all(
         {part: part for part in read}, lambda part: Fitted.of(read[part], tokenizer, limit, str(names[part]))
@@ -121,47 +119,6 @@ def _of_all(parts: Mapping[str, T], make: Callable[[T], U]) -> dict[str, U]:
 
 def _hashes(files: Sequence[Path]) -> dict[str, str]:
     return {label: manifest.sha256(file) for label, file in zip(data.labels(files), files, strict=True)}
-
-
-@dataclass
-class Fitted:
-    """Conversations that fit the limit, with their tokens."""
-
-    conversations: Conversations
-    encoded: rows.Rows = field(default_factory=rows.Rows)
-    firsts: "array[int]" = field(default_factory=lambda: array("i", [0]))  # of each conversation's rows, and the end
-    lengths: "array[int]" = field(default_factory=lambda: array("i"))  # of all, before turns were cut off
-    cut: int = 0
-    dropped: int = 0
-
-    @classmethod
-    def of(cls, conversations: Conversations, tokenizer: Tokenizer, limit: int, name: str) -> "Fitted":
-        made = cls(conversations)
-
-        def fitting() -> Iterator[Conversation]:
-            encoding = rows.encode_fitting(conversations, tokenizer, limit, name=name)
-            for conversation, encoded, tokens, is_cut in encoding:
-                made.lengths.append(tokens)
-                made.cut += is_cut
-                made.dropped += not encoded
-                for row in encoded:
-                    made.encoded.append(row)
-                if encoded:
-                    made.firsts.append(len(made.encoded))
-                    yield dict(conversation)
-
-        made.conversations = Conversations.stored(fitting())
-        if not made.encoded:
-            raise SaigaError(
-                f"{name}: all {made.dropped} conversations are longer than max_seq_length={limit} tokens, the "
-                f"shortest has {min(made.lengths)}. Raise max_seq_length or shorten the texts."
-            )
-        if said := rows.what_did_not_fit(name, len(made.lengths), made.cut, made.dropped, limit):
-            print(said, flush=True)
-        return made
-
-    def rows_of(self, place: int) -> list[tokenization.Example]:
-        return [self.encoded[row] for row in range(self.firsts[place], self.firsts[place + 1])]
 
 
 def _written(

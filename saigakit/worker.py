@@ -44,8 +44,8 @@ from saigakit.memory import Pack, Shape
 from saigakit.models import Lora
 from saigakit.steps import Plan
 from saigakit.tokenization import Example
-from saigakit.trainer import Run
 from saigakit.training_log import Log
+from saigakit.training_run import Run
 from saigakit.weights import NumberFormat
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import kill_resume
 
-from saigakit import checkpoints, curve, launch, manifest, train, trainer, worker, workspace
+from saigakit import checkpoints, curve, launch, manifest, train, training_run, worker, workspace
 from saigakit.checkpoints import Store
 from saigakit.errors import SaigaError
 from saigakit.models import Lora
@@ -119,7 +119,7 @@ HOUR = 3600
 def is_over_after(monkeypatch, step):
     """Ends the time of a session in the step numbered `step`, for the child that runs in this process."""
     made = iter(range(1, 1000))
-    monkeypatch.setattr(trainer.Run, "is_time_over", lambda _: next(made) == step)
+    monkeypatch.setattr(training_run.Run, "is_time_over", lambda _: next(made) == step)
 
 
 @pytest.fixture
@@ -248,10 +248,10 @@ def test_a_run_killed_between_its_early_stop_and_its_end_does_not_train_on(tiny,
 
 
 def test_free_time_is_counted_from_the_start_of_the_session(monkeypatch):
-    run = trainer.Run(kill_resume.config_for("x", max_hours=1), [], [], None, None)
+    run = training_run.Run(kill_resume.config_for("x", max_hours=1), [], [], None, None)
     run.worst_step_s, run.save_s, run.evaluation_s = 100.0, 200.0, 40.0
     start = workspace.session_start()
-    reserve = 100 + 2 * 200 + 40 + trainer.MARGIN_S
+    reserve = 100 + 2 * 200 + 40 + training_run.MARGIN_S
     monkeypatch.setattr(time, "time", lambda: start + HOUR - reserve - 1)
     assert not run.is_time_over()
     monkeypatch.setattr(time, "time", lambda: start + HOUR - reserve + 1)
