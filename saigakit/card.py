@@ -64,9 +64,9 @@ def write(stage_dir: Path, repo_id: str, tokenizer: Tokenizer) -> str:
         metadata=_metadata(config),
         title=repo_id.split("/")[1],
         base=_base(config),
-        continued="" if (start := _started_from(config)) is None else f"; it continues {start}",
+        continued=_continued(config),
         licence=config.spec.licence or "see there",
-        losses=_losses(curve.read(stage_dir)),
+        losses=_losses(curve.read(stage_dir), content.get("training", {}).get("best_step")),
         compared=_compared(stage_dir),
         training=_table(("setting", "value"), _settings(config, stage_dir, content)),
         data=", ".join(f"`{digest}`" for digest in content["inputs"]["train"].values()),
@@ -102,14 +102,21 @@ def _started_from(config: TrainConfig) -> str | None:
     return None if name is None else name if sources.is_hub_id(name) else "another adapter"
 
 
-def _losses(log: list[curve.Entry]) -> str:
-    held_out, best = curve.evaluations(log), curve.best(log)
-    if best is None:
+def _continued(config: TrainConfig) -> str:
+    if (start := _started_from(config)) is None:
+        return ""
+    return f"; {start} is added to it, and is a part of this adapter" if config.is_folded else f"; it continues {start}"
+
+
+def _losses(log: list[curve.Entry], kept: int | None) -> str:
+    held_out = curve.evaluations(log)
+    if not held_out:
         return "There were no held-out texts: no loss was measured."
-    named = (("before training", held_out[0]), ("best", best), ("last", held_out[-1]))
+    chosen = [entry for entry in held_out if entry[0] == kept]
+    named = [("before training", held_out[0]), *(("this adapter", entry) for entry in chosen), ("last", held_out[-1])]
     rows = ((name, f"{step}", f"{loss:.4f}") for name, (step, loss) in named)
     table = _table(("held-out loss, nats per token", "step", "loss"), rows)
-    return f"{table}\n\nThe held-out texts were not trained on; the best step was chosen by them."
+    return f"{table}\n\nThe held-out texts were not trained on; the step of this adapter was chosen by them."
 
 
 def _compared(stage_dir: Path) -> str:
@@ -127,16 +134,19 @@ def _compared(stage_dir: Path) -> str:
 def _settings(config: TrainConfig, stage_dir: Path, content: Mapping[str, Any]) -> list[tuple[str, str]]:
     lora = json.loads((stage_dir / "adapter_config.json").read_text(encoding="utf-8"))
     steps = [entry for entry in curve.read(stage_dir) if "loss" in entry]
-    kept = content.get("training", {}).get("best_step")
+    training = content.get("training", {})
+    kept = training.get("best_step")
+    of = f" of {training['steps']}, ended by max_hours" if training.get("ended") == "max_hours" else ""
+    parts = ", the released adapter's rank included" if config.is_folded else ""
     return [
         ("base weights", f"{config.weights_as}, {content.get('number_format', '?')}"),
-        ("LoRA", f"r {lora['r']}, alpha {lora['lora_alpha']}, dropout {lora['lora_dropout']}"),
+        ("LoRA", f"r {lora['r']}, alpha {lora['lora_alpha']}, dropout {lora['lora_dropout']}{parts}"),
         ("layers", ", ".join(sorted(lora["target_modules"]))),
         ("learning rate", f"{config.peak_learning_rate:g}"),
         ("epochs", f"{config.epochs:g}"),
         ("conversations per step", f"{config.batch_size}"),
         ("longest conversation", f"{config.sequence_budget} tokens"),
-        ("steps", f"{steps[-1]['step']}" + (f", adapter of step {kept}" if kept is not None else "")),
+        ("steps", f"{steps[-1]['step']}{of}" + (f", adapter of step {kept}" if kept is not None else "")),
         ("tokens", f"{steps[-1]['tokens']:,}"),
         ("seed", f"{config.seed}"),
     ]

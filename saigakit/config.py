@@ -1,6 +1,7 @@
 """Training parameters into a frozen, checked TrainConfig: JSON on disk, read by the child process."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -58,12 +59,20 @@ class TrainConfig:
                     f"{name}={value!r} is a {type(value).__name__}, not a number. "
                     "In YAML write 2.0e-4: without the dot, 2e-4 is read as text."
                 )
-            if not value > 0:  # so that NaN is refused too
+            if not 0 < value < math.inf:  # so that NaN is refused too
                 raise SaigaError(f"{name}={value!r} must be above 0.")
         for name in ("batch_size", "max_seq_length", "eval_steps", "early_stopping", "save_steps", "processes"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise SaigaError(f"{name}={value!r} must be a whole number of at least 1.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise SaigaError(f"seed={self.seed!r} must be a whole number from 0 to {2**32 - 1}.")
+        for name in ("train_file", "output_dir", "eval_file", "replay_file", "resume_from", "base_source", "adapter"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name in ("train_file", "output_dir")):
+                raise SaigaError(f"{name}={value!r} is a {type(value).__name__}; give a path or a name in quotes.")
+        if self.lora is not None:
+            _require_lora(self.lora)
         if self.replay_fraction >= 1:
             raise SaigaError(f"replay_fraction={self.replay_fraction!r} must be below 1: it is a share of an epoch.")
         if self.quantization not in (None, "nf4", "int8", "none"):
@@ -122,3 +131,22 @@ class TrainConfig:
             lists = {name: tuple(value) for name, value in values["lora"].items() if isinstance(value, list)}
             values["lora"] = Lora(**values["lora"] | lists)
         return cls(**values)
+
+
+def _require_lora(lora: object) -> None:
+    if not isinstance(lora, Lora):
+        raise SaigaError(f"lora={lora!r}: give a Lora, for example Lora(rank=32) from saigakit.models.")
+    for name in ("rank", "alpha"):
+        value = getattr(lora, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise SaigaError(f"lora.{name}={value!r} must be a whole number of at least 1.")
+    if isinstance(lora.dropout, bool) or not isinstance(lora.dropout, int | float) or not 0 <= lora.dropout < 1:
+        raise SaigaError(f"lora.dropout={lora.dropout!r} must be a number from 0 to below 1.")
+    for name, least in (("target_modules", 1), ("modules_to_save", 0)):
+        names = getattr(lora, name)
+        if (
+            not isinstance(names, tuple | list)
+            or len(names) < least
+            or not all(isinstance(each, str) for each in names)
+        ):
+            raise SaigaError(f"lora.{name}={names!r} must be a list of names, such as ['q_proj', 'v_proj'].")

@@ -47,7 +47,10 @@ def _differing(content: dict[str, Any], config: TrainConfig) -> list[str]:
     kept = (name for name in now if name in there and name not in _OF_A_SESSION)
     # 01_format tells the longest conversation where the config leaves it open.
     names = [name for name in kept if now[name] != there[name] and (name, now[name]) != ("max_seq_length", None)]
-    records = workspace.find_input(config.train_file, run_dir=Path(config.output_dir).parent)
-    if list(manifest.hashes(records).values()) != list(content["inputs"].get("train", {}).values()):
-        names.append("training records")
+    files = (("train", "training"), ("held_out", "held-out"), ("replay", "replay"))
+    for (part, name), file in zip(files, (config.train_file, config.eval_file, config.replay_file), strict=True):
+        found = file and workspace.find_input(file, run_dir=Path(config.output_dir).parent)
+        hashes = list(manifest.hashes(found).values()) if found else []
+        if hashes != list((content["inputs"].get(part) or {}).values()):
+            names.append(f"{name} records")
     return names

@@ -1,5 +1,6 @@
 """A run's settings against the machine and the model's files: what cannot work is refused before weights load."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,10 +64,22 @@ def model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -> Lora
                 "adapter=None for a new one."
             )
     _require_modules(lora, stored, base_dir)
+    _require_context(config, base_dir)
     if lora.dora or lora.modules_to_save:
         what = "DoRA" if lora.dora else f"modules_to_save={lora.modules_to_save}"
         print(f"Note: 03_merge_gguf merges plain LoRA alone. With {what} the adapter can be used by peft.", flush=True)
     return lora
+
+
+def _require_context(config: TrainConfig, base_dir: Path) -> None:
+    """For models that are not in the registry, which config has looked at."""
+    content = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    most = content.get("text_config", content).get("max_position_embeddings")
+    if isinstance(most, int) and config.sequence_budget > most:
+        raise SaigaError(
+            f"max_seq_length={config.sequence_budget} is over the context length of {base_dir}, {most} tokens "
+            "(max_position_embeddings)."
+        )
 
 
 def _sorted(lora: Lora) -> Lora:

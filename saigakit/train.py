@@ -59,7 +59,8 @@ def train_adapter(config: TrainConfig) -> Path:
     store = Store(checkpoints.beside(final), checkpoints.identity(identity["parameters"], inputs))
     goes_on = resuming.goes_on(final, identity, config)
     if not goes_on and manifest.is_kept(final, **identity):
-        store.delete()
+        if manifest.read(final).get("training", {}).get("ended") != "max_hours":
+            store.delete()  # else a run that went on from it may have been killed
         return final
     with store.alone(launch.SAVING_PATIENCE_S):
         start = resuming.start(config, store, final if goes_on else None)

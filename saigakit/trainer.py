@@ -175,6 +175,7 @@ def _watch(run: Run, model: "PeftModel") -> "TrainerCallback":
             run.worst_step_s = max(run.worst_step_s, took)
             here = (run.is_time_over(), launch.is_asked_to_end(), run.is_save_due(step))
             is_over, is_asked, control.should_save = ranks.any_of(here, args)
+            control.should_save |= step == len(run.plan)  # what follows it may be interrupted, too
             if step < len(run.plan) and (is_over or is_asked):
                 run.ending = "asked" if is_asked else "max_hours"
                 control.should_save = control.should_training_stop = True
@@ -217,8 +218,10 @@ def _watch(run: Run, model: "PeftModel") -> "TrainerCallback":
             if best is not None and best.step == step:
                 needed = _adapter_bytes(model)
                 ranks.by_first(lambda: run.store.keep_best(partial(save_adapter, model), needed=needed), args)
+            began = time.monotonic()
             ranks.by_first(lambda: _call(run.on_evaluation, step, loss, model), args)
-            if is_stopped_early(run) and step < len(run.plan):
+            run.evaluation_s += time.monotonic() - began
+            if step < len(run.plan) and run.ending == "finished" and is_stopped_early(run):
                 control.should_training_stop = True
 
     return Watch()

@@ -4,6 +4,7 @@ More than one GPU: one such process each.
 """
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -98,9 +99,10 @@ def main(config_file: Path) -> None:
     log = Log(directory / curve.LOG_FILE, quiet=rank > 0, resumed_from=start and start / checkpoints.LOG)
     tokenizer = tokenization.load_tokenizer(config.model, config.base_source)
     asked = None if config.eval_file is None else data.read_conversations(config.eval_file)
-    plan = Plan(config, _training_rows(config, tokenizer, asked, log), processes=processes, process=rank)
-    log.say(f"{len(plan.rows)} rows, {plan.tokens:,} tokens in {config.epochs:g} epochs: {len(plan)} steps.")
-    held_out = _held_out(config, asked, tokenizer, plan, log)
+    with contextlib.redirect_stdout(io.StringIO()) if rank > 0 else contextlib.nullcontext():  # the first one says it
+        plan = Plan(config, _training_rows(config, tokenizer, asked, log), processes=processes, process=rank)
+        log.say(f"{len(plan.rows)} rows, {plan.tokens:,} tokens in {config.epochs:g} epochs: {len(plan)} steps.")
+        held_out = _held_out(config, asked, tokenizer, plan, log)
     transformers.set_seed(config.seed)  # a new adapter begins at random
     loaded = Loaded.of(config, plan, "cpu" if not on_gpu else f"cuda:{device}", log)
     run = Run(config, plan, held_out, Store.of_parent(config_file.parent), log)
@@ -118,7 +120,10 @@ def main(config_file: Path) -> None:
 
 def _train(run: Run, loaded: "Loaded", start: Path | None) -> int:
     """The number of steps made. Raises SaigaError where the run was asked to end."""
-    if start is not None and trainer.is_stopped_early(run):  # it was killed between that checkpoint and its end
+    is_unfinished = run.saved_step < len(run.plan)
+    if (
+        start is not None and is_unfinished and trainer.is_stopped_early(run)
+    ):  # it was killed between that checkpoint and its end
         return run.saved_step
     made = trainer.build(run, loaded.model, resumed=start is not None)
     loaded.try_out(made, run.log)
@@ -134,7 +139,7 @@ def _train(run: Run, loaded: "Loaded", start: Path | None) -> int:
             f"max_hours={run.config.max_hours:g} end training at step {step} of {len(run.plan)}, which is saved. "
             "Call it again with the same run_dir, or in another session with resume_from, to go on from there."
         )
-    if run.held_out and run.ending != "early_stopping" and run.log.held_out[-1]["step"] != step:
+    if run.held_out and run.ending == "finished" and run.log.held_out[-1]["step"] != step:
         made.evaluate()
     return step
 
@@ -221,7 +226,8 @@ class Loaded:
         log.say(f"Loading {config.spec.base_model} …")
         base = _base(config, base_dir, getattr(torch, number_format), device)
         model = weights.with_adapter(base, _adapter_dir(config) if _is_continued(config) else None, lora)
-        model.peft_config["default"].base_model_name_or_path = config.spec.base_model  # not a path of this machine
+        name = config.spec.base_model  # of a directory its name alone, not a path of this machine
+        model.peft_config["default"].base_model_name_or_path = Path(name).name if Path(name).is_dir() else name
         if memory.head_in_chunks(shape, lora) and not head.use(model):
             log.say("The logits of this model are scaled or capped, so they are not made in chunks.")
         weights.require_formats(model, getattr(torch, number_format))

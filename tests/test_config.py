@@ -116,3 +116,25 @@ def test_a_setting_that_is_unknown_is_named(tmp_path):
     file.write_text(json.dumps({**values, "warmup_ratio": 0.1}), encoding="utf-8")
     with pytest.raises(SaigaError, match="unknown settings warmup_ratio"):
         TrainConfig.read(file)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": "x"}, "seed='x' must be a whole number from 0"),
+        ({"seed": -1}, "seed=-1 must be a whole number from 0"),
+        ({"epochs": float("inf")}, "epochs=inf must be above 0"),
+        ({"eval_file": 5}, "eval_file=5 is a int; give a path"),
+        ({"resume_from": 5}, "resume_from=5 is a int; give a path"),
+        ({"lora": {"rank": 8}}, r"give a Lora, for example Lora\(rank=32\)"),
+        ({"lora": Lora(rank="16")}, "lora.rank='16' must be a whole number"),
+        ({"lora": Lora(rank=0)}, "lora.rank=0 must be a whole number"),
+        ({"lora": Lora(dropout=2.0)}, "lora.dropout=2.0 must be a number from 0 to below 1"),
+        ({"lora": Lora(target_modules=())}, r"lora.target_modules=\(\) must be a list of names"),
+        ({"lora": Lora(target_modules="q_proj")}, "lora.target_modules='q_proj' must be a list of names"),
+        ({"model": "smollm2_135m", "adapter": "folded"}, "adapter='folded': smollm2_135m has no released adapter"),
+    ],
+)
+def test_a_value_of_another_type_is_one_sentence(settings, message):
+    with pytest.raises(SaigaError, match=message):
+        TrainConfig(**{"model": "saiga_tiny", "train_file": "x", "output_dir": "y"} | settings)

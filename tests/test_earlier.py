@@ -94,3 +94,10 @@ def test_two_that_fit_are_a_question_for_the_user(place):
 def test_nothing_attached_is_a_new_training(place):
     config = config_in(place)
     assert earlier.resumed(config) is config
+
+
+def test_a_training_with_other_held_out_records_is_not_continued(place, capsys):
+    attached(place)
+    (place / "run" / "held_out.jsonl").write_text("{}\n", encoding="utf-8")
+    assert earlier.resumed(config_in(place, eval_file="held_out.jsonl")).resume_from is None
+    assert "other held-out records." in capsys.readouterr().out

@@ -1,14 +1,17 @@
 """What one training does besides its steps: samples, replay, a folded adapter, a head in chunks, a trial."""
 
 import json
+import shutil
+import time
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
-from saigakit import curve, launch, memory, samples, tokenization, train, trial, weights, worker
+from saigakit import checkpoints, curve, launch, memory, samples, tokenization, train, trial, weights, worker
 from saigakit.config import TrainConfig
 from saigakit.errors import SaigaError
-from saigakit.models import ALL_LINEAR, Lora
+from saigakit.models import ALL_LINEAR, ATTENTION, Lora
 from saigakit.rows import Rows
 from saigakit.steps import Plan
 
@@ -122,3 +125,55 @@ def test_the_largest_pack_is_found_wherever_it_is():
     packs = [pack for step in range(len(plan)) for packs in plan.layout(step) for pack in packs]
     assert sum(len(row["input_ids"]) for row in pack) == parts["all"]
     assert parts["all"] == max(sum(stored.lengths[row] for row in pack) for pack in packs)
+
+
+def test_a_folded_training_does_not_go_on_from_a_continued_one(records, tmp_path, monkeypatch):
+    """Both begin with the same files."""
+    monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 11 * 3600))
+    lora = Lora(rank=4, alpha=8, target_modules=ATTENTION)
+    stage = trained(records, tmp_path, adapter="folded", lora=lora)
+    monkeypatch.delenv("SAIGAKIT_SESSION_START")
+    with pytest.raises(SaigaError, match=r"checkpoint of another run .*folded"):
+        trained(records, tmp_path / "other", adapter="released", resume_from=str(stage))
+
+
+def test_what_a_run_that_went_on_has_saved_is_not_thrown_away_where_no_time_is_left(records, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 11 * 3600))
+    stage = trained(records, tmp_path)
+    saved = checkpoints.beside(stage)
+    assert not saved.exists()
+    shutil.copytree(stage / checkpoints.IN_STAGE, saved / "step-00000002")
+    assert trained(records, tmp_path) == stage
+    assert (saved / "step-00000002").is_dir()
+
+
+def test_a_run_that_was_stopped_by_time_is_not_evaluated_where_an_uninterrupted_one_would_not_be(
+    records, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 11 * 3600))
+    stage = trained(records, tmp_path, early_stopping=1, eval_steps=2)
+    assert [entry["step"] for entry in curve.read(stage) if "held_out_loss" in entry] == [0]
+    training = json.loads((stage / "saigakit.json").read_text(encoding="utf-8"))["training"]
+    assert (training["ended"], training["step"]) == ("max_hours", 1)
+
+
+def test_the_last_step_is_saved_before_what_follows_it(records, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trained(records, tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(launch, "distributed", lambda _, arguments, **__: worker.main(Path(arguments[0])))
+    (saved,) = (tmp_path / "02_train.checkpoints").glob("step-*")
+    stage = trained(records, tmp_path)
+    assert checkpoints.step_of(saved) == max(entry["step"] for entry in curve.read(stage) if "loss" in entry)
+    assert losses(stage) == losses(trained(records, tmp_path / "uninterrupted"))
+
+
+def test_a_context_over_that_of_a_models_own_config_is_refused(records, tmp_path, tiny):
+    model = shutil.copytree(tiny / "base", tmp_path / "model")
+    shutil.copyfile(resources.files("saigakit").joinpath("templates/saiga2.jinja"), model / "chat_template.jinja")
+    most = json.loads((model / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    with pytest.raises(SaigaError, match=rf"max_seq_length={most + 1} is over the context length of .*{most} tokens"):
+        trained(records, tmp_path, model=str(model), max_seq_length=most + 1)
+    made = trained(records, tmp_path, model=str(model), max_seq_length=most)
+    assert json.loads((made / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"] == "model"
