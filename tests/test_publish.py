@@ -261,12 +261,26 @@ def test_the_card_has_metadata_that_the_hub_takes(stage, tokenizer):
 
 def test_the_card_tells_how_it_was_made_and_what_was_measured(stage, tokenizer):
     text = card.write(stage, REPO, tokenizer)
-    for part in ("# saiga-cats\n", "Это адаптер LoRA", "| before training | 0 | 2.5000 |", "| best | 4 | 0.7500 |",
+    for part in ("# saiga-cats\n", "Это адаптер LoRA", "| before training | 0 | 2.5000 |",
+                 "| this adapter | 4 | 0.7500 |",
                  "| last | 8 | 0.8750 |", "`hash of the records`", "8, adapter of step 4", "| epochs | 2 |",
                  "r 4, alpha 8", hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
                  tokenizer.chat_template, "`Ты — кот.`", "| peft | "):  # fmt: skip
         assert part in text
     assert "$" not in text and str(stage.parent) not in text
+
+
+def test_the_card_of_an_unfinished_and_folded_training_says_so(stage, tokenizer, tmp_path):
+    changed = shutil.copytree(stage, tmp_path / "02_train")
+    config = json.loads((changed / "train_config.json").read_text(encoding="utf-8")) | {"adapter": "folded"}
+    (changed / "train_config.json").write_text(json.dumps(config), encoding="utf-8")
+    content = manifest.read(changed) | {"training": {"ended": "max_hours", "step": 8, "steps": 50, "best_step": None}}
+    (changed / manifest.NAME).write_text(json.dumps(content), encoding="utf-8")
+    text = card.write(changed, REPO, tokenizer)
+    assert "8 of 50, ended by max_hours" in text
+    assert "the released adapter's rank included" in text
+    assert "is a part of this adapter" in text and "it continues" not in text
+    assert "| this adapter |" not in text
 
 
 def test_the_card_names_the_adapter_that_was_continued():
