@@ -53,7 +53,7 @@ def estimate(
 
 
 def steps(*, rows: int, epochs: float = TrainConfig.epochs, batch_size: int = TrainConfig.batch_size) -> int:
-    """Optimizer steps; training packs conversations, so that a step has about `batch_size` of them."""
+    """Optimizer steps, of `batch_size` rows each."""
     return math.ceil(rows * epochs / batch_size)
 
 

@@ -110,14 +110,14 @@ def disk(directory: Path, shape: memory.Shape, lora: Lora) -> None:
     workspace.require_disk(directory, needed, f"The adapter with {_CHECKPOINTS} checkpoints")
 
 
-def fits(parts: dict[str, int], gpus: Sequence[Gpu], processes: int) -> None:
+def fits(parts: dict[str, int], gpus: Sequence[Gpu], processes: int, *, pack: str) -> None:
     """Says what training needs. Raises SaigaError with that number and the one that is there.
 
-    `parts` is what memory.training gave for the run's largest pack.
+    `parts` is what memory.training gave for a pack, which `pack` names.
     """
     remedy = "Use a smaller max_seq_length, quantization='nf4' or a smaller model."
     total, words = sum(parts.values()), memory.in_words(parts)
-    print(f"Memory: about {total / 1e9:.1f} GB for each process ({words}).", flush=True)
+    print(f"Memory for {pack}: about {total / 1e9:.1f} GB for each process ({words}).", flush=True)
     for gpu in gpus:
         if gpu.free < total:
             raise SaigaError(

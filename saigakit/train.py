@@ -50,7 +50,8 @@ def train_adapter(config: TrainConfig) -> Path:
     adapter_dir = None if config.start_adapter is None else sources.adapter_dir(config.spec, config.start_adapter)
     lora = preflight.model(config, base_dir, adapter_dir)
     shape = memory.Shape.of(base_dir)
-    preflight.fits(worker.memory_needed(config, shape, lora, number_format), gpus, processes)
+    needed = worker.memory_needed(config, shape, lora, number_format)
+    preflight.fits(needed, gpus, processes, pack="one conversation of max_seq_length")
     preflight.disk(final, shape, lora)
     inputs: dict[str, Any] = {name: manifest.hashes(file) for name, file in found.items()}
     inputs["base"] = manifest.hashes(base_dir)

@@ -65,7 +65,6 @@ def memory_needed(
     number_format: NumberFormat,
     *,
     pack: Pack | None = None,
-    chunked_head: bool | None = None,
 ) -> dict[str, int]:
     """Bytes by what they are for; without `pack` for one document of the whole budget."""
     on_gpu = number_format != "float32"
@@ -77,7 +76,6 @@ def memory_needed(
         itemsize=2 if on_gpu else 4,
         checkpointing=on_gpu,
         pack=pack,
-        chunked_head=chunked_head,
     )
 
 
@@ -222,7 +220,7 @@ class Loaded:
         shape = Shape.of(base_dir)
         pack, foreseen = _largest(plan, lambda pack: memory_needed(config, shape, lora, number_format, pack=pack))
         if not log.quiet:
-            preflight.fits(foreseen, gpus, plan.processes)
+            preflight.fits(foreseen, gpus, plan.processes, pack="the largest pack")
         log.say(f"Loading {config.spec.base_model} …")
         base = _base(config, base_dir, getattr(torch, number_format), device)
         model = weights.with_adapter(base, _adapter_dir(config) if _is_continued(config) else None, lora)

@@ -134,13 +134,13 @@ PARTS = {"weights": 12 * 10**9, "activations": 4 * 10**9}
 
 def test_a_gpu_that_is_too_small_is_told_with_all_numbers(capsys):
     with pytest.raises(SaigaError, match=r"about 16\.0 GB on Tesla T4 .*15\.0 GB of its 16\.0 GB.*max_seq_length"):
-        preflight.fits(PARTS, [T4], 1)
+        preflight.fits(PARTS, [T4], 1, pack="it")
     assert "16.0 GB for each process (weights 12.0 GB, activations 4.0 GB)" in capsys.readouterr().out
-    preflight.fits({"weights": 14 * 10**9}, [T4], 1)
+    preflight.fits({"weights": 14 * 10**9}, [T4], 1, pack="it")
 
 
 def test_processes_on_a_cpu_share_its_memory(monkeypatch):
     monkeypatch.setattr(workspace, "available_memory", lambda: 20 * 10**9)
-    preflight.fits(PARTS, [], 1)
+    preflight.fits(PARTS, [], 1, pack="it")
     with pytest.raises(SaigaError, match=r"32\.0 GB of memory, and 20\.0 GB are free"):
-        preflight.fits(PARTS, [], 2)
+        preflight.fits(PARTS, [], 2, pack="it")

@@ -7,8 +7,21 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from test_train import mean_loss
 
-from saigakit import checkpoints, curve, launch, memory, samples, tokenization, train, trial, weights, worker
+from saigakit import (
+    checkpoints,
+    curve,
+    evaluation,
+    launch,
+    memory,
+    samples,
+    tokenization,
+    train,
+    trial,
+    weights,
+    worker,
+)
 from saigakit.config import TrainConfig
 from saigakit.errors import SaigaError
 from saigakit.models import ALL_LINEAR, ATTENTION, Lora
@@ -86,16 +99,9 @@ def test_the_adapter_of_a_folded_training_gives_the_loss_that_was_measured(recor
     model = weights.with_adapter(model, folded, Lora()).eval()
     tokenizer = tokenization.load_tokenizer("saiga_tiny")
     stored = worker.rows.store(worker.data.read_conversations(records), tokenizer, 512, name="records")
-    chosen = worker.data.spread(list(stored), 24)
-    total = count = 0
-    for row in chosen:
-        with torch.no_grad():
-            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
-        labels = torch.tensor(row["labels"][1:])
-        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        count += int((labels != tokenization.IGNORE_INDEX).sum())
+    chosen = evaluation.HeldOut(stored, min(len(stored), evaluation.AT_LEAST))
     best = min(entry["held_out_loss"] for entry in curve.read(folded) if "held_out_loss" in entry and entry["step"])
-    assert total / count == pytest.approx(best, rel=2e-3)  # other conversations may be evaluated: see evaluation
+    assert mean_loss(model, chosen) == pytest.approx(best, rel=1e-5)
 
 
 def test_a_head_in_chunks_learns_the_same(records, tmp_path, monkeypatch):
