@@ -194,8 +194,8 @@ def measured(way: str, given: argparse.Namespace) -> dict:
         loss = next(entry["loss"] for entry in run.state.log_history if "loss" in entry)
         run.train()
         seconds = clock.seconds[-1]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         flops = counted(run) if way == "saigakit" else 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "loss": loss,
         "seconds": seconds,

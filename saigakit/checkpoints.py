@@ -74,26 +74,33 @@ class Store:
     @contextlib.contextmanager
     def alone(self, patience_s: float) -> Iterator[None]:
         """Of all processes: a run whose caller was killed may still be saving. Raises SaigaError after `patience_s`."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        opened = os.open(self.directory, os.O_RDONLY)
         until, is_said = time.monotonic() + patience_s, False
+        while (opened := self._locked()) is None:
+            if time.monotonic() > until:
+                raise SaigaError(f"Another run is at work in {self.directory}. Wait for it, or choose another run_dir.")
+            if not is_said:
+                print(f"Waiting for another run that is at work in {self.directory} …", flush=True)
+                is_said = True
+            time.sleep(0.1)
         try:
-            while True:
-                try:
-                    fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > until:
-                        raise SaigaError(
-                            f"Another run is at work in {self.directory}. Wait for it, or choose another run_dir."
-                        ) from None
-                if not is_said:
-                    print(f"Waiting for another run that is at work in {self.directory} …", flush=True)
-                    is_said = True
-                time.sleep(0.1)
             yield
         finally:
+            with contextlib.suppress(OSError):  # there is something in it
+                self.directory.rmdir()
             os.close(opened)
+
+    def _locked(self) -> int | None:
+        """The open directory, None where another process has it."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        opened = os.open(self.directory, os.O_RDONLY)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(opened), self.directory.stat()):  # else its last owner has removed it
+                return opened
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        os.close(opened)
+        return None
 
     def write(self, step: int, fill: Callable[[Path], None], *, needed: int) -> Path:
         """`fill` writes state/ and the log into an empty directory; older checkpoints go when this one is complete.

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from saigakit import checkpoints, manifest, workspace
+from saigakit import checkpoints, manifest, sources, workspace
 from saigakit.config import TrainConfig
 from saigakit.errors import SaigaError
 
@@ -49,8 +49,8 @@ def _differing(content: dict[str, Any], config: TrainConfig) -> list[str]:
     names = [name for name in kept if now[name] != there[name] and (name, now[name]) != ("max_seq_length", None)]
     files = (("train", "training"), ("held_out", "held-out"), ("replay", "replay"))
     for (part, name), file in zip(files, (config.train_file, config.eval_file, config.replay_file), strict=True):
-        found = file and workspace.find_input(file, run_dir=Path(config.output_dir).parent)
-        hashes = list(manifest.hashes(found).values()) if found else []
+        found = sources.records_files(file, Path(config.output_dir).parent) if file else []
+        hashes = [manifest.sha256(path) for path in found]
         if hashes != list((content["inputs"].get(part) or {}).values()):
             names.append(f"{name} records")
     return names

@@ -29,10 +29,18 @@ QUANT_TYPES = {
     "Q4_K_M": "Q4_K",
     "Q4_K_S": "Q4_K",
     "Q4_0": "Q4_0",
+    "IQ4_XS": "IQ4_XS",
     "Q3_K_M": "Q3_K",
     "Q2_K": "Q2_K",
 }
-_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # 256 to 32 in a block
+_FALLBACK = {  # 256 to 32 in a block
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "IQ4_XS": "IQ4_NL",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
 _CHUNK = 1 << 16  # numbers that one thread quantises at a time
 
 
@@ -90,8 +98,11 @@ def _more_bits(layer: int, layers: int) -> bool:
 
 
 def _attn_v_type(usual: str, quant_type: str, layer: int, model: ModelShape) -> str:
+    is_shared = model.heads // model.kv_heads >= 4  # by so many heads: more bits cost little
     if quant_type == "Q2_K":
-        return "Q4_K" if model.heads // model.kv_heads >= 4 else "Q3_K"
+        return "Q4_K" if is_shared else "Q3_K"
+    if quant_type == "IQ4_XS":
+        return "Q5_K" if is_shared else usual
     if quant_type == "Q3_K_M":
         return "Q5_K" if layer < 2 else "Q4_K"
     if quant_type == "Q4_K_S":
@@ -104,7 +115,7 @@ def _ffn_down_type(usual: str, quant_type: str, layer: int, model: ModelShape) -
         return "Q3_K"
     if quant_type == "Q3_K_M":
         return "Q5_K" if layer < model.layers // 16 else "Q4_K"
-    if quant_type == "Q4_K_S":
+    if quant_type in ("Q4_K_S", "IQ4_XS"):
         return "Q5_K" if layer < model.layers // 8 else usual
     return "Q6_K" if quant_type in ("Q4_K_M", "Q5_K_M") and _more_bits(layer, model.layers) else usual
 

@@ -40,7 +40,7 @@ def train_adapter(config: TrainConfig) -> Path:
     """
     config = earlier.resumed(config)
     final = Path(config.output_dir)
-    files = {"train": config.train_file, "held_out": config.eval_file, "replay": config.replay_file}
+    files = {"train": config.train_file, "held_out": config.eval_file}
     found = {name: workspace.find_input(file, run_dir=final.parent) for name, file in files.items() if file}
     config = _as_formatted(config, found["train"].parent)
     number_format = preflight.machine(config, workspace.gpus())
@@ -54,6 +54,9 @@ def train_adapter(config: TrainConfig) -> Path:
     preflight.fits(needed, gpus, processes, pack="one conversation of max_seq_length")
     preflight.disk(final, shape, lora)
     inputs: dict[str, Any] = {name: manifest.hashes(file) for name, file in found.items()}
+    if config.replay_file is not None:
+        general = sources.records_files(config.replay_file, final.parent)
+        inputs["replay"] = {str(number): manifest.sha256(file) for number, file in enumerate(general)}
     inputs["base"] = manifest.hashes(base_dir)
     inputs["adapter"] = None if adapter_dir is None else manifest.hashes(adapter_dir)
     identity: dict[str, Any] = {"stage": STAGE, "parameters": _parameters(config), "inputs": inputs}
@@ -96,9 +99,7 @@ def _run_child(
 ) -> None:
     """Writes into `directory`; the config that it reads names the files that were found."""
     paths = {"train_file": str(found["train"]), "output_dir": str(directory), "resume_from": start and str(start)}
-    paths |= {
-        f"{key}_file": str(found[name]) for key, name in (("eval", "held_out"), ("replay", "replay")) if name in found
-    }
+    paths |= {"eval_file": str(found["held_out"])} if "held_out" in found else {}
     child_config = TrainConfig(**{**_fields(config), **paths}).write(directory / CONFIG_FILE)
     store_file = store.for_child(directory)
     launch.distributed("saigakit.train", [str(child_config)], processes=processes, nodes=nodes)

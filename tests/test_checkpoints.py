@@ -215,3 +215,12 @@ def test_a_store_is_of_one_run_at_a_time(store):
         pass
     with store.alone(0):
         pass
+
+
+def test_a_store_of_a_refused_run_leaves_no_empty_directory(store):
+    with store.alone(0):
+        assert store.directory.is_dir()
+    assert not store.directory.exists()
+    with store.alone(0):
+        made = store.write(5, fill, needed=1)
+    assert store.newest() == made

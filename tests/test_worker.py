@@ -58,9 +58,11 @@ def test_the_answers_at_every_evaluation_are_in_the_stage(records, tmp_path):
 
 
 def test_general_dialogues_are_a_share_of_every_epoch(records, tmp_path, capsys):
-    general = tmp_path / "general.jsonl"
     talks = [{"user": f"Какая погода в городе номер {n}?", "bot": f"Ясно, {n}."} for n in range(50)]
-    general.write_text("\n".join(json.dumps(talk, ensure_ascii=False) for talk in talks), encoding="utf-8")
+    lines = [json.dumps(talk, ensure_ascii=False) for talk in talks]
+    for part in (0, 1):
+        (tmp_path / f"general-{part}.jsonl").write_text("\n".join(lines[part::2]), encoding="utf-8")
+    general = tmp_path / "general-*.jsonl"
     count = len(records.read_text(encoding="utf-8").splitlines())
     plain = trained(records, tmp_path / "plain", batch_size=4)
     stage = trained(records, tmp_path / "mixed", batch_size=4, replay_file=str(general), replay_fraction=0.2)
@@ -69,7 +71,7 @@ def test_general_dialogues_are_a_share_of_every_epoch(records, tmp_path, capsys)
     )
     steps = [sum("loss" in entry for entry in curve.read(made)) for made in (plain, stage)]
     assert steps == [-(-count // 4), -(-(count + round(count / 4)) // 4)]
-    assert json.loads((stage / "saigakit.json").read_text(encoding="utf-8"))["inputs"]["replay"]
+    assert len(json.loads((stage / "saigakit.json").read_text(encoding="utf-8"))["inputs"]["replay"]) == 2
 
 
 def test_a_folded_adapter_begins_as_the_released_one_and_is_one_adapter_in_the_end(records, tmp_path, tiny):
