@@ -57,6 +57,7 @@ def train_adapter(config: TrainConfig) -> Path:
     if config.replay_file is not None:
         general = sources.records_files(config.replay_file, final.parent)
         inputs["replay"] = {str(number): manifest.sha256(file) for number, file in enumerate(general)}
+        found |= {"replay": general[0]} if len(general) == 1 else {}  # several are looked up again by their name
     inputs["base"] = manifest.hashes(base_dir)
     inputs["adapter"] = None if adapter_dir is None else manifest.hashes(adapter_dir)
     identity: dict[str, Any] = {"stage": STAGE, "parameters": _parameters(config), "inputs": inputs}
@@ -99,7 +100,9 @@ def _run_child(
 ) -> None:
     """Writes into `directory`; the config that it reads names the files that were found."""
     paths = {"train_file": str(found["train"]), "output_dir": str(directory), "resume_from": start and str(start)}
-    paths |= {"eval_file": str(found["held_out"])} if "held_out" in found else {}
+    paths |= {
+        f"{key}_file": str(found[name]) for key, name in (("eval", "held_out"), ("replay", "replay")) if name in found
+    }
     child_config = TrainConfig(**{**_fields(config), **paths}).write(directory / CONFIG_FILE)
     store_file = store.for_child(directory)
     launch.distributed("saigakit.train", [str(child_config)], processes=processes, nodes=nodes)

@@ -157,11 +157,11 @@ def _finish(run: Run, model: "PeftModel", step: int) -> None:
         run.log.say(f"The adapter is that of step {best.step}, with the best held-out loss: {best.loss:.4f} per token.")
         if best.loss >= run.log.held_out[0]["held_out_loss"]:
             run.log.say("That is not better than before training: use a smaller learning_rate or more records.")
-    if run.config.is_folded and run.config.weights_as != "none":
-        run.log.say(
-            f"It is for the base as published. In training the sum of base and released adapter was "
-            f"{run.config.weights_as}, so its held-out loss elsewhere differs a little from the one here."
-        )
+        if run.config.is_folded and run.config.weights_as != "none":
+            run.log.say(
+                "It is for the base as published. In training the sum of base and released adapter was "
+                f"{run.config.weights_as}, so its held-out loss elsewhere differs a little from this one."
+            )
     result = {"ended": run.ending, "step": step, "steps": len(run.plan), "best_step": best and best.step}
     content = json.dumps({**result, "reserve_s": run.reserve_s})
     (directory / RESULT_FILE).write_text(content, encoding="utf-8")

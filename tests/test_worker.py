@@ -87,6 +87,11 @@ def test_a_folded_adapter_begins_as_the_released_one_and_is_one_adapter_in_the_e
     assert "best" not in {file.name for file in folded.iterdir()}
 
 
+def test_a_folded_adapter_of_a_quantised_training_says_that_its_loss_will_differ(records, tmp_path, capsys):
+    trained(records, tmp_path, adapter="folded", quantization="nf4", eval_file=str(records))
+    assert "adapter was nf4, so its held-out loss elsewhere differs a little" in capsys.readouterr().out
+
+
 def test_a_folded_adapter_is_plain_lora(records, tmp_path):
     with pytest.raises(SaigaError, match="leave dora and modules_to_save out of lora"):
         trained(records, tmp_path, adapter="folded", lora=Lora(rank=3, dora=True))
