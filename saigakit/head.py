@@ -41,6 +41,36 @@ def use(model: "PreTrainedModel | PeftModel") -> bool:
     return False
 
 
+def sum_exactly(model: "PreTrainedModel") -> None:
+    """From now on the losses of tokens are added up in float64, and the logits are as before."""
+    model.loss_function = _plain_loss
+
+
+def _plain_loss(
+    logits: "torch.Tensor",
+    labels: "torch.Tensor",
+    vocab_size: int,
+    num_items_in_batch: "torch.Tensor | int | None" = None,
+    shift_labels: "torch.Tensor | None" = None,
+    **_: object,
+) -> "torch.Tensor":
+    """What transformers' ForCausalLMLoss gives."""
+    import torch
+
+    targets = _shifted(labels, shift_labels).to(logits.device).flatten()
+    total = _loss_of_chunk(torch.nn.Identity(), logits.reshape(-1, vocab_size), targets)
+    return total / (int((targets != IGNORE_INDEX).sum()) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _shifted(labels: "torch.Tensor", shift_labels: "torch.Tensor | None") -> "torch.Tensor":
+    """What each position is to predict."""
+    import torch
+
+    if shift_labels is not None:
+        return shift_labels
+    return torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+
+
 @contextmanager
 def deferred(model: "PreTrainedModel | PeftModel") -> Iterator[None]:
     """Chunks in evaluation mode too, for a held-out loss; nothing where `use` was not called."""
@@ -100,10 +130,9 @@ def _loss(
     from torch.utils.checkpoint import checkpoint
 
     apply = head.plain if head.training or head.deferred else torch.nn.Identity()
-    if shift_labels is None:
-        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
-    learned = (shift_labels != IGNORE_INDEX).to(logits.device)
-    targets = shift_labels.to(logits.device)[learned]
+    targets = _shifted(labels, shift_labels).to(logits.device)
+    learned = targets != IGNORE_INDEX
+    targets = targets[learned]
     hidden = logits.flatten(0, 1) if bool(learned.all()) else logits[learned]
     size = max(1, CHUNK_LOGITS // vocab_size)
     chunks = zip(hidden.split(size), targets.split(size), strict=True)
@@ -116,9 +145,13 @@ def _loss(
 
 
 def _loss_of_chunk(head: "torch.nn.Module", hidden: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+    """In float64: a float32 sum of some hundred tokens is off by more than the order of the packs may matter."""
     import torch
 
-    return torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    losses = torch.nn.functional.cross_entropy(
+        head(hidden).float(), targets, ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return losses.sum(dtype=torch.float64)
 
 
 def _probe(base: "PreTrainedModel") -> float:

@@ -57,3 +57,12 @@ def by_first(act: Callable[[], object], args: "TrainingArguments") -> None:
         torch.distributed.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
         raise SaigaError(problem[0])
+
+
+def leave_together() -> None:
+    """At the very end: one that is gone first breaks the connections of the others, and gloo aborts them."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

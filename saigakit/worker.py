@@ -26,6 +26,7 @@ from saigakit import (
     memory,
     packing,
     preflight,
+    ranks,
     replay,
     rows,
     samples,
@@ -114,6 +115,7 @@ def main(config_file: Path) -> None:
         step = _train(run, loaded, start)
         if rank == 0:
             _finish(run, loaded.model, step)
+    ranks.leave_together()
 
 
 def _train(run: Run, loaded: "Loaded", start: Path | None) -> int:
@@ -286,6 +288,7 @@ def _base(config: TrainConfig, base_dir: Path, dtype: "torch.dtype", device: str
         fold.into(base, base_dir, _adapter_dir(config))
     base.config.use_cache = False
     attention.use(base)
+    head.sum_exactly(base)
     if device != "cpu":
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()

@@ -54,7 +54,7 @@ def loss_and_gradients(model, batch, **settings):
     model.zero_grad()
     loss = model(**batch, use_cache=False, **settings).loss
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return loss.detach().double(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_items_in_batch": 5}, {"num_items_in_batch": torch.tensor(48)}])
@@ -68,6 +68,18 @@ def test_loss_and_gradients_are_those_of_the_plain_head(directory, quantization,
     largest = max(gradient.abs().max() for gradient in gradients.values())
     for name, gradient in gradients.items():
         assert (their_gradients[name] - gradient).abs().max() <= 1e-6 * largest, name
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_items_in_batch": 5}, {"num_items_in_batch": torch.tensor(48)}])
+def test_an_exact_sum_is_the_plain_loss(directory, settings):
+    model = loaded(directory)
+    loss, gradients = loss_and_gradients(model, pack(), **settings)
+    head.sum_exactly(model.get_base_model())
+    exact, their_gradients = loss_and_gradients(model, pack(), **settings)
+    torch.testing.assert_close(exact, loss, rtol=1e-6, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(their_gradients[name], gradient, rtol=1e-5, atol=1e-6)
+    assert model(**pack(), use_cache=False, **settings).loss.dtype == torch.float64
 
 
 def test_labels_that_are_not_shifted_are_shifted_and_unlearned_positions_left_out(directory):
@@ -119,9 +131,9 @@ def test_a_held_out_loss_can_be_had_in_chunks_too(directory):
     with torch.no_grad():
         loss = model(**pack(), num_items_in_batch=1).loss
         assert head.use(model)
-        torch.testing.assert_close(model(**pack(), num_items_in_batch=1).loss, loss)
+        torch.testing.assert_close(model(**pack(), num_items_in_batch=1).loss.float(), loss)
         with head.deferred(model), Largest() as seen:
-            torch.testing.assert_close(model(**pack(), num_items_in_batch=1).loss, loss)
+            torch.testing.assert_close(model(**pack(), num_items_in_batch=1).loss.float(), loss)
     assert seen.logits == CHUNK
 
 

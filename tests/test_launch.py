@@ -168,7 +168,10 @@ def test_a_long_silence_makes_few_lines(monkeypatch, capfd):
 def test_two_machines_are_one_run(tmp_path, capfd, monkeypatch):
     pytest.importorskip("torch")
     code = "import os, torch; torch.distributed.init_process_group('gloo'); one = torch.ones(1)\n"
-    code += "torch.distributed.all_reduce(one); print('rank', os.environ['RANK'], 'sum', int(one))"
+    code += "torch.distributed.all_reduce(one); print('rank', os.environ['RANK'], 'sum', int(one))\n"
+    code += (
+        "torch.distributed.barrier(); torch.distributed.destroy_process_group()"  # else the first to end aborts both
+    )
     (tmp_path / "reduces.py").write_text(code, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with socket.socket() as free:
