@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -169,26 +169,45 @@ def _sigterm_ends_like_an_exception() -> Iterator[None]:
 
 def _end(process: "subprocess.Popen[str]", output: _Output, scratch: Path, *, saving: bool) -> None:
     """Asks the child and its children to end, then makes them; a second Ctrl-C meanwhile makes them at once."""
-    try:
+    with _signals_call(lambda: _kill(process, scratch)):
         if saving:
             print("Ending after this step, with a checkpoint. Interrupt again to end at once.", flush=True)
             assert process.stdin is not None
             process.stdin.close()
             output.echo(SAVING_PATIENCE_S)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1.0 if saving else 0.0)
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            process.wait(PATIENCE_S)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt, SystemExit):
-        # torch.distributed.run gives its processes sessions of their own.
-        for number in [int(file.stem) for file in scratch.glob("*.pid")]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(number, signal.SIGKILL)
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0 if saving else 0.0)
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
+                process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            _kill(process, scratch)
+            process.wait()
+
+
+def _kill(process: "subprocess.Popen[str]", scratch: Path) -> None:
+    # torch.distributed.run gives its processes sessions of their own.
+    for number in [int(file.stem) for file in scratch.glob("*.pid")]:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            os.kill(number, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _signals_call(act: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM call `act`: an exception of theirs may be lost where Python ignores it, as in a destructor."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: act()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _died(command: Sequence[str], code: int, last: Sequence[str]) -> str:
