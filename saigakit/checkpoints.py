@@ -45,7 +45,6 @@ def beside(stage_dir: Path) -> Path:
 def identity(parameters: Mapping[str, Any], inputs: Mapping[str, Any]) -> Identity:
     """What a checkpoint belongs to; `inputs` are hashes."""
     kept = {name: value for name, value in parameters.items() if name not in NOT_IDENTITY}
-    kept["folded"] = parameters.get("adapter") == "folded"  # the same adapter as where it is continued
     return json.loads(json.dumps({"parameters": kept, "inputs": inputs}, default=str))  # type: ignore[no-any-return]
 
 

@@ -2,22 +2,23 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 from saigakit import models
 from saigakit.errors import SaigaError
-from saigakit.models import ALL_LINEAR, Lora, ModelSpec, Quantization
+from saigakit.models import Lora, ModelSpec, Quantization
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything a training run depends on. None means: what the model's registry row says.
 
-    `adapter`: "auto" continues the released adapter where the model has one and starts a new LoRA where it
-    has none; "released" insists on it; "folded" adds it to the base and trains a new LoRA on all linear layers beside
-    it, which are one adapter in the end; a path or Hub id continues that one; None starts a new LoRA.
+    `adapter`: "folded" adds the released adapter to the base and trains a new LoRA on all linear layers beside it,
+    which are one adapter in the end; "released" continues it as it is; "auto" means "folded" where the model has one,
+    since that learned better (benchmarks/continue_or_fold.py), and a new LoRA where it has none; a path or Hub id
+    continues that one; None starts a new LoRA.
     """
 
     model: str
@@ -99,11 +100,11 @@ class TrainConfig:
     @property
     def is_folded(self) -> bool:
         """The released adapter goes into the base, and a new LoRA beside it learns."""
-        return self.adapter == "folded"
+        return self.adapter in ("auto", "folded") and self.spec.released_adapter is not None
 
     @property
     def new_lora(self) -> Lora:
-        return self.lora or (replace(self.spec.lora, target_modules=ALL_LINEAR) if self.is_folded else self.spec.lora)
+        return self.lora or self.spec.lora
 
     @property
     def peak_learning_rate(self) -> float:

@@ -50,25 +50,35 @@ def model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -> Lora
     adapter that is continued, and modules that this base does not have.
     """
     stored = shards.of_base(base_dir).stored
+    lora = config.new_lora
     if adapter_dir is not None:
         weights.require_fitting(adapter_dir, base_dir)
-    lora = config.new_lora
-    if config.is_folded and (lora.dora or lora.modules_to_save):
-        raise SaigaError("adapter='folded' makes one plain LoRA of two: leave dora and modules_to_save out of lora.")
-    if adapter_dir is not None and not config.is_folded:
-        lora = weights.lora_of(adapter_dir)
-        if config.lora is not None and _sorted(config.lora) != _sorted(lora):
-            raise SaigaError(
-                f"lora is given, and adapter={config.adapter!r} continues {adapter_dir}, which keeps its own (rank "
-                f"{lora.rank}, alpha {lora.alpha}, {', '.join(lora.target_modules)}). Leave lora out, or use "
-                "adapter=None for a new one."
-            )
+        lora = _beside(config, adapter_dir, weights.lora_of(adapter_dir))
     _require_modules(lora, stored, base_dir)
     _require_context(config, base_dir)
     if lora.dora or lora.modules_to_save:
         what = "DoRA" if lora.dora else f"modules_to_save={lora.modules_to_save}"
         print(f"Note: 03_merge_gguf merges plain LoRA alone. With {what} the adapter can be used by peft.", flush=True)
     return lora
+
+
+def _beside(config: TrainConfig, adapter_dir: Path, released: Lora) -> Lora:
+    """What is trained where there is an adapter already: itself, or the new LoRA beside the folded one."""
+    if config.is_folded:
+        for lora, where in ((config.new_lora, "lora"), (released, str(adapter_dir))):
+            if lora.dora or lora.modules_to_save:
+                raise SaigaError(
+                    f"adapter={config.adapter!r} makes one plain LoRA of two, and {where} has dora or modules_to_save. "
+                    "Leave them out, or use adapter='released' to continue it, or None for a new LoRA alone."
+                )
+        return config.new_lora
+    if config.lora is not None and _sorted(config.lora) != _sorted(released):
+        raise SaigaError(
+            f"lora is given, and adapter={config.adapter!r} continues {adapter_dir}, which keeps its own (rank "
+            f"{released.rank}, alpha {released.alpha}, {', '.join(released.target_modules)}). Leave lora out, or use "
+            "adapter=None for a new one."
+        )
+    return released
 
 
 def _require_context(config: TrainConfig, base_dir: Path) -> None:

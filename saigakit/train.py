@@ -112,11 +112,12 @@ def _run_child(
 def _parameters(config: TrainConfig) -> dict[str, Any]:
     """Those that say what is made: a finished stage is the same one whatever time it was given, and is kept."""
     how = {*checkpoints.NOT_IDENTITY} - {"adapter", "base_source"}
-    return {
+    named = {
         name: value
         for name, value in config.to_json().items()
         if not name.endswith(("_file", "_dir")) and name not in how
     }
+    return {**named, "folded": config.is_folded}  # of the same adapter as where it is continued
 
 
 def _as_formatted(config: TrainConfig, directory: Path) -> TrainConfig:

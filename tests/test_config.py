@@ -37,18 +37,20 @@ def test_what_is_said_goes_before_the_registry():
 
 
 @pytest.mark.parametrize(
-    ("model", "adapter", "start"),
+    ("model", "adapter", "start", "is_folded"),
     [
-        ("saiga2_7b", "auto", "IlyaGusev/saiga2_7b_lora"),
-        ("saiga2_7b", "released", "IlyaGusev/saiga2_7b_lora"),
-        ("saiga2_7b", None, None),
-        ("saiga2_7b", "runs/1/02_train", "runs/1/02_train"),
-        ("saiga_llama3_8b", "auto", None),
-        ("saiga_llama3_8b", "someone/lora", "someone/lora"),
+        ("saiga2_7b", "auto", "IlyaGusev/saiga2_7b_lora", True),
+        ("saiga2_7b", "folded", "IlyaGusev/saiga2_7b_lora", True),
+        ("saiga2_7b", "released", "IlyaGusev/saiga2_7b_lora", False),
+        ("saiga2_7b", None, None, False),
+        ("saiga2_7b", "runs/1/02_train", "runs/1/02_train", False),
+        ("saiga_llama3_8b", "auto", None, False),
+        ("saiga_llama3_8b", "someone/lora", "someone/lora", False),
     ],
 )
-def test_the_adapter_to_start_from(model, adapter, start):
-    assert config(model=model, adapter=adapter).start_adapter == start
+def test_the_adapter_to_start_from(model, adapter, start, is_folded):
+    made = config(model=model, adapter=adapter)
+    assert (made.start_adapter, made.is_folded) == (start, is_folded)
 
 
 def test_a_released_adapter_is_not_asked_of_a_model_that_has_none():

@@ -91,11 +91,11 @@ def test_a_parameter_of_one_name_has_one_default_in_all_notebooks():
     assert found["model"] == {"saiga2_7b"} and found["run_dir"] == {"/kaggle/working"}
 
 
-def test_the_defaults_of_02_continue_saigas_adapter_in_nf4():
+def test_the_defaults_of_02_begin_with_saigas_adapter_in_nf4():
     values = parameters("02_train")
     del values["run_dir"]
     config = TrainConfig(train_file="x", output_dir="y", **values)
-    assert config.start_adapter == models.find("saiga2_7b").released_adapter
+    assert config.is_folded and config.start_adapter == models.find("saiga2_7b").released_adapter
     assert config.weights_as == "nf4"
 
 

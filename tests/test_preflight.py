@@ -64,7 +64,7 @@ def test_one_process_that_sees_two_gpus_is_refused():
 
 
 def test_the_adapter_that_is_continued_is_described_by_its_own_files(tiny):
-    lora = preflight.model(config(), tiny / "base", tiny / "adapter")
+    lora = preflight.model(config(adapter="released"), tiny / "base", tiny / "adapter")
     assert (lora.rank, lora.alpha, set(lora.target_modules)) == (4, 8, set(ATTENTION))
     new = Lora(rank=3)
     assert preflight.model(config(adapter=None, lora=new), tiny / "base", None) == new
@@ -72,9 +72,9 @@ def test_the_adapter_that_is_continued_is_described_by_its_own_files(tiny):
 
 def test_settings_of_a_new_lora_beside_a_continued_adapter_are_refused(tiny):
     with pytest.raises(SaigaError, match=r"lora is given.*keeps its own \(rank 4, alpha 8.*adapter=None"):
-        preflight.model(config(lora=Lora(rank=32)), tiny / "base", tiny / "adapter")
+        preflight.model(config(adapter="released", lora=Lora(rank=32)), tiny / "base", tiny / "adapter")
     same = weights.lora_of(tiny / "adapter")
-    assert preflight.model(config(lora=same), tiny / "base", tiny / "adapter") == same
+    assert preflight.model(config(adapter="released", lora=same), tiny / "base", tiny / "adapter") == same
 
 
 def test_the_adapter_of_another_base_is_refused(tiny, tmp_path):

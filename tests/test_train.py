@@ -62,7 +62,9 @@ def mean_loss(model, rows):
 @pytest.fixture(scope="module")
 def continued(records, tmp_path_factory):
     """The released adapter trained on in nf4, as on Kaggle."""
-    return train.train_adapter(config_for(records, tmp_path_factory.mktemp("run"), quantization="nf4", epochs=3))
+    return train.train_adapter(
+        config_for(records, tmp_path_factory.mktemp("run"), adapter="released", quantization="nf4", epochs=3)
+    )
 
 
 def test_the_released_adapter_is_continued(continued, tiny):
@@ -92,7 +94,7 @@ def test_nothing_that_it_writes_names_a_place_on_this_machine(continued):
 
 def test_a_second_call_keeps_what_is_finished(continued, records, capfd):
     before = manifest.hashes(continued)
-    config = config_for(records, continued.parent, quantization="nf4", epochs=3)
+    config = config_for(records, continued.parent, adapter="released", quantization="nf4", epochs=3)
     assert train.train_adapter(config) == continued
     assert "kept" in capfd.readouterr().out
     assert manifest.hashes(continued) == before
@@ -100,7 +102,7 @@ def test_a_second_call_keeps_what_is_finished(continued, records, capfd):
 
 def test_other_parameters_do_not_overwrite_it(continued, records):
     with pytest.raises(SaigaError, match=r"made differently .*epochs: 3 there, 2 now"):
-        train.train_adapter(config_for(records, continued.parent, quantization="nf4", epochs=2))
+        train.train_adapter(config_for(records, continued.parent, adapter="released", quantization="nf4", epochs=2))
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

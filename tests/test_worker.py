@@ -93,7 +93,7 @@ def test_a_folded_adapter_of_a_quantised_training_says_that_its_loss_will_differ
 
 
 def test_a_folded_adapter_is_plain_lora(records, tmp_path):
-    with pytest.raises(SaigaError, match="leave dora and modules_to_save out of lora"):
+    with pytest.raises(SaigaError, match="makes one plain LoRA of two, and lora has dora"):
         trained(records, tmp_path, adapter="folded", lora=Lora(rank=3, dora=True))
 
 
