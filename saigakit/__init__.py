@@ -5,11 +5,11 @@ Data flows one way. A module imports only modules to its left:
 errors < progress < models < config < workspace < install < manifest < tables < memory < launch < records < calls
 < shapes < conversations < data < examples < definitions < splits < sources < placeholders < template
 < tokenizer_backends < layouts < tokenization < rows < renderings < near_duplicates < estimates < audit < pieces
-< lengths < fitting < report < packing < replay < steps < ranks < attention < shards < merge < weights < fold < head
-< trial < preflight < checkpoints < resuming < generation < questions < samples < curve < training_log < evaluation
-< training_run < earlier < trainer < worker < train < quantization < architecture < vocabulary < container < sizes
-< export < infer < metrics < results < evaluate < summary < card < publish < kernels < parameters < execution
-< runner < conversation < cli
+< lengths < fitting < report < packing < replay < steps < ranks < sharding < attention < shards < merge < weights
+< fold < head < trial < preflight < checkpoints < resuming < generation < questions < samples < curve < training_log
+< evaluation < training_run < earlier < trainer < loading < worker < train < quantization < architecture < vocabulary
+< container < sizes < export < infer < metrics < results < evaluate < summary < card < publish < kernels < parameters
+< execution < runner < conversation < cli
 """
 
 from saigakit.config import TrainConfig

@@ -33,7 +33,16 @@ _NEEDED = {  # what transformers would go on without, silently and differently
     LOG: "the log",
 }
 # Settings that say where, how long and on what a run computes, not what: the inputs are known by their content.
-NOT_IDENTITY = ("adapter", "base_source", "max_hours", "processes", "resume_from", "save_minutes", "save_steps")
+NOT_IDENTITY = (
+    "adapter",
+    "base_source",
+    "max_hours",
+    "processes",
+    "resume_from",
+    "save_minutes",
+    "save_steps",
+    "sharding",
+)
 Identity = dict[str, Any]
 
 

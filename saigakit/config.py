@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from saigakit import models
 from saigakit.errors import SaigaError
@@ -43,6 +43,9 @@ class TrainConfig:
     save_steps: int | None = None  # optimizer steps between two checkpoints, instead of minutes
     resume_from: str | None = None  # a stage of an earlier session that ended by max_hours, or its attached copy
     processes: int | None = None  # None: one per GPU, one on a CPU
+    sharding: Literal["none", "fsdp"] = (
+        "none"  # "fsdp": the base in parts over the GPUs, for one that none of them holds
+    )
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -78,6 +81,8 @@ class TrainConfig:
             raise SaigaError(f"replay_fraction={self.replay_fraction!r} must be below 1: it is a share of an epoch.")
         if self.quantization not in (None, "nf4", "int8", "none"):
             raise SaigaError(f"quantization={self.quantization!r}: use 'nf4', 'int8' or 'none'.")
+        if self.sharding not in ("none", "fsdp"):
+            raise SaigaError(f"sharding={self.sharding!r}: use 'none' or 'fsdp'.")
         if self.max_seq_length is not None and self.max_seq_length > spec.context_length:
             raise SaigaError(
                 f"max_seq_length={self.max_seq_length} is over the context length of {spec.name}, "
@@ -96,6 +101,10 @@ class TrainConfig:
     @property
     def weights_as(self) -> Quantization:
         return self.quantization or self.spec.quantization
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.sharding == "fsdp"
 
     @property
     def is_folded(self) -> bool:

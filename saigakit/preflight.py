@@ -34,6 +34,26 @@ def machine(config: TrainConfig, gpus: Sequence[Gpu]) -> NumberFormat:
     return weights.number_format(config.spec, gpus[: config.processes])
 
 
+def sharding(config: TrainConfig, gpus: Sequence[Gpu]) -> None:
+    """Raises SaigaError where the base cannot be in parts over several GPUs: sharding="fsdp"."""
+    if not config.is_sharded:
+        return
+    if (config.processes or len(gpus)) < 2 or len(gpus) < 2:
+        raise SaigaError(
+            f"sharding='fsdp' puts parts of the base on several GPUs, and here {'is' if len(gpus) == 1 else 'are'} "
+            f"{len(gpus) or 'none'} for {config.processes or max(1, len(gpus))} processes. Leave sharding out."
+        )
+    if config.weights_as == "int8":
+        raise SaigaError(
+            "sharding='fsdp' cannot split int8 weights, whose bytes are no floats. Use quantization='nf4' or 'none'."
+        )
+    if config.new_lora.modules_to_save or config.new_lora.dora:
+        raise SaigaError(
+            "sharding='fsdp' keeps the LoRA alone whole on each GPU, and DoRA and modules_to_save need the base's own "
+            "matrices. Leave them out of lora."
+        )
+
+
 def process(visible_gpus: int, processes: int) -> None:
     """In a child. Raises SaigaError for one process that sees several GPUs: it would double loss and gradients."""
     if processes == 1 and visible_gpus > 1:

@@ -16,7 +16,7 @@ class Step(NamedTuple):
 
     packs: list[dict[str, Any]]  # collated
     learned: int  # tokens, of all packs of all processes
-    idle: bool  # has no conversation of its own: its pack is another's and counts nothing
+    counted: int  # of the packs, from the first; the others are repeated ones, for gradients of zero
 
 
 class Plan(Sequence[Step]):
@@ -27,7 +27,7 @@ class Plan(Sequence[Step]):
 
     def __init__(self, config: TrainConfig, rows: Rows | Joined, *, processes: int = 1, process: int = 0) -> None:
         self.rows, self.processes, self.process = rows, processes, process
-        self.budget, self.batch_size = config.sequence_budget, config.batch_size
+        self.budget, self.batch_size, self.is_sharded = config.sequence_budget, config.batch_size, config.is_sharded
         epochs = (
             rows.epochs(config.replay_fraction, config.epochs, config.seed)
             if isinstance(rows, Joined)
@@ -66,5 +66,8 @@ class Plan(Sequence[Step]):
         step = range(len(self))[step]
         layout = self.layout(step)
         packs = layout[self.process]
-        collated = [packing.collate([self.rows[row] for row in pack]) for pack in packs or layout[0][:1]]
-        return Step(collated, self.learned_until[step + 1] - self.learned_until[step], idle=not packs)
+        # A process without a conversation takes part all the same; sharded ones need as many packs as each other.
+        count = max(map(len, layout)) if self.is_sharded else max(1, len(packs))
+        idle = [(packs or layout[0])[0]] * (count - len(packs))
+        collated = [packing.collate([self.rows[row] for row in pack]) for pack in (*packs, *idle)]
+        return Step(collated, self.learned_until[step + 1] - self.learned_until[step], counted=len(packs))

@@ -15,6 +15,7 @@ from saigakit import (
     data,
     earlier,
     launch,
+    loading,
     manifest,
     memory,
     preflight,
@@ -45,12 +46,13 @@ def train_adapter(config: TrainConfig) -> Path:
     config = _as_formatted(config, found["train"].parent)
     number_format = preflight.machine(config, workspace.gpus())
     gpus = workspace.gpus()[: config.processes]
+    preflight.sharding(config, gpus)
     processes = config.processes or len(gpus) or 1
     base_dir = sources.base_dir(config.spec, config.base_source)
     adapter_dir = None if config.start_adapter is None else sources.adapter_dir(config.spec, config.start_adapter)
     lora = preflight.model(config, base_dir, adapter_dir)
     shape = memory.Shape.of(base_dir)
-    needed = worker.memory_needed(config, shape, lora, number_format)
+    needed = loading.memory_needed(config, shape, lora, number_format, processes=processes)
     preflight.fits(needed, gpus, processes, pack="one conversation of max_seq_length")
     preflight.disk(final, shape, lora)
     inputs: dict[str, Any] = {name: manifest.hashes(file) for name, file in found.items()}

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from saigakit import checkpoints, evaluation, head, launch, packing, ranks, weights, workspace
+from saigakit import checkpoints, evaluation, head, launch, packing, ranks, sharding, weights, workspace
 from saigakit.errors import SaigaError
 from saigakit.steps import Step
 from saigakit.training_run import OnEvaluation, Run
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 
 def build(run: Run, model: "PeftModel", *, resumed: bool) -> "Trainer":
+    import torch
     from transformers import PrinterCallback, TrainingArguments
 
     config, steps = run.config, len(run.plan)
-    number_format = weights.number_format(config.spec, workspace.gpus() if model.device.type == "cuda" else [])
+    on_gpu = torch.cuda.is_available()
+    number_format = weights.number_format(config.spec, workspace.gpus() if on_gpu else [])
     arguments = TrainingArguments(
         output_dir=config.output_dir,
         per_device_train_batch_size=1,  # one step: its packs are looped over in training_step
@@ -38,7 +40,7 @@ def build(run: Run, model: "PeftModel", *, resumed: bool) -> "Trainer":
         neftune_noise_alpha=config.neftune_alpha,
         fp16=number_format == "float16",
         bf16=number_format == "bfloat16",
-        use_cpu=model.device.type == "cpu",
+        use_cpu=not on_gpu,
         eval_strategy="steps" if run.held_out else "no",
         eval_steps=run.eval_steps,
         eval_on_start=bool(run.held_out) and not resumed,
@@ -51,7 +53,10 @@ def build(run: Run, model: "PeftModel", *, resumed: bool) -> "Trainer":
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
+        **(sharding.options(sharding.layer_class(model)) if config.is_sharded else {}),
     )
+    if config.is_sharded:
+        sharding.complete(arguments)
     trainer = _trainer_class(run)(
         model=model,
         args=arguments,
@@ -73,6 +78,7 @@ def _trainer_class(run: Run) -> type["Trainer"]:
     from transformers import Trainer
 
     packs = packing.best_fit(run.held_out.lengths, run.config.sequence_budget)
+    is_sharded = run.config.is_sharded
 
     class StepTrainer(Trainer):
         model: "PeftModel"
@@ -86,15 +92,17 @@ def _trainer_class(run: Run) -> type["Trainer"]:
             self, model: "torch.nn.Module", inputs: Step, num_items_in_batch: object = None
         ) -> "torch.Tensor":
             model.train()
-            # DDP takes the mean over processes of the gradients, and the log that of the losses.
-            weight = 0.0 if inputs.idle else self.args.world_size / inputs.learned
+            # The mean over processes is taken of the gradients, by DDP or below, and by the log of the losses.
+            weight = self.args.world_size / inputs.learned
             total = torch.zeros((), dtype=torch.float64, device=self.args.device)
             for number, pack in enumerate(inputs.packs, 1):
-                is_last = number == len(inputs.packs)
-                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                    loss = self._loss_sum(model, pack) * weight
+                syncs = number == len(inputs.packs) or is_sharded
+                with contextlib.nullcontext() if syncs else self.accelerator.no_sync(model):
+                    loss = self._loss_sum(model, pack) * (weight if number <= inputs.counted else 0.0)
                     self.accelerator.backward(loss)
                 total += loss.detach()
+            if is_sharded:
+                sharding.average_gradients(self.model)
             run.step_loss = total.item()
             return total.float()
 
@@ -111,10 +119,12 @@ def _trainer_class(run: Run) -> type["Trainer"]:
             start = time.monotonic()
             total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
             with head.deferred(self.model):
-                for number in range(self.args.process_index, len(packs), self.args.world_size):
-                    pack = packing.collate([run.held_out[index] for index in packs[number]])
+                last = math.ceil(len(packs) / self.args.world_size) * self.args.world_size if is_sharded else len(packs)
+                for number in range(self.args.process_index, last, self.args.world_size):
+                    pack = packing.collate([run.held_out[index] for index in packs[number % len(packs)]])
                     loss_sum = self._loss_sum(self.model, pack).item()
-                    total += torch.tensor([loss_sum, pack["logits_to_keep"].numel()], device=total.device)
+                    counted = torch.tensor([loss_sum, pack["logits_to_keep"].numel()], device=total.device)
+                    total += counted * (number < len(packs))
             loss, tokens = self.accelerator.reduce(total, "sum").tolist()
             run.evaluation_s = time.monotonic() - start
             metrics = {"eval_loss": loss / tokens}
@@ -127,6 +137,17 @@ def _trainer_class(run: Run) -> type["Trainer"]:
             for part, name in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
                 if checkpoint is not None and part is not None:
                     part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+
+        def _load_from_checkpoint(self, checkpoint: str, model: "torch.nn.Module | None" = None) -> None:
+            if is_sharded:
+                self.model.load_adapter(checkpoint, "default", is_trainable=True)
+            else:
+                super()._load_from_checkpoint(checkpoint, model)
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            """Of the LoRA, which is whole on every process, sharded or not; on the first one alone."""
+            for part, name in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
+                torch.save(part.state_dict(), Path(output_dir) / name)  # type: ignore[union-attr]
 
         def _save_checkpoint(self, *_: object) -> None:
             start = time.monotonic()
@@ -260,7 +281,9 @@ def _call(act: OnEvaluation | None, step: int, loss: float, model: "PeftModel") 
 
 def save_adapter(model: "PeftModel", directory: Path) -> None:
     """The adapter alone. Its config names the base as `model` does, see train."""
-    model.save_pretrained(str(directory), save_embedding_layers=False)  # "auto" would ask the Hub for the base
+    # Of the base nothing: where it is sharded, this process cannot even look at it alone.
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.save_pretrained(str(directory), state_dict=trained, save_embedding_layers=False)  # "auto" asks the Hub
     (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 

@@ -48,9 +48,9 @@ def number_format(spec: ModelSpec, gpus: Sequence[Gpu]) -> NumberFormat:
 
 
 def load_base(
-    base_dir: Path, quantization: Quantization, dtype: "torch.dtype", device: "torch.device | str"
+    base_dir: Path, quantization: Quantization, dtype: "torch.dtype", device: "torch.device | str", **nf4: object
 ) -> "PreTrainedModel":
-    """Raises SaigaError where the files are damaged or of an unknown architecture."""
+    """`nf4`: further options of BitsAndBytesConfig. Raises SaigaError for damaged files and unknown architectures."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -62,6 +62,7 @@ def load_base(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            **nf4,
         ),
     }
     try:

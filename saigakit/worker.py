@@ -9,75 +9,42 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from saigakit import (
-    attention,
     checkpoints,
     curve,
     data,
     evaluation,
     fold,
-    head,
     launch,
-    memory,
-    packing,
+    loading,
     preflight,
     ranks,
     replay,
     rows,
     samples,
-    sources,
+    sharding,
     tokenization,
     trainer,
-    trial,
     weights,
-    workspace,
 )
 from saigakit.checkpoints import Store
 from saigakit.config import TrainConfig
 from saigakit.conversations import Conversations
 from saigakit.errors import SaigaError
 from saigakit.evaluation import HeldOut
-from saigakit.memory import Pack, Shape
-from saigakit.models import Lora
+from saigakit.loading import Loaded
 from saigakit.steps import Plan
-from saigakit.tokenization import Example
 from saigakit.training_log import Log
 from saigakit.training_run import Run
-from saigakit.weights import NumberFormat
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, Trainer
 
 _LOCK_PATIENCE_S = 5.0
 RESULT_FILE = "result.json"  # for the manifest of the stage
-
-
-def memory_needed(
-    config: TrainConfig,
-    shape: Shape,
-    lora: Lora,
-    number_format: NumberFormat,
-    *,
-    pack: Pack | None = None,
-) -> dict[str, int]:
-    """Bytes by what they are for; without `pack` for one document of the whole budget."""
-    on_gpu = number_format != "float32"
-    return memory.training(
-        shape,
-        quantization=config.weights_as,
-        lora=lora,
-        pack_tokens=config.sequence_budget,
-        itemsize=2 if on_gpu else 4,
-        checkpointing=on_gpu,
-        pack=pack,
-    )
 
 
 def main(config_file: Path) -> None:
@@ -109,7 +76,9 @@ def main(config_file: Path) -> None:
         run.saved_step = checkpoints.step_of(start)
         if (wrote := checkpoints.processes_of(start)) != processes:
             log.say(f"The checkpoint is of {wrote} processes and this run of {processes}: dropout will differ.")
-    if asked is not None and rank == 0:
+    if config.is_sharded:
+        log.say(f"{samples.FILE} is not written with sharding='fsdp': no process has the whole model.")
+    elif asked is not None and rank == 0:
         _write_samples(run, samples.Samples(tokenizer, asked, directory / samples.FILE), start)
     with run.store.alone(_LOCK_PATIENCE_S) if rank == 0 else contextlib.nullcontext(), launch.ending_gently():
         step = _train(run, loaded, start)
@@ -118,7 +87,7 @@ def main(config_file: Path) -> None:
     ranks.leave_together()
 
 
-def _train(run: Run, loaded: "Loaded", start: Path | None) -> int:
+def _train(run: Run, loaded: Loaded, start: Path | None) -> int:
     """The number of steps made. Raises SaigaError where the run was asked to end."""
     is_unfinished = run.saved_step < len(run.plan)
     if (
@@ -126,7 +95,10 @@ def _train(run: Run, loaded: "Loaded", start: Path | None) -> int:
     ):  # it was killed between that checkpoint and its end
         return run.saved_step
     made = trainer.build(run, loaded.model, resumed=start is not None)
-    loaded.try_out(made, run.log)
+    if run.config.is_sharded:
+        sharding.call_when_ready(made, lambda: loaded.try_out(made, run.log))
+    else:
+        loaded.try_out(made, run.log)
     made.train(resume_from_checkpoint=None if start is None else str(start / checkpoints.STATE))
     step = made.state.global_step
     if run.ending == "asked":
@@ -153,7 +125,7 @@ def _finish(run: Run, model: "PeftModel", step: int) -> None:
             trained = Path(scratch) / "last"
             trainer.save_adapter(model, trained)
         if run.config.is_folded:
-            trained = fold.combined(_adapter_dir(run.config), trained, Path(scratch) / "both")
+            trained = fold.combined(loading.adapter_dir(run.config), trained, Path(scratch) / "both")
         shutil.copytree(trained, directory, dirs_exist_ok=True)
     if best is not None:
         run.log.say(f"The adapter is that of step {best.step}, with the best held-out loss: {best.loss:.4f} per token.")
@@ -201,98 +173,3 @@ def _training_rows(
     joined = replay.Joined(training, stored(general, config.replay_file))
     log.say(joined.in_words(config.replay_fraction))
     return joined
-
-
-def _adapter_dir(config: TrainConfig) -> Path:
-    assert config.start_adapter is not None
-    return sources.adapter_dir(config.spec, config.start_adapter)
-
-
-@dataclass
-class Loaded:
-    """The model with its adapter, the largest pack that it will see, and the memory that this was foreseen to take."""
-
-    model: "PeftModel"
-    pack: list[Example]
-    foreseen: dict[str, int]
-
-    @classmethod
-    def of(cls, config: TrainConfig, plan: Plan, device: str, log: Log) -> Self:
-        """Raises SaigaError where the memory is too small, before anything is loaded."""
-        import torch
-
-        gpus = workspace.gpus() if device != "cpu" else []
-        number_format = preflight.machine(config, gpus)
-        base_dir = sources.base_dir(config.spec, config.base_source)
-        lora = preflight.model(config, base_dir, None if config.start_adapter is None else _adapter_dir(config))
-        shape = Shape.of(base_dir)
-        pack, foreseen = _largest(plan, lambda pack: memory_needed(config, shape, lora, number_format, pack=pack))
-        if not log.quiet:
-            preflight.fits(foreseen, gpus, plan.processes, pack="the largest pack")
-        log.say(f"Loading {config.spec.base_model} …")
-        base = _base(config, base_dir, getattr(torch, number_format), device)
-        model = weights.with_adapter(base, _adapter_dir(config) if _is_continued(config) else None, lora)
-        name = config.spec.base_model  # of a directory its name alone, not a path of this machine
-        model.peft_config["default"].base_model_name_or_path = Path(name).name if Path(name).is_dir() else name
-        if memory.head_in_chunks(shape, lora) and not head.use(model):
-            log.say("The logits of this model are scaled or capped, so they are not made in chunks.")
-        weights.require_formats(model, getattr(torch, number_format))
-        return cls(model, pack, foreseen)
-
-    def try_out(self, made: "Trainer", log: Log) -> None:
-        """Three steps on the largest pack: memory runs out now or never."""
-        found = trial.run(
-            self.model,
-            packing.collate(self.pack),
-            predicted=self.foreseen,
-            autocast=made.accelerator.autocast,
-            scaler=made.accelerator.scaler,
-        )
-        tokens = sum(len(row["input_ids"]) for row in self.pack)
-        peak = ""
-        if found.peak_bytes is not None:
-            peak = f", {found.peak_bytes / 1e9:.1f} GB at the peak, {sum(self.foreseen.values()) / 1e9:.1f} GB foreseen"
-            if not log.file.is_file():  # a run that goes on has it in its log
-                log.write(memory_predicted=sum(self.foreseen.values()), memory_peak=found.peak_bytes)
-        log.say(f"Trial on the largest pack, {tokens} tokens: {1 / found.seconds_per_token:.0f} tokens/s{peak}.")
-
-
-def _is_continued(config: TrainConfig) -> bool:
-    return config.start_adapter is not None and not config.is_folded
-
-
-def _largest(plan: Plan, needed: Callable[[Pack], dict[str, int]]) -> tuple[list[Example], dict[str, int]]:
-    """The pack of the run that needs the most memory, by the bytes that it needs."""
-    packs = [pack for step in range(len(plan)) for packs in plan.layout(step) for pack in packs]
-    lengths, learned = plan.rows.lengths, plan.rows.learned
-
-    def tokens(pack: Sequence[int]) -> int:
-        return sum(lengths[row] for row in pack)
-
-    def squares(pack: Sequence[int]) -> int:  # what attention keeps on a CPU
-        return sum(lengths[row] ** 2 for row in pack)
-
-    def answers(pack: Sequence[int]) -> int:  # what the logits take
-        return sum(learned[row] for row in pack)
-
-    candidates = [max(packs, key=tokens), max(packs, key=squares), max(packs, key=answers)]
-    shapes = [Pack(documents=tuple(lengths[row] for row in pack), learned=answers(pack)) for pack in candidates]
-    bytes_of = [needed(shape) for shape in shapes]
-    largest = max(range(len(candidates)), key=lambda index: sum(bytes_of[index].values()))
-    return [plan.rows[row] for row in candidates[largest]], bytes_of[largest]
-
-
-def _base(config: TrainConfig, base_dir: Path, dtype: "torch.dtype", device: str) -> "PreTrainedModel":
-    base = weights.load_base(base_dir, config.weights_as, dtype, device)
-    if config.is_folded:
-        fold.into(base, base_dir, _adapter_dir(config))
-    base.config.use_cache = False
-    attention.use(base)
-    head.sum_exactly(base)
-    if device != "cpu":
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-        base.enable_input_require_grads()
-        for parameter in base.parameters():
-            if parameter.ndim == 1:  # norms, a few MB: their statistics overflow float16
-                parameter.data = parameter.data.float()
-    return base

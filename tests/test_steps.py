@@ -66,7 +66,7 @@ def test_the_processes_of_a_step_share_what_one_process_has(processes):
     ]
     assert {len(plan) for plan in together} == {len(alone)}
     for step in range(len(alone)):
-        parts = [row for plan in together if not plan[step].idle for row in shown(plan, step)]
+        parts = [row for plan in together if plan[step].counted for row in shown(plan, step)]
         assert sorted(parts) == sorted(shown(alone, step))
         assert {plan[step].learned for plan in together} == {alone[step].learned}
 
@@ -74,7 +74,7 @@ def test_the_processes_of_a_step_share_what_one_process_has(processes):
 def test_a_process_without_a_conversation_computes_one_that_counts_nothing():
     rows = stored([10] * 4)
     plans = [plan_of(rows, epochs=1, batch_size=3, processes=2, process=number) for number in range(2)]
-    assert [(len(plan[1].packs), plan[1].idle) for plan in plans] == [(1, False), (1, True)]
+    assert [(len(plan[1].packs), plan[1].counted) for plan in plans] == [(1, 1), (1, 0)]
 
 
 def test_no_pack_is_over_the_budget_and_tokens_are_counted():

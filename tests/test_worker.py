@@ -14,6 +14,7 @@ from saigakit import (
     curve,
     evaluation,
     launch,
+    loading,
     memory,
     samples,
     tokenization,
@@ -134,7 +135,7 @@ def test_the_largest_pack_is_found_wherever_it_is():
     for length in (10, 30, 12, 25, 9, 30):
         stored.append({"input_ids": [1] * length, "labels": [1] * length})
     plan = Plan(TrainConfig(model="saiga_tiny", train_file="", output_dir="", batch_size=2, max_seq_length=60), stored)
-    pack, parts = worker._largest(plan, lambda pack: {"all": sum(pack.documents)})
+    pack, parts = loading._largest(plan, lambda pack: {"all": sum(pack.documents)})
     packs = [pack for step in range(len(plan)) for packs in plan.layout(step) for pack in packs]
     assert sum(len(row["input_ids"]) for row in pack) == parts["all"]
     assert parts["all"] == max(sum(stored.lengths[row] for row in pack) for pack in packs)
