@@ -66,7 +66,7 @@ def write(stage_dir: Path, repo_id: str, tokenizer: Tokenizer) -> str:
         base=_base(config),
         continued=_continued(config),
         licence=config.spec.licence or "see there",
-        losses=_losses(curve.read(stage_dir), content.get("training", {}).get("best_step")),
+        losses=_losses(config, curve.read(stage_dir), content.get("training", {}).get("best_step")),
         compared=_compared(stage_dir),
         training=_table(("setting", "value"), _settings(config, stage_dir, content)),
         data=", ".join(f"`{digest}`" for digest in content["inputs"]["train"].values()),
@@ -108,7 +108,7 @@ def _continued(config: TrainConfig) -> str:
     return f"; {start} is added to it, and is a part of this adapter" if config.is_folded else f"; it continues {start}"
 
 
-def _losses(log: list[curve.Entry], kept: int | None) -> str:
+def _losses(config: TrainConfig, log: list[curve.Entry], kept: int | None) -> str:
     held_out = curve.evaluations(log)
     if not held_out:
         return "There were no held-out texts: no loss was measured."
@@ -116,7 +116,10 @@ def _losses(log: list[curve.Entry], kept: int | None) -> str:
     named = [("before training", held_out[0]), *(("this adapter", entry) for entry in chosen), ("last", held_out[-1])]
     rows = ((name, f"{step}", f"{loss:.4f}") for name, (step, loss) in named)
     table = _table(("held-out loss, nats per token", "step", "loss"), rows)
-    return f"{table}\n\nThe held-out texts were not trained on; the step of this adapter was chosen by them."
+    note = "The held-out texts were not trained on; the step of this adapter was chosen by them."
+    if config.is_folded and config.weights_as != "none":
+        note += f" They were measured on the sum of base and released adapter in {config.weights_as}."
+    return f"{table}\n\n{note}"
 
 
 def _compared(stage_dir: Path) -> str:

@@ -124,6 +124,11 @@ class TrainConfig:
         """The adapter to begin with, None for a new LoRA alone; "auto", "released" and "folded" resolved."""
         return self.spec.released_adapter if self.adapter in ("auto", "released", "folded") else self.adapter
 
+    @property
+    def start(self) -> dict[str, Any]:
+        """What training begins with, whatever word says it: a part of a run's identity."""
+        return {"adapter": self.start_adapter, "folded": self.is_folded}
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -43,7 +43,9 @@ def resumed(config: TrainConfig) -> TrainConfig:
 
 
 def _differing(content: dict[str, Any], config: TrainConfig) -> list[str]:
-    there, now = content["parameters"], json.loads(json.dumps(config.to_json()))
+    # A stage without "folded" is of a version that continued the adapter.
+    there = {"folded": False, **content["parameters"]}
+    now = json.loads(json.dumps(config.to_json() | config.start))
     kept = (name for name in now if name in there and name not in _OF_A_SESSION)
     # 01_format tells the longest conversation where the config leaves it open.
     names = [name for name in kept if now[name] != there[name] and (name, now[name]) != ("max_seq_length", None)]

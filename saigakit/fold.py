@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from saigakit.shards import Array
 
 
+def require_foldable(base_dir: Path, adapter_dir: Path) -> None:
+    """Raises SaigaError where the adapter is more than plain LoRA or of another base; reads headers alone."""
+    try:
+        Merged.of(base_dir, adapter_dir)
+    except SaigaError as error:
+        raise SaigaError(
+            f"{error} To train on top of it as it is, use adapter='released'; None starts a LoRA without it."
+        ) from None
+
+
 def into(model: "PreTrainedModel", base_dir: Path, adapter_dir: Path) -> None:
     """Adds the adapter to `model`, which `weights.load_base` made from `base_dir`; only then a new LoRA is attached.
 

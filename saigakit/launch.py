@@ -207,7 +207,8 @@ def _signals_call(act: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # of another language, and cannot be put back
+                signal.signal(number, handler)
 
 
 def _died(command: Sequence[str], code: int, last: Sequence[str]) -> str:

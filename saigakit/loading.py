@@ -32,16 +32,21 @@ def memory_needed(
 ) -> dict[str, int]:
     """Bytes of one process by what they are for; without `pack` for one document of the whole budget."""
     on_gpu = number_format != "float32"
+    itemsize = 2 if on_gpu else 4
     parts = memory.training(
         shape,
         quantization=config.weights_as,
         lora=lora,
         pack_tokens=config.sequence_budget,
-        itemsize=2 if on_gpu else 4,
+        itemsize=itemsize,
         checkpointing=on_gpu,
         pack=pack,
     )
-    return sharding.memory(parts, processes, shape.layers) if config.is_sharded else parts
+    return (
+        sharding.memory(parts, processes, shape.layers, itemsize * shape.embedding_parameters)
+        if config.is_sharded
+        else parts
+    )
 
 
 def adapter_dir(config: TrainConfig) -> Path:

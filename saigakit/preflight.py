@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from saigakit import install, memory, shards, weights, workspace
+from saigakit import fold, install, memory, shards, weights, workspace
 from saigakit.config import TrainConfig
 from saigakit.errors import SaigaError
 from saigakit.models import Lora
@@ -13,8 +13,7 @@ from saigakit.weights import NumberFormat
 from saigakit.workspace import Gpu
 
 _WEIGHT_BYTES = 4  # of a trained parameter
-_CHECKPOINT = 3  # times the adapter: itself and AdamW's two moments
-_CHECKPOINTS = 2  # at once: the next one is complete before the last one goes
+_FILES = 12  # times the adapter: it, the best one, a checkpoint (it and AdamW's two moments) and the next, or its copy
 _BESIDES = 10 * 10**6  # bytes of log, curve and configs
 _WHOLE = ("embed_tokens", "lm_head")  # what modules_to_save may name
 
@@ -34,11 +33,11 @@ def machine(config: TrainConfig, gpus: Sequence[Gpu]) -> NumberFormat:
     return weights.number_format(config.spec, gpus[: config.processes])
 
 
-def sharding(config: TrainConfig, gpus: Sequence[Gpu]) -> None:
+def sharding(config: TrainConfig, gpus: Sequence[Gpu], machines: int) -> None:
     """Raises SaigaError where the base cannot be in parts over several GPUs: sharding="fsdp"."""
     if not config.is_sharded:
         return
-    if (config.processes or len(gpus)) < 2 or len(gpus) < 2:
+    if not gpus or min(config.processes or len(gpus), len(gpus)) * machines < 2:
         raise SaigaError(
             f"sharding='fsdp' puts parts of the base on several GPUs, and here {'is' if len(gpus) == 1 else 'are'} "
             f"{len(gpus) or 'none'} for {config.processes or max(1, len(gpus))} processes. Leave sharding out."
@@ -47,11 +46,23 @@ def sharding(config: TrainConfig, gpus: Sequence[Gpu]) -> None:
         raise SaigaError(
             "sharding='fsdp' cannot split int8 weights, whose bytes are no floats. Use quantization='nf4' or 'none'."
         )
-    if config.new_lora.modules_to_save or config.new_lora.dora:
+
+
+def sharded_lora(config: TrainConfig, lora: Lora) -> None:
+    """Raises SaigaError where `lora`, new or continued, is more than matrices beside the base's."""
+    if config.is_sharded and (lora.modules_to_save or lora.dora):
         raise SaigaError(
             "sharding='fsdp' keeps the LoRA alone whole on each GPU, and DoRA and modules_to_save need the base's own "
-            "matrices. Leave them out of lora."
+            "matrices. Leave them out of lora, or give another adapter."
         )
+
+
+def sharded_loading(config: TrainConfig, shape: memory.Shape, processes: int) -> None:
+    """Raises SaigaError where the RAM is too small: each process of this machine loads the whole base there."""
+    if config.is_sharded:
+        whole = memory.weights(shape, config.weights_as, itemsize=2)
+        remedy = "Use fewer processes on this machine, quantization='nf4' or a smaller model."
+        workspace.require_memory(whole * processes, f"Loading the base in each of {processes} processes", remedy)
 
 
 def process(visible_gpus: int, processes: int) -> None:
@@ -73,7 +84,7 @@ def model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -> Lora
     lora = config.new_lora
     if adapter_dir is not None:
         weights.require_fitting(adapter_dir, base_dir)
-        lora = _beside(config, adapter_dir, weights.lora_of(adapter_dir))
+        lora = _beside(config, base_dir, adapter_dir)
     _require_modules(lora, stored, base_dir)
     _require_context(config, base_dir)
     if lora.dora or lora.modules_to_save:
@@ -82,15 +93,16 @@ def model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -> Lora
     return lora
 
 
-def _beside(config: TrainConfig, adapter_dir: Path, released: Lora) -> Lora:
+def _beside(config: TrainConfig, base_dir: Path, adapter_dir: Path) -> Lora:
     """What is trained where there is an adapter already: itself, or the new LoRA beside the folded one."""
+    released = weights.lora_of(adapter_dir)
     if config.is_folded:
-        for lora, where in ((config.new_lora, "lora"), (released, str(adapter_dir))):
-            if lora.dora or lora.modules_to_save:
-                raise SaigaError(
-                    f"adapter={config.adapter!r} makes one plain LoRA of two, and {where} has dora or modules_to_save. "
-                    "Leave them out, or use adapter='released' to continue it, or None for a new LoRA alone."
-                )
+        fold.require_foldable(base_dir, adapter_dir)
+        if config.new_lora.dora or config.new_lora.modules_to_save:
+            raise SaigaError(
+                f"adapter={config.adapter!r} makes one plain LoRA of two, and lora has dora or modules_to_save. Leave "
+                "them out, or use adapter='released' to continue the released one, or None for a new LoRA alone."
+            )
         return config.new_lora
     if config.lora is not None and _sorted(config.lora) != _sorted(released):
         raise SaigaError(
@@ -136,8 +148,7 @@ def _require_modules(lora: Lora, stored: Iterable[str], base_dir: Path) -> None:
 def disk(directory: Path, shape: memory.Shape, lora: Lora) -> None:
     """Raises SaigaError where the adapter and two of its checkpoints will not fit."""
     adapter = shape.adapter_parameters(lora) * _WEIGHT_BYTES
-    needed = adapter + _CHECKPOINTS * _CHECKPOINT * adapter + _BESIDES
-    workspace.require_disk(directory, needed, f"The adapter with {_CHECKPOINTS} checkpoints")
+    workspace.require_disk(directory, _FILES * adapter + _BESIDES, "The adapter with its checkpoints")
 
 
 def fits(parts: dict[str, int], gpus: Sequence[Gpu], processes: int, *, pack: str) -> None:

@@ -75,6 +75,11 @@ def average_gradients(model: "torch.nn.Module") -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def memory(parts: dict[str, int], processes: int, layers: int) -> dict[str, int]:
-    """What memory.training gave, for one of so many processes: its part of the weights, and two layers gathered."""
-    return {**parts, "weights": parts["weights"] // processes + 2 * (parts["weights"] // layers)}
+def memory(parts: dict[str, int], processes: int, layers: int, embeddings: int) -> dict[str, int]:
+    """What memory.training gave, for one of so many processes, in bytes.
+
+    Its part of the weights, and what it gathers: two layers, and the `embeddings` with the head, which accelerate puts
+    into one unit with what is left over.
+    """
+    whole = parts["weights"]
+    return {**parts, "weights": whole // processes + 2 * (whole - embeddings) // layers + embeddings}

@@ -26,6 +26,7 @@ from saigakit import (
 )
 from saigakit.checkpoints import Store
 from saigakit.config import TrainConfig
+from saigakit.errors import SaigaError
 
 STAGE = "02_train"
 CONFIG_FILE = "train_config.json"
@@ -46,14 +47,18 @@ def train_adapter(config: TrainConfig) -> Path:
     config = _as_formatted(config, found["train"].parent)
     number_format = preflight.machine(config, workspace.gpus())
     gpus = workspace.gpus()[: config.processes]
-    preflight.sharding(config, gpus)
+    nodes = launch.Nodes.of_environment()
+    machines = 1 if nodes is None else nodes.count
+    preflight.sharding(config, gpus, machines)
     processes = config.processes or len(gpus) or 1
     base_dir = sources.base_dir(config.spec, config.base_source)
     adapter_dir = None if config.start_adapter is None else sources.adapter_dir(config.spec, config.start_adapter)
     lora = preflight.model(config, base_dir, adapter_dir)
     shape = memory.Shape.of(base_dir)
-    needed = loading.memory_needed(config, shape, lora, number_format, processes=processes)
+    needed = loading.memory_needed(config, shape, lora, number_format, processes=processes * machines)
     preflight.fits(needed, gpus, processes, pack="one conversation of max_seq_length")
+    preflight.sharded_lora(config, lora)
+    preflight.sharded_loading(config, shape, processes)
     preflight.disk(final, shape, lora)
     inputs: dict[str, Any] = {name: manifest.hashes(file) for name, file in found.items()}
     if config.replay_file is not None:
@@ -73,7 +78,6 @@ def train_adapter(config: TrainConfig) -> Path:
         start = resuming.start(config, store, final if goes_on else None)
     prompt = data.common_system_prompt(data.read_conversations(found["train"]))
     facts: dict[str, Any] = {"number_format": number_format, "system_prompt": prompt}
-    nodes = launch.Nodes.of_environment()
     if nodes is not None and nodes.rank > 0:
         with tempfile.TemporaryDirectory() as scratch:
             _run_child(config, found, store, start, Path(scratch), processes, nodes)
@@ -86,9 +90,19 @@ def train_adapter(config: TrainConfig) -> Path:
         curve.plot(curve.read(partial)).savefig(partial / "curve.png", dpi=110)
         config.write(partial / CONFIG_FILE)
         if facts["training"]["ended"] == "max_hours" and (last := store.newest()) is not None:
-            shutil.copytree(last, partial / checkpoints.IN_STAGE)
+            _copy(last, partial / checkpoints.IN_STAGE)
     store.delete()
     return final
+
+
+def _copy(checkpoint: Path, target: Path) -> None:
+    try:
+        shutil.copytree(checkpoint, target)
+    except OSError as error:
+        raise SaigaError(
+            f"{checkpoint} cannot be copied into the stage ({error}). It is whole where it is: make room, then call it "
+            "again with the same run_dir."
+        ) from None
 
 
 def _run_child(
@@ -119,7 +133,7 @@ def _parameters(config: TrainConfig) -> dict[str, Any]:
         for name, value in config.to_json().items()
         if not name.endswith(("_file", "_dir")) and name not in how
     }
-    return {**named, "folded": config.is_folded}  # of the same adapter as where it is continued
+    return named | config.start
 
 
 def _as_formatted(config: TrainConfig, directory: Path) -> TrainConfig:

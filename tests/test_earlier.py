@@ -29,7 +29,7 @@ def attached(place, name="one", *, ended="max_hours", stage="02_train", **change
     """As Kaggle mounts the output of an earlier session."""
     config = config_in(place)
     parameters = {key: value for key, value in asdict(config).items() if not key.endswith(("_file", "_dir"))}
-    parameters = json.loads(json.dumps(parameters)) | {"max_seq_length": 512, "max_hours": 9.0} | changes
+    parameters = json.loads(json.dumps(parameters | config.start)) | {"max_seq_length": 512, "max_hours": 9.0} | changes
     directory = place / "input" / "notebooks" / "me" / name / "02_train"
     inputs = {"train": manifest.hashes(place / "run" / "train.jsonl")}
     identity = {"stage": stage, "parameters": parameters, "inputs": inputs}
@@ -50,6 +50,12 @@ def test_a_training_that_ended_by_time_is_gone_on_with(place, capsys):
 def test_what_belongs_to_a_session_may_differ(place, settings):
     directory = attached(place)
     assert earlier.resumed(config_in(place, **settings)).resume_from == str(directory)
+
+
+def test_one_that_continued_the_adapter_is_not_gone_on_with_by_folding_it(place, capsys):
+    attached(place, folded=False)
+    assert earlier.resumed(config_in(place)).resume_from is None
+    assert "is not continued: other folded" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from small_models import adapter, base
+from small_models import adapter, base, edit_json
 
 from saigakit import memory, preflight, weights, workspace
 from saigakit.config import TrainConfig
@@ -122,10 +122,10 @@ def test_a_disk_without_room_for_checkpoints_is_told_with_both_numbers(tiny, tmp
     shape = memory.Shape.of(tiny / "base")
     lora = Lora(rank=64)
     adapter_bytes = 4 * shape.adapter_parameters(lora)
-    monkeypatch.setattr(workspace, "free_disk", lambda _: 7 * adapter_bytes + 10 * 10**6)
+    monkeypatch.setattr(workspace, "free_disk", lambda _: 12 * adapter_bytes + 10 * 10**6)
     preflight.disk(tmp_path, shape, lora)
-    monkeypatch.setattr(workspace, "free_disk", lambda _: 7 * adapter_bytes + 10 * 10**6 - 1)
-    with pytest.raises(SaigaError, match=r"2 checkpoints needs 0\.02 GB of disk .* and 0\.02 GB are free"):
+    monkeypatch.setattr(workspace, "free_disk", lambda _: 12 * adapter_bytes + 10 * 10**6 - 1)
+    with pytest.raises(SaigaError, match=r"its checkpoints needs 0\.02 GB of disk .* and 0\.02 GB are free"):
         preflight.disk(tmp_path, shape, lora)
 
 
@@ -144,3 +144,22 @@ def test_processes_on_a_cpu_share_its_memory(monkeypatch):
     preflight.fits(PARTS, [], 1, pack="it")
     with pytest.raises(SaigaError, match=r"32\.0 GB of memory, and 20\.0 GB are free"):
         preflight.fits(PARTS, [], 2, pack="it")
+
+
+def test_an_adapter_that_cannot_be_folded_is_refused_before_weights_load(tiny, tmp_path):
+    shutil.copytree(tiny / "adapter", tmp_path / "adapter")
+    edit_json(tmp_path / "adapter" / "adapter_config.json", use_dora=True)
+    with pytest.raises(SaigaError, match=r"DoRA.*use adapter='released'"):
+        preflight.model(config(), tiny / "base", tmp_path / "adapter")
+
+
+def test_a_sharded_base_is_loaded_by_every_process(monkeypatch):
+    shape = memory.Shape(
+        hidden=8, layers=2, heads=2, kv_heads=2, head_dim=4, intermediate=16, vocabulary=100, tied=False
+    )
+    whole = memory.weights(shape, "nf4", 2)
+    monkeypatch.setattr(workspace, "available_memory", lambda: 2 * whole - 1)
+    sharded = config(sharding="fsdp", quantization="nf4")
+    preflight.sharded_loading(sharded, shape, 1)
+    with pytest.raises(SaigaError, match="Loading the base in each of 2 processes"):
+        preflight.sharded_loading(sharded, shape, 2)

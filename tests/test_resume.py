@@ -59,12 +59,17 @@ class Child:
         return [manifest.sha256(file) for file in files], log
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_resumed_equals_uninterrupted_bit_for_bit(tiny, tmp_path, monkeypatch, quantization):
+@pytest.mark.parametrize(("quantization", "adapter"), [("none", None), ("nf4", None), ("nf4", "auto")])
+def test_resumed_equals_uninterrupted_bit_for_bit(tiny, tmp_path, monkeypatch, quantization, adapter):
     results = []
     for stops in ([], [1], [4, 5, 9]):  # at a step with an evaluation (4), and before one
         child = Child(
-            tmp_path / str(stops), monkeypatch, tiny / "records.jsonl", quantization=quantization, save_steps=STEPS
+            tmp_path / str(stops),
+            monkeypatch,
+            tiny / "records.jsonl",
+            quantization=quantization,
+            adapter=adapter,
+            save_steps=STEPS,
         )
         for stop in stops:
             child.run(until=stop)

@@ -120,9 +120,10 @@ def test_what_cannot_be_sharded_is_refused(gpus, settings, message):
     config = TrainConfig(model="saiga_llama3_8b", train_file="", output_dir="", sharding="fsdp", **settings)
     gpu = Gpu(name="A100", memory=40 * 10**9, free=40 * 10**9, capability=(8, 0))
     with pytest.raises(SaigaError, match=message):
-        preflight.sharding(config, [gpu] * gpus)
+        preflight.sharding(config, [gpu] * gpus, machines=1)
+        preflight.sharded_lora(config, config.new_lora)
 
 
-def test_memory_of_one_process_is_its_part_and_two_layers():
-    parts = sharding.memory({"weights": 3200, "logits": 5}, processes=4, layers=32)
-    assert parts == {"weights": 800 + 200, "logits": 5}
+def test_memory_of_one_process_is_its_part_two_layers_and_the_embeddings():
+    parts = sharding.memory({"weights": 3600, "logits": 5}, processes=4, layers=32, embeddings=400)
+    assert parts == {"weights": 900 + 200 + 400, "logits": 5}
