@@ -5,11 +5,14 @@ Data flows one way. A module imports only modules to its left:
 errors < progress < models < config < workspace < install < manifest < tables < memory < launch < records < calls
 < shapes < conversations < data < examples < definitions < splits < sources < placeholders < template
 < tokenizer_backends < layouts < tokenization < rows < renderings < near_duplicates < estimates < audit < pieces
-< lengths < fitting < report < packing < replay < steps < ranks < sharding < attention < shards < merge < weights
-< fold < head < trial < preflight < checkpoints < resuming < generation < questions < samples < curve < training_log
-< evaluation < training_run < earlier < trainer < loading < worker < train < quantization < architecture < vocabulary
-< container < sizes < export < infer < metrics < results < evaluate < summary < card < publish < kernels < parameters
-< execution < runner < conversation < cli
+< lengths < fitting < report < packing < replay < steps < ranks < sharding < attention < shards < adapter < nf4
+< merge < weights < fold < head < trial < preflight < checkpoints < resuming < generation < questions < samples
+< curve < training_log < evaluation < training_run < earlier < trainer < loading < worker < train < quantization
+< architecture < vocabulary < forward < importance < activations < quality < container < streaming < estimate_export
+< read_back < sizes < fit < chat_format < modelfile < markdown < gguf_card < lineage < companions < gguf_files
+< export < export_beside < lora_gguf < merged_safetensors < calibration < infer < metrics < results < evaluate
+< summary < card < publish < kernels < kaggle_models < publish_gguf < parameters < execution < runner < conversation
+< cli
 """
 
 from saigakit.config import TrainConfig

@@ -2,17 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from saigakit import curve, evaluate, manifest, results, sources, train
+from saigakit import curve, evaluate, manifest, markdown, results, sources, train
 from saigakit.config import TrainConfig
 from saigakit.tokenization import Tokenizer
 
-# The names that the Hub has for licences: https://huggingface.co/docs/hub/repositories-licenses
-_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "gemma")
 _CARD = Template("""---
 $metadata
 ---
@@ -68,23 +66,19 @@ def write(stage_dir: Path, repo_id: str, tokenizer: Tokenizer) -> str:
         licence=config.spec.licence or "see there",
         losses=_losses(config, curve.read(stage_dir), content.get("training", {}).get("best_step")),
         compared=_compared(stage_dir),
-        training=_table(("setting", "value"), _settings(config, stage_dir, content)),
+        training=markdown.table(("setting", "value"), _settings(config, stage_dir, content)),
         data=", ".join(f"`{digest}`" for digest in content["inputs"]["train"].values()),
         template_hash=hashlib.sha256(template.encode("utf-8")).hexdigest(),
         template=template.replace("```", "` ` `"),
-        system_prompt="" if prompt is None else f"System prompt of the records: {_code(prompt)}\n",
-        versions=_table(("package", "version"), content.get("versions", {}).items()),
+        system_prompt="" if prompt is None else f"System prompt of the records: {markdown.code(prompt)}\n",
+        versions=markdown.table(("package", "version"), content.get("versions", {}).items()),
     )
 
 
 def _metadata(config: TrainConfig) -> str:
     """YAML, which JSON is too; the Hub refuses a base model that is not there."""
-    licence = config.spec.licence
     values: dict[str, Any] = {"language": ["ru"], "library_name": "peft", "pipeline_tag": "text-generation"}
-    if licence in _LICENCES:
-        values["license"] = licence
-    elif licence:
-        values |= {"license": "other", "license_name": licence}
+    values |= markdown.licence(config.spec.licence)
     if sources.is_hub_id(config.spec.base_model):
         values["base_model"] = config.spec.base_model
     values["tags"] = ["lora", "saiga", "saigakit"]
@@ -93,7 +87,7 @@ def _metadata(config: TrainConfig) -> str:
 
 def _base(config: TrainConfig) -> str:
     name = config.spec.base_model
-    return f"[{name}](https://huggingface.co/{name})" if sources.is_hub_id(name) else _code(Path(name).name)
+    return f"[{name}](https://huggingface.co/{name})" if sources.is_hub_id(name) else markdown.code(Path(name).name)
 
 
 def _started_from(config: TrainConfig) -> str | None:
@@ -115,7 +109,7 @@ def _losses(config: TrainConfig, log: list[curve.Entry], kept: int | None) -> st
     chosen = [entry for entry in held_out if entry[0] == kept]
     named = [("before training", held_out[0]), *(("this adapter", entry) for entry in chosen), ("last", held_out[-1])]
     rows = ((name, f"{step}", f"{loss:.4f}") for name, (step, loss) in named)
-    table = _table(("held-out loss, nats per token", "step", "loss"), rows)
+    table = markdown.table(("held-out loss, nats per token", "step", "loss"), rows)
     note = "The held-out texts were not trained on; the step of this adapter was chosen by them."
     if config.is_folded and config.weights_as != "none":
         note += f" They were measured on the sum of base and released adapter in {config.weights_as}."
@@ -131,7 +125,7 @@ def _compared(stage_dir: Path) -> str:
         print(f"{directory} compared another adapter: its numbers are not in the model card.", flush=True)
         return ""
     found = results.show_table(results.read(directory))
-    return f"{_table(found.header, found.rows)}\n\n{found.note}\n"
+    return f"{markdown.table(found.header, found.rows)}\n\n{found.note}\n"
 
 
 def _settings(config: TrainConfig, stage_dir: Path, content: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -153,17 +147,3 @@ def _settings(config: TrainConfig, stage_dir: Path, content: Mapping[str, Any]) 
         ("tokens", f"{steps[-1]['tokens']:,}"),
         ("seed", f"{config.seed}"),
     ]
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    names = [_cell(name) for name in header]
-    lines = [names, ["---"] * len(names), *([_cell(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _code(text: str) -> str:
-    return f"`{' '.join(text.split()).replace('`', chr(39))}`"

@@ -141,22 +141,27 @@ def train(file: str, parameters: Sequence[tuple[str, Any]]) -> None:
 
 @main.command()
 @_MODEL
-@click.option("--adapter", help='A finished 02_train, a directory or Hub id, or "released"; none: the base alone.')
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="PATH[:WEIGHT]",
+    help='A finished 02_train, a directory or Hub id, or "released"; several are added up; none: the base alone.',
+)  # fmt: skip
 @click.option("--output", required=True, help="The GGUF file to make.")
-@click.option("--quant-type", default="Q4_K_M", show_default=True)
+@click.option("--quant-type", "quant_types", multiple=True, help="Q4_K_M if not given; several come of one read.")
+@click.option("--merge-into", type=click.Choice(["original", "dequantized"]), help="Which base the adapter goes into.")
+@click.option("--importance", help="An importance matrix of llama.cpp's.")
 @_BASE_SOURCE
-def export(model: str, adapter: str | None, output: str, quant_type: str, base_source: str | None) -> None:
-    """Base model and adapter into one quantised GGUF file.
+def export(**options: Any) -> None:  # noqa: ANN401
+    """Base model and adapter into quantised GGUF files; beside them Ollama's Modelfile, llama-server's command, a card.
 
     \b
     Example: saigakit export --model saiga2_7b --adapter runs/terms/02_train --output saiga.gguf
     """
-    from saigakit import export as exporting
+    from saigakit import export_beside
 
-    made = exporting.to_gguf(
-        model=model, adapter=adapter, output=output, quant_type=quant_type, base_source=base_source
-    )
-    click.echo(f"model: {made} ({made.stat().st_size / 1e6:,.0f} MB)\ntalk:  saigakit chat {made}")
+    files, beside = export_beside.export(**options)
+    for file in files:
+        click.echo(f"model: {file} ({file.stat().st_size / 1e6:,.0f} MB)")
+    click.echo(f"beside: {', '.join(file.name for file in beside)}\ntalk:  saigakit chat {files[0]}")
 
 
 @main.command()
@@ -219,19 +224,32 @@ def push(name: str, files: Sequence[str], parameters: Sequence[tuple[str, Any]])
 
 @main.command()
 @click.argument("run_dir")
-@click.argument("repo_id")
+@click.argument("name")
 @click.option("--public", is_flag=True, help="Everybody can see it; private without this.")
 @click.option("--replace", is_flag=True, help="Also where the repository holds something else.")
-def publish(run_dir: str, repo_id: str, public: bool, replace: bool) -> None:
-    """Puts the adapter of RUN_DIR on the Hugging Face Hub, with a model card; the token is in HF_TOKEN.
+@click.option("--gguf", is_flag=True, help="The GGUF of 03_merge_gguf, not the adapter.")
+@click.option("--kaggle", is_flag=True, help="The GGUF to Kaggle Models; NAME is the model's name there.")
+def publish(run_dir: str, name: str, public: bool, replace: bool, gguf: bool, kaggle: bool) -> None:
+    """Puts the adapter or the GGUF of RUN_DIR on the Hugging Face Hub, or the GGUF on Kaggle, with a model card.
+
+    NAME is owner/name on the Hub. The Hub's token is in HF_TOKEN, Kaggle's where its command line looks for it.
 
     \b
     Example: saigakit publish runs/terms me/saiga2_7b_terms_lora
+             saigakit publish runs/terms me/saiga2_7b_terms_gguf --gguf
+             saigakit publish runs/terms saiga2-7b-terms --kaggle
     """
     from saigakit import publish as publishing
+    from saigakit import publish_gguf
 
-    url = publishing.push_adapter(Path(run_dir) / "02_train", repo_id, private=not public, replace=replace)
-    click.echo(f"published: {url}")
+    adapter, model = Path(run_dir) / "02_train", Path(run_dir) / "03_merge_gguf"
+    if kaggle:
+        where = publish_gguf.push_to_kaggle(model, name, private=not public)
+    elif gguf:
+        where = publish_gguf.push_to_hub(model, name, private=not public, replace=replace)
+    else:
+        where = publishing.push_adapter(adapter, name, private=not public, replace=replace)
+    click.echo(f"published: {where}")
 
 
 @main.command()

@@ -1,22 +1,19 @@
-"""Metadata and named tensors into a GGUF file: its size is known before it is written, and read back after."""
+"""Metadata and a table of tensors into a GGUF file's head: its size is known before, and read back after."""
 
 import ctypes
-import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import quantization, workspace
+from saigakit import quantization
 from saigakit.errors import SaigaError
 
 if TYPE_CHECKING:
     import gguf
 
-    from saigakit.shards import Array, Shape
+    from saigakit.shards import Shape
 
 _ALIGNMENT = 32  # GGUF's default: each tensor begins at a multiple of it
-_PROGRESS_S = 10.0
 
 
 def tensor_bytes(shapes: Mapping[str, "Shape"], types: Mapping[str, str]) -> int:
@@ -25,7 +22,7 @@ def tensor_bytes(shapes: Mapping[str, "Shape"], types: Mapping[str, str]) -> int
 
 
 def total_bytes(metadata_bytes: int, shapes: Mapping[str, "Shape"], types: Mapping[str, str]) -> int:
-    """Of the whole file; `metadata_bytes` is what `write` makes of no tensors."""
+    """Of the whole file; `metadata_bytes` is what `write_header` makes of no tensors."""
     table = sum(8 + len(name.encode()) + 4 + 8 * len(shape) + 4 + 8 for name, shape in shapes.items())
     return _padded(metadata_bytes + table) + tensor_bytes(shapes, types)
 
@@ -34,13 +31,8 @@ def _padded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def write(
-    writer: "gguf.GGUFWriter",
-    shapes: Mapping[str, "Shape"],
-    types: Mapping[str, str],
-    read: Callable[[str], "Array"],
-) -> None:
-    """Header and metadata, then one tensor after another: read, quantised, appended."""
+def write_header(writer: "gguf.GGUFWriter", shapes: Mapping[str, "Shape"], types: Mapping[str, str]) -> int:
+    """Metadata and the table of tensors; returns where their bytes begin."""
     import gguf
     import numpy as np
 
@@ -51,39 +43,20 @@ def write(
     try:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        progress = _Progress(len(shapes), tensor_bytes(shapes, types))
-        for name, shape in shapes.items():
-            tensor = read(name)
-            writer.write_tensor_data(tensor if tensor.ndim == 1 else quantization.quantise(tensor, types[name]))
-            progress.add(_padded(quantization.size(shape, types[name])))
-        for stream in writer.fout or ():
-            stream.flush()
-            os.fsync(stream.fileno())
+        stream = (writer.fout or [])[0]
+        stream.flush()
+        return _padded(stream.tell())
     finally:
         writer.close()
 
 
-class _Progress:
-    """A line now and then: Kaggle keeps every one."""
-
-    def __init__(self, tensors: int, total: int) -> None:
-        self.tensors, self.total = tensors, total
-        self.done = self.written = 0
-        self.start = self.said = time.monotonic()
-
-    def add(self, written: int) -> None:
-        self.done += 1
-        self.written += written
-        now = time.monotonic()
-        if now - self.said < _PROGRESS_S:
-            return
-        self.said = now
-        left = (now - self.start) * (self.total - self.written) / self.written
-        print(
-            f"{self.done} of {self.tensors} tensors, {self.written / workspace.GB:.2f} of "
-            f"{self.total / workspace.GB:.2f} GB, about {left:.0f} s left",
-            flush=True,
-        )
+def offsets(shapes: Mapping[str, "Shape"], types: Mapping[str, str], start: int) -> dict[str, int]:
+    """Where each tensor begins; the first at `start`."""
+    places = {}
+    for name, shape in shapes.items():
+        places[name] = start
+        start += _padded(quantization.size(shape, types[name]))
+    return places
 
 
 class _ReadParams(ctypes.Structure):
@@ -94,11 +67,10 @@ class _ReadParams(ctypes.Structure):
 
 def require_whole(file: Path, shapes: Mapping[str, "Shape"], types: Mapping[str, str], total: int) -> None:
     """ggml reads the file's table back. Raises SaigaError where it is not what was to be written."""
-    wanted, offset = [], 0
-    for name, shape in shapes.items():
-        size = quantization.size(shape, types[name])
-        wanted.append((name, types[name], offset, size))
-        offset += _padded(size)
+    wanted = [
+        (name, types[name], offset, quantization.size(shapes[name], types[name]))
+        for name, offset in offsets(shapes, types, 0).items()
+    ]
     there = _table(file)
     if there != wanted or file.stat().st_size != total:
         raise SaigaError(

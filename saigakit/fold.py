@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saigakit.adapter import Adapter
 from saigakit.errors import SaigaError
-from saigakit.merge import Adapter, Merged
+from saigakit.merge import Merged
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def require_foldable(base_dir: Path, adapter_dir: Path) -> None:
     """Raises SaigaError where the adapter is more than plain LoRA or of another base; reads headers alone."""
     try:
-        Merged.of(base_dir, adapter_dir)
+        Merged.of(base_dir, adapter_dir).adapters[0][0].require_linear_lora("folding")
     except SaigaError as error:
         raise SaigaError(
             f"{error} To train on top of it as it is, use adapter='released'; None starts a LoRA without it."
@@ -34,8 +35,9 @@ def into(model: "PreTrainedModel", base_dir: Path, adapter_dir: Path) -> None:
     import torch
 
     merged = Merged.of(base_dir, adapter_dir)
-    assert merged.adapter is not None
-    for name in merged.adapter.updates:
+    adapter = merged.adapters[0][0]
+    adapter.require_linear_lora("folding")
+    for name in adapter.updates:
         module = model.get_submodule(name.removesuffix(".weight"))
         with torch.no_grad():
             module.weight = _in_place_of(module, torch.from_numpy(merged.read(name)), model.dtype)
@@ -79,6 +81,8 @@ def combined(released_dir: Path, new_dir: Path, out_dir: Path) -> Path:
     if file.exists() or config_file.exists():
         raise SaigaError(f"{out_dir} has an adapter already; give another output_dir.")
     adapters = [Adapter.of(directory) for directory in (released_dir, new_dir)]
+    for adapter in adapters:
+        adapter.require_linear_lora("folding")
     ranks = [
         max(adapter.weights.stored[update.a].shape[0] for update in adapter.updates.values()) for adapter in adapters
     ]

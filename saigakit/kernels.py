@@ -23,7 +23,7 @@ _DROPPED = "The following are not valid"
 
 def username() -> str:
     """The logged-in user of the kaggle command line."""
-    found = re.search(r"^- username: (\S+)", _kaggle("config", "view"), re.MULTILINE)
+    found = re.search(r"^- username: (\S+)", kaggle("config", "view"), re.MULTILINE)
     if found is None or found[1] == "None":
         raise SaigaError("Kaggle did not say who is logged in. Run `kaggle auth login` and try again.")
     return found[1]
@@ -44,7 +44,7 @@ def push(stage: str | Path, parameters: Mapping[str, object] | None = None) -> s
         _bake(notebook, parameters or {}, Path(scratch) / notebook.name)
         content["code_file"] = notebook.name
         (Path(scratch) / "kernel-metadata.json").write_text(json.dumps(content), encoding="utf-8")
-        said = _kaggle("kernels", "push", "-p", scratch)
+        said = kaggle("kernels", "push", "-p", scratch)
     _require_accepted(said, str(content["id"]))
     print(said.strip().splitlines()[-1])
     return str(content["id"])
@@ -73,7 +73,7 @@ def push_dataset(folder: str | Path, files: Sequence[Path] = (), *, poll_s: floa
         (Path(scratch) / "dataset-metadata.json").write_text(json.dumps(content), encoding="utf-8")
         reference = str(content["id"])
         verb = ("create",) if _dataset_status(reference) is None else ("version", "-m", "pushed by saigakit")
-        _require_accepted(_kaggle("datasets", *verb, "--quiet", "-p", scratch), reference)
+        _require_accepted(kaggle("datasets", *verb, "--quiet", "-p", scratch), reference)
     _wait_until_ready(reference, poll_s)
     print(f"Data set {reference} is ready.")
     return reference
@@ -109,7 +109,7 @@ def fetch(kernel: str, directory: str | Path) -> Path:
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _kaggle("kernels", "output", reference, "-p", str(partial), echo=True)
+    kaggle("kernels", "output", reference, "-p", str(partial), echo=True)
     if not any(partial.rglob("*")):
         raise SaigaError(f"{reference} has no output. Did it finish? `saigakit watch {reference}` shows its status.")
     for file in sorted(partial.rglob(manifest.NAME)):
@@ -195,7 +195,7 @@ def _wait_until_ready(reference: str, poll_s: float) -> None:
 
 def _dataset_status(reference: str) -> str | None:
     try:
-        return _kaggle("datasets", "status", reference).strip().splitlines()[-1]
+        return kaggle("datasets", "status", reference).strip().splitlines()[-1]
     except SaigaError as error:
         if re.search(r"\b40[34] Client Error", str(error)):  # Kaggle answers 403 for what is not there
             return None
@@ -207,7 +207,7 @@ def _statuses(reference: str, poll_s: float) -> Iterator[tuple[str, str]]:
     lost = 5  # the first answer may not be: a wrong name fails there
     while True:
         try:
-            said = _kaggle("kernels", "status", reference)
+            said = kaggle("kernels", "status", reference)
         except SaigaError:
             if lost >= 4:
                 raise
@@ -226,14 +226,14 @@ def _failure(reference: str, status: str, said: str) -> str:
     message = re.search(r'^Failure message: "(.*)"', said, re.MULTILINE | re.DOTALL)
     what = "was cancelled" if status.startswith("CANCEL") else "failed"
     try:
-        log = "".join(entry["data"] for entry in json.loads(_kaggle("kernels", "logs", reference).strip() or "[]"))
+        log = "".join(entry["data"] for entry in json.loads(kaggle("kernels", "logs", reference).strip() or "[]"))
     except (SaigaError, ValueError) as error:  # the failure itself must still be told
         log = f"(no log: {error})"
     end = "\n".join(f"  {line}" for line in log.strip().splitlines()[-15:])
     return f"{reference} {what} on Kaggle{f': {message[1]}' if message else ''}. The end of its log:\n{end}"
 
 
-def _kaggle(*arguments: str, echo: bool = False) -> str:
+def kaggle(*arguments: str, echo: bool = False) -> str:
     """What the kaggle command line printed, both streams. Raises SaigaError with its words where it failed."""
     if importlib.util.find_spec("kaggle") is None:
         raise SaigaError("The kaggle command line is not installed: pip install 'saigakit[kaggle,run]'.")

@@ -20,6 +20,14 @@ _CUDA_BYTES = 600 * 10**6  # CUDA's context, its libraries and gaps between tens
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
+# What transformers takes for granted, by model_type: published files leave such settings out.
+_GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma2": {**_GEMMA, "vocab_size": 256_000},
+    "gemma3_text": {**_GEMMA, "vocab_size": 262_208},
+    "qwen3": {"head_dim": 128},
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -45,6 +53,7 @@ class Shape:
         except (OSError, ValueError) as error:
             raise SaigaError(f"{file} cannot be read ({error}); attach the complete base model.") from None
         config = config.get("text_config", config)
+        config = {**_DEFAULTS.get(str(config.get("model_type")), {}), **config}
         missing = [name for name in _NEEDED if name not in config]
         if missing:
             raise SaigaError(f"{file} has no {', '.join(missing)}: this is no decoder-only language model.")

@@ -1,215 +1,207 @@
-"""A base model's shards and a LoRA adapter into merged float32 tensors, one at a time."""
+"""A base model's shards and LoRA adapters into merged float32 tensors, one at a time or some rows of one."""
 
-import json
-import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
-from saigakit import shards
+from saigakit import memory, nf4, shards
+from saigakit.adapter import EMBEDDINGS, HEAD, Adapter
 from saigakit.errors import SaigaError
-from saigakit.shards import Shape, Shards, damaged
+from saigakit.shards import Shape, Shards
 
 if TYPE_CHECKING:
+    import torch
+
     from saigakit.shards import Array
 
-_MATRIX = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<letter>[AB])(\.default)?\.weight")
-# Settings of adapter_config.json under which the merged weight is still W + scale * B @ A.
-_HARMLESS = {
-    "alpha_pattern",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "merge_weights",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "rank_pattern",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-    "use_rslora",
-    "velora_config",
-}
-_NAMED = {
-    "bias": "trained biases (bias)",
-    "fan_in_fan_out": "transposed layers (fan_in_fan_out)",
-    "lora_bias": "LoRA biases (lora_bias)",
-    "modules_to_save": "whole trained modules (modules_to_save)",
-    "use_dora": "DoRA (use_dora)",
-}
-_KEEPS_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # other starts change the base weights too
-
-
-@dataclass(frozen=True)
-class Update:
-    """What LoRA adds to one weight: scale * B @ A."""
-
-    a: str
-    b: str
-    scale: float
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter on disk; the updates by the name of the weight that they change."""
-
-    directory: Path
-    trained_on: str | None
-    weights: Shards
-    updates: Mapping[str, Update]
-
-    @classmethod
-    def of(cls, directory: Path) -> Self:
-        """Raises SaigaError where it is damaged or more than LoRA on linear layers."""
-        config = _read_config(directory / "adapter_config.json")
-        _require_plain_lora(directory, config)
-        file = directory / "adapter_model.safetensors"
-        weights = Shards([file if file.is_file() else directory / "adapter_model.bin"])
-        updates = {
-            f"{module}.weight": Update(a, b, _scale(config, module, weights.stored[a].shape[0]))
-            for module, (a, b) in _pairs(directory, weights).items()
-        }
-        return cls(directory, config.get("base_model_name_or_path"), weights, updates)
-
-    def shape(self, name: str) -> Shape:
-        """Of the weight that the update fits."""
-        update = self.updates[name]
-        return (self.weights.stored[update.b].shape[0], self.weights.stored[update.a].shape[1])
-
-    def delta(self, name: str) -> "Array":
-        update = self.updates[name]
-        # By numpy: torch's float32 products may run in bf16 where the process asked for speed.
-        product: Array = self.weights.read(update.b) @ self.weights.read(update.a)
-        product *= update.scale
-        return product
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise damaged(file, str(error)) from None
-    if not isinstance(config, dict):
-        raise damaged(file, "not a JSON object")
-    return config
-
-
-def _require_plain_lora(directory: Path, config: Mapping[str, Any]) -> None:
-    if (kind := config.get("peft_type")) != "LORA":
-        raise SaigaError(f"{directory} is an adapter of type {kind}, and only LORA can be merged.")
-    if config.get("init_lora_weights", True) not in _KEEPS_THE_BASE:
-        raise SaigaError(
-            f"{directory} was started with init_lora_weights={config['init_lora_weights']!r}, which changes the base "
-            "weights too, so it cannot be merged. Convert it to plain LoRA with peft first."
-        )
-    used = [key for key, value in config.items() if key not in _HARMLESS and value not in (None, False, "none", [], {})]
-    if used:
-        names = ", ".join(_NAMED.get(key, key) for key in used)
-        raise SaigaError(
-            f"{directory} uses {names}, which saigakit cannot merge yet: only plain LoRA on linear layers."
-        )
-
-
-def _pairs(directory: Path, weights: Shards) -> dict[str, tuple[str, str]]:
-    """Module to the names of its A and B."""
-    found: dict[str, dict[str, str]] = {}
-    for name in weights.stored:
-        match = _MATRIX.fullmatch(name)
-        if match is None:
-            raise SaigaError(
-                f"{directory} holds {name}, which is no LoRA matrix of a linear layer: saigakit cannot merge it yet."
-            )
-        found.setdefault(match["module"], {})[match["letter"]] = name
-    if not found:
-        raise SaigaError(f"{directory} holds no LoRA matrices: it is damaged or not an adapter.")
-    for module, names in found.items():
-        shapes = [weights.stored[names[letter]].shape for letter in "AB" if letter in names]
-        if len(shapes) != 2 or [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][1]:
-            raise SaigaError(f"{directory} is damaged: A and B of {module} do not fit ({shapes}). Fetch it again.")
-    return {module: (names["A"], names["B"]) for module, names in found.items()}
-
-
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / rank, or alpha / sqrt(rank) for rsLoRA; alpha_pattern's keys match the end of a module's name."""
-    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    matching = (alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module))
-    alpha = next(matching, config["lora_alpha"])
-    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+Into = Literal["original", "dequantized"]
+DEFAULT_INTO: Into = "original"
+Adapters = Path | Sequence[tuple[Path, float]] | None
+_ROWS = 4096  # of embeddings that are looked at together
+_KEPT = 2  # dequantised matrices: the end of one is read while the next begins
 
 
 @dataclass(frozen=True)
 class Merged:
-    """Base and adapter that fit each other; a tensor is computed when it is read."""
+    """Base and adapters that fit each other; a tensor is computed when it is read.
+
+    `into` is what the update is added to: the published weights, or those that a training in nf4 computed with in
+    `number_format`. With several adapters the merged weight is W + the sum of weight * scale * B @ A.
+    """
 
     base: Shards
-    adapter: Adapter | None
+    adapters: Sequence[tuple[Adapter, float]] = ()
+    into: Into = DEFAULT_INTO
+    number_format: str = "float16"
+    is_tied: bool = False  # the base uses its embeddings as its head
+    _last: "dict[str, torch.Tensor]" = field(default_factory=dict, compare=False)  # the dequantised ones
+    _lengths: "dict[str, Array]" = field(default_factory=dict, compare=False)  # of DoRA's columns
+    _lock: threading.RLock = field(default_factory=threading.RLock, compare=False)  # rows are read by many threads
 
     @classmethod
-    def of(cls, base_dir: Path, adapter_dir: Path | None) -> Self:
-        """Reads headers alone. Raises SaigaError for damaged files and for the adapter of another base."""
+    def of(
+        cls, base_dir: Path, adapters: Adapters, *, into: Into = DEFAULT_INTO, number_format: str = "float16"
+    ) -> Self:
+        """Reads headers alone.
+
+        Raises SaigaError for damaged files, the adapter of another base, and adapters that cannot be added up.
+        """
+        if into not in get_args(Into):
+            raise SaigaError(f"merge_into={into!r} is unknown; use one of {', '.join(get_args(Into))}.")
         base = shards.of_base(base_dir)
-        adapter = None if adapter_dir is None else Adapter.of(adapter_dir)
-        if adapter is not None:
-            _require_fit(base_dir, base, adapter)
-        return cls(base, adapter)
+        given = [(adapters, 1.0)] if isinstance(adapters, Path) else list(adapters or ())
+        opened = [(Adapter.of(directory), weight) for directory, weight in given]
+        _require_addable(opened)
+        made = cls(base, opened, into, number_format, bool(opened) and _is_tied(base_dir, opened))
+        for adapter, _ in opened:
+            _require_fit(base_dir, made, adapter)
+        return made
+
+    @cached_property
+    def is_untied(self) -> bool:
+        """Whether the base's one matrix became two: the adapter changes embeddings or head, and not both as one."""
+        if not self.is_tied:
+            return False
+        return any(
+            {EMBEDDINGS, HEAD} & adapter.updates.keys()
+            or ({EMBEDDINGS, HEAD} & adapter.trained.keys() and not adapter.keeps_tied)
+            for adapter, _ in self.adapters
+        )
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        return {name: stored.shape for name, stored in self.base.stored.items()}
+        shapes = {name: stored.shape for name, stored in self.base.stored.items()}
+        if self.is_untied:
+            shapes[HEAD] = shapes[EMBEDDINGS]
+        return shapes
 
     def is_adapted(self, name: str) -> bool:
-        return self.adapter is not None and name in self.adapter.updates
+        return any(
+            name in changed
+            for adapter, _ in self.adapters
+            for changed in (adapter.updates, adapter.biases, adapter.trained, adapter.copies)
+        )
 
-    def read(self, name: str) -> "Array":
-        """The merged tensor in float32. Raises SaigaError where it is not finite."""
+    def read(self, name: str, rows: slice | None = None) -> "Array":
+        """The merged tensor in float32, or these rows of it. Raises SaigaError where it is not finite."""
         import numpy as np
 
-        tensor = self.base.read(name)
-        if self.adapter is not None and name in self.adapter.updates:
-            merged = self.adapter.delta(name)
-            merged += tensor  # in this order: the base may be a view of its file
-            tensor = merged
+        tensor = self._start(name, rows)
+        for adapter, weight in self.adapters:
+            if name in adapter.updates:
+                updated = adapter.delta(name, rows)
+                if weight != 1:
+                    updated *= weight
+                updated += tensor  # in this order: the base may be a view of its file
+                tensor = self._scaled(adapter, name, updated, rows)
+            if name in adapter.biases:
+                stored, scale = adapter.biases[name]
+                tensor = tensor + weight * scale * adapter.weights.read(stored, rows)
         if not np.isfinite(tensor).all():
-            where = f" and {self.adapter.directory}" if self.adapter and self.is_adapted(name) else ""
+            where = "".join(f" and {adapter.directory}" for adapter, _ in self.adapters if self.is_adapted(name))
             raise SaigaError(
-                f"{name} holds NaN or infinity after merging {self.base.stored[name].file}{where}: the training "
+                f"{name} holds NaN or infinity after merging {self._file(name)}{where}: the training "
                 "diverged or a file is damaged. Nothing was made; check the curve of 02_train or fetch the files again."
             )
         return tensor
 
+    def _file(self, name: str) -> Path:
+        return self.base.stored[name if name in self.base.stored else EMBEDDINGS].file
 
-def _require_fit(base_dir: Path, base: Shards, adapter: Adapter) -> None:
+    def _start(self, name: str, rows: slice | None) -> "Array":
+        """What the update is added to."""
+        if (source := self._replaced(name)) is not None:
+            return source[0].read(source[1], rows)
+        if self.is_untied and name == HEAD:
+            name = EMBEDDINGS
+        if self.into == "original" or not nf4.is_quantised(name, len(self.base.stored[name].shape)):
+            return self.base.read(name, rows)
+        with self._lock:
+            made = self._last.get(name)
+            if made is None:
+                made = nf4.dequantised(self.base.read(name), self.number_format)
+                while len(self._last) >= _KEPT:
+                    del self._last[next(iter(self._last))]
+                self._last[name] = made
+        array: Array = made[rows or slice(None)].float().numpy()
+        return array
+
+    def _replaced(self, name: str) -> tuple[Shards, str] | None:
+        """Where the tensor is that stands in place of the base's. Of tied matrices a copy stands for both."""
+        same = (name, EMBEDDINGS, HEAD) if self.is_tied and name in (EMBEDDINGS, HEAD) else (name,)
+        for adapter, _ in self.adapters:
+            if name in adapter.trained:
+                return adapter.weights, adapter.trained[name]
+            if name == EMBEDDINGS and self.is_tied and adapter.keeps_tied and HEAD in adapter.trained:
+                return adapter.weights, adapter.trained[HEAD]
+            if there := [adapter.copies[one] for one in same if one in adapter.copies]:
+                return adapter.weights, there[0]
+        return None
+
+    def _scaled(self, adapter: Adapter, name: str, updated: "Array", rows: slice | None) -> "Array":
+        """With DoRA each row, and of embeddings each column, gets the trained length."""
+        import numpy as np
+
+        update = adapter.updates[name]
+        if update.magnitude is None:
+            return updated
+        if update.of_embeddings:
+            factors = adapter.weights.read(update.magnitude) / self._column_lengths(adapter, name)
+        else:
+            lengths = np.linalg.norm(updated, axis=1)
+            factors = (adapter.weights.read(update.magnitude, rows) / lengths)[:, None]
+        updated *= factors
+        return updated
+
+    def _column_lengths(self, adapter: Adapter, name: str) -> "Array":
+        import numpy as np
+
+        with self._lock:
+            if name in self._lengths:
+                return self._lengths[name]
+            count, columns = adapter.shape(name)
+            squares = np.zeros(columns, np.float64)
+            for first in range(0, count, _ROWS):
+                rows = slice(first, first + _ROWS)
+                squares += np.square(adapter.delta(name, rows) + self._start(name, rows), dtype=np.float64).sum(0)
+            lengths: Array = np.sqrt(squares).astype(np.float32)
+            self._lengths[name] = lengths
+        return lengths
+
+
+def _is_tied(base_dir: Path, adapters: Sequence[tuple[Adapter, float]]) -> bool:
+    """Asked of config.json only where it matters."""
+    touched = any({EMBEDDINGS, HEAD} & adapter.changed().keys() for adapter, _ in adapters)
+    return touched and memory.Shape.of(base_dir).tied
+
+
+def _require_addable(adapters: Sequence[tuple[Adapter, float]]) -> None:
+    for adapter, weight in adapters:
+        beyond = adapter.beyond_lora()
+        if beyond is not None and (len(adapters) > 1 or weight != 1):
+            raise SaigaError(
+                f"{adapter.directory} uses {beyond}, which can be neither added to other adapters nor weighted. "
+                "Give it alone and with a weight of 1."
+            )
+
+
+def _require_fit(base_dir: Path, merged: Merged, adapter: Adapter) -> None:
     hint = (
         f"The adapter was trained on {adapter.trained_on}. Give the adapter that belongs to `model` and base_source, "
         "or adapter=None."
     )
-    for name in adapter.updates:
-        wanted = adapter.shape(name)
-        if name not in base.stored:
+    there = merged.shapes | ({HEAD: merged.shapes[EMBEDDINGS]} if merged.is_tied else {})
+    for name, wanted in adapter.changed().items():
+        if name not in there:
             raise SaigaError(
                 f"{adapter.directory} changes {name} {list(wanted)}, and the base {base_dir} has no such tensor: "
                 f"it is the adapter of another base. {hint}"
             )
-        if (there := base.stored[name].shape) != wanted:
+        if there[name] != wanted:
             raise SaigaError(
                 f"{adapter.directory} changes {name} of shape {list(wanted)}, and in the base {base_dir} its shape is "
-                f"{list(there)}: it is the adapter of another base. {hint}"
+                f"{list(there[name])}: it is the adapter of another base. {hint}"
             )

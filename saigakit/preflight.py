@@ -87,9 +87,6 @@ def model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -> Lora
         lora = _beside(config, base_dir, adapter_dir)
     _require_modules(lora, stored, base_dir)
     _require_context(config, base_dir)
-    if lora.dora or lora.modules_to_save:
-        what = "DoRA" if lora.dora else f"modules_to_save={lora.modules_to_save}"
-        print(f"Note: 03_merge_gguf merges plain LoRA alone. With {what} the adapter can be used by peft.", flush=True)
     return lora
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,30 +29,35 @@ def push_adapter(stage_dir: str | Path, repo_id: str, *, private: bool = True, r
     weights; with `replace` its files give way (git keeps them in its history).
     """
     directory = Path(stage_dir)
-    content = _require_whole(directory)
-    token = _token()
-    _require_name(repo_id)
+    content = require_whole(directory, train.STAGE)
+    token = token_of_the_hub()
+    require_name(repo_id)
     model = content["parameters"]["model"]
     tokenizer = tokenization.load_tokenizer(model, content["parameters"].get("base_source"))
     with tempfile.TemporaryDirectory() as scratch:
         files = {name: directory / name for name in (*_ADAPTER, *_SHOWN) if (directory / name).is_file()}
-        public = json.dumps(_public(content), ensure_ascii=False, indent=2)
-        files[manifest.NAME] = manifest.write_text(Path(scratch) / manifest.NAME, public)
-        text = card.write(directory, repo_id, tokenizer)
-        files["README.md"] = manifest.write_text(Path(scratch) / "README.md", text)
-        with _quietly(), _explained(repo_id, token):
-            return _Push(repo_id, token).all_of(files, _public(content), private=private, replace=replace)
+        published = public(content, _ADAPTER)
+        files |= written(Path(scratch), published, {"README.md": card.write(directory, repo_id, tokenizer)})
+        with quietly(), explained(repo_id, token):
+            what = f"Adapter of {model}, trained with saigakit"
+            return Push(repo_id, token).all_of(files, published, what, private=private, replace=replace)
 
 
-def _require_whole(directory: Path) -> manifest.Manifest:
-    content = manifest.require_stage(directory, train.STAGE)
+def written(directory: Path, published: manifest.Manifest, texts: Mapping[str, str]) -> dict[str, Path]:
+    texts = {**texts, manifest.NAME: json.dumps(published, ensure_ascii=False, indent=2)}
+    return {name: manifest.write_text(directory / name, text) for name, text in texts.items()}
+
+
+def require_whole(directory: Path, stage: str) -> manifest.Manifest:
+    """The manifest of a finished stage. Raises SaigaError where a file of it has changed."""
+    content = manifest.require_stage(directory, stage)
     damaged = [name for name, digest in content["outputs"].items() if manifest.sha256(directory / name) != digest]
     if damaged:
-        raise SaigaError(f"{directory}: {', '.join(damaged)} changed since it was made; run {train.STAGE} again.")
+        raise SaigaError(f"{directory}: {', '.join(damaged)} changed since it was made; run {stage} again.")
     return content
 
 
-def _require_name(repo_id: str) -> None:
+def require_name(repo_id: str) -> None:
     if not sources.is_hub_id(repo_id):
         raise SaigaError(
             f"repo_id={repo_id!r} is no name of a repository: give 'owner/name', of Latin letters, digits, '-', '_' "
@@ -60,7 +65,7 @@ def _require_name(repo_id: str) -> None:
         )
 
 
-def _token() -> str:
+def token_of_the_hub() -> str:
     token = (workspace.secret("HF_TOKEN") or "").strip()
     if not token:
         raise SaigaError(
@@ -72,10 +77,10 @@ def _token() -> str:
     return token
 
 
-def _public(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest as 03_merge_gguf reads it, without names of places on this machine."""
+def public(content: Mapping[str, Any], kept: Container[str]) -> dict[str, Any]:
+    """The manifest as the next stage reads it, of the files `kept`, without names of places on this machine."""
     parameters = {name: _without_place(value) for name, value in content["parameters"].items() if name != "base_source"}
-    outputs = {name: digest for name, digest in content["outputs"].items() if name in _ADAPTER}
+    outputs = {name: digest for name, digest in content["outputs"].items() if name in kept}
     return {**content, "parameters": parameters, "outputs": outputs}
 
 
@@ -84,7 +89,7 @@ def _without_place(value: object) -> object:
     return Path(str(value)).name if is_place else value
 
 
-class _Push:
+class Push:
     """One repository, and the token that is told to nobody else."""
 
     def __init__(self, repo_id: str, token: str) -> None:
@@ -93,7 +98,9 @@ class _Push:
         self.repo_id = repo_id
         self.api = HfApi(token=token)
 
-    def all_of(self, files: Mapping[str, Path], content: Mapping[str, Any], *, private: bool, replace: bool) -> str:
+    def all_of(
+        self, files: Mapping[str, Path], content: Mapping[str, Any], what: str, *, private: bool, replace: bool
+    ) -> str:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         there = self._there()
@@ -112,7 +119,7 @@ class _Push:
                 *(CommitOperationAdd(name, str(file)) for name, file in files.items()),
                 *(CommitOperationDelete(name) for name in gone),
             ],
-            commit_message=f"Adapter of {content['parameters']['model']}, trained with saigakit",
+            commit_message=what,
         )
         self._require_arrived(files, commit.oid)
         url = f"{self.api.endpoint}/{self.repo_id}"
@@ -186,7 +193,7 @@ def _made(text: str | bytes) -> tuple[Any, Any, Any]:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without progress bars, of which Kaggle keeps every line."""
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
@@ -205,7 +212,7 @@ def _quietly() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(repo_id: str, token: str) -> Iterator[None]:
+def explained(repo_id: str, token: str) -> Iterator[None]:
     """The Hub's refusals and broken connections as sentences; the token is in none of them."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 

@@ -1,10 +1,8 @@
 """float32 rows into ggml's quantised blocks, each tensor's type chosen by llama.cpp's rule for the quant type."""
 
 import ctypes
-import os
 import re
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING
@@ -41,7 +39,7 @@ _FALLBACK = {  # 256 to 32 in a block
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
-_CHUNK = 1 << 16  # numbers that one thread quantises at a time
+_EARLY_FFN_DOWN = {"Q4_0": "Q4_1", "IQ4_XS": "IQ4_XS"}  # of the first eighth, with an importance matrix
 
 
 def require_known(quant_type: str) -> None:
@@ -61,13 +59,26 @@ def _layer(name: str) -> int:
 
 
 def tensor_types(
-    shapes: Mapping[str, tuple[int, ...]], quant_type: str, model: ModelShape, architecture: str
+    shapes: Mapping[str, tuple[int, ...]],
+    quant_type: str,
+    model: ModelShape,
+    architecture: str,
+    *,
+    with_importance: bool = False,
 ) -> dict[str, str]:
-    """ggml type of every tensor, by its GGUF name; vectors stay float32."""
-    return {
+    """ggml type of every tensor, by its GGUF name; vectors stay float32.
+
+    `with_importance`: of a file that is quantised with an importance matrix.
+    """
+    types = {
         name: "F32" if len(shape) < 2 else _matrix_type(name, shape[-1], quant_type, model, architecture, shapes)
         for name, shape in shapes.items()
     }
+    if with_importance and quant_type in _EARLY_FFN_DOWN:
+        for name in types:
+            if name.endswith(".ffn_down.weight") and _layer(name) < model.layers // 8:
+                types[name] = _fitting(_EARLY_FFN_DOWN[quant_type], shapes[name][-1])
+    return types
 
 
 def _matrix_type(
@@ -81,7 +92,8 @@ def _matrix_type(
     role = name.split(".")[-2]
     rule = {"attn_v": _attn_v_type, "ffn_down": _ffn_down_type, "attn_output": _attn_output_type}.get(role)
     chosen = usual if rule is None else rule(usual, quant_type, _layer(name), model)
-    is_70b = architecture == "llama" and model.layers == 80 and model.heads != model.kv_heads
+    is_shared = architecture == "qwen2" or (architecture == "llama" and model.heads != model.kv_heads)
+    is_70b = model.layers == 80 and is_shared
     if role == "attn_v" and is_70b and chosen in ("Q3_K", "Q4_K"):
         chosen = "Q5_K"  # eight heads share it, so more bits cost little
     return _fitting(chosen, columns)
@@ -175,25 +187,25 @@ def library() -> ctypes.CDLL:
     return made
 
 
-def quantise(matrix: "Floats", ggml_type: str) -> "Bytes":
-    """Rows of a matrix as rows of bytes, all cores at work. Raises SaigaError where a number overflows the type."""
+def quantise(matrix: "Floats", ggml_type: str, importance: "Floats | None" = None) -> "Bytes":
+    """Rows of a matrix as rows of bytes, on one core; `importance` weighs the columns' errors.
+
+    Raises SaigaError where a number overflows the type.
+    """
     import gguf
     import numpy as np
 
     source = np.ascontiguousarray(matrix, dtype=np.float32)
     rows, columns = source.shape
-    number, row_bytes = int(gguf.GGMLQuantizationType[ggml_type]), size((columns,), ggml_type)
-    made = np.empty((rows, row_bytes), dtype=np.uint8)
-    ggml, step = library(), max(1, _CHUNK // columns)
-
-    def chunk(first: int) -> bool:
-        count = min(step, rows - first)
-        # ggml finds the place in both buffers by the index of the first number; ctypes releases the GIL meanwhile.
-        ggml.ggml_quantize_chunk(number, source.ctypes.data, made.ctypes.data, first * columns, count, columns, None)
-        valid: bool = ggml.ggml_validate_row_data(number, made[first:].ctypes.data, count * row_bytes)
-        return valid
-
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        if not all(pool.map(chunk, range(0, rows, step))):
-            raise SaigaError(f"A number is too large for {ggml_type}; use quant_type='BF16', of float32's range.")
+    number = int(gguf.GGMLQuantizationType[ggml_type])
+    made = np.empty((rows, size((columns,), ggml_type)), dtype=np.uint8)
+    if importance is not None and importance.shape != (columns,):
+        raise ValueError(f"importance of shape {importance.shape} for {columns} columns")
+    weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
+    place = None if weights is None else weights.ctypes.data
+    ggml = library()
+    # ctypes releases the GIL meanwhile.
+    ggml.ggml_quantize_chunk(number, source.ctypes.data, made.ctypes.data, 0, rows, columns, place)
+    if not ggml.ggml_validate_row_data(number, made.ctypes.data, made.nbytes):
+        raise SaigaError(f"A number is too large for {ggml_type}; use quant_type='BF16', of float32's range.")
     return made

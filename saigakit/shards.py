@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 Headers = dict[str, tuple[Shape, str]]
-Reader = Callable[[str], "torch.Tensor"]
+Reader = Callable[[str, slice], "torch.Tensor"]
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -39,8 +39,8 @@ class Shards:
             headers, self._readers[file] = _open(file)
             self.stored |= {name: Stored(file, shape, dtype) for name, (shape, dtype) in headers.items()}
 
-    def read(self, name: str) -> "Array":
-        """One tensor in float32. Raises SaigaError where it holds something other than floats."""
+    def read(self, name: str, rows: slice | None = None) -> "Array":
+        """One tensor, or some rows, in float32. Raises SaigaError where it holds something other than floats."""
         import torch
 
         stored = self.stored[name]
@@ -49,8 +49,12 @@ class Shards:
                 f"{stored.file}: {name} is of type {stored.dtype}: quantised weights cannot be merged. "
                 "Give the original float16, bfloat16 or float32 model as base_source."
             )
-        array: Array = self._readers[stored.file](name).detach().to(torch.float32).numpy()
+        array: Array = self._readers[stored.file](name, rows or slice(None)).detach().to(torch.float32).numpy()
         return array
+
+    @property
+    def files(self) -> list[Path]:
+        return list(self._readers)
 
     @property
     def bytes_on_disk(self) -> int:
@@ -68,7 +72,8 @@ def _open(file: Path) -> tuple[Headers, Reader]:
         if file.suffix == ".safetensors":
             opened = safe_open(file, framework="pt")
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # it is no dict
-            return {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}, opened.get_tensor
+            headers = {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
+            return headers, lambda name, rows: slices[name][rows]
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         reason = str(error).strip() or type(error).__name__
@@ -76,7 +81,9 @@ def _open(file: Path) -> tuple[Headers, Reader]:
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
         raise damaged(file, "it holds something other than named tensors")
     types = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    return {name: (tuple(x.shape), types.get(x.dtype, str(x.dtype))) for name, x in found.items()}, found.__getitem__
+    return {
+        name: (tuple(x.shape), types.get(x.dtype, str(x.dtype))) for name, x in found.items()
+    }, lambda name, rows: found[name][rows]
 
 
 def damaged(file: Path, reason: str) -> SaigaError:

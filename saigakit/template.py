@@ -22,6 +22,8 @@ from saigakit.models import ModelSpec
 Message = Mapping[str, Any]
 MARKS = ("\U000f0002", "\U000f0003")
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+_REFUSAL = re.compile(r"(\{\{[-+]?)\s*raise_exception\(.*?\)\s*([-+]?\}\})", re.DOTALL)
+_TURNED = re.compile(r"(\{%[-+]?\s*for\s+[^%]+?\s+in\s+)([\w.]+)\[::-1\]")
 
 
 class _Generation(Extension):
@@ -106,8 +108,13 @@ def render(
 
 
 def for_inference(chat_template: str) -> str:
-    """The same template without `{% generation %}`, which programs that only run models do not know."""
-    return _GENERATION.sub(lambda found: f"{found[1]}{'endif' if found[2] else 'if true'}{found[3]}", chat_template)
+    """The same template in the words that programs which only run models know.
+
+    Without `{% generation %}`, without `raise_exception`, in whose place nothing is rendered, and with the filter
+    `reverse` where a loop goes over `[::-1]`.
+    """
+    found = _GENERATION.sub(lambda tag: f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}", chat_template)
+    return _TURNED.sub(r"\1\2 | reverse", _REFUSAL.sub(r"\1 '' \2", found))
 
 
 def with_tools(chat_template: str) -> str:

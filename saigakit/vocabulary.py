@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing, redirect_stderr
 from dataclasses import dataclass, field, replace
@@ -75,26 +76,27 @@ class Vocabulary:
     def _of_files(cls, tokenizer_dir: Path, rows: int) -> Self:
         file = tokenizer_dir / "tokenizer.json"
         if not file.is_file():
-            return cls._of_sentencepiece(tokenizer_dir / "tokenizer.model", _added(tokenizer_dir), rows)
+            return cls._of_sentencepiece(tokenizer_dir, [], rows)
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["model"].get("type") != "BPE":
             raise SaigaError(f"{file} is of type {content['model'].get('type')}, and only BPE can be exported to GGUF.")
         if not content["model"].get("byte_fallback"):
             return cls._of_bytes(file, content, rows)
         if (tokenizer_dir / "tokenizer.model").is_file():
-            return cls._of_sentencepiece(tokenizer_dir / "tokenizer.model", content["added_tokens"], rows)
+            return cls._of_sentencepiece(tokenizer_dir, content["added_tokens"], rows)
         return cls._of_fallback(content, rows)
 
     @classmethod
-    def _of_sentencepiece(cls, file: Path, added: Sequence[Mapping[str, Any]], rows: int) -> Self:
+    def _of_sentencepiece(cls, tokenizer_dir: Path, saved: Sequence[Mapping[str, Any]], rows: int) -> Self:
+        """`saved`: the added tokens of a tokenizer.json, for those that the older files do not tell of."""
         from sentencepiece import sentencepiece_model_pb2
 
         spm: Any = sentencepiece_model_pb2  # protobuf makes its classes at run time
-        pieces = spm.ModelProto.FromString(file.read_bytes()).pieces
+        pieces = spm.ModelProto.FromString((tokenizer_dir / "tokenizer.model").read_bytes()).pieces
         # Pieces of the user's own are no control tokens: llama.cpp's converter calls them normal too.
         rename = {USER_DEFINED: NORMAL}
         found = {i: (piece.piece, rename.get(piece.type, piece.type), piece.score) for i, piece in enumerate(pieces)}
-        return cls._spelled(found, added, rows)
+        return cls._spelled(found, [*_unspoken(found, saved), *_added(tokenizer_dir)], rows)
 
     @classmethod
     def _of_fallback(cls, content: Mapping[str, Any], rows: int) -> Self:
@@ -108,14 +110,12 @@ class Vocabulary:
         }
         unknown = content["model"].get("unk_token")
         found = {i: (text, UNKNOWN if text == unknown else kind, score) for i, (text, kind, score) in found.items()}
-        return cls._spelled(found, content["added_tokens"], rows)
+        return cls._spelled(found, _unspoken(found, content["added_tokens"]), rows)
 
     @classmethod
     def _spelled(cls, found: dict[int, tuple[str, int, float]], added: Sequence[Mapping[str, Any]], rows: int) -> Self:
         for token in added:
-            old = found.get(token["id"], ("", UNUSED, 0.0))
-            if old[1] not in (UNKNOWN, CONTROL):
-                found[token["id"]] = (token["content"], _kind(token), -1000.0)
+            found[token["id"]] = (_text(token), _kind(token), -1000.0)
         _require_rows(found, rows)
         tokens = [found.get(i, (f"[PAD{i}]", UNUSED, -10000.0)) for i in range(rows)]
         return cls(
@@ -129,7 +129,7 @@ class Vocabulary:
     @classmethod
     def _of_bytes(cls, file: Path, content: Mapping[str, Any], rows: int) -> Self:
         found = {index: (text, NORMAL) for text, index in content["model"]["vocab"].items()}
-        found |= {token["id"]: (token["content"], _kind(token)) for token in content["added_tokens"]}
+        found |= {token["id"]: (_text(token), _kind(token)) for token in content["added_tokens"]}
         _require_rows(found, rows)
         tokens = [found.get(i, (f"[PAD{i}]", UNUSED)) for i in range(rows)]
         pre = _pre_tokenizer(file, content.get("pre_tokenizer") or {})
@@ -161,6 +161,13 @@ class Vocabulary:
             writer.add_string(TOKENIZER_JSON_KEY, self.tokenizer_json)
         if self.is_nfc:
             writer.add_string(NORMALIZATION_KEY, "NFC")
+
+
+def _unspoken(
+    found: Mapping[int, tuple[str, int, float]], added: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Of added tokens those that the vocabulary itself does not have as control tokens."""
+    return [token for token in added if found.get(token["id"], ("", UNUSED, 0.0))[1] not in (UNKNOWN, CONTROL)]
 
 
 _KEYS = {
@@ -206,10 +213,18 @@ def _is_byte(piece: str) -> bool:
     return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
 
+_LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
+
+
 def _kind(token: Mapping[str, Any]) -> int:
     """Added tokens that look like control tokens are taken for such, as llama.cpp's converter does."""
-    text = token["content"]
-    return CONTROL if token.get("special") or (text.startswith("<|") and text.endswith("|>")) else USER_DEFINED
+    return CONTROL if token.get("special") or _LOOKS_SPECIAL.fullmatch(token["content"]) else USER_DEFINED
+
+
+def _text(token: Mapping[str, Any]) -> str:
+    """llama.cpp looks for user-defined tokens in a text as it is, where a space is no `▁` yet."""
+    text: str = token["content"]
+    return text if _kind(token) == CONTROL else text.replace("▁", " ")
 
 
 def _added(tokenizer_dir: Path) -> list[dict[str, Any]]:

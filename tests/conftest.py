@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import llama_cpp_chain
 import pytest
 
 # A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that.
@@ -51,6 +52,13 @@ def smollm2(callers_cache) -> Path:
     if not link.exists():
         link.symlink_to(made, target_is_directory=True)
     return made
+
+
+@pytest.fixture(scope="session")
+def converter(callers_cache) -> Path:
+    """The directory of llama.cpp's convert_hf_to_gguf.py, kept in the caller's cache: 77 MB to download."""
+    with _alone(callers_cache / "llama_cpp_converter.lock"):
+        return llama_cpp_chain.converter(callers_cache)
 
 
 @contextmanager

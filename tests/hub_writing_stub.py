@@ -130,7 +130,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def _mode(name: str) -> str:
-    return "lfs" if name.endswith((".safetensors", ".png")) else "regular"
+    return "lfs" if name.endswith((".safetensors", ".gguf", ".png")) else "regular"
 
 
 def _row(name: str, content: bytes) -> dict[str, object]:

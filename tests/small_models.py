@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from saigakit import template
 from saigakit.models import ALL_LINEAR, MODELS
@@ -33,12 +34,16 @@ LLAMA3_ROPE = {
 }
 
 
-def base(directory: Path, tokenizer_dir: Path, *, qwen3: bool = False, shards: str = "50GB", **settings) -> Path:
-    """A model that is far from uniform, with the tokenizer of the tiny Saiga and the template of Saiga 2."""
+def base(
+    directory: Path, tokenizer_dir: Path, *, kind: str = "llama", qwen3: bool = False, shards: str = "50GB", **settings
+) -> Path:
+    """A model that is far from uniform, with the tokenizer of the tiny Saiga and the template of Saiga 2.
+
+    `kind`: transformers' model_type.
+    """
     torch.manual_seed(7)
-    classes = (Qwen3Config, Qwen3ForCausalLM) if qwen3 else (LlamaConfig, LlamaForCausalLM)
-    config = classes[0](**{**SIZES, "initializer_range": 0.2, **settings})
-    model = classes[1](config)
+    sizes = {**SIZES, "initializer_range": 0.2, **settings}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3" if qwen3 else kind, **sizes))
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(parameter, 1.0, 0.1)
@@ -66,3 +71,12 @@ def edit_json(file: Path, **changes) -> None:
 def cut(file: Path) -> None:
     """As a broken download leaves it."""
     file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
+
+
+def move(adapter_dir: Path, module: str) -> None:
+    """Changes a whole trained module, which peft starts as the base's copy."""
+    file = adapter_dir / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = f"base_model.model.{module}.weight"
+    tensors[name] = tensors[name] + 0.2 * torch.rand_like(tensors[name])
+    save_file(tensors, file)

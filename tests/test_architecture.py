@@ -42,6 +42,26 @@ def test_a_setting_that_would_be_lost_is_refused(base_dir, settings, named):
         Architecture.of(base_dir)
 
 
+GEMMA3 = {"num_hidden_layers": 7, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"layer_types": ["full_attention"] * 7}, "layer_types='unusual'"),
+        ({"layer_types": None, "sliding_window_pattern": 3}, "layer_types='unusual'"),
+        ({"query_pre_attn_scalar": 224}, "query_pre_attn_scalar=224"),
+        ({"hidden_activation": "gelu"}, "hidden_act='gelu'"),
+    ],
+)
+def test_a_gemma_that_llama_cpp_would_compute_otherwise_is_refused(tiny, tmp_path, settings, named):
+    base_dir = small_models.base(tmp_path, tiny / "base", kind="gemma3_text", head_dim=16, **GEMMA3)
+    Architecture.of(base_dir)
+    small_models.edit_json(base_dir / "config.json", **settings)
+    with pytest.raises(SaigaError, match=named):
+        Architecture.of(base_dir)
+
+
 def test_a_missing_tensor_is_named_and_counted(base_dir):
     names = [name for name in Merged.of(base_dir, None).shapes if "layers.1." not in name]
     with pytest.raises(SaigaError, match=r"model\.layers\.1\.input_layernorm\.weight \(9 tensors are missing\)"):

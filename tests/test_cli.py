@@ -10,7 +10,19 @@ import pytest
 import small_notebooks
 from click.testing import CliRunner
 
-from saigakit import cli, conversation, export, infer, manifest, parameters, summary
+from saigakit import (
+    cli,
+    companions,
+    conversation,
+    export,
+    infer,
+    manifest,
+    parameters,
+    publish,
+    publish_gguf,
+    sources,
+    summary,
+)
 from saigakit.errors import SaigaError
 from saigakit.models import MODELS
 
@@ -191,8 +203,73 @@ def test_export_makes_a_file_that_chat_can_load(tiny, tmp_path):
     done = shell("export", "--model", "saiga_tiny", "--adapter", "released", "--output", output, "--quant-type", "Q8_0")
     assert done.returncode == 0, done.stderr
     assert output.read_bytes()[:4] == b"GGUF" and f"saigakit chat {output}" in done.stdout
+    beside = {"model.Modelfile", "model.README.md", "model.gguf", "model.llama-server.txt"}
+    assert {file.name for file in tmp_path.iterdir()} == beside
+    assert "FROM ./model.gguf" in (tmp_path / "model.Modelfile").read_text(encoding="utf-8")
     again = sentence("export", "--model", "saiga_tiny", "--output", output)
     assert "nothing was overwritten" in again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {"adapter": None, "quant_type": "Q4_K_M"}),
+        (["--adapter", "released"], {"adapter": "released", "quant_type": "Q4_K_M"}),
+        (["--adapter", "a:0.5", "--adapter", "b"], {"adapter": [("a", 0.5), ("b", 1.0)], "quant_type": "Q4_K_M"}),
+        (["--adapter", "a:2"], {"adapter": [("a", 2.0)], "quant_type": "Q4_K_M"}),
+        (["--adapter", "C:here"], {"adapter": "C:here", "quant_type": "Q4_K_M"}),
+        (
+            ["--quant-type", "Q8_0", "--quant-type", "Q4_0"],
+            {"adapter": None, "quant_type": "Q8_0", "quant_types": ["Q4_0"]},
+        ),
+        (
+            ["--merge-into", "dequantized", "--importance", "i.gguf"],
+            {"adapter": None, "quant_type": "Q4_K_M", "merge_into": "dequantized", "importance": "i.gguf"},
+        ),
+    ],
+)
+def test_the_options_of_export_reach_the_library(tmp_path, monkeypatch, arguments, expected):
+    asked = {}
+
+    def to_gguf(**given):
+        asked.update(given)
+        for name in ("m.gguf", "m-Q4_0.gguf"):
+            (tmp_path / name).write_bytes(b"GGUF")
+        return tmp_path / "m.gguf"
+
+    def write(files, **given):
+        assert [file.name for file in files.values()] == ["m.gguf", "m-Q4_0.gguf"][: len(files)]
+        return []
+
+    monkeypatch.setattr(export, "to_gguf", to_gguf)
+    monkeypatch.setattr(companions, "write", write)
+    monkeypatch.setattr(sources, "adapter_dir", lambda spec, path: path)
+    done = CliRunner().invoke(cli.main, ["export", "--model", "saiga_tiny", "--output", "m.gguf", *arguments])
+    assert done.exit_code == 0, done.output
+    fixed = {"model": "saiga_tiny", "output": "m.gguf", "base_source": None}
+    assert asked == {**fixed, **expected}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], ("adapter", "02_train", {"private": True, "replace": False})),
+        (["--gguf", "--public"], ("gguf", "03_merge_gguf", {"private": False, "replace": False})),
+        (["--kaggle"], ("kaggle", "03_merge_gguf", {"private": True})),
+    ],
+)
+def test_publish_sends_what_it_is_asked_for_to_where(monkeypatch, options, expected):
+    asked = []
+
+    def noted(what):
+        return lambda directory, name, **given: asked.append((what, directory.name, given))
+
+    monkeypatch.setattr(publish, "push_adapter", noted("adapter"))
+    monkeypatch.setattr(publish_gguf, "push_to_hub", noted("gguf"))
+    monkeypatch.setattr(publish_gguf, "push_to_kaggle", noted("kaggle"))
+    done = CliRunner().invoke(cli.main, ["publish", "run", "me/name", *options])
+    assert done.exit_code == 0, done.output
+    assert asked == [expected]
 
 
 def greedy(gguf_file, lines, *, system=("--system", "")):

@@ -2,7 +2,7 @@ import gguf
 import numpy as np
 import pytest
 
-from saigakit import container
+from saigakit import container, streaming
 from saigakit.errors import SaigaError
 
 SHAPES = {"output_norm.weight": (5,), "blk.0.ffn_up.weight": (3, 64)}
@@ -10,10 +10,15 @@ TYPES = {"output_norm.weight": "F32", "blk.0.ffn_up.weight": "Q8_0"}
 TENSORS = {name: np.random.default_rng(1).normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
 
 
-def write(file, shapes=SHAPES):
+def write_header(file, shapes):
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_string("general.name", "имя")
-    container.write(writer, shapes, TYPES, TENSORS.__getitem__)
+    return container.write_header(writer, shapes, TYPES)
+
+
+def write(file):
+    target = streaming.Target(file, TYPES, write_header(file, SHAPES))
+    streaming.fill([target], SHAPES, lambda name, rows: TENSORS[name][rows])
     return file
 
 
@@ -24,7 +29,8 @@ def file(tmp_path):
 
 @pytest.fixture
 def total(tmp_path):
-    return container.total_bytes(write(tmp_path / "empty.gguf", {}).stat().st_size, SHAPES, TYPES)
+    write_header(tmp_path / "empty.gguf", {})
+    return container.total_bytes((tmp_path / "empty.gguf").stat().st_size, SHAPES, TYPES)
 
 
 def test_the_size_is_known_to_the_byte_before_the_file_is_written(file, total):
@@ -56,12 +62,3 @@ def test_a_file_with_a_damaged_head_does_not_pass(file, total):
 def test_a_file_with_a_tensor_of_another_type_does_not_pass(file, total):
     with pytest.raises(SaigaError, match="came out wrong"):
         container.require_whole(file, SHAPES, {**TYPES, "blk.0.ffn_up.weight": "Q4_0"}, total)
-
-
-def test_progress_counts_bytes_and_says_how_long_still(capsys, monkeypatch):
-    progress = container._Progress(4, 4 * 10**9)
-    start = progress.start
-    for second in (4, 8, 12, 13):
-        monkeypatch.setattr(container.time, "monotonic", lambda second=second: start + second)
-        progress.add(10**9)
-    assert capsys.readouterr().out == "3 of 4 tensors, 3.00 of 4.00 GB, about 4 s left\n"

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from saigakit import export, infer, manifest, models, quantization, workspace
+from saigakit import export, gguf_files, infer, manifest, models, quantization, workspace
 from saigakit.errors import SaigaError
 
 QUANT_TYPES = [quant_type for quant_type in quantization.QUANT_TYPES if quant_type != "F32"]
@@ -45,6 +45,13 @@ DEEP = {
 }
 NEMO = {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}  # wider heads than hidden
 LLAMA3 = {"head_dim": 64, "num_key_value_heads": 1, "rope_parameters": small_models.LLAMA3_ROPE}
+# A window that the longest prompt is beyond, layers that see all, and two bases of rotation.
+GEMMA = {"num_hidden_layers": 7, "query_pre_attn_scalar": 16, "head_dim": 16, "sliding_window": 24}
+GEMMA |= {"tie_word_embeddings": True}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 PROMPTS = ([1, 404, 505, 606, 7, 8, 9, 300], [1, 5], list(range(10, 90)), [1, 260, 261, 700, 2, 13, 1, 300, 301])
 
 
@@ -119,8 +126,11 @@ def test_a_model_of_80_layers_is_quantised_as_llama_cpp_does(float_file, deep, t
     require_llama_cpps_bytes(float_file, *deep, "Q3_K_M", tmp_path)
 
 
-def require_transformers_logits(model, base_dir, adapter_dir, tmp_path):
-    """At every position of every prompt; llama.cpp keeps keys and values in float32 here."""
+def require_transformers_logits(model, base_dir, adapter_dir, tmp_path, tolerance=5e-4):
+    """At every position of every prompt; llama.cpp keeps keys and values in float32 here.
+
+    `tolerance`: part of the logits' standard deviation.
+    """
     file = export.to_gguf(model=model, adapter=adapter_dir, output=tmp_path / "float.gguf", quant_type="F32")
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     merged = PeftModel.from_pretrained(base, adapter_dir).merge_and_unload()
@@ -132,17 +142,26 @@ def require_transformers_logits(model, base_dir, adapter_dir, tmp_path):
             llm.eval(prompt)
             got = llm.scores[: len(prompt)]
             assert np.array_equal(got.argmax(-1), expected.argmax(-1))
-            np.testing.assert_allclose(got, expected, atol=5e-4 * expected.std())
+            np.testing.assert_allclose(got, expected, atol=tolerance * expected.std())
 
 
 @pytest.mark.parametrize(
     "settings",
-    [LLAMA3, TIED, NEMO, {"num_key_value_heads": 4}, {"qwen3": True, "head_dim": 32}, {"attention_bias": True}],
-    ids=["llama 3 rope", "tied", "head_dim", "no groups", "qwen3", "biases"],
+    [
+        *(LLAMA3, TIED, NEMO, {"num_key_value_heads": 4}, {"qwen3": True, "head_dim": 32}, {"attention_bias": True}),
+        *(
+            {"kind": "qwen2"},
+            {"kind": "gemma2", **GEMMA},
+            {"kind": "gemma3_text", **GEMMA, "rope_parameters": GEMMA3_ROPE},
+        ),
+    ],
+    ids=["llama 3 rope", "tied", "head_dim", "no groups", "qwen3", "biases", "qwen2", "gemma 2", "gemma 3"],
 )
 def test_llama_cpp_computes_what_transformers_computes(tiny, tmp_path, settings):
     base_dir, adapter_dir = make(tmp_path, tiny, **settings)
-    require_transformers_logits(str(base_dir), base_dir, adapter_dir, tmp_path)
+    # llama.cpp looks up Gemma's GELU in a table of float16, and the layers enlarge the difference.
+    tolerance = 0.1 if settings.get("kind", "").startswith("gemma") else 5e-4
+    require_transformers_logits(str(base_dir), base_dir, adapter_dir, tmp_path, tolerance)
 
 
 def test_llama_cpp_computes_what_the_tiny_saiga_with_its_released_adapter_computes(tiny, tmp_path):
@@ -174,7 +193,9 @@ def trained(tiny, tmp_path):
 
 def test_the_stage_has_the_file_the_picture_and_the_facts(trained):
     made = export.merge_gguf(model="saiga_tiny", run_dir=trained)
-    assert sorted(file.name for file in made.iterdir()) == ["model.gguf", "saigakit.json", "sizes.png"]
+    assert sorted(file.name for file in made.iterdir()) == [
+        *("Modelfile", "README.md", "llama-server.txt", "model.gguf", "saigakit.json", "sizes.png")
+    ]
     found = manifest.require_stage(made, "03_merge_gguf", model="saiga_tiny")
     assert found["parameters"]["quant_type"] == "Q4_K_M"
     assert found["bytes"] == (made / "model.gguf").stat().st_size
@@ -218,7 +239,7 @@ def test_the_system_prompt_of_the_training_records_is_in_the_file(trained):
     small_models.edit_json(trained / "02_train" / manifest.NAME, system_prompt="Ты — словарь.")
     made = export.merge_gguf(model="saiga_tiny", run_dir=trained)
     with closing(infer.load(made / "model.gguf", n_ctx=64)) as llm:
-        assert llm.metadata[export.SYSTEM_PROMPT_KEY] == "Ты — словарь."
+        assert llm.metadata[gguf_files.SYSTEM_PROMPT_KEY] == "Ты — словарь."
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(trained, monkeypatch):
@@ -235,19 +256,19 @@ def test_the_size_that_is_asked_of_the_disk_is_the_files(tiny, tmp_path, monkeyp
     assert asked == [file.stat().st_size]
 
 
-def test_a_machine_without_memory_for_the_largest_tensor_is_refused(trained, monkeypatch):
+def test_a_machine_without_memory_is_refused(trained, monkeypatch):
     monkeypatch.setattr(workspace, "available_memory", lambda: 1000)
-    with pytest.raises(SaigaError, match="The largest tensor needs about"):
+    with pytest.raises(SaigaError, match="The export needs about"):
         export.merge_gguf(model="saiga_tiny", run_dir=trained)
 
 
 def test_a_failure_in_mid_stream_leaves_nothing_and_a_rerun_works(trained, monkeypatch):
     read = export.Merged.read
 
-    def failing(self, name):
+    def failing(self, name, rows=None):
         if "layers.1" in name:
             raise OSError(28, "No space left on device")
-        return read(self, name)
+        return read(self, name, rows)
 
     with monkeypatch.context() as broken:
         broken.setattr(export.Merged, "read", failing)
@@ -258,7 +279,7 @@ def test_a_failure_in_mid_stream_leaves_nothing_and_a_rerun_works(trained, monke
 
 
 def test_an_interrupt_leaves_nothing_beside_the_output(tiny, tmp_path, monkeypatch):
-    def interrupted(self, name):
+    def interrupted(self, name, rows=None):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(export.Merged, "read", interrupted)

@@ -1,13 +1,19 @@
+import re
+
 import numpy as np
 import pytest
 import small_models
 import torch
-from peft import IA3Config, PeftModel, get_peft_model
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from saigakit import weights
 from saigakit.errors import SaigaError
 from saigakit.merge import Merged
+from saigakit.shards import of_base
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -30,22 +36,42 @@ def own_adapter(adapter_dir, tmp_path):
     return tmp_path
 
 
-def merged_by_peft(base_dir, adapter_dir):
+def adapted(base_dir, adapter_dir):
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
-    return PeftModel.from_pretrained(base, adapter_dir).merge_and_unload().state_dict()
+    return PeftModel.from_pretrained(base, adapter_dir)
+
+
+def require_equal(merged, expected):
+    """To 1e-6 of each tensor's largest number, and by rows bit for bit as in the whole."""
+    for name, shape in merged.shapes.items():
+        wanted, found = expected[name].numpy(), merged.read(name)
+        assert np.abs(found - wanted).max() <= 1e-6 * np.abs(wanted).max(), name
+        for rows in (slice(0, 1), slice(shape[0] // 3, shape[0] - 1), slice(shape[0] - 2, shape[0])):
+            assert np.array_equal(merged.read(name, rows), found[rows]), name
 
 
 def require_as_peft(base_dir, adapter_dir):
-    expected, merged = merged_by_peft(base_dir, adapter_dir), Merged.of(base_dir, adapter_dir)
-    assert merged.adapter is not None
-    assert len(merged.adapter.updates) == len(load_adapter(adapter_dir)) // 2
-    for name in merged.shapes:
-        np.testing.assert_allclose(merged.read(name), expected[name].numpy(), rtol=1e-6, atol=2e-6)
+    merged = Merged.of(base_dir, adapter_dir)
+    require_equal(merged, adapted(base_dir, adapter_dir).merge_and_unload().state_dict())
+    stored = of_base(base_dir)
+    changed = {name for name in merged.shapes if not np.array_equal(merged.read(name), stored.read(name))}
+    assert changed == set(merged.adapters[0][0].changed())
 
 
-def load_adapter(adapter_dir):
-    file = adapter_dir / "adapter_model.safetensors"
-    return load_file(file) if file.is_file() else torch.load(adapter_dir / "adapter_model.bin", weights_only=True)
+def trained(directory, base_dir, **settings):
+    """As small_models.adapter, and all that peft would train is moved, with the whole modules and lengths of DoRA."""
+    torch.manual_seed(8)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False} | settings
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **config))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.rand_like(parameter)
+    model.save_pretrained(directory)
+    return directory
+
+
+EVERY = ["q_proj", "down_proj", "embed_tokens", "lm_head"]
 
 
 @pytest.mark.parametrize(
@@ -57,13 +83,182 @@ def load_adapter(adapter_dir):
         {
             "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 3},
             "alpha_pattern": {"q_proj": 32, "layers.0.self_attn.v_proj": 1},
+            "target_modules": ["q_proj", "up_proj", "v_proj"],
         },
         {"layers_to_transform": [0, 2], "target_modules": ["k_proj"]},
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True, "target_modules": EVERY},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"], "use_dora": True},
+        {"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]},
+        {"target_modules": EVERY, "rank_pattern": {"embed_tokens": 7}},
     ],
-    ids=["plain", "rslora", "some modules", "patterns", "some layers"],
+    ids=lambda settings: "-".join(settings) or "plain",
 )
 def test_a_merged_tensor_is_the_one_of_peft(base_dir, tmp_path, settings):
-    require_as_peft(base_dir, small_models.adapter(tmp_path, base_dir, **settings))
+    require_as_peft(base_dir, trained(tmp_path, base_dir, **settings))
+
+
+@pytest.mark.parametrize("settings", [{"bias": "all"}, {"lora_bias": True}, {"bias": "all", "lora_bias": True}])
+def test_trained_biases_are_those_of_peft(tiny, tmp_path, settings):
+    base_dir = small_models.base(tmp_path / "base", tiny / "base", attention_bias=True)
+    adapter_dir = trained(tmp_path / "adapter", base_dir, **{"target_modules": ["q_proj", "v_proj"], **settings})
+    require_as_peft(base_dir, adapter_dir)
+
+
+def test_a_lora_bias_on_a_base_without_biases_is_refused_as_peft_does(base_dir, tmp_path):
+    adapter_dir = trained(tmp_path, base_dir, lora_bias=True)
+    with pytest.raises(SaigaError, match=r"proj\.bias .*has no such tensor"):
+        Merged.of(base_dir, adapter_dir)
+
+
+def load_adapter(adapter_dir):
+    return load_file(adapter_dir / "adapter_model.safetensors")
+
+
+def renamed(adapter_dir, directory, pattern, new, *, as_bin=False):
+    """The adapter with other names of its tensors, as other versions of peft spell them."""
+    tensors = {re.sub(pattern, new, name): tensor for name, tensor in load_adapter(adapter_dir).items()}
+    assert tensors.keys() != load_adapter(adapter_dir).keys()
+    directory.mkdir()
+    (directory / "adapter_config.json").write_bytes((adapter_dir / "adapter_config.json").read_bytes())
+    if as_bin:
+        torch.save(tensors, directory / "adapter_model.bin")
+    else:
+        save_file(tensors, directory / "adapter_model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize("as_bin", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "new"),
+    [
+        (r"(lora_[AB])\.", r"\1.default."),
+        (r"(lora_magnitude_vector|lora_embedding_[AB])$", r"\1.default"),
+        (r"(lora_magnitude_vector)$", r"\1.default.weight"),
+        (r"lm_head\.weight", "lm_head.modules_to_save.weight"),
+        (r"lm_head\.weight", "lm_head.modules_to_save.default.weight"),
+    ],
+)
+def test_other_spellings_of_the_names_mean_the_same(base_dir, every_kind, tmp_path, pattern, new, as_bin):
+    other = Merged.of(base_dir, renamed(every_kind, tmp_path / "other", pattern, new, as_bin=as_bin))
+    merged = Merged.of(base_dir, every_kind)
+    assert all(np.array_equal(other.read(name), merged.read(name)) for name in merged.shapes)
+
+
+@pytest.fixture(scope="module")
+def every_kind(base_dir, tmp_path_factory):
+    settings = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"], "use_dora": True}
+    return trained(tmp_path_factory.mktemp("every"), base_dir, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("as_bin", [False, True])
+def test_a_base_of_16_bits_is_merged_in_float32(base_dir, adapter_dir, tmp_path, dtype, as_bin):
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(base_dir / "model.safetensors").items()}
+    if as_bin:
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(tensors, tmp_path / "model.safetensors")
+    expected = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    expected.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    peft_model = PeftModel.from_pretrained(expected, adapter_dir)
+    require_equal(Merged.of(tmp_path, adapter_dir), peft_model.merge_and_unload().state_dict())
+
+
+def test_several_adapters_are_added_with_their_weights_as_in_peft(base_dir, tmp_path):
+    """peft's own way of adding them up, by concatenation."""
+    one = trained(tmp_path / "one", base_dir, r=3)
+    two = small_models.adapter(tmp_path / "two", base_dir, r=5, lora_alpha=7, target_modules=["q_proj", "up_proj"])
+    model = adapted(base_dir, one)
+    model.load_adapter(two, "two")
+    weights = {"default": 0.7, "two": -1.5}
+    model.add_weighted_adapter(list(weights), list(weights.values()), "both", combination_type="cat")
+    model.set_adapter("both")
+    merged = Merged.of(base_dir, [(one, 0.7), (two, -1.5)])
+    require_equal(merged, model.merge_and_unload().state_dict())
+
+
+def test_one_adapter_may_be_weighted(base_dir, adapter_dir):
+    half, whole, base = Merged.of(base_dir, [(adapter_dir, 0.5)]), Merged.of(base_dir, adapter_dir), of_base(base_dir)
+    found = half.read(Q_PROJ)
+    np.testing.assert_allclose(found, (whole.read(Q_PROJ) + base.read(Q_PROJ)) / 2, atol=1e-5)
+    assert not np.array_equal(found, base.read(Q_PROJ))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"use_dora": True}, "DoRA"), ({"modules_to_save": ["lm_head"]}, r"modules_to_save\): lm_head\.weight")],
+)
+def test_what_cannot_be_added_up_is_refused_beside_another_or_weighted(
+    base_dir, adapter_dir, tmp_path, settings, named
+):
+    other = trained(tmp_path, base_dir, **settings)
+    for adapters in ([(adapter_dir, 1.0), (other, 1.0)], [(other, 0.5)]):
+        with pytest.raises(SaigaError, match=f"{named}.*Give it alone and with a weight of 1"):
+            Merged.of(base_dir, adapters)
+
+
+@pytest.fixture(scope="module")
+def tied_dir(tiny, tmp_path_factory):
+    return small_models.base(tmp_path_factory.mktemp("tied"), tiny / "base", tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "untied"),
+    [
+        ({}, False),
+        ({"modules_to_save": ["lm_head"]}, True),
+        ({"modules_to_save": ["embed_tokens"]}, True),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, True),
+        ({"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}, False),
+        ({"target_modules": ["embed_tokens"]}, True),
+        ({"target_modules": ["q_proj", "lm_head"]}, True),
+        ({"target_modules": EVERY, "use_dora": True}, True),
+        ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, True),
+    ],
+    ids=str,
+)
+def test_a_tied_base_becomes_the_trained_model_with_a_head_of_its_own_where_needed(
+    tied_dir, tmp_path, settings, untied
+):
+    """peft's merge adds both updates to the one matrix that is there; the model that was trained has two."""
+    adapter_dir = trained(tmp_path, tied_dir, **settings)
+    model, merged = adapted(tied_dir, adapter_dir).eval(), Merged.of(tied_dir, adapter_dir)
+    assert merged.is_untied == untied
+    assert ("lm_head.weight" in merged.shapes) == untied
+    plain = AutoModelForCausalLM.from_pretrained(tied_dir, dtype=torch.float32, tie_word_embeddings=not untied)
+    state = {name: torch.tensor(merged.read(name)) for name in merged.shapes}
+    assert plain.load_state_dict(state, strict=False).missing_keys == ([] if untied else ["lm_head.weight"])
+    ids = torch.tensor([[1, 404, 505, 606, 7, 8]])
+    with torch.no_grad():
+        wanted, found = model(ids).logits, plain.eval()(ids).logits
+    assert (found - wanted).abs().max() <= 5e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("number_format", ["float16", "bfloat16", "float32"])
+def test_the_dequantised_base_is_what_the_training_in_nf4_computed_with(base_dir, adapter_dir, number_format):
+    model = weights.load_base(base_dir, "nf4", getattr(torch, number_format), "cpu")
+    merged = Merged.of(base_dir, None, into="dequantized", number_format=number_format)
+    held = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            held[f"{name}.weight"] = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+    assert len(held) == 21
+    original = of_base(base_dir)
+    for name in merged.shapes:
+        wanted = held[name].numpy() if name in held else original.read(name)
+        assert np.array_equal(merged.read(name), wanted), name
+        assert np.array_equal(merged.read(name, slice(3, 9)), wanted[3:9]), name
+    assert not np.array_equal(merged.read(Q_PROJ), original.read(Q_PROJ))
+    both = Merged.of(base_dir, adapter_dir, into="dequantized", number_format=number_format)
+    delta = Merged.of(base_dir, adapter_dir).read(Q_PROJ) - original.read(Q_PROJ)
+    np.testing.assert_allclose(both.read(Q_PROJ), held[Q_PROJ].numpy() + delta, atol=1e-5)
+
+
+def test_another_word_for_what_is_merged_into_is_refused(base_dir):
+    with pytest.raises(SaigaError, match="merge_into='quantized' is unknown; use one of original, dequantized"):
+        Merged.of(base_dir, None, into="quantized")
 
 
 def test_the_released_adapters_bin_file_of_2023_merges_as_in_peft(tiny):
@@ -98,16 +293,11 @@ def test_the_adapter_of_a_wider_base_names_the_tensor_and_both_shapes(base_dir, 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "lora_only"}, "trained biases"),
-        ({"lora_bias": True}, "LoRA biases"),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
     ],
 )
-def test_what_is_more_than_lora_on_linear_layers_is_refused_by_name(base_dir, tmp_path, settings, named):
+def test_what_cannot_be_merged_is_refused_by_name(base_dir, tmp_path, settings, named):
     unsupported = small_models.adapter(tmp_path, base_dir, **settings)
     with pytest.raises(SaigaError, match=named):
         Merged.of(base_dir, unsupported)
@@ -116,6 +306,18 @@ def test_what_is_more_than_lora_on_linear_layers_is_refused_by_name(base_dir, tm
 def test_a_setting_that_is_not_known_to_be_harmless_is_refused(base_dir, own_adapter):
     small_models.edit_json(own_adapter / "adapter_config.json", use_next_years_trick=True)
     with pytest.raises(SaigaError, match="use_next_years_trick"):
+        Merged.of(base_dir, own_adapter)
+
+
+def test_transposed_layers_are_refused(base_dir, own_adapter):
+    small_models.edit_json(own_adapter / "adapter_config.json", fan_in_fan_out=True)
+    with pytest.raises(SaigaError, match="transposed layers"):
+        Merged.of(base_dir, own_adapter)
+
+
+def test_dora_without_its_lengths_is_refused(base_dir, own_adapter):
+    small_models.edit_json(own_adapter / "adapter_config.json", use_dora=True)
+    with pytest.raises(SaigaError, match="has no lora_magnitude_vector"):
         Merged.of(base_dir, own_adapter)
 
 

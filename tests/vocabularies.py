@@ -254,7 +254,7 @@ def gguf_file(tokenizer_dir: Path, tokenizer: FastTokenizer) -> Path:
     writer.add_layer_norm_rms_eps(1e-6)
     found.describe(writer)
     writer.add_chat_template(template.for_inference(tokenizer.chat_template))
-    container.write(writer, {}, {}, lambda _: None)
+    container.write_header(writer, {}, {})
     return file
 
 

@@ -1,0 +1,358 @@
+"""The export against llama.cpp's own chain and against what the machine allows, on random weights.
+
+python benchmarks/export.py [--shape 2b] [--types Q4_0 Q4_K_M Q8_0] [--scratch DIR] [--converter DIR]
+python benchmarks/export.py --shape 7b --types Q4_K_M     (one export: time and memory; the weights are removed)
+
+The chain is what users run: peft merges and saves, convert_hf_to_gguf.py --outtype f16, llama_model_quantize; each step
+is a process of its own. The limit reads the base's bytes, quantises tensors of the same shapes to the same types and
+writes the results, in the same threads and chunks as the export, and nothing else. Memory is sampled from
+/proc/PID/smaps_rollup: anonymous, and mapped (pages of files, which give way when asked).
+"""
+
+import argparse
+import ctypes
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from saigakit import export, models, quantization, sources, streaming
+from saigakit.models import ALL_LINEAR
+from saigakit.tables import Table
+
+MODEL = "saiga_tiny"  # whose tokenizer the random weights get
+THREADS = 2
+SHAPES = {  # hidden, intermediate, layers, heads, kv_heads, vocabulary
+    "small": (1024, 2816, 8, 16, 16, 32_000),
+    "head": (4096, 14_336, 1, 32, 8, 128_256),  # Llama 3's embeddings and head, and one layer
+    "2b": (2560, 6912, 22, 20, 20, 32_000),
+    "7b": (4096, 11_008, 32, 32, 32, 32_000),
+    "8b": (4096, 14_336, 32, 32, 8, 128_256),
+}
+ALONE = ("7b", "8b", "head")
+RANK = 16
+SHARD_LAYERS = 8
+BLOCK = 1 << 22  # random numbers that are repeated
+
+
+@dataclass
+class Run:
+    """A process that ended: all of it, and what it says of itself."""
+
+    seconds: float
+    anonymous: int
+    mapped: int
+    written: int
+    said: dict[str, Any]
+
+
+def weights(shape: str) -> list[dict[str, tuple[int, ...]]]:
+    """Shards of a Llama: name to shape."""
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+    key_rows = hidden // heads * kv_heads
+    ends = {"model.embed_tokens": (vocabulary, hidden), "model.norm": (hidden,), "lm_head": (vocabulary, hidden)}
+    shards = [{f"{name}.weight": size for name, size in ends.items()}]
+    layer: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (key_rows, hidden),
+        "self_attn.v_proj": (key_rows, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    for index in range(layers):
+        if index % SHARD_LAYERS == 0:
+            shards.append({})
+        shards[-1] |= {f"model.layers.{index}.{name}.weight": size for name, size in layer.items()}
+    return shards
+
+
+def make_base(directory: Path, shape: str) -> Path:
+    """float16; one random block over and over, as fast as the disk writes."""
+    import numpy as np
+
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+    directory.mkdir(parents=True)
+    block = np.random.default_rng(1).normal(0, 0.02, BLOCK).astype(np.float16).tobytes()
+    shards = weights(shape)
+    names = [f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        header, offset = {}, 0
+        for tensor, size in shard.items():
+            header[tensor] = {"dtype": "F16", "shape": size, "data_offsets": [offset, offset + 2 * prod(size)]}
+            offset += 2 * prod(size)
+        text = json.dumps(header).encode()
+        with (directory / name).open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for _ in range(offset // len(block)):
+                stream.write(block)
+            stream.write(block[: offset % len(block)])
+    index = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (directory / "config.json").write_text(json.dumps(config))
+    tokenizer = sources.tokenizer_dir(models.find(MODEL), None)
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        if (tokenizer / name).is_file():
+            shutil.copy(tokenizer / name, directory / name)
+    if not (directory / "chat_template.jinja").is_file():
+        from saigakit import template
+
+        (directory / "chat_template.jinja").write_text(template.of_model(models.find(MODEL), tokenizer))
+    return directory
+
+
+def make_adapter(directory: Path, base_dir: Path, shape: str) -> Path:
+    import torch
+    from safetensors.torch import save_file
+
+    directory.mkdir()
+    tensors = {}
+    for shard in weights(shape):
+        for name, size in shard.items():
+            module = name.removesuffix(".weight")
+            if module.rpartition(".")[2] in ALL_LINEAR:
+                tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(RANK, size[1]) * 0.01
+                tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(size[0], RANK) * 0.01
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": RANK,
+        "target_modules": list(ALL_LINEAR),
+        "base_model_name_or_path": str(base_dir),
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def step_export(base: str, adapter: str, output: str, *quant_types: str) -> None:
+    export.to_gguf(model=base, adapter=adapter, output=output, quant_type=quant_types[0], quant_types=quant_types[1:])
+
+
+def step_limit(base: str, adapter: str, output: str, quant_type: str) -> None:
+    """The threads, chunks and bytes of the export; the numbers are always the same."""
+    import numpy as np
+
+    made = export.Export.of(models.find(base), Path(adapter), None, quant_type)
+    types = made.types(quant_type)
+    rows = made.architecture.shape.head_dim
+    chunks, lock = streaming._chunks(made.shapes, rows), threading.Lock()
+    numbers = np.random.default_rng(2).normal(
+        0, 0.02, max(chunk.numbers for chunk in streaming._chunks(made.shapes, rows))
+    )
+    source = numbers.astype(np.float32)
+    streams = iter([file.open("rb", buffering=0) for file in made.merged.base.files])
+    current = [next(streams)]
+    out = os.open(output, os.O_WRONLY | os.O_CREAT)
+    place = [0]
+
+    def bytes_of_base(count: int) -> bytes:
+        found = current[0].read(count)
+        while len(found) < count and (following := next(streams, None)) is not None:
+            current[0] = following
+            found += following.read(count - len(found))
+        return found
+
+    def run() -> None:
+        while True:
+            with lock:
+                chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                bytes_of_base(2 * chunk.numbers)
+            matrix = source[: chunk.numbers].reshape(-1, chunk.columns)
+            content = streaming._bytes(matrix, types[chunk.name], None, chunk)
+            with lock:
+                first = place[0]
+                place[0] += len(content)
+            streaming._write_at(out, content, first)
+
+    with ThreadPoolExecutor(streaming.workers()) as pool:
+        for one in [pool.submit(run) for _ in range(streaming.workers())]:
+            one.result()
+    os.fsync(out)
+    os.close(out)
+
+
+def step_merge(base: str, adapter: str, output: str) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16)
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output)
+    for file in Path(base).iterdir():
+        if file.name.startswith(("tokenizer", "special", "chat")):
+            shutil.copy(file, output)
+
+
+def step_quantise(source: str, output: str, quant_type: str) -> None:
+    import gguf
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = gguf.LlamaFileType[f"MOSTLY_{quant_type}"], THREADS
+    if llama_cpp.llama_model_quantize(source.encode(), output.encode(), ctypes.byref(params)) != 0:
+        raise SystemExit(f"llama.cpp cannot quantise {source}")
+
+
+STEPS = {"export": step_export, "limit": step_limit, "merge": step_merge, "quantise": step_quantise}
+
+
+def run(*command: str) -> Run:
+    """A step of this file, or a script; sampled until it ends."""
+    line = [sys.executable, __file__, "--step", *command] if command[0] in STEPS else [sys.executable, *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "OPENBLAS_NUM_THREADS": str(THREADS)}
+    start = time.monotonic()
+    child = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    peak = {"Anonymous": 0, "mapped": 0}
+    ended = threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.02):
+            try:
+                text = Path(f"/proc/{child.pid}/smaps_rollup").read_text(encoding="ascii")
+            except OSError:
+                continue
+            found = {row.split(":")[0]: int(row.split()[1]) * 1024 for row in text.splitlines()[1:]}
+            peak["Anonymous"] = max(peak["Anonymous"], found["Anonymous"])
+            peak["mapped"] = max(peak["mapped"], found["Rss"] - found["Anonymous"])
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    before = _written()
+    out, errors = child.communicate()
+    seconds = time.monotonic() - start
+    ended.set()
+    sampler.join()
+    if child.returncode != 0:
+        raise SystemExit(f"{' '.join(line)} failed:\n{errors[-3000:]}")
+    last = out.strip().splitlines()[-1] if out.strip() else ""
+    said = json.loads(last) if last.startswith("{") else {}
+    return Run(seconds, peak["Anonymous"], peak["mapped"], _written() - before, said)
+
+
+def _written() -> int:
+    """Bytes that children which ended have written to files."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_oublock * 512
+
+
+def converter(directory: Path) -> Path:
+    """convert_hf_to_gguf.py from the source of the installed llama-cpp-python."""
+    version = importlib.metadata.version("llama-cpp-python")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+    subprocess.run([*pip, "--dest", str(directory), f"llama-cpp-python=={version}"], check=True)
+    with tarfile.open(next(directory.glob("*.tar.gz"))) as archive:
+        archive.extractall(directory, filter="data")
+    return next(directory.glob("*/vendor/llama.cpp"))
+
+
+def row(name: str, done: Run, ratio: str) -> tuple[str, ...]:
+    sizes = [f"{size / 1e9:.2f}" for size in (done.anonymous, done.mapped, done.written)]
+    return (name, f"{done.seconds:.1f}", *sizes, ratio)
+
+
+HEADER = ("", "seconds", "anonymous GB", "mapped GB", "written GB", "ratio")
+
+
+def compare(scratch: Path, base: Path, adapter: Path, quant_types: list[str], converter_dir: Path) -> Table:
+    merged = run("merge", str(base), str(adapter), str(scratch / "merged"))
+    whole = scratch / "f16.gguf"
+    converted = run(
+        str(converter_dir / "convert_hf_to_gguf.py"),
+        str(scratch / "merged"),
+        "--outfile",
+        str(whole),
+        "--outtype",
+        "f16",
+    )
+    rows = [row("peft merges and saves", merged, ""), row("convert_hf_to_gguf.py", converted, "")]
+    for quant_type in quant_types:
+        file = scratch / "x.gguf"
+        theirs = run("quantise", str(whole), str(file), quant_type)
+        file.unlink()
+        limit = run("limit", str(base), str(adapter), str(file), quant_type)
+        file.unlink()
+        ours = run("export", str(base), str(adapter), str(file), quant_type)
+        file.unlink()
+        chain = Run(
+            merged.seconds + converted.seconds + theirs.seconds,
+            max(each.anonymous for each in (merged, converted, theirs)),
+            max(each.mapped for each in (merged, converted, theirs)),
+            merged.written + converted.written + theirs.written,
+            {},
+        )
+        rows += [
+            row(f"{quant_type}: llama.cpp's chain", chain, f"{chain.seconds / ours.seconds:.2f} of ours"),
+            row(f"{quant_type}: export", ours, f"{limit.said['seconds'] / ours.said['seconds']:.2f} of the limit"),
+            row(f"{quant_type}: limit", limit, ""),
+        ]
+    if len(quant_types) > 1:
+        together = run("export", str(base), str(adapter), str(scratch / "y.gguf"), *quant_types)
+        rows.append(row(f"export of {', '.join(quant_types)} at once", together, ""))
+    return Table(HEADER, rows, f"{THREADS} threads; whole processes, the ratio to the limit without their start.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="2b", choices=SHAPES)
+    parser.add_argument("--types", nargs="+", default=["Q4_0", "Q4_K_M", "Q8_0"], choices=quantization.QUANT_TYPES)
+    parser.add_argument("--scratch", type=Path, help="where gigabytes may be written for a while")
+    parser.add_argument("--converter", type=Path, help="llama.cpp's source with convert_hf_to_gguf.py, else fetched")
+    parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.step:
+        start, used = time.monotonic(), time.process_time()
+        STEPS[arguments.step[0]](*arguments.step[1:])
+        print(json.dumps({"seconds": time.monotonic() - start, "cpu_s": time.process_time() - used}))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as directory:
+        scratch = Path(directory)
+        base = make_base(scratch / "base", arguments.shape)
+        adapter = make_adapter(scratch / "adapter", base, arguments.shape)
+        if arguments.shape in ALONE:
+            done = run("export", str(base), str(adapter), str(scratch / "x.gguf"), *arguments.types)
+            table = Table(HEADER, [row(f"export of {', '.join(arguments.types)}", done, "")])
+        else:
+            found = arguments.converter or converter(scratch)
+            table = compare(scratch, base, adapter, arguments.types, found)
+    numbers = sum(prod(size) for shard in weights(arguments.shape) for size in shard.values())
+    print(f"{arguments.shape}: {numbers / 1e9:.2f}·10⁹ numbers\n{table}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What an importance matrix wins at each quant type, made of the user's records, of Russian or of English sentences.
+
+python benchmarks/imatrix.py [--adapter 02_train] [--records 40] [--sentences 12] [--tokens 20000] [--types Q4_K_M …]
+
+On SmolLM2-135M, merged with `--adapter` where one is given. Measured against the same model in float16: on answers of
+the demo's held-out records (learned tokens) and on Russian sentences (examples in the Wiktionary's WordNet, all of it).
+The matrices are made of the demo's training records, of other such sentences, and of Python's language reference, which
+every Python brings along (pydoc_data). Hidden size 576 is no multiple of 256: the last table says what types it got.
+"""
+
+import argparse
+import random
+import re
+import sqlite3
+import tempfile
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from saigakit import activations, data, definitions, examples, export, quality, quantization, tokenization
+from saigakit.tables import Table
+
+MODEL = "smollm2_135m"
+QUANT_TYPES = ("Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K")
+LENGTH = 256  # tokens of a row of plain text
+
+
+def russian_sentences() -> list[str]:
+    """Examples of use from literature and newspapers, in random order."""
+    file = examples.package_file(examples.WORDNET)
+    with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
+        rows = database.execute("SELECT definition FROM synsets ORDER BY synset_id").fetchall()
+    plain = (re.sub(r"\{\{выдел\|([^{}|]*)\}\}", r"\1", text) for (text,) in rows)
+    found = {each.strip() for text in plain for each in re.findall(r"\{\{пример\|([^{}|\[\]<>]{60,300})", text)}
+    return random.Random(5).sample(sorted(found), len(found))
+
+
+def english_paragraphs() -> list[str]:
+    found = [text for topic in topics.values() for text in topic.split("\n\n") if len(text) > 60]
+    return random.Random(5).sample(found, len(found))
+
+
+def rows_of(texts: list[str], tokenizer: tokenization.FastTokenizer, tokens: int) -> list[list[int]]:
+    """So many tokens of text in rows of LENGTH."""
+    ids: list[int] = []
+    for text in texts:
+        ids += tokenizer.encode_text(text + "\n")
+        if len(ids) >= tokens:
+            break
+    return [ids[first : first + LENGTH] for first in range(0, tokens, LENGTH)]
+
+
+def exported(directory: Path, adapter: str | None, quant_type: str, name: str, importance: Path | None) -> Path:
+    output = directory / f"{quant_type}.{name}.gguf"
+    return export.to_gguf(model=MODEL, adapter=adapter, output=output, quant_type=quant_type, importance=importance)
+
+
+def got(file: Path) -> str:
+    """How many matrices got which type."""
+    import gguf
+
+    types = Counter(x.tensor_type.name for x in gguf.GGUFReader(file).tensors if len(x.shape) == 2)
+    return ", ".join(f"{count} {name}" for name, count in types.most_common())
+
+
+def results(measured: dict[tuple[str, str], quality.Quality], title: str) -> Table:
+    """A row for each type: perplexity and divergence without, and what share of the divergence each matrix takes."""
+    rows = []
+    for quant_type in dict.fromkeys(quant_type for quant_type, _ in measured):
+        plain, *others = (found for (name, _), found in measured.items() if name == quant_type)
+        cells = [f"{plain.perplexity:.3f}", f"{plain.divergence:.4f}", f"{100 * plain.same_top:.1f}"]
+        for found in others:
+            gain = 1 - found.divergence / plain.divergence
+            cells += [f"{found.perplexity:.3f}", f"{found.divergence:.4f} ({-100 * gain:+.0f} %)"]
+            cells += [f"{100 * found.same_top:.1f}"]
+        rows.append((quant_type, *cells))
+    names = [name for _, name in measured][: len(rows[0]) // 3]
+    header = ("type", *(f"{what} {name}" for name in names for what in ("PPL", "KL", "top")))
+    first = next(iter(measured.values()))
+    return Table(
+        header, rows, f"{title}: {first.tokens} tokens, perplexity of float16 {first.reference_perplexity:.3f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--adapter", help="merged into the model first")
+    parser.add_argument("--records", type=int, default=40, help="held-out records that are compared")
+    parser.add_argument("--sentences", type=int, default=12, help="rows of Russian sentences that are compared")
+    parser.add_argument("--tokens", type=int, default=20_000, help="of which each matrix is made")
+    parser.add_argument("--types", nargs="+", default=QUANT_TYPES, choices=quantization.QUANT_TYPES)
+    options = parser.parse_args()
+    tokenizer, records, sentences = (
+        tokenization.load_tokenizer(MODEL),
+        definitions.packaged_records(),
+        russian_sentences(),
+    )
+    train, held_out = (
+        [row for rows in tokenization.encode_rows(data.read_conversations(records / name), tokenizer) for row in rows]
+        for name in ("train.jsonl", "held_out.jsonl")
+    )
+    half = len(sentences) // 2
+    texts = rows_of(sentences[:half], tokenizer, LENGTH * options.sentences)
+    held = {
+        "answers of held-out records": data.spread(held_out, options.records),
+        "Russian sentences": [{"input_ids": ids, "labels": ids} for ids in texts],
+    }
+    sources = {
+        "records": [row["input_ids"] for row in train],
+        "Russian": rows_of(sentences[half:], tokenizer, options.tokens),
+        "English": rows_of(english_paragraphs(), tokenizer, options.tokens),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        reference = exported(directory, options.adapter, "F16", "reference", None)
+        matrices: dict[str, Path | None] = {"none": None}
+        for name, rows in sources.items():
+            made = activations.measured(reference, rows, dataset=name, max_tokens=options.tokens)
+            matrices[name] = made.write(directory / f"{name}.gguf")
+        measured: dict[str, dict[tuple[str, str], quality.Quality]] = {name: {} for name in held}
+        types, gigabytes = {}, {}
+        for quant_type in options.types:
+            for name, matrix in matrices.items():
+                file = exported(directory, options.adapter, quant_type, name, matrix)
+                for title, rows in held.items():
+                    measured[title][quant_type, name] = quality.against(reference, file, rows)
+                    print(f"{quant_type:7} {name:8} {title}: {measured[title][quant_type, name]}", flush=True)
+                types[quant_type, name], gigabytes[quant_type, name] = got(file), file.stat().st_size / 1e6
+                file.unlink()
+            for title, found in measured.items():  # after each type: a long run that is cut has its tables
+                print(f"\n{results(found, title)}", flush=True)
+    shown = [(quant_type, f"{gigabytes[quant_type, name]:.1f}", types[quant_type, name]) for quant_type, name in types
+             if name in ("none", "records")]  # fmt: skip
+    print(f"\n{Table(('type', 'MB', 'types of its matrices, without and with importance'), shown)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Merge an adapter that was trained in nf4 into the published weights, or into the dequantised nf4 ones?
+
+python benchmarks/merge_into.py [--steps 60] [--held-out 40]
+
+On SmolLM2-135M: an adapter on all linear layers learns the demo's task on the base in nf4 (double-quantised, computed
+in float32). bitsandbytes on a CPU is many times slower than plain matrices, so that training runs on the same numbers
+dequantised once; that the real nf4 model with this adapter has the same loss is checked. Then the held-out loss per
+learned token of that trained model and of both merged models, in float32 and after quantisation to GGUF types,
+computed by llama.cpp with keys and values in float32.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, get_args
+
+from saigakit import export, launch, manifest, models, sources, tokenization, train, weights, worker
+from saigakit.config import TrainConfig
+from saigakit.data import read_conversations, spread
+from saigakit.definitions import packaged_records
+from saigakit.merge import Into
+from saigakit.merged_safetensors import to_safetensors
+from saigakit.models import ALL_LINEAR, Lora
+from saigakit.tables import Table
+from saigakit.tokenization import IGNORE_INDEX, Example
+
+MODEL, BATCH, LENGTH = "smollm2_135m", 4, 768
+RATE = 5e-4
+QUANT_TYPES = ("F32", "Q8_0", "Q4_K_M")
+CHECKED = 2  # conversations on which the real nf4 model must have the same loss
+Logits = Callable[[Sequence[int]], Any]  # ids to an array [tokens, vocabulary] in float32
+
+
+def learned(directory: Path, base_dir: Path, records: Path, held_out: Path, steps: int) -> Path:
+    """A 02_train of so many steps on `base_dir`, said to be one in nf4."""
+    count = len(records.read_text(encoding="utf-8").splitlines())
+    config = TrainConfig(
+        model=MODEL,
+        train_file=str(records),
+        eval_file=str(held_out),
+        output_dir=str(directory / "02_train"),
+        base_source=str(base_dir),
+        adapter=None,
+        lora=Lora(rank=16, alpha=16, target_modules=ALL_LINEAR),
+        quantization="none",
+        batch_size=BATCH,
+        max_seq_length=LENGTH,
+        epochs=steps * BATCH / count,
+        learning_rate=RATE,
+        eval_steps=steps,
+    )
+    made = train.train_adapter(config)
+    told = json.loads((made / manifest.NAME).read_text(encoding="utf-8"))
+    told["parameters"]["quantization"] = "nf4"
+    (made / manifest.NAME).write_text(json.dumps(told), encoding="utf-8")
+    return made
+
+
+def loss(logits: Logits, examples: Sequence[Example]) -> float:
+    """Mean over all learned tokens."""
+    import torch
+
+    total, count = 0.0, 0
+    for example in examples:
+        targets = torch.tensor(example["labels"][1:])
+        found = torch.as_tensor(logits(example["input_ids"]))[:-1]
+        total += torch.nn.functional.cross_entropy(
+            found.double(), targets, ignore_index=IGNORE_INDEX, reduction="sum"
+        ).item()
+        count += int((targets != IGNORE_INDEX).sum())
+    return total / count
+
+
+def loss_of_gguf(file: Path, examples: Sequence[Example]) -> float:
+    import llama_cpp
+
+    options = {"n_ctx": LENGTH, "logits_all": True, "type_k": 0, "type_v": 0, "verbose": False}
+    with closing(llama_cpp.Llama(str(file), **options)) as llm:
+
+        def logits(ids: Sequence[int]) -> Any:
+            llm.reset()
+            llm.eval(ids)
+            return llm.scores[: len(ids)].copy()
+
+        return loss(logits, examples)
+
+
+def loss_of(base_dir: Path, adapter_dir: Path | None, quantization: str, examples: Sequence[Example]) -> float:
+    """Of base and adapter as training has them; without the adapter of the base alone."""
+    import torch
+
+    model = weights.load_base(base_dir, quantization, torch.float32, "cpu")
+    if adapter_dir is not None:
+        model = weights.with_adapter(model, adapter_dir, Lora())
+    model.eval()
+
+    def logits(ids: Sequence[int]) -> Any:
+        with torch.no_grad():
+            return model(torch.tensor([list(ids)])).logits[0]
+
+    return loss(logits, examples)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--held-out", type=int, default=40)
+    given = parser.parse_args()
+    launch.distributed = lambda _, arguments, **__: worker.main(Path(arguments[0]))
+    packaged = packaged_records()
+    tokenizer = tokenization.load_tokenizer(MODEL)
+    talks = list(read_conversations(packaged / "held_out.jsonl"))
+    chosen = [talks[index] for index in spread(range(len(talks)), given.held_out)]
+    examples = [row for rows in tokenization.encode_rows(chosen, tokenizer, limit=LENGTH) for row in rows]
+    examples = [example for example in examples if len(example["input_ids"]) <= LENGTH]
+    base_dir = sources.base_dir(models.find(MODEL), None)
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        nf4_dir = to_safetensors(
+            model=MODEL,
+            adapters=None,
+            output=directory / "nf4",
+            number_format="float32",
+            merge_into="dequantized",
+            trained_in="float32",
+        )
+        adapter_dir = learned(directory, nf4_dir, packaged / "train.jsonl", packaged / "held_out.jsonl", given.steps)
+        few = examples[:CHECKED]
+        real, same = (loss_of(base, adapter_dir, how, few) for base, how in ((base_dir, "nf4"), (nf4_dir, "none")))
+        print(f"{CHECKED} conversations: {real:.6f} in nf4 by bitsandbytes, {same:.6f} dequantised once.", flush=True)
+        assert abs(real - same) < 1e-3
+        rows: list[tuple[str, ...]] = [
+            ("base", f"{loss_of(base_dir, None, 'none', examples):.4f}"),
+            ("base in nf4", f"{loss_of(nf4_dir, None, 'none', examples):.4f}"),
+            ("base in nf4 + adapter, as trained", f"{loss_of(nf4_dir, adapter_dir, 'none', examples):.4f}"),
+        ]
+        print(rows, flush=True)
+        for quant_type in QUANT_TYPES:
+            for into in get_args(Into):
+                file = export.to_gguf(
+                    model=MODEL,
+                    adapter=adapter_dir,
+                    output=directory / "model.gguf",
+                    quant_type=quant_type,
+                    merge_into=into,
+                )
+                rows.append((f"merged into {into}, {quant_type}", f"{loss_of_gguf(file, examples):.4f}"))
+                print(rows[-1], flush=True)
+                file.unlink()
+    tokens = sum(label != IGNORE_INDEX for example in examples for label in example["labels"])
+    note = f"{tokens} learned tokens of {len(examples)} held-out conversations; {given.steps} steps of {BATCH}."
+    print(Table(("model", "held-out loss per token"), rows, note))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""A GGUF into the files beside it: Ollama's Modelfile, llama-server's command, a model card."""
+
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import closing, redirect_stderr
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saigakit import fit, gguf_card, manifest, modelfile, tokenization
+from saigakit.chat_format import ChatFormat
+from saigakit.errors import SaigaError
+from saigakit.gguf_card import Described
+from saigakit.memory import Shape
+from saigakit.models import ModelSpec, Sampling
+
+if TYPE_CHECKING:
+    import llama_cpp
+
+MODELFILE, SERVER, CARD = "Modelfile", "llama-server.txt", "README.md"
+_SYSTEM_PROMPT_KEY = "saigakit.system_prompt"
+
+
+def write(
+    files: Mapping[str, Path],
+    *,
+    spec: ModelSpec,
+    adapters: Sequence[Path] = (),
+    prefix: str = "",
+) -> list[Path]:
+    """Beside the first of `files` (quant type to GGUF), whose names begin with `prefix`; for the one that fits best.
+
+    A chat template that no Modelfile can hold is said aloud, and there is none. Raises SaigaError where a file with
+    one of these names is there: nothing is overwritten.
+    """
+    directory = next(iter(files.values())).parent
+    made = {name: directory / f"{prefix}{name}" for name in (MODELFILE, SERVER, CARD)}
+    if there := [str(file) for file in made.values() if file.exists()]:
+        raise SaigaError(f"{there[0]} is there already; nothing was overwritten. Delete it or choose another name.")
+    texts = made_of(files, spec=spec, origin=gguf_card.origin_of(adapters))
+    return [manifest.write_text(made[name], text) for name, text in texts.items()]
+
+
+def made_of(
+    files: Mapping[str, Path],
+    *,
+    spec: ModelSpec,
+    origin: Mapping[str, str] | None = None,
+    title: str = "",
+    compared: str = "",
+) -> dict[str, str]:
+    """The texts by MODELFILE, SERVER and CARD; without the first where there can be none."""
+    by_type = {quant_type: file.stat().st_size for quant_type, file in files.items()}
+    described, chat, stops = _described(next(iter(files.values())), spec)
+    shape, longest = described.shape, described.longest
+    choice = fit.best(shape, by_type, longest=longest)
+    quant_type = choice.quant_type if choice else min(by_type, key=lambda name: by_type[name])
+    name = files[quant_type].name
+    n_ctx = fit.context_that_fits(shape, by_type[quant_type], longest=longest)
+    server = modelfile.llama_server(
+        name,
+        sampling=described.sampling,
+        n_ctx=choice.n_ctx if choice else n_ctx,
+        cache_type=choice.cache_type if choice else "f16",
+    )
+    texts = {} if chat is None else _modelfile(name, chat, stops, described, n_ctx)
+    described = replace(described, n_ctx=n_ctx, server=server, has_modelfile=bool(texts))
+    sizes = {one: (file.name, by_type[one]) for one, file in files.items()}
+    card = gguf_card.text(spec, described, sizes, title=title, origin=origin, compared=compared)
+    return {**texts, SERVER: server, CARD: card}
+
+
+def _modelfile(name: str, chat: ChatFormat, stops: list[str], described: Described, n_ctx: int) -> dict[str, str]:
+    try:
+        text = modelfile.modelfile(
+            name,
+            chat,
+            stops=stops,
+            sampling=described.sampling,
+            n_ctx=n_ctx,
+            system_prompt=described.system_prompt,
+        )
+    except SaigaError as error:
+        print(f"There is no {MODELFILE} for Ollama: {error}", flush=True)
+        return {}
+    return {MODELFILE: text}
+
+
+def _described(file: Path, spec: ModelSpec) -> tuple[Described, ChatFormat | None, list[str]]:
+    """What the GGUF holds; what ends an answer, the token that training taught and the file's EOS."""
+    import llama_cpp
+
+    with redirect_stderr(io.StringIO()):  # it warns that a vocabulary has no context
+        llm = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+    with closing(llm):
+        written = llm.metadata
+        tokenizer = tokenization.GgufTokenizer(llm)
+        (end,) = tokenization.end_of_turn_ids(tokenizer)
+        names = {number: name for name, number in tokenizer.special_tokens.items()}
+        stops = list(dict.fromkeys(names[number] for number in (end, llm.token_eos()) if number in names))
+        try:
+            chat = ChatFormat.of(tokenizer.chat_template, tokenizer.variables, names[end])
+        except SaigaError as error:
+            print(f"There is no {MODELFILE} for Ollama: {error}", flush=True)
+            chat = None
+        shape = _shape(llm)
+        trained_for = int(written[f"{written['general.architecture']}.context_length"])
+        return (
+            Described(
+                chat_template=tokenizer.chat_template,
+                end_of_turn=names[end],
+                system_prompt=written.get(_SYSTEM_PROMPT_KEY),
+                sampling=_sampling(written),
+                shape=shape,
+                longest=min(spec.context_length, trained_for),
+                n_ctx=0,
+                server="",
+                has_modelfile=False,
+            ),
+            chat,
+            stops,
+        )
+
+
+def _sampling(written: Mapping[str, str]) -> Sampling:
+    default = Sampling()
+    return Sampling(
+        temperature=float(written.get("general.sampling.temp", default.temperature)),
+        top_p=float(written.get("general.sampling.top_p", default.top_p)),
+        top_k=int(written.get("general.sampling.top_k", default.top_k)),
+        repeat_penalty=float(written.get("general.sampling.penalty_repeat", default.repeat_penalty)),
+    )
+
+
+def _shape(llm: "llama_cpp.Llama") -> Shape:
+    kind = llm.metadata["general.architecture"]
+
+    def number(key: str, otherwise: int = 0) -> int:
+        return int(llm.metadata.get(f"{kind}.{key}", otherwise))
+
+    hidden, heads = number("embedding_length"), number("attention.head_count")
+    return Shape(
+        hidden=hidden,
+        layers=number("block_count"),
+        heads=heads,
+        kv_heads=number("attention.head_count_kv", heads),
+        head_dim=number("attention.key_length", hidden // heads),
+        intermediate=number("feed_forward_length"),
+        vocabulary=llm.n_vocab(),
+        tied=False,
+    )

@@ -1,0 +1,193 @@
+"""GGUF files and what they were made of into a model card: sizes, what fits, how to run them."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from saigakit import fit, manifest, markdown, sources
+from saigakit.memory import Shape
+from saigakit.models import ModelSpec, Sampling
+
+_CARD = Template("""---
+$metadata
+---
+# $title
+
+$base$adapter as GGUF, for llama.cpp and what is built on it; made with saigakit. The base model's licence ($licence)
+applies.
+
+Это $base_ru$adapter_ru в формате GGUF: работает на обычном компьютере без видеокарты. Всё измеренное измерил автор;
+независимой проверки не было. Ответы бывают неверны. Действует лицензия базовой модели: $licence.
+
+## Files
+
+$files
+
+$fits
+
+$compared## Run
+
+llama.cpp (the chat template inside the file is used):
+
+$server
+
+Ollama:
+
+$ollama
+
+llama-cpp-python:
+
+$python
+
+A text that spells special tokens such as `$special` becomes those tokens in these programs; `saigakit chat` keeps it
+text.
+
+## Made of
+
+$origin
+
+## Prompt
+
+Chat template (SHA-256 `$template_hash`):
+
+$template
+
+$system_prompt
+## Versions
+
+$versions
+""")
+_PYTHON = """from llama_cpp import Llama
+
+llm = Llama("{name}", n_ctx={n_ctx})
+messages = [{messages}]
+answer = llm.create_chat_completion(
+    messages, temperature={temperature:g}, top_p={top_p:g}, top_k={top_k}, min_p=0.0, repeat_penalty={penalty:g}
+)
+print(answer["choices"][0]["message"]["content"])"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """What a GGUF says of itself, and how it is best loaded."""
+
+    chat_template: str
+    end_of_turn: str
+    system_prompt: str | None
+    sampling: Sampling
+    shape: Shape
+    longest: int  # tokens of context that it was trained for
+    n_ctx: int
+    server: str  # the command that serves it
+    has_modelfile: bool
+
+
+def text(
+    spec: ModelSpec,
+    described: Described,
+    sizes: Mapping[str, tuple[str, int]],
+    *,
+    title: str = "",
+    origin: Mapping[str, str] | None = None,
+    compared: str = "",
+) -> str:
+    """`sizes`: name and bytes of the file of each quant type. `origin`: as `origin_of` gives it. `compared`: what was
+    measured, in Markdown."""
+    origin, is_merged = origin or {}, any(what.startswith("adapter") for what in origin or {})
+    base, name = _named(spec.base_model), next(iter(sizes.values()))[0]
+    system_prompt = described.system_prompt
+    return _CARD.substitute(
+        metadata=_metadata(spec),
+        title=title.split("/")[-1] or Path(spec.name).name,
+        base=base,
+        base_ru=base,
+        adapter=" with a LoRA adapter merged in" if is_merged else "",
+        adapter_ru=" с вложенным адаптером LoRA" if is_merged else "",
+        licence=spec.licence or "see there",
+        files=_files(described, sizes),
+        fits=fit.in_words(described.shape, _bytes(sizes), longest=described.longest),
+        compared=f"## Measured\n\n{compared.strip()}\n\n" if compared else "",
+        server=markdown.block(described.server, "bash"),
+        ollama=_ollama(described),
+        python=markdown.block(_python(described, name), "python"),
+        special=described.end_of_turn,
+        origin=markdown.table(("what", "value"), {"base": base, **origin}.items()),
+        template_hash=hashlib.sha256(described.chat_template.encode("utf-8")).hexdigest(),
+        template=markdown.block(described.chat_template, "jinja"),
+        system_prompt=f"System prompt: {markdown.code(system_prompt)}\n" if system_prompt else "",
+        versions=markdown.table(("package", "version"), manifest.versions().items()),
+    )
+
+
+def _metadata(spec: ModelSpec) -> str:
+    """YAML, which JSON is too; the Hub refuses a base model that is not there."""
+    values: dict[str, Any] = {"language": ["ru"], "library_name": "gguf", "pipeline_tag": "text-generation"}
+    values |= markdown.licence(spec.licence)
+    if sources.is_hub_id(spec.base_model):
+        values |= {"base_model": spec.base_model, "base_model_relation": "quantized"}
+    values["tags"] = ["gguf", "llama.cpp", "saiga", "saigakit"]
+    return "\n".join(f"{name}: {json.dumps(value)}" for name, value in values.items())
+
+
+def _named(name: str) -> str:
+    return f"[{name}](https://huggingface.co/{name})" if sources.is_hub_id(name) else markdown.code(Path(name).name)
+
+
+def _bytes(sizes: Mapping[str, tuple[str, int]]) -> dict[str, int]:
+    return {quant_type: size for quant_type, (_, size) in sizes.items()}
+
+
+def _files(described: Described, sizes: Mapping[str, tuple[str, int]]) -> str:
+    least = min(fit.LEAST_CONTEXT, described.longest)
+    rows = [
+        (name, quant_type, f"{size / 1e9:.3f} GB", f"{_resident(described.shape, size, least):.2f} GiB")
+        for quant_type, (name, size) in sizes.items()
+    ]
+    return markdown.table(("file", "type", "size", f"memory with {least} tokens of context"), rows)
+
+
+def _resident(shape: Shape, size: int, n_ctx: int) -> float:
+    return fit.Needs.of(shape, size, n_ctx).resident / fit.GIB
+
+
+def _ollama(described: Described) -> str:
+    if described.has_modelfile:
+        return markdown.block("ollama create NAME -f Modelfile\nollama run NAME", "bash")
+    return "This chat template cannot be written as one of Ollama's; use llama-server, which reads it from the file."
+
+
+def _python(described: Described, name: str) -> str:
+    messages = [{"role": "user", "content": "Привет!"}]
+    if described.system_prompt:
+        messages.insert(0, {"role": "system", "content": described.system_prompt})
+    return _PYTHON.format(
+        name=name,
+        n_ctx=described.n_ctx,
+        messages=", ".join(json.dumps(message, ensure_ascii=False) for message in messages),
+        temperature=described.sampling.temperature,
+        top_p=described.sampling.top_p,
+        top_k=described.sampling.top_k,
+        penalty=described.sampling.repeat_penalty,
+    )
+
+
+def origin_of(adapters: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of the adapters and, where a training left its manifest, of its records."""
+    rows: dict[str, str] = {}
+    for number, directory in enumerate(adapters, 1):
+        place = "" if len(adapters) == 1 else f" {number}"
+        weights = [manifest.sha256(file) for file in sorted(directory.glob("adapter_model.*"))]
+        rows[f"adapter{place}, SHA-256"] = hashes(weights)
+        if (directory / manifest.NAME).is_file():
+            rows[f"training records{place}, SHA-256"] = hashes(
+                (manifest.read(directory)["inputs"].get("train") or {}).values()
+            )
+    return rows
+
+
+def hashes(digests: Iterable[str]) -> str:
+    return ", ".join(map(markdown.code, digests))

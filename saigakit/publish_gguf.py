@@ -1,0 +1,146 @@
+"""A finished 03_merge_gguf into a repository of the Hub or a model on Kaggle, and a look at whether all arrived."""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from saigakit import (
+    companions,
+    evaluate,
+    export,
+    gguf_card,
+    kaggle_models,
+    kernels,
+    manifest,
+    markdown,
+    models,
+    publish,
+    results,
+)
+from saigakit.errors import SaigaError
+
+_WEIGHTS = (".safetensors", ".bin")
+_SHOWN = (".gguf", ".png")
+_FRAMEWORK = "gguf"  # as Kaggle's paths name it
+# The names that Kaggle has for licences; others are named in the card.
+_LICENCES = {"apache-2.0": "Apache 2.0", "mit": "MIT", "gemma": "Gemma", "llama2": "Llama 2", "llama3": "Llama 3"}
+
+
+def push_to_hub(stage_dir: str | Path, repo_id: str, *, private: bool = True, replace: bool = False) -> str:
+    """The address of the repository with the GGUF files, what other programs need to run them, and a model card.
+
+    The card has the table of 04_infer where that stands beside and compared these very files. No record is published.
+    One commit, and the refusals, as in publish.push_adapter.
+    """
+    directory = Path(stage_dir)
+    content = publish.require_whole(directory, export.STAGE)
+    token = publish.token_of_the_hub()
+    publish.require_name(repo_id)
+    with tempfile.TemporaryDirectory() as scratch:
+        files, published = _files(directory, content, Path(scratch), repo_id)
+        with publish.quietly(), publish.explained(repo_id, token):
+            what = f"{published['parameters']['model']} as GGUF, made with saigakit"
+            return publish.Push(repo_id, token).all_of(files, published, what, private=private, replace=replace)
+
+
+def push_to_kaggle(stage_dir: str | Path, name: str, *, private: bool = True, poll_s: float = 5.0) -> str:
+    """The reference owner/name/gguf/variation/version of a new version of a Kaggle model, made where it is not there.
+
+    `name`: the model's, of the logged-in user; the variation is the quant type. Every file's size there is compared
+    with its size here. Raises SaigaError, also for what the kaggle command line only prints.
+    """
+    if not re.fullmatch(r"[a-z0-9](-?[a-z0-9])+", name) or not 6 <= len(name) <= 50:
+        raise SaigaError(
+            f"{name!r} is no name of a Kaggle model: give 6 to 50 of a-z, 0-9 and '-', such as saiga-terms."
+        )
+    directory = Path(stage_dir)
+    content = publish.require_whole(directory, export.STAGE)
+    model = f"{kernels.username()}/{name}"
+    variation = re.sub(r"[^a-z0-9]+", "-", str(content["parameters"]["quant_type"]).lower())
+    spec = models.find(content["parameters"]["model"])
+    with tempfile.TemporaryDirectory() as scratch:
+        files, _ = _files(directory, content, Path(scratch) / "texts", name)
+        folder = Path(scratch) / "upload"
+        folder.mkdir()
+        for file_name, file in files.items():
+            _linked(file, folder / file_name)
+        reference = kaggle_models.push_version(
+            folder,
+            f"{model}/{_FRAMEWORK}/{variation}",
+            card=files["README.md"].read_text(encoding="utf-8"),
+            licence=_LICENCES.get(spec.licence, "Other"),
+            private=private,
+        )
+        sizes = {file_name: file.stat().st_size for file_name, file in files.items()}
+    kaggle_models.require_arrived(reference, sizes, poll_s=poll_s)
+    print(f"All {len(sizes)} files arrived: https://www.kaggle.com/models/{reference}", flush=True)
+    return reference
+
+
+def _linked(file: Path, to: Path) -> None:
+    """Gigabytes are not copied where the file system can do without."""
+    try:
+        to.hardlink_to(file.resolve())
+    except OSError:
+        shutil.copyfile(file, to)
+
+
+def _files(
+    directory: Path, content: manifest.Manifest, scratch: Path, title: str
+) -> tuple[dict[str, Path], dict[str, Any]]:
+    """What is published of the stage, its texts made anew in `scratch`; and its manifest without places of here."""
+    scratch.mkdir(exist_ok=True)
+    files = {name: directory / name for name in content["outputs"] if name.endswith(_SHOWN)}
+    texts = companions.made_of(
+        _by_type(file for name, file in files.items() if name.endswith(".gguf")),
+        spec=models.find(content["parameters"]["model"]),
+        origin=_origin(directory, content["inputs"]),
+        title=title,
+        compared=_compared(directory, content),
+    )
+    published = publish.public(content, files)
+    return files | publish.written(scratch, published, texts), published
+
+
+def _by_type(files: Iterable[Path]) -> dict[str, Path]:
+    """By the quant type that each GGUF names, the largest first."""
+    import gguf
+    import llama_cpp
+
+    found = {}
+    for file in sorted(files, key=lambda file: -file.stat().st_size):
+        with closing(llama_cpp.Llama(str(file), vocab_only=True, verbose=False)) as llm:
+            kind = gguf.LlamaFileType(int(llm.metadata["general.file_type"])).name
+        found[kind.removeprefix("MOSTLY_").removeprefix("ALL_")] = file
+    return found
+
+
+def _origin(directory: Path, inputs: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of base and adapter as the stage took them, and of the records where 02_train stands beside."""
+    rows = {
+        f"{what}, SHA-256": gguf_card.hashes(digest for name, digest in found.items() if name.endswith(_WEIGHTS))
+        for what in ("base", "adapter")
+        if isinstance(found := inputs.get(what), Mapping)
+    }
+    training = directory.parent / "02_train"
+    if (training / manifest.NAME).is_file() and manifest.hashes(training) == inputs.get("adapter"):
+        rows["training records, SHA-256"] = gguf_card.hashes(
+            (manifest.read(training)["inputs"].get("train") or {}).values()
+        )
+    return rows
+
+
+def _compared(stage_dir: Path, content: manifest.Manifest) -> str:
+    """The table of 04_infer beside the stage; empty where it is missing or of other files."""
+    directory = stage_dir.parent / evaluate.STAGE
+    if not (directory / manifest.NAME).is_file():
+        return ""
+    if manifest.read(directory)["inputs"].get("gguf") != content["outputs"]:
+        print(f"{directory} compared another GGUF: its numbers are not in the model card.", flush=True)
+        return ""
+    found = results.show_table(results.read(directory))
+    return f"{markdown.table(found.header, found.rows)}\n\n{found.note}\n"

@@ -1,0 +1,215 @@
+"""Tensors of a model into several GGUF files at once: chunks of rows are read, quantised and written on all cores."""
+
+import ctypes
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saigakit import container, quantization, workspace
+from saigakit.errors import SaigaError
+
+if TYPE_CHECKING:
+    from saigakit.shards import Array, Shape
+
+_NUMBERS = 1 << 21  # of a chunk, about: 8 MB in float32
+_ROWS = 512  # a chunk's rows are a multiple: an adapter's product is computed in such blocks
+_PROGRESS_S = 10.0
+_COPIES = 5  # float32 chunks that a worker holds at a time: the base's, the update, reordered, and one to spare
+Read = Callable[[str, slice], "Array"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file with its header written; its tensors' bytes begin at `start`."""
+
+    file: Path
+    types: Mapping[str, str]
+    start: int
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    name: str
+    rows: slice
+    columns: int  # 1 of a vector
+    is_matrix: bool
+
+    @property
+    def numbers(self) -> int:
+        return int(self.rows.stop - self.rows.start) * self.columns
+
+
+def workers() -> int:
+    """One more than cores: while one waits for the disk, the others compute."""
+    return (os.cpu_count() or 1) + 1
+
+
+def memory(shapes: Mapping[str, "Shape"], whole_rows: int, files: int) -> int:
+    """Bytes that `fill` holds at once, beside the pages of the files that it reads."""
+    largest = max((chunk.numbers for chunk in _chunks(shapes, whole_rows)), default=0)
+    return workers() * largest * 4 * (_COPIES + files)
+
+
+def fill(
+    targets: Sequence[Target],
+    shapes: Mapping[str, "Shape"],
+    read: Read,
+    *,
+    whole_rows: int = 1,
+    importance: Mapping[str, "Array"] | None = None,
+) -> None:
+    """Every tensor is read once, by chunks of a multiple of `whole_rows` rows, and goes into every file.
+
+    Raises SaigaError that names the tensor where a number overflows its type.
+    """
+    work = _Work(_chunks(shapes, whole_rows), _Progress(shapes, [target.types for target in targets]))
+    offsets = [container.offsets(shapes, target.types, target.start) for target in targets]
+    with ExitStack() as stack:
+        files = [stack.enter_context(_opened(target, shapes)) for target in targets]
+
+        def run() -> None:
+            for chunk in work:
+                try:
+                    tensor = read(chunk.name, chunk.rows)
+                    weights = (importance or {}).get(chunk.name)
+                    for file, target, places in zip(files, targets, offsets, strict=True):
+                        ggml_type = target.types[chunk.name]
+                        made = _bytes(tensor, ggml_type, weights, chunk)
+                        _write_at(file, made, places[chunk.name] + _row_bytes(chunk, ggml_type) * chunk.rows.start)
+                    work.progress.add(chunk)
+                except BaseException:
+                    work.stop()
+                    raise
+
+        with _one_thread_each(), ThreadPoolExecutor(workers()) as pool:
+            try:
+                running = [pool.submit(run) for _ in range(workers())]
+                for one in running:
+                    one.result()
+            except BaseException:
+                work.stop()
+                raise
+        for file in files:
+            os.fsync(file)
+
+
+def _chunks(shapes: Mapping[str, "Shape"], whole_rows: int) -> Iterator[_Chunk]:
+    unit = math.lcm(_ROWS, whole_rows)
+    for name, shape in shapes.items():
+        columns = math.prod(shape[1:])
+        step = unit * max(1, _NUMBERS // (unit * columns))
+        for first in range(0, shape[0], step):
+            yield _Chunk(name, slice(first, min(first + step, shape[0])), columns, len(shape) > 1)
+
+
+class _Work:
+    """Chunks shared out among threads, in order, until one fails."""
+
+    def __init__(self, chunks: Iterator[_Chunk], progress: "_Progress") -> None:
+        self._chunks, self._lock, self._stopped = chunks, threading.Lock(), False
+        self.progress = progress
+
+    def __iter__(self) -> Iterator[_Chunk]:
+        while True:
+            with self._lock:
+                chunk = None if self._stopped else next(self._chunks, None)
+            if chunk is None:
+                return
+            yield chunk
+
+    def stop(self) -> None:
+        self._stopped = True
+
+
+@contextmanager
+def _opened(target: Target, shapes: Mapping[str, "Shape"]) -> Iterator[int]:
+    """At its final length: what no tensor fills stays zero."""
+    file = os.open(target.file, os.O_WRONLY)
+    try:
+        os.ftruncate(file, target.start + container.tensor_bytes(shapes, target.types))
+        yield file
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Every core has a worker already; threads of torch's and of numpy's products would stand in their way.
+
+    Measured: OpenBLAS's threads, which wait by spinning, took half of the processor time of an export.
+    """
+    import torch
+
+    before, blas, blas_before = torch.get_num_threads(), *_blas()
+    torch.set_num_threads(1)
+    blas(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        blas(blas_before)
+
+
+def _blas() -> tuple[Callable[[int], object], int]:
+    """What sets the threads of the OpenBLAS in numpy's wheel, and how many it has; numpy has no name for it."""
+    import numpy as np
+
+    for file in Path(np.__file__).parents[1].glob("numpy.libs/*openblas*"):
+        library = ctypes.CDLL(str(file))
+        for prefix, suffix in (("scipy_", "64_"), ("scipy_", ""), ("", "64_"), ("", "")):
+            name = f"{prefix}openblas_{{}}_num_threads{suffix}"
+            if (set_threads := getattr(library, name.format("set"), None)) is not None:
+                return set_threads, int(getattr(library, name.format("get"))())
+    return lambda threads: None, 1
+
+
+def _row_bytes(chunk: _Chunk, ggml_type: str) -> int:
+    return quantization.size((chunk.columns,), ggml_type) if chunk.is_matrix else 4
+
+
+def _bytes(tensor: "Array", ggml_type: str, importance: "Array | None", chunk: _Chunk) -> memoryview:
+    import numpy as np
+
+    if not chunk.is_matrix or ggml_type == "F32":
+        return np.ascontiguousarray(tensor, np.float32).data.cast("B")
+    try:
+        return quantization.quantise(tensor, ggml_type, importance).data.cast("B")
+    except SaigaError as error:
+        raise SaigaError(f"{chunk.name}: {error}") from None
+
+
+def _write_at(file: int, content: memoryview, offset: int) -> None:
+    while content:
+        written = os.pwrite(file, content, offset)
+        content, offset = content[written:], offset + written
+
+
+class _Progress:
+    """A line now and then: Kaggle keeps every one."""
+
+    def __init__(self, shapes: Mapping[str, "Shape"], types: Sequence[Mapping[str, str]]) -> None:
+        self.types, self._lock = types, threading.Lock()
+        self.total = sum(quantization.size(shape, each[name]) for each in types for name, shape in shapes.items())
+        self.written = 0
+        self.start = self.said = time.monotonic()
+
+    def add(self, chunk: _Chunk) -> None:
+        rows = chunk.rows.stop - chunk.rows.start
+        with self._lock:
+            self.written += sum(_row_bytes(chunk, each[chunk.name]) * rows for each in self.types)
+            now = time.monotonic()
+            if now - self.said < _PROGRESS_S:
+                return
+            self.said = now
+            left = (now - self.start) * (self.total - self.written) / self.written
+        print(
+            f"{self.written / workspace.GB:.2f} of {self.total / workspace.GB:.2f} GB written, about {left:.0f} s left",
+            flush=True,
+        )

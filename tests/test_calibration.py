@@ -1,0 +1,45 @@
+"""From the tiny Saiga's records to an importance matrix, to files quantised with it, to what they cost."""
+
+import gguf
+import pytest
+
+from saigakit import calibration, data, export, tokenization, workspace
+from saigakit.importance import Importance
+
+MODEL = "saiga_tiny"
+
+
+@pytest.fixture(scope="module")
+def matrix(tiny, tmp_path_factory):
+    output = tmp_path_factory.mktemp("matrix") / "imatrix.gguf"
+    return calibration.importance_of_records(
+        tiny / "records.jsonl", model=MODEL, adapter="released", output=output, max_tokens=2_000
+    )
+
+
+def test_the_matrix_is_of_the_ids_of_training(tiny, matrix):
+    read = Importance.of_file(matrix)
+    tokenizer = tokenization.load_tokenizer(MODEL)
+    rows = tokenization.encode_rows(data.read_conversations(tiny / "records.jsonl"), tokenizer)
+    tokens = sum(len(row["input_ids"]) for each in rows for row in each)
+    (count,) = {squares.count for squares in read.squares.values()}
+    assert count == tokens if tokens <= 2_000 else 1_000 < count < 3_000
+    assert read.datasets == ("records.jsonl",)
+
+
+def test_the_scratch_directory_is_left_empty(matrix):
+    assert not list(workspace.scratch_dir().rglob("q8_0.gguf"))
+
+
+def test_the_table_compares_files_with_and_without_it(tiny, matrix, tmp_path):
+    options = {"model": MODEL, "adapter": "released"}
+    reference = export.to_gguf(**options, output=tmp_path / "f16.gguf", quant_type="F16")
+    files = {
+        f"Q4_0 {name}": export.to_gguf(**options, output=tmp_path / name, quant_type="Q4_0", importance=importance)
+        for name, importance in (("plain", None), ("weighed", matrix))
+    }
+    assert gguf.GGUFReader(files["Q4_0 weighed"]).get_field("quantize.imatrix.file").contents() == "imatrix.gguf"
+    table = calibration.quality_by_type(files, reference, tiny / "records.jsonl", model=MODEL, max_tokens=500)
+    assert [row[0] for row in table.rows] == ["Q4_0 plain", "Q4_0 weighed"]
+    divergences = [float(row[4]) for row in table.rows]
+    assert all(divergence > 0 for divergence in divergences)

@@ -1,0 +1,70 @@
+"""What stands beside a GGUF: made of the file itself."""
+
+import re
+
+import pytest
+
+from saigakit import companions, export, gguf_card, models, template
+from saigakit.errors import SaigaError
+
+
+@pytest.fixture(scope="module")
+def file(tiny, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("gguf")
+    return export.to_gguf(model="saiga_tiny", adapter="released", output=directory / "model.gguf")
+
+
+@pytest.fixture(scope="module")
+def texts(file, tiny):
+    origin = gguf_card.origin_of([tiny / "adapter"])
+    return companions.made_of({"Q4_K_M": file}, spec=models.find("saiga_tiny"), origin=origin, compared="| a |")
+
+
+def test_the_three_files_speak_of_the_gguf_and_of_one_context(texts, file):
+    assert list(texts) == ["Modelfile", "llama-server.txt", "README.md"]
+    assert f"FROM ./{file.name}\n" in texts["Modelfile"]
+    assert "PARAMETER num_ctx 1024" in texts["Modelfile"]
+    assert f"-m {file.name} -c 1024 --jinja" in texts["llama-server.txt"]
+    assert texts["llama-server.txt"].strip() in texts["README.md"]
+
+
+def test_the_modelfile_stops_where_the_training_did_and_has_the_system_prompt(texts):
+    assert 'PARAMETER stop "</s>"' in texts["Modelfile"]
+    assert f'SYSTEM """{models.SAIGA_SYSTEM_PROMPT}"""' in texts["Modelfile"]
+
+
+def test_the_card_says_what_it_was_made_of_and_nothing_of_this_machine(texts, file, tiny):
+    card = texts["README.md"]
+    assert re.search(r"adapter, SHA-256 \| `[0-9a-f]{64}`", card)
+    assert "with a LoRA adapter merged in" in card
+    assert "## Measured\n\n| a |" in card
+    assert f"{file.stat().st_size / 1e9:.3f} GB" in card
+    assert str(file.parent) not in card and str(tiny) not in card
+
+
+def test_the_cards_python_is_python(texts):
+    code = re.search(r"```python\n(.*?)```", texts["README.md"], re.DOTALL)[1]
+    compile(code, "card", "exec")
+    assert models.SAIGA_SYSTEM_PROMPT in code
+
+
+def test_nothing_is_overwritten(file, tmp_path):
+    beside = tmp_path / file.name
+    beside.write_bytes(file.read_bytes())
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(SaigaError, match=r"README\.md is there already"):
+        companions.write({"Q4_K_M": beside}, spec=models.find("saiga_tiny"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "model.gguf"]
+    made = companions.write({"Q4_K_M": beside}, spec=models.find("saiga_tiny"), prefix="mine.")
+    assert [path.name for path in made] == ["mine.Modelfile", "mine.llama-server.txt", "mine.README.md"]
+
+
+def test_a_template_that_no_modelfile_can_hold_is_said_aloud_and_the_rest_is_made(tiny, tmp_path, monkeypatch, capsys):
+    lengths = "{% if messages | length > 4 %}Долго. {% endif %}"
+    monkeypatch.setattr(export.template, "for_inference", lambda text: lengths + text)
+    file = export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
+    made = companions.made_of({"Q4_K_M": file}, spec=models.find("saiga_tiny"))
+    assert list(made) == ["llama-server.txt", "README.md"]
+    assert "no Modelfile for Ollama" in capsys.readouterr().out
+    assert "ollama create" not in made["README.md"]
+    assert template is export.template

@@ -1,0 +1,108 @@
+"""The merged directory as transformers loads it, against peft's merge."""
+
+import json
+
+import pytest
+import small_models
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from saigakit import merged_safetensors, workspace
+from saigakit.errors import SaigaError
+from saigakit.merged_safetensors import to_safetensors
+
+IDS = torch.tensor([[1, 404, 505, 606, 7, 8]])
+
+
+@pytest.fixture(scope="module")
+def base_dir(tiny, tmp_path_factory):
+    return small_models.base(tmp_path_factory.mktemp("base"), tiny / "base")
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(base_dir, tmp_path_factory):
+    return small_models.adapter(tmp_path_factory.mktemp("adapter"), base_dir)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def adapted(base_dir, adapter_dir):
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32), adapter_dir)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
+        {"use_dora": True},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    ],
+    ids=["plain", "rslora", "dora", "whole modules", "embeddings and head"],
+)
+def test_transformers_computes_what_the_model_that_peft_merged_computes(base_dir, tmp_path, monkeypatch, settings):
+    monkeypatch.setattr(merged_safetensors, "_CHUNK", 1000)
+    adapter_dir = small_models.adapter(tmp_path / "adapter", base_dir, **settings)
+    made = to_safetensors(model=str(base_dir), adapters=adapter_dir, output=tmp_path / "merged", shard_bytes=150_000)
+    wanted = logits(adapted(base_dir, adapter_dir).merge_and_unload())
+    found = logits(AutoModelForCausalLM.from_pretrained(made))
+    assert (found - wanted).abs().max() <= 5e-6 * wanted.abs().max()
+    index = json.loads((made / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert len(set(index["weight_map"].values())) == len(list(made.glob("model-*.safetensors"))) > 2
+
+
+def test_a_tied_base_with_a_trained_head_is_untied(tiny, tmp_path):
+    tied = small_models.base(tmp_path / "base", tiny / "base", tie_word_embeddings=True)
+    adapter_dir = small_models.adapter(tmp_path / "adapter", tied, target_modules=["q_proj", "lm_head"])
+    made = to_safetensors(model=str(tied), adapters=adapter_dir, output=tmp_path / "merged")
+    wanted = logits(adapted(tied, adapter_dir))
+    model = AutoModelForCausalLM.from_pretrained(made)
+    assert not model.config.tie_word_embeddings
+    assert (logits(model) - wanted).abs().max() <= 5e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize(("number_format", "called"), [("float16", "F16"), ("bfloat16", "BF16")])
+def test_the_number_format_is_the_one_asked_for(base_dir, adapter_dir, tmp_path, number_format, called):
+    made = to_safetensors(
+        model=str(base_dir), adapters=adapter_dir, output=tmp_path / "merged", number_format=number_format
+    )
+    with safe_open(made / "model.safetensors", "pt") as opened:
+        assert {opened.get_slice(name).get_dtype() for name in opened.keys()} == {called}  # noqa: SIM118
+    model = AutoModelForCausalLM.from_pretrained(made)
+    dtype = getattr(torch, number_format)
+    assert model.dtype == dtype
+    for name, tensor in adapted(base_dir, adapter_dir).merge_and_unload().state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor.to(dtype), rtol=2**-7, atol=1e-6)
+
+
+def test_a_number_too_large_for_float16_is_refused(base_dir, adapter_dir, tmp_path):
+    settings = {"model": str(base_dir), "output": tmp_path / "merged", "number_format": "float16"}
+    with pytest.raises(SaigaError, match=r"too large for float16; use number_format='bfloat16'"):
+        to_safetensors(adapters=[(adapter_dir, 1e6)], **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tokenizer_and_the_template_come_along(base_dir, adapter_dir, tmp_path):
+    made = to_safetensors(model=str(base_dir), adapters=adapter_dir, output=tmp_path / "merged")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        assert (made / name).read_bytes() == (base_dir / name).read_bytes()
+    assert AutoTokenizer.from_pretrained(made).chat_template == small_models.SAIGA2
+
+
+def test_a_directory_that_is_there_is_not_overwritten(base_dir, adapter_dir, tmp_path):
+    with pytest.raises(SaigaError, match="is there already"):
+        to_safetensors(model=str(base_dir), adapters=adapter_dir, output=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(base_dir, adapter_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace, "free_disk", lambda path: 10_000)
+    with pytest.raises(SaigaError, match="of disk"):
+        to_safetensors(model=str(base_dir), adapters=adapter_dir, output=tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,197 @@
+"""A GGUF to the Hub by the real client, to Kaggle Models by the real command line; both against loopback stand-ins."""
+
+import json
+import os
+import subprocess
+import sys
+
+import hub_writing_stub
+import pytest
+import small_models
+from kaggle_stub import UPLOAD, KaggleStub
+
+from saigakit import evaluate, export, kaggle_models, manifest, publish_gguf
+from saigakit.errors import SaigaError
+
+TOKEN, REPO = "hf_SecretOfTheTests", "someone/saiga-cats-gguf"
+MODEL, INSTANCE = "alice/saiga-cats", "alice/saiga-cats/gguf/q4-k-m"
+SERVICE = "models.ModelApiService/"
+SHOWN = {"Modelfile", "README.md", "llama-server.txt", "model.gguf", "saigakit.json", "sizes.png"}
+PUSH = """
+import sys
+from saigakit import publish_gguf
+from saigakit.errors import SaigaError
+try:
+    print(publish_gguf.push_to_hub(*sys.argv[1:3]))
+except SaigaError as error:
+    print("SaigaError", error)
+"""
+
+
+@pytest.fixture(scope="module")
+def stage(tiny, tmp_path_factory):
+    """A finished 03_merge_gguf of a finished 02_train."""
+    run_dir = tmp_path_factory.mktemp("run")
+    inputs = {"train": {"train.jsonl": "5ec2e7"}}
+    parameters = {"model": "saiga_tiny", "base_source": "/home/me/base"}
+    with manifest.making(run_dir / "02_train", stage="02_train", parameters=parameters, inputs=inputs) as made:
+        small_models.adapter(made, tiny / "base")
+    return export.merge_gguf(model="saiga_tiny", run_dir=run_dir)
+
+
+@pytest.fixture
+def hub():
+    with hub_writing_stub.serving(TOKEN) as served:
+        yield served
+
+
+@pytest.fixture
+def push(hub, stage, tmp_path):
+    def run(directory=stage):
+        plain = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment = {**plain, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN,
+                       "HF_HUB_DISABLE_XET": "1", "HOME": str(tmp_path)}  # fmt: skip
+        command = [sys.executable, "-c", PUSH, str(directory), REPO]
+        child = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+        assert child.returncode == 0, child.stderr
+        assert TOKEN not in child.stdout + child.stderr
+        return child.stdout.strip().splitlines()[-1]
+
+    return run
+
+
+def test_the_gguf_arrives_with_all_that_runs_it_and_without_places_of_this_machine(push, hub, stage):
+    assert push() == f"{hub.endpoint}/{REPO}"
+    files = hub.repositories[REPO]
+    assert set(files) == {".gitattributes", *SHOWN}
+    assert files["model.gguf"] == (stage / "model.gguf").read_bytes()
+    assert REPO in hub.private
+    assert not any(str(stage.parent).encode() in content or b"/home/me" in content for content in files.values())
+    card = files["README.md"].decode()
+    assert "| training records, SHA-256 | `5ec2e7` |" in card
+    assert f"# {REPO.split('/')[1]}" in card
+
+
+def test_a_damaged_gguf_is_refused_before_and_after_the_way(push, hub, stage, tmp_path):
+    hub.faults["swap"] = True
+    assert "model.gguf has the SHA-256" in push()
+    damaged = tmp_path / "03_merge_gguf"
+    damaged.mkdir()
+    for file in stage.iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes())
+    (damaged / "model.gguf").write_bytes((stage / "model.gguf").read_bytes()[:-1])
+    assert "model.gguf changed since it was made; run 03_merge_gguf again" in push(damaged)
+
+
+def test_the_same_model_may_be_pushed_again_and_another_may_not(push, hub):
+    push()
+    assert push() == f"{hub.endpoint}/{REPO}"
+    hub.repositories[REPO]["saigakit.json"] = (
+        b'{"stage": "02_train", "parameters": {"model": "x"}, "inputs": {"base": 1}}'
+    )
+    assert "holds 02_train of model='x'; nothing was overwritten" in push()
+
+
+def test_the_card_has_the_table_of_04_infer_of_these_files_alone(stage, capsys, monkeypatch):
+    content = manifest.read(stage)
+    monkeypatch.setattr(publish_gguf.results, "read", lambda directory: None)
+    table = publish_gguf.results.Table(("model", "F1"), [("GGUF", "0.5")], "Замечание")
+    monkeypatch.setattr(publish_gguf.results, "show_table", lambda found: table)
+    directory = stage.parent / evaluate.STAGE
+    directory.mkdir(exist_ok=True)
+    identity = {"stage": evaluate.STAGE, "parameters": {}, "outputs": {}}
+    (directory / manifest.NAME).write_text(json.dumps({**identity, "inputs": {"gguf": content["outputs"]}}))
+    assert publish_gguf._compared(stage, content) == "| model | F1 |\n| --- | --- |\n| GGUF | 0.5 |\n\nЗамечание\n"
+    (directory / manifest.NAME).write_text(json.dumps({**identity, "inputs": {"gguf": {"model.gguf": "another"}}}))
+    assert publish_gguf._compared(stage, content) == ""
+    assert "compared another GGUF" in capsys.readouterr().out
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch):
+    pytest.importorskip("kagglesdk")
+    stub = KaggleStub()
+    for name in [name for name in os.environ if "PROXY" in name.upper() or "KAGGLE" in name]:
+        monkeypatch.delenv(name)
+    for name, value in stub.environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    stub.answer("blobs.BlobApiService/StartBlobUpload", {"token": "token", "createUrl": UPLOAD})
+    for call in ("CreateModel", "CreateModelInstance", "CreateModelInstanceVersion"):
+        stub.answer(SERVICE + call, {"id": 5, "url": "/m"})
+    yield stub
+    stub.shutdown()
+    stub.server_close()
+
+
+def listed(stub, sizes):
+    files = [{"name": name, "size": size, "creationDate": "2026-11-01T00:00:00Z"} for name, size in sizes.items()]
+    stub.answer(SERVICE + "ListModelInstanceVersionFiles", {"files": files})
+
+
+def sizes_of(stub):
+    """As Kaggle lists what was uploaded last."""
+    sent = stub.sent("blobs.BlobApiService/StartBlobUpload")
+    return {blob["name"]: blob["contentLength"] for blob in sent}
+
+
+class Listing(dict):
+    """What is listed is what came, when it is asked for."""
+
+    def __init__(self, stub):
+        super().__init__(stub.answers)
+        self.stub = stub
+
+    def get(self, call, otherwise=None):
+        if call == SERVICE + "ListModelInstanceVersionFiles":
+            listed(self.stub, sizes_of(self.stub))
+        return super().get(call, otherwise)
+
+
+def test_a_new_model_on_kaggle_is_made_with_its_first_version(kaggle, stage):
+    kaggle.answers = Listing(kaggle)
+    assert publish_gguf.push_to_kaggle(stage, "saiga-cats") == f"{INSTANCE}/1"
+    (model,) = kaggle.sent(SERVICE + "CreateModel")
+    assert (model["ownerSlug"], model["slug"], model["isPrivate"]) == ("alice", "saiga-cats", True)
+    assert "как" not in model["slug"] and "# saiga-cats" in model["description"]
+    (instance,) = kaggle.sent(SERVICE + "CreateModelInstance")
+    assert instance["body"]["framework"] == "MODEL_FRAMEWORK_GGUF"
+    assert instance["body"]["licenseName"] == "Apache 2.0"
+    assert set(sizes_of(kaggle)) == SHOWN
+    assert (stage / "model.gguf").read_bytes() in kaggle.uploads
+
+
+def test_a_model_that_is_there_gets_a_further_version(kaggle, stage):
+    kaggle.answer(SERVICE + "GetModel", {"id": 5, "ref": MODEL, "isPrivate": True})
+    kaggle.answer(SERVICE + "GetModelInstance", {"id": 6, "slug": "q4-k-m", "versionNumber": 3})
+    kaggle.answers = Listing(kaggle)
+    assert publish_gguf.push_to_kaggle(stage, "saiga-cats") == f"{INSTANCE}/4"
+    assert not kaggle.sent(SERVICE + "CreateModel") and not kaggle.sent(SERVICE + "CreateModelInstance")
+    (asked,) = kaggle.sent(SERVICE + "ListModelInstanceVersionFiles")
+    assert asked["versionNumber"] == 4
+
+
+def test_what_did_not_arrive_whole_on_kaggle_is_told(kaggle):
+    listed(kaggle, {"model.gguf": 17})
+    with pytest.raises(SaigaError, match=r"model\.gguf has 17 bytes in alice/saiga-cats/gguf/q4-k-m/1 and 18 here"):
+        kaggle_models.require_arrived(f"{INSTANCE}/1", {"model.gguf": 18})
+    with pytest.raises(SaigaError, match=r"Modelfile did not arrive"):
+        kaggle_models.require_arrived(f"{INSTANCE}/1", {"model.gguf": 17, "Modelfile": 3}, wait_s=0)
+
+
+def test_a_public_model_on_kaggle_gets_nothing_private(kaggle, stage):
+    kaggle.answer(SERVICE + "GetModel", {"id": 5, "ref": MODEL, "isPrivate": False, "title": "x"})
+    with pytest.raises(SaigaError, match=r"is there and public"):
+        publish_gguf.push_to_kaggle(stage, "saiga-cats")
+    assert not kaggle.uploads
+
+
+def test_a_refusal_that_kaggle_only_prints_is_an_error(kaggle, stage):
+    kaggle.answer(SERVICE + "CreateModel", {"error": "The requested title is taken"})
+    with pytest.raises(SaigaError, match=r"Kaggle refused alice/saiga-cats: .*title is taken"):
+        publish_gguf.push_to_kaggle(stage, "saiga-cats")
+
+
+@pytest.mark.parametrize("name", ["Saiga", "saiga cats", "a", "alice/saiga-cats", "-saiga-"])
+def test_a_name_that_kaggle_has_not_is_refused(stage, name):
+    with pytest.raises(SaigaError, match="is no name of a Kaggle model"):
+        publish_gguf.push_to_kaggle(stage, name)
