@@ -33,6 +33,7 @@ def merge_gguf(
     export = Export.of(spec, adapter_dir, base_source, quant_type, merge_into, importance, quant_types)
     final = Path(run_dir) / STAGE
     if not final.exists():
+        manifest.discard_partial(final)  # of a run that was killed: its room is needed
         export.require_room(final)  # before gigabytes are hashed
         print(export.plan(), flush=True)
     identity: dict[str, Any] = {

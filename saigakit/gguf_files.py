@@ -29,6 +29,7 @@ from saigakit.importance import Importance
 from saigakit.lineage import Lineage
 from saigakit.merge import DEFAULT_INTO, Adapters, Into, Merged
 from saigakit.models import ModelSpec
+from saigakit.streaming import Written
 from saigakit.tables import Table
 from saigakit.tokenization import FastTokenizer
 from saigakit.vocabulary import Vocabulary
@@ -163,13 +164,15 @@ class Export:
         They are read back: llama.cpp must load them, and `texts` must give the ids of the training. Returns what a
         manifest says of them.
         """
-        self.require_room(file.parent)
         finals = {each: beside(file, each) if index else file for index, each in enumerate(self.quant_types)}
         partials = {each: final.with_name(f".{final.name}.partial") for each, final in finals.items()}
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)  # of a run that was killed: its room is needed
+        self.require_room(file.parent)
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._fill(partials)
-            said = [self._require_readable(each, partial, texts) for each, partial in partials.items()]
+            written = self._fill(partials)
+            said = [self._require_readable(each, partials[each], written[each], texts) for each in self.quant_types]
             for final in finals.values():
                 require_absent(final)
             for each, final in finals.items():
@@ -189,18 +192,23 @@ class Export:
             "chat_template_sha256": hashlib.sha256(self.tokenizer.chat_template.encode("utf-8")).hexdigest(),
         }
 
-    def _fill(self, files: Mapping[str, Path]) -> None:
+    def _fill(self, files: Mapping[str, Path]) -> dict[str, list[Written]]:
         targets = []
         for quant_type, file in files.items():
             types = self.types(quant_type)
             start = container.write_header(self._writer(file, quant_type), self.shapes, types)
             targets.append(streaming.Target(file, types, start))
         head = self.architecture.shape.head_dim
-        streaming.fill(targets, self.shapes, self._read, whole_rows=head, importance=self.importance)
+        written = streaming.fill(targets, self.shapes, self._read, whole_rows=head, importance=self.importance)
+        return dict(zip(files, written, strict=True))
 
-    def _require_readable(self, quant_type: str, file: Path, texts: Sequence[str]) -> str:
-        container.require_whole(file, self.shapes, self.types(quant_type), self.bytes(quant_type))
-        return read_back.require_readable(file, self.shapes, self.tokenizer, texts)
+    def _require_readable(self, quant_type: str, file: Path, written: Sequence[Written], texts: Sequence[str]) -> str:
+        types = self.types(quant_type)
+        container.require_whole(file, self.shapes, types, self.bytes(quant_type))
+        wanted = {key: value.value for key, value in self._writer(file, quant_type).kv_data[0].items()}
+        read_back.require_tensors(file, wanted, self.shapes, types)
+        read_back.require_written(file, written)
+        return read_back.require_readable(file, len(self.shapes), self.tokenizer, texts)
 
     def _facts(self, quant_type: str) -> dict[str, Any]:
         size = self.bytes(quant_type)

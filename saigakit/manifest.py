@@ -143,6 +143,13 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
+def discard_partial(final: Path) -> Path:
+    """The directory beside `final` in which a stage is made, gone if a killed run left it."""
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    return partial
+
+
 @contextmanager
 def making(
     final: Path,
@@ -160,8 +167,7 @@ def making(
     A directory left by a killed run is emptied first; on an error nothing bears the final name, and what bore it
     before stays.
     """
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = discard_partial(final)
     partial.mkdir(parents=True)
     yield partial
     content = _identity(stage, parameters, inputs)

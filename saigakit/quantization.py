@@ -1,8 +1,10 @@
 """float32 rows into ggml's quantised blocks, each tensor's type chosen by llama.cpp's rule for the quant type."""
 
 import ctypes
+import os
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING
@@ -40,6 +42,7 @@ _FALLBACK = {  # 256 to 32 in a block
     "Q6_K": "Q8_0",
 }
 _EARLY_FFN_DOWN = {"Q4_0": "Q4_1", "IQ4_XS": "IQ4_XS"}  # of the first eighth, with an importance matrix
+_SHARE = 1 << 18  # numbers that one of many cores quantises at a time
 
 
 def require_known(quant_type: str) -> None:
@@ -187,8 +190,15 @@ def library() -> ctypes.CDLL:
     return made
 
 
-def quantise(matrix: "Floats", ggml_type: str, importance: "Floats | None" = None) -> "Bytes":
-    """Rows of a matrix as rows of bytes, on one core; `importance` weighs the columns' errors.
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def quantise(
+    matrix: "Floats", ggml_type: str, importance: "Floats | None" = None, pool: Executor | None = None
+) -> "Bytes":
+    """Rows of a matrix as rows of bytes, on one core or shared out in a pool; `importance` weighs the columns' errors.
 
     Raises SaigaError where a number overflows the type.
     """
@@ -197,15 +207,23 @@ def quantise(matrix: "Floats", ggml_type: str, importance: "Floats | None" = Non
 
     source = np.ascontiguousarray(matrix, dtype=np.float32)
     rows, columns = source.shape
-    number = int(gguf.GGMLQuantizationType[ggml_type])
-    made = np.empty((rows, size((columns,), ggml_type)), dtype=np.uint8)
+    number, row_bytes = int(gguf.GGMLQuantizationType[ggml_type]), size((columns,), ggml_type)
+    made = np.empty((rows, row_bytes), dtype=np.uint8)
     if importance is not None and importance.shape != (columns,):
         raise ValueError(f"importance of shape {importance.shape} for {columns} columns")
     weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
     place = None if weights is None else weights.ctypes.data
-    ggml = library()
-    # ctypes releases the GIL meanwhile.
-    ggml.ggml_quantize_chunk(number, source.ctypes.data, made.ctypes.data, 0, rows, columns, place)
-    if not ggml.ggml_validate_row_data(number, made.ctypes.data, made.nbytes):
+    ggml, read, write = library(), source.ctypes.data, made.ctypes.data
+    step = rows if pool is None else max(1, _SHARE // columns)
+
+    def share(first: int) -> bool:
+        count = min(step, rows - first)
+        # ggml finds the place in both buffers by the index of the first number; ctypes releases the GIL meanwhile.
+        ggml.ggml_quantize_chunk(number, read, write, first * columns, count, columns, place)
+        valid: bool = ggml.ggml_validate_row_data(number, write + first * row_bytes, count * row_bytes)
+        return valid
+
+    firsts = range(0, rows, step)
+    if not all(map(share, firsts) if pool is None else pool.map(share, firsts)):
         raise SaigaError(f"A number is too large for {ggml_type}; use quant_type='BF16', of float32's range.")
     return made

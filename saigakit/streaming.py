@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,14 @@ from saigakit import container, quantization, workspace
 from saigakit.errors import SaigaError
 
 if TYPE_CHECKING:
+    from saigakit.quantization import Bytes
     from saigakit.shards import Array, Shape
 
 _NUMBERS = 1 << 21  # of a chunk, about: 8 MB in float32
 _ROWS = 512  # a chunk's rows are a multiple: an adapter's product is computed in such blocks
 _PROGRESS_S = 10.0
 _COPIES = 5  # float32 chunks that a worker holds at a time: the base's, the update, reordered, and one to spare
+_READERS = 4  # at most so many cores have a chunk of their own, which bounds the memory
 Read = Callable[[str, slice], "Array"]
 
 
@@ -32,6 +34,16 @@ class Target:
     file: Path
     types: Mapping[str, str]
     start: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """Some rows of a tensor as they went into a file; `total` is their checksum."""
+
+    tensor: str
+    offset: int
+    size: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,8 @@ class _Chunk:
 
 
 def workers() -> int:
-    """One more than cores: while one waits for the disk, the others compute."""
-    return (os.cpu_count() or 1) + 1
+    """One more than cores: while one waits for the disk, the others compute. More than a few share their rows out."""
+    return min(quantization.cores(), _READERS) + 1
 
 
 def memory(shapes: Mapping[str, "Shape"], whole_rows: int, files: int) -> int:
@@ -64,14 +76,17 @@ def fill(
     *,
     whole_rows: int = 1,
     importance: Mapping[str, "Array"] | None = None,
-) -> None:
+) -> list[list[Written]]:
     """Every tensor is read once, by chunks of a multiple of `whole_rows` rows, and goes into every file.
 
-    Raises SaigaError that names the tensor where a number overflows its type.
+    Returns what went into each. Raises SaigaError that names the tensor where a number overflows its type.
     """
     work = _Work(_chunks(shapes, whole_rows), _Progress(shapes, [target.types for target in targets]))
     offsets = [container.offsets(shapes, target.types, target.start) for target in targets]
+    written: list[list[Written]] = [[] for _ in targets]
     with ExitStack() as stack:
+        spare = stack.enter_context(ThreadPoolExecutor(quantization.cores()))
+        pool_of_rows = spare if quantization.cores() > _READERS else None
         files = [stack.enter_context(_opened(target, shapes)) for target in targets]
 
         def run() -> None:
@@ -79,10 +94,12 @@ def fill(
                 try:
                     tensor = read(chunk.name, chunk.rows)
                     weights = (importance or {}).get(chunk.name)
-                    for file, target, places in zip(files, targets, offsets, strict=True):
+                    for file, target, places, parts in zip(files, targets, offsets, written, strict=True):
                         ggml_type = target.types[chunk.name]
-                        made = _bytes(tensor, ggml_type, weights, chunk)
-                        _write_at(file, made, places[chunk.name] + _row_bytes(chunk, ggml_type) * chunk.rows.start)
+                        made = _bytes(tensor, ggml_type, weights, chunk, pool_of_rows)
+                        offset = places[chunk.name] + _row_bytes(chunk, ggml_type) * chunk.rows.start
+                        parts.append(Written(chunk.name, offset, len(made), checksum(made)))
+                        _write_at(file, made, offset)
                     work.progress.add(chunk)
                 except BaseException:
                     work.stop()
@@ -98,6 +115,7 @@ def fill(
                 raise
         for file in files:
             os.fsync(file)
+    return written
 
 
 def _chunks(shapes: Mapping[str, "Shape"], whole_rows: int) -> Iterator[_Chunk]:
@@ -174,15 +192,27 @@ def _row_bytes(chunk: _Chunk, ggml_type: str) -> int:
     return quantization.size((chunk.columns,), ggml_type) if chunk.is_matrix else 4
 
 
-def _bytes(tensor: "Array", ggml_type: str, importance: "Array | None", chunk: _Chunk) -> memoryview:
+def _bytes(
+    tensor: "Array", ggml_type: str, importance: "Array | None", chunk: _Chunk, pool: Executor | None
+) -> memoryview:
     import numpy as np
 
     if not chunk.is_matrix or ggml_type == "F32":
         return np.ascontiguousarray(tensor, np.float32).data.cast("B")
     try:
-        return quantization.quantise(tensor, ggml_type, importance).data.cast("B")
+        return quantization.quantise(tensor, ggml_type, importance, pool).data.cast("B")
     except SaigaError as error:
         raise SaigaError(f"{chunk.name}: {error}") from None
+
+
+def checksum(content: "memoryview | Bytes") -> int:
+    """The sum of the 8-byte words and the bytes of the rest, modulo 2**64: as fast as memory is read."""
+    import numpy as np
+
+    flat = np.frombuffer(content, np.uint8)
+    whole = flat.size // 8 * 8
+    words = np.add.reduce(flat[:whole].view(np.uint64), dtype=np.uint64)
+    return (int(words) + int(np.add.reduce(flat[whole:], dtype=np.uint64))) % 2**64
 
 
 def _write_at(file: int, content: memoryview, offset: int) -> None:

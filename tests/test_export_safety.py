@@ -12,7 +12,7 @@ import small_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from saigakit import export, streaming
+from saigakit import export, streaming, workspace
 from saigakit.errors import SaigaError
 
 KILLS = 20
@@ -20,7 +20,7 @@ KILLS = 20
 KILLED = """
 import os, random, signal, sys, time
 import gguf, llama_cpp, numpy, safetensors, tokenizers, torch, transformers
-from saigakit import export, streaming
+from saigakit import export, streaming, workspace
 model, adapter, output, kills = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 streaming._ROWS, streaming._NUMBERS = 32, 1
 
@@ -117,6 +117,27 @@ def test_several_types_from_one_read_in_small_chunks_are_the_files_made_one_by_o
     for each in ("Q8_0", "F16"):
         assert output.with_name(f"x-{each}.gguf").read_bytes() == alone[each].read_bytes()
     assert len(reads) == len(set(reads)) > 100  # every row once, for all files
+
+
+@pytest.mark.parametrize("left", [".x.gguf.partial", ".x-Q8_0.gguf.partial"])
+def test_what_a_killed_run_left_is_gone_before_the_disk_is_asked_for_room(made, tmp_path, monkeypatch, left):
+    (tmp_path / left).write_bytes(b"0" * 1000)
+    seen = []
+    monkeypatch.setattr(workspace, "require_disk", lambda *_: seen.append((tmp_path / left).exists()))
+    export.to_gguf(model=str(made[0]), adapter=None, output=tmp_path / "x.gguf", quant_types=["Q8_0"])
+    assert seen == [False]
+
+
+def test_what_a_killed_stage_left_is_gone_before_the_disk_is_asked_for_room(made, tmp_path, monkeypatch):
+    left, seen = tmp_path / ".03_merge_gguf.partial", []
+    left.mkdir()
+
+    def require_disk(*_):
+        seen.append(left.exists())
+
+    monkeypatch.setattr(workspace, "require_disk", require_disk)
+    export.merge_gguf(model=str(made[0]), adapter=None, run_dir=tmp_path)
+    assert seen[0] is False
 
 
 def test_no_file_of_several_is_overwritten(made, tmp_path):
