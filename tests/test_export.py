@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from saigakit import export, gguf_files, infer, manifest, models, quantization, workspace
 from saigakit.errors import SaigaError
+from saigakit.merge import Merged
 
 QUANT_TYPES = [quant_type for quant_type in quantization.QUANT_TYPES if quant_type != "F32"]
 # Rows that are no multiple of 256, tied embeddings, four queries to a key.
@@ -194,7 +195,7 @@ def trained(tiny, tmp_path):
 def test_the_stage_has_the_file_the_picture_and_the_facts(trained):
     made = export.merge_gguf(model="saiga_tiny", run_dir=trained)
     assert sorted(file.name for file in made.iterdir()) == [
-        *("Modelfile", "README.md", "llama-server.txt", "model.gguf", "saigakit.json", "sizes.png")
+        *("Modelfile", "README.md", "llama-server.txt", "memory.png", "model.gguf", "saigakit.json", "sizes.png")
     ]
     found = manifest.require_stage(made, "03_merge_gguf", model="saiga_tiny")
     assert found["parameters"]["quant_type"] == "Q4_K_M"
@@ -263,7 +264,7 @@ def test_a_machine_without_memory_is_refused(trained, monkeypatch):
 
 
 def test_a_failure_in_mid_stream_leaves_nothing_and_a_rerun_works(trained, monkeypatch):
-    read = export.Merged.read
+    read = Merged.read
 
     def failing(self, name, rows=None):
         if "layers.1" in name:
@@ -271,7 +272,7 @@ def test_a_failure_in_mid_stream_leaves_nothing_and_a_rerun_works(trained, monke
         return read(self, name, rows)
 
     with monkeypatch.context() as broken:
-        broken.setattr(export.Merged, "read", failing)
+        broken.setattr(Merged, "read", failing)
         with pytest.raises(SaigaError, match="No space left on device"):
             export.merge_gguf(model="saiga_tiny", run_dir=trained)
         assert not (trained / "03_merge_gguf").exists()
@@ -282,7 +283,7 @@ def test_an_interrupt_leaves_nothing_beside_the_output(tiny, tmp_path, monkeypat
     def interrupted(self, name, rows=None):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export.Merged, "read", interrupted)
+    monkeypatch.setattr(Merged, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
     assert list(tmp_path.iterdir()) == []

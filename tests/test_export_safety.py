@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from saigakit import export, streaming, workspace
 from saigakit.errors import SaigaError
+from saigakit.merge import Merged
 
 KILLS = 20
 # Everything heavy is imported once; each export runs in a fork, which is killed after a random time.
@@ -102,9 +103,9 @@ def test_several_types_from_one_read_in_small_chunks_are_the_files_made_one_by_o
     monkeypatch.setattr(streaming, "_NUMBERS", 1)
     monkeypatch.setattr(streaming, "_ROWS", 32)
     reads = []
-    read = export.Merged.read
+    read = Merged.read
     monkeypatch.setattr(
-        export.Merged,
+        Merged,
         "read",
         lambda self, name, rows=None: (reads.append((name, rows.start)), read(self, name, rows))[1],
     )
