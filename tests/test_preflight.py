@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from small_models import adapter, base, edit_json
+from small_models import adapter, base
 
 from saigakit import memory, preflight, weights, workspace
 from saigakit.config import TrainConfig
@@ -147,8 +147,7 @@ def test_processes_on_a_cpu_share_its_memory(monkeypatch):
 
 
 def test_an_adapter_that_cannot_be_folded_is_refused_before_weights_load(tiny, tmp_path):
-    shutil.copytree(tiny / "adapter", tmp_path / "adapter")
-    edit_json(tmp_path / "adapter" / "adapter_config.json", use_dora=True)
+    adapter(tmp_path / "adapter", tiny / "base", use_dora=True)
     with pytest.raises(SaigaError, match=r"DoRA.*use adapter='released'"):
         preflight.model(config(), tiny / "base", tmp_path / "adapter")
 

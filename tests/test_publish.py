@@ -312,6 +312,6 @@ def test_results_of_04_are_in_the_card_where_they_are_of_this_adapter(stage, tok
 def test_the_reason_of_a_failure_never_holds_the_token():
     error = RuntimeError("Error while uploading")
     error.__cause__ = ValueError(f"Illegal header value b'Bearer {TOKEN}'")
-    with pytest.raises(SaigaError) as caught, publish._explained(REPO, TOKEN):
+    with pytest.raises(SaigaError) as caught, publish.explained(REPO, TOKEN):
         raise error
     assert TOKEN not in str(caught.value) and "Illegal header value" in str(caught.value)

@@ -16,7 +16,7 @@ from saigakit.errors import SaigaError
 TOKEN, REPO = "hf_SecretOfTheTests", "someone/saiga-cats-gguf"
 MODEL, INSTANCE = "alice/saiga-cats", "alice/saiga-cats/gguf/q4-k-m"
 SERVICE = "models.ModelApiService/"
-SHOWN = {"Modelfile", "README.md", "llama-server.txt", "model.gguf", "saigakit.json", "sizes.png"}
+SHOWN = {"Modelfile", "README.md", "llama-server.txt", "memory.png", "model.gguf", "saigakit.json", "sizes.png"}
 PUSH = """
 import sys
 from saigakit import publish_gguf
@@ -74,7 +74,7 @@ def test_the_gguf_arrives_with_all_that_runs_it_and_without_places_of_this_machi
 
 def test_a_damaged_gguf_is_refused_before_and_after_the_way(push, hub, stage, tmp_path):
     hub.faults["swap"] = True
-    assert "model.gguf has the SHA-256" in push()
+    assert "memory.png has the SHA-256" in push()  # the first of all that were swapped
     damaged = tmp_path / "03_merge_gguf"
     damaged.mkdir()
     for file in stage.iterdir():
