@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import fit, gguf_card, manifest, modelfile, tokenization
+from saigakit import fit, gguf_card, lineage, manifest, modelfile, tokenization
 from saigakit.chat_format import ChatFormat
 from saigakit.errors import SaigaError
 from saigakit.gguf_card import Described
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import llama_cpp
 
 MODELFILE, SERVER, CARD = "Modelfile", "llama-server.txt", "README.md"
-_SYSTEM_PROMPT_KEY = "saigakit.system_prompt"
 
 
 def write(
@@ -35,8 +34,8 @@ def write(
     """
     directory = next(iter(files.values())).parent
     made = {name: directory / f"{prefix}{name}" for name in (MODELFILE, SERVER, CARD)}
-    if there := [str(file) for file in made.values() if file.exists()]:
-        raise SaigaError(f"{there[0]} is there already; nothing was overwritten. Delete it or choose another name.")
+    for file in made.values():
+        manifest.require_absent(file)
     texts = made_of(files, spec=spec, origin=gguf_card.origin_of(adapters))
     return [manifest.write_text(made[name], text) for name, text in texts.items()]
 
@@ -109,7 +108,7 @@ def _described(file: Path, spec: ModelSpec) -> tuple[Described, ChatFormat | Non
             Described(
                 chat_template=tokenizer.chat_template,
                 end_of_turn=names[end],
-                system_prompt=written.get(_SYSTEM_PROMPT_KEY),
+                system_prompt=written.get(lineage.SYSTEM_PROMPT_KEY),
                 sampling=_sampling(written),
                 shape=shape,
                 longest=min(spec.context_length, trained_for),

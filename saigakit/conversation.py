@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import gguf_files, infer
+from saigakit import infer, lineage
 from saigakit.errors import SaigaError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def talk(gguf_file: str | Path, *, system: str | None = None, temperature: float
     `system` None: the system prompt that the file was trained with, where it holds one; "": none.
     """
     with closing(infer.load(gguf_file, n_ctx=n_ctx)) as llm:
-        if system is None and (system := llm.metadata.get(gguf_files.SYSTEM_PROMPT_KEY)):
+        if system is None and (system := llm.metadata.get(lineage.SYSTEM_PROMPT_KEY)):
             print(f"system: {system}", file=sys.stderr, flush=True)
         beginning: list[Message] = [{"role": "system", "content": system}] if system else []
         sampling = infer.sampling_of(llm)

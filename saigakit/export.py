@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saigakit import companions, fit, lineage, manifest, models, quantization, read_back, sources
-from saigakit.gguf_files import Export, beside, require_absent
+from saigakit.gguf_files import Export, beside
 from saigakit.merge import DEFAULT_INTO, Into
 
 STAGE = "03_merge_gguf"
@@ -64,7 +64,8 @@ def merge_gguf(
         export.plot().savefig(partial / "sizes.png", dpi=110)
         by_type = {each: export.bytes(each) for each in quantization.QUANT_TYPES if each in fit.SHOWN}
         facts["memory"] = {"shape": asdict(export.architecture.shape), "longest": spec.context_length, "files": by_type}
-        fit.plot(export.architecture.shape, by_type).savefig(partial / "memory.png", dpi=110)
+        n_ctx = min(fit.LEAST_CONTEXT, spec.context_length)
+        fit.plot(export.architecture.shape, by_type, n_ctx=n_ctx).savefig(partial / "memory.png", dpi=110)
         made = {each: beside(partial / "model.gguf", each) for each in quant_types if each != quant_type}
         adapters = [] if adapter_dir is None else [adapter_dir]
         companions.write({quant_type: partial / "model.gguf"} | made, spec=spec, adapters=adapters)
@@ -91,7 +92,7 @@ def to_gguf(
     """
     file, spec = Path(output), models.find(model)
     for path in [file, *(beside(file, each) for each in quant_types)]:
-        require_absent(path)
+        manifest.require_absent(path)
     given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else adapter or ()
     adapters = [(sources.adapter_dir(spec, str(one)), weight) for one, weight in given]
     Export.of(spec, adapters, base_source, quant_type, merge_into, importance, quant_types).write(file)

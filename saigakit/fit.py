@@ -176,11 +176,10 @@ def plot(shape: Shape, by_type: Mapping[str, int], *, n_ctx: int = LEAST_CONTEXT
     for label, (sizes, colour) in parts.items():
         axes.barh(list(by_type), [size / GIB for size in sizes], left=left, color=colour, label=label)
         left = [before + size / GIB for before, size in zip(left, sizes, strict=True)]
-    limit = max(MACHINES[0] * 1.1, max(left) * 1.05)
-    for machine in filter(lambda size: size <= limit, MACHINES):
+    for machine in MACHINES:
         axes.axvline(machine, color="#d93025", linestyle="--", linewidth=1)
         axes.annotate(f"{machine} GB", (machine, 1.0), xycoords=("data", "axes fraction"), color="#d93025", fontsize=9)
-    axes.set_xlim(0, limit)
+    axes.set_xlim(0, max(MACHINES[-1], *left) * 1.05)
     axes.invert_yaxis()
     axes.set_xlabel("ГиБ / GiB")
     axes.spines[["top", "right"]].set_visible(False)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Self
 from saigakit import (
     container,
     estimate_export,
+    lineage,
+    manifest,
     quantization,
     read_back,
     sizes,
@@ -40,16 +42,9 @@ if TYPE_CHECKING:
 
     from saigakit.shards import Array, Shape
 
-SYSTEM_PROMPT_KEY = "saigakit.system_prompt"  # no key of llama.cpp's: what a conversation begins with by default
-
 
 def beside(file: Path, quant_type: str) -> Path:
     return file.with_name(f"{file.stem}-{quant_type}{file.suffix}")
-
-
-def require_absent(file: Path) -> None:
-    if file.exists():
-        raise SaigaError(f"{file} is there already; nothing was overwritten. Delete it or choose another name.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +169,7 @@ class Export:
             written = self._fill(partials)
             said = [self._require_readable(each, partials[each], written[each], texts) for each in self.quant_types]
             for final in finals.values():
-                require_absent(final)
+                manifest.require_absent(final)
             for each, final in finals.items():
                 partials[each].rename(final)
         except OSError as error:
@@ -243,7 +238,7 @@ class Export:
         self.vocabulary.describe(writer)
         writer.add_chat_template(template.for_inference(self.tokenizer.chat_template))
         if self.system_prompt is not None:
-            writer.add_string(SYSTEM_PROMPT_KEY, self.system_prompt)
+            writer.add_string(lineage.SYSTEM_PROMPT_KEY, self.system_prompt)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         named = "ALL_F32" if quant_type == "F32" else f"MOSTLY_{quant_type}"
         writer.add_file_type(gguf.LlamaFileType[named])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from saigakit import manifest
 from saigakit.errors import SaigaError
 
 if TYPE_CHECKING:
@@ -92,17 +93,8 @@ class Importance(Mapping[str, "Array"]):
     def write(self, path: str | Path) -> Path:
         """llama.cpp's GGUF form, written beside and renamed. Raises SaigaError where a file is there already."""
         file = Path(path)
-        if file.exists():
-            raise SaigaError(f"{file} is there already; nothing was overwritten. Delete it or choose another name.")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial")
-        try:
+        with manifest.whole_file(file) as partial:
             self._write(partial)
-            partial.rename(file)
-        except OSError as error:
-            raise SaigaError(f"{file} could not be written: {error}.") from None
-        finally:
-            partial.unlink(missing_ok=True)
         return file
 
     def _write(self, file: Path) -> None:

@@ -10,6 +10,7 @@ from saigakit.errors import SaigaError
 from saigakit.merge import Into
 from saigakit.models import ModelSpec
 
+SYSTEM_PROMPT_KEY = "saigakit.system_prompt"  # in a GGUF, no key of llama.cpp's: what a conversation begins with
 _WEIGHTS = (".safetensors", ".bin")
 _UNTOLD_FORMAT = "float16"  # of a training that left no manifest: Saiga's adapters and a T4's are of it
 

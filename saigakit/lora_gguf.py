@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import models, sources
+from saigakit import manifest, models, sources
 from saigakit.adapter import EMBEDDINGS, Adapter
 from saigakit.architecture import Architecture
 from saigakit.errors import SaigaError
@@ -23,8 +23,7 @@ def to_lora_gguf(*, model: str, adapter: str | Path, output: str | Path, base_so
     hold: that must be merged.
     """
     file, spec = Path(output), models.find(model)
-    if file.exists():
-        raise SaigaError(f"{file} is there already; nothing was overwritten. Delete it or choose another name.")
+    manifest.require_absent(file)
     base_dir, adapter_dir = sources.base_dir(spec, base_source), sources.adapter_dir(spec, str(adapter))
     architecture = Architecture.of(base_dir)
     merged = Merged.of(base_dir, adapter_dir)
@@ -34,16 +33,9 @@ def to_lora_gguf(*, model: str, adapter: str | Path, output: str | Path, base_so
     if lost := sorted(set(lora.updates) - set(places)):
         raise SaigaError(f"{adapter_dir} changes {lost[0]}, which a {architecture.kind.name} GGUF has no place for.")
     alpha, tensors = _tensors(lora, architecture, places)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with manifest.whole_file(file) as partial:
         _write(partial, architecture.kind.name, adapter_dir.name, alpha, tensors)
         _require_whole(partial, tensors)
-        partial.rename(file)
-    except OSError as error:
-        raise SaigaError(f"{file} could not be written: {error}.") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return file
 
 

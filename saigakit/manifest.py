@@ -192,3 +192,27 @@ def write_text(file: Path, text: str) -> Path:
         os.fsync(stream.fileno())
     beside.replace(file)
     return file
+
+
+def require_absent(file: Path) -> None:
+    """Raises SaigaError where it is there already."""
+    if file.exists():
+        raise SaigaError(f"{file} is there already; nothing was overwritten. Delete it or choose another name.")
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A place beside `file`, which gets its name when the block ends well, and goes otherwise.
+
+    Raises SaigaError where `file` is there already, or the disk does not take it.
+    """
+    require_absent(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        yield partial
+        partial.rename(file)
+    except OSError as error:
+        raise SaigaError(f"{file} could not be written: {error}.") from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from saigakit import models, sources, tokenization, workspace
+from saigakit import manifest, models, sources, tokenization, workspace
 from saigakit.adapter import EMBEDDINGS
 from saigakit.errors import SaigaError
 from saigakit.merge import DEFAULT_INTO, Adapters, Into, Merged
@@ -50,8 +50,7 @@ def to_safetensors(
     adapters do not fit, or a number is too large for float16.
     """
     directory, spec = Path(output), models.find(model)
-    if directory.exists():
-        raise SaigaError(f"{directory} is there already; nothing was overwritten. Delete it or choose another name.")
+    manifest.require_absent(directory)
     base_dir = sources.base_dir(spec, base_source)
     merged = Merged.of(base_dir, adapters, into=merge_into, number_format=trained_in)
     shards = _planned(merged, number_format, shard_bytes)

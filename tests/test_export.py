@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from saigakit import export, gguf_files, infer, manifest, models, quantization, workspace
+from saigakit import export, infer, lineage, manifest, models, quantization, workspace
 from saigakit.errors import SaigaError
 from saigakit.merge import Merged
 
@@ -240,7 +240,7 @@ def test_the_system_prompt_of_the_training_records_is_in_the_file(trained):
     small_models.edit_json(trained / "02_train" / manifest.NAME, system_prompt="Ты — словарь.")
     made = export.merge_gguf(model="saiga_tiny", run_dir=trained)
     with closing(infer.load(made / "model.gguf", n_ctx=64)) as llm:
-        assert llm.metadata[gguf_files.SYSTEM_PROMPT_KEY] == "Ты — словарь."
+        assert llm.metadata[lineage.SYSTEM_PROMPT_KEY] == "Ты — словарь."
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(trained, monkeypatch):
