@@ -38,7 +38,8 @@ with launch.child():
     worker.main(Path(sys.argv[1]))
     import torch
 
-    print("weights sharded:", DistributedType.FSDP in accelerate.state.PartialState._shared_state.values())
+    sharded = DistributedType.FSDP in accelerate.state.PartialState._shared_state.values()
+    sys.stdout.write(f"weights sharded: {sharded}\\n")  # one write, for two processes share the pipe
 """
 
 
