@@ -7,6 +7,7 @@ import base64
 import hashlib
 import http.server
 import json
+import socket
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ class Hub:
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: set[str] = field(default_factory=set)
     # "cut": large files lose their last byte; "lose", "alter": a file of the commit; "put": status of an upload;
-    # "create", "commit": status of these; "swap": another content of the same size in a large file.
+    # "create", "commit": status of these; "swap": another content of the same size in a large file; "drop": the
+    # connection ends in the middle of every large file.
     faults: dict[str, object] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
@@ -47,7 +49,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self) -> None:
         hub, path = self.hub, urllib.parse.unquote(self.path.split("?")[0])
         hub.calls.append(f"{self.command} {path}")
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        size = int(self.headers.get("Content-Length") or 0)
+        if path.startswith("/lfs/") and "drop" in hub.faults:
+            self.rfile.read(size // 2)
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        body = self.rfile.read(size)
         if path.startswith("/lfs/"):
             return self._put(path.removeprefix("/lfs/"), body)
         if self.headers.get("Authorization") != f"Bearer {hub.token}":

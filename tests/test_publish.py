@@ -19,7 +19,8 @@ from saigakit.errors import SaigaError
 TOKEN = "hf_SecretOfTheTests"
 REPO = "someone/saiga-cats"
 PUSH = """
-import json, sys
+import json, sys, time
+time.sleep = lambda _: None  # the client waits between its retries
 from saigakit import publish
 from saigakit.errors import SaigaError
 stage, repo, settings = sys.argv[1:]
@@ -220,6 +221,16 @@ def test_an_upload_that_breaks_changes_nothing(push, hub):
     message = push()
     assert "SaigaError" in message and REPO in message
     assert set(hub.repositories[REPO]) == {".gitattributes"}
+
+
+def test_an_upload_whose_connection_ends_changes_nothing_and_can_be_made_again(push, hub, stage):
+    hub.faults["drop"] = True
+    message = push()
+    assert f"The upload to {REPO} was interrupted: " in message and "Try again" in message
+    assert set(hub.repositories[REPO]) == {".gitattributes"}
+    del hub.faults["drop"]
+    assert push() == f"{hub.endpoint}/{REPO}"
+    assert hub.repositories[REPO]["adapter_model.safetensors"] == (stage / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
