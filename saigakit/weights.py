@@ -85,6 +85,7 @@ def with_adapter(model: "PreTrainedModel", adapter_dir: Path | None, lora: Lora)
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
+    _without_tensor_parallel()
     if adapter_dir is None:
         settings = LoraConfig(
             r=lora.rank,
@@ -104,6 +105,15 @@ def with_adapter(model: "PreTrainedModel", adapter_dir: Path | None, lora: Lora)
         raise SaigaError(_other_base(adapter_dir, str(model.config.name_or_path), reason)) from None
     _require_all_used(adapted, adapter_dir)
     return _trained_in_float32(adapted)
+
+
+def _without_tensor_parallel() -> None:
+    """peft 0.19, to load an adapter where processes are distributed, imports a class that transformers 5.0 lacks."""
+    from peft.utils import save_and_load
+    from transformers.integrations import tensor_parallel
+
+    if not hasattr(tensor_parallel, "EmbeddingParallel"):
+        save_and_load._maybe_shard_state_dict_for_tp = lambda *_: None
 
 
 def _trained_in_float32(adapted: "PeftModel") -> "PeftModel":
