@@ -1,6 +1,6 @@
 """The export against llama.cpp's own chain and against what the machine allows, on random weights.
 
-python benchmarks/export.py [--shape 2b] [--types Q4_0 Q4_K_M Q8_0] [--scratch DIR] [--converter DIR]
+python benchmarks/export.py [--shape 2b] [--types Q4_0 Q4_K_M Q8_0] [--rounds 3] [--cold] [--scratch DIR]
 python benchmarks/export.py --shape 7b --types Q4_K_M     (one export: time and memory; the weights are removed)
 
 The chain is what users run: peft merges and saves, convert_hf_to_gguf.py --outtype f16, llama_model_quantize; each step
@@ -10,8 +10,10 @@ writes the results, in the same threads and chunks as the export, and nothing el
 """
 
 import argparse
+import bisect
 import ctypes
 import importlib.metadata
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +23,7 @@ import tarfile
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -157,53 +160,68 @@ def make_adapter(directory: Path, base_dir: Path, shape: str) -> Path:
     return directory
 
 
-def step_export(base: str, adapter: str, output: str, *quant_types: str) -> None:
+def step_export(base: str, adapter: str, output: str, *quant_types: str) -> dict[str, float]:
+    fill, took = streaming.fill, {}
+
+    def timed(*given: Any, **named: Any) -> Any:
+        start = time.monotonic()
+        made = fill(*given, **named)
+        took["stream_s"] = time.monotonic() - start
+        return made
+
+    streaming.fill = timed
     export.to_gguf(model=base, adapter=adapter, output=output, quant_type=quant_types[0], quant_types=quant_types[1:])
+    return took
 
 
-def step_limit(base: str, adapter: str, output: str, quant_type: str) -> None:
-    """The threads, chunks and bytes of the export; the numbers are always the same."""
+def step_limit(base: str, adapter: str, output: str, quant_type: str) -> dict[str, float]:
+    """The threads, chunks and bytes of the export, into buffers that are made once; the numbers are always the same."""
+    import gguf
     import numpy as np
 
     made = export.Export.of(models.find(base), Path(adapter), None, quant_type)
-    types = made.types(quant_type)
-    rows = made.architecture.shape.head_dim
-    chunks, lock = streaming._chunks(made.shapes, rows), threading.Lock()
-    numbers = np.random.default_rng(2).normal(
-        0, 0.02, max(chunk.numbers for chunk in streaming._chunks(made.shapes, rows))
-    )
-    source = numbers.astype(np.float32)
-    streams = iter([file.open("rb", buffering=0) for file in made.merged.base.files])
-    current = [next(streams)]
-    out = os.open(output, os.O_WRONLY | os.O_CREAT)
-    place = [0]
+    types, whole_rows = made.types(quant_type), made.architecture.shape.head_dim
+    largest = max(chunk.numbers for chunk in streaming._chunks(made.shapes, whole_rows))
+    numbers = np.random.default_rng(2).normal(0, 0.02, largest).astype(np.float32)
+    chunks, lock = streaming._chunks(made.shapes, whole_rows), threading.Lock()
+    sources = [os.open(file, os.O_RDONLY) for file in made.merged.base.files]
+    ends = list(itertools.accumulate(os.fstat(source).st_size for source in sources))
+    out, places = os.open(output, os.O_WRONLY | os.O_CREAT), {"read": 0, "written": 0}
+    ggml = quantization.library()
 
-    def bytes_of_base(count: int) -> bytes:
-        found = current[0].read(count)
-        while len(found) < count and (following := next(streams, None)) is not None:
-            current[0] = following
-            found += following.read(count - len(found))
-        return found
+    def advanced(which: str, size: int) -> int:
+        with lock:
+            places[which] += size
+            return places[which] - size
+
+    def read_at(place: int, into: memoryview) -> None:
+        """Of the files one behind another."""
+        while into and place < ends[-1]:
+            index = bisect.bisect_right(ends, place)
+            got = os.preadv(sources[index], [into], place - (ends[index - 1] if index else 0))
+            into, place = into[got:], place + got
 
     def run() -> None:
+        stored, written = np.zeros(2 * largest, np.uint8), np.zeros(4 * largest, np.uint8)
         while True:
             with lock:
-                chunk = next(chunks, None)
-                if chunk is None:
+                if (chunk := next(chunks, None)) is None:
                     return
-                bytes_of_base(2 * chunk.numbers)
-            matrix = source[: chunk.numbers].reshape(-1, chunk.columns)
-            content = streaming._bytes(matrix, types[chunk.name], None, chunk)
-            with lock:
-                first = place[0]
-                place[0] += len(content)
-            streaming._write_at(out, content, first)
+            size = 2 * chunk.numbers
+            read_at(advanced("read", size), stored[:size].data)
+            kind = gguf.GGMLQuantizationType[types[chunk.name]]
+            content = numbers[: chunk.numbers].view(np.uint8)
+            if kind != gguf.GGMLQuantizationType.F32:
+                rows, addresses = chunk.numbers // chunk.columns, (numbers.ctypes.data, written.ctypes.data)
+                size = ggml.ggml_quantize_chunk(int(kind), *addresses, 0, rows, chunk.columns, None)
+                content = written[:size]
+            streaming._write_at(out, content.data, advanced("written", content.nbytes))
 
-    with ThreadPoolExecutor(streaming.workers()) as pool:
+    start = time.monotonic()
+    with streaming._flushed([out]), ThreadPoolExecutor(streaming.workers()) as pool:
         for one in [pool.submit(run) for _ in range(streaming.workers())]:
             one.result()
-    os.fsync(out)
-    os.close(out)
+    return {"stream_s": time.monotonic() - start}
 
 
 def step_merge(base: str, adapter: str, output: str) -> None:
@@ -241,7 +259,7 @@ def run(*command: str) -> Run:
     ended = threading.Event()
 
     def sample() -> None:
-        while not ended.wait(0.02):
+        while not ended.wait(0.2):  # each look holds the process up for a moment
             try:
                 text = Path(f"/proc/{child.pid}/smaps_rollup").read_text(encoding="ascii")
             except OSError:
@@ -283,62 +301,81 @@ def converter(directory: Path) -> Path:
 
 def row(name: str, done: Run, ratio: str) -> tuple[str, ...]:
     sizes = [f"{size / 1e9:.2f}" for size in (done.anonymous, done.mapped, done.written)]
-    return (name, f"{done.seconds:.1f}", *sizes, ratio)
+    stream = f"{done.said['stream_s']:.1f}" if "stream_s" in done.said else ""
+    return (name, f"{done.seconds:.1f}", stream, *sizes, ratio)
 
 
-HEADER = ("", "seconds", "anonymous GB", "mapped GB", "written GB", "ratio")
+HEADER = ("", "seconds", "streaming", "anonymous GB", "mapped GB", "written GB", "ratio")
 
 
-def compare(scratch: Path, base: Path, adapter: Path, quant_types: list[str], converter_dir: Path) -> Table:
+def forget(directory: Path) -> None:
+    """The next reader finds the files on the disk, not in the memory of the system, as with a base just attached."""
+    for file in directory.iterdir():
+        opened = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(opened)
+
+
+def median(runs: Sequence[Run]) -> Run:
+    return sorted(runs, key=lambda run: run.said["stream_s"])[len(runs) // 2]
+
+
+def compare(scratch: Path, base: Path, adapter: Path, given: argparse.Namespace, converter_dir: Path) -> Table:
     merged = run("merge", str(base), str(adapter), str(scratch / "merged"))
     whole = scratch / "f16.gguf"
-    converted = run(
-        str(converter_dir / "convert_hf_to_gguf.py"),
-        str(scratch / "merged"),
-        "--outfile",
-        str(whole),
-        "--outtype",
-        "f16",
-    )
+    script = str(converter_dir / "convert_hf_to_gguf.py")
+    converted = run(script, str(scratch / "merged"), "--outfile", str(whole), "--outtype", "f16")
+    shutil.rmtree(scratch / "merged")
     rows = [row("peft merges and saves", merged, ""), row("convert_hf_to_gguf.py", converted, "")]
-    for quant_type in quant_types:
+    for quant_type in given.types:
         file = scratch / "x.gguf"
         theirs = run("quantise", str(whole), str(file), quant_type)
         file.unlink()
-        limit = run("limit", str(base), str(adapter), str(file), quant_type)
-        file.unlink()
-        ours = run("export", str(base), str(adapter), str(file), quant_type)
-        file.unlink()
+        took: dict[str, list[Run]] = {"limit": [], "export": []}
+        for step in list(took) * given.rounds:
+            if given.cold:
+                forget(base)
+            took[step].append(run(step, str(base), str(adapter), str(file), quant_type))
+            file.unlink()
+        limit, ours = map(median, took.values())
+        ratios = [x.said["stream_s"] / y.said["stream_s"] for x, y in zip(*took.values(), strict=True)]
+        steps = (merged, converted, theirs)
         chain = Run(
-            merged.seconds + converted.seconds + theirs.seconds,
-            max(each.anonymous for each in (merged, converted, theirs)),
-            max(each.mapped for each in (merged, converted, theirs)),
-            merged.written + converted.written + theirs.written,
+            sum(step.seconds for step in steps),
+            max(step.anonymous for step in steps),
+            max(step.mapped for step in steps),
+            sum(step.written for step in steps),
             {},
         )
+        spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if given.rounds > 1 else ""
+        ratio = f"{limit.said['stream_s'] / ours.said['stream_s']:.2f}{spread}"
         rows += [
-            row(f"{quant_type}: llama.cpp's chain", chain, f"{chain.seconds / ours.seconds:.2f} of ours"),
-            row(f"{quant_type}: export", ours, f"{limit.said['seconds'] / ours.said['seconds']:.2f} of the limit"),
+            row(f"{quant_type}: llama.cpp's chain", chain, f"{chain.seconds / ours.seconds:.1f} of ours"),
+            row(f"{quant_type}: export", ours, f"{ratio} of the limit"),
             row(f"{quant_type}: limit", limit, ""),
         ]
-    if len(quant_types) > 1:
-        together = run("export", str(base), str(adapter), str(scratch / "y.gguf"), *quant_types)
-        rows.append(row(f"export of {', '.join(quant_types)} at once", together, ""))
-    return Table(HEADER, rows, f"{THREADS} threads; whole processes, the ratio to the limit without their start.")
+        print(*rows[-3:], sep="\n", flush=True)
+    if len(given.types) > 1:
+        together = run("export", str(base), str(adapter), str(scratch / "y.gguf"), *given.types)
+        rows.append(row(f"export of {', '.join(given.types)} at once", together, ""))
+    kept = "the base is read from the disk" if given.cold else "the base is in the system's memory"
+    note = "whole processes; streaming is what is left of them without start, checks before and reading back."
+    return Table(HEADER, rows, f"{THREADS} threads; {kept}; medians of {given.rounds}; {note}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="2b", choices=SHAPES)
     parser.add_argument("--types", nargs="+", default=["Q4_0", "Q4_K_M", "Q8_0"], choices=quantization.QUANT_TYPES)
+    parser.add_argument("--rounds", type=int, default=3, help="limit and export in turn, for the median")
+    parser.add_argument("--cold", action="store_true", help="before each, the base is put out of the system's memory")
     parser.add_argument("--scratch", type=Path, help="where gigabytes may be written for a while")
     parser.add_argument("--converter", type=Path, help="llama.cpp's source with convert_hf_to_gguf.py, else fetched")
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
-        start, used = time.monotonic(), time.process_time()
-        STEPS[arguments.step[0]](*arguments.step[1:])
-        print(json.dumps({"seconds": time.monotonic() - start, "cpu_s": time.process_time() - used}))
+        took = STEPS[arguments.step[0]](*arguments.step[1:]) or {}
+        print(json.dumps(took))
         return
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as directory:
         scratch = Path(directory)
@@ -349,7 +386,7 @@ def main() -> None:
             table = Table(HEADER, [row(f"export of {', '.join(arguments.types)}", done, "")])
         else:
             found = arguments.converter or converter(scratch)
-            table = compare(scratch, base, adapter, arguments.types, found)
+            table = compare(scratch, base, adapter, arguments, found)
     numbers = sum(prod(size) for shard in weights(arguments.shape) for size in shard.values())
     print(f"{arguments.shape}: {numbers / 1e9:.2f}·10⁹ numbers\n{table}")
 

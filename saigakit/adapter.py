@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -68,7 +68,8 @@ _KNOWN = {
 _NAMED = {"fan_in_fan_out": "transposed layers (fan_in_fan_out)"}
 _KEEPS_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # other starts change the base weights too
 # BLAS may round a product of other rows differently: always the same blocks, so that rows equal those of the whole.
-_BLOCK = 512
+_BLOCK = 128
+_KEPT = 4  # matrices in memory that every block of rows needs whole
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Adapter:
     trained: Mapping[str, str] = field(default_factory=dict)  # whole tensors in place of the base's
     copies: Mapping[str, str] = field(default_factory=dict)  # the base's own, stored beside LoRA on embeddings or head
     keeps_tied: bool = False  # embeddings and head were trained as one
+    _last: "dict[str, Array]" = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, directory: Path) -> Self:
@@ -162,16 +164,25 @@ class Adapter:
         product = np.empty((end - start, right.shape[1]), np.float32)
         for block in range(0, end - start, _BLOCK):
             np.matmul(left[block : block + _BLOCK], right, out=product[block : block + _BLOCK])
-        product *= update.scale
         return product[first - start : stop - start]
 
     def _factors(self, update: Update, rows: slice) -> "tuple[Array, Array]":
+        """The second one is scaled."""
         import numpy as np
 
         if not update.of_embeddings:
-            return self.weights.read(update.b, rows), self.weights.read(update.a)
-        by_tokens = np.ascontiguousarray(self.weights.read(update.a)[:, rows].T)
-        return by_tokens, np.ascontiguousarray(self.weights.read(update.b).T)
+            return self.weights.read(update.b, rows), self._kept(update.a, lambda a: a * update.scale)
+        by_tokens = self._kept(update.a, lambda a: np.ascontiguousarray(a.T))
+        return by_tokens[rows], self._kept(update.b, lambda b: np.ascontiguousarray(b.T) * update.scale)
+
+    def _kept(self, name: str, made_of: "Callable[[Array], Array]") -> "Array":
+        """What is made of a stored matrix, and kept while the blocks of rows that need it are read."""
+        made = self._last.get(name)
+        if made is None:
+            made = self._last[name] = made_of(self.weights.read(name))
+            for old in list(self._last)[:-_KEPT]:
+                self._last.pop(old, None)
+        return made
 
 
 def _read_config(file: Path) -> dict[str, Any]:

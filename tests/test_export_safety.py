@@ -52,13 +52,17 @@ for _ in range(kills):
 assert os.waitpid(started(output), 0)[1] == 0
 """
 FULL = """
-import sys
-from saigakit import errors, export
+import os, sys
+from saigakit import errors, export, workspace
+if sys.argv[4] == "unasked":  # as where another program takes the room a moment later
+    workspace.require_disk = lambda *_: None
 try:
     export.to_gguf(model=sys.argv[1], adapter=sys.argv[2], output=sys.argv[3], quant_type="F32")
 except errors.SaigaError as error:
     print(error)
+print("left:", os.listdir(os.path.dirname(sys.argv[3])))
 """
+SMALL_DISK = ["unshare", "--mount", "--map-root-user", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"']
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +72,9 @@ def made(tiny, tmp_path_factory):
     return base, small_models.adapter(directory / "adapter", base)
 
 
-def run(program, *arguments, **options):
+def run(program, *arguments, before=(), **options):
     environment = {"PYTHONPATH": str(Path(export.__file__).parents[1]), "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
-    command = [sys.executable, "-c", program, *map(str, arguments)]
+    command = [*before, sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **options)
 
 
@@ -86,12 +90,25 @@ def test_an_export_that_is_killed_at_random_moments_leaves_no_file_and_a_rerun_m
     assert not list(output.parent.glob(".*"))
 
 
-def test_a_disk_that_fills_up_is_a_sentence_and_leaves_nothing(made, tmp_path):
+def test_a_file_that_may_not_grow_is_a_sentence_and_leaves_nothing(made, tmp_path):
     limit = 1_000_000  # bytes of a file
-    output = tmp_path / "x.gguf"
-    done = run(FULL, *made, output, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    output, limits = tmp_path / "x.gguf", (limit, limit)
+    done = run(FULL, *made, output, "asked", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
     assert f"{output} could not be written: " in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [("asked", " GB of disk at "), ("unasked", "x.gguf could not be written: [Errno 28] No space left on device")],
+)
+def test_a_disk_that_is_too_small_is_a_sentence_and_leaves_nothing(made, tmp_path, asked, said):
+    before = [*SMALL_DISK, str(tmp_path)]
+    if subprocess.run([*before, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("This machine does not let a test mount a tmpfs (unshare --mount).")
+    done = run(FULL, *made, tmp_path / "x.gguf", asked, before=before)
+    assert said in done.stdout, done.stdout + done.stderr
+    assert "left: []" in done.stdout
 
 
 def test_several_types_from_one_read_in_small_chunks_are_the_files_made_one_by_one(made, tmp_path, monkeypatch):

@@ -37,6 +37,7 @@ def file(tmp_path):
 def written(file, monkeypatch):
     """What was written, part by part: the matrix in two."""
     monkeypatch.setattr(streaming, "_NUMBERS", 1)
+    monkeypatch.setattr(streaming, "_ROWS", 512)
     start = container.write_header(writer_of(file), SHAPES, TYPES)
     (parts,) = streaming.fill([streaming.Target(file, TYPES, start)], SHAPES, lambda name, rows: TENSORS[name][rows])
     return parts
