@@ -1,13 +1,15 @@
-"""A model and the user's records into an importance matrix before quantising, and into a table of quality after."""
+"""A model and the user's records into an importance matrix before quantising."""
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from saigakit import activations, data, export, models, quality, rows, tokenization, workspace
+from saigakit import activations, data, export, manifest, models, rows, sources, tokenization, workspace
+from saigakit.errors import SaigaError
 from saigakit.rows import Rows
-from saigakit.tables import Table
 
+OF_RECORDS = "records"  # for `importance`: a matrix of the records that the model was trained on
+STAGE, _MATRIX = "03_importance", "imatrix.gguf"
 _CONVERSATIONS = 2_000  # evenly spread over the file; more do not change a matrix
 
 
@@ -26,7 +28,7 @@ def importance_of_records(
 
     A Q8_0 GGUF is made in the scratch directory for it, and deleted. Raises SaigaError where there is no room for it.
     """
-    ids = _rows(records, model, base_source, max_seq_length)
+    ids = token_rows(records, model, base_source, max_seq_length)
     with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
         whole = export.to_gguf(
             model=model,
@@ -45,31 +47,51 @@ def importance_of_records(
     return made.write(output)
 
 
-def quality_by_type(
-    files: Mapping[str, Path],
-    reference: str | Path,
-    records: str | Path,
+def matrix_for(
+    importance: str | None,
     *,
     model: str,
+    run_dir: str | Path,
+    adapter: str | None = "02_train",
     base_source: str | None = None,
-    max_seq_length: int = 2048,
-    max_tokens: int = 5_000,
+    max_tokens: int = 20_000,
     n_gpu_layers: int = 0,
-) -> Table:
-    """Size, perplexity, divergence and equal top tokens of each file on the answers of held-out `records`.
+) -> Path | None:
+    """What `export.merge_gguf` takes as importance: nothing or the file as it is, or "records".
 
-    `reference` is a float16 or Q8_0 GGUF of the same model; it is read once for each file.
+    Then it is a matrix of the training records of 01_format, made once and kept in `run_dir`/03_importance.
     """
-    held_out = _rows(records, model, base_source, max_seq_length)
-    chosen = data.spread(held_out, len(held_out) * max_tokens // max(1, sum(held_out.learned)) + 1)
-    measured = {
-        name: quality.against(reference, file, chosen, max_tokens=max_tokens, n_gpu_layers=n_gpu_layers)
-        for name, file in files.items()
+    if importance != OF_RECORDS:
+        return None if importance is None else Path(importance)
+    spec, records = models.find(model), Path(run_dir) / "01_format" / "train.jsonl"
+    if not records.is_file():
+        raise SaigaError(f"importance={OF_RECORDS!r} needs {records}: run 01_format first, or give a file.")
+    adapter_dir = None if adapter is None else sources.adapter_dir(spec, adapter, run_dir)
+    final = Path(run_dir) / STAGE
+    identity: dict[str, Any] = {
+        "stage": STAGE,
+        "parameters": {"model": model, "base_source": base_source, "max_tokens": max_tokens},
+        "inputs": {
+            "records": manifest.sha256(records),
+            "adapter": None if adapter_dir is None else manifest.hashes(adapter_dir),
+        },
     }
-    return quality.table(files, measured)
+    if not manifest.is_kept(final, **identity):
+        with manifest.making(final, **identity) as partial:
+            importance_of_records(
+                records,
+                model=model,
+                adapter=adapter_dir,
+                output=partial / _MATRIX,
+                base_source=base_source,
+                max_tokens=max_tokens,
+                n_gpu_layers=n_gpu_layers,
+            )
+    return final / _MATRIX
 
 
-def _rows(records: str | Path, model: str, base_source: str | None, limit: int) -> Rows:
+def token_rows(records: str | Path, model: str, base_source: str | None, limit: int) -> Rows:
+    """Conversations evenly spread over a file, as training has them."""
     spec = models.find(model)
     conversations = data.spread(data.read_conversations(records), _CONVERSATIONS)
     tokenizer = tokenization.load_tokenizer(spec.name, base_source)

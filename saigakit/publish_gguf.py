@@ -19,6 +19,7 @@ from saigakit import (
     markdown,
     models,
     publish,
+    quality_by_type,
     results,
 )
 from saigakit.errors import SaigaError
@@ -135,12 +136,12 @@ def _origin(directory: Path, inputs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _compared(stage_dir: Path, content: manifest.Manifest) -> str:
-    """The table of 04_infer beside the stage; empty where it is missing or of other files."""
+    """The table of 04_infer beside the stage, and what quantising cost; empty where both are missing or of others."""
+    tables = [quality_by_type.kept(stage_dir, content)]
     directory = stage_dir.parent / evaluate.STAGE
-    if not (directory / manifest.NAME).is_file():
-        return ""
-    if manifest.read(directory)["inputs"].get("gguf") != content["outputs"]:
-        print(f"{directory} compared another GGUF: its numbers are not in the model card.", flush=True)
-        return ""
-    found = results.show_table(results.read(directory))
-    return f"{markdown.table(found.header, found.rows)}\n\n{found.note}\n"
+    if (directory / manifest.NAME).is_file():
+        if manifest.read(directory)["inputs"].get("gguf") == content["outputs"]:
+            tables.insert(0, results.show_table(results.read(directory)))
+        else:
+            print(f"{directory} compared another GGUF: its numbers are not in the model card.", flush=True)
+    return "\n".join(f"{markdown.table(found.header, found.rows)}\n\n{found.note}\n" for found in tables if found)

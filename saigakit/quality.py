@@ -106,12 +106,12 @@ def _log_probabilities(logits: "Row") -> "Row":
     return shifted
 
 
-def table(files: Mapping[str, Path], measured: Mapping[str, Quality]) -> Table:
-    """A row for each name in `measured`: the size of its file, and what quantising cost."""
+def table(sizes: Mapping[str, int], measured: Mapping[str, Quality]) -> Table:
+    """A row for each name in `measured`: the bytes of its file, and what quantising cost."""
     rows = [
         (
             name,
-            f"{files[name].stat().st_size / workspace.GB:.2f}",
+            f"{sizes[name] / workspace.GB:.2f}",
             f"{found.perplexity:.3f}",
             f"{100 * (found.perplexity / found.reference_perplexity - 1):+.1f}",
             f"{found.divergence:.4f}",

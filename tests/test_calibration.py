@@ -3,7 +3,7 @@
 import gguf
 import pytest
 
-from saigakit import calibration, data, export, tokenization, workspace
+from saigakit import calibration, data, export, quality_by_type, tokenization, workspace
 from saigakit.importance import Importance
 
 MODEL = "saiga_tiny"
@@ -31,7 +31,7 @@ def test_the_scratch_directory_is_left_empty(matrix):
     assert not list(workspace.scratch_dir().rglob("q8_0.gguf"))
 
 
-def test_the_table_compares_files_with_and_without_it(tiny, matrix, tmp_path):
+def test_files_with_and_without_it_are_compared_with_and_without_it(tiny, matrix, tmp_path):
     options = {"model": MODEL, "adapter": "released"}
     reference = export.to_gguf(**options, output=tmp_path / "f16.gguf", quant_type="F16")
     files = {
@@ -39,7 +39,6 @@ def test_the_table_compares_files_with_and_without_it(tiny, matrix, tmp_path):
         for name, importance in (("plain", None), ("weighed", matrix))
     }
     assert gguf.GGUFReader(files["Q4_0 weighed"]).get_field("quantize.imatrix.file").contents() == "imatrix.gguf"
-    table = calibration.quality_by_type(files, reference, tiny / "records.jsonl", model=MODEL, max_tokens=500)
-    assert [row[0] for row in table.rows] == ["Q4_0 plain", "Q4_0 weighed"]
-    divergences = [float(row[4]) for row in table.rows]
-    assert all(divergence > 0 for divergence in divergences)
+    found = quality_by_type.qualities(files, reference, tiny / "records.jsonl", model=MODEL, max_tokens=500)
+    assert found["Q4_0 plain"].divergence != found["Q4_0 weighed"].divergence
+    assert all(0 < one.divergence < 1 and one.tokens >= 500 for one in found.values())

@@ -1,0 +1,155 @@
+"""A finished 03_merge_gguf and held-out records into what quantising cost, by quant type."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from saigakit import calibration, data, export, manifest, models, quality, sources, workspace
+from saigakit.gguf_files import Export, beside
+from saigakit.quality import Quality
+from saigakit.tables import Table
+
+STAGE, _MEASURED = "03_quality", "quality.json"
+_REFERENCES = ("F16", "Q8_0")
+
+
+def of_stage(
+    stage_dir: str | Path,
+    *,
+    quant_types: Sequence[str] = (),
+    importance: Path | None = None,
+    max_tokens: int = 500,
+    n_gpu_layers: int = 0,
+) -> Table | None:
+    """What quantising cost the files of a finished 03_merge_gguf, on answers of the held-out records of 01_format.
+
+    Also what it would cost in `quant_types`. Their files and the reference, float16 or Q8_0, are made in the scratch
+    directory and deleted; what was measured is kept beside the stage, in 03_quality. None, with a sentence that says
+    why, where there are no held-out records, no room, or `max_tokens` is 0.
+    """
+    stage = Path(stage_dir)
+    content, records = manifest.require_stage(stage, export.STAGE), stage.parent / "01_format" / "held_out.jsonl"
+    final = stage.parent / STAGE
+    identity: dict[str, Any] = {
+        "stage": STAGE,
+        "parameters": {"max_tokens": max_tokens, "quant_types": list(quant_types)},
+        "inputs": {
+            "gguf": content["outputs"],
+            "held_out": manifest.sha256(records) if records.is_file() else None,
+            "importance": None if importance is None else manifest.sha256(importance),
+        },
+    }
+    if not max_tokens or not records.is_file():
+        reason = f"there is no {records}, which 01_format makes" if max_tokens else "no tokens are asked for"
+        return print(f"What quantising cost is not measured: {reason}.", flush=True)
+    if not manifest.is_kept(final, **identity):
+        compared = _Compared.of(stage, content, quant_types, importance)
+        if (reference := compared.reference()) is None:
+            return print(f"What quantising cost is not measured: {compared.lacks}.", flush=True)
+        with manifest.making(final, **identity) as partial:
+            found = compared.measured(reference, records, max_tokens, n_gpu_layers)
+            manifest.write_text(partial / _MEASURED, json.dumps(found, indent=1))
+    return kept(stage, content)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """The files of a stage, and the further ones that are made for the comparison."""
+
+    files: Mapping[str, Path]  # by quant type
+    options: Mapping[str, Any]  # of to_gguf
+    export: Export
+
+    @classmethod
+    def of(cls, stage: Path, content: manifest.Manifest, quant_types: Sequence[str], importance: Path | None) -> Self:
+        asked = content["parameters"]
+        spec, base_source, adapter = models.find(asked["model"]), asked["base_source"], asked["adapter"]
+        options = {
+            "adapter": None if adapter is None else sources.adapter_dir(spec, adapter, stage.parent),
+            "base_source": base_source,
+            "merge_into": asked["merge_into"],
+            "importance": importance,
+        }
+        files = {facts["quant_type"]: stage / name for name, facts in content["files"].items()}
+        further = [each for each in quant_types if each not in files]
+        adapters, into = options["adapter"], options["merge_into"]
+        made = Export.of(spec, adapters, base_source, _REFERENCES[0], into, importance, further)
+        return cls(files, options, made)
+
+    @property
+    def further(self) -> Sequence[str]:
+        return self.export.quant_types[1:]
+
+    def reference(self) -> str | None:
+        """The best quant type that the scratch disk and the memory have room for, beside the further files."""
+        free, memory = workspace.free_disk(workspace.scratch_dir()), workspace.available_memory()
+        return next(
+            (each for each in _REFERENCES if self._needed(each) < free and self.export.bytes(each) < memory), None
+        )
+
+    @property
+    def lacks(self) -> str:
+        directory, least = workspace.scratch_dir(), _REFERENCES[-1]
+        return (
+            f"it takes {self._needed(least) / workspace.GB:.1f} GB of disk at {directory}, where "
+            f"{workspace.free_disk(directory) / workspace.GB:.1f} GB are free, and "
+            f"{self.export.bytes(least) / workspace.GB:.1f} GB of memory, of which "
+            f"{workspace.available_memory() / workspace.GB:.1f} GB are free"
+        )
+
+    def _needed(self, reference: str) -> int:
+        return sum(map(self.export.bytes, [reference, *self.further]))
+
+    def measured(self, reference: str, records: Path, max_tokens: int, n_gpu_layers: int) -> dict[str, Any]:
+        model = self.export.spec.name
+        with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
+            whole = Path(scratch) / "reference.gguf"
+            export.to_gguf(model=model, output=whole, quant_type=reference, quant_types=self.further, **self.options)
+            files = {each: beside(whole, each) for each in self.further} | dict(self.files)
+            files = {each: files[each] for each in sorted(files, key=lambda each: -files[each].stat().st_size)}
+            found = qualities(
+                files,
+                whole,
+                records,
+                model=model,
+                base_source=self.options["base_source"],
+                max_tokens=max_tokens,
+                n_gpu_layers=n_gpu_layers,
+            )
+            sizes = {each: file.stat().st_size for each, file in files.items()}
+        return {"reference": reference, "bytes": sizes, "types": {each: asdict(found[each]) for each in found}}
+
+
+def kept(stage_dir: Path, content: manifest.Manifest) -> Table | None:
+    """What `of_stage` has kept; None where it has not run, or for other files."""
+    directory = stage_dir.parent / STAGE
+    if not (directory / manifest.NAME).is_file() or manifest.read(directory)["inputs"]["gguf"] != content["outputs"]:
+        return None
+    found = json.loads((directory / _MEASURED).read_text(encoding="utf-8"))
+    return quality.table(found["bytes"], {name: Quality(**values) for name, values in found["types"].items()})
+
+
+def qualities(
+    files: Mapping[str, Path],
+    reference: str | Path,
+    records: str | Path,
+    *,
+    model: str,
+    base_source: str | None = None,
+    max_seq_length: int = 2048,
+    max_tokens: int = 5_000,
+    n_gpu_layers: int = 0,
+) -> dict[str, Quality]:
+    """Perplexity, divergence and equal top tokens of each file on the answers of held-out `records`.
+
+    `reference` is a float16 or Q8_0 GGUF of the same model; it is read once for each file.
+    """
+    held_out = calibration.token_rows(records, model, base_source, max_seq_length)
+    chosen = data.spread(held_out, len(held_out) * max_tokens // max(1, sum(held_out.learned)) + 1)
+    return {
+        name: quality.against(reference, file, chosen, max_tokens=max_tokens, n_gpu_layers=n_gpu_layers)
+        for name, file in files.items()
+    }

@@ -1,0 +1,90 @@
+"""What quantising cost the files of a stage: measured once, kept beside it, never in its way."""
+
+import shutil
+
+import pytest
+
+from saigakit import calibration, export, manifest, quality, quality_by_type, report, workspace
+from saigakit.errors import SaigaError
+
+MODEL = "saiga_tiny"
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny, tmp_path_factory):
+    """A finished 01_format, and a finished 03_merge_gguf with a matrix of the records."""
+    made = tmp_path_factory.mktemp("run")
+    records = str(tiny / "records.jsonl")
+    report.check_records(model=MODEL, records=records, held_out=records, run_dir=made)
+    options = {"model": MODEL, "adapter": "released", "run_dir": made}
+    matrix = calibration.matrix_for("records", max_tokens=500, **options)
+    export.merge_gguf(**options, quant_type="Q4_K_M", importance=matrix)
+    return made
+
+
+@pytest.fixture
+def stage(run_dir, tmp_path):
+    return shutil.copytree(run_dir, tmp_path / "run") / "03_merge_gguf"
+
+
+def scratch():
+    return sorted(workspace.scratch_dir().rglob("reference*.gguf"))
+
+
+def test_a_stage_and_further_types_are_measured_once(stage, capsys):
+    matrix = stage.parent / "03_importance" / "imatrix.gguf"
+    table = quality_by_type.of_stage(stage, quant_types=("Q2_K", "Q8_0", "Q4_K_M"), importance=matrix, max_tokens=300)
+    divergence = {row[0]: float(row[4]) for row in table.rows}
+    assert list(divergence) == ["Q8_0", "Q4_K_M", "Q2_K"]  # the largest first
+    assert 0 <= divergence["Q8_0"] < divergence["Q4_K_M"] < divergence["Q2_K"]
+    assert not scratch()
+    again = quality_by_type.of_stage(stage, quant_types=("Q2_K", "Q8_0", "Q4_K_M"), importance=matrix, max_tokens=300)
+    assert again == table and "03_quality: " in capsys.readouterr().out
+    content = manifest.read(stage)
+    assert quality_by_type.kept(stage, content) == table
+    assert quality_by_type.kept(stage, {**content, "outputs": {"model.gguf": "of another"}}) is None
+
+
+def test_an_interrupted_measurement_leaves_the_stage_and_nothing_else(stage, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quality, "against", interrupted)
+    before = manifest.hashes(stage)
+    with pytest.raises(KeyboardInterrupt):
+        quality_by_type.of_stage(stage)
+    assert manifest.hashes(stage) == before
+    assert not (stage.parent / "03_quality").exists() and not scratch()
+
+
+@pytest.mark.parametrize(
+    ("free", "reference"), [(10**12, "F16"), (350_000, "Q8_0"), (1000, None)], ids=["room", "little", "none"]
+)
+def test_the_reference_is_the_best_that_the_disk_has_room_for(stage, monkeypatch, capsys, free, reference):
+    monkeypatch.setattr(workspace, "free_disk", lambda _: free)
+    monkeypatch.setattr(workspace, "require_disk", lambda *_: None)
+    table = quality_by_type.of_stage(stage, max_tokens=20)
+    said = capsys.readouterr().out
+    assert (table is None) == (reference is None)
+    assert ("is not measured: it takes 0.0 GB of disk at " in said) == (reference is None)
+    if reference:
+        assert f'"reference": "{reference}"' in (stage.parent / "03_quality" / "quality.json").read_text("utf-8")
+
+
+@pytest.mark.parametrize(("tokens", "said"), [(0, "no tokens are asked for"), (10, "which 01_format makes")])
+def test_what_is_missing_is_said(stage, capsys, tokens, said):
+    if tokens:
+        (stage.parent / "01_format" / "held_out.jsonl").unlink()
+    assert quality_by_type.of_stage(stage, max_tokens=tokens) is None
+    assert "What quantising cost is not measured: " in (printed := capsys.readouterr().out) and said in printed
+
+
+def test_a_matrix_of_the_records_is_made_once_and_a_file_is_taken_as_it_is(run_dir, tmp_path, capsys):
+    options = {"model": MODEL, "adapter": "released"}
+    made = calibration.matrix_for("records", max_tokens=500, run_dir=run_dir, **options)
+    assert made == run_dir / "03_importance" / "imatrix.gguf" and "kept" in capsys.readouterr().out
+    assert manifest.read(run_dir / "03_merge_gguf")["inputs"]["importance"] == manifest.sha256(made)
+    assert calibration.matrix_for(None, run_dir=tmp_path, **options) is None
+    assert calibration.matrix_for("a.gguf", run_dir=tmp_path, **options).name == "a.gguf"
+    with pytest.raises(SaigaError, match=r"needs .*train\.jsonl: run 01_format first"):
+        calibration.matrix_for("records", run_dir=tmp_path, **options)
