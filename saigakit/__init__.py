@@ -10,7 +10,7 @@ errors < progress < models < config < workspace < install < manifest < tables < 
 < curve < training_log < evaluation < training_run < earlier < trainer < loading < worker < train < quantization
 < architecture < vocabulary < forward < importance < activations < quality < container < streaming < estimate_export
 < read_back < sizes < fit < chat_format < modelfile < markdown < gguf_card < lineage < companions < gguf_files
-< export < export_beside < lora_gguf < merged_safetensors < calibration < quality_by_type < infer < metrics < results
+< export < lora_gguf < merged_safetensors < calibration < export_beside < quality_by_type < infer < metrics < results
 < evaluate < summary < card < publish < kernels < kaggle_models < publish_gguf < parameters < execution < runner
 < conversation < cli
 """

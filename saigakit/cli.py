@@ -145,10 +145,14 @@ def train(file: str, parameters: Sequence[tuple[str, Any]]) -> None:
     "--adapter", "adapters", multiple=True, metavar="PATH[:WEIGHT]",
     help='A finished 02_train, a directory or Hub id, or "released"; several are added up; none: the base alone.',
 )  # fmt: skip
-@click.option("--output", required=True, help="The GGUF file to make.")
+@click.option("--output", required=True, help="The file or directory to make.")
 @click.option("--quant-type", "quant_types", multiple=True, help="Q4_K_M if not given; several come of one read.")
 @click.option("--merge-into", type=click.Choice(["original", "dequantized"]), help="Which base the adapter goes into.")
-@click.option("--importance", help="An importance matrix of llama.cpp's.")
+@click.option("--importance", help="An importance matrix of llama.cpp's, or records to make one of.")
+@click.option(
+    "--format", "file_format", type=click.Choice(["gguf", "lora", "safetensors"]), default="gguf",
+    help="gguf; lora: the adapter alone as a GGUF; safetensors: the merged model for transformers.",
+)  # fmt: skip
 @_BASE_SOURCE
 def export(**options: Any) -> None:  # noqa: ANN401
     """Base model and adapter into quantised GGUF files; beside them Ollama's Modelfile, llama-server's command, a card.
@@ -158,10 +162,7 @@ def export(**options: Any) -> None:  # noqa: ANN401
     """
     from saigakit import export_beside
 
-    files, beside = export_beside.export(**options)
-    for file in files:
-        click.echo(f"model: {file} ({file.stat().st_size / 1e6:,.0f} MB)")
-    click.echo(f"beside: {', '.join(file.name for file in beside)}\ntalk:  saigakit chat {files[0]}")
+    click.echo("\n".join(export_beside.export(**options)))
 
 
 @main.command()

@@ -1,36 +1,85 @@
-"""Options of a terminal into GGUF files and what other programs need beside them."""
+"""Options of a terminal into GGUF files with what other programs need beside them, or into another format."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saigakit import companions, models, sources
+from saigakit import calibration, companions, lora_gguf, merged_safetensors, models, sources
 from saigakit import export as exporting
+from saigakit.errors import SaigaError
+
+_MATRICES = (".gguf", ".dat", ".imatrix")
 
 
-def export(
+def export(*, file_format: str, adapters: Sequence[str], **options: Any) -> list[str]:  # noqa: ANN401
+    """Makes it, and says what was made. `adapters`: PATH or PATH:WEIGHT each. The other options are those of `_gguf`.
+
+    Raises SaigaError for options that the format does not take.
+    """
+    weighted = [_weighted(each) for each in adapters]
+    if file_format == "gguf":
+        return _gguf(weighted=weighted, **options)
+    unused = [
+        name for name in ("quant_types", "importance", *(["merge_into"] * (file_format == "lora"))) if options[name]
+    ]
+    if unused:
+        raise SaigaError(f"--format {file_format} does not take --{unused[0].rstrip('s').replace('_', '-')}.")
+    model, output, base_source = (options[name] for name in ("model", "output", "base_source"))
+    if file_format == "safetensors":
+        spec = models.find(model)
+        directories = [(sources.adapter_dir(spec, path), weight) for path, weight in weighted]
+        into = {"merge_into": options["merge_into"]} if options["merge_into"] else {}
+        made = merged_safetensors.to_safetensors(
+            model=model, adapters=directories, output=output, base_source=base_source, **into
+        )
+        return [f"model: {made}, which transformers loads"]
+    if len(weighted) != 1 or weighted[0][1] != 1:
+        raise SaigaError("--format lora takes one --adapter, without a weight.")
+    made = lora_gguf.to_lora_gguf(model=model, adapter=weighted[0][0], output=output, base_source=base_source)
+    return [f"adapter: {_named(made)}; llama.cpp adds it to a GGUF of the base: --lora {made}"]
+
+
+def _gguf(
+    *,
     model: str,
-    adapters: Sequence[str],
+    weighted: Sequence[tuple[str, float]],
     output: str,
     quant_types: Sequence[str],
-    *,
     merge_into: str | None,
     importance: str | None,
     base_source: str | None,
-) -> tuple[list[Path], list[Path]]:
-    """The GGUF files, `output` first, and those beside them. `adapters`: PATH or PATH:WEIGHT each."""
-    weighted, (quant_type, *further) = [_weighted(each) for each in adapters], quant_types or ("Q4_K_M",)
+) -> list[str]:
+    quant_type, *further = quant_types or ("Q4_K_M",)
+    adapter = weighted[0][0] if len(weighted) == 1 and weighted[0][1] == 1 else weighted or None
+    if importance and Path(importance).suffix not in _MATRICES:
+        importance = str(_matrix(importance, model, adapter, output, base_source))
     asked: dict[str, Any] = {"quant_types": further, "merge_into": merge_into, "importance": importance}
-    asked["adapter"] = weighted[0][0] if len(weighted) == 1 and weighted[0][1] == 1 else weighted
     given = {name: value for name, value in asked.items() if value}
     made = exporting.to_gguf(
-        **{"adapter": None, **given}, model=model, output=output, quant_type=quant_type, base_source=base_source
+        model=model, adapter=adapter, output=output, quant_type=quant_type, base_source=base_source, **given
     )
     files = {quant_type: made} | {each: made.with_name(f"{made.stem}-{each}{made.suffix}") for each in further}
     spec = models.find(model)
     directories = [sources.adapter_dir(spec, path) for path, _ in weighted]
     beside = companions.write(files, spec=spec, adapters=directories, prefix=f"{made.stem}.")
-    return list(files.values()), beside
+    said = [f"model: {_named(file)}" for file in files.values()]
+    return [*said, f"beside: {', '.join(file.name for file in beside)}", f"talk:  saigakit chat {made}"]
+
+
+def _matrix(
+    records: str, model: str, adapter: str | Sequence[tuple[str, float]] | None, output: str, base_source: str | None
+) -> Path:
+    """Of the records, as OUTPUT.imatrix.gguf."""
+    if not isinstance(adapter, str | None):
+        raise SaigaError("An importance matrix is made of records for one adapter without a weight, or none.")
+    file = Path(output).with_suffix(".imatrix.gguf")
+    return calibration.importance_of_records(
+        records, model=model, adapter=adapter, output=file, base_source=base_source
+    )
+
+
+def _named(file: Path) -> str:
+    return f"{file} ({file.stat().st_size / 1e6:,.0f} MB)"
 
 
 def _weighted(text: str) -> tuple[str, float]:

@@ -210,6 +210,24 @@ def test_export_makes_a_file_that_chat_can_load(tiny, tmp_path):
     assert "nothing was overwritten" in again
 
 
+def test_export_makes_the_adapter_alone_the_merged_model_and_a_matrix_of_records(tiny, tmp_path):
+    def exported(name, *options):
+        arguments = ["export", "--model", "saiga_tiny", "--output", str(tmp_path / name), *options]
+        return CliRunner().invoke(cli.main, arguments).output
+
+    adapter = ["--adapter", "released"]
+    assert "--lora " in exported("lora.gguf", *adapter, "--format", "lora")
+    assert (tmp_path / "lora.gguf").read_bytes()[:4] == b"GGUF"
+    assert "which transformers loads" in exported("merged", *adapter, "--format", "safetensors")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert "model: " in exported("m.gguf", *adapter, "--importance", str(tiny / "records.jsonl"))
+    assert (tmp_path / "m.imatrix.gguf").is_file() and (tmp_path / "m.gguf").is_file()
+    assert "does not take --quant-type" in exported("x", *adapter, "--format", "lora", "--quant-type", "Q8_0")
+    assert "does not take --importance" in exported("x", *adapter, "--format", "safetensors", "--importance", "i.gguf")
+    assert "takes one --adapter" in exported("x", "--format", "lora")
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
