@@ -40,6 +40,21 @@ def tiny(callers_cache) -> Path:
 
 
 @pytest.fixture(scope="session")
+def base_dir(tiny, tmp_path_factory) -> Path:
+    """A small Llama of random weights, for tests that have no model of their own and change none."""
+    import small_models  # which imports peft
+
+    return small_models.base(tmp_path_factory.mktemp("base"), tiny / "base")
+
+
+@pytest.fixture(scope="session")
+def adapter_dir(base_dir, tmp_path_factory) -> Path:
+    import small_models
+
+    return small_models.adapter(tmp_path_factory.mktemp("adapter"), base_dir)
+
+
+@pytest.fixture(scope="session")
 def smollm2(callers_cache) -> Path:
     """SmolLM2-135M as a Hugging Face directory, kept in the caller's cache: 93 MB to download, 538 MB on disk."""
     try:

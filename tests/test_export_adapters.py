@@ -58,16 +58,6 @@ def test_llama_cpp_computes_what_the_trained_model_computes(tiny, tmp_path, sett
     require_near(logits_of_gguf(exported(base_dir, adapter_dir, tmp_path)), logits_of(model))
 
 
-@pytest.fixture(scope="module")
-def base_dir(tiny, tmp_path_factory):
-    return small_models.base(tmp_path_factory.mktemp("base"), tiny / "base")
-
-
-@pytest.fixture(scope="module")
-def adapter_dir(base_dir, tmp_path_factory):
-    return small_models.adapter(tmp_path_factory.mktemp("adapter"), base_dir)
-
-
 def test_several_adapters_are_added_with_their_weights(base_dir, adapter_dir, tmp_path):
     """Each half of it is the whole of it."""
     one = logits_of_gguf(exported(base_dir, adapter_dir, tmp_path))

@@ -57,11 +57,6 @@ def test_base_and_adapter_answer_as_the_merged_model(tiny, tmp_path, base_settin
     assert answer(base, lora_path=str(lora)) == answer(merged)
 
 
-@pytest.fixture(scope="module")
-def base_dir(tiny, tmp_path_factory):
-    return small_models.base(tmp_path_factory.mktemp("base"), tiny / "base")
-
-
 def test_the_file_says_what_it_is(base_dir, tmp_path):
     adapter_dir = small_models.adapter(tmp_path / "adapter", base_dir)
     file = lora_gguf.to_lora_gguf(model=str(base_dir), adapter=adapter_dir, output=tmp_path / "lora.gguf")

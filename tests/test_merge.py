@@ -18,16 +18,6 @@ from saigakit.shards import of_base
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
-@pytest.fixture(scope="module")
-def base_dir(tiny, tmp_path_factory):
-    return small_models.base(tmp_path_factory.mktemp("base"), tiny / "base")
-
-
-@pytest.fixture(scope="module")
-def adapter_dir(base_dir, tmp_path_factory):
-    return small_models.adapter(tmp_path_factory.mktemp("adapter"), base_dir)
-
-
 @pytest.fixture
 def own_adapter(adapter_dir, tmp_path):
     """A copy to damage."""

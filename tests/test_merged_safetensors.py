@@ -16,16 +16,6 @@ from saigakit.merged_safetensors import to_safetensors
 IDS = torch.tensor([[1, 404, 505, 606, 7, 8]])
 
 
-@pytest.fixture(scope="module")
-def base_dir(tiny, tmp_path_factory):
-    return small_models.base(tmp_path_factory.mktemp("base"), tiny / "base")
-
-
-@pytest.fixture(scope="module")
-def adapter_dir(base_dir, tmp_path_factory):
-    return small_models.adapter(tmp_path_factory.mktemp("adapter"), base_dir)
-
-
 def logits(model):
     with torch.no_grad():
         return model.eval()(IDS).logits
