@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -95,6 +95,7 @@ class Adapter:
     trained: Mapping[str, str] = field(default_factory=dict)  # whole tensors in place of the base's
     copies: Mapping[str, str] = field(default_factory=dict)  # the base's own, stored beside LoRA on embeddings or head
     keeps_tied: bool = False  # embeddings and head were trained as one
+    ranks: slice = field(default_factory=lambda: slice(None))  # the part of A's rows and B's columns that counts
     _last: "dict[str, Array]" = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -146,6 +147,12 @@ class Adapter:
         if beyond is not None:
             raise SaigaError(f"{self.directory} uses {beyond}; {purpose} takes plain LoRA on linear layers alone.")
 
+    def split(self, rank: int) -> tuple[Self, Self]:
+        """Of plain LoRA on linear layers: its first `rank` ranks, and the others."""
+        self.require_linear_lora("a split by rank")
+        first, rest = (replace(self, ranks=ranks, _last={}) for ranks in (slice(rank), slice(rank, None)))
+        return first, rest
+
     def shape(self, name: str) -> Shape:
         """Of the weight that the update fits."""
         update = self.updates[name]
@@ -171,7 +178,8 @@ class Adapter:
         import numpy as np
 
         if not update.of_embeddings:
-            return self.weights.read(update.b, rows), self._kept(update.a, lambda a: a * update.scale)
+            b = self.weights.read(update.b, rows)[:, self.ranks]
+            return b, self._kept(update.a, lambda a: a[self.ranks] * update.scale)
         by_tokens = self._kept(update.a, lambda a: np.ascontiguousarray(a.T))
         return by_tokens[rows], self._kept(update.b, lambda b: np.ascontiguousarray(b.T) * update.scale)
 

@@ -147,7 +147,9 @@ def train(file: str, parameters: Sequence[tuple[str, Any]]) -> None:
 )  # fmt: skip
 @click.option("--output", required=True, help="The file or directory to make.")
 @click.option("--quant-type", "quant_types", multiple=True, help="Q4_K_M if not given; several come of one read.")
-@click.option("--merge-into", type=click.Choice(["original", "dequantized"]), help="Which base the adapter goes into.")
+@click.option(
+    "--merge-into", type=click.Choice(["auto", "original", "dequantized"]), help="Which base the adapter goes into."
+)
 @click.option("--importance", help="An importance matrix of llama.cpp's, or records to make one of.")
 @click.option(
     "--format", "file_format", type=click.Choice(["gguf", "lora", "safetensors"]), default="gguf",

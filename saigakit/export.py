@@ -7,7 +7,7 @@ from typing import Any
 
 from saigakit import companions, fit, lineage, manifest, models, quantization, read_back, sources
 from saigakit.gguf_files import Export, beside
-from saigakit.merge import DEFAULT_INTO, Into
+from saigakit.lineage import MergeInto
 
 STAGE = "03_merge_gguf"
 
@@ -20,7 +20,7 @@ def merge_gguf(
     base_source: str | None = None,
     quant_type: str = "Q4_K_M",
     quant_types: Sequence[str] = (),
-    merge_into: Into = DEFAULT_INTO,
+    merge_into: MergeInto = "auto",
     importance: str | Path | None = None,
 ) -> Path:
     """The stage 03_merge_gguf: model.gguf and sizes.png in `run_dir`/03_merge_gguf.
@@ -35,7 +35,7 @@ def merge_gguf(
     if not final.exists():
         manifest.discard_partial(final)  # of a run that was killed: its room is needed
         export.require_room(final)  # before gigabytes are hashed
-        print(export.plan(), flush=True)
+        print(export.plan(), export.said_of_base, sep="\n", flush=True)
     identity: dict[str, Any] = {
         "stage": STAGE,
         "parameters": {
@@ -80,7 +80,7 @@ def to_gguf(
     quant_type: str = "Q4_K_M",
     quant_types: Sequence[str] = (),
     base_source: str | None = None,
-    merge_into: Into = DEFAULT_INTO,
+    merge_into: MergeInto = "auto",
     importance: str | Path | None = None,
 ) -> Path:
     """The GGUF alone, without a stage; several adapters come with their weights and are added up.

@@ -69,6 +69,15 @@ def _in_place_of(module: "torch.nn.Module", matrix: "torch.Tensor", dtype: "torc
     return quantised
 
 
+def rank_of(released_dir: Path) -> int:
+    """How many of the first ranks of what `combined` makes are the released adapter's."""
+    return _rank(Adapter.of(released_dir))
+
+
+def _rank(adapter: Adapter) -> int:
+    return max(adapter.weights.stored[update.a].shape[0] for update in adapter.updates.values())
+
+
 def combined(released_dir: Path, new_dir: Path, out_dir: Path) -> Path:
     """The released adapter and the new one, trained on the folded base, as one adapter of the original base.
 
@@ -83,9 +92,7 @@ def combined(released_dir: Path, new_dir: Path, out_dir: Path) -> Path:
     adapters = [Adapter.of(directory) for directory in (released_dir, new_dir)]
     for adapter in adapters:
         adapter.require_linear_lora("folding")
-    ranks = [
-        max(adapter.weights.stored[update.a].shape[0] for update in adapter.updates.values()) for adapter in adapters
-    ]
+    ranks = list(map(_rank, adapters))
     names = sorted({name.removesuffix(".weight") for adapter in adapters for name in adapter.updates})
     matrices: dict[str, Array] = {}
     for name in names:

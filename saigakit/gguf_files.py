@@ -28,8 +28,8 @@ from saigakit import (
 from saigakit.architecture import Architecture
 from saigakit.errors import SaigaError
 from saigakit.importance import Importance
-from saigakit.lineage import Lineage
-from saigakit.merge import DEFAULT_INTO, Adapters, Into, Merged
+from saigakit.lineage import Lineage, MergeInto
+from saigakit.merge import Adapters, Merged
 from saigakit.models import ModelSpec
 from saigakit.streaming import Written
 from saigakit.tables import Table
@@ -71,7 +71,7 @@ class Export:
         adapters: Adapters,
         base_source: str | None,
         quant_type: str,
-        merge_into: Into = DEFAULT_INTO,
+        merge_into: MergeInto = "auto",
         importance: str | Path | None = None,
         quant_types: Sequence[str] = (),
     ) -> Self:
@@ -83,7 +83,7 @@ class Export:
         trained = Lineage.of(spec, given, merge_into)
         base_dir = sources.base_dir(spec, base_source)
         architecture = Architecture.of(base_dir)
-        merged = Merged.of(base_dir, adapters, into=merge_into, number_format=trained.number_format)
+        merged = Merged.of(base_dir, adapters, **trained.merging)
         architecture = architecture.untied() if merged.is_untied else architecture
         source_of = architecture.sources(merged.shapes)
         architecture.require_shapes(source_of, merged.shapes)
@@ -152,6 +152,14 @@ class Export:
             self._memory,
             self._read,
         )
+
+    @property
+    def said_of_base(self) -> str:
+        if not self.merged.adapters:
+            return "No adapter: the base alone is written."
+        if self.merged.into == "original":
+            return "The adapter is added to the weights of the base as they were published."
+        return "The adapter is added to the weights that it was trained on: the base in nf4, dequantised."
 
     def write(self, file: Path, texts: Sequence[str] = ()) -> dict[str, Any]:
         """Makes `file`, and one beside it of each further type; all are written beside and renamed when complete.

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, get_args
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from saigakit.shards import Array
 
 Into = Literal["original", "dequantized"]
-DEFAULT_INTO: Into = "original"
 Adapters = Path | Sequence[tuple[Path, float]] | None
 _ROWS = 4096  # of embeddings that are looked at together
 _KEPT = 2  # dequantised matrices: the end of one is read while the next begins
@@ -34,18 +33,25 @@ class Merged:
 
     base: Shards
     adapters: Sequence[tuple[Adapter, float]] = ()
-    into: Into = DEFAULT_INTO
+    into: Into = "original"
     number_format: str = "float16"
     is_tied: bool = False  # the base uses its embeddings as its head
+    folded: Adapter | None = None  # was in the base when that was quantised
     _last: "dict[str, torch.Tensor]" = field(default_factory=dict, compare=False)  # the dequantised ones
     _lengths: "dict[str, Array]" = field(default_factory=dict, compare=False)  # of DoRA's columns
     _lock: threading.RLock = field(default_factory=threading.RLock, compare=False)  # rows are read by many threads
 
     @classmethod
     def of(
-        cls, base_dir: Path, adapters: Adapters, *, into: Into = DEFAULT_INTO, number_format: str = "float16"
+        cls,
+        base_dir: Path,
+        adapters: Adapters,
+        *,
+        into: Into = "original",
+        number_format: str = "float16",
+        folded_rank: int = 0,
     ) -> Self:
-        """Reads headers alone.
+        """Reads headers alone. `folded_rank`: of the one adapter, so many first ranks were folded into the base.
 
         Raises SaigaError for damaged files, the adapter of another base, and adapters that cannot be added up.
         """
@@ -56,6 +62,10 @@ class Merged:
         opened = [(Adapter.of(directory), weight) for directory, weight in given]
         _require_addable(opened)
         made = cls(base, opened, into, number_format, bool(opened) and _is_tied(base_dir, opened))
+        if folded_rank and into == "dequantized":
+            ((adapter, weight),) = opened
+            folded, rest = adapter.split(folded_rank)
+            made = replace(made, adapters=[(rest, weight)], folded=folded)
         for adapter, _ in opened:
             _require_fit(base_dir, made, adapter)
         return made
@@ -124,7 +134,10 @@ class Merged:
         with self._lock:
             made = self._last.get(name)
             if made is None:
-                made = nf4.dequantised(self.base.read(name), self.number_format)
+                matrix = self.base.read(name)
+                if self.folded is not None and name in self.folded.updates:
+                    matrix = self.folded.delta(name) + matrix
+                made = nf4.dequantised(matrix, self.number_format)
                 while len(self._last) >= _KEPT:
                     del self._last[next(iter(self._last))]
                 self._last[name] = made

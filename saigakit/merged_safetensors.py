@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from saigakit import manifest, models, sources, tokenization, workspace
 from saigakit.adapter import EMBEDDINGS
 from saigakit.errors import SaigaError
-from saigakit.merge import DEFAULT_INTO, Adapters, Into, Merged
+from saigakit.lineage import Lineage, MergeInto
+from saigakit.merge import Adapters, Merged
 from saigakit.weights import NumberFormat
 
 if TYPE_CHECKING:
@@ -39,20 +40,23 @@ def to_safetensors(
     output: str | Path,
     base_source: str | None = None,
     number_format: NumberFormat | None = None,
-    merge_into: Into = DEFAULT_INTO,
-    trained_in: NumberFormat = "float16",
+    merge_into: MergeInto = "auto",
+    trained_in: NumberFormat | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> Path:
     """A directory that transformers loads: weights, index, config and tokenizer.
 
-    `number_format` is that of each tensor of the base where it is None; `trained_in` matters for
-    merge_into='dequantized' alone. Raises SaigaError where `output` is there already, the disk is too small, the
-    adapters do not fit, or a number is too large for float16.
+    `number_format` is that of each tensor of the base where it is None; `trained_in` is what the adapter's manifest
+    tells, and matters for merge_into='dequantized' alone. Raises SaigaError where `output` is there already, the disk
+    is too small, the adapters do not fit, or a number is too large for float16.
     """
     directory, spec = Path(output), models.find(model)
     manifest.require_absent(directory)
     base_dir = sources.base_dir(spec, base_source)
-    merged = Merged.of(base_dir, adapters, into=merge_into, number_format=trained_in)
+    given = [adapters] if isinstance(adapters, Path) else [path for path, _ in adapters or ()]
+    trained = Lineage.of(spec, given, merge_into)
+    settings = trained.merging | ({"number_format": trained_in} if trained_in else {})
+    merged = Merged.of(base_dir, adapters, **settings)
     shards = _planned(merged, number_format, shard_bytes)
     size = sum(tensor.bytes for shard in shards.values() for tensor in shard.values())
     workspace.require_disk(directory.parent, size, f"The merged {spec.name}")

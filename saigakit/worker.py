@@ -118,14 +118,15 @@ def _train(run: Run, loaded: Loaded, start: Path | None) -> int:
 
 def _finish(run: Run, model: "PeftModel", step: int) -> None:
     """The best adapter by held-out loss, the last one where nothing was held out."""
-    directory, best = Path(run.config.output_dir), evaluation.best(run.log.held_out)
+    directory, best, folded_rank = Path(run.config.output_dir), evaluation.best(run.log.held_out), 0
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         trained = run.store.best_dir
         if best is None:
             trained = Path(scratch) / "last"
             trainer.save_adapter(model, trained)
         if run.config.is_folded:
-            trained = fold.combined(loading.adapter_dir(run.config), trained, Path(scratch) / "both")
+            released = loading.adapter_dir(run.config)
+            trained, folded_rank = fold.combined(released, trained, Path(scratch) / "both"), fold.rank_of(released)
         shutil.copytree(trained, directory, dirs_exist_ok=True)
     if best is not None:
         run.log.say(f"The adapter is that of step {best.step}, with the best held-out loss: {best.loss:.4f} per token.")
@@ -137,6 +138,7 @@ def _finish(run: Run, model: "PeftModel", step: int) -> None:
                 f"{run.config.weights_as}, so its held-out loss elsewhere differs a little from this one."
             )
     result = {"ended": run.ending, "step": step, "steps": len(run.plan), "best_step": best and best.step}
+    result |= {"folded_rank": folded_rank} if folded_rank else {}
     content = json.dumps({**result, "reserve_s": run.reserve_s})
     (directory / RESULT_FILE).write_text(content, encoding="utf-8")
 

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from saigakit import export, manifest, weights
+from saigakit import export, fold, manifest, weights
 from saigakit.errors import SaigaError
 from saigakit.models import Lora
 
@@ -88,6 +88,26 @@ def test_the_dequantised_base_gives_the_model_that_was_trained_in_nf4(base_dir, 
     assert error["dequantized"] < limit < 0.1 < error["original"]
 
 
+def test_an_adapter_on_a_folded_nf4_base_goes_into_what_it_was_trained_on(tiny, base_dir, adapter_dir, tmp_path):
+    """The released adapter was in the base when that was quantised, the new one beside it."""
+    released = small_models.adapter(tmp_path / "released", base_dir, r=2, target_modules=["q_proj", "v_proj"])
+    base = weights.load_base(base_dir, "nf4", torch.float32, "cpu")
+    fold.into(base, base_dir, released)
+    trained = logits_of(weights.with_adapter(base, adapter_dir, Lora()))
+    parameters = {"model": str(base_dir), "quantization": "nf4", "adapter": "folded"}
+    facts = {"number_format": "float32", "training": {"folded_rank": fold.rank_of(released)}}
+    stage = tmp_path / "02_train"
+    with manifest.making(stage, stage="02_train", parameters=parameters, inputs={}, facts=facts) as partial:
+        fold.combined(released, adapter_dir, partial)
+    found = {}
+    for into in ("original", "dequantized", "auto"):
+        found[into] = logits_of_gguf(exported(base_dir, stage, tmp_path, merge_into=into))
+        (tmp_path / "x.gguf").unlink()
+    error = {into: np.abs(logits - trained).max() / trained.std() for into, logits in found.items()}
+    assert error["dequantized"] < 1e-3 < 0.1 < error["original"]
+    assert np.array_equal(found["auto"], found["dequantized"])
+
+
 @pytest.mark.parametrize(
     ("parameters", "named"),
     [({"quantization": "int8"}, "no nf4 base to dequantise"), ({"adapter": "folded"}, "folded base")],
@@ -100,4 +120,4 @@ def test_a_training_without_that_nf4_base_is_refused(base_dir, adapter_dir, tmp_
             (partial / file.name).write_bytes(file.read_bytes())
     with pytest.raises(SaigaError, match=f"{named}.*merge_into='original'"):
         exported(base_dir, stage, tmp_path, merge_into="dequantized")
-    assert exported(base_dir, stage, tmp_path, merge_into="original").is_file()
+    assert exported(base_dir, stage, tmp_path).is_file()  # "auto"

@@ -15,6 +15,7 @@ from saigakit import (
     evaluation,
     launch,
     loading,
+    manifest,
     memory,
     samples,
     tokenization,
@@ -86,6 +87,7 @@ def test_a_folded_adapter_begins_as_the_released_one_and_is_one_adapter_in_the_e
     modules = {name.split(".")[-3] for name in weights.adapter_shapes(folded)}
     assert modules == set(ALL_LINEAR)
     assert "best" not in {file.name for file in folded.iterdir()}
+    assert manifest.read(folded)["training"]["folded_rank"] == config["r"] - 3
 
 
 def test_a_folded_adapter_of_a_quantised_training_says_that_its_loss_will_differ(records, tmp_path, capsys):
