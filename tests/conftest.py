@@ -72,8 +72,15 @@ def smollm2(callers_cache) -> Path:
 @pytest.fixture(scope="session")
 def converter(callers_cache) -> Path:
     """The directory of llama.cpp's convert_hf_to_gguf.py, kept in the caller's cache: 77 MB to download."""
-    with _alone(callers_cache / "llama_cpp_converter.lock"):
-        return llama_cpp_chain.converter(callers_cache)
+    with _alone(callers_cache / "llama_cpp_source.lock"):
+        return llama_cpp_chain.source(callers_cache)
+
+
+@pytest.fixture(scope="session")
+def jinja_program(converter) -> Path:
+    """Renders templates with llama.cpp's own Jinja; compiled once, beside its source."""
+    with _alone(converter / "jinja.lock"):
+        return llama_cpp_chain.jinja(converter)
 
 
 @contextmanager

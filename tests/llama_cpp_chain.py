@@ -1,8 +1,13 @@
-"""llama.cpp's own way to a quantised file: its converter, its quantiser, and what a GGUF holds, byte by byte."""
+"""llama.cpp's own way to a quantised file: its converter, its quantiser, and what a GGUF holds, byte by byte.
+
+And its own Jinja, compiled of its source.
+"""
 
 import ctypes
+import hashlib
 import importlib.metadata
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -18,7 +23,43 @@ import gguf
 import llama_cpp
 import pytest
 
-_PARTS = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/")
+_CONVERTER = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/")
+_JINJA = ("common/jinja/", "common/json.", "common/unicode.", "vendor/nlohmann/", "ggml/include/ggml.h")
+# Of each template with its variables the text, or {"error": …}.
+_RENDERER = """
+#include <cstdlib>
+#include <iostream>
+#include <iterator>
+#include "jinja/lexer.h"
+#include "jinja/parser.h"
+#include "jinja/runtime.h"
+#include "json.h"
+
+extern "C" void ggml_abort(const char *, int, const char *, ...) { std::abort(); }
+
+static common_json rendered(const common_json & job) {
+    try {
+        const auto source = job.at("template").get<std::string>();
+        jinja::lexer lexer;
+        auto tokens = lexer.tokenize(source);
+        auto program = jinja::parse_from_tokens(tokens);
+        jinja::context context(source);
+        jinja::global_from_json(context, job.at("variables"), true);
+        jinja::runtime runtime(context);
+        const jinja::value results = runtime.execute(program);
+        return runtime.gather_string_parts(results)->as_string().str();
+    } catch (const std::exception & error) {
+        return common_json{{"error", std::string(error.what())}};
+    }
+}
+
+int main() {
+    const std::string input{std::istreambuf_iterator<char>(std::cin), {}};
+    auto made = common_json::array();
+    for (const auto & job : common_json::parse(input)) made.push_back(rendered(job));
+    std::cout << made.dump();
+}
+"""
 # Several models in one process. `pre`: what it shall call a pre-tokenizer whose vocabulary it cannot know.
 _DRIVER = """
 import json, sys
@@ -34,13 +75,13 @@ for model, file, pre in jobs:
 """
 
 
-def converter(cache_dir: Path) -> Path:
-    """The directory of convert_hf_to_gguf.py from the source of the installed llama-cpp-python; 77 MB, once.
+def source(cache_dir: Path) -> Path:
+    """llama.cpp's converter and its Jinja, from the source of the installed llama-cpp-python; 77 MB, once.
 
     Skips where it is not to be had.
     """
     version = importlib.metadata.version("llama-cpp-python")
-    kept = cache_dir / f"llama_cpp_converter_{version}"
+    kept = cache_dir / f"llama_cpp_source_{version}"
     if not kept.is_dir():
         with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
             archive = _source(version, Path(scratch))
@@ -48,6 +89,36 @@ def converter(cache_dir: Path) -> Path:
             _unpack(archive, unpacked)
             unpacked.rename(kept)
     return kept
+
+
+def jinja(source_dir: Path) -> Path:
+    """A program that renders templates with llama.cpp's Jinja; half a minute to compile, once.
+
+    Skips where no C++ compiler is.
+    """
+    made = source_dir / f"renderer_{hashlib.sha256(_RENDERER.encode()).hexdigest()[:12]}"
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if not made.is_file():
+        if compiler is None:
+            pytest.skip("no C++ compiler (c++, g++, clang++) is here, and llama.cpp's Jinja must be compiled")
+        with tempfile.TemporaryDirectory(dir=source_dir) as scratch:
+            program, written = Path(scratch) / "renderer", Path(scratch) / "renderer.cpp"
+            written.write_text(_RENDERER, encoding="utf-8")
+            common = source_dir / "common"
+            files = [*common.glob("jinja/*.cpp"), common / "json.cpp", common / "unicode.cpp", written]
+            places = [f"-I{source_dir / place}" for place in ("common", "vendor", "ggml/include")]
+            command = [compiler, "-std=c++17", "-O0", *places, *map(str, files), "-o", str(program)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+            program.rename(made)
+    return made
+
+
+def rendered(program: Path, jobs: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Of each {"template": …, "variables": …} the text, or {"error": …}."""
+    done = subprocess.run([str(program)], input=json.dumps(jobs), capture_output=True, text=True, check=True)
+    made: list[Any] = json.loads(done.stdout)
+    return made
 
 
 def _source(version: str, directory: Path) -> Path:
@@ -67,7 +138,7 @@ def _unpack(archive: Path, target: Path) -> None:
     with tarfile.open(archive) as tar:
         for item in tar:
             _, is_there, name = item.name.partition("/vendor/llama.cpp/")
-            if is_there and item.isfile() and name.startswith(_PARTS):
+            if is_there and item.isfile() and name.startswith((*_CONVERTER, *_JINJA)):
                 stream = tar.extractfile(item)
                 assert stream is not None
                 (target / name).parent.mkdir(parents=True, exist_ok=True)

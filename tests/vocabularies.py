@@ -13,7 +13,7 @@ import gguf
 import llama_cpp
 import pytest
 import sentencepiece
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from saigakit import container, template, tokenization, vocabulary
 from saigakit.models import MODELS
@@ -297,6 +297,7 @@ def from_tekken(file: Path) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, _byte_level()])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", ids["<s>"])])
     return tokenizer
 
 
