@@ -127,14 +127,22 @@ def check(file: str, model: str, base_source: str | None, held_out: str | None, 
 @main.command()
 @click.option("-f", "--file", "file", required=True, help="YAML file with the fields of TrainConfig.")
 @_PARAMETERS
-def train(file: str, parameters: Sequence[tuple[str, Any]]) -> None:
-    """The stage 02_train alone.
+@click.option("--nnodes", type=click.IntRange(min=1), default=1, help="Machines that train together.")
+@click.option("--node-rank", type=click.IntRange(min=0), default=0, help="The number of this one, from 0.")
+@click.option("--rdzv-endpoint", help="HOST:PORT of the first one.")
+def train(
+    file: str, parameters: Sequence[tuple[str, Any]], nnodes: int, node_rank: int, rdzv_endpoint: str | None
+) -> None:
+    """The stage 02_train alone; on several machines the same command on each, with its --node-rank.
 
     \b
     Example: saigakit train -f train.yaml -p epochs 3
     """
+    from saigakit import launch
     from saigakit import train as training
 
+    if nnodes > 1:
+        launch.join_nodes(nnodes, node_rank, rdzv_endpoint or "")
     made = training.train_adapter(train_config(read_yaml(Path(file)) | dict(parameters), file))
     click.echo(f"adapter: {made}")
 

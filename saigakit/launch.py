@@ -53,6 +53,12 @@ class Nodes:
         return cls(int(found[1]), int(found[2]), found[3])
 
 
+def join_nodes(count: int, rank: int, endpoint: str) -> None:
+    """This process and what it starts are one of several machines. Raises SaigaError for another form of endpoint."""
+    os.environ[_NODES] = f"{count} {rank} {endpoint}"
+    Nodes.of_environment()
+
+
 def run(command: Sequence[str], *, environment: Mapping[str, str] | None = None, saving: bool = False) -> None:
     """Returns when the child has ended well. It is ended with this process, however that ends.
 

@@ -16,12 +16,14 @@ from saigakit import (
     conversation,
     export,
     infer,
+    launch,
     manifest,
     parameters,
     publish,
     publish_gguf,
     sources,
     summary,
+    train,
 )
 from saigakit.errors import SaigaError
 from saigakit.models import MODELS
@@ -208,6 +210,21 @@ def test_export_makes_a_file_that_chat_can_load(tiny, tmp_path):
     assert "FROM ./model.gguf" in (tmp_path / "model.Modelfile").read_text(encoding="utf-8")
     again = sentence("export", "--model", "saiga_tiny", "--output", output)
     assert "nothing was overwritten" in again
+
+
+def test_train_joins_several_machines(tmp_path, monkeypatch):
+    joined = []
+    monkeypatch.setenv("SAIGAKIT_NODES", "")
+    monkeypatch.setattr(train, "train_adapter", lambda _: joined.append(launch.Nodes.of_environment()))
+    (tmp_path / "train.yaml").write_text("{model: saiga_tiny, train_file: a, output_dir: b}", encoding="utf-8")
+
+    def output(*options):
+        return CliRunner().invoke(cli.main, ["train", "-f", str(tmp_path / "train.yaml"), *options]).output
+
+    output()
+    output("--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "10.0.0.1:29500")
+    assert joined == [None, launch.Nodes(2, 1, "10.0.0.1:29500")]
+    assert "HOST:PORT of the first" in output("--nnodes", "2") and len(joined) == 2
 
 
 def test_export_makes_the_adapter_alone_the_merged_model_and_a_matrix_of_records(tiny, tmp_path):
