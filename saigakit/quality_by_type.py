@@ -43,16 +43,21 @@ def of_stage(
         },
     }
     if not max_tokens or not records.is_file():
-        reason = f"there is no {records}, which 01_format makes" if max_tokens else "no tokens are asked for"
-        return print(f"What quantising cost is not measured: {reason}.", flush=True)
+        _unmeasured(f"there is no {records}, which 01_format makes" if max_tokens else "no tokens are asked for")
+        return None
     if not manifest.is_kept(final, **identity):
         compared = _Compared.of(stage, content, quant_types, importance)
         if (reference := compared.reference()) is None:
-            return print(f"What quantising cost is not measured: {compared.lacks}.", flush=True)
+            _unmeasured(compared.lacks)
+            return None
         with manifest.making(final, **identity) as partial:
             found = compared.measured(reference, records, max_tokens, n_gpu_layers)
             manifest.write_text(partial / _MEASURED, json.dumps(found, indent=1))
     return kept(stage, content)
+
+
+def _unmeasured(why: str) -> None:
+    print(f"What quantising cost is not measured: {why}.", flush=True)
 
 
 @dataclass(frozen=True)
