@@ -5,7 +5,7 @@ Data flows one way. A module imports only modules to its left:
 errors < progress < models < config < workspace < install < manifest < tables < memory < launch < records < calls
 < shapes < conversations < data < examples < definitions < splits < sources < placeholders < template
 < tokenizer_backends < layouts < tokenization < rows < renderings < near_duplicates < estimates < audit < pieces
-< lengths < fitting < report < packing < replay < steps < ranks < sharding < attention < shards < adapter < nf4
+< lengths < fitting < report < packing < replay < steps < ranks < sharding < attention < shards < blas < adapter < nf4
 < merge < weights < fold < head < trial < preflight < checkpoints < resuming < generation < questions < samples
 < curve < training_log < evaluation < training_run < earlier < trainer < loading < worker < train < quantization
 < architecture < vocabulary < forward < importance < activations < quality < container < streaming < estimate_export

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from saigakit import blas
 from saigakit.errors import SaigaError
 from saigakit.shards import Shape, Shards, damaged
 
@@ -159,19 +160,26 @@ class Adapter:
         shape = (self.weights.stored[update.b].shape[0], self.weights.stored[update.a].shape[1])
         return shape[::-1] if update.of_embeddings else shape
 
-    def delta(self, name: str, rows: slice | None = None) -> "Array":
-        """scale * B @ A, or these rows of it: bit for bit the same as in the whole."""
+    def add(self, into: "Array", name: str, rows: slice | None = None, weight: float = 1.0) -> None:
+        """Adds weight * scale * B @ A, or these rows of it: bit for bit the same as in the whole."""
         import numpy as np
 
-        update, count = self.updates[name], self.shape(name)[0]
+        count, columns = self.shape(name)
         first, stop, _ = (rows or slice(None)).indices(count)
         start, end = first // _BLOCK * _BLOCK, min(-(-stop // _BLOCK) * _BLOCK, count)
-        # By numpy: torch's float32 products may run in bf16 where the process asked for speed.
-        left, right = self._factors(update, slice(start, end))
-        product = np.empty((end - start, right.shape[1]), np.float32)
-        for block in range(0, end - start, _BLOCK):
-            np.matmul(left[block : block + _BLOCK], right, out=product[block : block + _BLOCK])
-        return product[first - start : stop - start]
+        left, right = self._factors(self.updates[name], slice(start, end))
+        if weight != 1:
+            left = left * weight
+        for block in range(start, end, _BLOCK):
+            last = min(block + _BLOCK, end)
+            of_block = left[block - start : last - start]
+            if first <= block and last <= stop:
+                blas.add_product(of_block, right, into[block - first : last - first])
+                continue
+            whole = np.zeros((last - block, columns), np.float32)
+            blas.add_product(of_block, right, whole)
+            low, high = max(first, block), min(last, stop)
+            into[low - first : high - first] += whole[low - block : high - block]
 
     def _factors(self, update: Update, rows: slice) -> "tuple[Array, Array]":
         """The second one is scaled."""

@@ -103,11 +103,8 @@ class Merged:
         tensor = self._start(name, rows)
         for adapter, weight in self.adapters:
             if name in adapter.updates:
-                updated = adapter.delta(name, rows)
-                if weight != 1:
-                    updated *= weight
-                updated += tensor  # in this order: the base may be a view of its file
-                tensor = self._scaled(adapter, name, updated, rows)
+                adapter.add(tensor, name, rows, weight)
+                self._scale(adapter, name, tensor, rows)
             if name in adapter.biases:
                 stored, scale = adapter.biases[name]
                 tensor = tensor + weight * scale * adapter.weights.read(stored, rows)
@@ -124,7 +121,9 @@ class Merged:
         return self.base.stored[name if name in self.base.stored else EMBEDDINGS].file
 
     def _start(self, name: str, rows: slice | None) -> "Array":
-        """What the update is added to."""
+        """What the update is added to, in memory of its own."""
+        import torch
+
         if (source := self._replaced(name)) is not None:
             return source[0].read(source[1], rows)
         if self.is_untied and name == HEAD:
@@ -136,12 +135,12 @@ class Merged:
             if made is None:
                 matrix = self.base.read(name)
                 if self.folded is not None and name in self.folded.updates:
-                    matrix = self.folded.delta(name) + matrix
+                    self.folded.add(matrix, name)
                 made = nf4.dequantised(matrix, self.number_format)
                 while len(self._last) >= _KEPT:
                     del self._last[next(iter(self._last))]
                 self._last[name] = made
-        array: Array = made[rows or slice(None)].float().numpy()
+        array: Array = made[rows or slice(None)].to(torch.float32, copy=True).numpy()
         return array
 
     def _replaced(self, name: str) -> tuple[Shards, str] | None:
@@ -156,20 +155,19 @@ class Merged:
                 return adapter.weights, there[0]
         return None
 
-    def _scaled(self, adapter: Adapter, name: str, updated: "Array", rows: slice | None) -> "Array":
+    def _scale(self, adapter: Adapter, name: str, updated: "Array", rows: slice | None) -> None:
         """With DoRA each row, and of embeddings each column, gets the trained length."""
         import numpy as np
 
         update = adapter.updates[name]
         if update.magnitude is None:
-            return updated
+            return
         if update.of_embeddings:
             factors = adapter.weights.read(update.magnitude) / self._column_lengths(adapter, name)
         else:
             lengths = np.linalg.norm(updated, axis=1)
             factors = (adapter.weights.read(update.magnitude, rows) / lengths)[:, None]
         updated *= factors
-        return updated
 
     def _column_lengths(self, adapter: Adapter, name: str) -> "Array":
         import numpy as np
@@ -181,7 +179,9 @@ class Merged:
             squares = np.zeros(columns, np.float64)
             for first in range(0, count, _ROWS):
                 rows = slice(first, first + _ROWS)
-                squares += np.square(adapter.delta(name, rows) + self._start(name, rows), dtype=np.float64).sum(0)
+                merged = self._start(name, rows)
+                adapter.add(merged, name, rows)
+                squares += np.square(merged, dtype=np.float64).sum(0)
             lengths: Array = np.sqrt(squares).astype(np.float32)
             self._lengths[name] = lengths
         return lengths

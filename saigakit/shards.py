@@ -42,7 +42,10 @@ class Shards:
             self.stored |= {name: Stored(file, shape, dtype) for name, (shape, dtype) in headers.items()}
 
     def read(self, name: str, rows: slice | None = None) -> "Array":
-        """One tensor, or some rows, in float32. Raises SaigaError where it holds something other than floats."""
+        """One tensor, or some rows, in float32, which the caller may change.
+
+        Raises SaigaError where it holds something other than floats.
+        """
         import torch
 
         stored = self.stored[name]
@@ -118,7 +121,7 @@ def _open_bin(file: Path) -> tuple[Headers, Reader]:
     types = {getattr(torch, name): short for short, name in _FLOATS.items()}
     return {
         name: (tuple(x.shape), types.get(x.dtype, str(x.dtype))) for name, x in found.items()
-    }, lambda name, rows: found[name][rows]
+    }, lambda name, rows: found[name][rows].clone()  # changing a view would change what is read next
 
 
 def damaged(file: Path, reason: str) -> SaigaError:

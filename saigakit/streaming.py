@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import container, quantization, workspace
+from saigakit import blas, container, quantization, workspace
 from saigakit.errors import SaigaError
 
 if TYPE_CHECKING:
@@ -187,14 +187,13 @@ def _one_thread_each() -> Iterator[None]:
     import torch
 
     _keep_freed_memory()
-    before, blas, blas_before = torch.get_num_threads(), *_blas()
+    before, blas_before = torch.get_num_threads(), blas.set_threads(1)
     torch.set_num_threads(1)
-    blas(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        blas(blas_before)
+        blas.set_threads(blas_before)
 
 
 def _keep_freed_memory() -> None:
@@ -205,19 +204,6 @@ def _keep_freed_memory() -> None:
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:  # glibc's
         mallopt(_M_TRIM_THRESHOLD, 1 << 28)
         mallopt(_M_MMAP_THRESHOLD, 1 << 25)
-
-
-def _blas() -> tuple[Callable[[int], object], int]:
-    """What sets the threads of the OpenBLAS in numpy's wheel, and how many it has; numpy has no name for it."""
-    import numpy as np
-
-    for file in Path(np.__file__).parents[1].glob("numpy.libs/*openblas*"):
-        library = ctypes.CDLL(str(file))
-        for prefix, suffix in (("scipy_", "64_"), ("scipy_", ""), ("", "64_"), ("", "")):
-            name = f"{prefix}openblas_{{}}_num_threads{suffix}"
-            if (set_threads := getattr(library, name.format("set"), None)) is not None:
-                return set_threads, int(getattr(library, name.format("get"))())
-    return lambda threads: None, 1
 
 
 def _row_bytes(chunk: _Chunk, ggml_type: str) -> int:
