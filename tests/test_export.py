@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from saigakit import export, infer, lineage, manifest, models, quantization, workspace
 from saigakit.errors import SaigaError
 from saigakit.merge import Merged
+from saigakit.models import Sampling
 
 QUANT_TYPES = [quant_type for quant_type in quantization.QUANT_TYPES if quant_type != "F32"]
 # Rows that are no multiple of 256, tied embeddings, four queries to a key.
@@ -204,7 +205,8 @@ def test_llama_cpp_computes_what_the_tiny_saiga_with_its_released_adapter_comput
 def test_the_quantised_file_answers(tiny, tmp_path):
     file = export.to_gguf(model="saiga_tiny", adapter="released", output=tmp_path / "x.gguf")
     with closing(infer.load(file, n_ctx=256)) as llm:
-        assert infer.chat(llm, [{"role": "user", "content": "Привет"}], max_new_tokens=8)
+        greedily = Sampling(temperature=0.0)
+        assert infer.chat(llm, [{"role": "user", "content": "Привет"}], sampling=greedily, max_new_tokens=8)
 
 
 def test_the_file_recommends_the_models_sampling(tiny, tmp_path):
