@@ -113,6 +113,7 @@ def smollm2_base() -> Path:
 def dequantise(gguf_file: Path, directory: Path) -> None:
     """A GGUF into float32 safetensors, config and tokenizer, by transformers' own reader."""
     import torch
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, name = str(gguf_file.parent), gguf_file.name
@@ -120,7 +121,10 @@ def dequantise(gguf_file: Path, directory: Path) -> None:
     del model.config.quantization_config  # else save_pretrained refuses: "quantized with gguf"
     model.hf_quantizer = None  # type: ignore[assignment]  # an attribute that torch's Module does not declare
     model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    # As the file says ("smollm"), digit by digit; the reader makes GPT-2's of every byte-level tokenizer.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
+    tokenizer.save_pretrained(directory)
 
 
 def tiny_saiga() -> Path:

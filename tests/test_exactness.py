@@ -203,9 +203,6 @@ REAL = {
             **NO_SPACE,
             **TEMPLATE,
             "general.name": ("smollm2_135m", "Smollm2_135M"),
-            # As its tokenizer.json splits, which training uses: transformers, which makes it of the package's GGUF,
-            # drops the step that parts digits. The converter goes by the ids of one text, which are the same.
-            "tokenizer.ggml.pre": ("gpt-2", "smollm"),
         },
     ),
     "saiga_tiny": Registered(

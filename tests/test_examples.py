@@ -3,8 +3,10 @@ import io
 import shutil
 import tarfile
 import zipfile
+from contextlib import closing
 
 import gguf
+import llama_cpp
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -136,6 +138,15 @@ def test_smollm2_has_its_shape_and_its_tokenizer(smollm2):
     assert (shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.tied) == (576, 30, 9, 3, True)
     tokenizer = tokenization.load_tokenizer("smollm2_135m")
     assert tokenization.end_of_turn_ids(tokenizer) == {2}
+
+
+def test_smollm2_has_the_ids_of_the_packaged_file(smollm2, callers_cache, monkeypatch):
+    monkeypatch.setenv("SAIGAKIT_CACHE", str(callers_cache))
+    ours = tokenization.load_tokenizer("smollm2_135m")
+    theirs = llama_cpp.Llama(str(examples.package_file(examples.SMOLLM2)), vocab_only=True, verbose=False)
+    with closing(theirs):
+        for text in ("в  1984 году", "12,5 %", "а\n\n  3. б", "it's  5\t7"):
+            assert ours.encode_text(text) == theirs.tokenize(text.encode(), add_bos=False, special=False), text
 
 
 def test_smollm2_has_the_weights_of_the_packaged_file(smollm2, callers_cache, monkeypatch):
