@@ -1,7 +1,7 @@
 """The export against llama.cpp's own chain and against what the machine allows, on random weights.
 
 python benchmarks/export.py [--shape 2b] [--types Q4_0 Q4_K_M Q8_0] [--rounds 3] [--cold] [--scratch DIR]
-python benchmarks/export.py --shape 7b --types Q4_K_M     (one export: time and memory; the weights are removed)
+python benchmarks/export.py --shape 7b --types Q4_K_M     (exports alone: time and memory)
 
 The chain is what users run: peft merges and saves, convert_hf_to_gguf.py --outtype f16, llama_model_quantize; each step
 is a process of its own. The limit reads the base's bytes, quantises tensors of the same shapes to the same types and
@@ -160,7 +160,7 @@ def make_adapter(directory: Path, base_dir: Path, shape: str) -> Path:
     return directory
 
 
-def step_export(base: str, adapter: str, output: str, *quant_types: str) -> dict[str, float]:
+def step_export(base: str, adapter: str, output: str, into: str, *quant_types: str) -> dict[str, float]:
     fill, took = streaming.fill, {}
 
     def timed(*given: Any, **named: Any) -> Any:
@@ -170,11 +170,14 @@ def step_export(base: str, adapter: str, output: str, *quant_types: str) -> dict
         return made
 
     streaming.fill = timed
-    export.to_gguf(model=base, adapter=adapter, output=output, quant_type=quant_types[0], quant_types=quant_types[1:])
+    export.to_gguf(
+        model=base, adapter=adapter, output=output, quant_type=quant_types[0], quant_types=quant_types[1:],
+        merge_into=into,
+    )  # fmt: skip
     return took
 
 
-def step_limit(base: str, adapter: str, output: str, quant_type: str) -> dict[str, float]:
+def step_limit(base: str, adapter: str, output: str, _: str, quant_type: str) -> dict[str, float]:
     """The threads, chunks and bytes of the export, into buffers that are made once; the numbers are always the same."""
     import gguf
     import numpy as np
@@ -335,7 +338,7 @@ def compare(scratch: Path, base: Path, adapter: Path, given: argparse.Namespace,
         for step in list(took) * given.rounds:
             if given.cold:
                 forget(base)
-            took[step].append(run(step, str(base), str(adapter), str(file), quant_type))
+            took[step].append(run(step, str(base), str(adapter), str(file), "original", quant_type))
             file.unlink()
         limit, ours = map(median, took.values())
         ratios = [x.said["stream_s"] / y.said["stream_s"] for x, y in zip(*took.values(), strict=True)]
@@ -356,7 +359,7 @@ def compare(scratch: Path, base: Path, adapter: Path, given: argparse.Namespace,
         ]
         print(*rows[-3:], sep="\n", flush=True)
     if len(given.types) > 1:
-        together = run("export", str(base), str(adapter), str(scratch / "y.gguf"), *given.types)
+        together = run("export", str(base), str(adapter), str(scratch / "y.gguf"), "original", *given.types)
         rows.append(row(f"export of {', '.join(given.types)} at once", together, ""))
     kept = "the base is read from the disk" if given.cold else "the base is in the system's memory"
     note = "whole processes; streaming is what is left of them without start, checks before and reading back."
@@ -382,8 +385,13 @@ def main() -> None:
         base = make_base(scratch / "base", arguments.shape)
         adapter = make_adapter(scratch / "adapter", base, arguments.shape)
         if arguments.shape in ALONE:
-            done = run("export", str(base), str(adapter), str(scratch / "x.gguf"), *arguments.types)
-            table = Table(HEADER, [row(f"export of {', '.join(arguments.types)}", done, "")])
+            rows = []
+            for into in ("original", "dequantized"):
+                done = run("export", str(base), str(adapter), str(scratch / "x.gguf"), into, *arguments.types)
+                rows.append(row(f"export of {', '.join(arguments.types)}, merged into the {into} base", done, ""))
+                for file in scratch.glob("x*.gguf"):
+                    file.unlink()
+            table = Table(HEADER, rows)
         else:
             found = arguments.converter or converter(scratch)
             table = compare(scratch, base, adapter, arguments, found)

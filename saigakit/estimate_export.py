@@ -1,6 +1,5 @@
 """Files that are to be made into a plan before work: what is read and written, and about how long it takes."""
 
-import os
 import time
 from collections.abc import Mapping
 from math import prod
@@ -33,7 +32,7 @@ def plan(
     seconds_per_number = _measured({ggml for types, _ in files.values() for ggml in types.values()}, shapes, read)
     reading_s = base.bytes_on_disk / _read_speed(max(base.files, key=lambda file: file.stat().st_size))
     numbers = sum(map(prod, shapes.values()))
-    cores = os.cpu_count() or 1
+    cores = quantization.cores()
     rows = [("read · читается", f"{base.bytes_on_disk / workspace.GB:.2f} GB", f"{reading_s:.0f} s")]
     merging_s = numbers * seconds_per_number["read"] / cores
     rows.append(("merge · слияние", f"{numbers / 1e9:.2f}·10⁹", f"{merging_s:.0f} s"))
@@ -52,8 +51,10 @@ def _measured(types: set[str], shapes: Mapping[str, "Shape"], read: streaming.Re
     name, shape = max(shapes.items(), key=lambda item: (item[0].startswith("blk."), prod(item[1])))
     rows = slice(0, min(shape[0], max(1, _NUMBERS // prod(shape[1:]))))
     start = time.perf_counter()
+    read(name, slice(0, 1))  # where it goes into a dequantised base, this looks at the whole matrix
+    prepared = time.perf_counter()
     sample = read(name, rows)
-    taken = {"read": (time.perf_counter() - start) / sample.size}
+    taken = {"read": (prepared - start) / prod(shape) + (time.perf_counter() - prepared) / sample.size}
     for ggml_type in types:
         usable = sample[:, : sample.shape[1] // 256 * 256] if sample.ndim == 2 else sample[None]
         if usable.size == 0:

@@ -95,5 +95,8 @@ def to_gguf(
         manifest.require_absent(path)
     given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else adapter or ()
     adapters = [(sources.adapter_dir(spec, str(one)), weight) for one, weight in given]
-    Export.of(spec, adapters, base_source, quant_type, merge_into, importance, quant_types).write(file)
+    export = Export.of(spec, adapters, base_source, quant_type, merge_into, importance, quant_types)
+    for adapter_dir, _ in adapters:
+        lineage.require_same_base(adapter_dir, export.base_dir)
+    export.write(file)
     return file

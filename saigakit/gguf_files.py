@@ -139,9 +139,8 @@ class Export:
 
     @property
     def _memory(self) -> int:
-        """Bytes that are held while the files are written; a matrix that is dequantised is held whole."""
-        chunks = streaming.memory(self.shapes, self.architecture.shape.head_dim, len(self.quant_types))
-        return chunks + (0 if self.merged.into == "original" else 12 * max(map(prod, self.shapes.values())))
+        """Bytes that are held while the files are written."""
+        return streaming.memory(self.shapes, self.architecture.shape.head_dim, len(self.quant_types))
 
     def plan(self) -> Table:
         """What is read and written, and about how long it takes, measured on a sample."""

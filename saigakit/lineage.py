@@ -51,6 +51,8 @@ class Lineage:
                 problems.append(_without_nf4_base(adapter_dir, trained, spec, is_alone=len(adapter_dirs) == 1))
         if into == "auto":
             into = "dequantized" if len(adapter_dirs) == 1 and problems == [None] else "original"
+        if into == "dequantized" and not adapter_dirs:
+            raise SaigaError("merge_into='dequantized' needs an adapter; nf4 would only damage the base alone.")
         if into == "dequantized" and (problem := next(filter(None, problems), None)) is not None:
             raise SaigaError(f"{problem}. Use merge_into='original'.")
         return cls(system_prompt, number_format, into, folded_rank)
@@ -73,11 +75,13 @@ def _without_nf4_base(adapter_dir: Path, stage: Mapping[str, Any], spec: ModelSp
     return None
 
 
-def require_same_base(adapter_dir: Path, base_dir: Path, base: Mapping[str, str]) -> None:
-    """Of the same weights that the adapter was trained on, where its manifest tells."""
+def require_same_base(adapter_dir: Path, base_dir: Path, base: Mapping[str, str] | None = None) -> None:
+    """Of the same weights that the adapter was trained on, where its manifest tells. `base`: their hashes, if known."""
     if not (adapter_dir / manifest.NAME).is_file():
         return
-    trained_on = manifest.read(adapter_dir)["inputs"].get("base", base)
+    if (trained_on := manifest.read(adapter_dir)["inputs"].get("base")) is None:
+        return
+    base = base or manifest.hashes(base_dir)
     weights = [{digest for name, digest in files.items() if name.endswith(_WEIGHTS)} for files in (trained_on, base)]
     if weights[0] != weights[1]:
         raise SaigaError(

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import manifest, models, sources
+from saigakit import lineage, manifest, models, sources
 from saigakit.adapter import EMBEDDINGS, Adapter
 from saigakit.architecture import Architecture
 from saigakit.errors import SaigaError
+from saigakit.lineage import Lineage
 from saigakit.merge import Merged
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ def to_lora_gguf(*, model: str, adapter: str | Path, output: str | Path, base_so
     manifest.require_absent(file)
     base_dir, adapter_dir = sources.base_dir(spec, base_source), sources.adapter_dir(spec, str(adapter))
     architecture = Architecture.of(base_dir)
+    Lineage.of(spec, [adapter_dir], "original")
+    lineage.require_same_base(adapter_dir, base_dir)
     merged = Merged.of(base_dir, adapter_dir)
     (lora, _), *_ = merged.adapters
     _require_holdable(merged, lora)

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, get_args
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Into = Literal["original", "dequantized"]
 Adapters = Path | Sequence[tuple[Path, float]] | None
 _ROWS = 4096  # of embeddings that are looked at together
-_KEPT = 2  # dequantised matrices: the end of one is read while the next begins
+_KEPT = 4  # matrices' scales of nf4: the end of one is read while the next ones begin
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Merged:
     number_format: str = "float16"
     is_tied: bool = False  # the base uses its embeddings as its head
     folded: Adapter | None = None  # was in the base when that was quantised
-    _last: "dict[str, torch.Tensor]" = field(default_factory=dict, compare=False)  # the dequantised ones
+    _scales: "dict[str, torch.Tensor]" = field(default_factory=dict, compare=False)  # of nf4's blocks
     _lengths: "dict[str, Array]" = field(default_factory=dict, compare=False)  # of DoRA's columns
     _lock: threading.RLock = field(default_factory=threading.RLock, compare=False)  # rows are read by many threads
 
@@ -57,6 +57,8 @@ class Merged:
         """
         if into not in get_args(Into):
             raise SaigaError(f"merge_into={into!r} is unknown; use one of {', '.join(get_args(Into))}.")
+        if into == "dequantized":
+            import bitsandbytes  # noqa: F401  # where it is not installed, that is known before anything is read
         base = shards.of_base(base_dir)
         given = [(adapters, 1.0)] if isinstance(adapters, Path) else list(adapters or ())
         opened = [(Adapter.of(directory), weight) for directory, weight in given]
@@ -122,26 +124,33 @@ class Merged:
 
     def _start(self, name: str, rows: slice | None) -> "Array":
         """What the update is added to, in memory of its own."""
-        import torch
-
         if (source := self._replaced(name)) is not None:
             return source[0].read(source[1], rows)
         if self.is_untied and name == HEAD:
             name = EMBEDDINGS
         if self.into == "original" or not nf4.is_quantised(name, len(self.base.stored[name].shape)):
             return self.base.read(name, rows)
+        return self._dequantised(name, rows or slice(None))
+
+    def _dequantised(self, name: str, rows: slice) -> "Array":
+        shape = self.base.stored[name].shape
+        first, stop, _ = rows.indices(shape[0])
+        start, end = first // nf4.BLOCK * nf4.BLOCK, min(-(-stop // nf4.BLOCK) * nf4.BLOCK, shape[0])
         with self._lock:
-            made = self._last.get(name)
-            if made is None:
-                matrix = self.base.read(name)
-                if self.folded is not None and name in self.folded.updates:
-                    self.folded.add(matrix, name)
-                made = nf4.dequantised(matrix, self.number_format)
-                while len(self._last) >= _KEPT:
-                    del self._last[next(iter(self._last))]
-                self._last[name] = made
-        array: Array = made[rows or slice(None)].to(torch.float32, copy=True).numpy()
-        return array
+            if name not in self._scales:
+                while len(self._scales) >= _KEPT:
+                    del self._scales[next(iter(self._scales))]
+                self._scales[name] = nf4.scales(partial(self._quantised_from, name), shape, self.number_format)
+            scales = self._scales[name]
+        of_rows = scales[start * shape[1] // nf4.BLOCK : -(-end * shape[1] // nf4.BLOCK)]
+        made = nf4.dequantised(self._quantised_from(name, slice(start, end)), of_rows, self.number_format)
+        return made[first - start : stop - start]
+
+    def _quantised_from(self, name: str, rows: slice) -> "Array":
+        matrix = self.base.read(name, rows)
+        if self.folded is not None and name in self.folded.updates:
+            self.folded.add(matrix, name, rows)
+        return matrix
 
     def _replaced(self, name: str) -> tuple[Shards, str] | None:
         """Where the tensor is that stands in place of the base's. Of tied matrices a copy stands for both."""

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from saigakit import manifest, models, sources, tokenization, workspace
+from saigakit import lineage, manifest, models, sources, tokenization, workspace
 from saigakit.adapter import EMBEDDINGS
 from saigakit.errors import SaigaError
 from saigakit.lineage import Lineage, MergeInto
@@ -55,6 +55,8 @@ def to_safetensors(
     base_dir = sources.base_dir(spec, base_source)
     given = [adapters] if isinstance(adapters, Path) else [path for path, _ in adapters or ()]
     trained = Lineage.of(spec, given, merge_into)
+    for adapter_dir in given:
+        lineage.require_same_base(adapter_dir, base_dir)
     settings = trained.merging | ({"number_format": trained_in} if trained_in else {})
     merged = Merged.of(base_dir, adapters, **settings)
     shards = _planned(merged, number_format, shard_bytes)
@@ -142,7 +144,7 @@ def _parts(merged: Merged, name: str, shape: tuple[int, ...]) -> "Iterator[Array
 def _write_numbers(stream: BinaryIO, name: str, numbers: "Array", dtype: str) -> None:
     import torch
 
-    made = torch.tensor(numbers)  # a copy: the base may be a view of a file that cannot be written
+    made = torch.from_numpy(numbers)
     if dtype != "F32":
         made = made.to(torch.float16 if dtype == "F16" else torch.bfloat16)
         if not bool(made.isfinite().all()):
