@@ -16,7 +16,17 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from saigakit import export, infer, lineage, manifest, models, quantization, workspace
+from saigakit import (
+    export,
+    infer,
+    lineage,
+    lora_gguf,
+    manifest,
+    merged_safetensors,
+    models,
+    quantization,
+    workspace,
+)
 from saigakit.errors import SaigaError
 from saigakit.merge import Merged
 from saigakit.models import Sampling
@@ -268,6 +278,24 @@ def test_weights_that_the_adapter_was_not_trained_on_are_refused(trained):
     with pytest.raises(SaigaError, match="trained on other weights"):
         export.merge_gguf(model="saiga_tiny", run_dir=trained)
     assert not (trained / "03_merge_gguf").exists()
+
+
+@pytest.mark.parametrize("into", [export.to_gguf, lora_gguf.to_lora_gguf, merged_safetensors.to_safetensors])
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({"inputs": {"base": {"x.safetensors": "another"}}}, "other weights"), ({"parameters": {"model": "x"}}, "'x'")],
+)
+def test_every_format_looks_at_what_the_adapter_was_trained_on(trained, into, changed, named):
+    small_models.edit_json(trained / "02_train" / manifest.NAME, **changed)
+    given = {"adapters": trained / "02_train"} if "safetensors" in into.__name__ else {"adapter": trained / "02_train"}
+    with pytest.raises(SaigaError, match=named):
+        into(model="saiga_tiny", output=trained / "made", **given)
+    assert [item.name for item in trained.iterdir()] == ["02_train"]
+
+
+def test_nothing_is_dequantised_without_an_adapter(tiny, tmp_path):
+    with pytest.raises(SaigaError, match="merge_into='dequantized' needs an adapter"):
+        export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf", merge_into="dequantized")
 
 
 def test_the_system_prompt_of_the_training_records_is_in_the_file(trained):

@@ -1,0 +1,46 @@
+"""The plan of an export: its figures are those of the work that follows."""
+
+import re
+import time
+
+import pytest
+import small_models
+
+from saigakit import estimate_export, streaming
+from saigakit.merge import Merged
+
+COLUMNS, ROWS = 2048, 8192
+
+
+@pytest.fixture(scope="module")
+def base_dir(tiny, tmp_path_factory):
+    """One large matrix: 17 million numbers."""
+    sizes = {"hidden_size": COLUMNS, "intermediate_size": ROWS, "num_hidden_layers": 1, "vocab_size": 1200}
+    return small_models.base(tmp_path_factory.mktemp("plan") / "base", tiny / "base", **sizes)
+
+
+@pytest.mark.parametrize("into", ["original", "dequantized"])
+def test_the_time_of_merging_is_about_what_it_then_takes(base_dir, tmp_path, into):
+    merged = Merged.of(base_dir, None, into=into)
+    name = "model.layers.0.mlp.gate_proj.weight"
+    shapes = {"blk.0.ffn_gate.weight": (ROWS, COLUMNS)}
+    types = {"blk.0.ffn_gate.weight": "Q8_0"}
+
+    def read(_, rows):
+        return merged.read(name, rows)
+
+    read(None, slice(0, 1))
+    foreseen = estimate_export._measured({"Q8_0"}, shapes, read)["read"] * ROWS * COLUMNS
+    merged._scales.clear()
+    start = time.perf_counter()
+    for first in range(0, ROWS, 512):
+        read(None, slice(first, first + 512))
+    took = time.perf_counter() - start
+    assert 0.1 * took < foreseen < 10 * took  # timed beside other work
+    table = str(estimate_export.plan({"Q8_0": (types, 10**6)}, shapes, merged.base, 10**6, read))
+    assert float(re.search(r"merge.* (\d+) s", table)[1]) < 10
+
+
+def test_what_an_export_holds_does_not_grow_with_a_matrix():
+    few, many = ({"x": (rows, 4096)} for rows in (4096, 400_000))
+    assert streaming.memory(few, 128, 1) == streaming.memory(many, 128, 1)
