@@ -10,11 +10,13 @@ and of the embeddings only the rows of the prompt's tokens.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 from saigakit import fit, quantization, workspace
 from saigakit.memory import Shape
@@ -35,7 +37,7 @@ import ctypes, json, re, sys
 from pathlib import Path
 import llama_cpp
 from saigakit import infer
-file, n_ctx, copies = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "copies"
+file, n_ctx, copies, cache_type = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "copies", sys.argv[4]
 if not copies:  # infer.load leaves them out on such a processor
     llama_cpp.llama_print_system_info = lambda: b"AMX_INT8 = 1"
 
@@ -51,7 +53,7 @@ def take_pages_away():
 
 llama_cpp.llama_backend_init()
 before = resident()
-llm = infer.load(file, n_ctx=n_ctx, n_gpu_layers=0)
+llm = infer.load(file, n_ctx=n_ctx, n_gpu_layers=0, cache_type=cache_type)
 prompt = [300 + i * 37 % (llm.n_vocab() - 300) for i in range(n_ctx - 4)]
 llm.eval(prompt)
 mapped = resident() - before
@@ -106,9 +108,9 @@ def random_model(file: Path, shape: Shape, quant_type: str = "Q4_K_M") -> Path:
     return file
 
 
-def measured(file: Path, n_ctx: int, *, copies: bool) -> tuple[int, int]:
+def measured(file: Path, n_ctx: int, cache_type: str, *, copies: bool) -> tuple[int, int]:
     """Bytes of resident memory that a child gets: with all pages of the file, and with those that it needs."""
-    command = [sys.executable, "-c", _CHILD, str(file), str(n_ctx), "copies" if copies else "none"]
+    command = [sys.executable, "-c", _CHILD, str(file), str(n_ctx), "copies" if copies else "none", cache_type]
     mapped, needed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return mapped, needed
 
@@ -117,16 +119,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048])
     contexts = parser.parse_args().contexts
-    print(f"{'MB of':18} {'context':>7} {'predicted':>9} {'resident':>8} {'ratio':>6} {'copied':>7} {'needed':>7}")
+    print(f"{'MB of':18}  context cache predicted resident  ratio  copied  needed")
     with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
         for name, shape in SHAPES.items():
             file = random_model(Path(scratch) / "model.gguf", shape)
-            for n_ctx in contexts:
-                predicted = fit.Needs.of(shape, file.stat().st_size, n_ctx).resident
-                resident, _ = measured(file, n_ctx, copies=False)
-                copied, needed = measured(file, n_ctx, copies=True)
+            for n_ctx, cache_type in itertools.product(contexts, get_args(fit.CacheType)):
+                predicted = fit.Needs.of(shape, file.stat().st_size, n_ctx, cache_type).resident
+                resident, _ = measured(file, n_ctx, cache_type, copies=False)
+                copied, needed = measured(file, n_ctx, cache_type, copies=True)
                 sizes = f"{predicted / 1e6:9.0f} {resident / 1e6:8.0f} {predicted / resident:6.3f}"
-                print(f"{name:18} {n_ctx:7} {sizes} {copied / 1e6:7.0f} {needed / 1e6:7.0f}", flush=True)
+                given = f"{name:18} {n_ctx:8} {cache_type:>5}"
+                print(f"{given} {sizes} {copied / 1e6:7.0f} {needed / 1e6:7.0f}", flush=True)
 
 
 if __name__ == "__main__":

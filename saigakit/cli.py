@@ -180,7 +180,8 @@ def export(**options: Any) -> None:  # noqa: ANN401
 @click.option("--system", help="System prompt; left out, the one of the training records; '': none.")
 @click.option("--temperature", type=click.FloatRange(min=0), help="0: always the likeliest token.")
 @click.option("--n-ctx", type=click.IntRange(min=256), default=4096, show_default=True, help="Tokens of context.")
-def chat(file: str, system: str | None, temperature: float | None, n_ctx: int) -> None:
+@click.option("--cache-type", type=click.Choice(["f16", "q8_0"]), default="f16", help="q8_0: half the memory for it.")
+def chat(file: str, **options: Any) -> None:  # noqa: ANN401
     """Talks to a GGUF file. An empty line or Ctrl-D ends, Ctrl-C stops an answer.
 
     \b
@@ -188,7 +189,7 @@ def chat(file: str, system: str | None, temperature: float | None, n_ctx: int) -
     """
     from saigakit import conversation
 
-    conversation.talk(file, system=system, temperature=temperature, n_ctx=n_ctx)
+    conversation.talk(file, **options)
 
 
 @main.command()

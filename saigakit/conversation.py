@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import infer, lineage
+from saigakit import fit, infer, lineage
 from saigakit.errors import SaigaError
 
 if TYPE_CHECKING:
@@ -17,12 +17,19 @@ if TYPE_CHECKING:
     from saigakit.template import Message
 
 
-def talk(gguf_file: str | Path, *, system: str | None = None, temperature: float | None = None, n_ctx: int) -> None:
+def talk(
+    gguf_file: str | Path,
+    *,
+    system: str | None = None,
+    temperature: float | None = None,
+    n_ctx: int,
+    cache_type: fit.CacheType = "f16",
+) -> None:
     """Until an empty line or the end of stdin. Ctrl-C stops an answer; at the prompt it is a KeyboardInterrupt.
 
     `system` None: the system prompt that the file was trained with, where it holds one; "": none.
     """
-    with closing(infer.load(gguf_file, n_ctx=n_ctx)) as llm:
+    with closing(infer.load(gguf_file, n_ctx=n_ctx, cache_type=cache_type)) as llm:
         if system is None and (system := llm.metadata.get(lineage.SYSTEM_PROMPT_KEY)):
             print(f"system: {system}", file=sys.stderr, flush=True)
         beginning: list[Message] = [{"role": "system", "content": system}] if system else []

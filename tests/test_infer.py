@@ -4,7 +4,9 @@ from contextlib import closing
 from pathlib import Path
 
 import gguf
+import llama_cpp
 import pytest
+import small_models
 
 from saigakit import examples, export, infer, models, tokenization, workspace
 from saigakit.errors import SaigaError
@@ -84,6 +86,26 @@ def test_both_tokenizers_of_smollm2_give_the_same_ids(smollm2, callers_cache, mo
         ours, theirs = tokenization.load_tokenizer("smollm2_135m"), tokenization.load_gguf_tokenizer(llm)
         assert [theirs.encode_text(text) for text in TEXTS] == [ours.encode_text(text) for text in TEXTS]
         assert tokenization.end_of_turn_ids(theirs) == tokenization.end_of_turn_ids(ours)
+
+
+def test_a_q8_0_cache_takes_about_half_the_memory_and_answers(tiny, tmp_path):
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    base_dir = small_models.base(tmp_path / "base", tiny / "base", **heads)
+    file = export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "x.gguf", quant_type="F32")
+    answers, sizes = [], []
+    for cache_type in ("f16", "q8_0"):
+        with closing(infer.load(file, n_ctx=512, cache_type=cache_type)) as llm:
+            answers.append(infer.chat(llm, MESSAGES, sampling=Sampling(temperature=0.0), max_new_tokens=3))
+            llm.reset()
+            llm.eval(list(range(300, 700)))
+            sizes.append(llama_cpp.llama_state_get_size(llm.ctx))
+    assert answers[0] == answers[1] != ""
+    assert 0.4 < sizes[1] / sizes[0] < 0.65
+
+
+def test_a_q8_0_cache_of_heads_that_it_cannot_hold_is_refused(gguf_file):
+    with pytest.raises(SaigaError, match="try cache_type='f16'"):
+        infer.load(gguf_file, n_ctx=512, cache_type="q8_0")
 
 
 def test_many_prompts_at_once_are_answered_like_one_at_a_time(llm, prompts):
