@@ -133,11 +133,6 @@ def _many(total: int) -> int:
     return max(10, total // 5)
 
 
-def asked_in(training: Conversations, held_out: Conversations) -> int:
-    """How many held-out conversations ask what one in training asks."""
-    return len(asking_alike(training, held_out))
-
-
 def asking_alike(these: Conversations, those: Conversations) -> list[int]:
     """The indices of `those` that ask what one of `these` asks."""
     wholes: set[int] = set()

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,9 +28,7 @@ from saigakit.tables import Table
 from saigakit.tokenization import Tokenizer
 
 T = TypeVar("T")
-U = TypeVar("U")
 STAGE = "01_format"
-_SIZE_UNKNOWN = "размер модели неизвестен: часы как для 7 B · the model's size is unknown: hours as for 7 B"
 _SHOWN_PAIRS, _SHOWN_CHARACTERS = 5, 200  # of near-duplicates
 
 
@@ -73,13 +71,13 @@ def check_records(
     final = Path(run_dir) / STAGE
     if final.is_dir() and manifest.is_kept(final, **identity()):
         return final
-    read = _read(files)  # before a tokenizer is fetched
+    read = _of_all(files, lambda part: data.read_conversations(files[part]))  # before a tokenizer is fetched
     for part, found in read.items():
         print(f"{names[part]}: {len(found):,} conversations, each is well-formed.", flush=True)
     tokenizer = tokenization.load_tokenizer(model, base_source)
     facts = {"chat_template_sha256": hashlib.sha256(tokenizer.chat_template.encode("utf-8")).hexdigest()}
     with manifest.making(final, **identity(), facts=facts) as partial:
-        fitted = _fitted(read, tokenizer, limit, names)
+        fitted = _of_all(read, lambda part: Fitted.of(read[part], tokenizer, limit, str(names[part])))
         report = {"model": model, "max_seq_length": limit, **_written(fitted, tokenizer, partial, eval_fraction, seed)}
         report["estimate"] = _estimate(report["train"], model).to_json()
         counted = [tokens for part in fitted.values() for tokens in part.lengths]
@@ -89,26 +87,13 @@ def check_records(
     return final
 
 
-def _read(files: Mapping[str, Sequence[Path]]) -> dict[str, Conversations]:
+def _of_all(parts: Iterable[str], make: Callable[[str], T]) -> dict[str, T]:
     """Raises DataError with the problems of all of them."""
-    return _of_all(files, data.read_conversations)
-
-
-def _fitted(
-    read: Mapping[str, Conversations], tokenizer: Tokenizer, limit: int, names: Mapping[str, str | None]
-) -> dict[str, Fitted]:
-    """Raises DataError with what cannot be tokenised of all of them."""
-    return _of_all(
-        {part: part for part in read}, lambda part: Fitted.of(read[part], tokenizer, limit, str(names[part]))
-    )
-
-
-def _of_all(parts: Mapping[str, T], make: Callable[[T], U]) -> dict[str, U]:
-    made: dict[str, U] = {}
+    made: dict[str, T] = {}
     refused: list[DataError] = []
-    for part, found in parts.items():
+    for part in parts:
         try:
-            made[part] = make(found)
+            made[part] = make(part)
         except DataError as error:
             refused.append(error)
     if refused:
@@ -138,7 +123,7 @@ def _written(
         ),
         strict=True,
     )
-    repeated, near = data.asked_in(*sides), _near(sides, signed)
+    repeated, near = len(data.asking_alike(*sides)), _near(sides, signed)
     return {
         "cut": {part: each.cut for part, each in fitted.items()},
         "dropped": {part: each.dropped for part, each in fitted.items()},
@@ -236,10 +221,7 @@ def summary(directory: str | Path) -> Table:
         ("почти повторов · near-duplicates", [near["train"], near["held_out"]]),
         ("вопрос есть и в обучении · asked in train too", ["–", report["held_out_prompts_in_train"]]),
         ("почти такой вопрос есть в обучении · nearly asked in train", ["–", near["held_out_in_train"]]),
-        (
-            "ответов «ничего нет» · answers that say nothing found",
-            nothing,
-        ),
+        ("ответов «ничего нет» · answers that say nothing found", nothing),
         *([("с функциями, но без вызова · tools and no call", with_tools)] if sides[0]["with_tools"] else []),
         ("служебные токены как текст · special tokens as text", as_text),
     ]

@@ -281,7 +281,7 @@ def test_a_split_is_complete_and_no_prompt_is_on_both_sides(seed):
     assert sorted(map(json.dumps, train + held_out)) == sorted(map(json.dumps, turns))
     sides = [{m["content"] for messages in side for m in messages if m["role"] == "user"} for side in (train, held_out)]
     assert sides[0].isdisjoint(sides[1])
-    assert data.asked_in(of_turns(train), of_turns(held_out)) == 0
+    assert data.asking_alike(of_turns(train), of_turns(held_out)) == []
 
 
 def test_a_split_is_the_same_for_the_same_seed_and_another_for_another():
@@ -334,7 +334,7 @@ def test_a_short_text_that_many_say_unites_no_conversations():
     conversations = of_turns([*asked(f"вопрос {index}"), THANKS, YES] for index in range(30))
     train, held_out = data.split_conversations(conversations, eval_fraction=0.2, seed=1)
     assert (len(train), len(held_out)) == (24, 6)
-    assert data.asked_in(train, held_out) == 0
+    assert data.asking_alike(train, held_out) == []
 
 
 def test_an_instruction_that_all_have_unites_no_conversations_whose_texts_are_in_the_system_prompt():
@@ -347,14 +347,14 @@ def test_an_instruction_that_all_have_unites_no_conversations_whose_texts_are_in
     conversations = of_turns(turn(index) for index in range(30))
     train, held_out = data.split_conversations(conversations, eval_fraction=0.2, seed=1)
     assert (len(train), len(held_out)) == (24, 6)
-    assert data.asked_in(train, held_out) == 0
+    assert data.asking_alike(train, held_out) == []
 
 
 def test_a_question_of_training_is_counted_in_held_out_wherever_it_stands():
     question = asked("Почему небо над морем бывает зелёным?")
     training = of_turns([question, [*asked("Привет"), *question]])
     held_out = of_turns([[*asked("Здравствуй"), *question], asked("Совсем другой вопрос о море и о небе")])
-    assert data.asked_in(training, held_out) == 1
+    assert len(data.asking_alike(training, held_out)) == 1
 
 
 def test_a_prompt_shared_through_another_conversation_keeps_all_three_together():
