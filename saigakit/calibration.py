@@ -11,6 +11,7 @@ from saigakit.rows import Rows
 OF_RECORDS = "records"  # for `importance`: a matrix of the records that the model was trained on
 STAGE, _MATRIX = "03_importance", "imatrix.gguf"
 _CONVERSATIONS = 2_000  # evenly spread over the file; more do not change a matrix
+_LONGEST = 2048  # tokens of one
 
 
 def importance_of_records(
@@ -20,7 +21,6 @@ def importance_of_records(
     adapter: str | Path | None,
     output: str | Path,
     base_source: str | None = None,
-    max_seq_length: int = 2048,
     max_tokens: int = 50_000,
     n_gpu_layers: int = 0,
 ) -> Path:
@@ -28,7 +28,7 @@ def importance_of_records(
 
     A Q8_0 GGUF is made in the scratch directory for it, and deleted. Raises SaigaError where there is no room for it.
     """
-    ids = token_rows(records, model, base_source, max_seq_length)
+    ids = token_rows(records, model, base_source)
     with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
         whole = export.to_gguf(
             model=model,
@@ -90,9 +90,9 @@ def matrix_for(
     return final / _MATRIX
 
 
-def token_rows(records: str | Path, model: str, base_source: str | None, limit: int) -> Rows:
+def token_rows(records: str | Path, model: str, base_source: str | None) -> Rows:
     """Conversations evenly spread over a file, as training has them."""
     spec = models.find(model)
     conversations = data.spread(data.read_conversations(records), _CONVERSATIONS)
     tokenizer = tokenization.load_tokenizer(spec.name, base_source)
-    return rows.store(conversations, tokenizer, limit, name=Path(records).name)
+    return rows.store(conversations, tokenizer, _LONGEST, name=Path(records).name)

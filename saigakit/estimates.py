@@ -34,37 +34,28 @@ class Estimate:
         return {**asdict(self), "note": NOTE}
 
 
-def estimate(
-    *,
-    rows: int,
-    tokens: int,
-    parameters_b: float,
-    epochs: float = TrainConfig.epochs,
-    batch_size: int = TrainConfig.batch_size,
-) -> Estimate:
-    """Of a run over `rows` (conversations, as a rule) that have `tokens` together, each shown once an epoch."""
-    low, high = hours(tokens=tokens * epochs, parameters_b=parameters_b)
+def estimate(*, rows: int, tokens: int, parameters_b: float) -> Estimate:
+    """Of a run over `rows` (conversations, as a rule) that have `tokens` together, each shown once an epoch.
+
+    Epochs and batch size are those of a TrainConfig that does not name them.
+    """
+    low, high = hours(tokens=tokens * TrainConfig.epochs, parameters_b=parameters_b)
     return Estimate(
-        steps_per_epoch=steps(rows=rows, epochs=1, batch_size=batch_size),
-        steps=steps(rows=rows, epochs=epochs, batch_size=batch_size),
+        steps_per_epoch=math.ceil(rows / TrainConfig.batch_size),
+        steps=math.ceil(rows * TrainConfig.epochs / TrainConfig.batch_size),
         hours=(low, high),
         quota=(low / QUOTA_HOURS, high / QUOTA_HOURS),
     )
 
 
-def steps(*, rows: int, epochs: float = TrainConfig.epochs, batch_size: int = TrainConfig.batch_size) -> int:
-    """Optimizer steps, of `batch_size` rows each."""
-    return math.ceil(rows * epochs / batch_size)
-
-
-def hours(*, tokens: float, parameters_b: float, gpus: int = T4S) -> tuple[float, float]:
-    """(low, high) to train on `tokens`, those of all epochs together, with QLoRA on so many T4s.
+def hours(*, tokens: float, parameters_b: float) -> tuple[float, float]:
+    """(low, high) to train on `tokens`, those of all epochs together, with QLoRA on Kaggle's T4s.
 
     QLoRA with activation checkpointing costs 3 forward passes of 2 · parameters FLOP per token: forward,
     recomputation, gradient of the inputs; the frozen weights get none. A T4 reaches 20.4 TFLOP/s in float16
     (measured for 4096³ on Kaggle's T4 by unsloth_zoo), and real runs reach 30 to 70 % of that. GPUs share the tokens.
     """
-    at_peak = _PASSES * _FLOP_PER_PARAMETER * parameters_b * 1e9 * tokens / (gpus * T4_FLOPS) / 3600
+    at_peak = _PASSES * _FLOP_PER_PARAMETER * parameters_b * 1e9 * tokens / (T4S * T4_FLOPS) / 3600
     return at_peak / _FASTEST, at_peak / _SLOWEST
 
 

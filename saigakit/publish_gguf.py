@@ -48,7 +48,7 @@ def push_to_hub(stage_dir: str | Path, repo_id: str, *, private: bool = True, re
             return publish.Push(repo_id, token).all_of(files, published, what, private=private, replace=replace)
 
 
-def push_to_kaggle(stage_dir: str | Path, name: str, *, private: bool = True, poll_s: float = 5.0) -> str:
+def push_to_kaggle(stage_dir: str | Path, name: str, *, private: bool = True) -> str:
     """The reference owner/name/gguf/variation/version of a new version of a Kaggle model, made where it is not there.
 
     `name`: the model's, of the logged-in user; the variation is the quant type. Every file's size there is compared
@@ -77,7 +77,7 @@ def push_to_kaggle(stage_dir: str | Path, name: str, *, private: bool = True, po
             private=private,
         )
         sizes = {file_name: file.stat().st_size for file_name, file in files.items()}
-    kaggle_models.require_arrived(reference, sizes, poll_s=poll_s)
+    kaggle_models.require_arrived(reference, sizes)
     print(f"All {len(sizes)} files arrived: https://www.kaggle.com/models/{reference}", flush=True)
     return reference
 

@@ -144,7 +144,6 @@ def qualities(
     *,
     model: str,
     base_source: str | None = None,
-    max_seq_length: int = 2048,
     max_tokens: int = 5_000,
     n_gpu_layers: int = 0,
 ) -> dict[str, Quality]:
@@ -152,7 +151,7 @@ def qualities(
 
     `reference` is a float16 or Q8_0 GGUF of the same model; it is read once for each file.
     """
-    held_out = calibration.token_rows(records, model, base_source, max_seq_length)
+    held_out = calibration.token_rows(records, model, base_source)
     chosen = data.spread(held_out, len(held_out) * max_tokens // max(1, sum(held_out.learned)) + 1)
     return {
         name: quality.against(reference, file, chosen, max_tokens=max_tokens, n_gpu_layers=n_gpu_layers)
