@@ -142,18 +142,6 @@ def stream(
         yield rest
 
 
-def chat(
-    llm: "llama_cpp.Llama",
-    messages: Sequence[Message],
-    *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    sampling: Sampling | None = None,
-    max_new_tokens: int | None = None,
-) -> str:
-    """The whole answer."""
-    return "".join(stream(llm, messages, tools=tools, sampling=sampling, max_new_tokens=max_new_tokens))
-
-
 def greedy(
     llm: "llama_cpp.Llama",
     prompts: Sequence[list[int]],

@@ -49,7 +49,10 @@ class Signatures:
 
 
 class Signer:
-    """Texts into Signatures, one by one as they stream by: 137 bytes of each are held, and the phrases of a batch."""
+    """Texts into Signatures, one by one as they stream by: 137 bytes of each are held, and the phrases of a batch.
+
+    `boilerplate` is the same for all that is compared.
+    """
 
     def __init__(self, boilerplate: frozenset[str]) -> None:
         self._boilerplate = boilerplate
@@ -106,14 +109,6 @@ def shingles(text: str, common: frozenset[str]) -> list[str]:
     pairs = _pairs(text)
     is_common = bytes(map(common.__contains__, pairs))
     return list(compress(pairs, map(not_, _CHANGED_WORD.sub(lambda run: b"\x01" * len(run[0]), is_common))))
-
-
-def signatures(texts: Iterable[str], common: frozenset[str]) -> Signatures:
-    """`common` is the boilerplate, the same for all that is compared."""
-    signer = Signer(common)
-    for text in texts:
-        signer.add(text)
-    return signer.finish()
 
 
 def within(records: Signatures) -> "Indices":

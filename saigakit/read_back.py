@@ -108,12 +108,8 @@ def require_tensors(
         raise _wrong(file, f"its {len(found)} tensors have other types, sizes or places than the {len(table)} written")
 
 
-def metadata(file: Path) -> dict[str, Any]:
-    """Key to value as gguf reads it; texts of a list are bytes."""
-    return _metadata(*_reader(file))
-
-
 def _metadata(reader: "gguf.GGUFReader", arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Key to value; texts of a list are bytes."""
     return {
         key: arrays[key] if key in arrays else field.contents()
         for key, field in reader.fields.items()

@@ -216,7 +216,8 @@ def test_the_quantised_file_answers(tiny, tmp_path):
     file = export.to_gguf(model="saiga_tiny", adapter="released", output=tmp_path / "x.gguf")
     with closing(infer.load(file, n_ctx=256)) as llm:
         greedily = Sampling(temperature=0.0)
-        assert infer.chat(llm, [{"role": "user", "content": "Привет"}], sampling=greedily, max_new_tokens=8)
+        pieces = infer.stream(llm, [{"role": "user", "content": "Привет"}], sampling=greedily, max_new_tokens=8)
+        assert "".join(pieces)
 
 
 def test_the_file_recommends_the_models_sampling(tiny, tmp_path):

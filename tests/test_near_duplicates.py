@@ -19,8 +19,15 @@ KINDS = pytest.mark.parametrize("kind", [story, letter], ids=lambda kind: kind._
 ALL_SEEDS = pytest.mark.parametrize("seed", SEEDS)
 
 
+def signatures(texts, common):
+    signer = near_duplicates.Signer(common)
+    for text in texts:
+        signer.add(text)
+    return signer.finish()
+
+
 def signed(texts, among=None):
-    return near_duplicates.signatures(texts, near_duplicates.boilerplate(texts if among is None else among))
+    return signatures(texts, near_duplicates.boilerplate(texts if among is None else among))
 
 
 @ALL_SEEDS
@@ -62,14 +69,14 @@ def test_texts_with_half_of_their_sentences_in_common_are_not_near():
         shared, *own = ([sentence(rng) for _ in range(6)] for _ in range(3))
         training.append(" ".join([*shared, *own[0]]))
         held_out.append(" ".join([*shared, *own[1]]))
-    near = near_duplicates.across(*(near_duplicates.signatures(side, frozenset()) for side in (held_out, training)))
+    near = near_duplicates.across(*(signatures(side, frozenset()) for side in (held_out, training)))
     assert (near >= 0).mean() <= 0.01
 
 
 def test_a_common_instruction_makes_no_text_near_to_another():
     rng = random.Random(0)
     texts = [f"{INSTRUCTION} {sentence(rng)} {sentence(rng)}" for _ in range(COUNT)]
-    assert (near_duplicates.within(near_duplicates.signatures(texts, frozenset())) >= 0).mean() > 0.5
+    assert (near_duplicates.within(signatures(texts, frozenset())) >= 0).mean() > 0.5
     assert (near_duplicates.within(signed(texts)) >= 0).mean() <= 0.01
 
 
@@ -78,7 +85,7 @@ def test_an_instruction_in_twelve_wordings_makes_no_text_near_to_another():
     words = INSTRUCTION.split()
     wordings = [" ".join(rng.sample(words, len(words))) for _ in range(12)]
     texts = [f"{rng.choice(wordings)} {sentence(rng)} {sentence(rng)}" for _ in range(10 * COUNT)]
-    assert (near_duplicates.within(near_duplicates.signatures(texts, frozenset())) >= 0).mean() > 0.5
+    assert (near_duplicates.within(signatures(texts, frozenset())) >= 0).mean() > 0.5
     assert (near_duplicates.within(signed(texts)) >= 0).mean() <= 0.01
 
 
@@ -117,13 +124,13 @@ def test_a_near_duplicate_of_a_text_that_is_there_a_hundred_times_is_found():
     rng = random.Random(0)
     text = letter(rng)
     texts = [text] * 100 + [EDITS["add_sentence"](text, rng)] * 2
-    near = near_duplicates.within(near_duplicates.signatures(texts, frozenset()))
+    near = near_duplicates.within(signatures(texts, frozenset()))
     assert near.tolist() == [-1] * 100 + [0, -1]
 
 
 def test_a_text_of_few_words_is_left_to_the_exact_comparison():
     texts = ["Переведи на английский слово кот", "Переведи на английский слово кот!"]
-    short = near_duplicates.signatures(texts, frozenset())
+    short = signatures(texts, frozenset())
     assert short.judged.tolist() == [False, False]
     assert near_duplicates.within(short).tolist() == [-1, -1]
     assert near_duplicates.across(short, short).tolist() == [-1, -1]
@@ -134,20 +141,16 @@ def test_an_edited_text_is_found_among_many_of_its_form(monkeypatch):
     monkeypatch.setattr(russian_texts, "_FORMS", russian_texts._FORMS[:1])
     texts = [letter(rng) for _ in range(3000)]
     edited = [EDITS["replace_words"](text, rng) for text in texts[:COUNT]]
-    near = near_duplicates.across(*(near_duplicates.signatures(side, frozenset()) for side in (edited, texts)))
+    near = near_duplicates.across(*(signatures(side, frozenset()) for side in (edited, texts)))
     assert (near == np.arange(COUNT)).mean() >= 0.95
 
 
-def test_texts_that_stream_by_are_signed_as_in_a_list():
+def test_one_of_many_texts_is_signed_as_alone():
     rng = random.Random(0)
     texts = [sentence(rng) for _ in range(2500)]
-    signer = near_duplicates.Signer(frozenset())
-    for text in texts:
-        signer.add(text)
-    streamed, listed = signer.finish(), near_duplicates.signatures(texts, frozenset())
+    streamed = signatures(texts, frozenset())
     assert len(streamed) == len(texts)
-    assert (streamed.slots == listed.slots).all()
-    one = near_duplicates.signatures(texts[1700:1701], frozenset())
+    one = signatures(texts[1700:1701], frozenset())
     assert (streamed.slots[1700], streamed.texts[1700], streamed.judged[1700]) == (
         pytest.approx(one.slots[0]),
         one.texts[0],
@@ -156,13 +159,13 @@ def test_texts_that_stream_by_are_signed_as_in_a_list():
 
 
 def test_a_record_takes_137_bytes():
-    made = near_duplicates.signatures([story(random.Random(0))] * 1000, frozenset())
+    made = signatures([story(random.Random(0))] * 1000, frozenset())
     assert made.slots.nbytes + made.texts.nbytes + made.judged.nbytes == 137 * 1000
 
 
 def test_no_records_have_no_near_ones():
-    none = near_duplicates.signatures([], frozenset())
-    some = near_duplicates.signatures([story(random.Random(0))], frozenset())
+    none = signatures([], frozenset())
+    some = signatures([story(random.Random(0))], frozenset())
     assert near_duplicates.within(none).tolist() == []
     assert near_duplicates.across(none, some).tolist() == []
     assert near_duplicates.across(some, none).tolist() == [-1]
@@ -172,7 +175,9 @@ def test_signatures_do_not_depend_on_the_processs_hashes():
     code = """
 import hashlib, random, russian_texts
 from saigakit import near_duplicates
-made = near_duplicates.signatures([russian_texts.story(random.Random(0))], frozenset())
+signer = near_duplicates.Signer(frozenset())
+signer.add(russian_texts.story(random.Random(0)))
+made = signer.finish()
 print(hashlib.sha256(made.slots.tobytes() + made.texts.tobytes()).hexdigest())
 """
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(near_duplicates.__file__).parents[1])])
