@@ -1,8 +1,6 @@
 """A GGUF into the files beside it: Ollama's Modelfile, llama-server's command, a model card."""
 
-import io
 from collections.abc import Mapping, Sequence
-from contextlib import closing, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +11,7 @@ from saigakit.errors import SaigaError
 from saigakit.gguf_card import Described
 from saigakit.memory import Shape
 from saigakit.models import ModelSpec, Sampling
+from saigakit.tokenizer_backends import gguf_vocabulary
 
 if TYPE_CHECKING:
     import llama_cpp
@@ -87,11 +86,7 @@ def _modelfile(name: str, chat: ChatFormat, stops: list[str], described: Describ
 
 def _described(file: Path, spec: ModelSpec) -> tuple[Described, ChatFormat | None, list[str]]:
     """What the GGUF holds; what ends an answer, the token that training taught and the file's EOS."""
-    import llama_cpp
-
-    with redirect_stderr(io.StringIO()):  # it warns that a vocabulary has no context
-        llm = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
-    with closing(llm):
+    with gguf_vocabulary(file) as llm:
         written = llm.metadata
         tokenizer = tokenization.GgufTokenizer(llm)
         (end,) = tokenization.end_of_turn_ids(tokenizer)

@@ -4,7 +4,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from saigakit import (
     results,
 )
 from saigakit.errors import SaigaError
+from saigakit.tokenizer_backends import gguf_vocabulary
 
 _WEIGHTS = (".safetensors", ".bin")
 _SHOWN = (".gguf", ".png")
@@ -110,11 +110,10 @@ def _files(
 def _by_type(files: Iterable[Path]) -> dict[str, Path]:
     """By the quant type that each GGUF names, the largest first."""
     import gguf
-    import llama_cpp
 
     found = {}
     for file in sorted(files, key=lambda file: -file.stat().st_size):
-        with closing(llama_cpp.Llama(str(file), vocab_only=True, verbose=False)) as llm:
+        with gguf_vocabulary(file) as llm:
             kind = gguf.LlamaFileType(int(llm.metadata["general.file_type"])).name
         found[kind.removeprefix("MOSTLY_").removeprefix("ALL_")] = file
     return found

@@ -1,6 +1,5 @@
 """A finished GGUF file into a sentence that says what can read it: gguf's reader, llama.cpp, the user's own records."""
 
-import io
 import itertools
 import json
 import logging
@@ -8,7 +7,6 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ from saigakit import container, quantization, streaming, tokenization
 from saigakit.errors import SaigaError
 from saigakit.streaming import Written
 from saigakit.tokenization import FastTokenizer
+from saigakit.tokenizer_backends import gguf_vocabulary
 
 if TYPE_CHECKING:
     import gguf
@@ -47,12 +46,8 @@ def require_readable(file: Path, tensors: int, tokenizer: FastTokenizer, texts: 
 
 def said_of_ids(file: Path, tokenizer: FastTokenizer, texts: Sequence[str]) -> str:
     """Raises SaigaError with the first text that llama.cpp reads as other ids than those of the training."""
-    import llama_cpp
-
     refused: list[SaigaError] = []
-    with redirect_stderr(io.StringIO()):  # it warns that a vocabulary has no context
-        llm = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
-    with closing(llm):
+    with gguf_vocabulary(file) as llm:
         theirs = tokenization.GgufTokenizer(llm)
         for text in texts:
             try:

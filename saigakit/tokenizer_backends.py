@@ -1,9 +1,11 @@
 """Text to ids without control tokens, by the tokenizers library or by llama.cpp: two of one protocol, the same ids."""
 
+import io
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -151,6 +153,17 @@ class GgufTokenizer:
                 )
             cuts.append(cut.end())
         return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+@contextmanager
+def gguf_vocabulary(file: Path) -> Iterator["llama_cpp.Llama"]:
+    """A GGUF of which only the metadata and the vocabulary are loaded."""
+    import llama_cpp
+
+    with redirect_stderr(io.StringIO()):  # it warns that a vocabulary has no context
+        llm = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+    with closing(llm):
+        yield llm
 
 
 def piece(llm: "llama_cpp.Llama", token: int) -> bytes:

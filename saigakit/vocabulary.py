@@ -1,10 +1,8 @@
 """A tokenizer's files into the vocabulary of a GGUF, so that llama.cpp gives the same ids."""
 
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import closing, redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from saigakit import template, tokenization
 from saigakit.errors import SaigaError
 from saigakit.tokenization import FastTokenizer
-from saigakit.tokenizer_backends import NORMALIZATION_KEY, TOKENIZER_JSON_KEY, GgufTokenizer
+from saigakit.tokenizer_backends import NORMALIZATION_KEY, TOKENIZER_JSON_KEY, GgufTokenizer, gguf_vocabulary
 
 if TYPE_CHECKING:
     import gguf
@@ -272,11 +270,7 @@ def _step(part: Mapping[str, Any]) -> str:
 
 def require_same_ids(vocabulary_file: Path, tokenizer: FastTokenizer, texts: Sequence[str]) -> None:
     """llama.cpp reads a GGUF's vocabulary and gives the ids of `tokenizer`. Raises SaigaError with the difference."""
-    import llama_cpp
-
-    with redirect_stderr(io.StringIO()):  # it warns that a vocabulary has no context
-        llm = llama_cpp.Llama(str(vocabulary_file), vocab_only=True, verbose=False)
-    with closing(llm):
+    with gguf_vocabulary(vocabulary_file) as llm:
         theirs = GgufTokenizer(llm)
         for text in (_PROBE, *texts):
             wanted, got = tokenizer.encode_text(text), theirs.encode_text(text)
