@@ -104,7 +104,7 @@ def _described(file: Path, spec: ModelSpec) -> tuple[Described, ChatFormat | Non
                 chat_template=tokenizer.chat_template,
                 end_of_turn=names[end],
                 system_prompt=written.get(lineage.SYSTEM_PROMPT_KEY),
-                sampling=_sampling(written),
+                sampling=Sampling.of_gguf(written),
                 shape=shape,
                 longest=min(spec.context_length, trained_for),
                 n_ctx=0,
@@ -114,16 +114,6 @@ def _described(file: Path, spec: ModelSpec) -> tuple[Described, ChatFormat | Non
             chat,
             stops,
         )
-
-
-def _sampling(written: Mapping[str, str]) -> Sampling:
-    default = Sampling()
-    return Sampling(
-        temperature=float(written.get("general.sampling.temp", default.temperature)),
-        top_p=float(written.get("general.sampling.top_p", default.top_p)),
-        top_k=int(written.get("general.sampling.top_k", default.top_k)),
-        repeat_penalty=float(written.get("general.sampling.penalty_repeat", default.repeat_penalty)),
-    )
 
 
 def _shape(llm: "llama_cpp.Llama") -> Shape:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from saigakit import fit, infer, lineage
 from saigakit.errors import SaigaError
+from saigakit.models import Sampling
 
 if TYPE_CHECKING:
     import llama_cpp
 
-    from saigakit.models import Sampling
     from saigakit.template import Message
 
 
@@ -33,7 +33,7 @@ def talk(
         if system is None and (system := llm.metadata.get(lineage.SYSTEM_PROMPT_KEY)):
             print(f"system: {system}", file=sys.stderr, flush=True)
         beginning: list[Message] = [{"role": "system", "content": system}] if system else []
-        sampling = infer.sampling_of(llm)
+        sampling = Sampling.of_gguf(llm.metadata)
         if temperature is not None:
             sampling = replace(sampling, temperature=temperature)
         history: list[Message] = []
@@ -42,7 +42,7 @@ def talk(
 
 
 def _ask(
-    llm: "llama_cpp.Llama", beginning: "list[Message]", history: "list[Message]", question: str, sampling: "Sampling"
+    llm: "llama_cpp.Llama", beginning: "list[Message]", history: "list[Message]", question: str, sampling: Sampling
 ) -> "list[Message]":
     """The history with this question and its answer; where the context has no room for it, without what was before."""
     asked: Message = {"role": "user", "content": question}
@@ -57,7 +57,7 @@ def _ask(
     return [*history, asked, {"role": "assistant", "content": answer}]
 
 
-def _answer(llm: "llama_cpp.Llama", messages: "Sequence[Message]", sampling: "Sampling") -> str:
+def _answer(llm: "llama_cpp.Llama", messages: "Sequence[Message]", sampling: Sampling) -> str:
     """Printed as it comes; after a Ctrl-C, what was said before it."""
     said: list[str] = []
     try:

@@ -91,17 +91,6 @@ def _gpu_layers(file: Path) -> int:
     return -1 if free > 1.3 * file.stat().st_size else 0  # the rest is for the context and its buffers
 
 
-def sampling_of(llm: "llama_cpp.Llama") -> Sampling:
-    """What the file recommends (`general.sampling.*`, as llama.cpp reads it), else saigakit's defaults."""
-    default, written = Sampling(), llm.metadata
-    return Sampling(
-        temperature=float(written.get("general.sampling.temp", default.temperature)),
-        top_p=float(written.get("general.sampling.top_p", default.top_p)),
-        top_k=int(written.get("general.sampling.top_k", default.top_k)),
-        repeat_penalty=float(written.get("general.sampling.penalty_repeat", default.repeat_penalty)),
-    )
-
-
 def stream(
     llm: "llama_cpp.Llama",
     messages: Sequence[Message],
@@ -123,7 +112,7 @@ def stream(
             "load the model with a larger n_ctx or start a new conversation."
         )
     stop_ids = tokenization.end_of_turn_ids(tokenizer) | {llm.token_eos()}
-    drawn = sampling or sampling_of(llm)
+    drawn = sampling or Sampling.of_gguf(llm.metadata)
     tokens = llm.generate(
         prompt,
         temp=drawn.temperature,

@@ -1,9 +1,10 @@
 """A model's name into everything that follows from it: the one dial of a run."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from saigakit.errors import SaigaError
 
@@ -22,6 +23,16 @@ class Sampling:
     top_p: float = 0.9
     top_k: int = 30
     repeat_penalty: float = 1.1
+
+    @classmethod
+    def of_gguf(cls, metadata: Mapping[str, str]) -> Self:
+        """What the file recommends (`general.sampling.*`, as llama.cpp reads it), else the defaults."""
+        return cls(
+            temperature=float(metadata.get("general.sampling.temp", cls.temperature)),
+            top_p=float(metadata.get("general.sampling.top_p", cls.top_p)),
+            top_k=int(metadata.get("general.sampling.top_k", cls.top_k)),
+            repeat_penalty=float(metadata.get("general.sampling.penalty_repeat", cls.repeat_penalty)),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
