@@ -5,7 +5,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from saigakit import (
     checkpoints,
     curve,
     data,
-    earlier,
     launch,
     loading,
     manifest,
@@ -40,7 +39,7 @@ def train_adapter(config: TrainConfig) -> Path:
     Everything that can be known in the first minute is refused in it. On the machines of SAIGAKIT_NODES but the first
     it only lends its processes. Raises SaigaError.
     """
-    config = earlier.resumed(config)
+    config = resuming.resumed(config)
     final = Path(config.output_dir)
     files = {"train": config.train_file, "held_out": config.eval_file}
     found = {name: workspace.find_input(file, run_dir=final.parent) for name, file in files.items() if file}
@@ -115,11 +114,11 @@ def _run_child(
     nodes: launch.Nodes | None,
 ) -> None:
     """Writes into `directory`; the config that it reads names the files that were found."""
-    paths = {"train_file": str(found["train"]), "output_dir": str(directory), "resume_from": start and str(start)}
-    paths |= {
-        f"{key}_file": str(found[name]) for key, name in (("eval", "held_out"), ("replay", "replay")) if name in found
-    }
-    child_config = TrainConfig(**{**_fields(config), **paths}).write(directory / CONFIG_FILE)
+    paths: dict[str, Any] = {"output_dir": str(directory), "resume_from": start and str(start)}
+    for key, name in (("train_file", "train"), ("eval_file", "held_out"), ("replay_file", "replay")):
+        if name in found:
+            paths[key] = str(found[name])
+    child_config = replace(config, **paths).write(directory / CONFIG_FILE)
     store_file = store.for_child(directory)
     launch.distributed("saigakit.train", [str(child_config)], processes=processes, nodes=nodes)
     store_file.unlink()
@@ -142,10 +141,6 @@ def _as_formatted(config: TrainConfig, directory: Path) -> TrainConfig:
         return config
     formatted = manifest.require_stage(directory, "01_format", model=config.model)
     return replace(config, max_seq_length=config.max_seq_length or formatted["parameters"]["max_seq_length"])
-
-
-def _fields(config: TrainConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in (field.name for field in fields(config))}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -37,8 +38,8 @@ class Child:
     def run(self, until=None):
         """To the end, or until asked to end in the step numbered `until`; from its last checkpoint."""
         start = self.store.newest()
-        config = {**train._fields(self.config), "resume_from": start and str(self.store.bring(start))}
-        file = type(self.config)(**config).write(self.directory / train.CONFIG_FILE)
+        config = replace(self.config, resume_from=start and str(self.store.bring(start)))
+        file = config.write(self.directory / train.CONFIG_FILE)
         (self.directory / curve.LOG_FILE).unlink(missing_ok=True)
         steps = iter(range(1 if start is None else checkpoints.step_of(start) + 1, 1000))
         with self.monkeypatch.context() as patch:
