@@ -175,7 +175,7 @@ def _sigterm_ends_like_an_exception() -> Iterator[None]:
 
 def _end(process: "subprocess.Popen[str]", output: _Output, scratch: Path, *, saving: bool) -> None:
     """Asks the child and its children to end, then makes them; a second Ctrl-C meanwhile makes them at once."""
-    with _signals_call(lambda: _kill(process, scratch)):
+    with signals_call(lambda: _kill(process, scratch)):
         if saving:
             print("Ending after this step, with a checkpoint. Interrupt again to end at once.", flush=True)
             assert process.stdin is not None
@@ -203,7 +203,7 @@ def _kill(process: "subprocess.Popen[str]", scratch: Path) -> None:
 
 
 @contextlib.contextmanager
-def _signals_call(act: Callable[[], None]) -> Iterator[None]:
+def signals_call(act: Callable[[], None]) -> Iterator[None]:
     """Ctrl-C and SIGTERM call `act`: an exception of theirs may be lost where Python ignores it, as in a destructor."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -7,16 +7,14 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import saigakit
-from saigakit import evaluate, execution, manifest, models, quantization, results, summary
+from saigakit import evaluate, execution, launch, manifest, models, quantization, results, summary
 from saigakit.errors import SaigaError
 from saigakit.execution import Terminal
 from saigakit.parameters import suggestion
@@ -51,7 +49,7 @@ def run(parameters: Mapping[str, Any], run_dir: str | Path, *, notebooks_dir: st
     run_dir = Path(run_dir).resolve()
     _require_runnable(parameters)
     stages = read_stages(find_notebooks() if notebooks_dir is None else Path(notebooks_dir).absolute(), parameters)
-    with _only_run(run_dir) as lock, _interruptible(), Terminal() as terminal:
+    with _only_run(run_dir) as lock, launch.signals_call(_interrupt), Terminal() as terminal:
         _finish_all(stages, run_dir, terminal, lock)
         report = summary.write_report(run_dir)
         manifest.write_text(run_dir / results.FILE, (run_dir / evaluate.STAGE / results.FILE).read_text("utf-8"))
@@ -197,25 +195,11 @@ def _is_finished(directory: Path, made_file: Path, fingerprint: str) -> bool:
     return all(manifest.sha256(directory / name) == digest for name, digest in outputs.items())
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def _interrupt() -> None:
     """SIGTERM ends a run as Ctrl-C does; a second signal does not disturb the ending."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
-    before = [signal.signal(number, interrupt) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
