@@ -11,7 +11,6 @@ from pathlib import Path
 from saigakit import kernels
 from saigakit.errors import SaigaError
 
-_NOT_THERE = re.compile(r"\b40[34] Client Error")  # Kaggle answers 403 for what is not there
 _PAGE = 200  # files of a listing; a stage has fewer
 
 
@@ -23,7 +22,7 @@ def push_version(folder: Path, instance: str, *, card: str, licence: str, privat
     """
     owner, name, framework, variation = instance.split("/")
     _require_model(folder, f"{owner}/{name}", card, private)
-    if (there := _asked("models", "instances", "get", instance)) is not None:
+    if (there := kernels.asked("models", "instances", "get", instance)) is not None:
         before = _version(instance, there)
         notes = ("-n", "pushed by saigakit", "-q", "-p", str(folder))
         _accepted(kernels.kaggle("models", "instances", "versions", "create", *notes, instance), instance)
@@ -36,7 +35,7 @@ def push_version(folder: Path, instance: str, *, card: str, licence: str, privat
 
 
 def _require_model(folder: Path, model: str, card: str, private: bool) -> None:
-    there = _asked("models", "get", model)
+    there = kernels.asked("models", "get", model)
     if there is None:
         owner, name = model.split("/")
         metadata = folder / "model-metadata.json"
@@ -68,20 +67,10 @@ def require_arrived(reference: str, sizes: Mapping[str, int], *, poll_s: float =
 
 def _listed(reference: str) -> dict[str, int]:
     """Bytes of each file; none where the version is not there yet."""
-    said = _asked("models", "instances", "versions", "files", reference, "-v", "--page-size", f"{_PAGE}") or ""
+    said = kernels.asked("models", "instances", "versions", "files", reference, "-v", "--page-size", f"{_PAGE}") or ""
     lines = said.splitlines()
     header = next((number for number, line in enumerate(lines) if line.startswith("name,")), len(lines))
     return {row["name"]: int(row["size"]) for row in csv.DictReader(io.StringIO("\n".join(lines[header:])))}
-
-
-def _asked(*command: str) -> str | None:
-    """What Kaggle says of something; None where it is not there."""
-    try:
-        return kernels.kaggle(*command)
-    except SaigaError as error:
-        if _NOT_THERE.search(str(error)):
-            return None
-        raise
 
 
 def _version(instance: str, said: str) -> int:

@@ -194,8 +194,14 @@ def _wait_until_ready(reference: str, poll_s: float) -> None:
 
 
 def _dataset_status(reference: str) -> str | None:
+    said = asked("datasets", "status", reference)
+    return None if said is None else said.strip().splitlines()[-1]
+
+
+def asked(*command: str) -> str | None:
+    """What Kaggle says of something; None where it is not there."""
     try:
-        return kaggle("datasets", "status", reference).strip().splitlines()[-1]
+        return kaggle(*command)
     except SaigaError as error:
         if re.search(r"\b40[34] Client Error", str(error)):  # Kaggle answers 403 for what is not there
             return None
