@@ -59,9 +59,9 @@ def write(stage_dir: Path, repo_id: str, tokenizer: Tokenizer) -> str:
     config = TrainConfig.read(stage_dir / train.CONFIG_FILE)
     template, prompt = tokenizer.chat_template, content.get("system_prompt")
     return _CARD.substitute(
-        metadata=_metadata(config),
+        metadata=markdown.metadata(config.spec, "peft", ["lora", "saiga", "saigakit"]),
         title=repo_id.split("/")[1],
-        base=_base(config),
+        base=markdown.linked(config.spec.base_model),
         continued=_continued(config),
         licence=config.spec.licence or "see there",
         losses=_losses(config, curve.read(stage_dir), content.get("training", {}).get("best_step")),
@@ -73,21 +73,6 @@ def write(stage_dir: Path, repo_id: str, tokenizer: Tokenizer) -> str:
         system_prompt="" if prompt is None else f"System prompt of the records: {markdown.code(prompt)}\n",
         versions=markdown.table(("package", "version"), content.get("versions", {}).items()),
     )
-
-
-def _metadata(config: TrainConfig) -> str:
-    """YAML, which JSON is too; the Hub refuses a base model that is not there."""
-    values: dict[str, Any] = {"language": ["ru"], "library_name": "peft", "pipeline_tag": "text-generation"}
-    values |= markdown.licence(config.spec.licence)
-    if sources.is_hub_id(config.spec.base_model):
-        values["base_model"] = config.spec.base_model
-    values["tags"] = ["lora", "saiga", "saigakit"]
-    return "\n".join(f"{name}: {json.dumps(value)}" for name, value in values.items())
-
-
-def _base(config: TrainConfig) -> str:
-    name = config.spec.base_model
-    return f"[{name}](https://huggingface.co/{name})" if sources.is_hub_id(name) else markdown.code(Path(name).name)
 
 
 def _started_from(config: TrainConfig) -> str | None:

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any
 
-from saigakit import fit, manifest, markdown, sources
+from saigakit import fit, manifest, markdown
 from saigakit.memory import Shape
 from saigakit.models import ModelSpec, Sampling
 
@@ -20,7 +19,7 @@ $metadata
 $base$adapter as GGUF, for llama.cpp and what is built on it; made with saigakit. The base model's licence ($licence)
 applies.
 
-Это $base_ru$adapter_ru в формате GGUF: работает на обычном компьютере без видеокарты. Всё измеренное измерил автор;
+Это $base$adapter_ru в формате GGUF: работает на обычном компьютере без видеокарты. Всё измеренное измерил автор;
 независимой проверки не было. Ответы бывают неверны. Действует лицензия базовой модели: $licence.
 
 ## Files
@@ -98,18 +97,20 @@ def text(
     """`sizes`: name and bytes of the file of each quant type. `origin`: as `origin_of` gives it. `compared`: what was
     measured, in Markdown."""
     origin, is_merged = origin or {}, any(what.startswith("adapter") for what in origin or {})
-    base, name = _named(spec.base_model), next(iter(sizes.values()))[0]
+    base, name = markdown.linked(spec.base_model), next(iter(sizes.values()))[0]
+    by_type = {quant_type: size for quant_type, (_, size) in sizes.items()}
     system_prompt = described.system_prompt
     return _CARD.substitute(
-        metadata=_metadata(spec),
+        metadata=markdown.metadata(
+            spec, "gguf", ["gguf", "llama.cpp", "saiga", "saigakit"], base_model_relation="quantized"
+        ),
         title=title.split("/")[-1] or Path(spec.name).name,
         base=base,
-        base_ru=base,
         adapter=" with a LoRA adapter merged in" if is_merged else "",
         adapter_ru=" с вложенным адаптером LoRA" if is_merged else "",
         licence=spec.licence or "see there",
         files=_files(described, sizes),
-        fits=fit.in_words(described.shape, _bytes(sizes), longest=described.longest),
+        fits=fit.in_words(described.shape, by_type, longest=described.longest),
         compared=f"## Measured\n\n{compared.strip()}\n\n" if compared else "",
         server=markdown.block(described.server, "bash"),
         ollama=_ollama(described),
@@ -123,35 +124,13 @@ def text(
     )
 
 
-def _metadata(spec: ModelSpec) -> str:
-    """YAML, which JSON is too; the Hub refuses a base model that is not there."""
-    values: dict[str, Any] = {"language": ["ru"], "library_name": "gguf", "pipeline_tag": "text-generation"}
-    values |= markdown.licence(spec.licence)
-    if sources.is_hub_id(spec.base_model):
-        values |= {"base_model": spec.base_model, "base_model_relation": "quantized"}
-    values["tags"] = ["gguf", "llama.cpp", "saiga", "saigakit"]
-    return "\n".join(f"{name}: {json.dumps(value)}" for name, value in values.items())
-
-
-def _named(name: str) -> str:
-    return f"[{name}](https://huggingface.co/{name})" if sources.is_hub_id(name) else markdown.code(Path(name).name)
-
-
-def _bytes(sizes: Mapping[str, tuple[str, int]]) -> dict[str, int]:
-    return {quant_type: size for quant_type, (_, size) in sizes.items()}
-
-
 def _files(described: Described, sizes: Mapping[str, tuple[str, int]]) -> str:
     least = min(fit.LEAST_CONTEXT, described.longest)
-    rows = [
-        (name, quant_type, f"{size / 1e9:.3f} GB", f"{_resident(described.shape, size, least):.2f} GiB")
-        for quant_type, (name, size) in sizes.items()
-    ]
+    rows = []
+    for quant_type, (name, size) in sizes.items():
+        needs = fit.Needs.of(described.shape, size, least)
+        rows.append((name, quant_type, f"{size / 1e9:.3f} GB", f"{needs.resident / fit.GIB:.2f} GiB"))
     return markdown.table(("file", "type", "size", f"memory with {least} tokens of context"), rows)
-
-
-def _resident(shape: Shape, size: int, n_ctx: int) -> float:
-    return fit.Needs.of(shape, size, n_ctx).resident / fit.GIB
 
 
 def _ollama(described: Described) -> str:

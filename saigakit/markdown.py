@@ -1,6 +1,12 @@
-"""Rows and texts into the Markdown of a model card, and a licence into the Hub's name for it."""
+"""Rows and texts into the Markdown of a model card, and a model into the metadata that the Hub reads there."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from saigakit import sources
+from saigakit.models import ModelSpec
 
 # The names that the Hub has for licences: https://huggingface.co/docs/hub/repositories-licenses
 _LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "gemma")
@@ -22,6 +28,21 @@ def code(text: str) -> str:
 
 def block(text: str, language: str = "") -> str:
     return f"```{language}\n{text.replace('```', '` ` `').rstrip()}\n```"
+
+
+def linked(name: str) -> str:
+    """A model by its page on the Hub, or by the name of its directory."""
+    return f"[{name}](https://huggingface.co/{name})" if sources.is_hub_id(name) else code(Path(name).name)
+
+
+def metadata(spec: ModelSpec, library: str, tags: Sequence[str], **of_base: str) -> str:
+    """YAML, which JSON is too; the Hub refuses a base model that is not there, and so `of_base` is left out with it."""
+    values: dict[str, Any] = {"language": ["ru"], "library_name": library, "pipeline_tag": "text-generation"}
+    values |= licence(spec.licence)
+    if sources.is_hub_id(spec.base_model):
+        values |= {"base_model": spec.base_model, **of_base}
+    values["tags"] = tags
+    return "\n".join(f"{name}: {json.dumps(value)}" for name, value in values.items())
 
 
 def licence(name: str) -> dict[str, str]:

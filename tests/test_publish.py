@@ -12,7 +12,7 @@ import pytest
 import yaml
 from small_models import adapter, edit_json
 
-from saigakit import card, curve, evaluate, export, manifest, models, publish, results, tokenization
+from saigakit import card, curve, evaluate, export, manifest, markdown, models, publish, results, tokenization
 from saigakit.config import TrainConfig
 from saigakit.errors import SaigaError
 
@@ -264,9 +264,9 @@ def test_the_card_has_metadata_that_the_hub_takes(stage, tokenizer):
     metadata = yaml.safe_load(card.write(stage, REPO, tokenizer).split("---\n")[1])
     assert metadata["language"] == ["ru"] and metadata["license"] == "apache-2.0"
     assert "base_model" not in metadata  # "package:saiga_tiny" is nothing of the Hub's
-    of_saiga = yaml.safe_load(card._metadata(TrainConfig(model="saiga2_7b", train_file="", output_dir="")))
+    of_saiga = yaml.safe_load(markdown.metadata(models.find("saiga2_7b"), "peft", []))
     assert (of_saiga["base_model"], of_saiga["license"]) == ("TheBloke/Llama-2-7B-fp16", "llama2")
-    of_yandex = yaml.safe_load(card._metadata(TrainConfig(model="saiga_yandexgpt_8b", train_file="", output_dir="")))
+    of_yandex = yaml.safe_load(markdown.metadata(models.find("saiga_yandexgpt_8b"), "peft", []))
     assert (of_yandex["license"], of_yandex["license_name"]) == ("other", "yandexgpt-5-lite-8b")
 
 
