@@ -7,6 +7,7 @@ from typing import Any
 from saigakit import calibration, companions, lora_gguf, merged_safetensors, models, sources
 from saigakit import export as exporting
 from saigakit.errors import SaigaError
+from saigakit.gguf_files import beside
 
 _MATRICES = (".gguf", ".dat", ".imatrix")
 
@@ -58,12 +59,12 @@ def _gguf(
     made = exporting.to_gguf(
         model=model, adapter=adapter, output=output, quant_type=quant_type, base_source=base_source, **given
     )
-    files = {quant_type: made} | {each: made.with_name(f"{made.stem}-{each}{made.suffix}") for each in further}
+    files = {quant_type: made} | {each: beside(made, each) for each in further}
     spec = models.find(model)
     directories = [sources.adapter_dir(spec, path) for path, _ in weighted]
-    beside = companions.write(files, spec=spec, adapters=directories, prefix=f"{made.stem}.")
+    written = companions.write(files, spec=spec, adapters=directories, prefix=f"{made.stem}.")
     said = [f"model: {_named(file)}" for file in files.values()]
-    return [*said, f"beside: {', '.join(file.name for file in beside)}", f"talk:  saigakit chat {made}"]
+    return [*said, f"beside: {', '.join(file.name for file in written)}", f"talk:  saigakit chat {made}"]
 
 
 def _matrix(
