@@ -1,12 +1,10 @@
 """A Russian WordNet into the demo's records: short texts, and the terms that they define as JSON."""
 
-import contextlib
 import hashlib
 import json
 import random
 import re
 import sqlite3
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -113,11 +111,8 @@ def packaged_records() -> Path:
     kept = workspace.scratch_dir() / "records" / made_of[:16]
     if not kept.is_dir():
         print("Making the demo's records of the WordNet …", flush=True)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-            write_records(Path(scratch) / "records")
-            with contextlib.suppress(FileExistsError):  # another process was first
-                (Path(scratch) / "records").rename(kept)
+        with examples.made_once(kept) as partial:
+            write_records(partial)
     return kept
 
 

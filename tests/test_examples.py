@@ -105,14 +105,14 @@ def test_a_file_is_taken_out_of_a_source_archive_too(tmp_path):
 
 
 def test_what_is_interrupted_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), examples._made_once(tmp_path / "models" / "one") as partial:
+    with pytest.raises(KeyboardInterrupt), examples.made_once(tmp_path / "models" / "one") as partial:
         (partial / "half").write_bytes(b"")
         raise KeyboardInterrupt
     assert list((tmp_path / "models").iterdir()) == []
 
 
 def test_what_another_process_made_first_stays(tmp_path):
-    with examples._made_once(tmp_path / "one") as partial:
+    with examples.made_once(tmp_path / "one") as partial:
         (partial / "mine").write_bytes(b"")
         (tmp_path / "one").mkdir()
         (tmp_path / "one" / "theirs").write_bytes(b"")
