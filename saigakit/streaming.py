@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from saigakit import blas, container, quantization, workspace
 from saigakit.errors import SaigaError
+from saigakit.progress import Every
 
 if TYPE_CHECKING:
     from saigakit.quantization import Bytes
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 _NUMBERS = 1 << 20  # of a chunk, about: 4 MB in float32
 _ROWS = 128  # a chunk's rows are a multiple: an adapter's product is computed in such blocks
-_PROGRESS_S = 10.0
 _FLUSH_S = 0.25
 _COPIES = 5  # float32 chunks that a worker holds at a time: the base's, the update, reordered, and one to spare
 _READERS = 4  # at most so many cores have a chunk of their own, which bounds the memory
@@ -83,7 +83,8 @@ def fill(
 
     Returns what went into each. Raises SaigaError that names the tensor where a number overflows its type.
     """
-    work = _Work(_chunks(shapes, whole_rows), _Progress(shapes, [target.types for target in targets]))
+    work = _Work(_chunks(shapes, whole_rows))
+    progress = _Progress(shapes, [target.types for target in targets])
     offsets = [container.offsets(shapes, target.types, target.start) for target in targets]
     written: list[list[Written]] = [[] for _ in targets]
     with ExitStack() as stack:
@@ -102,7 +103,7 @@ def fill(
                         offset = places[chunk.name] + _row_bytes(chunk, ggml_type) * chunk.rows.start
                         parts.append(Written(chunk.name, offset, len(made), checksum(made)))
                         _write_at(file, made, offset)
-                    work.progress.add(chunk)
+                    progress.add(chunk)
                 except BaseException:
                     work.stop()
                     raise
@@ -130,9 +131,8 @@ def _chunks(shapes: Mapping[str, "Shape"], whole_rows: int) -> Iterator[_Chunk]:
 class _Work:
     """Chunks shared out among threads, in order, until one fails."""
 
-    def __init__(self, chunks: Iterator[_Chunk], progress: "_Progress") -> None:
+    def __init__(self, chunks: Iterator[_Chunk]) -> None:
         self._chunks, self._lock, self._stopped = chunks, threading.Lock(), False
-        self.progress = progress
 
     def __iter__(self) -> Iterator[_Chunk]:
         while True:
@@ -240,23 +240,21 @@ def _write_at(file: int, content: memoryview, offset: int) -> None:
 
 
 class _Progress:
-    """A line now and then: Kaggle keeps every one."""
+    """A line now and then."""
 
     def __init__(self, shapes: Mapping[str, "Shape"], types: Sequence[Mapping[str, str]]) -> None:
-        self.types, self._lock = types, threading.Lock()
+        self.types, self._lock, self._is_due = types, threading.Lock(), Every()
         self.total = sum(quantization.size(shape, each[name]) for each in types for name, shape in shapes.items())
         self.written = 0
-        self.start = self.said = time.monotonic()
+        self.start = time.monotonic()
 
     def add(self, chunk: _Chunk) -> None:
         rows = chunk.rows.stop - chunk.rows.start
         with self._lock:
             self.written += sum(_row_bytes(chunk, each[chunk.name]) * rows for each in self.types)
-            now = time.monotonic()
-            if now - self.said < _PROGRESS_S:
+            if not self._is_due():
                 return
-            self.said = now
-            left = (now - self.start) * (self.total - self.written) / self.written
+            left = (time.monotonic() - self.start) * (self.total - self.written) / self.written
         print(
             f"{self.written / workspace.GB:.2f} of {self.total / workspace.GB:.2f} GB written, about {left:.0f} s left",
             flush=True,
