@@ -11,8 +11,6 @@ from saigakit import __version__
 from saigakit.errors import SaigaError
 from saigakit.parameters import read_yaml, train_config, value
 
-INTERRUPTED = 130  # what a shell gives for Ctrl-C
-
 
 class _Group(click.Group):
     """Ends a command without a traceback where the user can mend it."""
@@ -29,7 +27,7 @@ class _Group(click.Group):
             click.echo(f"error: {error.name} is not installed: pip install 'saigakit[all]'.", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            ctx.exit(INTERRUPTED)
+            ctx.exit(130)  # as a shell says it
 
 
 _PARAMETERS = click.option(
@@ -62,18 +60,18 @@ def demo(run_dir: str | None, notebooks: str | None) -> None:
     from saigakit import runner
 
     notebooks_dir = Path(notebooks) if notebooks else runner.find_notebooks()
-    values = read_yaml(notebooks_dir / "params" / "demo.yaml")
-    place = _place(run_dir, values)
-    runner.run(values, place, notebooks_dir=notebooks_dir)
+    _run(read_yaml(notebooks_dir / "params" / "demo.yaml"), run_dir, notebooks_dir)
 
 
-def _place(run_dir: str | None, values: dict[str, Any]) -> str:
-    """Where the results go; takes run_dir out of `values`, which is of no single notebook."""
+def _run(values: dict[str, Any], run_dir: str | None, notebooks_dir: str | Path | None) -> None:
+    """`run_dir` may stand in `values`, though it is of no single notebook."""
+    from saigakit import runner
+
     named = values.pop("run_dir", None)
     place = run_dir or named
     if not isinstance(place, str):
         raise SaigaError("Where shall the results go? Give --run-dir DIR, or run_dir in the YAML file.")
-    return place
+    runner.run(values, place, notebooks_dir=notebooks_dir)
 
 
 @main.command()
@@ -87,11 +85,7 @@ def run(file: str | None, parameters: Sequence[tuple[str, Any]], run_dir: str | 
     \b
     Example: saigakit run -f my.yaml -p epochs 3 --run-dir runs/terms
     """
-    from saigakit import runner
-
-    values = (read_yaml(Path(file)) if file else {}) | dict(parameters)
-    place = _place(run_dir, values)
-    runner.run(values, place, notebooks_dir=notebooks)
+    _run((read_yaml(Path(file)) if file else {}) | dict(parameters), run_dir, notebooks)
 
 
 @main.command()
@@ -100,7 +94,7 @@ def run(file: str | None, parameters: Sequence[tuple[str, Any]], run_dir: str | 
 @_BASE_SOURCE
 @click.option("--held-out", help="Held-out records of your own; without them a part of FILE is held out.")
 @click.option("--max-seq-length", type=int, help="Tokens of the longest conversation.")
-def check(file: str, model: str, base_source: str | None, held_out: str | None, max_seq_length: int | None) -> None:
+def check(file: str, **options: Any) -> None:  # noqa: ANN401
     """Looks at records as 01_format does, and keeps nothing.
 
     FILE is a file, a directory, a pattern like "part-*.jsonl", or a data set of the Hub (owner/name).
@@ -113,11 +107,8 @@ def check(file: str, model: str, base_source: str | None, held_out: str | None, 
     is_here = bool(file) and Path(file).exists()
     records = str(Path(file).absolute()) if is_here else file  # "." is this directory, not the scratch one
     with tempfile.TemporaryDirectory() as scratch:
-        stage = report.check_records(
-            model=model, records=records, held_out=held_out, max_seq_length=max_seq_length,
-            run_dir=scratch, base_source=base_source,
-        )  # fmt: skip
-        marked = report.examples(stage, tokenization.load_tokenizer(model, base_source))
+        stage = report.check_records(records=records, run_dir=scratch, **options)
+        marked = report.examples(stage, tokenization.load_tokenizer(options["model"], options["base_source"]))
         found = report.read(stage)
         bars = lengths.table(found["lengths"], found["max_seq_length"])
         parts = (marked, bars, report.summary(stage), report.near_pairs(stage), report.advice(stage))
@@ -129,10 +120,8 @@ def check(file: str, model: str, base_source: str | None, held_out: str | None, 
 @_PARAMETERS
 @click.option("--nnodes", type=click.IntRange(min=1), default=1, help="Machines that train together.")
 @click.option("--node-rank", type=click.IntRange(min=0), default=0, help="The number of this one, from 0.")
-@click.option("--rdzv-endpoint", help="HOST:PORT of the first one.")
-def train(
-    file: str, parameters: Sequence[tuple[str, Any]], nnodes: int, node_rank: int, rdzv_endpoint: str | None
-) -> None:
+@click.option("--rdzv-endpoint", default="", help="HOST:PORT of the first one.")
+def train(file: str, parameters: Sequence[tuple[str, Any]], nnodes: int, node_rank: int, rdzv_endpoint: str) -> None:
     """The stage 02_train alone; on several machines the same command on each, with its --node-rank.
 
     \b
@@ -142,7 +131,7 @@ def train(
     from saigakit import train as training
 
     if nnodes > 1:
-        launch.join_nodes(nnodes, node_rank, rdzv_endpoint or "")
+        launch.join_nodes(nnodes, node_rank, rdzv_endpoint)
     made = training.train_adapter(train_config(read_yaml(Path(file)) | dict(parameters), file))
     click.echo(f"adapter: {made}")
 
@@ -198,7 +187,7 @@ def chat(file: str, **options: Any) -> None:  # noqa: ANN401
 @click.option("--adapter", default="02_train", show_default=True)
 @_BASE_SOURCE
 @click.option("--max-examples", type=click.IntRange(min=1), default=240, show_default=True)
-def evaluate(model: str, run_dir: str, adapter: str, base_source: str | None, max_examples: int) -> None:
+def evaluate(**options: Any) -> None:  # noqa: ANN401
     """The stage 04_infer alone: held-out texts to the base, the adapter and the GGUF.
 
     \b
@@ -207,9 +196,7 @@ def evaluate(model: str, run_dir: str, adapter: str, base_source: str | None, ma
     from saigakit import evaluate as evaluation
     from saigakit import results
 
-    made = evaluation.compare(
-        model=model, run_dir=run_dir, adapter=adapter, base_source=base_source, max_examples=max_examples
-    )
+    made = evaluation.compare(**options)
     click.echo(f"{results.table(results.read(made))}\n\nresults: {made}")
 
 
