@@ -1,6 +1,7 @@
 """What a user can mend, said in a sentence: what is wrong, where, and what to do."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class SaigaError(Exception):
@@ -30,3 +31,9 @@ class DataError(SaigaError):
         if hidden := max(0, len(self.problems) - self.SHOWN) + self.more:
             lines.append(f"  … and {hidden} more")
         return "\n".join(lines)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """A question to put behind the sentence that `name` is unknown; nothing where none of `known` is like it."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

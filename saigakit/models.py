@@ -1,12 +1,11 @@
 """A model's name into everything that follows from it: the one dial of a run."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
-from saigakit.errors import SaigaError
+from saigakit.errors import SaigaError, suggestion
 
 Quantization = Literal["nf4", "int8", "none"]
 
@@ -213,9 +212,7 @@ def find(model: str) -> ModelSpec:
         return MODELS[model]
     if (model and Path(model).is_dir()) or (model.count("/") == 1 and not model.startswith((".", "/"))):
         return ModelSpec(name=model, base_model=model)
-    close = difflib.get_close_matches(model, MODELS, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
     raise SaigaError(
-        f"model={model!r} is unknown.{hint} Give a registry name ({', '.join(MODELS)}), "
+        f"model={model!r} is unknown.{suggestion(model, MODELS)} Give a registry name ({', '.join(MODELS)}), "
         "a Hub id (owner/name) or an existing directory."
     )

@@ -1,14 +1,13 @@
 """YAML files and words of the command line into parameters, with a sentence for each mistake."""
 
-import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from saigakit.config import TrainConfig
-from saigakit.errors import SaigaError
+from saigakit.errors import SaigaError, suggestion
 from saigakit.models import Lora
 
 _WORDS = {"None": None, "True": True, "False": False}
@@ -49,7 +48,7 @@ def train_config(values: Mapping[str, Any], source: str) -> TrainConfig:
     known = {item.name: item.default is MISSING for item in fields(TrainConfig)}
     for name in values:
         if name not in known:
-            hint = suggestion(name, list(known))
+            hint = suggestion(name, known)
             raise SaigaError(f"{source}: {name!r} is no setting of a training.{hint} There are: {', '.join(known)}.")
     if missing := [name for name, is_required in known.items() if is_required and name not in values]:
         raise SaigaError(f"{source}: {', '.join(missing)} must be given.")
@@ -61,8 +60,3 @@ def train_config(values: Mapping[str, Any], source: str) -> TrainConfig:
         modules = {"target_modules": tuple(lora["target_modules"])} if "target_modules" in lora else {}
         return TrainConfig(**{**values, "lora": Lora(**{**lora, **modules})})
     return TrainConfig(**values)
-
-
-def suggestion(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""

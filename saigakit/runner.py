@@ -15,9 +15,8 @@ from typing import Any
 
 import saigakit
 from saigakit import evaluate, execution, launch, manifest, models, quantization, results, summary
-from saigakit.errors import SaigaError
+from saigakit.errors import SaigaError, suggestion
 from saigakit.execution import Terminal
-from saigakit.parameters import suggestion
 
 _STATE = ".runner"
 _LOCK_PATIENCE_S = 5.0  # the kernel of a killed run notices within about 1 s
