@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar, cast
 
 from saigakit import records, shapes
-from saigakit.conversations import Conversation as Conversation
 from saigakit.conversations import Conversations, Origins, as_line
-from saigakit.conversations import Message as Message
 from saigakit.errors import DataError, SaigaError
 from saigakit.progress import Every
 from saigakit.records import Bad, named
+from saigakit.shapes import Conversation
 
 T = TypeVar("T")
 _SHORT = 3  # blanks in a text that says too little to be a question of its own

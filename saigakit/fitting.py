@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from saigakit import rows, tokenization
-from saigakit.conversations import Conversation, Conversations
+from saigakit.conversations import Conversations
 from saigakit.errors import SaigaError
+from saigakit.shapes import Conversation
 from saigakit.tokenization import Tokenizer
 
 

@@ -19,11 +19,12 @@ from saigakit import (
     tokenization,
 )
 from saigakit.config import TrainConfig
-from saigakit.conversations import Conversation, Conversations
+from saigakit.conversations import Conversations
 from saigakit.errors import DataError
 from saigakit.fitting import Fitted
 from saigakit.near_duplicates import Signatures
 from saigakit.progress import Every
+from saigakit.shapes import Conversation
 from saigakit.tables import Table
 from saigakit.tokenization import Tokenizer
 
