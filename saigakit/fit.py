@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 MACHINES = (6, 8, 16)  # GiB of RAM
 CONTEXTS = (2048, 4096, 8192, 16384, 32768)
-SHOWN = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q4_0", "Q3_K_M", "Q2_K")  # quant types
+SHOWN = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q4_0", "Q3_K_M", "Q2_K")  # best first
 LEAST_CONTEXT = CONTEXTS[0]  # a conversation of some pages
 SYSTEM = 1536 * 2**20  # of the operating system and its desktop: an allowance, not measured
 CacheType = Literal["f16", "q8_0"]
@@ -24,9 +24,7 @@ _CACHE_BYTES: Mapping[CacheType, float] = {"f16": 2, "q8_0": 34 / 32}  # of a nu
 _BATCH = 512  # tokens that llama.cpp computes at a time, its n_ubatch
 _TOKEN_BYTES = 170  # of a token's text in llama.cpp's tables: measured, 5 MB of 32,000 and 21 of 128,256
 # Best first: llama.cpp's own measurements of divergence put IQ4_XS before Q4_0, which is larger.
-_BY_QUALITY = (
-    *("F32", "BF16", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q4_0", "Q3_K_M", "Q2_K"),
-)
+_BY_QUALITY = ("F32", "BF16", "F16", *SHOWN)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,12 +106,8 @@ def distributed(module: str, arguments: Sequence[str], *, processes: int, nodes:
         together = ["--standalone"]
         if nodes is not None:
             together = ["--nnodes", str(nodes.count), "--node_rank", str(nodes.rank)]
-            together += [
-                "--rdzv-backend",
-                "static",
-                "--rdzv-endpoint",
-                nodes.endpoint,
-            ]  # c10d deals the ranks out itself
+            # Not c10d, which deals the ranks out itself.
+            together += ["--rdzv-backend", "static", "--rdzv-endpoint", nodes.endpoint]
         command[1:1] = ["-m", "torch.distributed.run", *together, "--nproc_per_node", str(processes)]
         # Peer-to-peer transfers hang on Kaggle's pair of T4; each process gets its share of the cores.
         environment |= {"NCCL_P2P_DISABLE": "1"} | ({} if nodes else {"NCCL_IB_DISABLE": "1"})

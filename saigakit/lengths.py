@@ -33,13 +33,12 @@ def histogram(lengths: Sequence[int], limit: int) -> list[list[int]]:
 def table(bars: Sequence[Sequence[int]], limit: int) -> Table:
     """The picture for a terminal."""
     most = max(count for *_, count in bars)
-    rows = [
-        (f"{first:,}–{last:,}", f"{count:,}", ("█" if last <= limit else "░") * math.ceil(_WIDTH * count / most))
-        for first, last, count in bars
-    ]
-    padded = [(span, count, bar.ljust(_WIDTH)) for span, count, bar in rows]
+    rows = []
+    for first, last, count in bars:
+        bar = ("█" if last <= limit else "░") * math.ceil(_WIDTH * count / most)
+        rows.append((f"{first:,}–{last:,}", f"{count:,}", bar.ljust(_WIDTH)))
     note = f"░ длиннее предела {limit:,} · over the limit"
-    return Table(("токенов · tokens", "диалогов · conversations", ""), padded, note)
+    return Table(("токенов · tokens", "диалогов · conversations", ""), rows, note)
 
 
 def plot(lengths: Sequence[int], limit: int) -> "Figure":

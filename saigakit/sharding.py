@@ -48,7 +48,7 @@ def storage(dtype: "torch.dtype") -> "dict[str, torch.dtype]":
 def layer_class(model: "torch.nn.Module") -> str:
     """transformers names the class of a decoder layer."""
     names: Iterable[str] = getattr(model, "_no_split_modules", None) or ()
-    return next(iter(sorted(names)))
+    return min(names)
 
 
 def call_when_ready(trainer: "Trainer", act: Callable[[], None]) -> None:
