@@ -43,9 +43,8 @@ class TrainConfig:
     save_steps: int | None = None  # optimizer steps between two checkpoints, instead of minutes
     resume_from: str | None = None  # a stage of an earlier session that ended by max_hours, or its attached copy
     processes: int | None = None  # None: one per GPU, one on a CPU
-    sharding: Literal["none", "fsdp"] = (
-        "none"  # "fsdp": the base in parts over the GPUs, for one that none of them holds
-    )
+    # "fsdp": the base in parts over the GPUs, for one that none of them holds.
+    sharding: Literal["none", "fsdp"] = "none"
     seed: int = 42
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ def _in_place_of(module: "torch.nn.Module", matrix: "torch.Tensor", dtype: "torc
 
     old: Any = module.weight
     linear: Any = module
-    made: Any = None
+    made: Any
     if isinstance(old, Params4bit):
         made = Params4bit(
             matrix.to(dtype),
@@ -63,7 +63,7 @@ def _in_place_of(module: "torch.nn.Module", matrix: "torch.Tensor", dtype: "torc
         )
     elif isinstance(old, Int8Params):
         made = Int8Params(matrix.to(dtype), requires_grad=False, has_fp16_weights=False)
-    if made is None:
+    else:
         return torch.nn.Parameter(matrix.to(old.device, old.dtype), requires_grad=False)
     quantised: torch.nn.Parameter = made.to(old.device)  # that quantises it
     return quantised

@@ -167,13 +167,8 @@ def library() -> ctypes.CDLL:
     from llama_cpp import _ctypes_extensions, _ggml
 
     made: ctypes.CDLL = _ctypes_extensions.load_shared_library("ggml-base", _ggml.libggml_base_path)
-    pointer, number, text, kind, bytes_ = (
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_char_p,
-        ctypes.c_int,
-        ctypes.c_size_t,
-    )
+    pointer, text = ctypes.c_void_p, ctypes.c_char_p
+    number, kind, bytes_ = ctypes.c_int64, ctypes.c_int, ctypes.c_size_t
     for name, result, arguments in (
         ("ggml_quantize_chunk", bytes_, [kind, pointer, pointer, number, number, number, pointer]),
         ("ggml_validate_row_data", ctypes.c_bool, [kind, pointer, bytes_]),

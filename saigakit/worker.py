@@ -89,10 +89,8 @@ def main(config_file: Path) -> None:
 
 def _train(run: Run, loaded: Loaded, start: Path | None) -> int:
     """The number of steps made. Raises SaigaError where the run was asked to end."""
-    is_unfinished = run.saved_step < len(run.plan)
-    if (
-        start is not None and is_unfinished and trainer.is_stopped_early(run)
-    ):  # it was killed between that checkpoint and its end
+    # It may have been killed between that checkpoint and its end.
+    if start is not None and run.saved_step < len(run.plan) and trainer.is_stopped_early(run):
         return run.saved_step
     made = trainer.build(run, loaded.model, resumed=start is not None)
     if run.config.is_sharded:
