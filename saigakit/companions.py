@@ -49,7 +49,7 @@ def made_of(
 ) -> dict[str, str]:
     """The texts by MODELFILE, SERVER and CARD; without the first where there can be none."""
     by_type = {quant_type: file.stat().st_size for quant_type, file in files.items()}
-    described, chat, stops = _described(next(iter(files.values())), spec)
+    described = _described(next(iter(files.values())), spec)
     shape, longest = described.shape, described.longest
     choice = fit.best(shape, by_type, longest=longest)
     quant_type = choice.quant_type if choice else min(by_type, key=lambda name: by_type[name])
@@ -61,19 +61,19 @@ def made_of(
         n_ctx=choice.n_ctx if choice else n_ctx,
         cache_type=choice.cache_type if choice else "f16",
     )
-    texts = {} if chat is None else _modelfile(name, chat, stops, described, n_ctx)
+    texts = _modelfile(name, described, n_ctx)
     described = replace(described, n_ctx=n_ctx, server=server, has_modelfile=bool(texts))
     sizes = {one: (file.name, by_type[one]) for one, file in files.items()}
     card = gguf_card.text(spec, described, sizes, title=title, origin=origin, compared=compared)
     return {**texts, SERVER: server, CARD: card}
 
 
-def _modelfile(name: str, chat: ChatFormat, stops: list[str], described: Described, n_ctx: int) -> dict[str, str]:
+def _modelfile(name: str, described: Described, n_ctx: int) -> dict[str, str]:
     try:
         text = modelfile.modelfile(
             name,
-            chat,
-            stops=stops,
+            ChatFormat.of(described.chat_template, described.variables, described.end_of_turn),
+            stops=described.stops,
             sampling=described.sampling,
             n_ctx=n_ctx,
             system_prompt=described.system_prompt,
@@ -84,35 +84,25 @@ def _modelfile(name: str, chat: ChatFormat, stops: list[str], described: Describ
     return {MODELFILE: text}
 
 
-def _described(file: Path, spec: ModelSpec) -> tuple[Described, ChatFormat | None, list[str]]:
-    """What the GGUF holds; what ends an answer, the token that training taught and the file's EOS."""
+def _described(file: Path, spec: ModelSpec) -> Described:
     with gguf_vocabulary(file) as llm:
         written = llm.metadata
         tokenizer = tokenization.GgufTokenizer(llm)
         (end,) = tokenization.end_of_turn_ids(tokenizer)
         names = {number: name for name, number in tokenizer.special_tokens.items()}
-        stops = list(dict.fromkeys(names[number] for number in (end, llm.token_eos()) if number in names))
-        try:
-            chat = ChatFormat.of(tokenizer.chat_template, tokenizer.variables, names[end])
-        except SaigaError as error:
-            print(f"There is no {MODELFILE} for Ollama: {error}", flush=True)
-            chat = None
-        shape = _shape(llm)
         trained_for = int(written[f"{written['general.architecture']}.context_length"])
-        return (
-            Described(
-                chat_template=tokenizer.chat_template,
-                end_of_turn=names[end],
-                system_prompt=written.get(lineage.SYSTEM_PROMPT_KEY),
-                sampling=Sampling.of_gguf(written),
-                shape=shape,
-                longest=min(spec.context_length, trained_for),
-                n_ctx=0,
-                server="",
-                has_modelfile=False,
-            ),
-            chat,
-            stops,
+        return Described(
+            chat_template=tokenizer.chat_template,
+            variables=tokenizer.variables,
+            end_of_turn=names[end],
+            stops=list(dict.fromkeys(names[number] for number in (end, llm.token_eos()) if number in names)),
+            system_prompt=written.get(lineage.SYSTEM_PROMPT_KEY),
+            sampling=Sampling.of_gguf(written),
+            shape=_shape(llm),
+            longest=min(spec.context_length, trained_for),
+            n_ctx=0,
+            server="",
+            has_modelfile=False,
         )
 
 

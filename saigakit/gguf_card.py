@@ -75,7 +75,9 @@ class Described:
     """What a GGUF says of itself, and how it is best loaded."""
 
     chat_template: str
+    variables: Mapping[str, str]  # bos_token and the like, as the template may name them
     end_of_turn: str
+    stops: list[str]  # what ends an answer: the token that training taught and the file's EOS
     system_prompt: str | None
     sampling: Sampling
     shape: Shape
