@@ -218,9 +218,11 @@ def _in(source: Path) -> list[Path]:
     """Checkpoints, whole or not: `source` itself, the one inside a stage, or those of a store."""
     if not source.is_dir():
         return []
-    single = [source] if (source / MARK).is_file() or _NAME.fullmatch(source.name) else []
-    single = single or [path for path in [source / IN_STAGE] if path.is_dir()]
-    return single or sorted(path for path in source.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
+    if (source / MARK).is_file() or _NAME.fullmatch(source.name):
+        return [source]
+    if (source / IN_STAGE).is_dir():
+        return [source / IN_STAGE]
+    return sorted(path for path in source.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
 
 
 def _mark(checkpoint: Path) -> dict[str, Any]:

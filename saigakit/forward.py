@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,10 +90,7 @@ def opened(
         context = llama_cpp.llama_init_from_model(model, params)
         if not context:
             raise SaigaError(f"{n_ctx} tokens of context for {gguf_file} do not fit into the memory.")
-        made = Forward(gguf_file, model, context, n_ctx)
-        try:
+        with closing(Forward(gguf_file, model, context, n_ctx)) as made:
             yield made
-        finally:
-            made.close()
     finally:
         llama_cpp.llama_model_free(model)

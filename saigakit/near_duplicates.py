@@ -4,7 +4,7 @@ import math
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import compress, islice, pairwise
@@ -28,6 +28,7 @@ _SAME_BY_CHANCE = 1 / 256  # one byte is kept of each slot
 _LEAST_SAME = math.ceil(_SLOTS * (THRESHOLD + (1 - THRESHOLD) * _SAME_BY_CHANCE))
 _BAND = 5  # slots that candidates share: a similarity of 0.75 does in one of the 25 bands with probability 0.999
 _KEY = 8  # slots of a sort key; those beyond the band put the most similar of a big band side by side
+_BANDS = range(0, _SLOTS - _KEY + 1, _BAND)  # where they begin
 _NEIGHBOURS = 2  # compared on each side; 1 misses none of 500 among 60,000 that share half of their sentences
 _SEED = 42
 _BATCH = 1000  # records; rensa signs a batch in one call
@@ -117,7 +118,7 @@ def within(records: Signatures) -> "Indices":
 
     near = np.full(len(records), -1)
     rows = _distinct(records)
-    for start in _bands():
+    for start in _BANDS:
         keys, ordered = _sorted(records, rows, start)
         for apart in range(1, _NEIGHBOURS + 1):
             together = _share_a_band(keys[apart:], keys[:-apart])
@@ -135,7 +136,7 @@ def across(records: Signatures, training: Signatures) -> "Indices":
     rows = _distinct(training)
     if not len(rows):
         return near
-    for start in _bands():
+    for start in _BANDS:
         keys, ordered = _sorted(training, rows, start)
         own = _keys(records, asked, start)
         position = np.searchsorted(keys, own)
@@ -148,10 +149,6 @@ def across(records: Signatures, training: Signatures) -> "Indices":
 
 def _pairs(text: str) -> list[str]:
     return list(map(" ".join, pairwise(_WORDS.findall(text.casefold()))))
-
-
-def _bands() -> Iterator[int]:
-    return iter(range(0, _SLOTS - _KEY + 1, _BAND))
 
 
 def _distinct(records: Signatures) -> "Indices":

@@ -117,23 +117,18 @@ def _written(
         sides = data.split_conversations(training.conversations, eval_fraction=eval_fraction, seed=seed)
     sample = data.spread(sides[0], near_duplicates.SAMPLE)
     common = near_duplicates.boilerplate(near_duplicates.said_by_user(each["messages"]) for each in sample)
-    facts, signed = zip(
-        *(
-            _write_side(directory / f"{name}.jsonl", side, part, tokenizer, common)
-            for name, side, part in zip(("train", "held_out"), sides, (training, held_out), strict=True)
-        ),
-        strict=True,
-    )
-    repeated, near = len(data.asking_alike(*sides)), _near(sides, signed)
+    of_training, signed = _write_side(directory / "train.jsonl", sides[0], training, tokenizer, common)
+    of_held_out, held_out_signed = _write_side(directory / "held_out.jsonl", sides[1], held_out, tokenizer, common)
+    repeated, near = len(data.asking_alike(*sides)), _near(sides, (signed, held_out_signed))
     return {
         "cut": {part: each.cut for part, each in fitted.items()},
         "dropped": {part: each.dropped for part, each in fitted.items()},
         "of": {part: len(each.lengths) for part, each in fitted.items()},
-        "train": facts[0],
-        "held_out": facts[1],
+        "train": of_training,
+        "held_out": of_held_out,
         "held_out_prompts_in_train": repeated,
         "near_duplicates": near,
-        "warnings": audit.warnings(*facts, near_in_train=repeated + near["held_out_in_train"]),
+        "warnings": audit.warnings(of_training, of_held_out, near_in_train=repeated + near["held_out_in_train"]),
     }
 
 

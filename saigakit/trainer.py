@@ -161,8 +161,9 @@ def _trainer_class(run: Run) -> type["Trainer"]:
                 save_adapter(self.model, state)
                 self._save_optimizer_and_scheduler(str(state))
                 self._save_scaler(str(state))
-                for name, content in ((name, content) for one in everyones for name, content in one.items()):
-                    (state / name).write_bytes(content)
+                for one in everyones:
+                    for name, content in one.items():
+                        (state / name).write_bytes(content)
                 self.state.save_to_json(str(state / "trainer_state.json"))
                 run.log.copy(directory / checkpoints.LOG)
                 for file in filter(Path.is_file, run.kept):
