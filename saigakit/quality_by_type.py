@@ -109,23 +109,21 @@ class _Compared:
         return sum(map(self.export.bytes, [reference, *self.further]))
 
     def measured(self, reference: str, records: Path, max_tokens: int, n_gpu_layers: int) -> dict[str, Any]:
-        model = self.export.spec.name
+        """Perplexity, divergence and equal top tokens of each file on the answers, as JSON."""
+        model, found = self.export.spec.name, {}
         with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
             whole = Path(scratch) / "reference.gguf"
             export.to_gguf(model=model, output=whole, quant_type=reference, quant_types=self.further, **self.options)
             files = {each: beside(whole, each) for each in self.further} | dict(self.files)
             files = {each: files[each] for each in sorted(files, key=lambda each: -files[each].stat().st_size)}
-            found = qualities(
-                files,
-                whole,
-                records,
-                model=model,
-                base_source=self.options["base_source"],
-                max_tokens=max_tokens,
-                n_gpu_layers=n_gpu_layers,
-            )
+            held_out = calibration.token_rows(records, model, self.options["base_source"])
+            chosen = data.spread(held_out, len(held_out) * max_tokens // max(1, sum(held_out.learned)) + 1)
+            for each, file in files.items():
+                found[each] = asdict(
+                    quality.against(whole, file, chosen, max_tokens=max_tokens, n_gpu_layers=n_gpu_layers)
+                )
             sizes = {each: file.stat().st_size for each, file in files.items()}
-        return {"reference": reference, "bytes": sizes, "types": {each: asdict(found[each]) for each in found}}
+        return {"reference": reference, "bytes": sizes, "types": found}
 
 
 def kept(stage_dir: Path, content: manifest.Manifest) -> Table | None:
@@ -135,25 +133,3 @@ def kept(stage_dir: Path, content: manifest.Manifest) -> Table | None:
         return None
     found = json.loads((directory / _MEASURED).read_text(encoding="utf-8"))
     return quality.table(found["bytes"], {name: Quality(**values) for name, values in found["types"].items()})
-
-
-def qualities(
-    files: Mapping[str, Path],
-    reference: str | Path,
-    records: str | Path,
-    *,
-    model: str,
-    base_source: str | None = None,
-    max_tokens: int = 5_000,
-    n_gpu_layers: int = 0,
-) -> dict[str, Quality]:
-    """Perplexity, divergence and equal top tokens of each file on the answers of held-out `records`.
-
-    `reference` is a float16 or Q8_0 GGUF of the same model; it is read once for each file.
-    """
-    held_out = calibration.token_rows(records, model, base_source)
-    chosen = data.spread(held_out, len(held_out) * max_tokens // max(1, sum(held_out.learned)) + 1)
-    return {
-        name: quality.against(reference, file, chosen, max_tokens=max_tokens, n_gpu_layers=n_gpu_layers)
-        for name, file in files.items()
-    }

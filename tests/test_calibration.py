@@ -3,7 +3,7 @@
 import gguf
 import pytest
 
-from saigakit import calibration, data, export, quality_by_type, tokenization, workspace
+from saigakit import calibration, data, export, quality, tokenization, workspace
 from saigakit.importance import Importance
 
 MODEL = "saiga_tiny"
@@ -39,6 +39,7 @@ def test_files_with_and_without_it_are_compared_with_and_without_it(tiny, matrix
         for name, importance in (("plain", None), ("weighed", matrix))
     }
     assert gguf.GGUFReader(files["Q4_0 weighed"]).get_field("quantize.imatrix.file").contents() == "imatrix.gguf"
-    found = quality_by_type.qualities(files, reference, tiny / "records.jsonl", model=MODEL, max_tokens=500)
+    rows = calibration.token_rows(tiny / "records.jsonl", MODEL, None)
+    found = {name: quality.against(reference, file, rows, max_tokens=500) for name, file in files.items()}
     assert found["Q4_0 plain"].divergence != found["Q4_0 weighed"].divergence
     assert all(0 < one.divergence < 1 and one.tokens >= 500 for one in found.values())
