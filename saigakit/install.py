@@ -30,7 +30,7 @@ _LLAMA = ("llama-cpp-python", "diskcache")  # diskcache: llama-cpp-python import
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "": _BASE,
     "train": ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors"),
-    "export": ("torch", "safetensors", "gguf", *_LLAMA),
+    "export": ("torch", "safetensors", "bitsandbytes", "gguf", *_LLAMA),
     "infer": _LLAMA,
 }
 STAGES: Mapping[str, tuple[str, ...]] = {

@@ -46,17 +46,28 @@ def modules() -> dict[str, Path]:
 
 def imported(file: Path) -> set[str]:
     """The saigakit modules that a file imports anywhere, in functions and for annotations too."""
+    return imported_by(ast.parse(file.read_text(encoding="utf-8")))
+
+
+def imported_by(tree: ast.Module) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("saigakit.")}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file.name}:{node.lineno} imports relatively"
+            assert node.level == 0, f"line {node.lineno} imports relatively"
             if node.module == "saigakit":
                 found |= {alias.name for alias in node.names} & {*modules(), "tiny"}
             elif (node.module or "").startswith("saigakit."):
                 found.add(node.module.split(".")[1])
     return found
+
+
+def packages(file: Path) -> set[str]:
+    """The third-party packages that a file imports anywhere."""
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {name for _, name in imported_at_once(imports)} - sys.stdlib_module_names - {"saigakit"}
 
 
 def imported_at_once(body: list[ast.stmt]) -> Iterator[tuple[int, str]]:

@@ -1,5 +1,6 @@
 """What a stage lacks: decided by plain functions, installed by the real pip into an environment of the test's own."""
 
+import ast
 import json
 import os
 import subprocess
@@ -7,10 +8,12 @@ import sys
 import tomllib
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pip
 import pytest
+import test_imports
 from packaging.requirements import Requirement
 
 from saigakit import install
@@ -40,6 +43,32 @@ def test_a_pinned_version_is_one_that_pyproject_allows(name):
 def test_the_demos_model_can_be_read_in_every_stage_on_kaggle():
     assert all("gguf" in install.needs(stage, kaggle=True) for stage in install.STAGES)
     assert "gguf" not in install.needs("01_format", kaggle=False)
+
+
+# What a stage's modules import, and the stage never comes to: Kaggle's own, the demo's model made of its GGUF, and the
+# tokenizer of a GGUF before there is one.
+NOT_REACHED = {
+    "workspace": {"kaggle_secrets"},
+    "examples": {"torch", "transformers"},
+    "tokenization": {"llama_cpp"},
+    "tokenizer_backends": {"llama_cpp"},
+}
+
+
+@pytest.mark.parametrize("stage", install.STAGES)
+def test_what_the_modules_of_a_notebook_import_is_among_the_packages_of_its_stage(stage):
+    cells = json.loads((ROOT / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    modules, reached = test_imports.modules(), set()
+    further = test_imports.imported_by(ast.parse(code))
+    while further:
+        reached |= further
+        further = set().union(*(test_imports.imported(modules[name]) for name in further & {*modules})) - reached
+    needed, found = set(install.needs(stage, kaggle=False)), metadata.packages_distributions()
+    for name in reached & {*modules}:
+        packages = test_imports.packages(modules[name]) - NOT_REACHED.get(name, set())
+        lacking = {each for each in packages if not needed & {one.lower().replace("_", "-") for one in found[each]}}
+        assert not lacking, f"{name} imports {lacking}"
 
 
 def test_no_package_is_named_twice():
