@@ -57,15 +57,18 @@ def matrix_for(
     max_tokens: int = 20_000,
     n_gpu_layers: int = 0,
 ) -> Path | None:
-    """What `export.merge_gguf` takes as importance: nothing or the file as it is, or "records".
+    """What `export.merge_gguf` takes as importance: nothing, a file that is here or attached, or "records".
 
     Then it is a matrix of the training records of 01_format, made once and kept in `run_dir`/03_importance.
     """
     if importance != OF_RECORDS:
-        return None if importance is None else Path(importance)
-    spec, records = models.find(model), Path(run_dir) / "01_format" / "train.jsonl"
-    if not records.is_file():
-        raise SaigaError(f"importance={OF_RECORDS!r} needs {records}: run 01_format first, or give a file.")
+        return None if importance is None else workspace.find_input(importance, run_dir=run_dir)
+    spec, records = models.find(model), sources.formatted_records("train", run_dir)
+    if records is None:
+        raise SaigaError(
+            f"importance={OF_RECORDS!r} needs 01_format/train.jsonl, which is not in {run_dir} or attached: run "
+            "01_format first, or give a file."
+        )
     adapter_dir = None if adapter is None else sources.adapter_dir(spec, adapter, run_dir)
     final = Path(run_dir) / STAGE
     identity: dict[str, Any] = {

@@ -31,19 +31,20 @@ def of_stage(
     why, where there are no held-out records, no room, or `max_tokens` is 0.
     """
     stage = Path(stage_dir)
-    content, records = manifest.require_stage(stage, export.STAGE), stage.parent / "01_format" / "held_out.jsonl"
+    content, records = manifest.require_stage(stage, export.STAGE), sources.formatted_records("held_out", stage.parent)
     final = stage.parent / STAGE
     identity: dict[str, Any] = {
         "stage": STAGE,
         "parameters": {"max_tokens": max_tokens, "quant_types": list(quant_types)},
         "inputs": {
             "gguf": content["outputs"],
-            "held_out": manifest.sha256(records) if records.is_file() else None,
+            "held_out": None if records is None else manifest.sha256(records),
             "importance": None if importance is None else manifest.sha256(importance),
         },
     }
-    if not max_tokens or not records.is_file():
-        _unmeasured(f"there is no {records}, which 01_format makes" if max_tokens else "no tokens are asked for")
+    if not max_tokens or records is None:
+        missing = f"there is no 01_format/held_out.jsonl in {stage.parent} or attached"
+        _unmeasured(missing if max_tokens else "no tokens are asked for")
         return None
     if not manifest.is_kept(final, **identity):
         compared = _Compared.of(stage, content, quant_types, importance)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import container, quantization, streaming, tokenization
+from saigakit import container, quantization, sources, streaming, tokenization
 from saigakit.errors import SaigaError
 from saigakit.streaming import Written
 from saigakit.tokenization import FastTokenizer
@@ -25,9 +25,13 @@ _RECORDS = 200  # held-out records whose ids are compared
 
 
 def held_out_texts(run_dir: Path) -> list[str]:
-    """What is said in the first held-out records; nothing where 01_format has not run."""
-    file = run_dir / "01_format" / "held_out.jsonl"
-    if not file.is_file():
+    """What is said in the first held-out records; nothing, which is printed, where there are none."""
+    if (file := sources.formatted_records("held_out", run_dir)) is None:
+        print(
+            f"There are no held-out records of 01_format in {run_dir} or attached: llama.cpp's ids of them are not "
+            "compared with those of the training.",
+            flush=True,
+        )
         return []
     with file.open(encoding="utf-8") as stream:
         records = [json.loads(line) for line in itertools.islice(stream, _RECORDS)]

@@ -54,6 +54,11 @@ def records_files(name: str, run_dir: str | Path | None = None) -> list[Path]:
     return _files_below(found) if found.is_dir() else [found]
 
 
+def formatted_records(part: str, run_dir: str | Path) -> Path | None:
+    """Of 01_format ("train", "held_out"), inside `run_dir` or in an attached input; None where it is in neither."""
+    return workspace.look_for(f"01_format/{part}.jsonl", run_dir=run_dir)
+
+
 def _packaged_records(name: str) -> Path:
     file = definitions.packaged_records() / name
     if not file.is_file():

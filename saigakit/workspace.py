@@ -61,10 +61,16 @@ def find_input(name: str, *, run_dir: str | Path | None = None) -> Path:
 
     Raises SaigaError that lists what is attached when nothing or more than one thing fits.
     """
-    candidates = [Path(name).expanduser()]
-    if run_dir is not None:
-        candidates.insert(0, Path(run_dir) / name)
-    for path in candidates:
+    if (found := look_for(name, run_dir=run_dir)) is not None:
+        return found
+    first = f" Run {stage[0]} first." if (stage := re.match(r"\d\d_\w+(?=/|$)", name)) else ""
+    looked = ", ".join(map(str, _candidates(name, run_dir)))
+    raise SaigaError(f"{name!r} is not there.{first} Looked at {looked}; attached inputs: {_attached()}.")
+
+
+def look_for(name: str, *, run_dir: str | Path | None = None) -> Path | None:
+    """As `find_input`; None when nothing fits."""
+    for path in _candidates(name, run_dir):
         if path.exists():
             return path
     wanted = Path(name).parts
@@ -74,14 +80,14 @@ def find_input(name: str, *, run_dir: str | Path | None = None) -> Path:
         for path in sorted(root.rglob(glob.escape(wanted[-1])))
         if path.parts[-len(wanted) :] == wanted
     ]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    if len(found) > 1:
         places = ", ".join(map(str, found))
-        raise SaigaError(f"{name!r} is attached more than once: {places}. Give the full path.")
-    looked = ", ".join(str(path) for path in candidates)
-    first = f" Run {wanted[0]} first." if wanted and re.fullmatch(r"\d\d_\w+", wanted[0]) else ""
-    raise SaigaError(f"{name!r} is not there.{first} Looked at {looked}; attached inputs: {_attached()}.")
+        raise SaigaError(f"{name!r} is attached more than once: {places}. Give the full path, or attach one of them.")
+    return found[0] if found else None
+
+
+def _candidates(name: str, run_dir: str | Path | None) -> list[Path]:
+    return [*([] if run_dir is None else [Path(run_dir) / name]), Path(name).expanduser()]
 
 
 def _attached() -> str:

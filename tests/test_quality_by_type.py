@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from saigakit import calibration, export, manifest, quality, quality_by_type, report, workspace
+from saigakit import calibration, export, manifest, quality, quality_by_type, read_back, report, workspace
 from saigakit.errors import SaigaError
 
 MODEL = "saiga_tiny"
@@ -71,7 +71,7 @@ def test_the_reference_is_the_best_that_the_disk_has_room_for(stage, monkeypatch
         assert f'"reference": "{reference}"' in (stage.parent / "03_quality" / "quality.json").read_text("utf-8")
 
 
-@pytest.mark.parametrize(("tokens", "said"), [(0, "no tokens are asked for"), (10, "which 01_format makes")])
+@pytest.mark.parametrize(("tokens", "said"), [(0, "no tokens are asked for"), (10, "no 01_format/held_out.jsonl in ")])
 def test_what_is_missing_is_said(stage, capsys, tokens, said):
     if tokens:
         (stage.parent / "01_format" / "held_out.jsonl").unlink()
@@ -85,6 +85,22 @@ def test_a_matrix_of_the_records_is_made_once_and_a_file_is_taken_as_it_is(run_d
     assert made == run_dir / "03_importance" / "imatrix.gguf" and "kept" in capsys.readouterr().out
     assert manifest.read(run_dir / "03_merge_gguf")["inputs"]["importance"] == manifest.sha256(made)
     assert calibration.matrix_for(None, run_dir=tmp_path, **options) is None
-    assert calibration.matrix_for("a.gguf", run_dir=tmp_path, **options).name == "a.gguf"
-    with pytest.raises(SaigaError, match=r"needs .*train\.jsonl: run 01_format first"):
+    assert calibration.matrix_for(str(made), run_dir=tmp_path, **options) == made
+    with pytest.raises(SaigaError, match=r"needs 01_format/train\.jsonl, which is not in .*: run 01_format first"):
         calibration.matrix_for("records", run_dir=tmp_path, **options)
+
+
+def test_records_and_a_matrix_that_are_attached_are_found(stage, monkeypatch, capsys):
+    run_dir, options = stage.parent, {"model": MODEL, "adapter": "released"}
+    attached = run_dir.with_name("input") / "notebooks" / "earlier"
+    attached.mkdir(parents=True)
+    (run_dir / "01_format").rename(attached / "01_format")
+    shutil.copy(run_dir / "03_importance" / "imatrix.gguf", attached / "mine.gguf")
+    monkeypatch.setenv("SAIGAKIT_INPUT_ROOT", str(run_dir.with_name("input")))
+    assert read_back.held_out_texts(run_dir) and not capsys.readouterr().out
+    assert quality_by_type.of_stage(stage, max_tokens=20)
+    made = calibration.matrix_for("records", max_tokens=500, run_dir=run_dir, **options)
+    assert made == run_dir / "03_importance" / "imatrix.gguf" and "kept" in capsys.readouterr().out
+    assert calibration.matrix_for("mine.gguf", run_dir=run_dir, **options) == attached / "mine.gguf"
+    with pytest.raises(SaigaError, match=r"'yours\.gguf' is not there"):
+        calibration.matrix_for("yours.gguf", run_dir=run_dir, **options)
