@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saigakit import companions, fit, lineage, manifest, models, quantization, read_back, sources
-from saigakit.gguf_files import Export, beside
+from saigakit.gguf_files import Export, paths
 from saigakit.lineage import MergeInto
 
 STAGE = "03_merge_gguf"
@@ -66,9 +66,8 @@ def merge_gguf(
         facts["memory"] = {"shape": asdict(export.architecture.shape), "longest": spec.context_length, "files": by_type}
         n_ctx = min(fit.LEAST_CONTEXT, spec.context_length)
         fit.plot(export.architecture.shape, by_type, n_ctx=n_ctx).savefig(partial / "memory.png", dpi=110)
-        made = {each: beside(partial / "model.gguf", each) for each in quant_types if each != quant_type}
-        adapters = [] if adapter_dir is None else [adapter_dir]
-        companions.write({quant_type: partial / "model.gguf"} | made, spec=spec, adapters=adapters)
+        made = paths(partial / "model.gguf", export.quant_types)
+        companions.write(made, spec=spec, adapters=[] if adapter_dir is None else [adapter_dir])
     return final
 
 
@@ -91,7 +90,7 @@ def to_gguf(
     Raises SaigaError where `output` is there already.
     """
     file, spec = Path(output), models.find(model)
-    for path in [file, *(beside(file, each) for each in quant_types)]:
+    for path in paths(file, [quant_type, *quant_types]).values():
         manifest.require_absent(path)
     given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else adapter or ()
     adapters = [(sources.adapter_dir(spec, str(one)), weight) for one, weight in given]

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saigakit import calibration, companions, lora_gguf, merged_safetensors, models, sources
+from saigakit import calibration, companions, gguf_files, lora_gguf, merged_safetensors, models, sources
 from saigakit import export as exporting
 from saigakit.errors import SaigaError
-from saigakit.gguf_files import beside
 
 _MATRICES = (".gguf", ".dat", ".imatrix")
 
@@ -50,7 +49,7 @@ def _gguf(
     importance: str | None,
     base_source: str | None,
 ) -> list[str]:
-    quant_type, *further = quant_types or ("Q4_K_M",)
+    quant_type, *further = chosen = quant_types or ("Q4_K_M",)
     adapter = weighted[0][0] if len(weighted) == 1 and weighted[0][1] == 1 else weighted or None
     if importance and Path(importance).suffix not in _MATRICES:
         importance = str(_matrix(importance, model, adapter, output, base_source))
@@ -59,7 +58,7 @@ def _gguf(
     made = exporting.to_gguf(
         model=model, adapter=adapter, output=output, quant_type=quant_type, base_source=base_source, **given
     )
-    files = {quant_type: made} | {each: beside(made, each) for each in further}
+    files = gguf_files.paths(made, chosen)
     spec = models.find(model)
     directories = [sources.adapter_dir(spec, path) for path, _ in weighted]
     written = companions.write(files, spec=spec, adapters=directories, prefix=f"{made.stem}.")

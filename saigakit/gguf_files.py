@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     from saigakit.shards import Array, Shape
 
 
-def beside(file: Path, quant_type: str) -> Path:
-    return file.with_name(f"{file.stem}-{quant_type}{file.suffix}")
+def paths(file: Path, quant_types: Sequence[str]) -> dict[str, Path]:
+    """By quant type, each once: the first is `file`, and of every further one there is a file beside it."""
+    first, *further = dict.fromkeys(quant_types)
+    return {first: file} | {each: file.with_name(f"{file.stem}-{each}{file.suffix}") for each in further}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +168,7 @@ class Export:
         They are read back: llama.cpp must load them, and `texts` must give the ids of the training. Returns what a
         manifest says of them.
         """
-        finals = {each: beside(file, each) if index else file for index, each in enumerate(self.quant_types)}
+        finals = paths(file, self.quant_types)
         partials = {each: final.with_name(f".{final.name}.partial") for each, final in finals.items()}
         for partial in partials.values():
             partial.unlink(missing_ok=True)  # of a run that was killed: its room is needed

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from saigakit import calibration, data, export, manifest, models, quality, sources, workspace
-from saigakit.gguf_files import Export, beside
+from saigakit.gguf_files import Export, paths
 from saigakit.quality import Quality
 from saigakit.tables import Table
 
@@ -107,7 +107,7 @@ class _Compared:
         )
 
     def _needed(self, reference: str) -> int:
-        return sum(map(self.export.bytes, [reference, *self.further]))
+        return sum(map(self.export.bytes, {reference, *self.further}))
 
     def measured(self, reference: str, records: Path, max_tokens: int, n_gpu_layers: int) -> dict[str, Any]:
         """Perplexity, divergence and equal top tokens of each file on the answers, as JSON."""
@@ -115,7 +115,8 @@ class _Compared:
         with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
             whole = Path(scratch) / "reference.gguf"
             export.to_gguf(model=model, output=whole, quant_type=reference, quant_types=self.further, **self.options)
-            files = {each: beside(whole, each) for each in self.further} | dict(self.files)
+            made = paths(whole, [reference, *self.further])  # the reference may be one of the further types itself
+            files = {each: made[each] for each in self.further} | dict(self.files)
             files = {each: files[each] for each in sorted(files, key=lambda each: -files[each].stat().st_size)}
             held_out = calibration.token_rows(records, model, self.options["base_source"])
             chosen = data.spread(held_out, len(held_out) * max_tokens // max(1, sum(held_out.learned)) + 1)

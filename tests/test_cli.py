@@ -212,6 +212,14 @@ def test_export_makes_a_file_that_chat_can_load(tiny, tmp_path):
     assert "nothing was overwritten" in again
 
 
+def test_a_quant_type_that_is_given_twice_is_one_file(tiny, tmp_path):
+    twice = ["--quant-type", "Q4_0", "--quant-type", "Q4_0"]
+    output = str(tmp_path / "model.gguf")
+    done = CliRunner().invoke(cli.main, ["export", "--model", "saiga_tiny", "--output", output, *twice])
+    assert done.exit_code == 0, done.output
+    assert [file.name for file in tmp_path.glob("*.gguf")] == ["model.gguf"]
+
+
 def test_train_joins_several_machines(tmp_path, monkeypatch):
     joined = []
     monkeypatch.setenv("SAIGAKIT_NODES", "")

@@ -15,7 +15,7 @@ from pytest import approx
 from safetensors.numpy import load_file, save_file
 
 from saigakit import models, quantization, sources, template
-from saigakit.gguf_files import Export, beside
+from saigakit.gguf_files import Export, paths
 from saigakit.merge import Merged
 
 EVERY = tuple(quant_type for quant_type in quantization.QUANT_TYPES if quant_type != "F32")
@@ -288,8 +288,7 @@ def _merged(export: Export, directory: Path) -> Path:
 
 def require_that_of_llama_cpp(export, float_file, different, directory):
     export.write(directory / "ours.gguf")
-    for index, quant_type in enumerate(export.quant_types):
-        ours_file = beside(directory / "ours.gguf", quant_type) if index else directory / "ours.gguf"
+    for quant_type, ours_file in paths(directory / "ours.gguf", export.quant_types).items():
         theirs_file = llama_cpp_chain.quantise(float_file, quant_type, directory / "theirs.gguf")
         ours, theirs = llama_cpp_chain.File.of(ours_file), llama_cpp_chain.File.of(theirs_file)
         types = [{name: tensor.ggml_type for name, tensor in file.tensors.items()} for file in (ours, theirs)]

@@ -71,6 +71,14 @@ def test_the_reference_is_the_best_that_the_disk_has_room_for(stage, monkeypatch
         assert f'"reference": "{reference}"' in (stage.parent / "03_quality" / "quality.json").read_text("utf-8")
 
 
+def test_the_reference_is_one_of_the_further_types_where_there_is_room_for_no_better_one(stage, monkeypatch):
+    monkeypatch.setattr(workspace, "free_disk", lambda _: 700_000)  # for Q2_K, Q4_0 and Q8_0, each once
+    monkeypatch.setattr(workspace, "require_disk", lambda *_: None)
+    table = quality_by_type.of_stage(stage, quant_types=("Q2_K", "Q4_0", "Q4_K_M", "Q8_0"), max_tokens=20)
+    divergence = {row[0]: float(row[4]) for row in table.rows}
+    assert list(divergence) == ["Q8_0", "Q4_K_M", "Q4_0", "Q2_K"] and divergence["Q8_0"] == 0
+
+
 @pytest.mark.parametrize(("tokens", "said"), [(0, "no tokens are asked for"), (10, "no 01_format/held_out.jsonl in ")])
 def test_what_is_missing_is_said(stage, capsys, tokens, said):
     if tokens:
