@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -263,7 +263,7 @@ def _update(
         )
     if magnitude is not None and weights.stored[magnitude].shape != (shapes[1][0],):
         raise SaigaError(f"{directory} is damaged: the lora_magnitude_vector of {module} does not fit. Fetch it again.")
-    return Update(a, b, _scale(config, module, shapes[0][0]), magnitude, bool(prefix))
+    return Update(a, b, _scale(directory, config, module, shapes[0][0]), magnitude, bool(prefix))
 
 
 def _is_saved(config: Mapping[str, Any], module: str) -> bool:
@@ -271,9 +271,23 @@ def _is_saved(config: Mapping[str, Any], module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in config.get("modules_to_save") or ())
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+def _scale(directory: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha / rank, or alpha / sqrt(rank) for rsLoRA; alpha_pattern's keys match the end of a module's name."""
-    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    matching: Iterator[float] = (alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module))
-    alpha = next(matching, config["lora_alpha"])
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((patterns[key] for key in patterns if _matches(directory, key, module)), config.get("lora_alpha"))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise SaigaError(
+            f"{directory / 'adapter_config.json'} has the lora_alpha {alpha!r} for {module}, which is no number: "
+            "fetch the adapter again, or write there what it was trained with."
+        )
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+
+def _matches(directory: Path, pattern: str, module: str) -> bool:
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+    except re.error as error:
+        raise SaigaError(
+            f"{directory / 'adapter_config.json'} has {pattern!r} in alpha_pattern, which is no regular expression "
+            f"({error}): fetch the adapter again, or write the module's name there."
+        ) from None

@@ -41,6 +41,11 @@ _HEAD = "lm_head"
 _PREFIXES = ("model.", "language_model.model.", "model.language_model.")
 _IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 _ROPE_FREQS = "rope_freqs.weight"
+_ROPE_SETTINGS = {  # beside theta, by rope_type; others are refused
+    "default": (),
+    "llama3": ("low_freq_factor", "high_freq_factor", "factor", "original_max_position_embeddings"),
+    "linear": ("factor",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,8 @@ class Kind:
     activation: str = "silu"
     rope_theta: float = 10000.0  # where config.json has none
     window_period: int = 0  # of so many layers the last sees the whole text, the others a window; 0 means all see it
+    lost_window: int = 0  # transformers' default of a window that llama.cpp does not compute
+    late_window: bool = False  # the last layers alone have it, from max_window_layers on, and where it is asked for
     wide_queries: int = 0  # a model of so many layers scales queries by hidden / heads, the others by head_dim
     keys: Mapping[str, str] = field(default_factory=dict)  # setting of config.json to the method of GGUFWriter
 
@@ -87,9 +94,9 @@ _GEMMA3 = replace(
 )
 KINDS = {
     "LlamaForCausalLM": _LLAMA,
-    "MistralForCausalLM": _LLAMA,
-    "Qwen2ForCausalLM": Kind(name="qwen2"),
-    "Qwen3ForCausalLM": Kind(name="qwen3", layer=_HEAD_NORMS),
+    "MistralForCausalLM": replace(_LLAMA, lost_window=4096),
+    "Qwen2ForCausalLM": Kind(name="qwen2", lost_window=4096, late_window=True),
+    "Qwen3ForCausalLM": Kind(name="qwen3", layer=_HEAD_NORMS, lost_window=4096, late_window=True),
     "Gemma2ForCausalLM": _GEMMA2,
     "Gemma3ForCausalLM": _GEMMA3,
     "Gemma3ForConditionalGeneration": _GEMMA3,  # its language model alone
@@ -126,15 +133,33 @@ class Architecture:
         for key, value, possible in (
             ("quantization_config", bool(config.get("quantization_config")), (False,)),
             ("hidden_act", self._activation, (kind.activation,)),
-            ("rope_type", self._rope_type, ("default", "llama3", "linear")),
+            ("rope_type", self._rope_type, tuple(_ROPE_SETTINGS)),
             ("query_pre_attn_scalar", config.get("query_pre_attn_scalar") or scale, (scale,)),
             ("layer_types", "usual" if self._has_usual_windows else "unusual", ("usual",)),
         ):
             if value not in possible:
                 raise SaigaError(
-                    f"{file} has {key}={value!r}, and saigakit can export {possible[0]!r} alone: "
-                    "give the original float16, bfloat16 or float32 model of a kind that it knows."
+                    f"{file} has {key}={value!r}, and saigakit can export {' or '.join(map(repr, possible))} "
+                    "alone: give the original float16, bfloat16 or float32 model of a kind that it knows."
                 )
+        rope, needed = self._rope, _ROPE_SETTINGS[self._rope_type]
+        if lacking := [key for key in needed if not isinstance(rope.get(key), int | float)]:
+            raise SaigaError(
+                f"{file}: rope_type={self._rope_type!r} lacks the number {', '.join(lacking)}; fetch it again."
+            )
+        self._require_windows(file)
+
+    def _require_windows(self, file: Path) -> None:
+        """Raises SaigaError where some layers have a window; that all have it, as in Mistral 7B v0.1, is said."""
+        said = (
+            f"{file}: layers see the last {self._lost_window} tokens alone, which llama.cpp cannot compute of this kind"
+        )
+        if self._lost_window and self.kind.late_window:
+            raise SaigaError(
+                f"{said}. If no text is longer, write null for sliding_window and layer_types: it is the same."
+            )
+        if self._lost_window:
+            print(f"{said}: it sees the whole text, so its answers to longer ones differ.", flush=True)
 
     @property
     def _activation(self) -> str:
@@ -150,6 +175,17 @@ class Architecture:
         usual = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(self.shape.layers)]
         stated = self.config.get("sliding_window_pattern") or period
         return bool(stated == period and (self.config.get("layer_types") or usual) == usual)
+
+    @property
+    def _lost_window(self) -> int:
+        """Tokens that layers of the base see, where llama.cpp computes with the whole text; 0 where all see that."""
+        config, kind = self.config, self.kind
+        window: int = (kind.lost_window and config.get("sliding_window", kind.lost_window)) or 0
+        is_short = window < config.get("max_position_embeddings", window + 1)
+        is_late = config.get("use_sliding_window") and config.get("max_window_layers", 28) < self.shape.layers
+        if types := config.get("layer_types"):
+            is_late = "sliding_attention" in types
+        return window if is_short and (is_late or not kind.late_window) else 0
 
     def untied(self) -> Self:
         """With a head of its own beside the embeddings."""
@@ -227,10 +263,7 @@ class Architecture:
 
         if self._rope_type != "llama3":
             return {}
-        low, high, factor, original = (
-            self._rope[key]
-            for key in ("low_freq_factor", "high_freq_factor", "factor", "original_max_position_embeddings")
-        )
+        low, high, factor, original = (self._rope[key] for key in _ROPE_SETTINGS["llama3"])
         exponents = torch.arange(0, self.shape.head_dim, 2, dtype=torch.float32) / self.shape.head_dim
         waves = 2 * math.pi / (1.0 / self._rope_theta**exponents)
         smooth = (original / waves - low) / (high - low)

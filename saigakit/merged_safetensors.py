@@ -102,7 +102,7 @@ def _planned(merged: Merged, number_format: NumberFormat | None, shard_bytes: in
     shards: list[dict[str, _Planned]] = [{}]
     room = shard_bytes
     for name, shape in merged.shapes.items():
-        stored = merged.base.stored[name if name in merged.base.stored else EMBEDDINGS]
+        stored = merged.base.float_stored(name if name in merged.base.stored else EMBEDDINGS)
         tensor = _Planned(shape, _TYPES[number_format] if number_format else stored.dtype)
         if shards[-1] and tensor.bytes > room:
             shards.append({})
@@ -148,7 +148,10 @@ def _write_numbers(stream: BinaryIO, name: str, numbers: "Array", dtype: str) ->
     if dtype != "F32":
         made = made.to(torch.float16 if dtype == "F16" else torch.bfloat16)
         if not bool(made.isfinite().all()):
-            raise SaigaError(f"A number of {name} is too large for float16; use number_format='bfloat16'.")
+            raise SaigaError(
+                f"A number of {name} is too large for float16, in which the base is stored. Export a GGUF (--format "
+                "gguf), or in Python give number_format='bfloat16' to saigakit.merged_safetensors.to_safetensors."
+            )
         made = made.view(torch.int16)
     stream.write(made.contiguous().numpy().tobytes())
 

@@ -48,14 +48,19 @@ class Shards:
         """
         import torch
 
+        stored = self.float_stored(name)
+        array: Array = self._readers[stored.file](name, rows or slice(None)).detach().to(torch.float32).numpy()
+        return array
+
+    def float_stored(self, name: str) -> Stored:
+        """Raises SaigaError where it holds something other than floats."""
         stored = self.stored[name]
         if stored.dtype not in _FLOATS:
             raise SaigaError(
                 f"{stored.file}: {name} is of type {stored.dtype}: quantised weights cannot be merged. "
                 "Give the original float16, bfloat16 or float32 model as base_source."
             )
-        array: Array = self._readers[stored.file](name, rows or slice(None)).detach().to(torch.float32).numpy()
-        return array
+        return stored
 
     @property
     def files(self) -> list[Path]:

@@ -33,13 +33,56 @@ def test_another_architecture_is_answered_with_the_known_ones(base_dir):
     [
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type='yarn'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+            "rope_type='yarn', and saigakit can export 'default' or 'llama3' or 'linear' alone",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": None, "low_freq_factor": 1.0}},
+            r"config\.json: rope_type='llama3' lacks the number high_freq_factor, factor, original_max",
+        ),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_type='linear' lacks the number factor"),
     ],
 )
 def test_a_setting_that_would_be_lost_is_refused(base_dir, settings, named):
     small_models.edit_json(base_dir / "config.json", **settings)
     with pytest.raises(SaigaError, match=named):
         Architecture.of(base_dir)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_refused"),
+    [
+        ({"use_sliding_window": False, "sliding_window": 16}, False),
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}, True),
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3}, False),
+        ({"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0}, False),
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("layer_types", ["named", "left out"])  # as transformers 5 writes them, and those before
+def test_a_qwen_whose_layers_see_a_window_is_refused(tiny, tmp_path, kind, settings, is_refused, layer_types):
+    base_dir = small_models.base(tmp_path, tiny / "base", kind=kind, **settings)
+    if layer_types == "left out":
+        small_models.edit_json(base_dir / "config.json", **settings, layer_types=None)
+    if not is_refused:
+        Architecture.of(base_dir)
+        return
+    with pytest.raises(
+        SaigaError, match=r"config\.json: layers see the last 16 tokens alone.*write null for sliding_window"
+    ):
+        Architecture.of(base_dir)
+
+
+@pytest.mark.parametrize(("window", "is_said"), [(64, True), (512, False), (None, False)])
+def test_that_llama_cpp_has_no_window_of_mistrals_is_said(tiny, tmp_path, capsys, window, is_said):
+    base_dir = small_models.base(tmp_path, tiny / "base", kind="mistral", sliding_window=window)
+    capsys.readouterr()
+    Architecture.of(base_dir)
+    assert (
+        "the last 64 tokens alone, which llama.cpp cannot compute of this kind: it sees" in capsys.readouterr().out
+    ) == is_said
 
 
 GEMMA3 = {"num_hidden_layers": 7, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}

@@ -299,6 +299,27 @@ def test_a_setting_that_is_not_known_to_be_harmless_is_refused(base_dir, own_ada
         Merged.of(base_dir, own_adapter)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"lora_alpha": None},
+            r"adapter_config\.json has the lora_alpha None for model\.layers\.0.*which is no number",
+        ),
+        ({"lora_alpha": "16"}, r"adapter_config\.json has the lora_alpha '16' for"),
+        ({"alpha_pattern": {"q_proj": None}}, r"has the lora_alpha None for model\.layers\.0\.self_attn\.q_proj"),
+        (
+            {"alpha_pattern": {"layers.(0": 8}},
+            r"adapter_config\.json has 'layers\.\(0' in alpha_pattern, which is no reg",
+        ),
+    ],
+)
+def test_a_scale_that_cannot_be_read_is_refused_by_file_and_field(base_dir, own_adapter, settings, said):
+    small_models.edit_json(own_adapter / "adapter_config.json", **settings)
+    with pytest.raises(SaigaError, match=said):
+        Merged.of(base_dir, own_adapter)
+
+
 def test_transposed_layers_are_refused(base_dir, own_adapter):
     small_models.edit_json(own_adapter / "adapter_config.json", fan_in_fan_out=True)
     with pytest.raises(SaigaError, match="transposed layers"):

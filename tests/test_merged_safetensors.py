@@ -1,12 +1,14 @@
 """The merged directory as transformers loads it, against peft's merge."""
 
 import json
+import shutil
 
 import pytest
 import small_models
 import torch
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saigakit import merged_safetensors, workspace
@@ -73,9 +75,18 @@ def test_the_number_format_is_the_one_asked_for(base_dir, adapter_dir, tmp_path,
 
 def test_a_number_too_large_for_float16_is_refused(base_dir, adapter_dir, tmp_path):
     settings = {"model": str(base_dir), "output": tmp_path / "merged", "number_format": "float16"}
-    with pytest.raises(SaigaError, match=r"too large for float16; use number_format='bfloat16'"):
+    with pytest.raises(SaigaError, match=r"too large for float16.*--format gguf.*number_format='bfloat16'"):
         to_safetensors(adapters=[(adapter_dir, 1e6)], **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantised_base_is_refused_by_type(base_dir, tmp_path):
+    quantised = shutil.copytree(base_dir, tmp_path / "base")
+    tensors = load_file(quantised / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(torch.uint8)
+    save_file(tensors, quantised / "model.safetensors")
+    with pytest.raises(SaigaError, match=r"up_proj\.weight is of type U8: quantised weights cannot be merged"):
+        to_safetensors(model=str(base_dir), base_source=str(quantised), adapters=None, output=tmp_path / "merged")
 
 
 def test_the_tokenizer_and_the_template_come_along(base_dir, adapter_dir, tmp_path):
