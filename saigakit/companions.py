@@ -49,33 +49,24 @@ def made_of(
 ) -> dict[str, str]:
     """The texts by MODELFILE, SERVER and CARD; without the first where there can be none."""
     by_type = {quant_type: file.stat().st_size for quant_type, file in files.items()}
-    described = _described(next(iter(files.values())), spec)
-    shape, longest = described.shape, described.longest
-    choice = fit.best(shape, by_type, longest=longest)
-    quant_type = choice.quant_type if choice else min(by_type, key=lambda name: by_type[name])
-    name = files[quant_type].name
-    n_ctx = fit.context_that_fits(shape, by_type[quant_type], longest=longest)
-    server = modelfile.llama_server(
-        name,
-        sampling=described.sampling,
-        n_ctx=choice.n_ctx if choice else n_ctx,
-        cache_type=choice.cache_type if choice else "f16",
-    )
-    texts = _modelfile(name, described, n_ctx)
-    described = replace(described, n_ctx=n_ctx, server=server, has_modelfile=bool(texts))
+    described = _described(next(iter(files.values())), spec, by_type)
+    name = files[described.choice.quant_type].name
+    server = modelfile.llama_server(name, sampling=described.sampling, choice=described.choice)
+    texts = _modelfile(name, described)
+    described = replace(described, server=server, has_modelfile=bool(texts))
     sizes = {one: (file.name, by_type[one]) for one, file in files.items()}
     card = gguf_card.text(spec, described, sizes, title=title, origin=origin, compared=compared)
     return {**texts, SERVER: server, CARD: card}
 
 
-def _modelfile(name: str, described: Described, n_ctx: int) -> dict[str, str]:
+def _modelfile(name: str, described: Described) -> dict[str, str]:
     try:
         text = modelfile.modelfile(
             name,
             ChatFormat.of(described.chat_template, described.variables, described.end_of_turn),
             stops=described.stops,
             sampling=described.sampling,
-            n_ctx=n_ctx,
+            choice=described.choice,
             system_prompt=described.system_prompt,
         )
     except SaigaError as error:
@@ -84,13 +75,14 @@ def _modelfile(name: str, described: Described, n_ctx: int) -> dict[str, str]:
     return {MODELFILE: text}
 
 
-def _described(file: Path, spec: ModelSpec) -> Described:
+def _described(file: Path, spec: ModelSpec, by_type: Mapping[str, int]) -> Described:
     with gguf_vocabulary(file) as llm:
         written = llm.metadata
         tokenizer = tokenization.GgufTokenizer(llm)
         (end,) = tokenization.end_of_turn_ids(tokenizer)
         names = {number: name for name, number in tokenizer.special_tokens.items()}
-        trained_for = int(written[f"{written['general.architecture']}.context_length"])
+        shape, trained_for = _shape(llm), int(written[f"{written['general.architecture']}.context_length"])
+        longest = min(spec.context_length, trained_for)
         return Described(
             chat_template=tokenizer.chat_template,
             variables=tokenizer.variables,
@@ -98,9 +90,9 @@ def _described(file: Path, spec: ModelSpec) -> Described:
             stops=list(dict.fromkeys(names[number] for number in (end, llm.token_eos()) if number in names)),
             system_prompt=written.get(lineage.SYSTEM_PROMPT_KEY),
             sampling=Sampling.of_gguf(written),
-            shape=_shape(llm),
-            longest=min(spec.context_length, trained_for),
-            n_ctx=0,
+            shape=shape,
+            longest=longest,
+            choice=fit.chosen(shape, by_type, longest=longest),
             server="",
             has_modelfile=False,
         )

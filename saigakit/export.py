@@ -62,7 +62,8 @@ def merge_gguf(
     with manifest.making(final, facts=facts, **identity) as partial:
         facts |= export.write(partial / "model.gguf", read_back.held_out_texts(Path(run_dir)))
         export.plot().savefig(partial / "sizes.png", dpi=110)
-        by_type = {each: export.bytes(each) for each in quantization.QUANT_TYPES if each in fit.SHOWN}
+        shown = {*fit.SHOWN, *export.quant_types}
+        by_type = {each: export.bytes(each) for each in quantization.QUANT_TYPES if each in shown}
         facts["memory"] = {"shape": asdict(export.architecture.shape), "longest": spec.context_length, "files": by_type}
         n_ctx = min(fit.LEAST_CONTEXT, spec.context_length)
         fit.plot(export.architecture.shape, by_type, n_ctx=n_ctx).savefig(partial / "memory.png", dpi=110)

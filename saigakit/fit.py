@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from saigakit import manifest
+from saigakit import manifest, quantization
 from saigakit.errors import SaigaError
 from saigakit.memory import Shape
 from saigakit.tables import Table
@@ -16,15 +16,14 @@ if TYPE_CHECKING:
 GIB = 2**30
 MACHINES = (6, 8, 16)  # GiB of RAM
 CONTEXTS = (2048, 4096, 8192, 16384, 32768)
-SHOWN = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q4_0", "Q3_K_M", "Q2_K")  # best first
+SHOWN = tuple(name for name in quantization.QUANT_TYPES if name not in ("F32", "BF16", "F16"))  # beside those made
 LEAST_CONTEXT = CONTEXTS[0]  # a conversation of some pages
 SYSTEM = 1536 * 2**20  # of the operating system and its desktop: an allowance, not measured
 CacheType = Literal["f16", "q8_0"]
 _CACHE_BYTES: Mapping[CacheType, float] = {"f16": 2, "q8_0": 34 / 32}  # of a number; q8_0 has a scale for 32
+_BLOCK = 32  # numbers of a block of q8_0; llama.cpp refuses a cache whose heads are no whole blocks
 _BATCH = 512  # tokens that llama.cpp computes at a time, its n_ubatch
 _TOKEN_BYTES = 170  # of a token's text in llama.cpp's tables: measured, 5 MB of 32,000 and 21 of 128,256
-# Best first: llama.cpp's own measurements of divergence put IQ4_XS before Q4_0, which is larger.
-_BY_QUALITY = ("F32", "BF16", "F16", *SHOWN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,70 +67,94 @@ class Choice:
     n_ctx: int
     cache_type: CacheType
     needs: Needs
+    machine_gib: float
+
+    @property
+    def fits(self) -> bool:
+        return self.needs.fits(self.machine_gib)
+
+    @property
+    def left_mib(self) -> int:
+        """What is free beside it and the system."""
+        return max(0, int((self.machine_gib * GIB - self.needs.total) / 2**20))
+
+    def in_words(self) -> str:
+        needed = f"{self.needs.total / GIB:.1f} GiB, {SYSTEM / GIB:.1f} of them for the system"
+        if self.fits:
+            return f"{self}: needs {needed}, and fits a machine of {self.machine_gib:g} GiB."
+        return f"{self}: DOES NOT FIT a machine of {self.machine_gib:g} GiB; needs {needed}."
+
+    def __str__(self) -> str:
+        cache = "" if self.cache_type == "f16" else f", keys and values in {self.cache_type}"
+        return f"{self.quant_type} with {self.n_ctx} tokens of context{cache}"
 
 
-def context_that_fits(shape: Shape, file_bytes: int, *, longest: int, machine_gib: float = MACHINES[0]) -> int:
-    """The longest of CONTEXTS, up to `longest` tokens that the model was trained for; the shortest where none fits."""
-    lengths = [length for length in CONTEXTS if length <= longest] or [longest]
-    fitting = [length for length in lengths if Needs.of(shape, file_bytes, length).fits(machine_gib)]
-    return max(fitting, default=lengths[0])
-
-
-def best(shape: Shape, by_type: Mapping[str, int], *, longest: int, machine_gib: float = MACHINES[0]) -> Choice | None:
+def best(shape: Shape, by_type: Mapping[str, int], *, longest: int, machine_gib: float = MACHINES[0]) -> Choice:
     """The quant type of highest quality that fits with LEAST_CONTEXT tokens, and its longest context there.
 
-    `by_type`: bytes of the file in each type. Keys and values stay in float16 where that is enough for it.
+    `by_type`: bytes of the file in each type. Keys and values stay in float16 where that is enough for it. Where
+    nothing `fits`, it is what needs least.
     """
     least = min(LEAST_CONTEXT, longest)
-    for quant_type in filter(by_type.__contains__, _BY_QUALITY):
-        for cache_type in _CACHE_BYTES:
+    for quant_type in filter(by_type.__contains__, quantization.QUANT_TYPES):
+        for cache_type in _cache_types(shape):
             fitting = [
-                Choice(quant_type=quant_type, n_ctx=n_ctx, cache_type=cache_type, needs=needs)
+                choice
                 for n_ctx in sorted({least, *(length for length in CONTEXTS if least <= length <= longest)})
-                if (needs := Needs.of(shape, by_type[quant_type], n_ctx, cache_type)).fits(machine_gib)
+                if (choice := _choice(shape, by_type, quant_type, n_ctx, cache_type, machine_gib)).fits
             ]
             if fitting:
                 return fitting[-1]
-    return None
+    smallest = min(by_type, key=lambda name: by_type[name])
+    return _choice(shape, by_type, smallest, least, _cache_types(shape)[-1], machine_gib)
+
+
+def _cache_types(shape: Shape) -> list[CacheType]:
+    return [name for name in _CACHE_BYTES if name == "f16" or shape.head_dim % _BLOCK == 0]
+
+
+def _choice(
+    shape: Shape, by_type: Mapping[str, int], quant_type: str, n_ctx: int, cache_type: CacheType, machine_gib: float
+) -> Choice:
+    needs = Needs.of(shape, by_type[quant_type], n_ctx, cache_type)
+    return Choice(quant_type=quant_type, n_ctx=n_ctx, cache_type=cache_type, needs=needs, machine_gib=machine_gib)
+
+
+def chosen(shape: Shape, by_type: Mapping[str, int], *, longest: int) -> Choice:
+    """The best on the smallest of MACHINES that anything fits; where nothing does, what needs least."""
+    found = [best(shape, by_type, longest=longest, machine_gib=machine) for machine in MACHINES]
+    return next((choice for choice in found if choice.fits), found[-1])
 
 
 def in_words(shape: Shape, by_type: Mapping[str, int], *, longest: int, machine_gib: float = MACHINES[0]) -> str:
     """One recommendation."""
+    choice = best(shape, by_type, longest=longest, machine_gib=machine_gib)
     allowance = f"{SYSTEM / GIB:.1f} GiB are left to the system"
-    if (choice := best(shape, by_type, longest=longest, machine_gib=machine_gib)) is None:
-        smallest = min(by_type, key=lambda name: by_type[name])
-        needs = Needs.of(shape, by_type[smallest], min(LEAST_CONTEXT, longest), "q8_0")
-        return (
-            f"Nothing of this model fits {machine_gib:g} GiB ({allowance}): even {smallest} needs "
-            f"{needs.total / GIB:.1f} GiB. Take a smaller model."
-        )
-    cache = "" if choice.cache_type == "f16" else ", keys and values in q8_0"
+    if choice.fits:
+        return f"On {machine_gib:g} GiB: {choice}: {choice.needs.resident / GIB:.2f} GiB resident; {allowance}."
+    larger = chosen(shape, by_type, longest=longest)
     return (
-        f"On {machine_gib:g} GiB: {choice.quant_type} with {choice.n_ctx} tokens of context{cache}: "
-        f"{choice.needs.resident / GIB:.2f} GiB resident; {allowance}."
+        f"Nothing of this model fits {machine_gib:g} GiB ({allowance}): even {choice} needs "
+        f"{choice.needs.total / GIB:.1f} GiB. "
+        + (f"On {larger.machine_gib:g} GiB: {larger}." if larger.fits else "Take a smaller model.")
     )
 
 
 def table(shape: Shape, by_type: Mapping[str, int], *, longest: int, contexts: Sequence[int] = CONTEXTS[:3]) -> Table:
-    """GiB of each quant type and context, system included, with both types of cache; and the machine that it fits."""
+    """GiB of each quant type and context, part by part, with both types of cache; and the machine that it fits."""
     require_sizes(by_type)
     rows = []
     for quant_type, size in by_type.items():
         for n_ctx in [length for length in contexts if length <= longest] or [longest]:
-            found = {cache_type: Needs.of(shape, size, n_ctx, cache_type) for cache_type in _CACHE_BYTES}
-            rows.append(
-                (
-                    quant_type,
-                    f"{size / GIB:.2f}",
-                    f"{n_ctx}",
-                    *(f"{needs.total / GIB:.2f}" for needs in found.values()),
-                    _machine(found),
-                )
-            )
-    header = ("type", "file, GiB", "context", "KV f16, GiB", "KV q8_0, GiB", "fits")
-    note = f"In all, {SYSTEM / GIB:.1f} GiB for the system included (an allowance). " + in_words(
-        shape, by_type, longest=longest
-    )
+            found = _by_cache_type(shape, size, n_ctx)
+            both = [found.get(cache_type) for cache_type in _CACHE_BYTES]
+            caches = (_gib(needs.cache) if needs else "–" for needs in both)
+            totals = (_gib(needs.total) if needs else "–" for needs in both)
+            parts = (_gib(size), *caches, _gib(found["f16"].buffers), _gib(SYSTEM))
+            rows.append((quant_type, f"{n_ctx}", *parts, *totals, _said_of_machine(found)))
+    columns = ("weights", "KV f16", "KV q8_0", "buffers", "system")
+    header = ("type", "context", *columns, "all, KV f16", "all, KV q8_0", "fits")
+    note = "GiB; that for the system is an allowance. " + in_words(shape, by_type, longest=longest)
     return Table(header, rows, note)
 
 
@@ -141,38 +164,57 @@ def of_stage(stage_dir: Path) -> Table:
     return table(Shape(**memory["shape"]), memory["files"], longest=memory["longest"], contexts=CONTEXTS[:2])
 
 
-def _machine(found: Mapping[CacheType, Needs]) -> str:
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def _by_cache_type(shape: Shape, file_bytes: int, n_ctx: int) -> dict[CacheType, Needs]:
+    return {cache_type: Needs.of(shape, file_bytes, n_ctx, cache_type) for cache_type in _cache_types(shape)}
+
+
+def _said_of_machine(found: Mapping[CacheType, Needs]) -> str:
+    machine, cache_type = _machine(found)
+    if machine is None:
+        return f"more than {MACHINES[-1]} GB"
+    return f"{machine} GB" + ("" if cache_type == "f16" else f" with KV {cache_type}")
+
+
+def _machine(found: Mapping[CacheType, Needs]) -> tuple[int | None, CacheType]:
+    """The smallest that it fits, and the type of cache with which it does."""
     for machine in MACHINES:
         for cache_type, needs in found.items():
             if needs.fits(machine):
-                return f"{machine} GB" + ("" if cache_type == "f16" else " with KV q8_0")
-    return f"more than {MACHINES[-1]} GB"
+                return machine, cache_type
+    return None, "f16"
 
 
 def require_sizes(by_type: Mapping[str, int]) -> None:
     """Raises SaigaError where a type is unknown or there is none."""
-    if unknown := set(by_type) - set(_BY_QUALITY):
-        raise SaigaError(f"quant_type={min(unknown)!r} is unknown; use some of {', '.join(_BY_QUALITY)}.")
+    if unknown := set(by_type) - set(quantization.QUANT_TYPES):
+        raise SaigaError(f"quant_type={min(unknown)!r} is unknown; use some of {', '.join(quantization.QUANT_TYPES)}.")
     if not by_type:
         raise SaigaError("There is no quant type to look at; give one at least.")
 
 
 def plot(shape: Shape, by_type: Mapping[str, int], *, n_ctx: int = LEAST_CONTEXT) -> "Figure":
-    """Bars in GiB: what each quant type needs at `n_ctx` tokens, against machines of 6, 8 and 16 GB."""
+    """Bars in GiB: what each quant type needs at `n_ctx` tokens, against machines of 6, 8 and 16 GB.
+
+    With keys and values in f16, and below it in q8_0 too where that fits a smaller machine.
+    """
     from matplotlib.figure import Figure
 
     require_sizes(by_type)
-    found = [Needs.of(shape, size, n_ctx) for size in by_type.values()]
+    bars = _bars(shape, by_type, n_ctx)
     parts = {
-        "веса / weights": ([needs.weights for needs in found], "#1a73e8"),
-        "контекст / context": ([needs.cache for needs in found], "#188038"),
-        "буферы / buffers": ([needs.buffers for needs in found], "#9aa0a6"),
-        "система / system": ([SYSTEM for _ in found], "#e8eaed"),
+        "веса / weights": ([needs.weights for needs in bars.values()], "#1a73e8"),
+        "контекст / context": ([needs.cache for needs in bars.values()], "#188038"),
+        "буферы / buffers": ([needs.buffers for needs in bars.values()], "#9aa0a6"),
+        "система / system": ([SYSTEM for _ in bars], "#e8eaed"),
     }
-    figure = Figure(figsize=(9, 0.42 * len(found) + 2.0), layout="constrained")
-    axes, left = figure.subplots(), [0.0] * len(found)
+    figure = Figure(figsize=(9, 0.42 * len(bars) + 2.0), layout="constrained")
+    axes, left = figure.subplots(), [0.0] * len(bars)
     for label, (sizes, colour) in parts.items():
-        axes.barh(list(by_type), [size / GIB for size in sizes], left=left, color=colour, label=label)
+        axes.barh(list(bars), [size / GIB for size in sizes], left=left, color=colour, label=label)
         left = [before + size / GIB for before, size in zip(left, sizes, strict=True)]
     for machine in MACHINES:
         axes.axvline(machine, color="#d93025", linestyle="--", linewidth=1)
@@ -187,3 +229,13 @@ def plot(shape: Shape, by_type: Mapping[str, int], *, n_ctx: int = LEAST_CONTEXT
         fontsize=11,
     )
     return figure
+
+
+def _bars(shape: Shape, by_type: Mapping[str, int], n_ctx: int) -> dict[str, Needs]:
+    bars = {}
+    for quant_type, size in by_type.items():
+        found = _by_cache_type(shape, size, n_ctx)
+        bars[quant_type] = found["f16"]
+        if _machine(found)[1] == "q8_0":
+            bars[f"{quant_type}, KV q8_0"] = found["q8_0"]
+    return bars

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from saigakit import fit, manifest, markdown
+from saigakit import fit, manifest, markdown, modelfile
 from saigakit.memory import Shape
 from saigakit.models import ModelSpec, Sampling
 
@@ -60,9 +60,9 @@ $system_prompt
 
 $versions
 """)
-_PYTHON = """from llama_cpp import Llama
+_PYTHON = """from llama_cpp import {imported}
 
-llm = Llama("{name}", n_ctx={n_ctx})
+llm = Llama("{name}", n_ctx={n_ctx}, flash_attn=True{cache})
 messages = [{messages}]
 answer = llm.create_chat_completion(
     messages, temperature={temperature:g}, top_p={top_p:g}, top_k={top_k}, min_p=0.0, repeat_penalty={penalty:g}
@@ -82,7 +82,7 @@ class Described:
     sampling: Sampling
     shape: Shape
     longest: int  # tokens of context that it was trained for
-    n_ctx: int
+    choice: fit.Choice
     server: str  # the command that serves it
     has_modelfile: bool
 
@@ -99,7 +99,7 @@ def text(
     """`sizes`: name and bytes of the file of each quant type. `origin`: as `origin_of` gives it. `compared`: what was
     measured, in Markdown."""
     origin, is_merged = origin or {}, any(what.startswith("adapter") for what in origin or {})
-    base, name = markdown.linked(spec.base_model), next(iter(sizes.values()))[0]
+    base, name = markdown.linked(spec.base_model), sizes[described.choice.quant_type][0]
     by_type = {quant_type: size for quant_type, (_, size) in sizes.items()}
     system_prompt = described.system_prompt
     return _CARD.substitute(
@@ -132,12 +132,13 @@ def _files(described: Described, sizes: Mapping[str, tuple[str, int]]) -> str:
     for quant_type, (name, size) in sizes.items():
         needs = fit.Needs.of(described.shape, size, least)
         rows.append((name, quant_type, f"{size / 1e9:.3f} GB", f"{needs.resident / fit.GIB:.2f} GiB"))
-    return markdown.table(("file", "type", "size", f"memory with {least} tokens of context"), rows)
+    return markdown.table(("file", "type", "size", f"memory with {least} tokens of context, KV f16"), rows)
 
 
 def _ollama(described: Described) -> str:
     if described.has_modelfile:
-        return markdown.block("ollama create NAME -f Modelfile\nollama run NAME", "bash")
+        commands = markdown.block("ollama create NAME -f Modelfile\nollama run NAME", "bash")
+        return "\n\n".join([commands, *modelfile.cache_notes(described.choice)])
     return "This chat template cannot be written as one of Ollama's; use llama-server, which reads it from the file."
 
 
@@ -145,9 +146,12 @@ def _python(described: Described, name: str) -> str:
     messages = [{"role": "user", "content": "Привет!"}]
     if described.system_prompt:
         messages.insert(0, {"role": "system", "content": described.system_prompt})
+    in_float16 = described.choice.cache_type == "f16"
     return _PYTHON.format(
         name=name,
-        n_ctx=described.n_ctx,
+        imported="Llama" if in_float16 else "GGML_TYPE_Q8_0, Llama",
+        cache="" if in_float16 else ", type_k=GGML_TYPE_Q8_0, type_v=GGML_TYPE_Q8_0",
+        n_ctx=described.choice.n_ctx,
         messages=", ".join(json.dumps(message, ensure_ascii=False) for message in messages),
         temperature=described.sampling.temperature,
         top_p=described.sampling.top_p,

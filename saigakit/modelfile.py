@@ -2,8 +2,10 @@
 
 from saigakit.chat_format import ChatFormat, ToolFormat
 from saigakit.errors import SaigaError
+from saigakit.fit import Choice
 from saigakit.models import Sampling
 
+_CACHE_RAM = 8192  # MiB of RAM that llama-server takes for earlier conversations, if nothing is said
 # JSON as Python's json.dumps spaces it, but for the order of keys: Ollama keeps an object as a map, sorted by key.
 _JSON = (
     '{{ define "json" }}{{ $kind := printf "%.3s" (printf "%T" .) }}{{ $comma := "" }}{{ if eq $kind "map" }}{{ "{" }}'
@@ -97,7 +99,7 @@ def _text(literal: str) -> str:
 
 
 def modelfile(
-    gguf_name: str, chat: ChatFormat, *, stops: list[str], sampling: Sampling, n_ctx: int, system_prompt: str | None
+    gguf_name: str, chat: ChatFormat, *, stops: list[str], sampling: Sampling, choice: Choice, system_prompt: str | None
 ) -> str:
     """For `ollama create NAME -f Modelfile` beside the GGUF; `stops` end an answer.
 
@@ -105,6 +107,7 @@ def modelfile(
     Raises SaigaError for a system prompt that a Modelfile cannot hold.
     """
     notes = [f"ollama create NAME -f Modelfile, beside {gguf_name}; then ollama run NAME"]
+    notes += [choice.in_words(), *cache_notes(choice)]
     if chat.is_trimmed:
         notes.append("The model's own template takes blanks off both ends of a text; Ollama's cannot: send none.")
     if chat.tools is None:
@@ -115,8 +118,18 @@ def modelfile(
     values = [("stop", f'"{stop}"') for stop in stops]
     values += [("temperature", f"{sampling.temperature:g}"), ("top_p", f"{sampling.top_p:g}")]
     values += [("top_k", f"{sampling.top_k}"), ("repeat_penalty", f"{sampling.repeat_penalty:g}")]
-    lines += [f"PARAMETER {name} {value}" for name, value in [*values, ("num_ctx", f"{n_ctx}")]]
+    lines += [f"PARAMETER {name} {value}" for name, value in [*values, ("num_ctx", f"{choice.n_ctx}")]]
     return "\n".join(lines) + "\n"
+
+
+def cache_notes(choice: Choice) -> list[str]:
+    """What no Modelfile can say: the type of the cache is set for Ollama's server."""
+    if choice.cache_type == "f16":
+        return []
+    return [
+        f"Ollama's server must be started with OLLAMA_FLASH_ATTENTION=1 and OLLAMA_KV_CACHE_TYPE={choice.cache_type}: "
+        "else keys and values are in f16 and take nearly twice the memory."
+    ]
 
 
 def _quoted(text: str) -> str:
@@ -130,11 +143,13 @@ def _quoted(text: str) -> str:
     return f'"""{text}"""'
 
 
-def llama_server(gguf_name: str, *, sampling: Sampling, n_ctx: int, cache_type: str = "f16") -> str:
+def llama_server(gguf_name: str, *, sampling: Sampling, choice: Choice) -> str:
     """The command that serves the model with the template inside the GGUF, and with the sampling of saigakit."""
-    words = [f"llama-server -m {gguf_name} -c {n_ctx} --jinja"]
+    words = [f"llama-server -m {gguf_name} -c {choice.n_ctx} --jinja"]
     words += [f"--temp {sampling.temperature:g} --top-p {sampling.top_p:g} --top-k {sampling.top_k} --min-p 0"]
     words += [f"--repeat-penalty {sampling.repeat_penalty:g}"]
-    if cache_type != "f16":
-        words.append(f"--flash-attn on --cache-type-k {cache_type} --cache-type-v {cache_type}")
-    return " ".join(words) + "\n"
+    if choice.cache_type != "f16":
+        words.append(f"--flash-attn on --cache-type-k {choice.cache_type} --cache-type-v {choice.cache_type}")
+    if choice.left_mib < _CACHE_RAM:
+        words.append(f"--cache-ram {choice.left_mib}")
+    return f"# {choice.in_words()}\n{' '.join(words)}\n"

@@ -1,10 +1,13 @@
 """What stands beside a GGUF: made of the file itself."""
 
 import re
+from contextlib import closing
 
+import llama_cpp
 import pytest
+import small_models
 
-from saigakit import companions, export, gguf_card, gguf_files, models, template
+from saigakit import companions, export, fit, gguf_card, gguf_files, models, template
 from saigakit.errors import SaigaError
 
 
@@ -42,10 +45,33 @@ def test_the_card_says_what_it_was_made_of_and_nothing_of_this_machine(texts, fi
     assert str(file.parent) not in card and str(tiny) not in card
 
 
+def python_of(card):
+    return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+
+
 def test_the_cards_python_is_python(texts):
-    code = re.search(r"```python\n(.*?)```", texts["README.md"], re.DOTALL)[1]
+    code = python_of(texts["README.md"])
     compile(code, "card", "exec")
     assert models.SAIGA_SYSTEM_PROMPT in code
+
+
+def test_where_memory_is_short_all_speak_of_one_context_and_one_type_of_cache(tiny, tmp_path, monkeypatch):
+    base_dir = small_models.base(tmp_path / "base", tiny / "base", head_dim=32)
+    file = export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "model.gguf")
+    with closing(llama_cpp.Llama(str(file), vocab_only=True, verbose=False)) as llm:
+        needs = fit.Needs.of(companions._shape(llm), file.stat().st_size, 512, "q8_0")
+    monkeypatch.setattr(fit, "SYSTEM", 6 * fit.GIB - needs.resident)  # nothing else fits the smallest machine
+    made = companions.made_of({"Q4_K_M": file}, spec=models.find(str(base_dir)))
+    assert "-c 512 " in made["llama-server.txt"]
+    assert "--cache-type-k q8_0 --cache-type-v q8_0 --cache-ram 0" in made["llama-server.txt"]
+    assert "OLLAMA_KV_CACHE_TYPE=q8_0" in made["Modelfile"] and "OLLAMA_KV_CACHE_TYPE=q8_0" in made["README.md"]
+    assert "PARAMETER num_ctx 512" in made["Modelfile"]
+    monkeypatch.chdir(file.parent)
+    run = {}
+    exec(python_of(made["README.md"]).replace("messages, ", "messages, max_tokens=4, "), run)
+    assert run["llm"].n_ctx() == 512
+    assert run["llm"].context_params.type_k == run["llm"].context_params.type_v == llama_cpp.GGML_TYPE_Q8_0
+    run["llm"].close()
 
 
 def test_nothing_is_overwritten(file, tmp_path):

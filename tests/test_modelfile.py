@@ -9,10 +9,17 @@ import go_engine
 import pytest
 import vocabularies
 
-from saigakit import modelfile, template, tokenization
+from saigakit import fit, modelfile, template, tokenization
 from saigakit.chat_format import ChatFormat
 from saigakit.errors import SaigaError
+from saigakit.memory import Shape
 from saigakit.models import MODELS, Sampling
+
+LLAMA2 = Shape(
+    hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, intermediate=11008, vocabulary=32000, tied=False
+)
+SMALL = fit.chosen(LLAMA2, {"Q4_K_M": 4_081_004_224}, longest=4096)  # on 6 GiB
+LARGE = fit.chosen(LLAMA2, {"Q8_0": 7_161_089_728}, longest=4096)  # on 16 GiB
 
 SYSTEM = {"role": "system", "content": "Ты — кот. Отвечай: «мяу» & <b>."}
 TALK = [
@@ -117,7 +124,7 @@ def test_arguments_come_with_commas_in_the_order_of_their_names(pair, tmp_path):
 def test_functions_that_are_written_in_another_way_are_left_out_and_that_is_said(pair, tmp_path):
     chat = chat_of(pair.fast)
     assert chat.tools is None
-    made = modelfile.modelfile("m.gguf", chat, stops=[], sampling=Sampling(), n_ctx=512, system_prompt=None)
+    made = modelfile.modelfile("m.gguf", chat, stops=[], sampling=Sampling(), choice=SMALL, system_prompt=None)
     assert "# Functions (tools) are not in this template" in made
     (text,) = go_engine.rendered(modelfile.go_template(chat), CONVERSATIONS[2:3], tmp_path / "go")
     messages = CONVERSATIONS[2]["messages"]
@@ -143,7 +150,7 @@ def test_a_template_that_is_not_its_turns_in_a_row_is_refused(text):
 
 def test_blanks_that_a_template_takes_off_are_told():
     chat = ChatFormat.of(vocabularies.LLAMA3, {"bos_token": "<b>"}, "<|eot_id|>")
-    made = modelfile.modelfile("m.gguf", chat, stops=[], sampling=Sampling(), n_ctx=512, system_prompt=None)
+    made = modelfile.modelfile("m.gguf", chat, stops=[], sampling=Sampling(), choice=SMALL, system_prompt=None)
     assert chat.is_trimmed and "send none" in made
 
 
@@ -158,7 +165,7 @@ def test_the_modelfile_has_what_the_model_was_trained_with():
         saigas_chat(),
         stops=["</s>"],
         sampling=spec.sampling,
-        n_ctx=2048,
+        choice=SMALL,
         system_prompt=spec.system_prompt,
     )
     assert re.findall(r"^(FROM .*|SYSTEM .*|PARAMETER .*)$", made, re.MULTILINE) == [
@@ -177,7 +184,7 @@ def test_the_modelfile_has_what_the_model_was_trained_with():
 @pytest.mark.parametrize("prompt", ["Ты\u00a0— кот", 'Ты """кот"""', "Ты\tкот", "a\u200bb"])
 def test_a_system_prompt_that_a_modelfile_cannot_hold_is_refused(prompt):
     with pytest.raises(SaigaError, match="which a Modelfile of Ollama cannot hold"):
-        modelfile.modelfile("m", saigas_chat(), stops=[], sampling=Sampling(), n_ctx=512, system_prompt=prompt)
+        modelfile.modelfile("m", saigas_chat(), stops=[], sampling=Sampling(), choice=SMALL, system_prompt=prompt)
 
 
 def test_the_first_text_of_a_call_is_what_ollama_looks_for():
@@ -207,8 +214,28 @@ def test_the_parts_are_those_of_the_template():
 
 
 def test_the_servers_command_reads_the_files_template_and_keeps_the_sampling():
-    made = modelfile.llama_server("m.gguf", sampling=MODELS["saiga2_7b"].sampling, n_ctx=4096)
-    assert made == (
-        "llama-server -m m.gguf -c 4096 --jinja --temp 0.2 --top-p 0.9 --top-k 30 --min-p 0 --repeat-penalty 1.1\n"
+    made = modelfile.llama_server("m.gguf", sampling=MODELS["saiga2_7b"].sampling, choice=LARGE)
+    assert made.splitlines()[1] == (
+        "llama-server -m m.gguf -c 4096 --jinja --temp 0.2 --top-p 0.9 --top-k 30 --min-p 0 --repeat-penalty 1.1 "
+        f"--cache-ram {LARGE.left_mib}"
     )
-    assert "--cache-type-v q8_0" in modelfile.llama_server("m", sampling=Sampling(), n_ctx=1, cache_type="q8_0")
+
+
+def test_where_memory_is_short_the_cache_is_quantised_and_the_server_keeps_no_more_than_is_left():
+    made = modelfile.llama_server("m", sampling=Sampling(), choice=SMALL)
+    assert made.endswith(f"--cache-type-k q8_0 --cache-type-v q8_0 --cache-ram {SMALL.left_mib}\n")
+    assert SMALL.needs.total + SMALL.left_mib * 2**20 <= 6 * 2**30
+    made = modelfile.modelfile("m", saigas_chat(), stops=[], sampling=Sampling(), choice=SMALL, system_prompt=None)
+    assert "OLLAMA_FLASH_ATTENTION=1 and OLLAMA_KV_CACHE_TYPE=q8_0" in made
+    assert "PARAMETER num_ctx 2048" in made
+
+
+def test_a_model_that_fits_no_machine_is_said_not_to():
+    choice = fit.chosen(LLAMA2, {"F32": 27 * 10**9}, longest=4096)
+    said = (
+        "# F32 with 2048 tokens of context, keys and values in q8_0: DOES NOT FIT a machine of 16 GiB; needs 27.3 GiB"
+    )
+    made = modelfile.modelfile("m", saigas_chat(), stops=[], sampling=Sampling(), choice=choice, system_prompt=None)
+    server = modelfile.llama_server("m", sampling=Sampling(), choice=choice)
+    assert said in made and server.startswith(said)
+    assert server.endswith("--cache-ram 0\n")
