@@ -6,6 +6,7 @@ from typing import Any
 
 from saigakit import activations, data, export, manifest, models, rows, sources, tokenization, workspace
 from saigakit.errors import SaigaError
+from saigakit.lineage import MergeInto
 from saigakit.rows import Rows
 
 OF_RECORDS = "records"  # for `importance`: a matrix of the records that the model was trained on
@@ -21,13 +22,16 @@ def importance_of_records(
     adapter: str | Path | None,
     output: str | Path,
     base_source: str | None = None,
+    merge_into: MergeInto = "auto",
     max_tokens: int = 50_000,
     n_gpu_layers: int = 0,
 ) -> Path:
     """The importance matrix of the merged model on the ids that it was trained on, in llama.cpp's form, as `output`.
 
-    A Q8_0 GGUF is made in the scratch directory for it, and deleted. Raises SaigaError where there is no room for it.
+    `records`: as for 01_format. A Q8_0 GGUF is made in the scratch directory for it, and deleted. Raises SaigaError
+    where there is no room for it, or `output` is there already.
     """
+    manifest.require_absent(Path(output))
     ids = token_rows(records, model, base_source)
     with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
         whole = export.to_gguf(
@@ -36,6 +40,7 @@ def importance_of_records(
             output=Path(scratch) / "q8_0.gguf",
             quant_type="Q8_0",
             base_source=base_source,
+            merge_into=merge_into,
         )
         made = activations.measured(
             whole,
@@ -76,11 +81,12 @@ def matrix_for(
         "parameters": {"model": model, "base_source": base_source, "max_tokens": max_tokens},
         "inputs": {
             "records": manifest.sha256(records),
+            "base": manifest.hashes(sources.base_dir(spec, base_source)),
             "adapter": None if adapter_dir is None else manifest.hashes(adapter_dir),
         },
     }
-    if not manifest.is_kept(final, **identity):
-        with manifest.making(final, **identity) as partial:
+    if not manifest.is_kept(final, **identity, is_derived=True):
+        with manifest.making(final, **identity, is_derived=True) as partial:
             importance_of_records(
                 records,
                 model=model,
@@ -94,8 +100,8 @@ def matrix_for(
 
 
 def token_rows(records: str | Path, model: str, base_source: str | None) -> Rows:
-    """Conversations evenly spread over a file, as training has them."""
+    """Conversations evenly spread over the records, as training has them."""
     spec = models.find(model)
-    conversations = data.spread(data.read_conversations(records), _CONVERSATIONS)
+    conversations = data.spread(data.read_conversations(sources.records_files(str(records))), _CONVERSATIONS)
     tokenizer = tokenization.load_tokenizer(spec.name, base_source)
     return rows.store(conversations, tokenizer, _LONGEST, name=Path(records).name)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 MODELFILE, SERVER, CARD = "Modelfile", "llama-server.txt", "README.md"
 
 
+def paths(directory: Path, prefix: str) -> dict[str, Path]:
+    return {name: directory / f"{prefix}{name}" for name in (MODELFILE, SERVER, CARD)}
+
+
 def write(
     files: Mapping[str, Path],
     *,
@@ -31,8 +35,7 @@ def write(
     A chat template that no Modelfile can hold is said aloud, and there is none. Raises SaigaError where a file with
     one of these names is there: nothing is overwritten.
     """
-    directory = next(iter(files.values())).parent
-    made = {name: directory / f"{prefix}{name}" for name in (MODELFILE, SERVER, CARD)}
+    made = paths(next(iter(files.values())).parent, prefix)
     for file in made.values():
         manifest.require_absent(file)
     texts = made_of(files, spec=spec, origin=gguf_card.origin_of(adapters))

@@ -85,7 +85,8 @@ def to_gguf(
 ) -> Path:
     """The GGUF alone, without a stage; several adapters come with their weights and are added up.
 
-    Of every further type of `quant_types` there is a file beside `output`, with the type in its name.
+    Of every further type of `quant_types` there is a file beside `output`, with the type in its name. The ids of the
+    held-out records are compared where 01_format is beside the adapter.
     `importance` is the file of an importance matrix, as llama.cpp writes them.
 
     Raises SaigaError where `output` is there already.
@@ -98,5 +99,6 @@ def to_gguf(
     export = Export.of(spec, adapters, base_source, quant_type, merge_into, importance, quant_types)
     for adapter_dir, _ in adapters:
         lineage.require_same_base(adapter_dir, export.base_dir)
-    export.write(file)
+    runs = [adapter_dir.parent for adapter_dir, _ in adapters if (adapter_dir.parent / "01_format").is_dir()]
+    export.write(file, read_back.held_out_texts(runs[0]) if runs else ())
     return file

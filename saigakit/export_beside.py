@@ -4,7 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saigakit import calibration, companions, gguf_files, lora_gguf, merged_safetensors, models, sources
+from saigakit import (
+    calibration,
+    companions,
+    gguf_files,
+    lora_gguf,
+    manifest,
+    merged_safetensors,
+    models,
+    quantization,
+    sources,
+)
 from saigakit import export as exporting
 from saigakit.errors import SaigaError
 
@@ -50,31 +60,42 @@ def _gguf(
     base_source: str | None,
 ) -> list[str]:
     quant_type, *further = chosen = quant_types or ("Q4_K_M",)
+    for each in chosen:
+        quantization.require_known(each)
+    prefix = f"{Path(output).stem}."
+    beside = companions.paths(Path(output).parent, prefix)
+    for file in [*gguf_files.paths(Path(output), chosen).values(), *beside.values()]:
+        manifest.require_absent(file)
     adapter = weighted[0][0] if len(weighted) == 1 and weighted[0][1] == 1 else weighted or None
     if importance and Path(importance).suffix not in _MATRICES:
-        importance = str(_matrix(importance, model, adapter, output, base_source))
+        importance = str(_matrix(importance, model, adapter, output, base_source, merge_into))
     asked: dict[str, Any] = {"quant_types": further, "merge_into": merge_into, "importance": importance}
     given = {name: value for name, value in asked.items() if value}
     made = exporting.to_gguf(
         model=model, adapter=adapter, output=output, quant_type=quant_type, base_source=base_source, **given
     )
-    files = gguf_files.paths(made, chosen)
-    spec = models.find(model)
+    files, spec = gguf_files.paths(made, chosen), models.find(model)
     directories = [sources.adapter_dir(spec, path) for path, _ in weighted]
-    written = companions.write(files, spec=spec, adapters=directories, prefix=f"{made.stem}.")
+    written = companions.write(files, spec=spec, adapters=directories, prefix=prefix)
     said = [f"model: {_named(file)}" for file in files.values()]
     return [*said, f"beside: {', '.join(file.name for file in written)}", f"talk:  saigakit chat {made}"]
 
 
 def _matrix(
-    records: str, model: str, adapter: str | Sequence[tuple[str, float]] | None, output: str, base_source: str | None
+    records: str,
+    model: str,
+    adapter: str | Sequence[tuple[str, float]] | None,
+    output: str,
+    base_source: str | None,
+    merge_into: str | None,
 ) -> Path:
     """Of the records, as OUTPUT.imatrix.gguf."""
     if not isinstance(adapter, str | None):
         raise SaigaError("An importance matrix is made of records for one adapter without a weight, or none.")
     file = Path(output).with_suffix(".imatrix.gguf")
+    into: dict[str, Any] = {"merge_into": merge_into} if merge_into else {}
     return calibration.importance_of_records(
-        records, model=model, adapter=adapter, output=file, base_source=base_source
+        records, model=model, adapter=adapter, output=file, base_source=base_source, **into
     )
 
 

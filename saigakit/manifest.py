@@ -88,11 +88,19 @@ def _identity(stage: str, parameters: Mapping[str, Any], inputs: Mapping[str, An
     return json.loads(json.dumps({"stage": stage, "parameters": parameters, "inputs": inputs}, default=str))  # type: ignore[no-any-return]
 
 
-def is_kept(final: Path, *, stage: str, parameters: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
+def is_kept(
+    final: Path,
+    *,
+    stage: str,
+    parameters: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    is_derived: bool = False,
+) -> bool:
     """True if `final` is complete and was made of the same things; False if it is not there.
 
     Raises SaigaError when it is there and was made of something else, or is damaged: nothing is overwritten.
-    With SAIGAKIT_REPLACE=1, as the runner sets it, that is said and the stage is made afresh.
+    With SAIGAKIT_REPLACE=1, as the runner sets it, that is said and the stage is made afresh; so is one that only
+    `is_derived` from other stages, as a measurement.
     """
     if not final.exists():
         return False
@@ -100,15 +108,15 @@ def is_kept(final: Path, *, stage: str, parameters: Mapping[str, Any], inputs: M
     if problem is None:
         print(f"{stage}: {final} is complete and made of the same inputs and parameters: kept.", flush=True)
         return True
-    if not _may_replace(final):
+    if not _may_replace(final, is_derived):
         raise SaigaError(f"{problem} Delete it, rename it or choose another run_dir.")
     print(f"{stage}: {problem} It is made afresh.", flush=True)
     return False
 
 
-def _may_replace(final: Path) -> bool:
+def _may_replace(final: Path, is_derived: bool) -> bool:
     """A directory without a manifest is no stage of ours: it is never thrown away."""
-    return is_replacing() and (final / NAME).is_file()
+    return (is_derived or is_replacing()) and (final / NAME).is_file()
 
 
 def is_replacing() -> bool:
@@ -159,10 +167,12 @@ def making(
     inputs: Mapping[str, Any],
     facts: Mapping[str, Any] | None = None,
     goes_on: bool = False,
+    is_derived: bool = False,
 ) -> Iterator[Path]:
     """A directory beside `final` to write into; on success it gets its manifest and the final name.
 
-    `facts` may be filled while it is written; `goes_on`: a stage of that name is there, and this is it further on.
+    `facts` may be filled while it is written; `goes_on`: a stage of that name is there, and this is it further on;
+    `is_derived`: as for `is_kept`.
 
     A directory left by a killed run is emptied first; on an error nothing bears the final name, and what bore it
     before stays.
@@ -173,7 +183,7 @@ def making(
     content = _identity(stage, parameters, inputs)
     content |= {**(facts or {}), "versions": versions(), "outputs": hashes(partial)}
     write_text(partial / NAME, json.dumps(content, ensure_ascii=False, indent=2, default=str))
-    if final.exists() and not goes_on and not _may_replace(final):
+    if final.exists() and not goes_on and not _may_replace(final, is_derived):
         raise SaigaError(f"{final} appeared while {partial} was written; nothing was overwritten.")
     replaced = final.with_name(f".{final.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)

@@ -46,12 +46,12 @@ def of_stage(
         missing = f"there is no 01_format/held_out.jsonl in {stage.parent} or attached"
         _unmeasured(missing if max_tokens else "no tokens are asked for")
         return None
-    if not manifest.is_kept(final, **identity):
+    if not manifest.is_kept(final, **identity, is_derived=True):
         compared = _Compared.of(stage, content, quant_types, importance)
         if (reference := compared.reference()) is None:
             _unmeasured(compared.lacks)
             return None
-        with manifest.making(final, **identity) as partial:
+        with manifest.making(final, **identity, is_derived=True) as partial:
             found = compared.measured(reference, records, max_tokens, n_gpu_layers)
             manifest.write_text(partial / _MEASURED, json.dumps(found, indent=1))
     return kept(stage, content)

@@ -220,6 +220,20 @@ def test_a_quant_type_that_is_given_twice_is_one_file(tiny, tmp_path):
     assert [file.name for file in tmp_path.glob("*.gguf")] == ["model.gguf"]
 
 
+@pytest.mark.parametrize("there", ["m.Modelfile", "m-Q8_0.gguf", "m.imatrix.gguf", None])
+def test_what_export_would_refuse_is_refused_before_anything_is_computed(tiny, tmp_path, monkeypatch, there):
+    monkeypatch.setattr("saigakit.gguf_files.Export.of", lambda *_: pytest.fail("it is computed"))
+    quant_type = "Q8_0" if there else "Q9"
+    if there:
+        (tmp_path / there).write_text("mine")
+    arguments = ["--model", "saiga_tiny", "--output", str(tmp_path / "m.gguf"), "--quant-type", "Q4_0"]
+    arguments += ["--quant-type", quant_type, "--importance", str(tiny / "records.jsonl")]
+    done = CliRunner().invoke(cli.main, ["export", *arguments])
+    said = f"{there} is there already" if there else "quant_type='Q9' is unknown"
+    assert done.exit_code == 1 and said in done.output
+    assert [file.name for file in tmp_path.iterdir()] == ([there] if there else [])
+
+
 def test_train_joins_several_machines(tmp_path, monkeypatch):
     joined = []
     monkeypatch.setenv("SAIGAKIT_NODES", "")
@@ -245,7 +259,7 @@ def test_export_makes_the_adapter_alone_the_merged_model_and_a_matrix_of_records
     assert (tmp_path / "lora.gguf").read_bytes()[:4] == b"GGUF"
     assert "which transformers loads" in exported("merged", *adapter, "--format", "safetensors")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
-    assert "model: " in exported("m.gguf", *adapter, "--importance", str(tiny / "records.jsonl"))
+    assert "model: " in exported("m.gguf", *adapter, "--importance", str(tiny / "rec*.jsonl"))
     assert (tmp_path / "m.imatrix.gguf").is_file() and (tmp_path / "m.gguf").is_file()
     assert "does not take --quant-type" in exported("x", *adapter, "--format", "lora", "--quant-type", "Q8_0")
     assert "does not take --importance" in exported("x", *adapter, "--format", "safetensors", "--importance", "i.gguf")

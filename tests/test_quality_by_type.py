@@ -45,6 +45,25 @@ def test_a_stage_and_further_types_are_measured_once(stage, capsys):
     assert quality_by_type.kept(stage, {**content, "outputs": {"model.gguf": "of another"}}) is None
 
 
+def test_a_file_of_the_runs_adapter_is_read_back_with_the_runs_held_out_records(tiny, run_dir, tmp_path, capsys):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    shutil.copytree(tiny / "adapter", run / "02_train")
+    export.to_gguf(model=MODEL, adapter=run / "02_train", output=tmp_path / "x.gguf")
+    assert "texts" in capsys.readouterr().out
+
+
+def test_what_is_measured_of_another_merge_or_otherwise_is_measured_afresh(stage, capsys):
+    for max_tokens in (20, 30):
+        assert quality_by_type.of_stage(stage, max_tokens=max_tokens) is not None
+    assert "max_tokens: 20 there, 30 now). It is made afresh." in capsys.readouterr().out
+    shutil.rmtree(stage.parent / "03_quality")
+    (stage.parent / "03_quality").mkdir()
+    (stage.parent / "03_quality" / "mine.txt").write_text("mine")
+    with pytest.raises(SaigaError):
+        quality_by_type.of_stage(stage, max_tokens=20)
+    assert (stage.parent / "03_quality" / "mine.txt").is_file()
+
+
 def test_an_interrupted_measurement_leaves_the_stage_and_nothing_else(stage, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
