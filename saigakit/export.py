@@ -32,10 +32,8 @@ def merge_gguf(
     adapter_dir = None if adapter is None else sources.adapter_dir(spec, adapter, run_dir)
     export = Export.of(spec, adapter_dir, base_source, quant_type, merge_into, importance, quant_types)
     final = Path(run_dir) / STAGE
-    if not final.exists():
-        manifest.discard_partial(final)  # of a run that was killed: its room is needed
-        export.require_room(final)  # before gigabytes are hashed
-        print(export.plan(), export.said_of_base, sep="\n", flush=True)
+    if is_new := not final.exists():
+        _announce(export, final)  # before gigabytes are hashed
     identity: dict[str, Any] = {
         "stage": STAGE,
         "parameters": {
@@ -58,6 +56,8 @@ def merge_gguf(
         lineage.require_same_base(adapter_dir, export.base_dir, identity["inputs"]["base"])
     if manifest.is_kept(final, **identity):
         return final
+    if not is_new:
+        _announce(export, final)
     facts: dict[str, Any] = {}
     with manifest.making(final, facts=facts, **identity) as partial:
         facts |= export.write(partial / "model.gguf", read_back.held_out_texts(Path(run_dir)))
@@ -70,6 +70,12 @@ def merge_gguf(
         made = paths(partial / "model.gguf", export.quant_types)
         companions.write(made, spec=spec, adapters=[] if adapter_dir is None else [adapter_dir])
     return final
+
+
+def _announce(export: Export, final: Path) -> None:
+    manifest.discard_partial(final)  # of a run that was killed: its room is needed
+    export.require_room(final)
+    print(export.plan(), export.said_of_base, sep="\n", flush=True)
 
 
 def to_gguf(

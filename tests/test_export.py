@@ -260,6 +260,14 @@ def test_a_finished_stage_is_kept(trained, capsys):
     assert "kept" in capsys.readouterr().out
 
 
+def test_a_stage_that_is_made_afresh_has_a_plan_too(trained, monkeypatch, capsys):
+    export.merge_gguf(model="saiga_tiny", run_dir=trained)
+    monkeypatch.setenv("SAIGAKIT_REPLACE", "1")
+    capsys.readouterr()
+    export.merge_gguf(model="saiga_tiny", run_dir=trained, quant_type="Q8_0")
+    assert "write Q8_0" in capsys.readouterr().out
+
+
 def test_a_stage_of_another_quant_type_is_not_overwritten(trained):
     export.merge_gguf(model="saiga_tiny", run_dir=trained)
     with pytest.raises(SaigaError, match=r"quant_type: 'Q4_K_M' there, 'Q8_0' now"):
