@@ -90,13 +90,6 @@ class Merged:
             shapes[HEAD] = shapes[EMBEDDINGS]
         return shapes
 
-    def is_adapted(self, name: str) -> bool:
-        return any(
-            name in changed
-            for adapter, _ in self.adapters
-            for changed in (adapter.updates, adapter.biases, adapter.trained, adapter.copies)
-        )
-
     def read(self, name: str, rows: slice | None = None) -> "Array":
         """The merged tensor in float32, or these rows of it. Raises SaigaError where it is not finite."""
         import numpy as np
@@ -112,7 +105,7 @@ class Merged:
                 tensor = tensor + weight * scale * adapter.weights.read(stored, rows)
         is_finite = torch.from_numpy(tensor).sum().isfinite()  # quick; a sum of finite numbers may overflow
         if not is_finite and not np.isfinite(tensor).all():
-            where = "".join(f" and {adapter.directory}" for adapter, _ in self.adapters if self.is_adapted(name))
+            where = "".join(f" and {adapter.directory}" for adapter, _ in self.adapters if name in adapter.changed())
             raise SaigaError(
                 f"{name} holds NaN or infinity after merging {self._file(name)}{where}: the training "
                 "diverged or a file is damaged. Nothing was made; check the curve of 02_train or fetch the files again."

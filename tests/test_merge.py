@@ -371,11 +371,13 @@ def test_an_adapter_that_lost_one_of_two_matrices_is_refused(base_dir, own_adapt
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_diverged_adapter_is_refused_with_the_name_of_the_tensor(base_dir, own_adapter, value):
+def test_a_diverged_adapter_is_refused_with_the_name_of_the_tensor(base_dir, own_adapter, value, tmp_path):
     file = own_adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     tensors[f"base_model.model.{Q_PROJ.removesuffix('.weight')}.lora_B.weight"][0, 0] = value
     save_file(tensors, file)
-    merged = Merged.of(base_dir, own_adapter)
-    with pytest.raises(SaigaError, match=f"{Q_PROJ} holds NaN or infinity.*{own_adapter.name}"):
+    elsewhere = small_models.adapter(tmp_path / "elsewhere", base_dir, target_modules=["v_proj"])
+    merged = Merged.of(base_dir, [(own_adapter, 1.0), (elsewhere, 1.0)])
+    with pytest.raises(SaigaError, match=f"{Q_PROJ} holds NaN or infinity.*{own_adapter.name}") as refused:
         merged.read(Q_PROJ)
+    assert "elsewhere" not in str(refused.value)
