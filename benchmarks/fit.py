@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 from saigakit import fit, quantization, workspace
-from saigakit.memory import Shape
+from saigakit.memory import CacheType, Shape
 
 SHAPES = {
     "Llama-2's, small": Shape(
@@ -123,7 +123,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
         for name, shape in SHAPES.items():
             file = random_model(Path(scratch) / "model.gguf", shape)
-            for n_ctx, cache_type in itertools.product(contexts, get_args(fit.CacheType)):
+            for n_ctx, cache_type in itertools.product(contexts, get_args(CacheType)):
                 predicted = fit.Needs.of(shape, file.stat().st_size, n_ctx, cache_type).resident
                 resident, _ = measured(file, n_ctx, cache_type, copies=False)
                 copied, needed = measured(file, n_ctx, cache_type, copies=True)

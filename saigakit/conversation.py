@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import fit, infer, lineage
+from saigakit import infer, lineage
 from saigakit.errors import SaigaError
+from saigakit.memory import CacheType
 from saigakit.models import Sampling
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def talk(
     system: str | None = None,
     temperature: float | None = None,
     n_ctx: int,
-    cache_type: fit.CacheType = "f16",
+    cache_type: CacheType = "f16",
 ) -> None:
     """Until an empty line or the end of stdin. Ctrl-C stops an answer; at the prompt it is a KeyboardInterrupt.
 

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 from saigakit import manifest, quantization
 from saigakit.errors import SaigaError
-from saigakit.memory import Shape
+from saigakit.memory import CacheType, Shape
 from saigakit.tables import Table
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ CONTEXTS = (2048, 4096, 8192, 16384, 32768)
 SHOWN = tuple(name for name in quantization.QUANT_TYPES if name not in ("F32", "BF16", "F16"))  # beside those made
 LEAST_CONTEXT = CONTEXTS[0]  # a conversation of some pages
 SYSTEM = 1536 * 2**20  # of the operating system and its desktop: an allowance, not measured
-CacheType = Literal["f16", "q8_0"]
 _CACHE_BYTES: Mapping[CacheType, float] = {"f16": 2, "q8_0": 34 / 32}  # of a number; q8_0 has a scale for 32
 _BLOCK = 32  # numbers of a block of q8_0; llama.cpp refuses a cache whose heads are no whole blocks
 _BATCH = 512  # tokens that llama.cpp computes at a time, its n_ubatch

@@ -9,9 +9,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from saigakit import fit, tokenization, workspace
+from saigakit import tokenization, workspace
 from saigakit.errors import SaigaError
 from saigakit.generation import BATCH_TOKENS, Generated, OnProgress, until_stop
+from saigakit.memory import CacheType
 from saigakit.models import Sampling
 from saigakit.template import Message
 from saigakit.tokenizer_backends import piece
@@ -19,7 +20,8 @@ from saigakit.tokenizer_backends import piece
 if TYPE_CHECKING:
     import llama_cpp
 
-_CACHE_TYPES: dict[fit.CacheType, int] = {"f16": 1, "q8_0": 8}  # ggml_type
+
+_CACHE_TYPES: dict[CacheType, int] = {"f16": 1, "q8_0": 8}  # ggml_type
 MAX_SEQUENCES = 16  # measured on one core: 171, 199 and 214 tokens/s with 8, 16 and 32
 
 
@@ -29,7 +31,7 @@ def load(
     n_ctx: int = 4096,
     n_gpu_layers: int | Literal["auto"] = "auto",
     n_threads: int | None = None,
-    cache_type: fit.CacheType = "f16",
+    cache_type: CacheType = "f16",
 ) -> "llama_cpp.Llama":
     """Close it when done: `llm.close()`, or `with contextlib.closing(load(…)) as llm`.
 

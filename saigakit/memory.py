@@ -5,11 +5,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from saigakit.errors import SaigaError
 from saigakit.models import ALL_LINEAR, Lora, Quantization
 
+CacheType = Literal["f16", "q8_0"]  # of keys and values
 BITS = {"nf4": 4.13, "int8": 8.0}  # of a quantised weight; nf4 with double quantisation of its block scales
 ADAPTER_BYTES = 16  # per trained parameter: float32 weight, gradient and two moments of AdamW
 LARGE_VOCABULARY = 100_000  # from here on the head computes its logits in chunks

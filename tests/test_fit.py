@@ -31,11 +31,12 @@ def benchmark():
     return module
 
 
-def test_a_process_has_the_predicted_memory_within_a_tenth(benchmark, tmp_path):
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+def test_a_process_has_the_predicted_memory_within_a_tenth(benchmark, tmp_path, cache_type):
     shape = benchmark.SHAPES["Llama-2's, small"]
     file = benchmark.random_model(tmp_path / "model.gguf", shape)
-    resident, _ = benchmark.measured(file, 512, copies=False)
-    predicted = fit.Needs.of(shape, file.stat().st_size, 512).resident
+    resident, _ = benchmark.measured(file, 512, cache_type, copies=False)
+    predicted = fit.Needs.of(shape, file.stat().st_size, 512, cache_type).resident
     assert predicted == pytest.approx(resident, rel=0.1)
 
 
