@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from saigakit import (
     export,
+    fit,
     infer,
     lineage,
     lora_gguf,
@@ -266,6 +267,12 @@ def test_a_stage_that_is_made_afresh_has_a_plan_too(trained, monkeypatch, capsys
     capsys.readouterr()
     export.merge_gguf(model="saiga_tiny", run_dir=trained, quant_type="Q8_0")
     assert "write Q8_0" in capsys.readouterr().out
+
+
+def test_the_memory_of_a_type_that_is_not_a_usual_one_is_shown_where_it_was_made(trained):
+    made = export.merge_gguf(model="saiga_tiny", run_dir=trained, quant_type="F16")
+    found = [row[0] for row in fit.of_stage(made).rows]
+    assert found[:2] == ["F16", "Q8_0"] and "BF16" not in found
 
 
 def test_a_stage_of_another_quant_type_is_not_overwritten(trained):
