@@ -274,6 +274,8 @@ def _is_saved(config: Mapping[str, Any], module: str) -> bool:
 def _scale(directory: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha / rank, or alpha / sqrt(rank) for rsLoRA; alpha_pattern's keys match the end of a module's name."""
     patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise damaged(directory / "adapter_config.json", f"alpha_pattern {patterns!r} is not a JSON object")
     alpha = next((patterns[key] for key in patterns if _matches(directory, key, module)), config.get("lora_alpha"))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise SaigaError(

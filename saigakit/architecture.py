@@ -151,15 +151,12 @@ class Architecture:
 
     def _require_windows(self, file: Path) -> None:
         """Raises SaigaError where some layers have a window; that all have it, as in Mistral 7B v0.1, is said."""
-        said = (
-            f"{file}: layers see the last {self._lost_window} tokens alone, which llama.cpp cannot compute of this kind"
-        )
-        if self._lost_window and self.kind.late_window:
-            raise SaigaError(
-                f"{said}. If no text is longer, write null for sliding_window and layer_types: it is the same."
-            )
-        if self._lost_window:
-            print(f"{said}: it sees the whole text, so its answers to longer ones differ.", flush=True)
+        if not (window := self._lost_window):
+            return
+        said = f"{file}: layers see the last {window} tokens alone, which llama.cpp cannot compute of this kind"
+        if self.kind.late_window:
+            raise SaigaError(f"{said}. If no text is longer, write null for sliding_window and layer_types.")
+        print(f"{said}: it sees the whole text, so its answers to longer ones differ.", flush=True)
 
     @property
     def _activation(self) -> str:

@@ -306,6 +306,7 @@ def test_a_setting_that_is_not_known_to_be_harmless_is_refused(base_dir, own_ada
             {"lora_alpha": None},
             r"adapter_config\.json has the lora_alpha None for model\.layers\.0.*which is no number",
         ),
+        ({"alpha_pattern": [8]}, r"adapter_config\.json .*alpha_pattern \[8\] is not a JSON object"),
         ({"lora_alpha": "16"}, r"adapter_config\.json has the lora_alpha '16' for"),
         ({"alpha_pattern": {"q_proj": None}}, r"has the lora_alpha None for model\.layers\.0\.self_attn\.q_proj"),
         (
