@@ -261,6 +261,8 @@ def test_export_makes_the_adapter_alone_the_merged_model_and_a_matrix_of_records
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     assert "model: " in exported("m.gguf", *adapter, "--importance", str(tiny / "rec*.jsonl"))
     assert (tmp_path / "m.imatrix.gguf").is_file() and (tmp_path / "m.gguf").is_file()
+    matrix = ["--importance", str(tiny / "records.jsonl"), "--merge-into", "dequantized"]
+    assert "needs an adapter" in exported("d.gguf", *matrix) and not (tmp_path / "d.imatrix.gguf").exists()
     assert "does not take --quant-type" in exported("x", *adapter, "--format", "lora", "--quant-type", "Q8_0")
     assert "does not take --importance" in exported("x", *adapter, "--format", "safetensors", "--importance", "i.gguf")
     assert "takes one --adapter" in exported("x", "--format", "lora")

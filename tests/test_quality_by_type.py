@@ -52,16 +52,21 @@ def test_a_file_of_the_runs_adapter_is_read_back_with_the_runs_held_out_records(
     assert "texts" in capsys.readouterr().out
 
 
-def test_what_is_measured_of_another_merge_or_otherwise_is_measured_afresh(stage, capsys):
-    for max_tokens in (20, 30):
-        assert quality_by_type.of_stage(stage, max_tokens=max_tokens) is not None
+def test_what_was_measured_differently_is_measured_afresh_and_a_directory_of_the_users_stays(stage, tiny, capsys):
+    run_dir, options = stage.parent, {"model": MODEL, "adapter": "released"}
+    for tokens in (20, 30):
+        assert quality_by_type.of_stage(stage, max_tokens=tokens)
+        assert manifest.read(run_dir / "03_quality")["parameters"]["max_tokens"] == tokens
+        calibration.matrix_for("records", max_tokens=tokens, run_dir=run_dir, **options)
+        made = manifest.read(run_dir / "03_importance")
+        assert made["parameters"]["max_tokens"] == tokens
+        assert made["inputs"]["base"] == manifest.hashes(tiny / "base")
     assert "max_tokens: 20 there, 30 now). It is made afresh." in capsys.readouterr().out
-    shutil.rmtree(stage.parent / "03_quality")
-    (stage.parent / "03_quality").mkdir()
-    (stage.parent / "03_quality" / "mine.txt").write_text("mine")
-    with pytest.raises(SaigaError):
-        quality_by_type.of_stage(stage, max_tokens=20)
-    assert (stage.parent / "03_quality" / "mine.txt").is_file()
+    (run_dir / "03_quality" / manifest.NAME).unlink()
+    (run_dir / "03_quality" / "mine.txt").write_text("mine")
+    with pytest.raises(SaigaError, match=r"03_quality has no saigakit\.json.* Delete it"):
+        quality_by_type.of_stage(stage, max_tokens=30)
+    assert (run_dir / "03_quality" / "mine.txt").is_file()
 
 
 def test_an_interrupted_measurement_leaves_the_stage_and_nothing_else(stage, monkeypatch):
