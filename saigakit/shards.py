@@ -124,9 +124,13 @@ def _open_bin(file: Path) -> tuple[Headers, Reader]:
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
         raise damaged(file, "it holds something other than named tensors")
     types = {getattr(torch, name): short for short, name in _FLOATS.items()}
-    return {
-        name: (tuple(x.shape), types.get(x.dtype, str(x.dtype))) for name, x in found.items()
-    }, lambda name, rows: found[name][rows].clone()  # changing a view would change what is read next
+    headers = {name: (tuple(x.shape), types.get(x.dtype, str(x.dtype))) for name, x in found.items()}
+
+    def read(name: str, rows: slice) -> "torch.Tensor":
+        # Of a view a change would be read next time; and a tensor may have been saved transposed.
+        return found[name][rows].clone(memory_format=torch.contiguous_format)
+
+    return headers, read
 
 
 def damaged(file: Path, reason: str) -> SaigaError:

@@ -109,3 +109,15 @@ def test_quantised_weights_are_refused_by_type(tmp_path):
 def test_a_directory_without_weights_says_what_was_looked_for(tmp_path):
     with pytest.raises(SaigaError, match=r"model\*\.safetensors or pytorch_model\*\.bin"):
         shards.of_base(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_read_of_a_bin_file_may_be_changed_and_lies_row_after_row(tmp_path, dtype):
+    matrix = torch.arange(12, dtype=dtype).reshape(4, 3)
+    torch.save({"x": matrix, "transposed": matrix.t()}, tmp_path / "pytorch_model.bin")
+    weights = shards.of_base(tmp_path)
+    for name, wanted in (("x", matrix), ("transposed", matrix.t())):
+        found = weights.read(name, slice(1, 3))
+        assert found.flags.c_contiguous
+        found += 1
+        np.testing.assert_array_equal(weights.read(name, slice(1, 3)), wanted[1:3].float().numpy())
