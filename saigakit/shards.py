@@ -128,7 +128,8 @@ def _open_bin(file: Path) -> tuple[Headers, Reader]:
 
     def read(name: str, rows: slice) -> "torch.Tensor":
         # Of a view a change would be read next time; and a tensor may have been saved transposed.
-        return found[name][rows].clone(memory_format=torch.contiguous_format)
+        made: torch.Tensor = found[name][rows].clone(memory_format=torch.contiguous_format)
+        return made
 
     return headers, read
 
