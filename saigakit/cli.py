@@ -222,16 +222,16 @@ def push(name: str, files: Sequence[str], parameters: Sequence[tuple[str, Any]])
 
 
 @main.command()
-@click.argument("run_dir")
+@click.argument("made", metavar="RUN_DIR")
 @click.argument("name")
 @click.option("--public", is_flag=True, help="Everybody can see it; private without this.")
 @click.option("--replace", is_flag=True, help="Also where the repository holds something else.")
 @click.option("--gguf", is_flag=True, help="The GGUF of 03_merge_gguf, not the adapter.")
 @click.option("--kaggle", is_flag=True, help="The GGUF to Kaggle Models; NAME is the model's name there.")
-def publish(run_dir: str, name: str, public: bool, replace: bool, gguf: bool, kaggle: bool) -> None:
+def publish(made: str, name: str, public: bool, replace: bool, gguf: bool, kaggle: bool) -> None:
     """Puts the adapter or the GGUF of RUN_DIR on the Hugging Face Hub, or the GGUF on Kaggle, with a model card.
 
-    NAME is owner/name on the Hub. The Hub's token is in HF_TOKEN, Kaggle's where its command line looks for it.
+    RUN_DIR may be a GGUF of `saigakit export`, NAME is owner/name on the Hub. HF_TOKEN is the Hub's token.
 
     \b
     Example: saigakit publish runs/terms me/saiga2_7b_terms_lora
@@ -241,13 +241,13 @@ def publish(run_dir: str, name: str, public: bool, replace: bool, gguf: bool, ka
     from saigakit import publish as publishing
     from saigakit import publish_gguf
 
-    adapter, model = Path(run_dir) / "02_train", Path(run_dir) / "03_merge_gguf"
+    model = Path(made) if (is_file := made.endswith(".gguf")) else Path(made) / "03_merge_gguf"
     if kaggle:
         where = publish_gguf.push_to_kaggle(model, name, private=not public)
-    elif gguf:
+    elif gguf or is_file:
         where = publish_gguf.push_to_hub(model, name, private=not public, replace=replace)
     else:
-        where = publishing.push_adapter(adapter, name, private=not public, replace=replace)
+        where = publishing.push_adapter(Path(made) / "02_train", name, private=not public, replace=replace)
     click.echo(f"published: {where}")
 
 

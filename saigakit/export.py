@@ -34,26 +34,8 @@ def merge_gguf(
     final = Path(run_dir) / STAGE
     if is_new := not final.exists():
         _announce(export, final)  # before gigabytes are hashed
-    identity: dict[str, Any] = {
-        "stage": STAGE,
-        "parameters": {
-            "model": model,
-            "base_source": base_source,
-            "adapter": adapter,
-            "quant_type": quant_type,
-            "merge_into": merge_into,
-        },
-        "inputs": {
-            "base": manifest.hashes(export.base_dir),
-            "adapter": None if adapter_dir is None else manifest.hashes(adapter_dir),
-        },
-    }
-    if quant_types:
-        identity["parameters"]["quant_types"] = list(quant_types)
-    if importance is not None:
-        identity["inputs"]["importance"] = manifest.sha256(Path(importance))
-    if adapter_dir is not None:
-        lineage.require_same_base(adapter_dir, export.base_dir, identity["inputs"]["base"])
+    adapter_dirs = [] if adapter_dir is None else [adapter_dir]
+    identity = _identity(export, adapter_dirs, base_source=base_source, adapter=adapter, merge_into=merge_into)
     if manifest.is_kept(final, **identity):
         return final
     if not is_new:
@@ -68,8 +50,25 @@ def merge_gguf(
         n_ctx = min(fit.LEAST_CONTEXT, spec.context_length)
         fit.plot(export.architecture.shape, by_type, n_ctx=n_ctx).savefig(partial / "memory.png", dpi=110)
         made = paths(partial / "model.gguf", export.quant_types)
-        companions.write(made, spec=spec, adapters=[] if adapter_dir is None else [adapter_dir])
+        companions.write(made, spec=spec, adapters=adapter_dirs)
     return final
+
+
+def _identity(export: Export, adapter_dirs: Sequence[Path], **parameters: Any) -> dict[str, Any]:  # noqa: ANN401
+    """What a manifest begins with. Raises SaigaError for an adapter that was trained on other weights."""
+    quant_type, *further = export.quant_types
+    parameters |= {"model": export.spec.name, "quant_type": quant_type}
+    adapters = [manifest.hashes(directory) for directory in adapter_dirs]
+    if len(adapters) > 1:
+        adapters = [{f"{at}/{name}": digest for at, files in enumerate(adapters, 1) for name, digest in files.items()}]
+    inputs: dict[str, Any] = {"base": manifest.hashes(export.base_dir), "adapter": next(iter(adapters), None)}
+    if further:
+        parameters["quant_types"] = further
+    if export.importance_file is not None:
+        inputs["importance"] = manifest.sha256(export.importance_file)
+    for directory in adapter_dirs:
+        lineage.require_same_base(directory, export.base_dir, inputs["base"])
+    return {"stage": STAGE, "parameters": parameters, "inputs": inputs}
 
 
 def _announce(export: Export, final: Path) -> None:
@@ -88,23 +87,36 @@ def to_gguf(
     base_source: str | None = None,
     merge_into: MergeInto = "auto",
     importance: str | Path | None = None,
+    with_manifest: bool = False,
 ) -> Path:
     """The GGUF alone, without a stage; several adapters come with their weights and are added up.
 
     Of every further type of `quant_types` there is a file beside `output`, with the type in its name. The ids of the
     held-out records are compared where 01_format is beside the adapter.
-    `importance` is the file of an importance matrix, as llama.cpp writes them.
+    `importance` is the file of an importance matrix, as llama.cpp writes them. `with_manifest`: the plan is printed,
+    and OUTPUT.saigakit.json has the hashes of what the files were made of and of themselves, as that of a stage.
 
     Raises SaigaError where `output` is there already.
     """
     file, spec = Path(output), models.find(model)
-    for path in paths(file, [quant_type, *quant_types]).values():
+    made = paths(file, [quant_type, *quant_types])
+    for path in made.values():
         manifest.require_absent(path)
     given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else adapter or ()
     adapters = [(sources.adapter_dir(spec, str(one)), weight) for one, weight in given]
     export = Export.of(spec, adapters, base_source, quant_type, merge_into, importance, quant_types)
-    for adapter_dir, _ in adapters:
-        lineage.require_same_base(adapter_dir, export.base_dir)
-    runs = [adapter_dir.parent for adapter_dir, _ in adapters if (adapter_dir.parent / "01_format").is_dir()]
-    export.write(file, read_back.held_out_texts(runs[0]) if runs else ())
+    adapter_dirs = [adapter_dir for adapter_dir, _ in adapters]
+    identity: dict[str, Any] = {}
+    if with_manifest:
+        manifest.require_absent(manifest.beside(file))
+        print(export.plan(), export.said_of_base, sep="\n", flush=True)
+        named = [(str(one), weight) for one, weight in given] or None
+        identity = _identity(export, adapter_dirs, base_source=base_source, adapter=named, merge_into=merge_into)
+    else:
+        for adapter_dir in adapter_dirs:
+            lineage.require_same_base(adapter_dir, export.base_dir)
+    runs = [adapter_dir.parent for adapter_dir in adapter_dirs if (adapter_dir.parent / "01_format").is_dir()]
+    facts = export.write(file, read_back.held_out_texts(runs[0]) if runs else ())
+    if with_manifest:
+        manifest.write_beside(list(made.values()), **identity, facts=facts)
     return file

@@ -64,7 +64,8 @@ def _gguf(
         quantization.require_known(each)
     prefix = f"{Path(output).stem}."
     beside = companions.paths(Path(output).parent, prefix)
-    for file in [*gguf_files.paths(Path(output), chosen).values(), *beside.values()]:
+    ours = manifest.beside(Path(output))
+    for file in [*gguf_files.paths(Path(output), chosen).values(), *beside.values(), ours]:
         manifest.require_absent(file)
     adapter = weighted[0][0] if len(weighted) == 1 and weighted[0][1] == 1 else weighted or None
     if importance and Path(importance).suffix not in _MATRICES:
@@ -72,11 +73,17 @@ def _gguf(
     asked: dict[str, Any] = {"quant_types": further, "merge_into": merge_into, "importance": importance}
     given = {name: value for name, value in asked.items() if value}
     made = exporting.to_gguf(
-        model=model, adapter=adapter, output=output, quant_type=quant_type, base_source=base_source, **given
+        model=model,
+        adapter=adapter,
+        output=output,
+        quant_type=quant_type,
+        base_source=base_source,
+        with_manifest=True,
+        **given,
     )
     files, spec = gguf_files.paths(made, chosen), models.find(model)
     directories = [sources.adapter_dir(spec, path) for path, _ in weighted]
-    written = companions.write(files, spec=spec, adapters=directories, prefix=prefix)
+    written = [*companions.write(files, spec=spec, adapters=directories, prefix=prefix), ours]
     said = [f"model: {_named(file)}" for file in files.values()]
     return [*said, f"beside: {', '.join(file.name for file in written)}", f"talk:  saigakit chat {made}"]
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -40,11 +40,25 @@ def hashes(path: Path) -> dict[str, str]:
     return {item.relative_to(path).as_posix(): sha256(item) for item in files}
 
 
+def beside(file: Path) -> Path:
+    """The manifest of a single file that is no stage's."""
+    return file.with_name(f"{file.stem}.{NAME}")
+
+
 def read(directory: Path) -> Manifest:
     """Raises SaigaError where there is no manifest or it is damaged."""
-    file = directory / NAME
+    return _read(directory / NAME, f"{directory} has no {NAME}: it is not the finished output of a stage.")
+
+
+def read_beside(file: Path) -> Manifest:
+    """Of a single file. Raises SaigaError where there is no manifest or it is damaged."""
+    place = beside(file)
+    return _read(place, f"{file} has no {place.name} beside it, which `saigakit export` writes.")
+
+
+def _read(file: Path, absent: str) -> Manifest:
     if not file.is_file():
-        raise SaigaError(f"{directory} has no {NAME}: it is not the finished output of a stage.")
+        raise SaigaError(absent)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -134,6 +148,12 @@ def differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def changed(directory: Path, content: Manifest) -> list[str]:
+    """Names of the outputs that are no longer what they were."""
+    there = {name: directory / name for name in content["outputs"]}
+    return [n for n, file in there.items() if not file.is_file() or sha256(file) != content["outputs"][n]]
+
+
 def _difference(final: Path, stage: str, wanted: Manifest) -> str | None:
     """A sentence on what makes a finished stage another one than is wanted, None if nothing does."""
     try:
@@ -142,7 +162,7 @@ def _difference(final: Path, stage: str, wanted: Manifest) -> str | None:
         return str(error)
     if found := differing(content, wanted):
         return f"{final} exists and was made differently ({'; '.join(found)})."
-    damaged = [name for name, digest in content["outputs"].items() if sha256(final / name) != digest]
+    damaged = changed(final, content)
     return f"{final}: {', '.join(damaged)} changed since it was made." if damaged else None
 
 
@@ -180,9 +200,7 @@ def making(
     partial = discard_partial(final)
     partial.mkdir(parents=True)
     yield partial
-    content = _identity(stage, parameters, inputs)
-    content |= {**(facts or {}), "versions": versions(), "outputs": hashes(partial)}
-    write_text(partial / NAME, json.dumps(content, ensure_ascii=False, indent=2, default=str))
+    _write(partial / NAME, _identity(stage, parameters, inputs), facts or {}, hashes(partial))
     if final.exists() and not goes_on and not _may_replace(final, is_derived):
         raise SaigaError(f"{final} appeared while {partial} was written; nothing was overwritten.")
     replaced = final.with_name(f".{final.name}.replaced")
@@ -191,6 +209,24 @@ def making(
         final.rename(replaced)
     partial.rename(final)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_beside(
+    files: Sequence[Path],
+    *,
+    stage: str,
+    parameters: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> Path:
+    """The manifest of single files, beside the first of them."""
+    outputs = {file.name: sha256(file) for file in files}
+    return _write(beside(files[0]), _identity(stage, parameters, inputs), facts, outputs)
+
+
+def _write(file: Path, identity: Manifest, facts: Mapping[str, Any], outputs: Mapping[str, str]) -> Path:
+    content = {**identity, **facts, "versions": versions(), "outputs": outputs}
+    return write_text(file, json.dumps(content, ensure_ascii=False, indent=2, default=str))
 
 
 def write_text(file: Path, text: str) -> Path:

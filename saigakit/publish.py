@@ -51,8 +51,7 @@ def written(directory: Path, published: manifest.Manifest, texts: Mapping[str, s
 def require_whole(directory: Path, stage: str) -> manifest.Manifest:
     """The manifest of a finished stage. Raises SaigaError where a file of it has changed."""
     content = manifest.require_stage(directory, stage)
-    damaged = [name for name, digest in content["outputs"].items() if manifest.sha256(directory / name) != digest]
-    if damaged:
+    if damaged := manifest.changed(directory, content):
         raise SaigaError(f"{directory}: {', '.join(damaged)} changed since it was made; run {stage} again.")
     return content
 
@@ -85,6 +84,8 @@ def public(content: Mapping[str, Any], kept: Container[str]) -> dict[str, Any]:
 
 
 def _without_place(value: object) -> object:
+    if isinstance(value, list):
+        return [_without_place(each) for each in value]
     is_place = isinstance(value, str) and (value.startswith(("/", ".", "~")) or Path(value).exists())
     return Path(str(value)).name if is_place else value
 

@@ -1,4 +1,4 @@
-"""A finished 03_merge_gguf into a repository of the Hub or a model on Kaggle, and a look at whether all arrived."""
+"""A finished 03_merge_gguf or export into a repository of the Hub or a model on Kaggle, and whether all arrived."""
 
 import re
 import shutil
@@ -31,14 +31,14 @@ _FRAMEWORK = "gguf"  # as Kaggle's paths name it
 _LICENCES = {"apache-2.0": "Apache 2.0", "mit": "MIT", "gemma": "Gemma", "llama2": "Llama 2", "llama3": "Llama 3"}
 
 
-def push_to_hub(stage_dir: str | Path, repo_id: str, *, private: bool = True, replace: bool = False) -> str:
+def push_to_hub(made: str | Path, repo_id: str, *, private: bool = True, replace: bool = False) -> str:
     """The address of the repository with the GGUF files, what other programs need to run them, and a model card.
 
+    `made`: the directory of a finished 03_merge_gguf, or the first file of a `saigakit export`.
     The card has the table of 04_infer where that stands beside and compared these very files. No record is published.
     One commit, and the refusals, as in publish.push_adapter.
     """
-    directory = Path(stage_dir)
-    content = publish.require_whole(directory, export.STAGE)
+    directory, content = _finished(Path(made))
     token = publish.token_of_the_hub()
     publish.require_name(repo_id)
     with tempfile.TemporaryDirectory() as scratch:
@@ -48,18 +48,18 @@ def push_to_hub(stage_dir: str | Path, repo_id: str, *, private: bool = True, re
             return publish.Push(repo_id, token).all_of(files, published, what, private=private, replace=replace)
 
 
-def push_to_kaggle(stage_dir: str | Path, name: str, *, private: bool = True) -> str:
+def push_to_kaggle(made: str | Path, name: str, *, private: bool = True) -> str:
     """The reference owner/name/gguf/variation/version of a new version of a Kaggle model, made where it is not there.
 
-    `name`: the model's, of the logged-in user; the variation is the quant type. Every file's size there is compared
-    with its size here. Raises SaigaError, also for what the kaggle command line only prints.
+    `made`: as for `push_to_hub`; `name`: the model's, of the logged-in user; the variation is the quant type. Every
+    file's size there is compared with its size here. Raises SaigaError, also for what the kaggle command line only
+    prints.
     """
     if not re.fullmatch(r"[a-z0-9](-?[a-z0-9])+", name) or not 6 <= len(name) <= 50:
         raise SaigaError(
             f"{name!r} is no name of a Kaggle model: give 6 to 50 of a-z, 0-9 and '-', such as saiga-terms."
         )
-    directory = Path(stage_dir)
-    content = publish.require_whole(directory, export.STAGE)
+    directory, content = _finished(Path(made))
     model = f"{kernels.username()}/{name}"
     variation = re.sub(r"[^a-z0-9]+", "-", str(content["parameters"]["quant_type"]).lower())
     spec = models.find(content["parameters"]["model"])
@@ -80,6 +80,16 @@ def push_to_kaggle(stage_dir: str | Path, name: str, *, private: bool = True) ->
     kaggle_models.require_arrived(reference, sizes)
     print(f"All {len(sizes)} files arrived: https://www.kaggle.com/models/{reference}", flush=True)
     return reference
+
+
+def _finished(made: Path) -> tuple[Path, manifest.Manifest]:
+    """Where the files are, and their manifest. Raises SaigaError where one has changed."""
+    if made.suffix != ".gguf":
+        return made, publish.require_whole(made, export.STAGE)
+    content = manifest.read_beside(made)
+    if damaged := manifest.changed(made.parent, content):
+        raise SaigaError(f"{made.parent}: {', '.join(damaged)} changed since it was made; export it again.")
+    return made.parent, content
 
 
 def _linked(file: Path, to: Path) -> None:

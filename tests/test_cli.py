@@ -205,8 +205,12 @@ def test_export_makes_a_file_that_chat_can_load(tiny, tmp_path):
     done = shell("export", "--model", "saiga_tiny", "--adapter", "released", "--output", output, "--quant-type", "Q8_0")
     assert done.returncode == 0, done.stderr
     assert output.read_bytes()[:4] == b"GGUF" and f"saigakit chat {output}" in done.stdout
-    beside = {"model.Modelfile", "model.README.md", "model.gguf", "model.llama-server.txt"}
+    beside = {"model.Modelfile", "model.README.md", "model.gguf", "model.llama-server.txt", "model.saigakit.json"}
     assert {file.name for file in tmp_path.iterdir()} == beside
+    assert "together · всего" in done.stdout.split("model.gguf")[0]  # the plan comes first
+    content = manifest.read_beside(output)
+    assert content["outputs"] == {"model.gguf": manifest.sha256(output)} and content["quant_type"] == "Q8_0"
+    assert content["inputs"]["base"] == manifest.hashes(tiny / "base")
     assert "FROM ./model.gguf" in (tmp_path / "model.Modelfile").read_text(encoding="utf-8")
     again = sentence("export", "--model", "saiga_tiny", "--output", output)
     assert "nothing was overwritten" in again
@@ -220,7 +224,7 @@ def test_a_quant_type_that_is_given_twice_is_one_file(tiny, tmp_path):
     assert [file.name for file in tmp_path.glob("*.gguf")] == ["model.gguf"]
 
 
-@pytest.mark.parametrize("there", ["m.Modelfile", "m-Q8_0.gguf", "m.imatrix.gguf", None])
+@pytest.mark.parametrize("there", ["m.Modelfile", "m.saigakit.json", "m-Q8_0.gguf", "m.imatrix.gguf", None])
 def test_what_export_would_refuse_is_refused_before_anything_is_computed(tiny, tmp_path, monkeypatch, there):
     monkeypatch.setattr("saigakit.gguf_files.Export.of", lambda *_: pytest.fail("it is computed"))
     quant_type = "Q8_0" if there else "Q9"
@@ -305,19 +309,21 @@ def test_the_options_of_export_reach_the_library(tmp_path, monkeypatch, argument
     monkeypatch.setattr(sources, "adapter_dir", lambda spec, path: path)
     done = CliRunner().invoke(cli.main, ["export", "--model", "saiga_tiny", "--output", "m.gguf", *arguments])
     assert done.exit_code == 0, done.output
-    fixed = {"model": "saiga_tiny", "output": "m.gguf", "base_source": None}
+    fixed = {"model": "saiga_tiny", "output": "m.gguf", "base_source": None, "with_manifest": True}
     assert asked == {**fixed, **expected}
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("made", "options", "expected"),
     [
-        ([], ("adapter", "02_train", {"private": True, "replace": False})),
-        (["--gguf", "--public"], ("gguf", "03_merge_gguf", {"private": False, "replace": False})),
-        (["--kaggle"], ("kaggle", "03_merge_gguf", {"private": True})),
+        ("run", [], ("adapter", "02_train", {"private": True, "replace": False})),
+        ("run", ["--gguf", "--public"], ("gguf", "03_merge_gguf", {"private": False, "replace": False})),
+        ("run", ["--kaggle"], ("kaggle", "03_merge_gguf", {"private": True})),
+        ("x.gguf", [], ("gguf", "x.gguf", {"private": True, "replace": False})),
+        ("x.gguf", ["--kaggle"], ("kaggle", "x.gguf", {"private": True})),
     ],
 )
-def test_publish_sends_what_it_is_asked_for_to_where(monkeypatch, options, expected):
+def test_publish_sends_what_it_is_asked_for_to_where(monkeypatch, made, options, expected):
     asked = []
 
     def noted(what):
@@ -326,7 +332,7 @@ def test_publish_sends_what_it_is_asked_for_to_where(monkeypatch, options, expec
     monkeypatch.setattr(publish, "push_adapter", noted("adapter"))
     monkeypatch.setattr(publish_gguf, "push_to_hub", noted("gguf"))
     monkeypatch.setattr(publish_gguf, "push_to_kaggle", noted("kaggle"))
-    done = CliRunner().invoke(cli.main, ["publish", "run", "me/name", *options])
+    done = CliRunner().invoke(cli.main, ["publish", made, "me/name", *options])
     assert done.exit_code == 0, done.output
     assert asked == [expected]
 

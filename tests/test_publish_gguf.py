@@ -10,7 +10,7 @@ import pytest
 import small_models
 from kaggle_stub import UPLOAD, KaggleStub
 
-from saigakit import evaluate, export, kaggle_models, manifest, publish_gguf
+from saigakit import evaluate, export, export_beside, kaggle_models, manifest, publish_gguf
 from saigakit.errors import SaigaError
 
 TOKEN, REPO = "hf_SecretOfTheTests", "someone/saiga-cats-gguf"
@@ -81,6 +81,27 @@ def test_a_damaged_gguf_is_refused_before_and_after_the_way(push, hub, stage, tm
         (damaged / file.name).write_bytes(file.read_bytes())
     (damaged / "model.gguf").write_bytes((stage / "model.gguf").read_bytes()[:-1])
     assert "model.gguf changed since it was made; run 03_merge_gguf again" in push(damaged)
+
+
+def test_a_gguf_of_the_terminal_is_published_as_a_stage_is(push, hub, tiny, tmp_path):
+    adapters = [small_models.adapter(tmp_path / name, tiny / "base", r=rank) for name, rank in (("a", 4), ("b", 8))]
+    file = tmp_path / "made" / "cats.gguf"
+    options = {"quant_types": ["Q4_0", "Q8_0"], "merge_into": None, "importance": None, "base_source": None}
+    given = [f"{adapter}:0.5" for adapter in adapters]
+    export_beside.export(file_format="gguf", model="saiga_tiny", adapters=given, output=str(file), **options)
+    assert push(file) == f"{hub.endpoint}/{REPO}"
+    files = hub.repositories[REPO]
+    made = {"cats.gguf", "cats-Q8_0.gguf", "Modelfile", "README.md", "llama-server.txt", "saigakit.json"}
+    assert set(files) == {".gitattributes", *made}
+    assert not any(str(tmp_path).encode() in content for content in files.values())
+    content = json.loads(files["saigakit.json"])
+    assert content["parameters"]["adapter"] == [["a", 0.5], ["b", 0.5]]
+    for adapter in adapters:
+        assert manifest.sha256(adapter / "adapter_model.safetensors") in files["README.md"].decode()
+    file.with_name("cats-Q8_0.gguf").write_bytes(b"GGUF")
+    assert "cats-Q8_0.gguf changed since it was made; export it again" in push(file)
+    manifest.beside(file).unlink()
+    assert "has no cats.saigakit.json beside it" in push(file)
 
 
 def test_the_same_model_may_be_pushed_again_and_another_may_not(push, hub):
