@@ -1,6 +1,7 @@
 """A model and the user's records into an importance matrix before quantising."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,16 @@ def importance_of_records(
     merge_into: MergeInto = "auto",
     max_tokens: int = 50_000,
     n_gpu_layers: int = 0,
+    quant_types: Sequence[str] = (),
 ) -> Path:
     """The importance matrix of the merged model on the ids that it was trained on, in llama.cpp's form, as `output`.
 
     `records`: as for 01_format. A Q8_0 GGUF is made in the scratch directory for it, and deleted. Raises SaigaError
-    where there is no room for it, or `output` is there already.
+    where there is no room for it or for files of `quant_types` beside `output`, or `output` is there already.
     """
     manifest.require_absent(Path(output))
+    if quant_types:  # before hours of computing
+        export.require_possible(model, adapter, base_source, quant_types, merge_into, Path(output).parent)
     ids = token_rows(records, model, base_source)
     with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
         whole = export.to_gguf(
@@ -61,10 +65,12 @@ def matrix_for(
     base_source: str | None = None,
     max_tokens: int = 20_000,
     n_gpu_layers: int = 0,
+    quant_type: str | None = None,
 ) -> Path | None:
     """What `export.merge_gguf` takes as importance: nothing, a file that is here or attached, or "records".
 
-    Then it is a matrix of the training records of 01_format, made once and kept in `run_dir`/03_importance.
+    Then it is a matrix of the training records of 01_format, made once and kept in `run_dir`/03_importance; where no
+    GGUF of `quant_type` can be made afterwards, that is said before.
     """
     if importance != OF_RECORDS:
         return None if importance is None else workspace.find_input(importance, run_dir=run_dir)
@@ -95,6 +101,7 @@ def matrix_for(
                 base_source=base_source,
                 max_tokens=max_tokens,
                 n_gpu_layers=n_gpu_layers,
+                quant_types=[quant_type] if quant_type else [],
             )
     return final / _MATRIX
 

@@ -70,7 +70,7 @@ def write(stage_dir: Path, repo_id: str, tokenizer: Tokenizer) -> str:
         data=", ".join(f"`{digest}`" for digest in content["inputs"]["train"].values()),
         template_hash=hashlib.sha256(template.encode("utf-8")).hexdigest(),
         template=template.replace("```", "` ` `"),
-        system_prompt="" if prompt is None else f"System prompt of the records: {markdown.code(prompt)}\n",
+        system_prompt="" if not prompt else f"System prompt of the records: {markdown.code(prompt)}\n",
         versions=markdown.table(("package", "version"), content.get("versions", {}).items()),
     )
 

@@ -5,7 +5,6 @@ best evaluation so far, `log.jsonl` the log so far, and MARK, written last, hold
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -99,6 +98,8 @@ class Store:
 
     def _locked(self) -> int | None:
         """The open directory, None where another process has it."""
+        import fcntl  # which Windows has not, where publishing works all the same
+
         self.directory.mkdir(parents=True, exist_ok=True)
         opened = os.open(self.directory, os.O_RDONLY)
         try:

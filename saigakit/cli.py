@@ -1,4 +1,4 @@
-"""Commands of a terminal into calls of the library; a SaigaError into one sentence and exit code 1."""
+"""Commands of a terminal into calls of the library."""
 
 import tempfile
 from collections.abc import Sequence
@@ -10,25 +10,7 @@ import click
 from saigakit import __version__
 from saigakit.errors import SaigaError
 from saigakit.parameters import read_yaml, train_config, value
-
-
-class _Group(click.Group):
-    """Ends a command without a traceback where the user can mend it."""
-
-    def invoke(self, ctx: click.Context) -> object:
-        try:
-            return super().invoke(ctx)
-        except (SaigaError, OSError) as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(1)
-        except ModuleNotFoundError as error:
-            if (error.name or "").startswith("saigakit"):
-                raise
-            click.echo(f"error: {error.name} is not installed: pip install 'saigakit[all]'.", err=True)
-            ctx.exit(1)
-        except KeyboardInterrupt:
-            ctx.exit(130)  # as a shell says it
-
+from saigakit.terminal import Group
 
 _PARAMETERS = click.option(
     "-p", "--parameter", "parameters", type=(str, value), multiple=True, metavar="NAME VALUE",
@@ -39,7 +21,7 @@ _BASE_SOURCE = click.option("--base-source", help="Where the base model's weight
 _NOTEBOOKS = click.option("--notebooks", help="Directory of the four notebooks, if not beside the package.")
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="saigakit")
 def main() -> None:
     """Fine-tune a Saiga model on Kaggle's free GPUs, run it as a 4-bit GGUF on a laptop.

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,7 +74,8 @@ def _answer(llm: "llama_cpp.Llama", messages: "Sequence[Message]", sampling: Sam
 def _questions() -> Iterator[str]:
     """Lines of stdin until an empty one; the prompt is for people only."""
     if sys.stdin.isatty():
-        import readline  # noqa: F401  # input() then edits the line
+        with suppress(ModuleNotFoundError):  # on Windows the terminal does it
+            import readline  # noqa: F401  # input() then edits the line
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     while True:
         try:

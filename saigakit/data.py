@@ -232,13 +232,14 @@ def spread(items: Sequence[T], count: int) -> list[T]:
 
 
 def common_system_prompt(conversations: Iterable[Mapping[str, Any]]) -> str | None:
-    """The one that all conversations begin with; None where they differ or have none."""
+    """The one that all conversations begin with, "" where none has any; None where they differ."""
     common: str | None = None
-    for number, conversation in enumerate(conversations):
+    for conversation in conversations:
         first = conversation["messages"][0]
-        if first["role"] != "system" or (number and first["content"] != common):
+        prompt = first["content"] if first["role"] == "system" else ""
+        if common is not None and prompt != common:
             return None
-        common = first["content"]
+        common = prompt
     return common
 
 

@@ -13,6 +13,7 @@ from saigakit import (
     data,
     generation,
     infer,
+    lineage,
     manifest,
     memory,
     metrics,
@@ -120,12 +121,12 @@ class Compared:
         return [base, *adapted, self.gguf_file.stat().st_size]
 
 
-def _weights(hashes: Mapping[str, str] | None) -> list[str] | None:
+def _weights(hashes: Mapping[str, str] | None) -> set[str] | None:
     """Of what a directory holds, the hashes that the numbers depend on."""
     if hashes is None:
         return None
-    kept = re.compile(r".*\.(?:safetensors|bin)|(?:adapter_)?config\.json")
-    return sorted(digest for name, digest in hashes.items() if kept.fullmatch(name))
+    kept = re.compile(r"adapter_model\.(?:safetensors|bin)|(?:adapter_)?config\.json")
+    return lineage.weights_of(hashes) | {digest for name, digest in hashes.items() if kept.fullmatch(name)}
 
 
 def _total(directory: Path, pattern: str) -> int:

@@ -62,6 +62,7 @@ def _identity(export: Export, adapter_dirs: Sequence[Path], **parameters: Any) -
     if len(adapters) > 1:
         adapters = [{f"{at}/{name}": digest for at, files in enumerate(adapters, 1) for name, digest in files.items()}]
     inputs: dict[str, Any] = {"base": manifest.hashes(export.base_dir), "adapter": next(iter(adapters), None)}
+    inputs["tokenizer"] = {file.name: manifest.sha256(file) for file in export.tokenizer_files}
     if further:
         parameters["quant_types"] = further
     if export.importance_file is not None:
@@ -73,8 +74,27 @@ def _identity(export: Export, adapter_dirs: Sequence[Path], **parameters: Any) -
 
 def _announce(export: Export, final: Path) -> None:
     manifest.discard_partial(final)  # of a run that was killed: its room is needed
-    export.require_room(final)
+    _say_plan(export, final)
+
+
+def _say_plan(export: Export, directory: Path) -> None:
+    export.require_room(directory)
     print(export.plan(), export.said_of_base, sep="\n", flush=True)
+
+
+def require_possible(
+    model: str,
+    adapter: str | Path | None,
+    base_source: str | None,
+    quant_types: Sequence[str],
+    merge_into: MergeInto,
+    directory: Path,
+) -> None:
+    """Raises SaigaError where a file of `quant_types` cannot be made in `directory`, as far as headers tell."""
+    spec, (quant_type, *further) = models.find(model), quant_types
+    adapter_dir = None if adapter is None else sources.adapter_dir(spec, str(adapter))
+    made = Export.of(spec, adapter_dir, base_source, quant_type, merge_into, quant_types=further)
+    made.require_room(directory)
 
 
 def to_gguf(
@@ -99,24 +119,22 @@ def to_gguf(
     Raises SaigaError where `output` is there already.
     """
     file, spec = Path(output), models.find(model)
-    made = paths(file, [quant_type, *quant_types])
-    for path in made.values():
+    for path in paths(file, [quant_type, *quant_types]).values():
         manifest.require_absent(path)
     given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else adapter or ()
     adapters = [(sources.adapter_dir(spec, str(one)), weight) for one, weight in given]
     export = Export.of(spec, adapters, base_source, quant_type, merge_into, importance, quant_types)
     adapter_dirs = [adapter_dir for adapter_dir, _ in adapters]
-    identity: dict[str, Any] = {}
+    identity = None
     if with_manifest:
         manifest.require_absent(manifest.beside(file))
-        print(export.plan(), export.said_of_base, sep="\n", flush=True)
+        export.discard_partials(file)
+        _say_plan(export, file.parent)  # before gigabytes are hashed
         named = [(str(one), weight) for one, weight in given] or None
         identity = _identity(export, adapter_dirs, base_source=base_source, adapter=named, merge_into=merge_into)
     else:
         for adapter_dir in adapter_dirs:
             lineage.require_same_base(adapter_dir, export.base_dir)
     runs = [adapter_dir.parent for adapter_dir in adapter_dirs if (adapter_dir.parent / "01_format").is_dir()]
-    facts = export.write(file, read_back.held_out_texts(runs[0]) if runs else ())
-    if with_manifest:
-        manifest.write_beside(list(made.values()), **identity, facts=facts)
+    export.write(file, read_back.held_out_texts(runs[0]) if runs else (), identity)
     return file

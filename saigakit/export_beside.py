@@ -59,6 +59,8 @@ def _gguf(
     importance: str | None,
     base_source: str | None,
 ) -> list[str]:
+    if Path(output).suffix != ".gguf":
+        raise SaigaError(f"--output {output}: the name of a GGUF file ends with .gguf.")
     quant_type, *further = chosen = quant_types or ("Q4_K_M",)
     for each in chosen:
         quantization.require_known(each)
@@ -69,7 +71,7 @@ def _gguf(
         manifest.require_absent(file)
     adapter = weighted[0][0] if len(weighted) == 1 and weighted[0][1] == 1 else weighted or None
     if importance and Path(importance).suffix not in _MATRICES:
-        importance = str(_matrix(importance, model, adapter, output, base_source, merge_into))
+        importance = str(_matrix(importance, model, adapter, output, base_source, merge_into, chosen))
     asked: dict[str, Any] = {"quant_types": further, "merge_into": merge_into, "importance": importance}
     given = {name: value for name, value in asked.items() if value}
     made = exporting.to_gguf(
@@ -95,6 +97,7 @@ def _matrix(
     output: str,
     base_source: str | None,
     merge_into: str | None,
+    quant_types: Sequence[str],
 ) -> Path:
     """Of the records, as OUTPUT.imatrix.gguf."""
     if not isinstance(adapter, str | None):
@@ -102,7 +105,7 @@ def _matrix(
     file = Path(output).with_suffix(".imatrix.gguf")
     into: dict[str, Any] = {"merge_into": merge_into} if merge_into else {}
     return calibration.importance_of_records(
-        records, model=model, adapter=adapter, output=file, base_source=base_source, **into
+        records, model=model, adapter=adapter, output=file, base_source=base_source, quant_types=quant_types, **into
     )
 
 

@@ -61,6 +61,7 @@ class Export:
     architecture: Architecture
     vocabulary: Vocabulary
     tokenizer: FastTokenizer
+    tokenizer_files: Sequence[Path]
     shapes: Mapping[str, "Shape"]  # GGUF names, in the order of the file
     source_of: Mapping[str, str]  # GGUF name to the base's; a computed tensor has none
     importance: Importance | None = None
@@ -104,6 +105,7 @@ class Export:
             architecture=architecture,
             vocabulary=Vocabulary.of(sources.tokenizer_dir(spec, base_source), tokenizer, architecture.config),
             tokenizer=tokenizer,
+            tokenizer_files=sources.tokenizer_files(spec, base_source),
             shapes={name: shapes[name] for name in quantization.in_order(shapes)},
             source_of=source_of,
             importance=matrix,
@@ -162,25 +164,25 @@ class Export:
             return "The adapter is added to the weights of the base as they were published."
         return "The adapter is added to the weights that it was trained on: the base in nf4, dequantised."
 
-    def write(self, file: Path, texts: Sequence[str] = ()) -> dict[str, Any]:
+    def write(self, file: Path, texts: Sequence[str] = (), identity: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Makes `file`, and one beside it of each further type; all are written beside and renamed when complete.
 
         They are read back: llama.cpp must load them, and `texts` must give the ids of the training. Returns what a
-        manifest says of them.
+        manifest says of them; with `identity`, which it begins with, there is one beside `file`.
         """
-        finals = paths(file, self.quant_types)
-        partials = {each: final.with_name(f".{final.name}.partial") for each, final in finals.items()}
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)  # of a run that was killed: its room is needed
+        finals, partials = paths(file, self.quant_types), self.discard_partials(file)
         self.require_room(file.parent)
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             written = self._fill(partials)
             said = [self._require_readable(each, partials[each], written[each], texts) for each in self.quant_types]
+            outputs = {finals[each].name: manifest.sha256(partials[each]) for each in finals} if identity else {}
             for final in finals.values():
                 manifest.require_absent(final)
             for each, final in finals.items():
                 partials[each].rename(final)
+            if identity:
+                manifest.write_beside(file, **identity, facts=self._facts_of(finals), outputs=outputs)
         except OSError as error:
             raise SaigaError(f"{file} could not be written: {error}.") from None
         finally:
@@ -189,12 +191,23 @@ class Export:
                     partial.unlink(missing_ok=True)
         for (each, final), sentence in zip(finals.items(), said, strict=True):
             print(f"{final.name}: {each}, {self.bytes(each) / workspace.GB:.2f} GB. {sentence}", flush=True)
-        facts = {finals[each].name: self._facts(each) for each in self.quant_types}
+        return self._facts_of(finals)
+
+    def _facts_of(self, files: Mapping[str, Path]) -> dict[str, Any]:
+        facts = {files[each].name: self._facts(each) for each in self.quant_types}
         return {
-            **facts[file.name],
+            **facts[files[self.quant_types[0]].name],
             "files": facts,
             "chat_template_sha256": hashlib.sha256(self.tokenizer.chat_template.encode("utf-8")).hexdigest(),
         }
+
+    def discard_partials(self, file: Path) -> dict[str, Path]:
+        """By quant type, where `write` makes its files; gone if a killed run left them, for their room is needed."""
+        finals = paths(file, self.quant_types)
+        partials = {each: final.with_name(f".{final.name}.partial") for each, final in finals.items()}
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+        return partials
 
     def _fill(self, files: Mapping[str, Path]) -> dict[str, list[Written]]:
         targets = []

@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,8 +90,13 @@ def _check(file: Path) -> None:
 def _gpu_layers(file: Path) -> int:
     import llama_cpp
 
-    free = sum(gpu.free for gpu in workspace.gpus()) if llama_cpp.llama_supports_gpu_offload() else 0
+    free = _gpu_memory() if llama_cpp.llama_supports_gpu_offload() else 0
     return -1 if free > 1.3 * file.stat().st_size else 0  # the rest is for the context and its buffers
+
+
+def _gpu_memory() -> int:
+    """Free bytes; a Mac's GPU has the machine's own memory."""
+    return workspace.available_memory() if sys.platform == "darwin" else sum(gpu.free for gpu in workspace.gpus())
 
 
 def stream(
@@ -175,7 +181,7 @@ def _tokens_in_memory(llm: "llama_cpp.Llama") -> int:
     width = llama_cpp.llama_model_n_embd(llm.model) // llama_cpp.llama_model_n_head(llm.model)
     heads = llama_cpp.llama_model_n_layer(llm.model) * llama_cpp.llama_model_n_head_kv(llm.model)
     per_token = 2 * heads * width * 2  # keys and values, float16
-    free = sum(gpu.free for gpu in workspace.gpus()) if _on_gpu(llm) else workspace.available_memory()
+    free = _gpu_memory() if _on_gpu(llm) else workspace.available_memory()
     return min(BATCH_TOKENS, int(free // 2 // per_token))
 
 

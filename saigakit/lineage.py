@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from saigakit import manifest
+from saigakit import manifest, shards
 from saigakit.errors import SaigaError
 from saigakit.merge import Into
 from saigakit.models import ModelSpec
 
 SYSTEM_PROMPT_KEY = "saigakit.system_prompt"  # in a GGUF, no key of llama.cpp's: what a conversation begins with
-_WEIGHTS = (".safetensors", ".bin")
 MergeInto = Literal["auto", Into]
 _UNTOLD_FORMAT = "float16"  # of a training that left no manifest: Saiga's adapters and a T4's are of it
 
@@ -20,7 +19,7 @@ _UNTOLD_FORMAT = "float16"  # of a training that left no manifest: Saiga's adapt
 class Lineage:
     """Of the adapters that are merged; the last one that tells decides."""
 
-    system_prompt: str | None  # that of the training records, else the model's own
+    system_prompt: str | None  # that of the training records, which may have none; else the model's own
     number_format: str
     into: Into  # what the adapters are added to
     folded_rank: int = 0  # of the adapter's ranks, so many were in the base when a training in nf4 quantised it
@@ -45,7 +44,8 @@ class Lineage:
         for adapter_dir in adapter_dirs:
             if (adapter_dir / manifest.NAME).is_file():
                 trained = manifest.require_stage(adapter_dir, "02_train", model=spec.name)
-                system_prompt = trained.get("system_prompt") or system_prompt
+                if (prompt := trained.get("system_prompt")) is not None:
+                    system_prompt = prompt
                 number_format = trained.get("number_format") or number_format
                 folded_rank = trained.get("training", {}).get("folded_rank", 0)
                 problems.append(_without_nf4_base(adapter_dir, trained, spec, is_alone=len(adapter_dirs) == 1))
@@ -55,7 +55,7 @@ class Lineage:
             raise SaigaError("merge_into='dequantized' needs an adapter; nf4 would only damage the base alone.")
         if into == "dequantized" and (problem := next(filter(None, problems), None)) is not None:
             raise SaigaError(f"{problem}. Use merge_into='original'.")
-        return cls(system_prompt, number_format, into, folded_rank)
+        return cls(system_prompt or None, number_format, into, folded_rank)
 
 
 def _without_nf4_base(adapter_dir: Path, stage: Mapping[str, Any], spec: ModelSpec, *, is_alone: bool) -> str | None:
@@ -75,6 +75,11 @@ def _without_nf4_base(adapter_dir: Path, stage: Mapping[str, Any], spec: ModelSp
     return None
 
 
+def weights_of(base: Mapping[str, str]) -> set[str]:
+    """Of the hashes of a base's files, those of the weights that are read."""
+    return {base[name] for name in shards.read_of(base)}
+
+
 def require_same_base(adapter_dir: Path, base_dir: Path, base: Mapping[str, str] | None = None) -> None:
     """Of the same weights that the adapter was trained on, where its manifest tells. `base`: their hashes, if known."""
     if not (adapter_dir / manifest.NAME).is_file():
@@ -82,8 +87,7 @@ def require_same_base(adapter_dir: Path, base_dir: Path, base: Mapping[str, str]
     if (trained_on := manifest.read(adapter_dir)["inputs"].get("base")) is None:
         return
     base = base or manifest.hashes(base_dir)
-    weights = [{digest for name, digest in files.items() if name.endswith(_WEIGHTS)} for files in (trained_on, base)]
-    if weights[0] != weights[1]:
+    if weights_of(trained_on) != weights_of(base):
         raise SaigaError(
             f"The adapter in {adapter_dir} was trained on other weights than those in {base_dir}. "
             "Give base_source as in 02_train, or train again."

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -53,7 +53,8 @@ def read(directory: Path) -> Manifest:
 def read_beside(file: Path) -> Manifest:
     """Of a single file. Raises SaigaError where there is no manifest or it is damaged."""
     place = beside(file)
-    return _read(place, f"{file} has no {place.name} beside it, which `saigakit export` writes.")
+    absent = f"{file} has no {place.name} beside it, which `saigakit export` writes for the first file that it makes."
+    return _read(place, absent)
 
 
 def _read(file: Path, absent: str) -> Manifest:
@@ -212,16 +213,16 @@ def making(
 
 
 def write_beside(
-    files: Sequence[Path],
+    file: Path,
     *,
     stage: str,
     parameters: Mapping[str, Any],
     inputs: Mapping[str, Any],
     facts: Mapping[str, Any],
+    outputs: Mapping[str, str],
 ) -> Path:
-    """The manifest of single files, beside the first of them."""
-    outputs = {file.name: sha256(file) for file in files}
-    return _write(beside(files[0]), _identity(stage, parameters, inputs), facts, outputs)
+    """The manifest of `file` and what is beside it; `outputs` are their hashes by name."""
+    return _write(beside(file), _identity(stage, parameters, inputs), facts, outputs)
 
 
 def _write(file: Path, identity: Manifest, facts: Mapping[str, Any], outputs: Mapping[str, str]) -> Path:

@@ -81,6 +81,11 @@ def model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -> Lora
     adapter that is continued, and modules that this base does not have.
     """
     stored = shards.of_base(base_dir).stored
+    if any("language_model." in name for name in stored):
+        raise SaigaError(
+            f"{base_dir} reads images too, and no GGUF takes an adapter that was trained on it as a whole. Give a "
+            "version of its text model alone, whose layers begin with 'model.layers'."
+        )
     lora = config.new_lora
     if adapter_dir is not None:
         weights.require_fitting(adapter_dir, base_dir)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import card, manifest, sources, tokenization, train, workspace
+from saigakit import card, lineage, manifest, sources, tokenization, train, workspace
 from saigakit.errors import SaigaError
 
 if TYPE_CHECKING:
@@ -185,10 +185,12 @@ class Push:
 
 
 def _made(text: str | bytes) -> tuple[Any, Any, Any]:
-    """Stage, model and hashes of the base in a manifest; nothing where it is none."""
+    """Stage, model and hashes of the base's weights in a manifest; nothing where it is none."""
     try:
         content = json.loads(text)
-        return content["stage"], content["parameters"]["model"], content["inputs"]["base"]
+        base = content["inputs"]["base"]
+        weights = lineage.weights_of(base) if isinstance(base, dict) else base
+        return content["stage"], content["parameters"]["model"], weights
     except (ValueError, KeyError, TypeError):
         return None, None, None
 

@@ -86,6 +86,10 @@ def _finished(made: Path) -> tuple[Path, manifest.Manifest]:
     """Where the files are, and their manifest. Raises SaigaError where one has changed."""
     if made.suffix != ".gguf":
         return made, publish.require_whole(made, export.STAGE)
+    if not made.is_file():
+        raise SaigaError(f"{made} is not there.")
+    if (made.parent / manifest.NAME).is_file():
+        return made.parent, publish.require_whole(made.parent, export.STAGE)
     content = manifest.read_beside(made)
     if damaged := manifest.changed(made.parent, content):
         raise SaigaError(f"{made.parent}: {', '.join(damaged)} changed since it was made; export it again.")

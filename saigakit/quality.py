@@ -106,8 +106,8 @@ def _log_probabilities(logits: "Row") -> "Row":
     return shifted
 
 
-def table(sizes: Mapping[str, int], measured: Mapping[str, Quality]) -> Table:
-    """A row for each name in `measured`: the bytes of its file, and what quantising cost."""
+def table(sizes: Mapping[str, int], measured: Mapping[str, Quality], reference: str) -> Table:
+    """A row for each name in `measured`: the bytes of its file, and what quantising cost against `reference`."""
     rows = [
         (
             name,
@@ -119,10 +119,10 @@ def table(sizes: Mapping[str, int], measured: Mapping[str, Quality]) -> Table:
         )
         for name, found in measured.items()
     ]
-    any_of_them = next(iter(measured.values()))
+    one = next(iter(measured.values()))
     return Table(
         ("тип / type", "ГБ / GB", "perplexity", "%", "KL", "тот же токен, % / same top, %"),
         rows,
-        f"{any_of_them.tokens:,} токенов ответов, perplexity эталона {any_of_them.reference_perplexity:.3f} / "
-        "tokens of the answers, perplexity of the reference; KL: дивергенция в натах на токен / nats a token",
+        f"{one.tokens:,} токенов ответов, эталон {reference}, perplexity {one.reference_perplexity:.3f} / "
+        "tokens of the answers, the reference and its perplexity; KL: дивергенция в натах на токен / nats a token",
     )

@@ -90,11 +90,9 @@ class _Compared:
         return self.export.quant_types[1:]
 
     def reference(self) -> str | None:
-        """The best quant type that the scratch disk and the memory have room for, beside the further files."""
+        """The best quant type that the scratch disk and the memory have room for, beside what it is compared with."""
         free, memory = workspace.free_disk(workspace.scratch_dir()), workspace.available_memory()
-        return next(
-            (each for each in _REFERENCES if self._needed(each) < free and self.export.bytes(each) < memory), None
-        )
+        return next((each for each in _REFERENCES if self._needed(each) < free and self._opened(each) < memory), None)
 
     @property
     def lacks(self) -> str:
@@ -102,12 +100,17 @@ class _Compared:
         return (
             f"it takes {self._needed(least) / workspace.GB:.1f} GB of disk at {directory}, where "
             f"{workspace.free_disk(directory) / workspace.GB:.1f} GB are free, and "
-            f"{self.export.bytes(least) / workspace.GB:.1f} GB of memory, of which "
+            f"{self._opened(least) / workspace.GB:.1f} GB of memory, of which "
             f"{workspace.available_memory() / workspace.GB:.1f} GB are free"
         )
 
     def _needed(self, reference: str) -> int:
         return sum(map(self.export.bytes, {reference, *self.further}))
+
+    def _opened(self, reference: str) -> int:
+        """Bytes of the reference and of the largest file beside it; what is not there is read anew each time."""
+        others = {*self.files, *self.further} - {reference}
+        return self.export.bytes(reference) + max(map(self.export.bytes, others), default=0)
 
     def measured(self, reference: str, records: Path, max_tokens: int, n_gpu_layers: int) -> dict[str, Any]:
         """Perplexity, divergence and equal top tokens of each file on the answers, as JSON."""
@@ -117,7 +120,8 @@ class _Compared:
             export.to_gguf(model=model, output=whole, quant_type=reference, quant_types=self.further, **self.options)
             made = paths(whole, [reference, *self.further])  # the reference may be one of the further types itself
             files = {each: made[each] for each in self.further} | dict(self.files)
-            files = {each: files[each] for each in sorted(files, key=lambda each: -files[each].stat().st_size)}
+            by_size = sorted(files.keys() - {reference}, key=lambda each: -files[each].stat().st_size)
+            files = {each: files[each] for each in by_size}
             held_out = calibration.token_rows(records, model, self.options["base_source"])
             chosen = data.spread(held_out, len(held_out) * max_tokens // max(1, sum(held_out.learned)) + 1)
             for each, file in files.items():
@@ -134,4 +138,5 @@ def kept(stage_dir: Path, content: manifest.Manifest) -> Table | None:
     if not (directory / manifest.NAME).is_file() or manifest.read(directory)["inputs"]["gguf"] != content["outputs"]:
         return None
     found = json.loads((directory / _MEASURED).read_text(encoding="utf-8"))
-    return quality.table(found["bytes"], {name: Quality(**values) for name, values in found["types"].items()})
+    measured = {name: Quality(**values) for name, values in found["types"].items()}
+    return quality.table(found["bytes"], measured, found["reference"]) if measured else None

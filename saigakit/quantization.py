@@ -188,7 +188,7 @@ def library() -> ctypes.CDLL:
 
 def cores() -> int:
     """That this process may use."""
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def quantise(

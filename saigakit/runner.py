@@ -1,7 +1,6 @@
 """Notebooks and parameters into a finished run: stage after stage; what is finished and unchanged is kept."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -204,6 +203,8 @@ def _interrupt() -> None:
 @contextlib.contextmanager
 def _only_run(run_dir: Path) -> Iterator[int]:
     """The lock of a run directory, which its kernels share."""
+    import fcntl
+
     (run_dir / _STATE).mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + _LOCK_PATIENCE_S
     with (run_dir / _STATE / "lock").open("a", encoding="utf-8") as stream:

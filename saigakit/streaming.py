@@ -25,6 +25,7 @@ _ROWS = 128  # a chunk's rows are a multiple: an adapter's product is computed i
 _FLUSH_S = 0.25
 _COPIES = 5  # float32 chunks that a worker holds at a time: the base's, the update, reordered, and one to spare
 _READERS = 4  # at most so many cores have a chunk of their own, which bounds the memory
+_to_disk = getattr(os, "fdatasync", os.fsync)  # macOS has the second one alone
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 Read = Callable[[str, slice], "Array"]
 
@@ -167,7 +168,7 @@ def _flushed(files: Sequence[int]) -> Iterator[None]:
         while not is_last:
             is_last = ended.wait(_FLUSH_S)
             for file in files:
-                os.fdatasync(file)
+                _to_disk(file)
 
     with ThreadPoolExecutor(1) as pool:
         flushing = pool.submit(flush)

@@ -124,13 +124,16 @@ def free_disk(path: Path) -> int:
     return shutil.disk_usage(here).free
 
 
-def require_disk(path: Path, needed: int, what: str) -> None:
-    """Raises SaigaError with both numbers when `needed` bytes do not fit."""
+IN_CACHE = "name a directory with room in the environment variable SAIGAKIT_CACHE"  # what helps there
+
+
+def require_disk(path: Path, needed: int, what: str, otherwise: str = "choose another run_dir") -> None:
+    """Raises SaigaError with both numbers, and what to do `otherwise`, when `needed` bytes do not fit."""
     free = free_disk(path)
     if free < needed:
         raise SaigaError(
             f"{what} needs {needed / GB:.2f} GB of disk at {path}, and {free / GB:.2f} GB are free. "
-            "Delete something there or choose another run_dir."
+            f"Delete something there, or {otherwise}."
         )
 
 
@@ -144,7 +147,7 @@ def scratch_full(what: str, needed: int) -> SaigaError:
     directory = scratch_dir()
     return SaigaError(
         f"{what} needs {needed / GB:.2f} GB of disk or more at {directory}, and {free_disk(directory) / GB:.2f} GB are "
-        "free. Delete something there, or name a directory with room in the environment variable SAIGAKIT_CACHE."
+        f"free. Delete something there, or {IN_CACHE}."
     )
 
 

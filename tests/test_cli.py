@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import small_notebooks
@@ -23,6 +24,7 @@ from saigakit import (
     publish_gguf,
     sources,
     summary,
+    terminal,
     train,
 )
 from saigakit.errors import SaigaError
@@ -214,6 +216,7 @@ def test_export_makes_a_file_that_chat_can_load(tiny, tmp_path):
     assert "FROM ./model.gguf" in (tmp_path / "model.Modelfile").read_text(encoding="utf-8")
     again = sentence("export", "--model", "saiga_tiny", "--output", output)
     assert "nothing was overwritten" in again
+    assert "ends with .gguf" in sentence("export", "--model", "saiga_tiny", "--output", tmp_path / "model")
 
 
 def test_a_quant_type_that_is_given_twice_is_one_file(tiny, tmp_path):
@@ -426,6 +429,21 @@ def test_doctor_names_what_a_stage_lacks_and_how_to_get_it(monkeypatch):
     monkeypatch.setattr("saigakit.install.missing", lambda names: [name for name in names if name == "peft"])
     shown = CliRunner().invoke(cli.main, ["doctor"]).output
     assert "02_train: lacks peft; pip install" in shown and "01_format: ready" in shown
+
+
+def test_what_windows_lacks_is_said_and_what_it_can_do_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(terminal, "os", SimpleNamespace(name="nt"))
+    done = CliRunner().invoke(cli.main, ["doctor"])
+    assert done.exit_code == 1 and "doctor needs Linux or macOS. On Windows run it in WSL" in done.output
+    done = CliRunner().invoke(cli.main, ["chat", "nothing.gguf"])
+    assert done.exit_code == 1 and "nothing.gguf is not there" in done.output
+
+
+def test_chat_and_publish_load_without_what_windows_lacks():
+    lacking = "import sys; sys.modules |= dict.fromkeys(('fcntl', 'readline', 'resource', 'pwd', 'termios'))"
+    code = f"{lacking}\nfrom saigakit import cli, conversation, kernels, publish, publish_gguf"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_missing_package_is_a_sentence(monkeypatch):

@@ -406,7 +406,8 @@ def test_the_system_prompt_of_all_conversations_is_known_where_there_is_one(tmp_
     assert common("Ты — Сайга.", "Ты — Сайга.") == "Ты — Сайга."
     assert common("Ты — Сайга.", "Ты — кот.") is None
     assert common("Ты — Сайга.", None) is None
-    assert common(None, None) is None
+    assert common(None, "Ты — Сайга.") is None
+    assert common(None, None) == ""
 
 
 def test_tools_are_written_and_read_back(tmp_path):

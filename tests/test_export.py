@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import json
+import shutil
 from contextlib import closing
 from functools import cache
 
@@ -314,11 +315,26 @@ def test_nothing_is_dequantised_without_an_adapter(tiny, tmp_path):
         export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf", merge_into="dequantized")
 
 
-def test_the_system_prompt_of_the_training_records_is_in_the_file(trained):
-    small_models.edit_json(trained / "02_train" / manifest.NAME, system_prompt="Ты — словарь.")
+@pytest.mark.parametrize(
+    ("prompt", "written"),
+    [("Ты — словарь.", "Ты — словарь."), ("", None), (None, models.MODELS["saiga_tiny"].system_prompt)],
+    ids=["one", "none", "several"],
+)
+def test_the_system_prompt_of_the_training_records_is_in_the_file(trained, prompt, written):
+    small_models.edit_json(trained / "02_train" / manifest.NAME, system_prompt=prompt)
     made = export.merge_gguf(model="saiga_tiny", run_dir=trained)
     with closing(infer.load(made / "model.gguf", n_ctx=64)) as llm:
-        assert llm.metadata[lineage.SYSTEM_PROMPT_KEY] == "Ты — словарь."
+        assert llm.metadata.get(lineage.SYSTEM_PROMPT_KEY) == written
+    assert ("SYSTEM" in (made / "Modelfile").read_text(encoding="utf-8")) == (written is not None)
+
+
+def test_what_lies_beside_the_weights_makes_no_other_base(trained, tiny, tmp_path):
+    base = manifest.hashes(tiny / "base")
+    small_models.edit_json(trained / "02_train" / manifest.NAME, inputs={"base": base})
+    clone = shutil.copytree(tiny / "base", tmp_path / "clone")
+    for name in ("pytorch_model.bin", "training_args.bin", "consolidated.safetensors"):
+        (clone / name).write_bytes(b"not read")
+    assert export.merge_gguf(model="saiga_tiny", run_dir=trained, base_source=str(clone)).is_dir()
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(trained, monkeypatch):

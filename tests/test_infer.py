@@ -2,6 +2,7 @@ import gc
 import os
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import llama_cpp
@@ -218,6 +219,8 @@ def test_no_layer_goes_to_a_gpu_that_is_too_small(gguf_file, monkeypatch):
     for free, layers in ((gguf_file.stat().st_size, 0), (2 * gguf_file.stat().st_size, -1)):
         monkeypatch.setattr(workspace, "gpus", lambda free=free: [workspace.Gpu("T4", (7, 5), 2 * free, free)])
         assert infer._gpu_layers(gguf_file) == layers
+    monkeypatch.setattr(infer, "sys", SimpleNamespace(platform="darwin"))  # where the GPU has the machine's memory
+    assert infer._gpu_layers(gguf_file) == -1
 
 
 def said(llm, messages, **options):

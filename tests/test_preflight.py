@@ -1,6 +1,7 @@
 """What cannot work is refused before weights load, with the number and the parameter to change."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from small_models import adapter, base
@@ -101,6 +102,13 @@ def test_tied_embeddings_cannot_be_trained_as_a_whole(tiny, tmp_path):
     tied = base(tmp_path / "base", tiny / "base", tie_word_embeddings=True)
     with pytest.raises(SaigaError, match=r"modules_to_save=.*tied"):
         preflight.model(config(adapter=None, lora=Lora(modules_to_save=("lm_head",))), tied, None)
+
+
+def test_a_base_that_reads_images_is_refused(tiny, monkeypatch):
+    stored = {"language_model.model.layers.0.self_attn.q_proj.weight": None}
+    monkeypatch.setattr(preflight.shards, "of_base", lambda _: SimpleNamespace(stored=stored))
+    with pytest.raises(SaigaError, match=r"reads images too.*its text model alone"):
+        preflight.model(config(), tiny / "base", None)
 
 
 def test_a_base_without_one_of_its_shards_is_refused(tiny, tmp_path):

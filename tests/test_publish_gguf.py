@@ -102,6 +102,12 @@ def test_a_gguf_of_the_terminal_is_published_as_a_stage_is(push, hub, tiny, tmp_
     assert "cats-Q8_0.gguf changed since it was made; export it again" in push(file)
     manifest.beside(file).unlink()
     assert "has no cats.saigakit.json beside it" in push(file)
+    assert "dogs.gguf is not there" in push(file.with_name("dogs.gguf"))
+
+
+def test_the_file_of_a_stage_is_published_as_the_stage_is(push, hub, stage):
+    assert push(stage / "model.gguf") == f"{hub.endpoint}/{REPO}"
+    assert set(hub.repositories[REPO]) == {".gitattributes", *SHOWN}
 
 
 def test_the_same_model_may_be_pushed_again_and_another_may_not(push, hub):

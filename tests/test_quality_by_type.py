@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from saigakit import calibration, export, manifest, quality, quality_by_type, read_back, report, workspace
+from saigakit import calibration, export, manifest, models, quality, quality_by_type, read_back, report, workspace
 from saigakit.errors import SaigaError
 
 MODEL = "saiga_tiny"
@@ -99,8 +99,30 @@ def test_the_reference_is_one_of_the_further_types_where_there_is_room_for_no_be
     monkeypatch.setattr(workspace, "free_disk", lambda _: 700_000)  # for Q2_K, Q4_0 and Q8_0, each once
     monkeypatch.setattr(workspace, "require_disk", lambda *_: None)
     table = quality_by_type.of_stage(stage, quant_types=("Q2_K", "Q4_0", "Q4_K_M", "Q8_0"), max_tokens=20)
-    divergence = {row[0]: float(row[4]) for row in table.rows}
-    assert list(divergence) == ["Q8_0", "Q4_K_M", "Q4_0", "Q2_K"] and divergence["Q8_0"] == 0
+    assert [row[0] for row in table.rows] == ["Q4_K_M", "Q4_0", "Q2_K"]  # not the reference, of itself
+    assert "эталон Q8_0" in table.note
+
+
+def test_reference_and_file_are_in_memory_together(stage, monkeypatch, capsys):
+    sizes = {
+        each: export.Export.of(models.find(MODEL), None, None, each).bytes(each) for each in ("F16", "Q8_0", "Q4_K_M")
+    }
+    monkeypatch.setattr(workspace, "available_memory", lambda: sizes["F16"] + 1000)
+    monkeypatch.setattr(workspace, "require_memory", lambda *_: None)
+    assert "эталон Q8_0" in quality_by_type.of_stage(stage, max_tokens=20).note
+    monkeypatch.setattr(workspace, "available_memory", lambda: sizes["Q8_0"] + 1000)
+    assert quality_by_type.of_stage(stage, max_tokens=21) is None
+    assert "GB of memory, of which" in capsys.readouterr().out
+
+
+def test_what_cannot_be_made_is_told_before_its_matrix_is_computed(run_dir, monkeypatch):
+    monkeypatch.setattr(calibration.activations, "measured", lambda *_, **__: pytest.fail("it is computed"))
+    options = {"model": MODEL, "adapter": "released", "run_dir": run_dir, "max_tokens": 400}
+    with pytest.raises(SaigaError, match="quant_type='Q4_KM' is unknown"):
+        calibration.matrix_for("records", quant_type="Q4_KM", **options)
+    monkeypatch.setattr(workspace, "free_disk", lambda _: 1000)
+    with pytest.raises(SaigaError, match=r"The Q4_K_M GGUF of saiga_tiny needs 0\.00 GB of disk"):
+        calibration.matrix_for("records", quant_type="Q4_K_M", **options)
 
 
 @pytest.mark.parametrize(("tokens", "said"), [(0, "no tokens are asked for"), (10, "no 01_format/held_out.jsonl in ")])

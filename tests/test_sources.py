@@ -15,12 +15,13 @@ SAIGA = MODELS["saiga2_7b"]
 BASE = {
     "config.json": b"{}",
     "model.safetensors": b"weights",
+    "consolidated.safetensors": b"the same weights under other names",
     "pytorch_model.bin": b"the same weights",
     "tokenizer.model": b"pieces",
     "README.md": b"#",
 }
 ADAPTER = {"adapter_config.json": b"{}", "adapter_model.bin": b"weights", "tokenizer.model": b"pieces", "a.png": b""}
-OLD = {"someone/old": {name: content for name, content in BASE.items() if name != "model.safetensors"}}
+OLD = {"someone/old": {name: content for name, content in BASE.items() if not name.endswith(".safetensors")}}
 DATA_SETS = {
     "datasets/someone/talks": {
         "data/train-00000-of-00002.parquet": b"first",
@@ -86,6 +87,7 @@ def test_a_disk_too_small_for_the_weights_is_told_before_they_are_fetched_and_no
     small = "setattr(sources.workspace, 'free_disk', lambda path: 0) or sources.base_dir(models.find('saiga2_7b'))"
     kind, sentence = asked(small, hub[0], tmp_path)
     assert kind == "SaigaError" and "Downloading TheBloke/Llama-2-7B-fp16 needs 0.00 GB of disk" in sentence
+    assert "SAIGAKIT_CACHE" in sentence and "run_dir" not in sentence
     asked("sources.base_dir(models.find('saiga2_7b'))", hub[0], tmp_path)
     _, *names = asked(small, hub[0], tmp_path)
     assert "model.safetensors" in names
