@@ -3,15 +3,16 @@
 Data flows one way. A module imports only modules to its left:
 
 errors < progress < models < config < workspace < install < manifest < tables < memory < launch < records < calls <
-shapes < conversations < data < examples < definitions < splits < shards < sources < placeholders < template <
+shapes < conversations < data < examples < definitions < splits < base_files < sources < placeholders < template <
 tokenizer_backends < layouts < tokenization < rows < renderings < near_duplicates < estimates < audit < pieces < lengths
-< fitting < report < packing < replay < steps < ranks < sharding < attention < blas < adapter < nf4 < merge < weights <
-fold < head < trial < preflight < checkpoints < resuming < generation < questions < samples < curve < training_log <
-evaluation < training_run < trainer < loading < worker < train < quantization < architecture < vocabulary < forward <
-importance < activations < quality < container < streaming < estimate_export < read_back < sizes < fit < chat_format <
-modelfile < markdown < gguf_card < lineage < companions < gguf_files < export < lora_gguf < merged_safetensors <
-calibration < export_beside < quality_by_type < infer < metrics < results < evaluate < summary < card < publish <
-kernels < kaggle_models < publish_gguf < parameters < execution < runner < conversation < terminal < cli
+< fitting < report < packing < replay < steps < ranks < sharding < attention < shards < blas < adapter < nf4 < merge <
+weights < fold < head < trial < preflight < checkpoints < resuming < generation < questions < samples < curve <
+training_log < evaluation < training_run < trainer < loading < worker < train < quantization < architecture < vocabulary
+< forward < importance < activations < quality < container < streaming < estimate_export < read_back < sizes < fit <
+chat_format < modelfile < markdown < lineage < gguf_card < companions < gguf_files < export < lora_gguf <
+merged_safetensors < calibration < export_beside < quality_by_type < infer < metrics < results < evaluate < summary <
+card < publish < kernels < kaggle_models < publish_gguf < parameters < execution < runner < conversation < terminal <
+cli
 """
 
 from saigakit.config import TrainConfig

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saigakit import activations, data, export, manifest, models, rows, sources, tokenization, workspace
+from saigakit import activations, base_files, data, export, manifest, models, rows, sources, tokenization, workspace
 from saigakit.errors import SaigaError
 from saigakit.lineage import MergeInto
 from saigakit.rows import Rows
@@ -87,7 +87,7 @@ def matrix_for(
         "parameters": {"model": model, "base_source": base_source, "max_tokens": max_tokens},
         "inputs": {
             "records": manifest.sha256(records),
-            "base": manifest.hashes(sources.base_dir(spec, base_source)),
+            "base": base_files.hashes(sources.base_dir(spec, base_source)),
             "adapter": None if adapter_dir is None else manifest.hashes(adapter_dir),
         },
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saigakit import (
+    base_files,
     data,
     generation,
     infer,
@@ -93,7 +94,7 @@ class Compared:
         adapter_dir = None if adapter is None else sources.adapter_dir(spec, adapter, run_dir)
         inputs = {
             "held_out": manifest.hashes(format_dir / "held_out.jsonl"),
-            "base": manifest.hashes(base_dir),
+            "base": base_files.hashes(base_dir),
             "adapter": None if adapter_dir is None else manifest.hashes(adapter_dir),
             "gguf": made["outputs"],
         }
@@ -116,7 +117,7 @@ class Compared:
     @property
     def sizes(self) -> list[int]:
         """Bytes that each model loads, in the order of the answers."""
-        base = _total(self.base_dir, "*.safetensors") or _total(self.base_dir, "*.bin")
+        base = base_files.weight_bytes(self.base_dir)
         adapted = [] if self.adapter_dir is None else [base + _total(self.adapter_dir, "adapter_model.*")]
         return [base, *adapted, self.gguf_file.stat().st_size]
 

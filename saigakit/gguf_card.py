@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from saigakit import fit, manifest, markdown, modelfile
+from saigakit import fit, lineage, manifest, markdown, modelfile
 from saigakit.memory import Shape
 from saigakit.models import ModelSpec, Sampling
 
@@ -167,10 +167,8 @@ def origin_of(adapters: Sequence[Path]) -> dict[str, str]:
         place = "" if len(adapters) == 1 else f" {number}"
         weights = [manifest.sha256(file) for file in sorted(directory.glob("adapter_model.*"))]
         rows[f"adapter{place}, SHA-256"] = hashes(weights)
-        if (directory / manifest.NAME).is_file():
-            rows[f"training records{place}, SHA-256"] = hashes(
-                (manifest.read(directory)["inputs"].get("train") or {}).values()
-            )
+        if records := lineage.training_records(directory):
+            rows[f"training records{place}, SHA-256"] = hashes(records.values())
     return rows
 
 

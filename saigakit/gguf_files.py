@@ -49,6 +49,10 @@ def paths(file: Path, quant_types: Sequence[str]) -> dict[str, Path]:
     return {first: file} | {each: file.with_name(f"{file.stem}-{each}{file.suffix}") for each in further}
 
 
+def _partial(final: Path) -> Path:
+    return final.with_name(f".{final.name}.partial")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Export:
     """Everything that is decided before the first byte is written."""
@@ -171,22 +175,25 @@ class Export:
         manifest says of them; with `identity`, which it begins with, there is one beside `file`.
         """
         finals, partials = paths(file, self.quant_types), self.discard_partials(file)
+        renamed = {partials[each]: final for each, final in finals.items()}
         self.require_room(file.parent)
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             written = self._fill(partials)
             said = [self._require_readable(each, partials[each], written[each], texts) for each in self.quant_types]
-            outputs = {finals[each].name: manifest.sha256(partials[each]) for each in finals} if identity else {}
-            for final in finals.values():
-                manifest.require_absent(final)
-            for each, final in finals.items():
-                partials[each].rename(final)
             if identity:
-                manifest.write_beside(file, **identity, facts=self._facts_of(finals), outputs=outputs)
+                told = manifest.beside(file)
+                renamed[_partial(told)] = told
+                outputs = {final.name: manifest.sha256(partials[each]) for each, final in finals.items()}
+                manifest.write(_partial(told), **identity, facts=self._facts_of(finals), outputs=outputs)
+            for final in renamed.values():
+                manifest.require_absent(final)
+            for partial, final in renamed.items():
+                partial.rename(final)
         except OSError as error:
             raise SaigaError(f"{file} could not be written: {error}.") from None
         finally:
-            for partial in partials.values():
+            for partial in renamed:
                 with suppress(OSError):
                     partial.unlink(missing_ok=True)
         for (each, final), sentence in zip(finals.items(), said, strict=True):
@@ -204,7 +211,7 @@ class Export:
     def discard_partials(self, file: Path) -> dict[str, Path]:
         """By quant type, where `write` makes its files; gone if a killed run left them, for their room is needed."""
         finals = paths(file, self.quant_types)
-        partials = {each: final.with_name(f".{final.name}.partial") for each, final in finals.items()}
+        partials = {each: _partial(final) for each, final in finals.items()}
         for partial in partials.values():
             partial.unlink(missing_ok=True)
         return partials

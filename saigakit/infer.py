@@ -95,8 +95,10 @@ def _gpu_layers(file: Path) -> int:
 
 
 def _gpu_memory() -> int:
-    """Free bytes; a Mac's GPU has the machine's own memory."""
-    return workspace.available_memory() if sys.platform == "darwin" else sum(gpu.free for gpu in workspace.gpus())
+    """Free bytes; a Mac's GPU may take about two thirds of the machine's own memory."""
+    if sys.platform == "darwin":
+        return workspace.available_memory() * 2 // 3
+    return sum(gpu.free for gpu in workspace.gpus())
 
 
 def stream(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from saigakit import manifest, shards
+from saigakit import base_files, manifest
 from saigakit.errors import SaigaError
 from saigakit.merge import Into
 from saigakit.models import ModelSpec
@@ -75,9 +75,16 @@ def _without_nf4_base(adapter_dir: Path, stage: Mapping[str, Any], spec: ModelSp
     return None
 
 
+def training_records(adapter_dir: Path) -> dict[str, str]:
+    """Name to SHA-256 of what an adapter was trained on; empty where no manifest tells."""
+    if not (adapter_dir / manifest.NAME).is_file():
+        return {}
+    return dict(manifest.read(adapter_dir)["inputs"].get("train") or {})
+
+
 def weights_of(base: Mapping[str, str]) -> set[str]:
     """Of the hashes of a base's files, those of the weights that are read."""
-    return {base[name] for name in shards.read_of(base)}
+    return {base[name] for name in base_files.weights(base)}
 
 
 def require_same_base(adapter_dir: Path, base_dir: Path, base: Mapping[str, str] | None = None) -> None:
@@ -86,7 +93,7 @@ def require_same_base(adapter_dir: Path, base_dir: Path, base: Mapping[str, str]
         return
     if (trained_on := manifest.read(adapter_dir)["inputs"].get("base")) is None:
         return
-    base = base or manifest.hashes(base_dir)
+    base = base or base_files.hashes(base_dir)
     if weights_of(trained_on) != weights_of(base):
         raise SaigaError(
             f"The adapter in {adapter_dir} was trained on other weights than those in {base_dir}. "

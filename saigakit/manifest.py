@@ -201,7 +201,8 @@ def making(
     partial = discard_partial(final)
     partial.mkdir(parents=True)
     yield partial
-    _write(partial / NAME, _identity(stage, parameters, inputs), facts or {}, hashes(partial))
+    identity: dict[str, Any] = {"stage": stage, "parameters": parameters, "inputs": inputs}
+    write(partial / NAME, **identity, facts=facts or {}, outputs=hashes(partial))
     if final.exists() and not goes_on and not _may_replace(final, is_derived):
         raise SaigaError(f"{final} appeared while {partial} was written; nothing was overwritten.")
     replaced = final.with_name(f".{final.name}.replaced")
@@ -212,7 +213,7 @@ def making(
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_beside(
+def write(
     file: Path,
     *,
     stage: str,
@@ -221,12 +222,8 @@ def write_beside(
     facts: Mapping[str, Any],
     outputs: Mapping[str, str],
 ) -> Path:
-    """The manifest of `file` and what is beside it; `outputs` are their hashes by name."""
-    return _write(beside(file), _identity(stage, parameters, inputs), facts, outputs)
-
-
-def _write(file: Path, identity: Manifest, facts: Mapping[str, Any], outputs: Mapping[str, str]) -> Path:
-    content = {**identity, **facts, "versions": versions(), "outputs": outputs}
+    """A manifest; `outputs`: SHA-256 of what was made, by name."""
+    content = {**_identity(stage, parameters, inputs), **facts, "versions": versions(), "outputs": outputs}
     return write_text(file, json.dumps(content, ensure_ascii=False, indent=2, default=str))
 
 

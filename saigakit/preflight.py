@@ -83,7 +83,7 @@ def model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -> Lora
     stored = shards.of_base(base_dir).stored
     if any("language_model." in name for name in stored):
         raise SaigaError(
-            f"{base_dir} reads images too, and no GGUF takes an adapter that was trained on it as a whole. Give a "
+            f"{base_dir} reads images too, and the adapter would be of that part as well, which no GGUF has. Give a "
             "version of its text model alone, whose layers begin with 'model.layers'."
         )
     lora = config.new_lora

@@ -14,6 +14,7 @@ from saigakit import (
     gguf_card,
     kaggle_models,
     kernels,
+    lineage,
     manifest,
     markdown,
     models,
@@ -88,7 +89,7 @@ def _finished(made: Path) -> tuple[Path, manifest.Manifest]:
         return made, publish.require_whole(made, export.STAGE)
     if not made.is_file():
         raise SaigaError(f"{made} is not there.")
-    if (made.parent / manifest.NAME).is_file():
+    if not manifest.beside(made).is_file() and (made.parent / manifest.NAME).is_file():
         return made.parent, publish.require_whole(made.parent, export.STAGE)
     content = manifest.read_beside(made)
     if damaged := manifest.changed(made.parent, content):
@@ -113,9 +114,9 @@ def _files(
     texts = companions.made_of(
         _by_type(file for name, file in files.items() if name.endswith(".gguf")),
         spec=models.find(content["parameters"]["model"]),
-        origin=_origin(directory, content["inputs"]),
+        origin=_origin(content["inputs"]),
         title=title,
-        compared=_compared(directory, content),
+        compared=_compared(directory, content) if (directory / manifest.NAME).is_file() else "",
     )
     published = publish.public(content, files)
     return files | publish.written(scratch, published, texts), published
@@ -133,19 +134,14 @@ def _by_type(files: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
-def _origin(directory: Path, inputs: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of base and adapter as the stage took them, and of the records where 02_train stands beside."""
+def _origin(inputs: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of what the GGUF was made of, and of what its adapter was trained on."""
     rows = {
-        f"{what}, SHA-256": gguf_card.hashes(digest for name, digest in found.items() if name.endswith(_WEIGHTS))
-        for what in ("base", "adapter")
-        if isinstance(found := inputs.get(what), Mapping)
+        "base": lineage.weights_of(inputs["base"]),
+        "adapter": [found for name, found in (inputs.get("adapter") or {}).items() if name.endswith(_WEIGHTS)],
+        "training records": (inputs.get("train") or {}).values(),
     }
-    training = directory.parent / "02_train"
-    if (training / manifest.NAME).is_file() and manifest.hashes(training) == inputs.get("adapter"):
-        rows["training records, SHA-256"] = gguf_card.hashes(
-            (manifest.read(training)["inputs"].get("train") or {}).values()
-        )
-    return rows
+    return {f"{what}, SHA-256": gguf_card.hashes(digests) for what, digests in rows.items() if digests}
 
 
 def _compared(stage_dir: Path, content: manifest.Manifest) -> str:

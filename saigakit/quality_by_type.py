@@ -51,6 +51,9 @@ def of_stage(
         if (reference := compared.reference()) is None:
             _unmeasured(compared.lacks)
             return None
+        if not compared.others(reference):
+            _unmeasured(f"there is no file but {reference}, with which others are compared")
+            return None
         with manifest.making(final, **identity, is_derived=True) as partial:
             found = compared.measured(reference, records, max_tokens, n_gpu_layers)
             manifest.write_text(partial / _MEASURED, json.dumps(found, indent=1))
@@ -109,8 +112,11 @@ class _Compared:
 
     def _opened(self, reference: str) -> int:
         """Bytes of the reference and of the largest file beside it; what is not there is read anew each time."""
-        others = {*self.files, *self.further} - {reference}
-        return self.export.bytes(reference) + max(map(self.export.bytes, others), default=0)
+        return self.export.bytes(reference) + max(map(self.export.bytes, self.others(reference)), default=0)
+
+    def others(self, reference: str) -> set[str]:
+        """Quant types of the files that are compared with it."""
+        return {*self.files, *self.further} - {reference}
 
     def measured(self, reference: str, records: Path, max_tokens: int, n_gpu_layers: int) -> dict[str, Any]:
         """Perplexity, divergence and equal top tokens of each file on the answers, as JSON."""
@@ -120,7 +126,7 @@ class _Compared:
             export.to_gguf(model=model, output=whole, quant_type=reference, quant_types=self.further, **self.options)
             made = paths(whole, [reference, *self.further])  # the reference may be one of the further types itself
             files = {each: made[each] for each in self.further} | dict(self.files)
-            by_size = sorted(files.keys() - {reference}, key=lambda each: -files[each].stat().st_size)
+            by_size = sorted(self.others(reference), key=lambda each: -files[each].stat().st_size)
             files = {each: files[each] for each in by_size}
             held_out = calibration.token_rows(records, model, self.options["base_source"])
             chosen = data.spread(held_out, len(held_out) * max_tokens // max(1, sum(held_out.learned)) + 1)
@@ -139,4 +145,4 @@ def kept(stage_dir: Path, content: manifest.Manifest) -> Table | None:
         return None
     found = json.loads((directory / _MEASURED).read_text(encoding="utf-8"))
     measured = {name: Quality(**values) for name, values in found["types"].items()}
-    return quality.table(found["bytes"], measured, found["reference"]) if measured else None
+    return quality.table(found["bytes"], measured, found["reference"])

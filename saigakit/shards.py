@@ -1,14 +1,14 @@
 """Weight files, safetensors or .bin, into named tensors: headers at once, one tensor at a time in float32."""
 
-import fnmatch
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from saigakit import base_files
 from saigakit.errors import SaigaError
 
 if TYPE_CHECKING:
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 Headers = dict[str, tuple[Shape, str]]
 Reader = Callable[[str, slice], "torch.Tensor"]
-_OF_BASE = (
-    ("model.safetensors.index.json", "model*.safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
-)
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -143,15 +139,9 @@ def damaged(file: Path, reason: str) -> SaigaError:
     return SaigaError(f"{file} is missing, cut short or damaged ({reason}). Fetch or attach it again.")
 
 
-def read_of(names: Iterable[str]) -> list[str]:
-    """Those of a directory's files that `of_base` reads: one kind of weights, and none that lies beside it."""
-    given = sorted(names)
-    return next(filter(None, (fnmatch.filter(given, pattern) for _, pattern in _OF_BASE)), [])
-
-
 def of_base(base_dir: Path) -> Shards:
     """Of safetensors shards, else of .bin shards. Raises SaigaError where any is missing or cut short."""
-    for index_name, pattern in _OF_BASE:
+    for index_name, pattern in base_files.KINDS:
         index = base_dir / index_name
         if index.is_file():
             return _indexed(index)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from saigakit import definitions, examples, records, shards, splits, workspace
+from saigakit import base_files, definitions, examples, records, splits, workspace
 from saigakit.errors import SaigaError
 from saigakit.models import ModelSpec
 
@@ -195,7 +195,7 @@ def _weight_files(repo: str) -> tuple[str, ...]:
     token = workspace.secret("HF_TOKEN")
     found = _asking_hub(repo, lambda: HfApi().model_info(repo, files_metadata=True, token=token))
     sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
-    names = shards.read_of(sizes)
+    names = base_files.weights(sizes)
     _require_room(repo, "model", sum(sizes[name] for name in names))
     return tuple(map(glob.escape, names))
 
@@ -205,7 +205,7 @@ def _require_room(repo: str, repo_type: str, needed: int) -> None:
 
     blobs = _hub_cache() / repo_folder_name(repo_id=repo, repo_type=repo_type) / "blobs"
     there = sum(blob.stat().st_size for blob in blobs.glob("*"))
-    workspace.require_disk(_hub_cache(), max(0, needed - there), f"Downloading {repo}", workspace.IN_CACHE)
+    workspace.require_disk(_hub_cache(), max(0, needed - there), f"Downloading {repo}")
 
 
 def _hub_cache() -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saigakit import (
+    base_files,
     checkpoints,
     curve,
     data,
@@ -64,7 +65,7 @@ def train_adapter(config: TrainConfig) -> Path:
         general = sources.records_files(config.replay_file, final.parent)
         inputs["replay"] = {str(number): manifest.sha256(file) for number, file in enumerate(general)}
         found |= {"replay": general[0]} if len(general) == 1 else {}  # several are looked up again by their name
-    inputs["base"] = manifest.hashes(base_dir)
+    inputs["base"] = base_files.hashes(base_dir)
     inputs["adapter"] = None if adapter_dir is None else manifest.hashes(adapter_dir)
     identity: dict[str, Any] = {"stage": STAGE, "parameters": _parameters(config), "inputs": inputs}
     store = Store(checkpoints.beside(final), checkpoints.identity(identity["parameters"], inputs))

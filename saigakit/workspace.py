@@ -16,6 +16,7 @@ from saigakit.errors import SaigaError
 
 GIB = 1024**3
 GB = 10**9
+_IN_CACHE = "name a directory with room in the environment variable SAIGAKIT_CACHE"
 _SESSION_START = "SAIGAKIT_SESSION_START"
 
 
@@ -124,16 +125,14 @@ def free_disk(path: Path) -> int:
     return shutil.disk_usage(here).free
 
 
-IN_CACHE = "name a directory with room in the environment variable SAIGAKIT_CACHE"  # what helps there
-
-
-def require_disk(path: Path, needed: int, what: str, otherwise: str = "choose another run_dir") -> None:
-    """Raises SaigaError with both numbers, and what to do `otherwise`, when `needed` bytes do not fit."""
+def require_disk(path: Path, needed: int, what: str) -> None:
+    """Raises SaigaError with both numbers when `needed` bytes do not fit."""
     free = free_disk(path)
+    in_cache = path.absolute().is_relative_to(scratch_dir().absolute())
     if free < needed:
         raise SaigaError(
             f"{what} needs {needed / GB:.2f} GB of disk at {path}, and {free / GB:.2f} GB are free. "
-            f"Delete something there, or {otherwise}."
+            f"Delete something there, or {_IN_CACHE if in_cache else 'choose another place (run_dir, --output)'}."
         )
 
 
@@ -147,7 +146,7 @@ def scratch_full(what: str, needed: int) -> SaigaError:
     directory = scratch_dir()
     return SaigaError(
         f"{what} needs {needed / GB:.2f} GB of disk or more at {directory}, and {free_disk(directory) / GB:.2f} GB are "
-        f"free. Delete something there, or {IN_CACHE}."
+        f"free. Delete something there, or {_IN_CACHE}."
     )
 
 

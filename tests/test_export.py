@@ -337,9 +337,23 @@ def test_what_lies_beside_the_weights_makes_no_other_base(trained, tiny, tmp_pat
     assert export.merge_gguf(model="saiga_tiny", run_dir=trained, base_source=str(clone)).is_dir()
 
 
+def test_a_manifest_that_cannot_be_written_leaves_nothing(tiny, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    options = {"model": "saiga_tiny", "adapter": None, "output": tmp_path / "x.gguf", "with_manifest": True}
+    with monkeypatch.context() as patched:
+        patched.setattr(manifest, "write", full)
+        with pytest.raises(SaigaError, match=r"x\.gguf could not be written: .*No space left"):
+            export.to_gguf(**options)
+    assert list(tmp_path.iterdir()) == []
+    export.to_gguf(**options)
+    assert {file.name for file in tmp_path.iterdir()} == {"x.gguf", "x.saigakit.json"}
+
+
 def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(trained, monkeypatch):
     monkeypatch.setattr(workspace, "free_disk", lambda path: 10_000)
-    with pytest.raises(SaigaError, match=r"needs 0\.00 GB of disk"):
+    with pytest.raises(SaigaError, match=r"needs 0\.00 GB of disk.*choose another place"):
         export.merge_gguf(model="saiga_tiny", run_dir=trained)
     assert [item.name for item in trained.iterdir()] == ["02_train"]
 

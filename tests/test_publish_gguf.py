@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -108,6 +109,18 @@ def test_a_gguf_of_the_terminal_is_published_as_a_stage_is(push, hub, tiny, tmp_
 def test_the_file_of_a_stage_is_published_as_the_stage_is(push, hub, stage):
     assert push(stage / "model.gguf") == f"{hub.endpoint}/{REPO}"
     assert set(hub.repositories[REPO]) == {".gitattributes", *SHOWN}
+
+
+def test_an_export_among_a_stages_files_is_published_as_itself(push, hub, stage, tiny, tmp_path):
+    run_dir = shutil.copytree(stage.parent, tmp_path / "run")
+    file = run_dir / "03_merge_gguf" / "small.gguf"
+    options = {"quant_types": ["Q4_0"], "merge_into": None, "importance": None, "base_source": None}
+    adapters = [str(run_dir / "02_train")]
+    export_beside.export(file_format="gguf", model="saiga_tiny", adapters=adapters, output=str(file), **options)
+    assert push(file) == f"{hub.endpoint}/{REPO}"
+    files = hub.repositories[REPO]
+    assert files["small.gguf"] == file.read_bytes() and "model.gguf" not in files
+    assert "| training records, SHA-256 | `5ec2e7` |" in files["README.md"].decode()
 
 
 def test_the_same_model_may_be_pushed_again_and_another_may_not(push, hub):

@@ -103,6 +103,14 @@ def test_the_reference_is_one_of_the_further_types_where_there_is_room_for_no_be
     assert "эталон Q8_0" in table.note
 
 
+def test_a_file_alone_is_not_compared_with_itself(tiny, run_dir, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run_dir / "01_format", tmp_path / "01_format")
+    stage = export.merge_gguf(model=MODEL, adapter=None, run_dir=tmp_path, quant_type="F16")
+    assert quality_by_type.of_stage(stage) is None
+    assert "there is no file but F16" in capsys.readouterr().out
+    assert not (tmp_path / "03_quality").exists() and not scratch()
+
+
 def test_reference_and_file_are_in_memory_together(stage, monkeypatch, capsys):
     sizes = {
         each: export.Export.of(models.find(MODEL), None, None, each).bytes(each) for each in ("F16", "Q8_0", "Q4_K_M")
