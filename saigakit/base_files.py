@@ -10,7 +10,7 @@ KINDS = (  # of weights: an index, and what the shards are called; the first tha
     ("model.safetensors.index.json", "model*.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
 )
-_BESIDES = ("*.json", "*.jinja", "*.model", "*.txt")  # configs and the tokenizer
+BESIDES = ("*.json", "*.model", "*.jinja")  # configs and the tokenizer
 
 
 def weights(names: Iterable[str]) -> list[str]:
@@ -23,9 +23,9 @@ def weights(names: Iterable[str]) -> list[str]:
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    """Name to SHA-256 of what is read of a base: no second copy of the weights, no notes."""
+    """Name to SHA-256 of what comes of a base from the Hub: no second copy of the weights, no notes."""
     names = [file.name for file in directory.iterdir() if file.is_file()]
-    besides = {name for pattern in _BESIDES for name in fnmatch.filter(names, pattern)} - {manifest.NAME}
+    besides = {name for pattern in BESIDES for name in fnmatch.filter(names, pattern)} - {manifest.NAME}
     return {name: manifest.sha256(directory / name) for name in sorted({*weights(names), *besides})}
 
 

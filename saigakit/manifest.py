@@ -230,11 +230,15 @@ def write(
 def write_text(file: Path, text: str) -> Path:
     """Written beside, flushed to disk and renamed, so that `file` is whole or absent."""
     beside = file.with_name(f".{file.name}.partial")
-    with beside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(file)
+    try:
+        with beside.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(file)
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
     return file
 
 

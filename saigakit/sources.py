@@ -11,7 +11,7 @@ from saigakit.errors import SaigaError
 from saigakit.models import ModelSpec
 
 T = TypeVar("T")
-_TOKENIZER_FILES = ("*.json", "*.model", "*.jinja")
+_TOKENIZER_FILES = base_files.BESIDES
 _IDS_DEPEND_ON = (
     "tokenizer.json",
     "tokenizer.model",

@@ -24,7 +24,7 @@ def test_one_kind_of_weights_is_read(names, read):
 
 
 def test_a_second_copy_of_the_weights_is_neither_hashed_nor_counted(tmp_path):
-    for name in ("config.json", "model.safetensors", "consolidated.safetensors", "README.md", manifest.NAME):
+    for name in ("config.json", "model.safetensors", "consolidated.safetensors", "LICENSE.txt", manifest.NAME):
         (tmp_path / name).write_bytes(b"four")
     (tmp_path / "below").mkdir()
     assert set(base_files.hashes(tmp_path)) == {"config.json", "model.safetensors"}

@@ -283,3 +283,15 @@ def test_the_manifest_is_readable_text(final):
     text = (final / manifest.NAME).read_text(encoding="utf-8")
     assert "сайга" in text
     assert json.loads(text)["parameters"] == {"model": "сайга"}
+
+
+def test_a_text_that_the_disk_does_not_take_leaves_what_was_there(tmp_path, monkeypatch):
+    file = manifest.write_text(tmp_path / "x.json", "before")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(manifest.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        manifest.write_text(file, "after")
+    assert [item.name for item in tmp_path.iterdir()] == ["x.json"] and file.read_text() == "before"
