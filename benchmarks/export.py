@@ -315,6 +315,7 @@ def forget(directory: Path) -> None:
     """The next reader finds the files on the disk, not in the memory of the system, as with a base just attached."""
     for file in directory.iterdir():
         opened = os.open(file, os.O_RDONLY)
+        os.fsync(opened)  # what is not yet on the disk stays in memory
         os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(opened)
 

@@ -1,9 +1,9 @@
 """A GGUF into the files beside it: Ollama's Modelfile, llama-server's command, a model card."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from saigakit import fit, gguf_card, lineage, manifest, modelfile, tokenization
 from saigakit.chat_format import ChatFormat
@@ -27,18 +27,19 @@ def write(
     files: Mapping[str, Path],
     *,
     spec: ModelSpec,
-    adapters: Sequence[Path] = (),
+    inputs: Mapping[str, Any],
     prefix: str = "",
 ) -> list[Path]:
     """Beside the first of `files` (quant type to GGUF), whose names begin with `prefix`; for the one that fits best.
 
+    `inputs`: those of the manifest, of which the files were made.
     A chat template that no Modelfile can hold is said aloud, and there is none. Raises SaigaError where a file with
     one of these names is there: nothing is overwritten.
     """
     made = paths(next(iter(files.values())).parent, prefix)
     for file in made.values():
         manifest.require_absent(file)
-    texts = made_of(files, spec=spec, origin=gguf_card.origin_of(adapters))
+    texts = made_of(files, spec=spec, origin=gguf_card.origin(inputs))
     return [manifest.write_text(made[name], text) for name, text in texts.items()]
 
 

@@ -50,7 +50,7 @@ def merge_gguf(
         n_ctx = min(fit.LEAST_CONTEXT, spec.context_length)
         fit.plot(export.architecture.shape, by_type, n_ctx=n_ctx).savefig(partial / "memory.png", dpi=110)
         made = paths(partial / "model.gguf", export.quant_types)
-        companions.write(made, spec=spec, adapters=adapter_dirs)
+        companions.write(made, spec=spec, inputs=identity["inputs"])
     return final
 
 

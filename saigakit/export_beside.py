@@ -84,8 +84,8 @@ def _gguf(
         **given,
     )
     files, spec = gguf_files.paths(made, chosen), models.find(model)
-    directories = [sources.adapter_dir(spec, path) for path, _ in weighted]
-    written = [*companions.write(files, spec=spec, adapters=directories, prefix=prefix), ours]
+    inputs = manifest.read_beside(made)["inputs"]
+    written = [*companions.write(files, spec=spec, inputs=inputs, prefix=prefix), ours]
     said = [f"model: {_named(file)}" for file in files.values()]
     return [*said, f"beside: {', '.join(file.name for file in written)}", f"talk:  saigakit chat {made}"]
 

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from saigakit import fit, lineage, manifest, markdown, modelfile
 from saigakit.memory import Shape
 from saigakit.models import ModelSpec, Sampling
 
+_WEIGHTS = (".safetensors", ".bin")
 _CARD = Template("""---
 $metadata
 ---
@@ -96,7 +98,7 @@ def text(
     origin: Mapping[str, str] | None = None,
     compared: str = "",
 ) -> str:
-    """`sizes`: name and bytes of the file of each quant type. `origin`: as `origin_of` gives it. `compared`: what was
+    """`sizes`: name and bytes of the file of each quant type. `origin`: as the function gives it. `compared`: what was
     measured, in Markdown."""
     origin, is_merged = origin or {}, any(what.startswith("adapter") for what in origin or {})
     base, name = markdown.linked(spec.base_model), sizes[described.choice.quant_type][0]
@@ -160,16 +162,14 @@ def _python(described: Described, name: str) -> str:
     )
 
 
-def origin_of(adapters: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 of the adapters and, where a training left its manifest, of its records."""
-    rows: dict[str, str] = {}
-    for number, directory in enumerate(adapters, 1):
-        place = "" if len(adapters) == 1 else f" {number}"
-        weights = [manifest.sha256(file) for file in sorted(directory.glob("adapter_model.*"))]
-        rows[f"adapter{place}, SHA-256"] = hashes(weights)
-        if records := lineage.training_records(directory):
-            rows[f"training records{place}, SHA-256"] = hashes(records.values())
-    return rows
+def origin(inputs: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of what a GGUF was made of and of what its adapter was trained on; `inputs`: those of its manifest."""
+    rows: dict[str, Collection[str]] = {
+        "base": lineage.weights_of(inputs.get("base") or {}),
+        "adapter": [found for name, found in (inputs.get("adapter") or {}).items() if name.endswith(_WEIGHTS)],
+        "training records": (inputs.get("train") or {}).values(),
+    }
+    return {f"{what}, SHA-256": hashes(sorted(digests)) for what, digests in rows.items() if digests}
 
 
 def hashes(digests: Iterable[str]) -> str:

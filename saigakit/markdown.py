@@ -7,6 +7,7 @@ from typing import Any
 
 from saigakit import sources
 from saigakit.models import ModelSpec
+from saigakit.tables import Table
 
 # The names that the Hub has for licences: https://huggingface.co/docs/hub/repositories-licenses
 _LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "gemma")
@@ -16,6 +17,10 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     names = [_cell(name) for name in header]
     lines = [names, ["---"] * len(names), *([_cell(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def of_table(shown: Table) -> str:
+    return f"{table(shown.header, shown.rows)}\n\n{shown.note}\n"
 
 
 def _cell(text: str) -> str:

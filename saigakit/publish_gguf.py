@@ -3,7 +3,7 @@
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from saigakit import (
     gguf_card,
     kaggle_models,
     kernels,
-    lineage,
     manifest,
     markdown,
     models,
@@ -25,7 +24,6 @@ from saigakit import (
 from saigakit.errors import SaigaError
 from saigakit.tokenizer_backends import gguf_vocabulary
 
-_WEIGHTS = (".safetensors", ".bin")
 _SHOWN = (".gguf", ".png")
 _FRAMEWORK = "gguf"  # as Kaggle's paths name it
 # The names that Kaggle has for licences; others are named in the card.
@@ -114,7 +112,7 @@ def _files(
     texts = companions.made_of(
         _by_type(file for name, file in files.items() if name.endswith(".gguf")),
         spec=models.find(content["parameters"]["model"]),
-        origin=_origin(content["inputs"]),
+        origin=gguf_card.origin(content["inputs"]),
         title=title,
         compared=_compared(directory, content) if (directory / manifest.NAME).is_file() else "",
     )
@@ -134,16 +132,6 @@ def _by_type(files: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
-def _origin(inputs: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of what the GGUF was made of, and of what its adapter was trained on."""
-    rows = {
-        "base": lineage.weights_of(inputs["base"]),
-        "adapter": [found for name, found in (inputs.get("adapter") or {}).items() if name.endswith(_WEIGHTS)],
-        "training records": (inputs.get("train") or {}).values(),
-    }
-    return {f"{what}, SHA-256": gguf_card.hashes(digests) for what, digests in rows.items() if digests}
-
-
 def _compared(stage_dir: Path, content: manifest.Manifest) -> str:
     """The table of 04_infer beside the stage, and what quantising cost; empty where both are missing or of others."""
     tables = [quality_by_type.kept(stage_dir, content)]
@@ -153,4 +141,4 @@ def _compared(stage_dir: Path, content: manifest.Manifest) -> str:
             tables.insert(0, results.show_table(results.read(directory)))
         else:
             print(f"{directory} compared another GGUF: its numbers are not in the model card.", flush=True)
-    return "\n".join(f"{markdown.table(found.header, found.rows)}\n\n{found.note}\n" for found in tables if found)
+    return "\n".join(markdown.of_table(found) for found in tables if found)

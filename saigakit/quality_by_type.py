@@ -7,7 +7,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from saigakit import calibration, data, export, manifest, models, quality, sources, workspace
+from saigakit import (
+    calibration,
+    companions,
+    data,
+    export,
+    gguf_card,
+    manifest,
+    markdown,
+    models,
+    quality,
+    sources,
+    workspace,
+)
 from saigakit.gguf_files import Export, paths
 from saigakit.quality import Quality
 from saigakit.tables import Table
@@ -27,8 +39,8 @@ def of_stage(
     """What quantising cost the files of a finished 03_merge_gguf, on answers of the held-out records of 01_format.
 
     Also what it would cost in `quant_types`. Their files and the reference, float16 or Q8_0, are made in the scratch
-    directory and deleted; what was measured is kept beside the stage, in 03_quality. None, with a sentence that says
-    why, where there are no held-out records, no room, or `max_tokens` is 0.
+    directory and deleted; what was measured is kept beside the stage, in 03_quality, with a model card that has it.
+    None, with a sentence that says why, where there are no held-out records, no room, or `max_tokens` is 0.
     """
     stage = Path(stage_dir)
     content, records = manifest.require_stage(stage, export.STAGE), sources.formatted_records("held_out", stage.parent)
@@ -57,6 +69,7 @@ def of_stage(
         with manifest.making(final, **identity, is_derived=True) as partial:
             found = compared.measured(reference, records, max_tokens, n_gpu_layers)
             manifest.write_text(partial / _MEASURED, json.dumps(found, indent=1))
+            manifest.write_text(partial / companions.CARD, compared.card(content["inputs"], _table(found)))
     return kept(stage, content)
 
 
@@ -137,6 +150,12 @@ class _Compared:
             sizes = {each: file.stat().st_size for each, file in files.items()}
         return {"reference": reference, "bytes": sizes, "types": found}
 
+    def card(self, inputs: Mapping[str, Any], measured: Table) -> str:
+        """The model card of the stage's files, with what was measured."""
+        spec, origin = self.export.spec, gguf_card.origin(inputs)
+        compared = markdown.of_table(measured)
+        return companions.made_of(self.files, spec=spec, origin=origin, compared=compared)[companions.CARD]
+
 
 def kept(stage_dir: Path, content: manifest.Manifest) -> Table | None:
     """What `of_stage` has kept; None where it has not run, or for other files."""
@@ -144,5 +163,9 @@ def kept(stage_dir: Path, content: manifest.Manifest) -> Table | None:
     if not (directory / manifest.NAME).is_file() or manifest.read(directory)["inputs"]["gguf"] != content["outputs"]:
         return None
     found = json.loads((directory / _MEASURED).read_text(encoding="utf-8"))
+    return _table(found)
+
+
+def _table(found: Mapping[str, Any]) -> Table:
     measured = {name: Quality(**values) for name, values in found["types"].items()}
     return quality.table(found["bytes"], measured, found["reference"])

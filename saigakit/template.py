@@ -22,8 +22,8 @@ from saigakit.models import ModelSpec
 Message = Mapping[str, Any]
 MARKS = ("\U000f0002", "\U000f0003")
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
-_REFUSAL = re.compile(r"(\{\{[-+]?)\s*raise_exception\(.*?\)\s*([-+]?\}\})", re.DOTALL)
-_TURNED = re.compile(r"(\{%[-+]?\s*for\s+[^%]+?\s+in\s+)([\w.]+)\[::-1\]")
+_REFUSAL = re.compile(r"(\{\{[-+]?)\s*raise_exception\((?:(?!\}\}).)*?\)\s*([-+]?\}\})", re.DOTALL)
+_TURNED = re.compile(r"(\{%[-+]?\s*for\s+[^%]+?\s+in\s+)([\w.]+)\[::-1\](?!\[)")
 
 
 class _Generation(Extension):

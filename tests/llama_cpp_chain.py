@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import importlib.metadata
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -24,6 +25,7 @@ import llama_cpp
 import pytest
 
 _CONVERTER = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/")
+_SERVER = ("common/arg.cpp",)
 _JINJA = ("common/jinja/", "common/json.", "common/unicode.", "vendor/nlohmann/", "ggml/include/ggml.h")
 # Of each template with its variables the text, or {"error": …}.
 _RENDERER = """
@@ -81,7 +83,7 @@ def source(cache_dir: Path) -> Path:
     Skips where it is not to be had.
     """
     version = importlib.metadata.version("llama-cpp-python")
-    kept = cache_dir / f"llama_cpp_source_{version}"
+    kept = cache_dir / f"llama_cpp_source_{version}_2"  # of what is kept of it, the second choice
     if not kept.is_dir():
         with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
             archive = _source(version, Path(scratch))
@@ -114,6 +116,11 @@ def jinja(source_dir: Path) -> Path:
     return made
 
 
+def options(source_dir: Path) -> set[str]:
+    """What its programs take on their command lines."""
+    return set(re.findall(r'"(--?[a-z][a-z0-9-]*)"', (source_dir / "common" / "arg.cpp").read_text(encoding="utf-8")))
+
+
 def rendered(program: Path, jobs: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Of each {"template": …, "variables": …} the text, or {"error": …}."""
     done = subprocess.run([str(program)], input=json.dumps(jobs), capture_output=True, text=True, check=True)
@@ -138,7 +145,7 @@ def _unpack(archive: Path, target: Path) -> None:
     with tarfile.open(archive) as tar:
         for item in tar:
             _, is_there, name = item.name.partition("/vendor/llama.cpp/")
-            if is_there and item.isfile() and name.startswith((*_CONVERTER, *_JINJA)):
+            if is_there and item.isfile() and name.startswith((*_CONVERTER, *_JINJA, *_SERVER)):
                 stream = tar.extractfile(item)
                 assert stream is not None
                 (target / name).parent.mkdir(parents=True, exist_ok=True)

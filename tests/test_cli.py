@@ -301,6 +301,7 @@ def test_the_options_of_export_reach_the_library(tmp_path, monkeypatch, argument
         asked.update(given)
         for name in ("m.gguf", "m-Q4_0.gguf"):
             (tmp_path / name).write_bytes(b"GGUF")
+        manifest.write(tmp_path / "m.saigakit.json", stage="", parameters={}, inputs={}, facts={}, outputs={})
         return tmp_path / "m.gguf"
 
     def write(files, **given):

@@ -7,7 +7,7 @@ import llama_cpp
 import pytest
 import small_models
 
-from saigakit import companions, export, fit, gguf_card, gguf_files, models, template
+from saigakit import companions, export, fit, gguf_card, gguf_files, manifest, models, template
 from saigakit.errors import SaigaError
 
 
@@ -19,7 +19,7 @@ def file(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts(file, tiny):
-    origin = gguf_card.origin_of([tiny / "adapter"])
+    origin = gguf_card.origin({"adapter": manifest.hashes(tiny / "adapter")})
     return companions.made_of({"Q4_K_M": file}, spec=models.find("saiga_tiny"), origin=origin, compared="| a |")
 
 
@@ -79,9 +79,9 @@ def test_nothing_is_overwritten(file, tmp_path):
     beside.write_bytes(file.read_bytes())
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(SaigaError, match=r"README\.md is there already"):
-        companions.write({"Q4_K_M": beside}, spec=models.find("saiga_tiny"))
+        companions.write({"Q4_K_M": beside}, spec=models.find("saiga_tiny"), inputs={})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "model.gguf"]
-    made = companions.write({"Q4_K_M": beside}, spec=models.find("saiga_tiny"), prefix="mine.")
+    made = companions.write({"Q4_K_M": beside}, spec=models.find("saiga_tiny"), inputs={}, prefix="mine.")
     assert [path.name for path in made] == ["mine.Modelfile", "mine.llama-server.txt", "mine.README.md"]
 
 

@@ -2,7 +2,10 @@
 
 import re
 import time
+from pathlib import Path
 
+import llama_cpp
+import numpy as np
 import pytest
 import small_models
 
@@ -39,6 +42,16 @@ def test_the_time_of_merging_is_about_what_it_then_takes(base_dir, tmp_path, int
     assert 0.1 * took < foreseen < 10 * took  # timed beside other work
     table = str(estimate_export.plan({"Q8_0": (types, 10**6)}, shapes, merged.base, 10**6, read))
     assert float(re.search(r"merge.* (\d+) s", table)[1]) < 10
+
+
+def test_a_wheel_without_avx2_is_told_in_the_plan(base_dir, monkeypatch):
+    if " avx2 " not in Path("/proc/cpuinfo").read_text(encoding="utf-8").replace("\n", " "):
+        pytest.skip("This CPU has no AVX2.")
+    base = Merged.of(base_dir, None).base
+    for built, is_slow in ((b"AVX = 1 | AVX2 = 1 | ", False), (b"AVX = 1 | ", True)):
+        monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda built=built: built)
+        table = estimate_export.plan({}, {"x": (4, 256)}, base, 0, lambda _, rows: np.ones((4, 256), np.float32)[rows])
+        assert ("This wheel of llama-cpp-python does not use AVX2" in table.note) == is_slow
 
 
 def test_what_an_export_holds_does_not_grow_with_a_matrix():

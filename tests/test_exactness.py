@@ -21,6 +21,8 @@ from saigakit.merge import Merged
 EVERY = tuple(quant_type for quant_type in quantization.QUANT_TYPES if quant_type != "F32")
 BY_LAYER = ("Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "IQ4_XS")  # those whose types depend on a layer's place
 SOME = ("F16", "Q4_K_M")
+PROMISED = {"F16", "BF16", "Q8_0", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "IQ4_XS"}
+assert set(EVERY) >= PROMISED
 
 
 def own_template(base_dir):

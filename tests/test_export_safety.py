@@ -12,11 +12,12 @@ import small_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from saigakit import export, streaming, workspace
+from saigakit import export, read_back, streaming, tokenization, workspace
 from saigakit.errors import SaigaError
 from saigakit.merge import Merged
 
 KILLS = 20
+TEXTS = ["Что такое пружина?", "Упругая деталь. ё й 你好"]
 # Everything heavy is imported once; each export runs in a fork, which is killed after a random time.
 KILLED = """
 import os, random, signal, sys, time
@@ -48,6 +49,8 @@ for _ in range(kills):
     print("KILL", sorted(os.listdir(os.path.dirname(output))), flush=True)
     for name in os.listdir(os.path.dirname(output)):
         if name in ("x.gguf", "x-Q8_0.gguf"):  # it was quicker than the kill
+            whole = output + ".whole" if name == "x.gguf" else output.replace("x.gguf", "x.gguf-Q8_0.whole")
+            assert open(os.path.join(os.path.dirname(output), name), "rb").read() == open(whole, "rb").read()
             os.rename(os.path.join(os.path.dirname(output), name), output + ".early" + name)
 assert os.waitpid(started(output), 0)[1] == 0
 """
@@ -191,7 +194,48 @@ def test_the_plan_says_what_is_read_and_written(made):
     assert all(f"write {each}" in said for each in ("Q4_K_M", "Q2_K"))
 
 
-def test_held_out_records_are_compared_with_the_file(made, tmp_path):
+def test_held_out_records_are_compared_with_the_file(made, tmp_path, monkeypatch, capsys):
     chosen = export.Export.of(export.models.find(str(made[0])), made[1], None, "Q4_0")
-    facts = chosen.write(tmp_path / "x.gguf", ["Что такое пружина?", "Упругая деталь. ё й 你好"])
+    facts = chosen.write(tmp_path / "x.gguf", TEXTS)
     assert json.loads(json.dumps(facts))["files"]["x.gguf"]["quant_type"] == "Q4_0"
+    assert "2 held-out texts have the ids of the training" in capsys.readouterr().out
+    encode = tokenization.GgufTokenizer.encode_text
+    monkeypatch.setattr(tokenization.GgufTokenizer, "encode_text", lambda self, text: encode(self, text)[:-1])
+    with pytest.raises(SaigaError):
+        chosen.write(tmp_path / "y.gguf", TEXTS)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"]
+
+
+@pytest.mark.parametrize("damage", ["a byte", "metadata", "the end", "llama.cpp"])
+def test_what_came_out_wrong_gets_no_name(made, tmp_path, monkeypatch, damage):
+    chosen = export.Export.of(export.models.find(str(made[0])), made[1], None, "Q8_0")
+    write_at, fill = streaming._write_at, streaming.fill
+    if damage == "a byte":
+
+        def other_byte(file, content, offset):
+            write_at(file, memoryview(bytes([content[0] ^ 64, *content[1:]])), offset)
+
+        monkeypatch.setattr(streaming, "_write_at", other_byte)
+    elif damage == "llama.cpp":  # as of a scale that overflowed: whole by all checksums
+        monkeypatch.setattr(read_back, "_require_loadable", lambda *_: refuse())
+    else:
+
+        def filled(targets, *given, **named):
+            made = fill(targets, *given, **named)
+            content = targets[0].file.read_bytes()
+            changed = (
+                content.replace(b"general.sampling.temp", b"general.sampling.tEmp")
+                if damage == "metadata"
+                else content[:-64]
+            )
+            targets[0].file.write_bytes(changed)
+            return made
+
+        monkeypatch.setattr(streaming, "fill", filled)
+
+    def refuse():
+        raise SaigaError("llama.cpp cannot load it")
+
+    with pytest.raises(SaigaError):
+        chosen.write(tmp_path / "x.gguf", TEXTS)
+    assert list(tmp_path.iterdir()) == []

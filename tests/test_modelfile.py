@@ -6,6 +6,7 @@ Ollama itself is not run: what it hands to a template is written out in go_engin
 import re
 
 import go_engine
+import llama_cpp_chain
 import pytest
 import vocabularies
 
@@ -228,6 +229,13 @@ def test_where_memory_is_short_the_cache_is_quantised_and_the_server_keeps_no_mo
     made = modelfile.modelfile("m", saigas_chat(), stops=[], sampling=Sampling(), choice=SMALL, system_prompt=None)
     assert "OLLAMA_FLASH_ATTENTION=1 and OLLAMA_KV_CACHE_TYPE=q8_0" in made
     assert "PARAMETER num_ctx 2048" in made
+
+
+def test_llama_cpp_knows_every_option_of_the_servers_command(callers_cache):
+    known = llama_cpp_chain.options(llama_cpp_chain.source(callers_cache))
+    made = modelfile.llama_server("m", sampling=Sampling(), choice=SMALL).splitlines()[-1].split()
+    given = {word for word in made if word.startswith("-") and not word[1:].isdecimal()}
+    assert len(given) >= 10 and given <= known, given - known
 
 
 def test_a_model_that_fits_no_machine_is_said_not_to():

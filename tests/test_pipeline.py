@@ -63,6 +63,17 @@ def test_every_stage_has_a_directory_a_manifest_an_executed_notebook_and_a_page(
     assert [path.name for path in run.iterdir() if "partial" in path.name] == []
 
 
+def test_the_notebook_of_the_merge_shows_plan_file_sizes_quality_and_what_fits(finished):
+    cells = json.loads((finished[0] / "run" / "03_merge_gguf.ipynb").read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    shown = [output.get("data", {}) for output in outputs]
+    said = "".join("".join(output.get("text", "")) for output in outputs)
+    said += "".join("".join(data.get("text/plain", "")) for data in shown)
+    for part in ("read · читается", "together · всего", "Read back:", "perplexity", "KL", "6 GiB"):
+        assert part in said, part
+    assert sum("image/png" in data for data in shown) == 2
+
+
 def test_a_second_run_keeps_every_stage_and_says_so(finished):
     directory, _ = finished
     before = {stage: (directory / "run" / stage).stat().st_mtime_ns for stage in summary.STAGES}

@@ -41,6 +41,8 @@ def test_a_stage_and_further_types_are_measured_once(stage, capsys):
     again = quality_by_type.of_stage(stage, quant_types=("Q2_K", "Q8_0", "Q4_K_M"), importance=matrix, max_tokens=300)
     assert again == table and "03_quality: " in capsys.readouterr().out
     content = manifest.read(stage)
+    card = (stage.parent / "03_quality" / "README.md").read_text(encoding="utf-8")
+    assert "## Measured" in card and f"| Q4_K_M | {table.rows[1][1]} | " in card and table.note in card
     assert quality_by_type.kept(stage, content) == table
     assert quality_by_type.kept(stage, {**content, "outputs": {"model.gguf": "of another"}}) is None
 

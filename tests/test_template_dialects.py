@@ -72,6 +72,16 @@ def test_another_engine_renders_the_same_text(name, conversation, add_generation
     assert other_engine().render_str(text, **given) == expected
 
 
+def test_a_refusal_under_a_condition_takes_no_text_with_it():
+    text = (
+        "{{ raise_exception('no') if not messages }}between{{ raise_exception('(a)') }}{{ messages[0].role.strip() }}"
+    )
+    kept = template.for_inference(text)
+    assert template.render([USER], kept) == "betweenuser"
+    turned = "{% for m in messages[::-1][1:] %}{{ m.role }}{% endfor %}"
+    assert template.render([SYSTEM, USER], template.for_inference(turned)) == "system"
+
+
 def test_the_other_engine_does_not_know_the_generation_tag():
     with pytest.raises(minijinja.TemplateError):
         minijinja.Environment().render_str(vocabularies.HERMES_TOOLS, messages=[ANSWER])
