@@ -171,6 +171,18 @@ REAL = {
         {**USUAL, **UNKNOWN, **NO_BOS, **NO_EOS, **SPACE},
         vocabularies.llama2,
     ),
+    "mistral v1": Case(
+        {**SMALL, "kind": "mistral", "vocab_size": 32000},
+        ("Q4_K_M",),
+        {**USUAL, **UNKNOWN, **NO_BOS, **NO_EOS, **SPACE},
+        vocabularies.mistral_v1,
+    ),
+    "mistral v3": Case(
+        {**SMALL, "kind": "mistral", "vocab_size": 32768},
+        ("Q4_K_M",),
+        {**USUAL, **UNKNOWN, **NO_BOS, **NO_EOS, **SPACE},
+        vocabularies.mistral_v3,
+    ),
     "nemo": Case(
         {**SMALL, "kind": "mistral", "head_dim": 32, "vocab_size": 131072},
         ("Q4_K_M",),
