@@ -58,9 +58,10 @@ def _identity(export: Export, adapter_dirs: Sequence[Path], **parameters: Any) -
     """What a manifest begins with. Raises SaigaError for an adapter that was trained on other weights."""
     quant_type, *further = export.quant_types
     parameters |= {"model": export.spec.name, "quant_type": quant_type}
+    tokenizer = sources.tokenizer_files(export.spec, parameters["base_source"])
     inputs: dict[str, Any] = {
         "base": base_files.hashes(export.base_dir),
-        "tokenizer": {file.name: manifest.sha256(file) for file in export.tokenizer_files},
+        "tokenizer": {file.name: manifest.sha256(file) for file in tokenizer},
         "adapter": _numbered([manifest.hashes(directory) for directory in adapter_dirs]),
         "train": _numbered([lineage.training_records(directory) for directory in adapter_dirs]),
     }

@@ -98,7 +98,7 @@ def text(
     origin: Mapping[str, str] | None = None,
     compared: str = "",
 ) -> str:
-    """`sizes`: name and bytes of the file of each quant type. `origin`: as the function gives it. `compared`: what was
+    """`sizes`: name and bytes of the file of each quant type. `origin`: as `origin()` gives it. `compared`: what was
     measured, in Markdown."""
     origin, is_merged = origin or {}, any(what.startswith("adapter") for what in origin or {})
     base, name = markdown.linked(spec.base_model), sizes[described.choice.quant_type][0]

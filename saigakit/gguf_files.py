@@ -65,7 +65,6 @@ class Export:
     architecture: Architecture
     vocabulary: Vocabulary
     tokenizer: FastTokenizer
-    tokenizer_files: Sequence[Path]
     shapes: Mapping[str, "Shape"]  # GGUF names, in the order of the file
     source_of: Mapping[str, str]  # GGUF name to the base's; a computed tensor has none
     importance: Importance | None = None
@@ -109,7 +108,6 @@ class Export:
             architecture=architecture,
             vocabulary=Vocabulary.of(sources.tokenizer_dir(spec, base_source), tokenizer, architecture.config),
             tokenizer=tokenizer,
-            tokenizer_files=sources.tokenizer_files(spec, base_source),
             shapes={name: shapes[name] for name in quantization.in_order(shapes)},
             source_of=source_of,
             importance=matrix,
