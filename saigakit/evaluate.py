@@ -171,7 +171,7 @@ def _prompts(examples: Sequence[Example], tokenizer: tokenization.Tokenizer) -> 
 def _require_memory(base_dir: Path, quantization: models.Quantization, asked: Asked) -> None:
     """For the base and one text at a time; more memory answers more texts at once."""
     gpus = workspace.gpus()
-    itemsize = 2 if gpus or workspace.cpu_has_bf16() else 4
+    itemsize = 2 if gpus or workspace.cpu_has_bf16() else 4  # at least: the child measures which is faster
     tokens = max(map(len, asked.prompts)) + asked.max_new_tokens
     parts = memory.inference(memory.Shape.of(base_dir), quantization, itemsize, tokens)
     what = f"Answering with {base_dir.name} ({memory.in_words(parts)}, {OVERHEAD / workspace.GB:.1f} GB of libraries)"

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from saigakit import data, generation, manifest, questions, tokenization
+from saigakit import data, generation, manifest, questions, tokenization, weights
 from saigakit.conversations import Conversations
 from saigakit.errors import SaigaError
 from saigakit.questions import Example
@@ -148,7 +148,7 @@ def generating(model: "PeftModel") -> Iterator[Any]:
         base.generation_config = GenerationConfig()  # the model's own may hold a repetition penalty
         model.eval()
         _give_back_memory(device)
-        with torch.autocast(device, dtype=dtype) if dtype != torch.float32 else nullcontext():
+        with torch.autocast(device, dtype=dtype) if dtype != torch.float32 else weights.fast_products():
             yield base
     finally:
         base.generation_config = settings

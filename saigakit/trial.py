@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from saigakit import memory
+from saigakit import memory, weights
 from saigakit.errors import SaigaError
 
 if TYPE_CHECKING:
@@ -64,9 +64,10 @@ def _step(
     import torch
 
     start = time.perf_counter()
-    with autocast():
-        loss: torch.Tensor = model(**batch, use_cache=False).loss
-    (loss if scaler is None else scaler.scale(loss)).backward()
+    with weights.fast_products():
+        with autocast():
+            loss: torch.Tensor = model(**batch, use_cache=False).loss
+        (loss if scaler is None else scaler.scale(loss)).backward()
     if loss.device.type == "cuda":
         torch.cuda.synchronize(loss.device)
     return time.perf_counter() - start

@@ -59,7 +59,6 @@ def main(config_file: Path) -> None:
     preflight.process(torch.cuda.device_count() if on_gpu else 0, processes)
     if on_gpu:
         torch.cuda.set_device(device)
-    weights.cpu_threads()
     start = None if config.resume_from is None else Path(config.resume_from)
     directory = Path(config.output_dir)
     log = Log(directory / curve.LOG_FILE, quiet=rank > 0, resumed_from=start and start / checkpoints.LOG)

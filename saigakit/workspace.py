@@ -18,6 +18,7 @@ GIB = 1024**3
 GB = 10**9
 _IN_CACHE = "name a directory with room in the environment variable SAIGAKIT_CACHE"
 _SESSION_START = "SAIGAKIT_SESSION_START"
+_CPU_MATMUL = "SAIGAKIT_CPU_MATMUL"
 
 
 @dataclass(frozen=True)
@@ -211,16 +212,26 @@ def _parse_gpu(line: str) -> Gpu:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether products in bf16 are faster than in float32 on this CPU: with AMX, and on AMD with AVX512-BF16.
+    """Whether this CPU has bf16 instructions. Whether they are faster is measured: weights.bf16_is_faster.
 
-    Measured: twice the speed on those; on a Xeon that has AVX512-BF16 without AMX, half of it.
+    SAIGAKIT_CPU_MATMUL=float32 turns them off, where results must not depend on the CPU.
     """
+    return cpu_matmul() != "float32" and bool({"amx_bf16", "avx512_bf16"} & cpu_flags())
+
+
+def cpu_matmul() -> str | None:
+    """What SAIGAKIT_CPU_MATMUL asks for, "float32" or "bf16"; None where it is not set. Raises SaigaError for more."""
+    asked = os.environ.get(_CPU_MATMUL)
+    if asked not in (None, "float32", "bf16"):
+        raise SaigaError(f"{_CPU_MATMUL}={asked!r}: write float32 or bf16, or leave it unset to let saigakit measure.")
+    return asked
+
+
+def cpu_flags() -> set[str]:
+    """Instruction sets as Linux names them; empty on other systems."""
     cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return False
-    text = cpuinfo.read_text(encoding="utf-8")
-    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
-    return "amx_bf16" in flags or ("avx512_bf16" in flags and "AuthenticAMD" in text)
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    return set(next((line.split() for line in lines if line.startswith("flags")), []))
 
 
 def session_start() -> float:

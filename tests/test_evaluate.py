@@ -243,7 +243,6 @@ def test_the_memory_needed_is_that_of_weights_one_text_and_the_libraries(tiny, m
     asked = Asked.of([asking("Да.")], tokenizer)
     needed = []
     monkeypatch.setattr(workspace, "gpus", list)
-    monkeypatch.setattr(workspace, "cpu_has_bf16", lambda: False)
     monkeypatch.setattr(workspace, "require_memory", lambda size, what, remedy: needed.append(size))
     evaluate._require_memory(tiny / "base", "none", asked)
     shape = memory.Shape.of(sources.base_dir(evaluate.models.find("saiga_tiny")))

@@ -3,7 +3,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saigakit import generation, workspace
+from saigakit import generation
 from saigakit.generation import HfModel, Progress, batches, until_stop
 
 PROMPTS = [[5, 9, 17], [8, 3, 40, 41, 42, 43, 44], [99], [12, 13, 14, 15, 16, 12, 13]]
@@ -40,11 +40,6 @@ def adapter_dir(base_dir, tmp_path_factory):
     directory = tmp_path_factory.mktemp("adapter")
     adapted.save_pretrained(directory)
     return directory
-
-
-@pytest.fixture(autouse=True)
-def float32(monkeypatch):
-    monkeypatch.setattr(workspace, "cpu_has_bf16", lambda: False)
 
 
 def ask(model, prompts, *, adapted=False, max_new_tokens=12):

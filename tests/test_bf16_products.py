@@ -1,0 +1,132 @@
+"""Products in bf16 make training faster on some CPUs: around forward and backward, and nowhere else."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from bf16_products import Bf16Products
+from safetensors.torch import load_file
+
+from saigakit import curve, fold, launch, loading, train, trainer, weights, worker, workspace
+from saigakit.config import TrainConfig
+from saigakit.errors import SaigaError
+from saigakit.models import Lora
+
+
+@pytest.fixture
+def records(tiny):
+    return tiny / "records.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(launch, "distributed", lambda _, arguments, **__: worker.main(Path(arguments[0])))
+
+
+def trained(records, directory, **settings):
+    files = {"train_file": str(records), "eval_file": str(records), "output_dir": str(directory / "02_train")}
+    given = {"model": "saiga_tiny", "epochs": 1, "quantization": "none", "adapter": "folded"} | files | settings
+    return train.train_adapter(TrainConfig(lora=Lora(rank=3, alpha=6, dropout=0.0), **given))
+
+
+def in_bf16(monkeypatch, records, directory, **settings):
+    """The stage, trained as on a CPU with fast bf16 products, and how many products were made so."""
+    monkeypatch.setenv("SAIGAKIT_CPU_MATMUL", "bf16")
+    with Bf16Products() as products:
+        return trained(records, directory, **settings), products.rounded
+
+
+def losses(stage):
+    return [entry.get("loss", entry.get("held_out_loss")) for entry in curve.read(stage)]
+
+
+def digest(model):
+    parts = (tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in model.state_dict().values())
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def test_bf16_products_leave_the_folded_base_as_it_is(records, tmp_path, monkeypatch):
+    bases, load = [], loading._base
+    monkeypatch.setattr(loading, "_base", lambda *given: bases.append(digest(base := load(*given))) or base)
+    trained(records, tmp_path / "float32")
+    _, rounded = in_bf16(monkeypatch, records, tmp_path / "bf16")
+    assert rounded > 0
+    assert bases[0] == bases[1]
+
+
+def test_bf16_products_leave_the_two_adapters_joined_exactly(records, tmp_path, tiny, monkeypatch):
+    kept, combined = {}, fold.combined
+
+    def keeping(released, new, out):
+        kept.update(load_file(new / "adapter_model.safetensors"))
+        return combined(released, new, out)
+
+    monkeypatch.setattr(fold, "combined", keeping)
+    stage, _ = in_bf16(monkeypatch, records, tmp_path)
+    both = load_file(stage / "adapter_model.safetensors")
+    rank = fold.rank_of(tiny / "adapter")
+    for name, matrix in kept.items():
+        joined, scale = (both[name][rank:], 1) if "lora_A" in name else (both[name][:, rank:], 2)
+        assert torch.equal(joined, scale * matrix), name
+
+
+def test_only_forward_and_backward_run_at_the_fast_precision(records, tmp_path, monkeypatch):
+    seen = []
+
+    def noting(what, function):
+        return lambda *args, **kwargs: (
+            seen.append((what, torch.get_float32_matmul_precision())) or function(*args, **kwargs)
+        )
+
+    monkeypatch.setattr(fold, "into", noting("fold", fold.into))
+    monkeypatch.setattr(fold, "combined", noting("join", fold.combined))
+    monkeypatch.setattr(trainer, "save_adapter", noting("save", trainer.save_adapter))
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting("update", torch.optim.AdamW.step))
+    in_bf16(monkeypatch, records, tmp_path)
+    assert {what for what, _ in seen} == {"fold", "join", "save", "update"}
+    assert {precision for _, precision in seen} == {"highest"}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_training_in_bf16_products_learns_as_well_as_in_float32(records, tmp_path, monkeypatch):
+    """Each loss within 2 %, the last one within 1 %: eight bits of a product's operands, summed in float32."""
+    exact = losses(trained(records, tmp_path / "float32"))
+    stage, rounded = in_bf16(monkeypatch, records, tmp_path / "bf16")
+    assert rounded > 0
+    assert losses(stage) == pytest.approx(exact, rel=0.02)
+    assert losses(stage)[-1] == pytest.approx(exact[-1], rel=0.01)
+    assert losses(stage) != exact
+
+
+def test_products_are_exact_unless_bf16_was_found_faster(monkeypatch):
+    monkeypatch.delenv("SAIGAKIT_CPU_MATMUL")
+    monkeypatch.setattr(workspace, "cpu_has_bf16", lambda: True)
+    for speedup, precision in ((0.5, "highest"), (1.1, "highest"), (2.0, "medium")):
+        monkeypatch.setattr(weights, "_bf16_speedup", lambda speedup=speedup: speedup)
+        with weights.fast_products():
+            assert torch.get_float32_matmul_precision() == precision
+
+
+def test_the_measurement_gives_a_ratio_and_leaves_the_precision(monkeypatch):
+    monkeypatch.delenv("SAIGAKIT_CPU_MATMUL")
+    torch.set_float32_matmul_precision("high")
+    try:
+        weights._bf16_speedup.cache_clear()
+        assert 0.01 < weights._bf16_speedup() < 100
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_failed_step_leaves_float32_behind(monkeypatch):
+    monkeypatch.setenv("SAIGAKIT_CPU_MATMUL", "bf16")
+    with pytest.raises(RuntimeError, match="no memory"), weights.fast_products():
+        raise RuntimeError("no memory")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_another_word_for_the_products_is_refused(monkeypatch):
+    monkeypatch.setenv("SAIGAKIT_CPU_MATMUL", "fast")
+    with pytest.raises(SaigaError, match="SAIGAKIT_CPU_MATMUL='fast': write float32 or bf16"):
+        weights.bf16_is_faster()
