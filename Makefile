@@ -21,6 +21,9 @@ test: .venv/ready
 	$(PYTHON) -m venv .venv
 	@# With a heartbeat, for pip is silent while it compiles. This part of saigakit needs no package.
 	$(BIN)/python -m saigakit.launch $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off "$(TORCH)"
+	@# On some CPUs llama.cpp is compiled in a special way; pip's cache may hold one that was not.
+	args=$$($(BIN)/python -m saigakit.install); \
+	if [ -n "$$args" ]; then export CMAKE_ARGS="$$CMAKE_ARGS $$args" PIP_CACHE_DIR="$$($(BIN)/python -m pip cache dir)/without-amx"; fi; \
 	$(BIN)/python -m saigakit.launch $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable ".[all,dev]"
 	touch .venv/ready
 

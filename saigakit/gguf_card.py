@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from saigakit import fit, lineage, manifest, markdown, modelfile
+from saigakit import fit, install, lineage, manifest, markdown, modelfile
 from saigakit.memory import Shape
 from saigakit.models import ModelSpec, Sampling
 
@@ -40,7 +40,8 @@ Ollama:
 
 $ollama
 
-llama-cpp-python:
+llama-cpp-python (on a Xeon with AMX, gcc before 14 miscompiles llama.cpp, and Python dies while it loads a model;
+install it there with `CMAKE_ARGS="$without_amx" pip install --no-cache-dir --force-reinstall llama-cpp-python`):
 
 $python
 
@@ -118,6 +119,7 @@ def text(
         compared=f"## Measured\n\n{compared.strip()}\n\n" if compared else "",
         server=markdown.block(described.server, "bash"),
         ollama=_ollama(described),
+        without_amx=install.WITHOUT_AMX,
         python=markdown.block(_python(described, name), "python"),
         special=described.end_of_turn,
         origin=markdown.table(("what", "value"), {"base": base, **origin}.items()),

@@ -1,10 +1,12 @@
 """What a stage needs and the machine lacks, into installed packages: on Kaggle by pip, elsewhere into a sentence."""
 
 import importlib
+import os
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -50,6 +52,8 @@ PINS: Mapping[str, tuple[str, str]] = {
 _ON_KAGGLE = ("gguf",)
 # Wheels of llama-cpp-python; there is none for the image's CUDA 12.8, and one for 12.5 runs on it.
 _LLAMA_INDEX = "https://abetlen.github.io/llama-cpp-python/whl"
+WITHOUT_AMX = "-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"
+_FIRST_GOOD_GCC = 14
 _OLDEST_TORCHAO = (0, 16)  # peft 0.19 refuses a plain Linear beside an older one; the image has 0.10.0
 
 
@@ -83,7 +87,7 @@ def require_no_old_torchao() -> None:
         )
 
 
-def needs(stage: str, *, kaggle: bool) -> list[str]:
+def needs(stage: str, *, kaggle: bool = False) -> list[str]:
     """The packages of a stage, each once."""
     names = [name for extra in STAGES[stage] for name in EXTRAS[extra]]
     return list(dict.fromkeys([*names, *(_ON_KAGGLE if kaggle else ())]))
@@ -96,7 +100,31 @@ def missing(names: Sequence[str]) -> list[str]:
 def command(stage: str) -> str:
     """What a user types at home to get the packages of a stage."""
     extras = ",".join(extra for extra in STAGES[stage] if extra)
-    return f'pip install "saigakit[{extras}]"' if extras else "pip install saigakit"
+    if not extras:
+        return "pip install saigakit"
+    cmake_args = llama_cmake_args(workspace.cpu_flags(), gcc_version()) if "llama-cpp-python" in needs(stage) else ""
+    how = f'CMAKE_ARGS="{cmake_args}" pip install --no-cache-dir' if cmake_args else "pip install"
+    return f'{how} "saigakit[{extras}]"'
+
+
+def llama_cmake_args(cpu_flags: Collection[str], gcc: str | None) -> str:
+    """CMAKE_ARGS to compile llama.cpp with: without its AMX kernels where gcc before 14 would miscompile them.
+
+    Python then dies of SIGSEGV while it loads a model: ggml-org/llama.cpp#20824.
+    """
+    if "amx_int8" not in cpu_flags or gcc is None or int(gcc.split(".")[0]) >= _FIRST_GOOD_GCC:
+        return ""
+    return WITHOUT_AMX
+
+
+def gcc_version() -> str | None:
+    """Of the C++ compiler that CMake takes; None where that is not gcc, or there is none."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    try:
+        result = subprocess.run([*compiler, "-dumpfullversion"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return result.stdout.strip() if re.match(r"\d+\.", result.stdout) else None  # clang does not know this option
 
 
 def pip_arguments(name: str, wheels: Sequence[Path], *, gpu: bool) -> list[str]:
@@ -193,3 +221,7 @@ def _require_imports(modules: Sequence[str]) -> None:
 
 def _last_lines(text: str) -> str:
     return "\n".join(text.strip().splitlines()[-5:])
+
+
+if __name__ == "__main__":  # for the Makefile
+    print(llama_cmake_args(workspace.cpu_flags(), gcc_version()))

@@ -7,7 +7,7 @@ import llama_cpp
 import pytest
 import small_models
 
-from saigakit import companions, export, fit, gguf_card, gguf_files, manifest, models, template
+from saigakit import companions, export, fit, gguf_card, gguf_files, install, manifest, models, template
 from saigakit.errors import SaigaError
 
 
@@ -53,6 +53,10 @@ def test_the_cards_python_is_python(texts):
     code = python_of(texts["README.md"])
     compile(code, "card", "exec")
     assert models.SAIGA_SYSTEM_PROMPT in code
+
+
+def test_the_card_says_how_to_compile_llama_cpp_where_it_would_crash(texts):
+    assert f'CMAKE_ARGS="{install.WITHOUT_AMX}" pip install' in texts["README.md"]
 
 
 def test_where_memory_is_short_all_speak_of_one_context_and_one_type_of_cache(tiny, tmp_path, monkeypatch):

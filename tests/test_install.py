@@ -127,10 +127,62 @@ def test_a_build_tag_in_an_attached_wheels_version_does_not_matter():
         ("04_infer", 'pip install "saigakit[train,infer]"'),
     ],
 )
-def test_at_home_the_command_is_that_of_the_extras(stage, command):
+def test_at_home_the_command_is_that_of_the_extras(stage, command, monkeypatch):
+    monkeypatch.setattr(install, "gcc_version", lambda: None)
     assert install.command(stage) == command
     extras = command.partition("[")[2].rstrip(']"')
     assert set(filter(None, extras.split(","))) <= set(PROJECT["optional-dependencies"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "gcc", "args"),
+    [
+        ({"avx2", "amx_int8"}, "12.2.0", install.WITHOUT_AMX),
+        ({"avx2", "amx_int8"}, "13.3.0", install.WITHOUT_AMX),
+        ({"avx2", "amx_int8"}, "14.1.0", ""),
+        ({"avx2", "amx_int8"}, None, ""),  # clang
+        ({"avx2"}, "12.2.0", ""),
+        (set(), "9.4.0", ""),  # not Linux
+    ],
+)
+def test_llama_cpp_is_compiled_without_amx_where_gcc_would_break_it(flags, gcc, args):
+    assert install.llama_cmake_args(flags, gcc) == args
+
+
+def test_at_home_the_command_for_such_a_machine_compiles_llama_cpp_again(monkeypatch):
+    monkeypatch.setattr(install.workspace, "cpu_flags", lambda: {"amx_int8"})
+    monkeypatch.setattr(install, "gcc_version", lambda: "12.2.0")
+    assert install.command("02_train") == 'pip install "saigakit[train]"'
+    infer = f'CMAKE_ARGS="{install.WITHOUT_AMX}" pip install --no-cache-dir "saigakit[train,infer]"'
+    assert install.command("04_infer") == infer
+
+
+@pytest.mark.parametrize(
+    ("script", "version"),
+    [
+        ('[ "$1" = -dumpfullversion ] && echo 12.2.0', "12.2.0"),
+        ("echo \"clang: error: unknown argument: '$1'\" >&2; exit 1", None),
+    ],
+)
+def test_the_version_of_gcc_is_that_of_the_compiler_which_cmake_takes(script, version, tmp_path, monkeypatch):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert install.gcc_version() == version
+
+
+def test_without_a_compiler_there_is_no_version(monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert install.gcc_version() is None
+
+
+def test_the_llama_cpp_of_this_environment_has_no_amx_kernels_that_crash():
+    """What make installs: on a CPU with AMX, plain llama_cpp.Llama died of SIGSEGV."""
+    import llama_cpp
+
+    if install.llama_cmake_args(install.workspace.cpu_flags(), install.gcc_version()):
+        assert b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
 
 
 def test_an_unknown_stage_is_refused_with_the_names_of_all():
