@@ -20,11 +20,11 @@ test: .venv/ready
 	@echo "Making .venv: about 10 minutes the first time, because llama.cpp is compiled; later runs start at once."
 	$(PYTHON) -m venv .venv
 	@# With a heartbeat, for pip is silent while it compiles. This part of saigakit needs no package.
-	$(BIN)/python -m saigakit.launch $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off "$(TORCH)"
+	$(BIN)/python -m saigakit.core.launch $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off "$(TORCH)"
 	@# On some CPUs llama.cpp is compiled in a special way; pip's cache may hold one that was not.
-	args=$$($(BIN)/python -m saigakit.install); \
+	args=$$($(BIN)/python -m saigakit.core.install); \
 	if [ -n "$$args" ]; then export CMAKE_ARGS="$$CMAKE_ARGS $$args" PIP_CACHE_DIR="$$($(BIN)/python -m pip cache dir)/without-amx"; fi; \
-	$(BIN)/python -m saigakit.launch $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable ".[all,dev]"
+	$(BIN)/python -m saigakit.core.launch $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable ".[all,dev]"
 	touch .venv/ready
 
 clean:

@@ -14,10 +14,11 @@ import random
 import tempfile
 from pathlib import Path
 
-from saigakit import curve, definitions, launch, models, train, worker
+from saigakit import curve, definitions, registry, train, worker
 from saigakit.config import TrainConfig
-from saigakit.models import ALL_LINEAR, ATTENTION, Lora
-from saigakit.tables import Table
+from saigakit.core import launch
+from saigakit.core.display import Table
+from saigakit.registry import ALL_LINEAR, ATTENTION, Lora
 
 MODEL, BATCH, LENGTH = "smollm2_135m", 4, 768
 RATE = 5e-4
@@ -63,7 +64,7 @@ def main() -> None:
         general = explanations(directory / "general.jsonl", 1000)
         unseen = explanations(directory / "unseen.jsonl", 40)
         released = learned(directory, "released", general, unseen, given.released_steps, adapter=None, lora=attention)
-        models.MODELS[MODEL] = dataclasses.replace(models.MODELS[MODEL], released_adapter=str(released))
+        registry.MODELS[MODEL] = dataclasses.replace(registry.MODELS[MODEL], released_adapter=str(released))
         ways = {
             "continue the released adapter": {"adapter": "released"},
             "fold it, a new LoRA on all layers": {"adapter": "folded", "lora": everything},

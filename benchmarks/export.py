@@ -30,9 +30,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from saigakit import export, models, quantization, sources, streaming
-from saigakit.models import ALL_LINEAR
-from saigakit.tables import Table
+from saigakit import export, quantization, registry, sources, streaming
+from saigakit.core.display import Table
+from saigakit.registry import ALL_LINEAR
 
 MODEL = "saiga_tiny"  # whose tokenizer the random weights get
 THREADS = 2
@@ -124,14 +124,14 @@ def make_base(directory: Path, shape: str) -> Path:
     }
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (directory / "config.json").write_text(json.dumps(config))
-    tokenizer = sources.tokenizer_dir(models.find(MODEL), None)
+    tokenizer = sources.tokenizer_dir(registry.find(MODEL), None)
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         if (tokenizer / name).is_file():
             shutil.copy(tokenizer / name, directory / name)
     if not (directory / "chat_template.jinja").is_file():
         from saigakit import template
 
-        (directory / "chat_template.jinja").write_text(template.of_model(models.find(MODEL), tokenizer))
+        (directory / "chat_template.jinja").write_text(template.of_model(registry.find(MODEL), tokenizer))
     return directory
 
 
@@ -182,7 +182,7 @@ def step_limit(base: str, adapter: str, output: str, _: str, quant_type: str) ->
     import gguf
     import numpy as np
 
-    made = export.Export.of(models.find(base), Path(adapter), None, quant_type)
+    made = export.Export.of(registry.find(base), Path(adapter), None, quant_type)
     types, whole_rows = made.types(quant_type), made.architecture.shape.head_dim
     largest = max(chunk.numbers for chunk in streaming._chunks(made.shapes, whole_rows))
     numbers = np.random.default_rng(2).normal(0, 0.02, largest).astype(np.float32)

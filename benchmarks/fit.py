@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import get_args
 
-from saigakit import fit, quantization, workspace
+from saigakit import fit, quantization
+from saigakit.core import workspace
 from saigakit.memory import CacheType, Shape
 
 SHAPES = {

@@ -19,7 +19,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from saigakit import activations, data, definitions, examples, export, quality, quantization, tokenization
-from saigakit.tables import Table
+from saigakit.core.display import Table
 
 MODEL = "smollm2_135m"
 QUANT_TYPES = ("Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K")

@@ -22,10 +22,11 @@ from typing import NamedTuple
 
 import psutil
 
-from saigakit import checkpoints, curve, examples, launch, manifest, train, worker
+from saigakit import checkpoints, curve, examples, train, worker
 from saigakit.config import TrainConfig
+from saigakit.core import launch, manifest
+from saigakit.core.display import Table
 from saigakit.errors import SaigaError
-from saigakit.tables import Table
 
 STEPS = 12  # of the run; the last is left alone
 SAVING_S = 0.02  # about what a checkpoint of the tiny Saiga takes

@@ -17,14 +17,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, get_args
 
-from saigakit import export, launch, manifest, models, sources, tokenization, train, weights, worker
+from saigakit import export, registry, sources, tokenization, train, weights, worker
 from saigakit.config import TrainConfig
+from saigakit.core import launch, manifest
+from saigakit.core.display import Table
 from saigakit.data import read_conversations, spread
 from saigakit.definitions import packaged_records
 from saigakit.merge import Into
 from saigakit.merged_safetensors import to_safetensors
-from saigakit.models import ALL_LINEAR, Lora
-from saigakit.tables import Table
+from saigakit.registry import ALL_LINEAR, Lora
 from saigakit.tokenization import IGNORE_INDEX, Example
 
 MODEL, BATCH, LENGTH = "smollm2_135m", 4, 768
@@ -116,7 +117,7 @@ def main() -> None:
     chosen = [talks[index] for index in spread(range(len(talks)), given.held_out)]
     examples = [row for rows in tokenization.encode_rows(chosen, tokenizer, limit=LENGTH) for row in rows]
     examples = [example for example in examples if len(example["input_ids"]) <= LENGTH]
-    base_dir = sources.base_dir(models.find(MODEL), None)
+    base_dir = sources.base_dir(registry.find(MODEL), None)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         nf4_dir = to_safetensors(

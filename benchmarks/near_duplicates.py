@@ -17,7 +17,7 @@ import numpy as np
 import russian_texts
 
 from saigakit import near_duplicates
-from saigakit.tables import Table
+from saigakit.core.display import Table
 
 PLANTED = 1000
 SEEDS = (0, 1, 2)

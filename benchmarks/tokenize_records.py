@@ -25,8 +25,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "true"
 import tokenizers
 
 from saigakit import data, definitions, packing, report, rows, sources, template, tokenization
-from saigakit.models import MODELS
-from saigakit.tables import Table
+from saigakit.core.display import Table
+from saigakit.registry import MODELS
 
 COMPARED, ROUNDS = 20_000, 5
 CONTEXT = 2048

@@ -30,8 +30,8 @@ from pathlib import Path
 
 from saigakit import attention, checkpoints, evaluation, packing, rows, steps, trainer, training_log, training_run
 from saigakit.config import TrainConfig
-from saigakit.models import ATTENTION
-from saigakit.tables import Table
+from saigakit.core.display import Table
+from saigakit.registry import ATTENTION
 from saigakit.tokenization import IGNORE_INDEX
 
 WAYS = ("tutorial", "grouped", "TRL", "saigakit")

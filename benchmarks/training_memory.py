@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from saigakit import attention, head, memory, packing, weights
-from saigakit.models import ALL_LINEAR, ATTENTION, MODELS, Lora
+from saigakit.registry import ALL_LINEAR, ATTENTION, MODELS, Lora
 
 CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 NO_DROPOUT = Lora(dropout=0.0)

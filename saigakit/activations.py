@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saigakit import forward, quantization
+from saigakit.core.progress import Every
 from saigakit.errors import SaigaError
 from saigakit.importance import Importance, Squares, sampled
-from saigakit.progress import Every
 
 if TYPE_CHECKING:
     import numpy as np

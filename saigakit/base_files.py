@@ -4,7 +4,7 @@ import fnmatch
 from collections.abc import Iterable
 from pathlib import Path
 
-from saigakit import manifest
+from saigakit.core import manifest
 
 KINDS = (  # of weights: an index, and what the shards are called; the first that is there is read
     ("model.safetensors.index.json", "model*.safetensors"),

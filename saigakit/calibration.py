@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saigakit import activations, base_files, data, export, manifest, models, rows, sources, tokenization, workspace
+from saigakit import activations, base_files, data, export, registry, rows, sources, tokenization
+from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
 from saigakit.lineage import MergeInto
 from saigakit.rows import Rows
@@ -74,7 +75,7 @@ def matrix_for(
     """
     if importance != OF_RECORDS:
         return None if importance is None else workspace.find_input(importance, run_dir=run_dir)
-    spec, records = models.find(model), sources.formatted_records("train", run_dir)
+    spec, records = registry.find(model), sources.formatted_records("train", run_dir)
     if records is None:
         raise SaigaError(
             f"importance={OF_RECORDS!r} needs 01_format/train.jsonl, which is not in {run_dir} or attached: run "
@@ -108,7 +109,7 @@ def matrix_for(
 
 def token_rows(records: str | Path, model: str, base_source: str | None) -> Rows:
     """Conversations evenly spread over the records, as training has them."""
-    spec = models.find(model)
+    spec = registry.find(model)
     conversations = data.spread(data.read_conversations(sources.records_files(str(records))), _CONVERSATIONS)
     tokenizer = tokenization.load_tokenizer(spec.name, base_source)
     return rows.store(conversations, tokenizer, _LONGEST, name=Path(records).name)

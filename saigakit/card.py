@@ -7,8 +7,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from saigakit import curve, evaluate, manifest, markdown, results, sources, train
+from saigakit import curve, evaluate, markdown, results, sources, train
 from saigakit.config import TrainConfig
+from saigakit.core import manifest
 from saigakit.tokenization import Tokenizer
 
 _CARD = Template("""---

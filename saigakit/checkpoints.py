@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from saigakit import manifest, workspace
+from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
 
 MARK = "checkpoint.json"

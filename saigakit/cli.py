@@ -109,8 +109,8 @@ def train(file: str, parameters: Sequence[tuple[str, Any]], nnodes: int, node_ra
     \b
     Example: saigakit train -f train.yaml -p epochs 3
     """
-    from saigakit import launch
     from saigakit import train as training
+    from saigakit.core import launch
 
     if nnodes > 1:
         launch.join_nodes(nnodes, node_rank, rdzv_endpoint)
@@ -267,7 +267,7 @@ def doctor() -> None:
     \b
     Example: saigakit doctor
     """
-    from saigakit import install, manifest, workspace
+    from saigakit.core import install, manifest, workspace
 
     click.echo(f"{workspace.describe()}\n\n{workspace.table(manifest.versions().items())}\n")
     for stage in install.STAGES:

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from saigakit import models
+from saigakit import registry
 from saigakit.errors import SaigaError
-from saigakit.models import Lora, ModelSpec, Quantization
+from saigakit.registry import Lora, ModelSpec, Quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class TrainConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        spec = models.find(self.model)
+        spec = registry.find(self.model)
         if self.adapter in ("released", "folded") and spec.released_adapter is None:
             raise SaigaError(
                 f"adapter={self.adapter!r}: {spec.name} has no released adapter; use adapter=None for a new LoRA."
@@ -90,7 +90,7 @@ class TrainConfig:
 
     @property
     def spec(self) -> ModelSpec:
-        return models.find(self.model)
+        return registry.find(self.model)
 
     @property
     def sequence_budget(self) -> int:
@@ -149,7 +149,7 @@ class TrainConfig:
 
 def _require_lora(lora: object) -> None:
     if not isinstance(lora, Lora):
-        raise SaigaError(f"lora={lora!r}: give a Lora, for example Lora(rank=32) from saigakit.models.")
+        raise SaigaError(f"lora={lora!r}: give a Lora, for example saigakit.Lora(rank=32).")
     for name in ("rank", "alpha"):
         value = getattr(lora, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from saigakit import infer, lineage
 from saigakit.errors import SaigaError
 from saigakit.memory import CacheType
-from saigakit.models import Sampling
+from saigakit.registry import Sampling
 
 if TYPE_CHECKING:
     import llama_cpp

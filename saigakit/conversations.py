@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
-from saigakit import workspace
+from saigakit.core import workspace
 from saigakit.shapes import Conversation
 
 _BLOCK = 2**20  # bytes read ahead where one conversation follows another

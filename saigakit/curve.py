@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import manifest
-from saigakit.tables import Table
-from saigakit.workspace import GB
+from saigakit.core import manifest
+from saigakit.core.display import Table
+from saigakit.core.workspace import GB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

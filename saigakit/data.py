@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Self, TypeVar, cast
 
 from saigakit import records, shapes
 from saigakit.conversations import Conversations, Origins, as_line
+from saigakit.core.progress import Every
 from saigakit.errors import DataError, SaigaError
-from saigakit.progress import Every
 from saigakit.records import Bad, named
 from saigakit.shapes import Conversation
 

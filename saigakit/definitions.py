@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
-from saigakit import examples, manifest, workspace
+from saigakit import examples
+from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
 
 Pair = tuple[str, str]  # term, definition

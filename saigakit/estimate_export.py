@@ -6,9 +6,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import quantization, streaming, workspace
+from saigakit import quantization, streaming
+from saigakit.core import workspace
+from saigakit.core.display import Table
 from saigakit.shards import Shards
-from saigakit.tables import Table
 
 if TYPE_CHECKING:
     from saigakit.shards import Shape

@@ -15,15 +15,14 @@ from saigakit import (
     generation,
     infer,
     lineage,
-    manifest,
     memory,
     metrics,
-    models,
+    registry,
     results,
     sources,
     tokenization,
-    workspace,
 )
+from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
 from saigakit.generation import Generated, Progress
 from saigakit.questions import MARGIN, Example, read_examples
@@ -62,7 +61,7 @@ def compare(
         return final
     examples = data.spread(read_examples(compared.held_out_file), max_examples)
     asked = Asked.of(examples, tokenization.load_tokenizer(model, base_source))
-    quantization = models.find(model).quantization
+    quantization = registry.find(model).quantization
     _require_memory(compared.base_dir, quantization, asked)
     workspace.require_disk(final, DISK, STAGE)
     with manifest.making(final, facts={"compared": compared.files}, **identity) as partial:
@@ -85,7 +84,7 @@ class Compared:
 
     @classmethod
     def of(cls, model: str, run_dir: str | Path, adapter: str | None, base_source: str | None) -> "Compared":
-        spec = models.find(model)
+        spec = registry.find(model)
         format_dir = workspace.find_input("01_format", run_dir=run_dir)
         gguf_dir = workspace.find_input("03_merge_gguf", run_dir=run_dir)
         manifest.require_stage(format_dir, "01_format", model=model)
@@ -168,7 +167,7 @@ def _prompts(examples: Sequence[Example], tokenizer: tokenization.Tokenizer) -> 
     return [each.prompt(tokenizer) for each in examples]
 
 
-def _require_memory(base_dir: Path, quantization: models.Quantization, asked: Asked) -> None:
+def _require_memory(base_dir: Path, quantization: registry.Quantization, asked: Asked) -> None:
     """For the base and one text at a time; more memory answers more texts at once."""
     gpus = workspace.gpus()
     itemsize = 2 if gpus or workspace.cpu_has_bf16() else 4  # at least: the child measures which is faster
@@ -185,7 +184,7 @@ def _require_memory(base_dir: Path, quantization: models.Quantization, asked: As
         )
 
 
-def _ask_transformers(asked: Asked, compared: Compared, quantization: models.Quantization) -> dict[str, Answers]:
+def _ask_transformers(asked: Asked, compared: Compared, quantization: registry.Quantization) -> dict[str, Answers]:
     request = generation.Request(
         prompts=asked.prompts,
         stop_ids=sorted(asked.stop_ids),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from saigakit import launch, manifest, workspace
+from saigakit.core import launch, manifest, workspace
 from saigakit.errors import SaigaError
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from saigakit import manifest
+from saigakit.core import manifest
 from saigakit.errors import DataError, SaigaError
 
 if TYPE_CHECKING:

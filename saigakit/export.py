@@ -5,7 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from saigakit import base_files, companions, fit, lineage, manifest, models, quantization, read_back, sources
+from saigakit import base_files, companions, fit, lineage, quantization, read_back, registry, sources
+from saigakit.core import manifest
 from saigakit.gguf_files import Export, paths
 from saigakit.lineage import MergeInto
 
@@ -28,7 +29,7 @@ def merge_gguf(
     Of every further type of `quant_types` there is a model-TYPE.gguf, made of the same read of the base. Raises
     SaigaError in the first seconds where the files do not fit each other, the disk or the memory.
     """
-    spec = models.find(model)
+    spec = registry.find(model)
     adapter_dir = None if adapter is None else sources.adapter_dir(spec, adapter, run_dir)
     export = Export.of(spec, adapter_dir, base_source, quant_type, merge_into, importance, quant_types)
     final = Path(run_dir) / STAGE
@@ -100,7 +101,7 @@ def require_possible(
     directory: Path,
 ) -> None:
     """Raises SaigaError where a file of `quant_types` cannot be made in `directory`, as far as headers tell."""
-    spec, (quant_type, *further) = models.find(model), quant_types
+    spec, (quant_type, *further) = registry.find(model), quant_types
     adapter_dir = None if adapter is None else sources.adapter_dir(spec, str(adapter))
     made = Export.of(spec, adapter_dir, base_source, quant_type, merge_into, quant_types=further)
     made.require_room(directory)
@@ -127,7 +128,7 @@ def to_gguf(
 
     Raises SaigaError where `output` is there already.
     """
-    file, spec = Path(output), models.find(model)
+    file, spec = Path(output), registry.find(model)
     for path in paths(file, [quant_type, *quant_types]).values():
         manifest.require_absent(path)
     given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else adapter or ()

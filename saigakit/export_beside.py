@@ -4,18 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saigakit import (
-    calibration,
-    companions,
-    gguf_files,
-    lora_gguf,
-    manifest,
-    merged_safetensors,
-    models,
-    quantization,
-    sources,
-)
+from saigakit import calibration, companions, gguf_files, lora_gguf, merged_safetensors, quantization, registry, sources
 from saigakit import export as exporting
+from saigakit.core import manifest
 from saigakit.errors import SaigaError
 
 _MATRICES = (".gguf", ".dat", ".imatrix")
@@ -36,7 +27,7 @@ def export(*, file_format: str, adapters: Sequence[str], **options: Any) -> list
         raise SaigaError(f"--format {file_format} does not take --{unused[0].rstrip('s').replace('_', '-')}.")
     model, output, base_source = (options[name] for name in ("model", "output", "base_source"))
     if file_format == "safetensors":
-        spec = models.find(model)
+        spec = registry.find(model)
         directories = [(sources.adapter_dir(spec, path), weight) for path, weight in weighted]
         into = {"merge_into": options["merge_into"]} if options["merge_into"] else {}
         made = merged_safetensors.to_safetensors(
@@ -83,7 +74,7 @@ def _gguf(
         with_manifest=True,
         **given,
     )
-    files, spec = gguf_files.paths(made, chosen), models.find(model)
+    files, spec = gguf_files.paths(made, chosen), registry.find(model)
     inputs = manifest.read_beside(made)["inputs"]
     written = [*companions.write(files, spec=spec, inputs=inputs, prefix=prefix), ours]
     said = [f"model: {_named(file)}" for file in files.values()]

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from saigakit import manifest, quantization
+from saigakit import quantization
+from saigakit.core import manifest
+from saigakit.core.display import Table
 from saigakit.errors import SaigaError
 from saigakit.memory import CacheType, Shape
-from saigakit.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

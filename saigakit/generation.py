@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import launch, manifest, weights, workspace
-from saigakit.models import Quantization
+from saigakit import weights
+from saigakit.core import launch, manifest, workspace
+from saigakit.registry import Quantization
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from saigakit import fit, install, lineage, manifest, markdown, modelfile
+from saigakit import fit, lineage, markdown, modelfile
+from saigakit.core import install, manifest
 from saigakit.memory import Shape
-from saigakit.models import ModelSpec, Sampling
+from saigakit.registry import ModelSpec, Sampling
 
 _WEIGHTS = (".safetensors", ".bin")
 _CARD = Template("""---

@@ -14,7 +14,6 @@ from saigakit import (
     container,
     estimate_export,
     lineage,
-    manifest,
     quantization,
     read_back,
     sizes,
@@ -23,16 +22,16 @@ from saigakit import (
     template,
     tokenization,
     vocabulary,
-    workspace,
 )
 from saigakit.architecture import Architecture
+from saigakit.core import manifest, workspace
+from saigakit.core.display import Table
 from saigakit.errors import SaigaError
 from saigakit.importance import Importance
 from saigakit.lineage import Lineage, MergeInto
 from saigakit.merge import Adapters, Merged
-from saigakit.models import ModelSpec
+from saigakit.registry import ModelSpec
 from saigakit.streaming import Written
-from saigakit.tables import Table
 from saigakit.tokenization import FastTokenizer
 from saigakit.vocabulary import Vocabulary
 

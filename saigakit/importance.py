@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from saigakit import manifest
+from saigakit.core import manifest
 from saigakit.errors import SaigaError
 
 if TYPE_CHECKING:

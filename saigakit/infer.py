@@ -10,11 +10,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from saigakit import tokenization, workspace
+from saigakit import tokenization
+from saigakit.core import workspace
 from saigakit.errors import SaigaError
 from saigakit.generation import BATCH_TOKENS, Generated, OnProgress, until_stop
 from saigakit.memory import CacheType
-from saigakit.models import Sampling
+from saigakit.registry import Sampling
 from saigakit.template import Message
 from saigakit.tokenizer_backends import piece
 

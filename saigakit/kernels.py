@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from saigakit import manifest
+from saigakit.core import manifest
 from saigakit.errors import SaigaError
 
 METADATA = Path("kaggle-metadata")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from saigakit.tables import Table
+from saigakit.core.display import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from saigakit import attention, fold, head, memory, packing, preflight, sharding, sources, trial, weights, workspace
+from saigakit import attention, fold, head, memory, packing, preflight, sharding, sources, trial, weights
 from saigakit.config import TrainConfig
+from saigakit.core import workspace
 from saigakit.memory import Pack, Shape
-from saigakit.models import Lora
+from saigakit.registry import Lora
 from saigakit.steps import Plan
 from saigakit.tokenization import Example
 from saigakit.training_log import Log

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import lineage, manifest, models, sources
+from saigakit import lineage, registry, sources
 from saigakit.adapter import EMBEDDINGS, Adapter
 from saigakit.architecture import Architecture
+from saigakit.core import manifest
 from saigakit.errors import SaigaError
 from saigakit.lineage import Lineage
 from saigakit.merge import Merged
@@ -23,7 +24,7 @@ def to_lora_gguf(*, model: str, adapter: str | Path, output: str | Path, base_so
     Raises SaigaError where `output` is there already, for the adapter of another base, and for what the format cannot
     hold: that must be merged.
     """
-    file, spec = Path(output), models.find(model)
+    file, spec = Path(output), registry.find(model)
     manifest.require_absent(file)
     base_dir, adapter_dir = sources.base_dir(spec, base_source), sources.adapter_dir(spec, str(adapter))
     architecture = Architecture.of(base_dir)

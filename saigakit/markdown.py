@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from saigakit import sources
-from saigakit.models import ModelSpec
-from saigakit.tables import Table
+from saigakit.core.display import Table
+from saigakit.registry import ModelSpec
 
 # The names that the Hub has for licences: https://huggingface.co/docs/hub/repositories-licenses
 _LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "gemma")

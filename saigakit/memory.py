@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from saigakit.errors import SaigaError
-from saigakit.models import ALL_LINEAR, Lora, Quantization
+from saigakit.registry import ALL_LINEAR, Lora, Quantization
 
 CacheType = Literal["f16", "q8_0"]  # of keys and values
 BITS = {"nf4": 4.13, "int8": 8.0}  # of a quantised weight; nf4 with double quantisation of its block scales

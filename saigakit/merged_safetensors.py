@@ -8,8 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from saigakit import lineage, manifest, models, sources, tokenization, workspace
+from saigakit import lineage, registry, sources, tokenization
 from saigakit.adapter import EMBEDDINGS
+from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
 from saigakit.lineage import Lineage, MergeInto
 from saigakit.merge import Adapters, Merged
@@ -50,7 +51,7 @@ def to_safetensors(
     tells, and matters for merge_into='dequantized' alone. Raises SaigaError where `output` is there already, the disk
     is too small, the adapters do not fit, or a number is too large for float16.
     """
-    directory, spec = Path(output), models.find(model)
+    directory, spec = Path(output), registry.find(model)
     manifest.require_absent(directory)
     base_dir = sources.base_dir(spec, base_source)
     given = [adapters] if isinstance(adapters, Path) else [path for path, _ in adapters or ()]

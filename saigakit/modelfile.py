@@ -3,7 +3,7 @@
 from saigakit.chat_format import ChatFormat, ToolFormat
 from saigakit.errors import SaigaError
 from saigakit.fit import Choice
-from saigakit.models import Sampling
+from saigakit.registry import Sampling
 
 _CACHE_RAM = 8192  # MiB of RAM that llama-server takes for earlier conversations, if nothing is said
 # JSON as Python's json.dumps spaces it, but for the order of keys: Ollama keeps an object as a map, sorted by key.

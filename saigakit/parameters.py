@@ -8,7 +8,7 @@ from typing import Any
 
 from saigakit.config import TrainConfig
 from saigakit.errors import SaigaError, suggestion
-from saigakit.models import Lora
+from saigakit.registry import Lora
 
 _WORDS = {"None": None, "True": True, "False": False}
 

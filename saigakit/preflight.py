@@ -5,12 +5,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from saigakit import fold, install, memory, shards, weights, workspace
+from saigakit import fold, memory, shards, weights
 from saigakit.config import TrainConfig
+from saigakit.core import install, workspace
+from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
-from saigakit.models import Lora
+from saigakit.registry import Lora
 from saigakit.weights import NumberFormat
-from saigakit.workspace import Gpu
 
 _WEIGHT_BYTES = 4  # of a trained parameter
 _FILES = 12  # times the adapter: it, the best one, a checkpoint (it and AdamW's two moments) and the next, or its copy

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import card, lineage, manifest, sources, tokenization, train, workspace
+from saigakit import card, lineage, sources, tokenization, train
+from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ from saigakit import (
     gguf_card,
     kaggle_models,
     kernels,
-    manifest,
     markdown,
-    models,
     publish,
     quality_by_type,
+    registry,
     results,
 )
+from saigakit.core import manifest
 from saigakit.errors import SaigaError
 from saigakit.tokenizer_backends import gguf_vocabulary
 
@@ -61,7 +61,7 @@ def push_to_kaggle(made: str | Path, name: str, *, private: bool = True) -> str:
     directory, content = _finished(Path(made))
     model = f"{kernels.username()}/{name}"
     variation = re.sub(r"[^a-z0-9]+", "-", str(content["parameters"]["quant_type"]).lower())
-    spec = models.find(content["parameters"]["model"])
+    spec = registry.find(content["parameters"]["model"])
     with tempfile.TemporaryDirectory() as scratch:
         files, _ = _files(directory, content, Path(scratch) / "texts", name)
         folder = Path(scratch) / "upload"
@@ -111,7 +111,7 @@ def _files(
     files = {name: directory / name for name in content["outputs"] if name.endswith(_SHOWN)}
     texts = companions.made_of(
         _by_type(file for name, file in files.items() if name.endswith(".gguf")),
-        spec=models.find(content["parameters"]["model"]),
+        spec=registry.find(content["parameters"]["model"]),
         origin=gguf_card.origin(content["inputs"]),
         title=title,
         compared=_compared(directory, content) if (directory / manifest.NAME).is_file() else "",

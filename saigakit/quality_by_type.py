@@ -7,22 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from saigakit import (
-    calibration,
-    companions,
-    data,
-    export,
-    gguf_card,
-    manifest,
-    markdown,
-    models,
-    quality,
-    sources,
-    workspace,
-)
+from saigakit import calibration, companions, data, export, gguf_card, markdown, quality, registry, sources
+from saigakit.core import manifest, workspace
+from saigakit.core.display import Table
 from saigakit.gguf_files import Export, paths
 from saigakit.quality import Quality
-from saigakit.tables import Table
 
 STAGE, _MEASURED = "03_quality", "quality.json"
 _REFERENCES = ("F16", "Q8_0")
@@ -88,7 +77,7 @@ class _Compared:
     @classmethod
     def of(cls, stage: Path, content: manifest.Manifest, quant_types: Sequence[str], importance: Path | None) -> Self:
         asked = content["parameters"]
-        spec, base_source, adapter = models.find(asked["model"]), asked["base_source"], asked["adapter"]
+        spec, base_source, adapter = registry.find(asked["model"]), asked["base_source"], asked["adapter"]
         options = {
             "adapter": None if adapter is None else sources.adapter_dir(spec, adapter, stage.parent),
             "base_source": base_source,

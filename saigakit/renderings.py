@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import groupby
 
-from saigakit import models, template, tokenization
+from saigakit import registry, template, tokenization
+from saigakit.core.display import Table
 from saigakit.errors import SaigaError
-from saigakit.tables import Table
 from saigakit.template import Message
 from saigakit.tokenizer_backends import Tokenizer
 
@@ -141,7 +141,7 @@ def _foreign(piece: _Piece, tokenizer: Tokenizer) -> list[int]:
     if piece.role is not None or piece.special_id is not None:
         return []
     own = tokenizer.encode_text(piece.text)
-    headers = [golden for spec in models.MODELS.values() for golden in spec.golden_ids]
+    headers = [golden for spec in registry.MODELS.values() for golden in spec.golden_ids]
     ids = next((ids for text, ids in headers if text.startswith(piece.text) and ids[0] != own[0]), None)
     return [] if ids is None else [ids[0], *own[1:]]
 

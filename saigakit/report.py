@@ -6,26 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from saigakit import (
-    audit,
-    data,
-    estimates,
-    lengths,
-    manifest,
-    models,
-    near_duplicates,
-    pieces,
-    sources,
-    tokenization,
-)
+from saigakit import audit, data, estimates, lengths, near_duplicates, pieces, registry, sources, tokenization
 from saigakit.config import TrainConfig
 from saigakit.conversations import Conversations
+from saigakit.core import manifest
+from saigakit.core.display import Table
+from saigakit.core.progress import Every
 from saigakit.errors import DataError
 from saigakit.fitting import Fitted
 from saigakit.near_duplicates import Signatures
-from saigakit.progress import Every
 from saigakit.shapes import Conversation
-from saigakit.tables import Table
 from saigakit.tokenization import Tokenizer
 
 T = TypeVar("T")
@@ -172,7 +162,9 @@ def _with_share(count: int, total: int) -> str:
 
 
 def _estimate(train: Mapping[str, Any], model: str) -> estimates.Estimate:
-    return estimates.estimate(rows=train["rows"], tokens=train["tokens"], parameters_b=models.find(model).parameters_b)
+    return estimates.estimate(
+        rows=train["rows"], tokens=train["tokens"], parameters_b=registry.find(model).parameters_b
+    )
 
 
 def read(directory: str | Path) -> dict[str, Any]:
@@ -235,7 +227,7 @@ def advice(directory: str | Path) -> Table:
     cost = f"{steps}; {TrainConfig.epochs:g} эпохи · epochs: {estimate}"
     guess = (
         []
-        if report["model"] in models.MODELS
+        if report["model"] in registry.MODELS
         else ["размер модели неизвестен, считается 7 B · size unknown: as for 7 B"]
     )
     return Table(("на что посмотреть · what to look at",), [(each,) for each in (*said, cost, *guess)], estimates.NOTE)

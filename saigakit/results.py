@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit.tables import Table
+from saigakit.core.display import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

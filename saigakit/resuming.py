@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from saigakit import checkpoints, manifest, sources, workspace
+from saigakit import checkpoints, sources
 from saigakit.checkpoints import Store
 from saigakit.config import TrainConfig
+from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
 
 STAGE = "02_train"

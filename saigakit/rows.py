@@ -12,10 +12,11 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from saigakit import tokenization, workspace
+from saigakit import tokenization
 from saigakit.conversations import Conversations
+from saigakit.core import workspace
+from saigakit.core.progress import Every
 from saigakit.errors import DataError, SaigaError
-from saigakit.progress import Every
 from saigakit.tokenization import IGNORE_INDEX, Example, Tokenizer
 
 _BATCH, _BATCH_MESSAGES = 256, 2048  # conversations, and their messages together, at most

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import saigakit
-from saigakit import evaluate, execution, launch, manifest, models, quantization, results, summary
+from saigakit import evaluate, execution, quantization, registry, results, summary
+from saigakit.core import launch, manifest
 from saigakit.errors import SaigaError, suggestion
 from saigakit.execution import Terminal
 
@@ -94,7 +95,7 @@ def read_stages(notebooks_dir: Path, given: Mapping[str, Any]) -> list[Stage]:
 def _require_runnable(given: Mapping[str, Any]) -> None:
     """What would fail in a later stage is refused before the first."""
     if "model" in given:
-        models.find(given["model"])
+        registry.find(given["model"])
     if "quant_type" in given:
         quantization.require_known(given["quant_type"])
 

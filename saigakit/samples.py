@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from saigakit import data, generation, manifest, questions, tokenization, weights
+from saigakit import data, generation, questions, tokenization, weights
 from saigakit.conversations import Conversations
+from saigakit.core import manifest
+from saigakit.core.display import Table
 from saigakit.errors import SaigaError
 from saigakit.questions import Example
-from saigakit.tables import Table
 from saigakit.tokenization import Tokenizer
 
 if TYPE_CHECKING:

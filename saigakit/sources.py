@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from saigakit import base_files, definitions, examples, records, splits, workspace
+from saigakit import base_files, definitions, examples, records, splits
+from saigakit.core import workspace
 from saigakit.errors import SaigaError
-from saigakit.models import ModelSpec
+from saigakit.registry import ModelSpec
 
 T = TypeVar("T")
 _TOKENIZER_FILES = base_files.BESIDES

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import blas, container, quantization, workspace
+from saigakit import blas, container, quantization
+from saigakit.core import workspace
+from saigakit.core.progress import Every
 from saigakit.errors import SaigaError
-from saigakit.progress import Every
 
 if TYPE_CHECKING:
     from saigakit.quantization import Bytes

@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from saigakit import placeholders
 from saigakit.errors import SaigaError
-from saigakit.models import ModelSpec
+from saigakit.registry import ModelSpec
 
 Message = Mapping[str, Any]
 MARKS = ("\U000f0002", "\U000f0003")

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import models, sources, template
+from saigakit import registry, sources, template
 from saigakit.errors import DataError, SaigaError
 from saigakit.layouts import Layout, NotTurnByTurnError
 from saigakit.layouts import of as layout_of
@@ -33,7 +33,7 @@ def load_tokenizer(model: str, source: str | None = None) -> FastTokenizer:
     Raises SaigaError when it is not the tokenizer that the model was trained with, and when it treats text around
     special tokens in a way that `encode` cannot give.
     """
-    spec = models.find(model)
+    spec = registry.find(model)
     directory = sources.tokenizer_dir(spec, source)
     raw = _raw(directory)
     tokenizer = FastTokenizer(raw, template.of_model(spec, directory), _variables(directory))

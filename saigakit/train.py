@@ -9,23 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from saigakit import (
-    base_files,
-    checkpoints,
-    curve,
-    data,
-    launch,
-    loading,
-    manifest,
-    memory,
-    preflight,
-    resuming,
-    sources,
-    worker,
-    workspace,
-)
+from saigakit import base_files, checkpoints, curve, data, loading, memory, preflight, resuming, sources, worker
 from saigakit.checkpoints import Store
 from saigakit.config import TrainConfig
+from saigakit.core import launch, manifest, workspace
 from saigakit.errors import SaigaError
 
 STAGE = "02_train"

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from saigakit import checkpoints, evaluation, head, launch, packing, ranks, sharding, weights, workspace
+from saigakit import checkpoints, evaluation, head, packing, ranks, sharding, weights
+from saigakit.core import launch, workspace
 from saigakit.errors import SaigaError
 from saigakit.steps import Step
 from saigakit.training_run import OnEvaluation, Run

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from saigakit import evaluation, workspace
+from saigakit import evaluation
 from saigakit.checkpoints import Store
 from saigakit.config import TrainConfig
+from saigakit.core import workspace
 from saigakit.evaluation import HeldOut
 from saigakit.steps import Plan
 from saigakit.training_log import Log

@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from saigakit import workspace
+from saigakit.core import workspace
+from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
 from saigakit.memory import Shape
-from saigakit.models import Lora, ModelSpec, Quantization
-from saigakit.workspace import Gpu
+from saigakit.registry import Lora, ModelSpec, Quantization
 
 if TYPE_CHECKING:
     import torch

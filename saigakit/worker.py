@@ -18,7 +18,6 @@ from saigakit import (
     data,
     evaluation,
     fold,
-    launch,
     loading,
     preflight,
     ranks,
@@ -33,6 +32,7 @@ from saigakit import (
 from saigakit.checkpoints import Store
 from saigakit.config import TrainConfig
 from saigakit.conversations import Conversations
+from saigakit.core import launch
 from saigakit.errors import SaigaError
 from saigakit.evaluation import HeldOut
 from saigakit.loading import Loaded

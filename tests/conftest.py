@@ -19,7 +19,8 @@ import pytest
 # A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from saigakit import examples, workspace
+from saigakit import examples
+from saigakit.core import workspace
 from saigakit.errors import SaigaError
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from saigakit import template
-from saigakit.models import ALL_LINEAR, MODELS
+from saigakit.registry import ALL_LINEAR, MODELS
 
 SAIGA2 = template.of_model(MODELS["saiga2_7b"], Path())
 SIZES = {

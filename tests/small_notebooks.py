@@ -7,7 +7,7 @@ STAGES = ("01_format", "02_train", "03_merge_gguf", "04_infer")
 _MAKE = """\
 import json
 from pathlib import Path
-from saigakit import manifest
+from saigakit.core import manifest
 
 final = Path(run_dir) / {stage!r}
 earlier = [manifest.read(Path(run_dir) / name)["outputs"] for name in {earlier!r}]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from saigakit import base_files, manifest
+from saigakit import base_files
+from saigakit.core import manifest
 
 INDEX = "model.safetensors.index.json"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]

@@ -8,10 +8,11 @@ import torch
 from bf16_products import Bf16Products
 from safetensors.torch import load_file
 
-from saigakit import curve, fold, launch, loading, train, trainer, weights, worker, workspace
+from saigakit import curve, fold, loading, train, trainer, weights, worker
 from saigakit.config import TrainConfig
+from saigakit.core import launch, workspace
 from saigakit.errors import SaigaError
-from saigakit.models import Lora
+from saigakit.registry import Lora
 
 
 @pytest.fixture

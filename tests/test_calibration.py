@@ -3,7 +3,8 @@
 import gguf
 import pytest
 
-from saigakit import calibration, data, export, quality, tokenization, workspace
+from saigakit import calibration, data, export, quality, tokenization
+from saigakit.core import workspace
 from saigakit.importance import Importance
 
 MODEL = "saiga_tiny"

@@ -17,8 +17,6 @@ from saigakit import (
     conversation,
     export,
     infer,
-    launch,
-    manifest,
     parameters,
     publish,
     publish_gguf,
@@ -27,8 +25,9 @@ from saigakit import (
     terminal,
     train,
 )
+from saigakit.core import launch, manifest
 from saigakit.errors import SaigaError
-from saigakit.models import MODELS
+from saigakit.registry import MODELS
 
 COMMANDS = sorted(cli.main.commands)
 
@@ -427,7 +426,7 @@ def test_doctor_shows_the_machine_and_each_stage():
 
 
 def test_doctor_names_what_a_stage_lacks_and_how_to_get_it(monkeypatch):
-    monkeypatch.setattr("saigakit.install.missing", lambda names: [name for name in names if name == "peft"])
+    monkeypatch.setattr("saigakit.core.install.missing", lambda names: [name for name in names if name == "peft"])
     shown = CliRunner().invoke(cli.main, ["doctor"]).output
     assert "02_train: lacks peft; pip install" in shown and "01_format: ready" in shown
 

@@ -7,7 +7,8 @@ import llama_cpp
 import pytest
 import small_models
 
-from saigakit import companions, export, fit, gguf_card, gguf_files, install, manifest, models, template
+from saigakit import companions, export, fit, gguf_card, gguf_files, registry, template
+from saigakit.core import install, manifest
 from saigakit.errors import SaigaError
 
 
@@ -20,7 +21,7 @@ def file(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def texts(file, tiny):
     origin = gguf_card.origin({"adapter": manifest.hashes(tiny / "adapter")})
-    return companions.made_of({"Q4_K_M": file}, spec=models.find("saiga_tiny"), origin=origin, compared="| a |")
+    return companions.made_of({"Q4_K_M": file}, spec=registry.find("saiga_tiny"), origin=origin, compared="| a |")
 
 
 def test_the_three_files_speak_of_the_gguf_and_of_one_context(texts, file):
@@ -33,7 +34,7 @@ def test_the_three_files_speak_of_the_gguf_and_of_one_context(texts, file):
 
 def test_the_modelfile_stops_where_the_training_did_and_has_the_system_prompt(texts):
     assert 'PARAMETER stop "</s>"' in texts["Modelfile"]
-    assert f'SYSTEM """{models.SAIGA_SYSTEM_PROMPT}"""' in texts["Modelfile"]
+    assert f'SYSTEM """{registry.SAIGA_SYSTEM_PROMPT}"""' in texts["Modelfile"]
 
 
 def test_the_card_says_what_it_was_made_of_and_nothing_of_this_machine(texts, file, tiny):
@@ -52,7 +53,7 @@ def python_of(card):
 def test_the_cards_python_is_python(texts):
     code = python_of(texts["README.md"])
     compile(code, "card", "exec")
-    assert models.SAIGA_SYSTEM_PROMPT in code
+    assert registry.SAIGA_SYSTEM_PROMPT in code
 
 
 def test_the_card_says_how_to_compile_llama_cpp_where_it_would_crash(texts):
@@ -65,7 +66,7 @@ def test_where_memory_is_short_all_speak_of_one_context_and_one_type_of_cache(ti
     with closing(llama_cpp.Llama(str(file), vocab_only=True, verbose=False)) as llm:
         needs = fit.Needs.of(companions._shape(llm), file.stat().st_size, 512, "q8_0")
     monkeypatch.setattr(fit, "SYSTEM", 6 * fit.GIB - needs.resident)  # nothing else fits the smallest machine
-    made = companions.made_of({"Q4_K_M": file}, spec=models.find(str(base_dir)))
+    made = companions.made_of({"Q4_K_M": file}, spec=registry.find(str(base_dir)))
     assert "-c 512 " in made["llama-server.txt"]
     assert "--cache-type-k q8_0 --cache-type-v q8_0 --cache-ram 0" in made["llama-server.txt"]
     assert "OLLAMA_KV_CACHE_TYPE=q8_0" in made["Modelfile"] and "OLLAMA_KV_CACHE_TYPE=q8_0" in made["README.md"]
@@ -83,9 +84,9 @@ def test_nothing_is_overwritten(file, tmp_path):
     beside.write_bytes(file.read_bytes())
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(SaigaError, match=r"README\.md is there already"):
-        companions.write({"Q4_K_M": beside}, spec=models.find("saiga_tiny"), inputs={})
+        companions.write({"Q4_K_M": beside}, spec=registry.find("saiga_tiny"), inputs={})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "model.gguf"]
-    made = companions.write({"Q4_K_M": beside}, spec=models.find("saiga_tiny"), inputs={}, prefix="mine.")
+    made = companions.write({"Q4_K_M": beside}, spec=registry.find("saiga_tiny"), inputs={}, prefix="mine.")
     assert [path.name for path in made] == ["mine.Modelfile", "mine.llama-server.txt", "mine.README.md"]
 
 
@@ -93,7 +94,7 @@ def test_a_template_that_no_modelfile_can_hold_is_said_aloud_and_the_rest_is_mad
     lengths = "{% if messages | length > 4 %}Долго. {% endif %}"
     monkeypatch.setattr(gguf_files.template, "for_inference", lambda text: lengths + text)
     file = export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
-    made = companions.made_of({"Q4_K_M": file}, spec=models.find("saiga_tiny"))
+    made = companions.made_of({"Q4_K_M": file}, spec=registry.find("saiga_tiny"))
     assert list(made) == ["llama-server.txt", "README.md"]
     assert "no Modelfile for Ollama" in capsys.readouterr().out
     assert "ollama create" not in made["README.md"]

@@ -7,7 +7,7 @@ import pytest
 
 from saigakit import TrainConfig
 from saigakit.errors import SaigaError
-from saigakit.models import MODELS, Lora
+from saigakit.registry import MODELS, Lora
 
 
 def config(**changes) -> TrainConfig:

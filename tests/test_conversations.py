@@ -14,7 +14,7 @@ from saigakit.errors import SaigaError
 
 FULL = """
 import os, resource, sys
-from saigakit import workspace
+from saigakit.core import workspace
 from saigakit.conversations import Conversations
 from saigakit.errors import SaigaError
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))

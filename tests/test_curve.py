@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from saigakit import curve, manifest
+from saigakit import curve
+from saigakit.core import manifest
 
 LOG = [
     {"step": 0, "held_out_loss": 2.5},

@@ -12,8 +12,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from saigakit import data, progress
+from saigakit import data
 from saigakit.conversations import Conversations
+from saigakit.core import progress
 from saigakit.errors import DataError, SaigaError
 
 TALK = [{"role": "user", "content": "Кто ты?"}, {"role": "assistant", "content": "Сайга."}]

@@ -3,7 +3,8 @@ import shutil
 
 import pytest
 
-from saigakit import data, evaluate, export, manifest, memory, questions, results, sources, tokenization, workspace
+from saigakit import data, evaluate, export, memory, questions, results, sources, tokenization
+from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
 from saigakit.evaluate import Asked, Compared, Example
 from saigakit.generation import Generated

@@ -14,7 +14,7 @@ import vocabularies
 from pytest import approx
 from safetensors.numpy import load_file, save_file
 
-from saigakit import models, quantization, sources, template
+from saigakit import quantization, registry, sources, template
 from saigakit.gguf_files import Export, paths
 from saigakit.merge import Merged
 
@@ -230,7 +230,7 @@ REAL = {
             "general.sampling.top_k": (30, 40),
             # Of the registry, as what a conversation begins with by default.
             "tokenizer.chat_template": (template.for_inference(small_models.SAIGA2), ABSENT),
-            "saigakit.system_prompt": (models.SAIGA_SYSTEM_PROMPT, ABSENT),
+            "saigakit.system_prompt": (registry.SAIGA_SYSTEM_PROMPT, ABSENT),
         },
     ),
 }
@@ -262,7 +262,7 @@ def _made(request, cases):
 def _registered(request, _, case):
     if case.model == "smollm2_135m":
         request.getfixturevalue("smollm2")
-    spec = models.find(case.model)
+    spec = registry.find(case.model)
     adapter_dir = sources.adapter_dir(spec, "released") if spec.released_adapter else None
     return Export.of(spec, adapter_dir, None, case.quant_types[0], quant_types=case.quant_types), None
 
@@ -270,7 +270,7 @@ def _registered(request, _, case):
 def _small(request, here, case):
     base_dir = _base(request, here / "base", case)
     adapter_dir = small_models.adapter(here / "adapter", base_dir) if case.has_adapter else None
-    spec = models.find(str(base_dir))
+    spec = registry.find(str(base_dir))
     return Export.of(spec, adapter_dir, None, case.quant_types[0], quant_types=case.quant_types), case.pre
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from saigakit import examples, memory, tokenization, workspace
+from saigakit import examples, memory, tokenization
+from saigakit.core import workspace
 from saigakit.errors import SaigaError
 from saigakit.examples import PackageFile
 

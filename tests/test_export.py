@@ -17,21 +17,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from saigakit import (
-    export,
-    fit,
-    infer,
-    lineage,
-    lora_gguf,
-    manifest,
-    merged_safetensors,
-    models,
-    quantization,
-    workspace,
-)
+from saigakit import export, fit, infer, lineage, lora_gguf, merged_safetensors, quantization, registry
+from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
 from saigakit.merge import Merged
-from saigakit.models import Sampling
+from saigakit.registry import Sampling
 
 QUANT_TYPES = [quant_type for quant_type in quantization.QUANT_TYPES if quant_type != "F32"]
 # Rows that are no multiple of 256, tied embeddings, four queries to a key.
@@ -225,7 +215,7 @@ def test_the_quantised_file_answers(tiny, tmp_path):
 def test_the_file_recommends_the_models_sampling(tiny, tmp_path):
     file = export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
     with closing(infer.load(file, n_ctx=64)) as llm:
-        assert Sampling.of_gguf(llm.metadata) == models.find("saiga_tiny").sampling
+        assert Sampling.of_gguf(llm.metadata) == registry.find("saiga_tiny").sampling
         assert llm.metadata["general.license"] == "apache-2.0"
         assert llm.metadata["general.file_type"] == "15"
 
@@ -317,7 +307,7 @@ def test_nothing_is_dequantised_without_an_adapter(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("prompt", "written"),
-    [("Ты — словарь.", "Ты — словарь."), ("", None), (None, models.MODELS["saiga_tiny"].system_prompt)],
+    [("Ты — словарь.", "Ты — словарь."), ("", None), (None, registry.MODELS["saiga_tiny"].system_prompt)],
     ids=["one", "none", "several"],
 )
 def test_the_system_prompt_of_the_training_records_is_in_the_file(trained, prompt, written):

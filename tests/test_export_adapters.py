@@ -10,9 +10,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from saigakit import export, fold, manifest, weights
+from saigakit import export, fold, weights
+from saigakit.core import manifest
 from saigakit.errors import SaigaError
-from saigakit.models import Lora
+from saigakit.registry import Lora
 
 IDS = [1, 404, 505, 606, 7, 8, 9, 300]
 

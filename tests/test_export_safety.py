@@ -12,7 +12,8 @@ import small_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from saigakit import export, read_back, streaming, tokenization, workspace
+from saigakit import export, read_back, streaming, tokenization
+from saigakit.core import workspace
 from saigakit.errors import SaigaError
 from saigakit.merge import Merged
 
@@ -22,7 +23,7 @@ TEXTS = ["Что такое пружина?", "Упругая деталь. ё �
 KILLED = """
 import os, random, signal, sys, time
 import gguf, llama_cpp, numpy, safetensors, tokenizers, torch, transformers
-from saigakit import export, streaming, workspace
+from saigakit import export, streaming; from saigakit.core import workspace
 model, adapter, output, kills = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 streaming._ROWS, streaming._NUMBERS = 32, 1
 
@@ -56,7 +57,7 @@ assert os.waitpid(started(output), 0)[1] == 0
 """
 FULL = """
 import os, sys
-from saigakit import errors, export, workspace
+from saigakit import errors, export; from saigakit.core import workspace
 if sys.argv[4] == "unasked":  # as where another program takes the room a moment later
     workspace.require_disk = lambda *_: None
 try:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from saigakit import fold, merge, weights
 from saigakit.errors import SaigaError
-from saigakit.models import ALL_LINEAR, ATTENTION, Lora
+from saigakit.registry import ALL_LINEAR, ATTENTION, Lora
 
 IDS = torch.tensor([[1, 400, 500, 33, 7]])
 

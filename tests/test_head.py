@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saigakit import attention, head, packing, weights
 from saigakit.errors import SaigaError
-from saigakit.models import Lora
+from saigakit.registry import Lora
 
 VOCABULARY = 768
 NO_DROPOUT = Lora(dropout=0.0)

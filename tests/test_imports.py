@@ -1,6 +1,7 @@
-"""A module imports only modules to its left, and nothing heavy before a function needs it."""
+"""A room imports from lower floors only, its files have no cycle, and nothing heavy is imported before it is needed."""
 
 import ast
+import graphlib
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,19 @@ import pytest
 import saigakit
 
 PACKAGE = Path(saigakit.__file__).parent
+FLOORS = {
+    "errors": 1,
+    "core": 2, "registry": 2,
+    "demo": 3, "config": 3,
+    "weights": 4,
+    "prompt": 5,
+    "data": 6, "llamacpp": 6,
+    "train": 7, "export": 7, "infer": 7, "kaggle": 7,
+    "evaluate": 8,
+    "publish": 9,
+    "cli": 10,
+}  # fmt: skip
+ROOF = 99  # of modules that still wait for their room
 HEAVY = {
     "accelerate",
     "bitsandbytes",
@@ -30,18 +44,19 @@ HEAVY = {
     "torch",
     "transformers",
 }
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
 
 
-def line_of_imports() -> list[str]:
-    """The modules in the order of the package's docstring, which ends with it."""
-    line = (saigakit.__doc__ or "").partition("only modules to its left:")[2]
-    return [name.strip() for name in line.split("<")]
+def room_of(file: Path) -> str:
+    """The sub-package of a file, or the stem of one that lies directly in the package."""
+    first = file.relative_to(PACKAGE).with_suffix("").parts[0]
+    has_moved = (file.parent != PACKAGE and first != "tiny") or first in ("errors", "config", "registry")
+    return first if has_moved else "waiting"
 
 
-def modules() -> dict[str, Path]:
-    """Module names and files; the package `tiny` counts as one module."""
-    files = {file.stem: file for file in PACKAGE.glob("*.py")}
-    return {name: file for name, file in files.items() if name != "__init__"}
+def name_of(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported(file: Path) -> set[str]:
@@ -50,17 +65,17 @@ def imported(file: Path) -> set[str]:
 
 
 def imported_by(tree: ast.Module) -> set[str]:
-    found = set()
+    names, found = {name_of(each) for each in FILES}, set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("saigakit.")}
+            found |= {alias.name for alias in node.names if alias.name.startswith("saigakit.")}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno} imports relatively"
-            if node.module == "saigakit":
-                found |= {alias.name for alias in node.names} & {*modules(), "tiny"}
-            elif (node.module or "").startswith("saigakit."):
-                found.add(node.module.split(".")[1])
-    return found
+            if node.module is not None and node.module.partition(".")[0] == "saigakit":
+                names_of_it = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= names_of_it & names
+                found |= set() if names_of_it <= names else {node.module}
+    return found - {"saigakit"}
 
 
 def packages(file: Path) -> set[str]:
@@ -84,27 +99,41 @@ def imported_at_once(body: list[ast.stmt]) -> Iterator[tuple[int, str]]:
                 yield from imported_at_once(getattr(node, name, []))
 
 
-def test_the_line_names_every_module_once():
-    line = line_of_imports()
-    assert sorted(line) == sorted(modules())
+def test_every_room_has_a_floor():
+    assert {room_of(file) for file in FILES} <= {*FLOORS, "waiting"}
 
 
-@pytest.mark.parametrize("name", modules())
-def test_a_module_imports_only_modules_to_its_left(name):
-    line = line_of_imports()
-    allowed = {*line[: line.index(name)], "tiny"}
-    assert imported(modules()[name]) - allowed == set()
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_a_room_imports_from_lower_floors_only(file):
+    mine = room_of(file)
+    rooms = {name.split(".")[1] for name in imported(file)} - {mine}
+    floor = FLOORS.get(mine, ROOF)
+    assert {room for room in rooms if FLOORS.get(room, ROOF) >= floor and floor < ROOF} == set()
 
 
-def test_the_tiny_saiga_needs_nothing_of_the_package():
-    assert set().union(*(imported(file) for file in PACKAGE.glob("tiny/*.py"))) <= {"tiny", "errors"}
+@pytest.mark.parametrize("room", sorted({room_of(file) for file in FILES} & set(FLOORS)))
+def test_the_files_of_a_room_have_no_cycle(room):
+    files = {name_of(file): imported(file) for file in FILES if room_of(file) == room}
+    graphlib.TopologicalSorter(files).prepare()
 
 
-def test_the_package_itself_gives_only_the_light_beginning_of_the_line():
-    assert imported(PACKAGE / "__init__.py") <= {"errors", "models", "config"}
+def test_the_house_stays_small_enough_to_walk_through():
+    rooms = [path for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()]
+    assert len(rooms) <= 14
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_the_package_itself_gives_only_light_names():
+    light = {
+        "saigakit.errors",
+        "saigakit.registry",
+        "saigakit.config",
+        "saigakit.core.install",
+        "saigakit.core.workspace",
+    }
+    assert imported(PACKAGE / "__init__.py") <= light
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_nothing_heavy_is_imported_at_the_top(file):
     tree = ast.parse(file.read_text(encoding="utf-8"))
     assert [(line, name) for line, name in imported_at_once(tree.body) if name in HEAVY] == []
@@ -124,7 +153,7 @@ def test_import_saigakit_brings_in_nothing_heavy():
 
 
 def test_importing_every_module_brings_in_nothing_heavy():
-    assert in_child_modules("; ".join(f"import saigakit.{name}" for name in modules())) & HEAVY == set()
+    assert in_child_modules("; ".join(f"import {name_of(file)}" for file in FILES)) & HEAVY == set()
 
 
 def in_child_modules(statements: str) -> set[str]:

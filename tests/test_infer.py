@@ -9,9 +9,10 @@ import llama_cpp
 import pytest
 import small_models
 
-from saigakit import examples, export, infer, models, tokenization, workspace
+from saigakit import examples, export, infer, registry, tokenization
+from saigakit.core import workspace
 from saigakit.errors import SaigaError
-from saigakit.models import Sampling
+from saigakit.registry import Sampling
 
 MESSAGES = [{"role": "user", "content": "Азот — газ без цвета."}]
 NOTHING = frozenset({-1})
@@ -296,7 +297,7 @@ def test_sampling_is_what_the_file_recommends(gguf_file, tmp_path):
 
 
 def test_sampling_of_the_registry_is_in_the_file(llm):
-    assert Sampling.of_gguf(llm.metadata) == models.find("saiga_tiny").sampling
+    assert Sampling.of_gguf(llm.metadata) == registry.find("saiga_tiny").sampling
 
 
 def test_a_file_that_recommends_nothing_gets_the_defaults(llm, monkeypatch):
@@ -309,6 +310,6 @@ def test_an_answer_is_drawn_with_the_files_sampling(llm, monkeypatch):
     drawn = []
     monkeypatch.setattr(llm, "generate", lambda _, **settings: drawn.append(settings) or iter([llm.token_eos()]))
     said(llm, MESSAGES)
-    expected = models.find("saiga_tiny").sampling
+    expected = registry.find("saiga_tiny").sampling
     assert drawn[0]["temp"] == pytest.approx(expected.temperature)
     assert (drawn[0]["top_k"], drawn[0]["repeat_penalty"]) == (expected.top_k, pytest.approx(expected.repeat_penalty))

@@ -16,7 +16,7 @@ import pytest
 import test_imports
 from packaging.requirements import Requirement
 
-from saigakit import install
+from saigakit.core import install
 from saigakit.errors import SaigaError
 
 ROOT = Path(__file__).parents[1]
@@ -48,10 +48,11 @@ def test_the_demos_model_can_be_read_in_every_stage_on_kaggle():
 # What a stage's modules import, and the stage never comes to: Kaggle's own, the demo's model made of its GGUF, and the
 # tokenizer of a GGUF before there is one.
 NOT_REACHED = {
-    "workspace": {"kaggle_secrets"},
-    "examples": {"torch", "transformers"},
-    "tokenization": {"llama_cpp"},
-    "tokenizer_backends": {"llama_cpp"},
+    "saigakit.core.workspace": {"kaggle_secrets"},
+    "saigakit.examples": {"torch", "transformers"},
+    "saigakit.tiny.make": {"torch", "safetensors"},
+    "saigakit.tokenization": {"llama_cpp"},
+    "saigakit.tokenizer_backends": {"llama_cpp"},
 }
 
 
@@ -59,7 +60,7 @@ NOT_REACHED = {
 def test_what_the_modules_of_a_notebook_import_is_among_the_packages_of_its_stage(stage):
     cells = json.loads((ROOT / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    modules, reached = test_imports.modules(), set()
+    modules, reached = {test_imports.name_of(file): file for file in test_imports.FILES}, set()
     further = test_imports.imported_by(ast.parse(code))
     while further:
         reached |= further
@@ -235,7 +236,7 @@ def installed(machine: Path) -> dict[str, str]:
 
 def prepare(machine: Path, stage: str, *, inputs: Path, kaggle: bool = True, **table) -> subprocess.CompletedProcess:
     """prepare(stage) in that Python, the registry out of reach, with `table` in the place of the module's own."""
-    code = "import sys, json; from saigakit import install\n"
+    code = "import sys, json; from saigakit.core import install\n"
     code += "for name, value in json.loads(sys.argv[2]).items(): setattr(install, name, value)\n"
     code += "install.prepare(sys.argv[1])"
     environment = {
@@ -342,7 +343,7 @@ def test_at_home_an_old_torchao_is_named_and_left_alone(machine, tmp_path):
 
 
 def test_here_where_the_tests_run_every_stage_has_its_packages():
-    code = "from saigakit import install\nfor stage in install.STAGES: install.prepare(stage)"
+    code = "from saigakit.core import install\nfor stage in install.STAGES: install.prepare(stage)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("KAGGLE")}
     result = subprocess.run([sys.executable, "-c", code], env=environment | {"PYTHONPATH": str(ROOT)}, check=False)
     assert result.returncode == 0

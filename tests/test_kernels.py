@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 from kaggle_stub import DATASETS, KERNELS, UPLOAD, KaggleStub
 
-from saigakit import cli, kernels, manifest
+from saigakit import cli, kernels
+from saigakit.core import manifest
 from saigakit.errors import SaigaError
 
 pytest.importorskip("kagglesdk")

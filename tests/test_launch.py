@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from saigakit import launch
+from saigakit.core import launch
 from saigakit.errors import SaigaError
 
 
@@ -46,14 +46,14 @@ def test_a_failed_child_is_told_with_its_last_lines():
 
 
 def test_a_childs_own_sentence_is_the_parents():
-    code = "from saigakit import launch\nfrom saigakit.errors import SaigaError\n"
+    code = "from saigakit.core import launch\nfrom saigakit.errors import SaigaError\n"
     code += "with launch.child():\n    raise SaigaError('Нет места: нужно 5 GB.')"
     with pytest.raises(SaigaError, match=r"^Нет места: нужно 5 GB\.$"):
         launch.run(python(code))
 
 
 def test_a_child_without_a_parent_prints_its_sentence():
-    code = "from saigakit import launch\nfrom saigakit.errors import SaigaError\n"
+    code = "from saigakit.core import launch\nfrom saigakit.errors import SaigaError\n"
     code += "with launch.child():\n    raise SaigaError('no disk')"
     ended = subprocess.run(python(code), capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (1, "error: no disk\n")
@@ -66,8 +66,8 @@ def test_a_killed_child_is_told_as_one_and_memory_is_suspected():
 
 PARENT = """
 import sys
-from saigakit import launch
-child = "import os; from saigakit import launch\\nwith launch.child():\\n    print(os.getpid(), flush=True)\\n    import time\\n    time.sleep(600)"
+from saigakit.core import launch
+child = "import os; from saigakit.core import launch\\nwith launch.child():\\n    print(os.getpid(), flush=True)\\n    import time\\n    time.sleep(600)"
 launch.run([sys.executable, "-c", child])
 """  # noqa: E501
 
@@ -82,9 +82,8 @@ def test_no_child_outlives_its_parent(number):
 
 def interrupted(code, *, saving, number=signal.SIGINT, times=1, after=""):
     """(seconds to the end, exit code, what was printed) of a parent that is interrupted when the child is ready."""
-    parent = (
-        f"from saigakit import launch\nlaunch.PATIENCE_S = 0.5\nlaunch.run({python(code)!r}, saving={saving}){after}"
-    )
+    parent = "from saigakit.core import launch\nlaunch.PATIENCE_S = 0.5\n"
+    parent += f"launch.run({python(code)!r}, saving={saving}){after}"
     with subprocess.Popen(python(parent), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         start = time.monotonic()
@@ -103,7 +102,7 @@ STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); 
 STUBBORN += "while True: time.sleep(1)"
 GENTLE = """
 import time
-from saigakit import launch
+from saigakit.core import launch
 from saigakit.errors import SaigaError
 with launch.child(), launch.ending_gently():
     print("ready", flush=True)
@@ -135,7 +134,7 @@ def test_a_second_interrupt_ends_a_child_that_saves_at_once():
 
 
 def test_a_child_that_saves_is_not_ended_by_the_end_of_its_parent():
-    parent = f"from saigakit import launch\nlaunch.run({python(GENTLE.replace('SAVING', '0.5'))!r}, saving=True)"
+    parent = f"from saigakit.core import launch\nlaunch.run({python(GENTLE.replace('SAVING', '0.5'))!r}, saving=True)"
     with subprocess.Popen(python(parent), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         child = psutil.Process(process.pid).children()[0].pid
@@ -148,7 +147,7 @@ def test_processes_of_torch_are_asked_to_end_together(tmp_path, monkeypatch):
     """torch.distributed.run would kill them 30 s after a signal."""
     pytest.importorskip("torch")
     (tmp_path / "gentle.py").write_text(GENTLE.replace("SAVING", "0.1"), encoding="utf-8")
-    parent = "from saigakit import launch\nlaunch.distributed('gentle', [], processes=2)"
+    parent = "from saigakit.core import launch\nlaunch.distributed('gentle', [], processes=2)"
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     with subprocess.Popen(python(parent), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         for _ in range(2):

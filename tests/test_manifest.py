@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from saigakit import manifest
+from saigakit.core import manifest
 from saigakit.errors import SaigaError
 
 ROOT = Path(manifest.__file__).parents[1]
@@ -77,7 +77,7 @@ def test_an_error_leaves_nothing_under_the_final_name(final):
 KILLED = """
 import sys
 from pathlib import Path
-from saigakit import manifest
+from saigakit.core import manifest
 with manifest.making(Path(sys.argv[1]), stage="02_train", parameters={}, inputs={}) as directory:
     (directory / "half.txt").write_text("x" * 10**6)
     print("writing", flush=True)
@@ -119,7 +119,7 @@ def test_a_run_killed_while_it_replaces_leaves_the_finished_stage(final):
 WRITING = """
 import itertools, sys
 from pathlib import Path
-from saigakit import manifest
+from saigakit.core import manifest
 for letter in itertools.cycle("ab"):
     manifest.write_text(Path(sys.argv[1]), letter * 10**6)
     print(letter, flush=True)

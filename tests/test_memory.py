@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from saigakit import memory, weights
 from saigakit.errors import SaigaError
-from saigakit.models import ALL_LINEAR, ATTENTION, MODELS, Lora
+from saigakit.registry import ALL_LINEAR, ATTENTION, MODELS, Lora
 
 LLAMA2_7B = {
     "hidden_size": 4096,

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from saigakit import merged_safetensors, workspace
+from saigakit import merged_safetensors
+from saigakit.core import workspace
 from saigakit.errors import SaigaError
 from saigakit.merged_safetensors import to_safetensors
 

@@ -5,9 +5,9 @@ from importlib import resources
 
 import pytest
 
-from saigakit import models
+from saigakit import registry
 from saigakit.errors import SaigaError
-from saigakit.models import MODELS
+from saigakit.registry import MODELS
 
 PROMISED = (
     "saiga2_7b",
@@ -26,7 +26,7 @@ PROMISED = (
 
 @pytest.mark.parametrize("name", PROMISED)
 def test_a_promised_name_is_there_with_its_base_and_licence(name):
-    spec = models.find(name)
+    spec = registry.find(name)
     assert spec.name == name
     assert spec.base_model
     assert spec.licence
@@ -72,20 +72,20 @@ def test_a_row_cannot_be_changed():
 
 
 def test_a_hub_id_is_its_own_row():
-    assert models.find("someone/some-model").base_model == "someone/some-model"
+    assert registry.find("someone/some-model").base_model == "someone/some-model"
 
 
 def test_a_directory_is_its_own_row(tmp_path):
-    assert models.find(str(tmp_path)).base_model == str(tmp_path)
+    assert registry.find(str(tmp_path)).base_model == str(tmp_path)
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("saiga2_7B", "saiga2_7b"), ("saiga_lama3_8b", "saiga_llama3_8b")])
 def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(typed, meant):
     with pytest.raises(SaigaError, match=f"{typed}.*Did you mean '{meant}'"):
-        models.find(typed)
+        registry.find(typed)
 
 
 @pytest.mark.parametrize("name", ["", "gpt5", "/nowhere/at/all", "./gone", "a/b/c"])
 def test_what_is_no_model_is_refused_with_the_names_of_all(name):
     with pytest.raises(SaigaError, match=r"is unknown.*saiga2_7b, .*saiga_tiny.*Hub id"):
-        models.find(name)
+        registry.find(name)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import saigakit
-from saigakit import models, summary
+from saigakit import registry, summary
 from saigakit.config import TrainConfig
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -95,14 +95,14 @@ def test_the_defaults_of_02_begin_with_saigas_adapter_in_nf4():
     values = parameters("02_train")
     del values["run_dir"]
     config = TrainConfig(train_file="x", output_dir="y", **values)
-    assert config.is_folded and config.start_adapter == models.find("saiga2_7b").released_adapter
+    assert config.is_folded and config.start_adapter == registry.find("saiga2_7b").released_adapter
     assert config.weights_as == "nf4"
 
 
 def test_every_setting_of_training_is_explained_in_02():
     prose = "\n".join(cell.source for cell in read("02_train").cells if cell.cell_type == "markdown")
     files = {"train_file", "eval_file", "output_dir"}  # stages, which the title tells of
-    named = {field.name for kind in (TrainConfig, models.Lora) for field in dataclasses.fields(kind)} - files
+    named = {field.name for kind in (TrainConfig, registry.Lora) for field in dataclasses.fields(kind)} - files
     inside_lora = {"rank": "ранг", "alpha": "alpha", "dropout": "dropout", "target_modules": "слои"}
     assert [name for name in sorted(named) if inside_lora.get(name, f"`{name}`") not in prose] == []
 
@@ -111,7 +111,7 @@ def test_the_defaults_that_02_tells_of_are_those_of_the_library():
     cells = {cell.id: cell.source for cell in read("02_train").cells}
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in cells["every_parameter"].splitlines()]
     ours = {row[0].split(",")[0].strip("`"): row[2] for row in rows if len(row) == 5}
-    config, spec = TrainConfig(model="saiga2_7b", train_file="", output_dir=""), models.find("saiga2_7b")
+    config, spec = TrainConfig(model="saiga2_7b", train_file="", output_dir=""), registry.find("saiga2_7b")
     for name, value in (
         ("learning_rate", f"{spec.learning_rate:.0e}".replace("e-0", "e-")),
         ("batch_size", f"{config.batch_size}"),

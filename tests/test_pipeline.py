@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from saigakit import manifest, summary
+from saigakit import summary
+from saigakit.core import manifest
 
 ROOT = Path(__file__).parent.parent
 

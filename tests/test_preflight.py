@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 from small_models import adapter, base
 
-from saigakit import memory, preflight, weights, workspace
+from saigakit import memory, preflight, weights
 from saigakit.config import TrainConfig
+from saigakit.core import workspace
+from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
-from saigakit.models import ATTENTION, Lora
-from saigakit.workspace import Gpu
+from saigakit.registry import ATTENTION, Lora
 
 T4 = Gpu("Tesla T4", (7, 5), 16 * 10**9, 15 * 10**9)
 P100 = Gpu("Tesla P100", (6, 0), 16 * 10**9, 15 * 10**9)

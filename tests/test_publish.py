@@ -12,8 +12,9 @@ import pytest
 import yaml
 from small_models import adapter, edit_json
 
-from saigakit import card, curve, evaluate, export, manifest, markdown, models, publish, results, tokenization
+from saigakit import card, curve, evaluate, export, markdown, publish, registry, results, tokenization
 from saigakit.config import TrainConfig
+from saigakit.core import manifest
 from saigakit.errors import SaigaError
 
 TOKEN = "hf_SecretOfTheTests"
@@ -109,7 +110,7 @@ def test_what_was_pushed_is_an_adapter_that_03_takes(push, hub, tiny, tmp_path):
     fetched.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors", "saigakit.json"):  # what sources fetches
         (fetched / name).write_bytes(hub.repositories[REPO][name])
-    made = export.Export.of(models.find("saiga_tiny"), fetched, str(tiny / "base"), "Q8_0")
+    made = export.Export.of(registry.find("saiga_tiny"), fetched, str(tiny / "base"), "Q8_0")
     assert made.system_prompt == "Ты — кот."
 
 
@@ -264,9 +265,9 @@ def test_the_card_has_metadata_that_the_hub_takes(stage, tokenizer):
     metadata = yaml.safe_load(card.write(stage, REPO, tokenizer).split("---\n")[1])
     assert metadata["language"] == ["ru"] and metadata["license"] == "apache-2.0"
     assert "base_model" not in metadata  # "package:saiga_tiny" is nothing of the Hub's
-    of_saiga = yaml.safe_load(markdown.metadata(models.find("saiga2_7b"), "peft", []))
+    of_saiga = yaml.safe_load(markdown.metadata(registry.find("saiga2_7b"), "peft", []))
     assert (of_saiga["base_model"], of_saiga["license"]) == ("TheBloke/Llama-2-7B-fp16", "llama2")
-    of_yandex = yaml.safe_load(markdown.metadata(models.find("saiga_yandexgpt_8b"), "peft", []))
+    of_yandex = yaml.safe_load(markdown.metadata(registry.find("saiga_yandexgpt_8b"), "peft", []))
     assert (of_yandex["license"], of_yandex["license_name"]) == ("other", "yandexgpt-5-lite-8b")
 
 

@@ -11,7 +11,8 @@ import pytest
 import small_models
 from kaggle_stub import UPLOAD, KaggleStub
 
-from saigakit import evaluate, export, export_beside, kaggle_models, manifest, publish_gguf
+from saigakit import evaluate, export, export_beside, kaggle_models, publish_gguf
+from saigakit.core import manifest
 from saigakit.errors import SaigaError
 
 TOKEN, REPO = "hf_SecretOfTheTests", "someone/saiga-cats-gguf"

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from saigakit import calibration, export, manifest, models, quality, quality_by_type, read_back, report, workspace
+from saigakit import calibration, export, quality, quality_by_type, read_back, registry, report
+from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
 
 MODEL = "saiga_tiny"
@@ -115,7 +116,7 @@ def test_a_file_alone_is_not_compared_with_itself(tiny, run_dir, tmp_path, monke
 
 def test_reference_and_file_are_in_memory_together(stage, monkeypatch, capsys):
     sizes = {
-        each: export.Export.of(models.find(MODEL), None, None, each).bytes(each) for each in ("F16", "Q8_0", "Q4_K_M")
+        each: export.Export.of(registry.find(MODEL), None, None, each).bytes(each) for each in ("F16", "Q8_0", "Q4_K_M")
     }
     monkeypatch.setattr(workspace, "available_memory", lambda: sizes["F16"] + 1000)
     monkeypatch.setattr(workspace, "require_memory", lambda *_: None)

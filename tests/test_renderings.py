@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaTokenizer
 
 from saigakit import export, infer, renderings, template, tokenization
-from saigakit.models import MODELS
+from saigakit.registry import MODELS
 from saigakit.tokenization import FastTokenizer, encode
 from saigakit.tokenizer_backends import from_sentencepiece
 

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from saigakit import data, manifest, progress, report, template, tokenization
+from saigakit import data, report, template, tokenization
+from saigakit.core import manifest, progress
 from saigakit.errors import DataError, SaigaError
-from saigakit.models import MODELS
+from saigakit.registry import MODELS
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import kill_resume
 
-from saigakit import checkpoints, curve, launch, manifest, train, training_run, worker, workspace
+from saigakit import checkpoints, curve, train, training_run, worker
 from saigakit.checkpoints import Store
+from saigakit.core import launch, manifest, workspace
 from saigakit.errors import SaigaError
-from saigakit.models import Lora
+from saigakit.registry import Lora
 
 DROPOUT = Lora(rank=4, alpha=8, dropout=0.2)
 STEPS = 12

@@ -5,10 +5,11 @@ from dataclasses import asdict
 
 import pytest
 
-from saigakit import manifest, resuming
+from saigakit import resuming
 from saigakit.config import TrainConfig
+from saigakit.core import manifest
 from saigakit.errors import SaigaError
-from saigakit.models import Lora
+from saigakit.registry import Lora
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import sys
 import pytest
 from test_layouts import THOUGHTFUL, chatml
 
-from saigakit import layouts, progress, rows, template, tokenization, workspace
+from saigakit import layouts, rows, template, tokenization
+from saigakit.core import progress, workspace
 from saigakit.errors import DataError, SaigaError
 from saigakit.tokenization import IGNORE_INDEX, encode
 

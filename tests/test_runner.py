@@ -14,7 +14,8 @@ import psutil
 import pytest
 import small_notebooks
 
-from saigakit import execution, manifest, runner, summary
+from saigakit import execution, runner, summary
+from saigakit.core import manifest
 from saigakit.errors import SaigaError
 
 RUN = "import sys; from saigakit import runner; runner.run({}, sys.argv[1], notebooks_dir=sys.argv[2])"

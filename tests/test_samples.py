@@ -10,7 +10,7 @@ import torch
 from saigakit import attention, data, generation, packing, samples, tokenization, weights
 from saigakit.conversations import Conversations
 from saigakit.errors import SaigaError
-from saigakit.models import Lora
+from saigakit.registry import Lora
 from saigakit.samples import Samples
 
 LORA = Lora(rank=4, alpha=8, dropout=0.3)

@@ -7,13 +7,14 @@ import time
 import pytest
 from test_train import config_for
 
-from saigakit import curve, launch, preflight, sharding, train
+from saigakit import curve, preflight, sharding, train
 from saigakit.config import TrainConfig
+from saigakit.core import launch
+from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
-from saigakit.models import Lora
+from saigakit.registry import Lora
 from saigakit.rows import Rows
 from saigakit.steps import Plan
-from saigakit.workspace import Gpu
 
 CHILD = """
 import sys
@@ -32,7 +33,7 @@ def init(self, *arguments, **options):
 
 
 accelerate.state.PartialState.__init__ = init
-from saigakit import launch, worker
+from saigakit import worker; from saigakit.core import launch
 
 with launch.child():
     worker.main(Path(sys.argv[1]))

@@ -7,9 +7,9 @@ from pathlib import Path
 import hub_stub
 import pytest
 
-from saigakit import models, sources
+from saigakit import registry, sources
 from saigakit.errors import SaigaError
-from saigakit.models import MODELS, ModelSpec
+from saigakit.registry import MODELS, ModelSpec
 
 SAIGA = MODELS["saiga2_7b"]
 BASE = {
@@ -34,7 +34,7 @@ DATA_SETS = {
 REPOSITORIES = {SAIGA.base_model: BASE, SAIGA.released_adapter: ADAPTER, **OLD, **DATA_SETS}
 ASK = """
 import sys
-from saigakit import models, sources
+from saigakit import sources; from saigakit import registry as models
 from saigakit.errors import SaigaError
 try:
     found = eval(sys.argv[1])
@@ -140,12 +140,12 @@ def test_without_a_connection_a_sentence_comes_soon(tmp_path, what):
 
 
 def test_a_directory_is_its_own_base_and_tokenizer(tiny):
-    spec = models.find(str(tiny / "base"))
+    spec = registry.find(str(tiny / "base"))
     assert sources.base_dir(spec) == sources.tokenizer_dir(spec) == tiny / "base"
 
 
 def test_a_packaged_model_is_made(tiny):
-    spec = models.find("saiga_tiny")
+    spec = registry.find("saiga_tiny")
     assert sources.base_dir(spec) == tiny / "base"
     assert sources.adapter_dir(spec, "released") == tiny / "adapter"
 

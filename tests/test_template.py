@@ -6,7 +6,7 @@ import pytest
 
 from saigakit import template
 from saigakit.errors import SaigaError
-from saigakit.models import MODELS, ModelSpec
+from saigakit.registry import MODELS, ModelSpec
 
 MESSAGES = [
     {"role": "system", "content": "Ты — Сайга."},

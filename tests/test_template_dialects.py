@@ -7,7 +7,7 @@ import pytest
 import vocabularies
 
 from saigakit import template
-from saigakit.models import MODELS
+from saigakit.registry import MODELS
 
 minijinja = pytest.importorskip("minijinja")
 SYSTEM = {"role": "system", "content": "Ты — Сайга."}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from saigakit import manifest
+from saigakit.core import manifest
 from saigakit.tiny import make
 
 

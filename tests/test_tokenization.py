@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from saigakit import template, tokenization
 from saigakit.errors import SaigaError
-from saigakit.models import MODELS
+from saigakit.registry import MODELS
 from saigakit.tokenization import IGNORE_INDEX, FastTokenizer, encode
 
 LLAMA2 = Path(__file__).parents[2] / "shared" / "tokenizers" / "llama-2.model"

@@ -14,25 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import kill_resume
 
-from saigakit import (
-    checkpoints,
-    curve,
-    data,
-    evaluation,
-    launch,
-    manifest,
-    models,
-    samples,
-    tokenization,
-    train,
-    weights,
-    worker,
-    workspace,
-)
+from saigakit import checkpoints, curve, data, evaluation, registry, samples, tokenization, train, weights, worker
 from saigakit.config import TrainConfig
+from saigakit.core import launch, manifest, workspace
+from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
-from saigakit.models import Lora
-from saigakit.workspace import Gpu
+from saigakit.registry import Lora
 
 NEW = Lora(rank=4, alpha=8)
 
@@ -296,7 +283,8 @@ def test_noise_on_the_embeddings_changes_training_and_not_evaluation(records, tm
 
 
 def test_every_model_of_the_registry_has_a_config():
-    for name in models.MODELS:
+    for name in registry.MODELS:
         assert (
-            TrainConfig(model=name, train_file="x", output_dir="y").sequence_budget <= models.find(name).context_length
+            TrainConfig(model=name, train_file="x", output_dir="y").sequence_budget
+            <= registry.find(name).context_length
         )

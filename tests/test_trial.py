@@ -9,7 +9,7 @@ import torch
 
 from saigakit import attention, packing, trial, weights
 from saigakit.errors import SaigaError
-from saigakit.models import Lora
+from saigakit.registry import Lora
 
 PREDICTED = {"weights": 3_900_000_000, "logits": 200_000_000}
 

@@ -9,9 +9,9 @@ import small_models
 import torch
 
 from saigakit import weights
+from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
-from saigakit.models import ATTENTION, MODELS, Lora
-from saigakit.workspace import Gpu
+from saigakit.registry import ATTENTION, MODELS, Lora
 
 T4, P100, L4 = (Gpu(name, capability, 16 << 30, 15 << 30) for name, capability in
                 (("Tesla T4", (7, 5)), ("Tesla P100", (6, 0)), ("NVIDIA L4", (8, 9))))  # fmt: skip

@@ -13,9 +13,7 @@ from saigakit import (
     checkpoints,
     curve,
     evaluation,
-    launch,
     loading,
-    manifest,
     memory,
     samples,
     tokenization,
@@ -25,8 +23,9 @@ from saigakit import (
     worker,
 )
 from saigakit.config import TrainConfig
+from saigakit.core import launch, manifest
 from saigakit.errors import SaigaError
-from saigakit.models import ALL_LINEAR, Lora
+from saigakit.registry import ALL_LINEAR, Lora
 from saigakit.rows import Rows
 from saigakit.steps import Plan
 

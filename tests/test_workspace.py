@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from saigakit import workspace
+from saigakit.core import workspace
 from saigakit.errors import SaigaError
 
 
@@ -242,7 +242,7 @@ def test_no_driver_is_no_gpu(tmp_path, monkeypatch):
 def test_a_child_process_knows_when_the_session_began(monkeypatch):
     monkeypatch.delenv("SAIGAKIT_SESSION_START", raising=False)
     began = workspace.session_start()
-    code = "from saigakit import workspace; print(workspace.session_start())"
+    code = "from saigakit.core import workspace; print(workspace.session_start())"
     child = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=Path(workspace.__file__).parents[1])
     assert float(child) == began == workspace.session_start()
 

@@ -16,7 +16,7 @@ import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from saigakit import container, template, tokenization, vocabulary
-from saigakit.models import MODELS
+from saigakit.registry import MODELS
 from saigakit.tokenization import FastTokenizer, GgufTokenizer
 from saigakit.vocabulary import Vocabulary
 

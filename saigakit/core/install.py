@@ -11,7 +11,7 @@ from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 
-from saigakit import workspace
+from saigakit.core import workspace
 from saigakit.errors import SaigaError
 
 # The packages of each extra of pyproject.toml; "" is what saigakit itself depends on.

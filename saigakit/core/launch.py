@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from saigakit import workspace
+from saigakit.core import workspace
 from saigakit.errors import SaigaError
 
 HEARTBEAT_S = 20  # of silence, after which a line says that the child still runs; later a fiftieth of its time
@@ -268,6 +268,6 @@ def _follow() -> None:
     os._exit(1)
 
 
-if __name__ == "__main__":  # `python -m saigakit.launch COMMAND …`: with a heartbeat
+if __name__ == "__main__":  # `python -m saigakit.core.launch COMMAND …`: with a heartbeat
     with child():
         run(sys.argv[1:])

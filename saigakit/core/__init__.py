@@ -1,0 +1,1 @@
+"""Describe the machine, its directories, finished stages and child processes."""
