@@ -7,9 +7,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from saigakit import curve, evaluate, markdown, results, sources, train
+from saigakit import curve, evaluate, markdown, results, train
 from saigakit.config import TrainConfig
-from saigakit.core import manifest
+from saigakit.core import hub, manifest
 from saigakit.tokenization import Tokenizer
 
 _CARD = Template("""---
@@ -79,7 +79,7 @@ def write(stage_dir: Path, repo_id: str, tokenizer: Tokenizer) -> str:
 def _started_from(config: TrainConfig) -> str | None:
     """The adapter that was continued, by its public name; None for a new one."""
     name = config.start_adapter
-    return None if name is None else name if sources.is_hub_id(name) else "another adapter"
+    return None if name is None else name if hub.is_hub_id(name) else "another adapter"
 
 
 def _continued(config: TrainConfig) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from saigakit import sources
+from saigakit.core import hub
 from saigakit.core.display import Table
 from saigakit.registry import ModelSpec
 
@@ -37,14 +37,14 @@ def block(text: str, language: str = "") -> str:
 
 def linked(name: str) -> str:
     """A model by its page on the Hub, or by the name of its directory."""
-    return f"[{name}](https://huggingface.co/{name})" if sources.is_hub_id(name) else code(Path(name).name)
+    return f"[{name}](https://huggingface.co/{name})" if hub.is_hub_id(name) else code(Path(name).name)
 
 
 def metadata(spec: ModelSpec, library: str, tags: Sequence[str], **of_base: str) -> str:
     """YAML, which JSON is too; the Hub refuses a base model that is not there, and so `of_base` is left out with it."""
     values: dict[str, Any] = {"language": ["ru"], "library_name": library, "pipeline_tag": "text-generation"}
     values |= licence(spec.licence)
-    if sources.is_hub_id(spec.base_model):
+    if hub.is_hub_id(spec.base_model):
         values |= {"base_model": spec.base_model, **of_base}
     values["tags"] = tags
     return "\n".join(f"{name}: {json.dumps(value)}" for name, value in values.items())

@@ -1,15 +1,13 @@
 """A finished adapter and its model card into a repository of the Hub, and a look at whether all of it arrived."""
 
 import json
-import re
 import tempfile
-from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import card, lineage, sources, tokenization, train
-from saigakit.core import manifest, workspace
+from saigakit import card, lineage, tokenization, train
+from saigakit.core import hub, manifest
 from saigakit.errors import SaigaError
 
 if TYPE_CHECKING:
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _SHOWN = ("log.jsonl", "curve.png")  # what the card tells of; samples.md holds records and stays
 _HUBS_OWN = {".gitattributes", "README.md"}
-_TOKENS = "https://huggingface.co/settings/tokens"
 
 
 def push_adapter(stage_dir: str | Path, repo_id: str, *, private: bool = True, replace: bool = False) -> str:
@@ -31,7 +28,7 @@ def push_adapter(stage_dir: str | Path, repo_id: str, *, private: bool = True, r
     """
     directory = Path(stage_dir)
     content = require_whole(directory, train.STAGE)
-    token = token_of_the_hub()
+    token = hub.writing_token()
     require_name(repo_id)
     model = content["parameters"]["model"]
     tokenizer = tokenization.load_tokenizer(model, content["parameters"].get("base_source"))
@@ -39,7 +36,7 @@ def push_adapter(stage_dir: str | Path, repo_id: str, *, private: bool = True, r
         files = {name: directory / name for name in (*_ADAPTER, *_SHOWN) if (directory / name).is_file()}
         published = public(content, _ADAPTER)
         files |= written(Path(scratch), published, {"README.md": card.write(directory, repo_id, tokenizer)})
-        with quietly(), explained(repo_id, token):
+        with hub.quietly(), hub.explained(repo_id, token):
             what = f"Adapter of {model}, trained with saigakit"
             return Push(repo_id, token).all_of(files, published, what, private=private, replace=replace)
 
@@ -58,23 +55,11 @@ def require_whole(directory: Path, stage: str) -> manifest.Manifest:
 
 
 def require_name(repo_id: str) -> None:
-    if not sources.is_hub_id(repo_id):
+    if not hub.is_hub_id(repo_id):
         raise SaigaError(
             f"repo_id={repo_id!r} is no name of a repository: give 'owner/name', of Latin letters, digits, '-', '_' "
             "and '.', where owner is your name on the Hub or that of your organisation."
         )
-
-
-def token_of_the_hub() -> str:
-    token = (workspace.secret("HF_TOKEN") or "").strip()
-    if not token:
-        raise SaigaError(
-            "HF_TOKEN is not set. On Kaggle attach it to this notebook as a secret (Add-ons, Secrets); elsewhere set "
-            f"the environment variable. It is made at {_TOKENS} and must be allowed to write."
-        )
-    if not re.fullmatch(r"[!-~]+", token):  # a library would quote it in its own error
-        raise SaigaError(f"HF_TOKEN holds characters that no token has, such as blanks: copy it again from {_TOKENS}.")
-    return token
 
 
 def public(content: Mapping[str, Any], kept: Container[str]) -> dict[str, Any]:
@@ -194,58 +179,3 @@ def _made(text: str | bytes) -> tuple[Any, Any, Any]:
         return content["stage"], content["parameters"]["model"], weights
     except (ValueError, KeyError, TypeError):
         return None, None, None
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without progress bars, of which Kaggle keeps every line."""
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-
-
-@contextmanager
-def explained(repo_id: str, token: str) -> Iterator[None]:
-    """The Hub's refusals and broken connections as sentences; the token is in none of them."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
-
-    try:
-        yield
-    except HfHubHTTPError as error:
-        raise SaigaError(_refusal(error.response.status_code, repo_id, _reason(error, token))) from None
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: of one file's upload
-        raise SaigaError(
-            f"The upload to {repo_id} was interrupted: {_reason(error, token)}. The repository changes only when all "
-            "files have arrived. Try again; on Kaggle, switch Internet on."
-        ) from None
-
-
-def _refusal(status: int, repo_id: str, reason: str) -> str:
-    if status == 401:
-        return (
-            f"The Hub does not know the token in HF_TOKEN: it is mistyped, expired or deleted. Make one at {_TOKENS}."
-        )
-    if status == 403:
-        return (
-            f"The token in HF_TOKEN may not write to {repo_id}. Give it write access at {_TOKENS}, and name your own "
-            "user or an organisation where you may write."
-        )
-    return f"The Hub refused {repo_id} ({status}): {reason}. If it is overloaded, try again later."
-
-
-def _reason(error: BaseException, token: str) -> str:
-    """One line of it and of what caused it."""
-    chain = [error, error.__cause__] if error.__cause__ is not None else [error]
-    texts = dict.fromkeys(" ".join(str(each).split()) or type(each).__name__ for each in chain)
-    return "; ".join(texts).replace(token, "…")[:300].rstrip(".:; ")

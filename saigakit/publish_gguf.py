@@ -20,7 +20,7 @@ from saigakit import (
     registry,
     results,
 )
-from saigakit.core import manifest
+from saigakit.core import hub, manifest
 from saigakit.errors import SaigaError
 from saigakit.tokenizer_backends import gguf_vocabulary
 
@@ -38,11 +38,11 @@ def push_to_hub(made: str | Path, repo_id: str, *, private: bool = True, replace
     One commit, and the refusals, as in publish.push_adapter.
     """
     directory, content = _finished(Path(made))
-    token = publish.token_of_the_hub()
+    token = hub.writing_token()
     publish.require_name(repo_id)
     with tempfile.TemporaryDirectory() as scratch:
         files, published = _files(directory, content, Path(scratch), repo_id)
-        with publish.quietly(), publish.explained(repo_id, token):
+        with hub.quietly(), hub.explained(repo_id, token):
             what = f"{published['parameters']['model']} as GGUF, made with saigakit"
             return publish.Push(repo_id, token).all_of(files, published, what, private=private, replace=replace)
 

@@ -1,17 +1,14 @@
 """What a parameter names (a model, an adapter, records) into local files, from an attachment or the Hub."""
 
 import glob
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from saigakit import base_files, definitions, examples, records, splits
-from saigakit.core import workspace
+from saigakit.core import hub, workspace
 from saigakit.errors import SaigaError
 from saigakit.registry import ModelSpec
 
-T = TypeVar("T")
 _TOKENIZER_FILES = base_files.BESIDES
 _IDS_DEPEND_ON = (
     "tokenizer.json",
@@ -22,12 +19,7 @@ _IDS_DEPEND_ON = (
     "chat_template.jinja",
 )
 _PACKAGED_RECORDS = "package:wordnet/"
-_HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _FILES = (*records.SUFFIXES, *records.REFUSED)  # so ends the name of a file, and of no data set
-_ATTACH_MODEL = (
-    "Or attach a copy as a Kaggle model or data set and give its directory as base_source (for an adapter: as adapter)."
-)
-_ATTACH_RECORDS = "No such path is here either: attach a copy as a Kaggle data set and give its name or a path in it."
 _ADAPTER_FILES = (*_TOKENIZER_FILES, "adapter_model.*")
 _PACKAGED: dict[str, Callable[[], Path]] = {
     "package:smollm2_135m": examples.smollm2_base,
@@ -46,7 +38,7 @@ def records_files(name: str, run_dir: str | Path | None = None) -> list[Path]:
     if name.startswith(_PACKAGED_RECORDS):
         return [_packaged_records(name.removeprefix(_PACKAGED_RECORDS))]
     repo, _, choice = name.partition(":")
-    if _HUB_ID.fullmatch(repo) and not name.endswith(_FILES) and not _is_here(name, run_dir):
+    if hub.is_hub_id(repo) and not name.endswith(_FILES) and not workspace.is_here(name, run_dir):
         return _data_set(repo, choice)
     places = [Path(name).expanduser(), *([] if run_dir is None else [Path(run_dir) / name])]
     if set("*?[") & set(name) and not any(place.exists() for place in places):
@@ -104,11 +96,11 @@ def _data_set(repo: str, choice: str) -> list[Path]:
     from huggingface_hub import HfApi
 
     token = workspace.secret("HF_TOKEN")
-    found = _asking_hub(repo, lambda: HfApi().dataset_info(repo, files_metadata=True, token=token), _ATTACH_RECORDS)
+    found = hub.asking(repo, lambda: HfApi().dataset_info(repo, files_metadata=True, token=token), hub.ATTACH_RECORDS)
     sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
     names = splits.records_of(repo, list(sizes), choice)
-    _require_room(repo, "dataset", sum(sizes[name] for name in names))
-    directory = _from_hub(repo, tuple(map(glob.escape, names)), "dataset")
+    hub.require_room(repo, "dataset", sum(sizes[name] for name in names))
+    directory = hub.snapshot(repo, tuple(map(glob.escape, names)), "dataset")
     return [directory / name for name in names]
 
 
@@ -120,14 +112,14 @@ def base_dir(spec: ModelSpec, base_source: str | None = None) -> Path:
         return _PACKAGED[spec.base_model]()
     if Path(spec.base_model).is_dir():
         return _with_config(Path(spec.base_model))
-    return _from_hub(spec.base_model, (*_TOKENIZER_FILES, *_weight_files(spec.base_model)))
+    return hub.snapshot(spec.base_model, (*_TOKENIZER_FILES, *_weight_files(spec.base_model)))
 
 
 def tokenizer_dir(spec: ModelSpec, base_source: str | None = None) -> Path:
     """A directory with the tokenizer the model was trained with: the released adapter's where there is one."""
     if base_source is not None or spec.base_model in _PACKAGED or Path(spec.base_model).is_dir():
         return base_dir(spec, base_source)
-    return _from_hub(spec.released_adapter or spec.base_model, _TOKENIZER_FILES)
+    return hub.snapshot(spec.released_adapter or spec.base_model, _TOKENIZER_FILES)
 
 
 def tokenizer_files(spec: ModelSpec, base_source: str | None = None) -> list[Path]:
@@ -146,25 +138,14 @@ def adapter_dir(spec: ModelSpec, adapter: str, run_dir: str | Path | None = None
     if name == "package:saiga_tiny":
         return examples.tiny_saiga() / "adapter"
     is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if is_hub_id and not _is_here(name, run_dir):
-        return _from_hub(name, _ADAPTER_FILES)
+    if is_hub_id and not workspace.is_here(name, run_dir):
+        return hub.snapshot(name, _ADAPTER_FILES)
     return _holding(
         workspace.find_input(name, run_dir=run_dir),
         "adapter_config.json",
         "is no LoRA adapter",
         "Give the directory that 02_train made, or one of peft's files.",
     )
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether it is "owner/name" as the Hub has it, which no path of this machine is."""
-    return _HUB_ID.fullmatch(name) is not None
-
-
-def _is_here(name: str, run_dir: str | Path | None) -> bool:
-    places = [Path(name), *([] if run_dir is None else [Path(run_dir) / name])]
-    attached = (path for root in workspace.input_roots() for path in root.rglob(glob.escape(name)))
-    return any(path.exists() for path in places) or any(attached)
 
 
 def _with_config(directory: Path) -> Path:
@@ -194,61 +175,8 @@ def _weight_files(repo: str) -> tuple[str, ...]:
 
     # Not list_repo_files, which without a connection tries for 24 s.
     token = workspace.secret("HF_TOKEN")
-    found = _asking_hub(repo, lambda: HfApi().model_info(repo, files_metadata=True, token=token))
+    found = hub.asking(repo, lambda: HfApi().model_info(repo, files_metadata=True, token=token))
     sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
     names = base_files.weights(sizes)
-    _require_room(repo, "model", sum(sizes[name] for name in names))
+    hub.require_room(repo, "model", sum(sizes[name] for name in names))
     return tuple(map(glob.escape, names))
-
-
-def _require_room(repo: str, repo_type: str, needed: int) -> None:
-    from huggingface_hub.file_download import repo_folder_name
-
-    blobs = _hub_cache() / repo_folder_name(repo_id=repo, repo_type=repo_type) / "blobs"
-    there = sum(blob.stat().st_size for blob in blobs.glob("*"))
-    workspace.require_disk(_hub_cache(), max(0, needed - there), f"Downloading {repo}")
-
-
-def _hub_cache() -> Path:
-    return workspace.scratch_dir() / "hub"
-
-
-def _from_hub(repo: str, patterns: tuple[str, ...], repo_type: str = "model") -> Path:
-    from huggingface_hub import snapshot_download
-
-    return _asking_hub(
-        repo,
-        lambda: Path(
-            snapshot_download(
-                repo,
-                repo_type=repo_type,
-                allow_patterns=list(patterns),
-                cache_dir=_hub_cache(),
-                token=workspace.secret("HF_TOKEN"),
-            )
-        ),
-        _ATTACH_RECORDS if repo_type == "dataset" else _ATTACH_MODEL,
-    )
-
-
-def _asking_hub(repo: str, ask: Callable[[], T], attach: str = _ATTACH_MODEL) -> T:
-    # HTTPError is httpx's in huggingface_hub 1 and httpx2's in 2; no connection is one of these, and no OSError.
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]
-        GatedRepoError,
-        HTTPError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        return ask()
-    except GatedRepoError:
-        raise SaigaError(
-            f"{repo} is gated: accept its licence on its Hub page and set the secret HF_TOKEN. {attach}"
-        ) from None
-    except RepositoryNotFoundError:
-        raise SaigaError(f"{repo} is not on the Hub (any more), or HF_TOKEN may not see it. {attach}") from None
-    except (HTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".:") or type(error).__name__
-        raise SaigaError(
-            f"{repo} could not be fetched from the Hub: {reason}. On Kaggle, switch Internet on. {attach}"
-        ) from None

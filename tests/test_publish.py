@@ -15,6 +15,7 @@ from small_models import adapter, edit_json
 from saigakit import card, curve, evaluate, export, markdown, publish, registry, results, tokenization
 from saigakit.config import TrainConfig
 from saigakit.core import manifest
+from saigakit.core.hub import explained
 from saigakit.errors import SaigaError
 
 TOKEN = "hf_SecretOfTheTests"
@@ -324,6 +325,6 @@ def test_results_of_04_are_in_the_card_where_they_are_of_this_adapter(stage, tok
 def test_the_reason_of_a_failure_never_holds_the_token():
     error = RuntimeError("Error while uploading")
     error.__cause__ = ValueError(f"Illegal header value b'Bearer {TOKEN}'")
-    with pytest.raises(SaigaError) as caught, publish.explained(REPO, TOKEN):
+    with pytest.raises(SaigaError) as caught, explained(REPO, TOKEN):
         raise error
     assert TOKEN not in str(caught.value) and "Illegal header value" in str(caught.value)

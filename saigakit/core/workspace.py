@@ -70,6 +70,13 @@ def find_input(name: str, *, run_dir: str | Path | None = None) -> Path:
     raise SaigaError(f"{name!r} is not there.{first} Looked at {looked}; attached inputs: {_attached()}.")
 
 
+def is_here(name: str, run_dir: str | Path | None) -> bool:
+    """Whether a name is a path here, inside `run_dir` or in an attached input."""
+    places = [Path(name), *([] if run_dir is None else [Path(run_dir) / name])]
+    attached = (path for root in input_roots() for path in root.rglob(glob.escape(name)))
+    return any(path.exists() for path in places) or any(attached)
+
+
 def look_for(name: str, *, run_dir: str | Path | None = None) -> Path | None:
     """As `find_input`; None when nothing fits."""
     for path in _candidates(name, run_dir):
