@@ -14,10 +14,11 @@ import random
 import tempfile
 from pathlib import Path
 
-from saigakit import curve, definitions, registry, train, worker
+from saigakit import curve, registry, train, worker
 from saigakit.config import TrainConfig
 from saigakit.core import launch
 from saigakit.core.display import Table
+from saigakit.demo import wordnet_records
 from saigakit.registry import ALL_LINEAR, ATTENTION, Lora
 
 MODEL, BATCH, LENGTH = "smollm2_135m", 4, 768
@@ -26,7 +27,7 @@ RATE = 5e-4
 
 def explanations(file: Path, count: int) -> Path:
     """Another task in the same language: what a word means."""
-    known = random.Random(1).sample(list(definitions.definitions()), count)
+    known = random.Random(1).sample(list(wordnet_records.definitions()), count)
     talks = [{"user": f"Что значит «{term}»?", "bot": f"{term} — это {text}."} for term, text in known]
     file.write_text("\n".join(json.dumps(talk, ensure_ascii=False) for talk in talks), encoding="utf-8")
     return file
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--released-steps", type=int, default=60)
     given = parser.parse_args()
     launch.distributed = lambda _, arguments, **__: worker.main(Path(arguments[0]))  # this process knows the registry
-    packaged = definitions.packaged_records()
+    packaged = wordnet_records.packaged_records()
     task, held_out = packaged / "train.jsonl", packaged / "held_out.jsonl"
     attention = Lora(rank=16, alpha=16, target_modules=ATTENTION)
     everything = Lora(rank=16, alpha=16, target_modules=ALL_LINEAR)

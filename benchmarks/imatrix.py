@@ -18,8 +18,9 @@ from contextlib import closing
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from saigakit import activations, data, definitions, examples, export, quality, quantization, tokenization
+from saigakit import activations, data, export, quality, quantization, tokenization
 from saigakit.core.display import Table
+from saigakit.demo import packages, wordnet_records
 
 MODEL = "smollm2_135m"
 QUANT_TYPES = ("Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K")
@@ -28,7 +29,7 @@ LENGTH = 256  # tokens of a row of plain text
 
 def russian_sentences() -> list[str]:
     """Examples of use from literature and newspapers, in random order."""
-    file = examples.package_file(examples.WORDNET)
+    file = packages.package_file(packages.WORDNET)
     with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
         rows = database.execute("SELECT definition FROM synsets ORDER BY synset_id").fetchall()
     plain = (re.sub(r"\{\{выдел\|([^{}|]*)\}\}", r"\1", text) for (text,) in rows)
@@ -93,7 +94,7 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer, records, sentences = (
         tokenization.load_tokenizer(MODEL),
-        definitions.packaged_records(),
+        wordnet_records.packaged_records(),
         russian_sentences(),
     )
     train, held_out = (

@@ -22,10 +22,11 @@ from typing import NamedTuple
 
 import psutil
 
-from saigakit import checkpoints, curve, examples, train, worker
+from saigakit import checkpoints, curve, train, worker
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest
 from saigakit.core.display import Table
+from saigakit.demo import packages
 from saigakit.errors import SaigaError
 
 STEPS = 12  # of the run; the last is left alone
@@ -48,7 +49,7 @@ class Kill(NamedTuple):
 
 
 def config_for(directory, **settings):
-    records = str(examples.tiny_saiga() / "records.jsonl")
+    records = str(packages.tiny_saiga() / "records.jsonl")
     files = {"train_file": records, "eval_file": records, "output_dir": str(Path(directory) / "02_train")}
     length = {"epochs": 1, "batch_size": 5, "save_steps": 1, "eval_steps": 4}
     return TrainConfig(**{"model": "saiga_tiny", "adapter": None, "quantization": "nf4", **files, **length, **settings})

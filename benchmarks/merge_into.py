@@ -22,7 +22,7 @@ from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest
 from saigakit.core.display import Table
 from saigakit.data import read_conversations, spread
-from saigakit.definitions import packaged_records
+from saigakit.demo.wordnet_records import packaged_records
 from saigakit.merge import Into
 from saigakit.merged_safetensors import to_safetensors
 from saigakit.registry import ALL_LINEAR, Lora

@@ -24,8 +24,9 @@ from pathlib import Path
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 import tokenizers
 
-from saigakit import data, definitions, packing, report, rows, sources, template, tokenization
+from saigakit import data, packing, report, rows, sources, template, tokenization
 from saigakit.core.display import Table
+from saigakit.demo import wordnet_records
 from saigakit.registry import MODELS
 
 COMPARED, ROUNDS = 20_000, 5
@@ -35,7 +36,7 @@ BULK = 1000  # texts in one call of the library
 
 def write_dialogues(file: Path, count: int) -> None:
     """About 2 KB each, most of it the question; every dialogue is another one."""
-    said = [f"{term} — это {definition}. " for term, definition in definitions.definitions()]
+    said = [f"{term} — это {definition}. " for term, definition in wordnet_records.definitions()]
     rng = random.Random(0)
     with file.open("w", encoding="utf-8") as stream:
         for _ in range(count):

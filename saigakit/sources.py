@@ -4,8 +4,9 @@ import glob
 from collections.abc import Callable
 from pathlib import Path
 
-from saigakit import base_files, definitions, examples, records, splits
+from saigakit import base_files, records, splits
 from saigakit.core import hub, workspace
+from saigakit.demo import packages, wordnet_records
 from saigakit.errors import SaigaError
 from saigakit.registry import ModelSpec
 
@@ -22,8 +23,8 @@ _PACKAGED_RECORDS = "package:wordnet/"
 _FILES = (*records.SUFFIXES, *records.REFUSED)  # so ends the name of a file, and of no data set
 _ADAPTER_FILES = (*_TOKENIZER_FILES, "adapter_model.*")
 _PACKAGED: dict[str, Callable[[], Path]] = {
-    "package:smollm2_135m": examples.smollm2_base,
-    "package:saiga_tiny": lambda: examples.tiny_saiga() / "base",
+    "package:smollm2_135m": packages.smollm2_base,
+    "package:saiga_tiny": lambda: packages.tiny_saiga() / "base",
 }
 
 
@@ -53,7 +54,7 @@ def formatted_records(part: str, run_dir: str | Path) -> Path | None:
 
 
 def _packaged_records(name: str) -> Path:
-    file = definitions.packaged_records() / name
+    file = wordnet_records.packaged_records() / name
     if not file.is_file():
         raise SaigaError(f"'{_PACKAGED_RECORDS}{name}' is not there; the demo has train.jsonl and held_out.jsonl.")
     return file
@@ -136,7 +137,7 @@ def adapter_dir(spec: ModelSpec, adapter: str, run_dir: str | Path | None = None
     if name is None:
         raise SaigaError(f"{spec.name} has no released adapter; use adapter=None for a new LoRA.")
     if name == "package:saiga_tiny":
-        return examples.tiny_saiga() / "adapter"
+        return packages.tiny_saiga() / "adapter"
     is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if is_hub_id and not workspace.is_here(name, run_dir):
         return hub.snapshot(name, _ADAPTER_FILES)

@@ -19,8 +19,8 @@ import pytest
 # A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from saigakit import examples
 from saigakit.core import workspace
+from saigakit.demo import packages
 from saigakit.errors import SaigaError
 
 
@@ -32,14 +32,14 @@ def callers_cache(tmp_path_factory) -> Iterator[Path]:
         environment.setenv("SAIGAKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
         for name in ("SAIGAKIT_INPUT_ROOT", "SAIGAKIT_REPLACE", "SAIGAKIT_SESSION_START"):
             environment.delenv(name, raising=False)
-        examples.tiny_saiga()
+        packages.tiny_saiga()
         yield callers
 
 
 @pytest.fixture(scope="session")
 def tiny(callers_cache) -> Path:
     """The tiny Saiga that `package:saiga_tiny` also names: base/, adapter/, records.jsonl."""
-    return examples.tiny_saiga()
+    return packages.tiny_saiga()
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +63,7 @@ def smollm2(callers_cache) -> Path:
     try:
         with _alone(callers_cache / "smollm2.lock"), pytest.MonkeyPatch.context() as environment:
             environment.setenv("SAIGAKIT_CACHE", str(callers_cache))
-            made = examples.smollm2_base()
+            made = packages.smollm2_base()
     except SaigaError as error:
         pytest.skip(f"the packaged SmolLM2 is not to be had here: {error}")
     link = workspace.scratch_dir() / "models" / "smollm2_135m"

@@ -6,8 +6,8 @@ from itertools import chain
 
 import pytest
 
-from saigakit import definitions, examples
-from saigakit.definitions import INSTRUCTION, SEEN, UNSEEN
+from saigakit.demo import packages, wordnet_records
+from saigakit.demo.wordnet_records import INSTRUCTION, SEEN, UNSEEN
 from saigakit.errors import SaigaError
 
 SYLLABLES = ("ва", "го", "ди", "же", "зу", "ки", "лё", "мы", "но", "пя", "ра", "си")
@@ -33,7 +33,7 @@ def wordnet(tmp_path, monkeypatch):
             numbered = [(index, lemma, text) for index, (lemma, text) in enumerate(rows)]
             database.executemany("INSERT INTO synsets VALUES (?, ?, ?)", numbered)
             database.commit()
-        monkeypatch.setattr(examples, "package_file", lambda wanted: file)
+        monkeypatch.setattr(packages, "package_file", lambda wanted: file)
 
     return make
 
@@ -52,7 +52,7 @@ def packaged(callers_cache):
     try:
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("SAIGAKIT_CACHE", str(callers_cache))
-            return definitions.definitions()
+            return wordnet_records.definitions()
     except SaigaError as error:
         pytest.skip(f"the packaged WordNet is not to be had here: {error}")
 
@@ -60,7 +60,7 @@ def packaged(callers_cache):
 def written(directory, **counts):
     return [
         [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").split("\n") if line]
-        for file in definitions.write_records(directory, **counts)
+        for file in wordnet_records.write_records(directory, **counts)
     ]
 
 
@@ -79,7 +79,7 @@ def parts(messages):
     ],
 )
 def test_a_definition_is_the_first_sense_without_labels_and_markup(text, definition):
-    assert definitions._plain(synset("слово", text)[1]) == definition
+    assert wordnet_records._plain(synset("слово", text)[1]) == definition
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_definition_is_the_first_sense_without_labels_and_markup(text, definit
 )
 def test_what_is_no_clean_pair_is_left_out(wordnet, lemma, text):
     wordnet([synset(lemma, text), synset("ступня", "нижняя часть ноги человека")])
-    assert definitions.definitions() == [("ступня", "нижняя часть ноги человека")]
+    assert wordnet_records.definitions() == [("ступня", "нижняя часть ноги человека")]
 
 
 def test_terms_and_definitions_are_unique(wordnet):
@@ -115,12 +115,12 @@ def test_terms_and_definitions_are_unique(wordnet):
             synset("стопа", "нижняя часть ноги человека"),
         ]
     )
-    assert definitions.definitions() == [("ступня", "нижняя часть ноги человека")]
+    assert wordnet_records.definitions() == [("ступня", "нижняя часть ноги человека")]
 
 
 def test_a_coarse_word_is_left_out_with_all_its_senses(wordnet):
     wordnet([synset("рыло", "передняя часть головы животного"), synset("рыло", "{{вульг.|ru}} лицо")])
-    assert definitions.definitions() == []
+    assert wordnet_records.definitions() == []
 
 
 def test_every_record_is_the_instruction_a_text_and_its_items(thousand, tmp_path):
@@ -179,16 +179,16 @@ def test_half_of_the_held_out_texts_has_phrasings_and_fillers_that_training_neve
 
 
 def test_the_same_seed_writes_the_same_bytes(thousand, tmp_path):
-    first = definitions.write_records(tmp_path / "a", train=40, held_out=8)
-    second = definitions.write_records(tmp_path / "b", train=40, held_out=8)
+    first = wordnet_records.write_records(tmp_path / "a", train=40, held_out=8)
+    second = wordnet_records.write_records(tmp_path / "b", train=40, held_out=8)
     assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
-    other = definitions.write_records(tmp_path / "c", train=40, held_out=8, seed=8)
+    other = wordnet_records.write_records(tmp_path / "c", train=40, held_out=8, seed=8)
     assert other[0].read_bytes() != first[0].read_bytes()
 
 
 def test_more_records_than_the_definitions_are_enough_for_are_refused_and_nothing_is_written(thousand, tmp_path):
     with pytest.raises(SaigaError, match="ask for fewer"):
-        definitions.write_records(tmp_path / "records", train=5000)
+        wordnet_records.write_records(tmp_path / "records", train=5000)
     assert not (tmp_path / "records").exists()
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from saigakit import examples, memory, tokenization
+from saigakit import memory, tokenization
 from saigakit.core import workspace
+from saigakit.demo import packages
+from saigakit.demo.packages import PackageFile
 from saigakit.errors import SaigaError
-from saigakit.examples import PackageFile
 
 CONTENT = b"the file that is wanted" * 1000
 
@@ -56,41 +57,41 @@ def changed(package, **values):
 
 
 def test_a_file_is_taken_out_of_its_package_and_nothing_else_stays(package, cache):
-    file = examples.package_file(package)
+    file = packages.package_file(package)
     assert file.read_bytes() == CONTENT
     assert kept(cache) == [file]
 
 
 def test_a_kept_file_is_not_downloaded_again(package, tmp_path, capsys):
-    file = examples.package_file(package)
+    file = packages.package_file(package)
     shutil.rmtree(tmp_path / "shelf")
     capsys.readouterr()
-    assert examples.package_file(package) == file
+    assert packages.package_file(package) == file
     assert capsys.readouterr().out == ""
 
 
 def test_a_kept_file_that_is_damaged_is_downloaded_again(package):
-    examples.package_file(package).write_bytes(b"half")
-    assert examples.package_file(package).read_bytes() == CONTENT
+    packages.package_file(package).write_bytes(b"half")
+    assert packages.package_file(package).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("field", ["archive_sha256", "sha256"])
 def test_a_package_or_a_file_with_another_checksum_is_refused_and_not_kept(package, cache, field):
     with pytest.raises(SaigaError, match=r"toys==1\.0"):
-        examples.package_file(changed(package, **{field: "0" * 64}))
+        packages.package_file(changed(package, **{field: "0" * 64}))
     assert kept(cache) == []
 
 
 def test_a_package_that_cannot_be_had_is_named_with_what_pip_said(package, cache):
     with pytest.raises(SaigaError, match=r"(?s)toys==2\.0 could not be downloaded.*No matching distribution"):
-        examples.package_file(changed(package, requirement="toys==2.0"))
+        packages.package_file(changed(package, requirement="toys==2.0"))
     assert kept(cache) == []
 
 
 def test_a_disk_that_is_too_small_is_known_before_the_download(package, monkeypatch, cache):
     monkeypatch.setattr(workspace, "free_disk", lambda path: 2 * len(CONTENT))
     with pytest.raises(SaigaError, match=r"Unpacking toys==1\.0 needs"):
-        examples.package_file(package)
+        packages.package_file(package)
     assert kept(cache) == []
 
 
@@ -101,19 +102,19 @@ def test_a_file_is_taken_out_of_a_source_archive_too(tmp_path):
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
-    examples._extract(archive, "data.bin", tmp_path / "file")
+    packages._extract(archive, "data.bin", tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
 def test_what_is_interrupted_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), examples.made_once(tmp_path / "models" / "one") as partial:
+    with pytest.raises(KeyboardInterrupt), packages.made_once(tmp_path / "models" / "one") as partial:
         (partial / "half").write_bytes(b"")
         raise KeyboardInterrupt
     assert list((tmp_path / "models").iterdir()) == []
 
 
 def test_what_another_process_made_first_stays(tmp_path):
-    with examples.made_once(tmp_path / "one") as partial:
+    with packages.made_once(tmp_path / "one") as partial:
         (partial / "mine").write_bytes(b"")
         (tmp_path / "one").mkdir()
         (tmp_path / "one" / "theirs").write_bytes(b"")
@@ -121,16 +122,16 @@ def test_what_another_process_made_first_stays(tmp_path):
 
 
 def test_a_model_that_cannot_be_unpacked_is_not_there(package, cache, monkeypatch):
-    monkeypatch.setattr(examples, "SMOLLM2", package)  # no GGUF
+    monkeypatch.setattr(packages, "SMOLLM2", package)  # no GGUF
     with pytest.raises(SaigaError):
-        examples.smollm2_base()
+        packages.smollm2_base()
     assert list((cache / "models").iterdir()) == []
 
 
 def test_the_tiny_saiga_is_made_once(cache):
-    made = examples.tiny_saiga()
+    made = packages.tiny_saiga()
     first = (made / "base" / "model.safetensors").stat()
-    assert (examples.tiny_saiga() / "base" / "model.safetensors").stat().st_mtime_ns == first.st_mtime_ns
+    assert (packages.tiny_saiga() / "base" / "model.safetensors").stat().st_mtime_ns == first.st_mtime_ns
     assert sorted(item.name for item in made.iterdir()) == ["adapter", "base", "records.jsonl"]
 
 
@@ -144,7 +145,7 @@ def test_smollm2_has_its_shape_and_its_tokenizer(smollm2):
 def test_smollm2_has_the_ids_of_the_packaged_file(smollm2, callers_cache, monkeypatch):
     monkeypatch.setenv("SAIGAKIT_CACHE", str(callers_cache))
     ours = tokenization.load_tokenizer("smollm2_135m")
-    theirs = llama_cpp.Llama(str(examples.package_file(examples.SMOLLM2)), vocab_only=True, verbose=False)
+    theirs = llama_cpp.Llama(str(packages.package_file(packages.SMOLLM2)), vocab_only=True, verbose=False)
     with closing(theirs):
         for text in ("в  1984 году", "12,5 %", "а\n\n  3. б", "it's  5\t7"):
             assert ours.encode_text(text) == theirs.tokenize(text.encode(), add_bos=False, special=False), text
@@ -152,7 +153,7 @@ def test_smollm2_has_the_ids_of_the_packaged_file(smollm2, callers_cache, monkey
 
 def test_smollm2_has_the_weights_of_the_packaged_file(smollm2, callers_cache, monkeypatch):
     monkeypatch.setenv("SAIGAKIT_CACHE", str(callers_cache))
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(examples.package_file(examples.SMOLLM2)).tensors}
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(packages.package_file(packages.SMOLLM2)).tensors}
     packed = tensors["blk.7.ffn_down.weight"]
     with safe_open(smollm2 / "model.safetensors", "numpy") as weights:
         unpacked = weights.get_tensor("model.layers.7.mlp.down_proj.weight")

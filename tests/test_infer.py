@@ -9,8 +9,9 @@ import llama_cpp
 import pytest
 import small_models
 
-from saigakit import examples, export, infer, registry, tokenization
+from saigakit import export, infer, registry, tokenization
 from saigakit.core import workspace
+from saigakit.demo import packages
 from saigakit.errors import SaigaError
 from saigakit.registry import Sampling
 
@@ -84,7 +85,7 @@ def test_both_tokenizers_give_the_same_ids(llm, tiny, text):
 
 def test_both_tokenizers_of_smollm2_give_the_same_ids(smollm2, callers_cache, monkeypatch):
     monkeypatch.setenv("SAIGAKIT_CACHE", str(callers_cache))
-    with closing(infer.load(examples.package_file(examples.SMOLLM2), n_ctx=64)) as llm:
+    with closing(infer.load(packages.package_file(packages.SMOLLM2), n_ctx=64)) as llm:
         ours, theirs = tokenization.load_tokenizer("smollm2_135m"), tokenization.load_gguf_tokenizer(llm)
         assert [theirs.encode_text(text) for text in TEXTS] == [ours.encode_text(text) for text in TEXTS]
         assert tokenization.end_of_turn_ids(theirs) == tokenization.end_of_turn_ids(ours)

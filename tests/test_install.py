@@ -49,8 +49,8 @@ def test_the_demos_model_can_be_read_in_every_stage_on_kaggle():
 # tokenizer of a GGUF before there is one.
 NOT_REACHED = {
     "saigakit.core.workspace": {"kaggle_secrets"},
-    "saigakit.examples": {"torch", "transformers"},
-    "saigakit.tiny.make": {"torch", "safetensors"},
+    "saigakit.demo.packages": {"torch", "transformers"},
+    "saigakit.demo.tiny_model": {"torch", "safetensors"},
     "saigakit.tokenization": {"llama_cpp"},
     "saigakit.tokenizer_backends": {"llama_cpp"},
 }

@@ -8,12 +8,12 @@ import pytest
 import sentencepiece
 
 from saigakit.core import manifest
-from saigakit.tiny import make
+from saigakit.demo import tiny_model
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    return make.make(tmp_path_factory.mktemp("tiny"))
+    return tiny_model.make(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +23,13 @@ def vocabulary(tiny) -> sentencepiece.SentencePieceProcessor:
 
 def test_it_is_made_in_seconds_and_is_under_a_megabyte(tmp_path):
     start = time.process_time()
-    made = make.make(tmp_path / "tiny")
+    made = tiny_model.make(tmp_path / "tiny")
     assert time.process_time() - start < 20
     assert sum(file.stat().st_size for file in made.rglob("*") if file.is_file()) < 1_000_000
 
 
 def test_it_has_the_same_bytes_every_time(tiny, tmp_path):
-    assert manifest.hashes(make.make(tmp_path / "again")) == manifest.hashes(tiny)
+    assert manifest.hashes(tiny_model.make(tmp_path / "again")) == manifest.hashes(tiny)
 
 
 def test_base_and_adapter_have_one_tokenizer_of_the_2023_kind(tiny):

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit.tiny.records import records
-from saigakit.tiny.vocabulary import SIZE, sentencepiece_model
+from saigakit.demo.tiny_records import records
+from saigakit.demo.tiny_vocabulary import SIZE, sentencepiece_model
 
 if TYPE_CHECKING:
     import torch
@@ -159,5 +159,5 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m saigakit.tiny.make DIRECTORY")
+        sys.exit("usage: python -m saigakit.demo.tiny_model DIRECTORY")
     print(make(Path(sys.argv[1])))

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
-from saigakit import examples
 from saigakit.core import manifest, workspace
+from saigakit.demo import packages
 from saigakit.errors import SaigaError
 
 Pair = tuple[str, str]  # term, definition
@@ -108,11 +108,11 @@ UNSEEN = Style(
 
 def packaged_records() -> Path:
     """A directory with the demo's train.jsonl and held_out.jsonl, made once for this version of this module."""
-    made_of = hashlib.sha256(Path(__file__).read_bytes() + examples.WORDNET.sha256.encode()).hexdigest()
+    made_of = hashlib.sha256(Path(__file__).read_bytes() + packages.WORDNET.sha256.encode()).hexdigest()
     kept = workspace.scratch_dir() / "records" / made_of[:16]
     if not kept.is_dir():
         print("Making the demo's records of the WordNet …", flush=True)
-        with examples.made_once(kept) as partial:
+        with packages.made_once(kept) as partial:
             write_records(partial)
     return kept
 
@@ -189,7 +189,7 @@ def _jsonl(rows: Sequence[Record]) -> str:
 
 def definitions() -> list[Pair]:
     """(term, definition) of 3-6 words and at most 45 characters, in the WordNet's own order, both unique."""
-    file = examples.package_file(examples.WORDNET)
+    file = packages.package_file(packages.WORDNET)
     with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
         rows = database.execute("SELECT lemma, definition FROM synsets ORDER BY synset_id").fetchall()
     coarse = {lemma for lemma, text in rows if _COARSE.search(text)}

@@ -104,7 +104,7 @@ def smollm2_base() -> Path:
         with made_once(kept) as partial:
             # A child process, so that this one neither imports torch nor keeps its memory.
             launch.run(
-                [sys.executable, "-m", "saigakit.examples", str(gguf_file), str(partial)],
+                [sys.executable, "-m", "saigakit.demo.packages", str(gguf_file), str(partial)],
                 environment={"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"},
             )
     return kept
@@ -129,12 +129,12 @@ def dequantise(gguf_file: Path, directory: Path) -> None:
 
 def tiny_saiga() -> Path:
     """The tiny Saiga (base/, adapter/, records.jsonl), made once."""
-    from saigakit.tiny import make
+    from saigakit.demo import tiny_model
 
     kept = workspace.scratch_dir() / "models" / "saiga_tiny"
     if not kept.is_dir():
         with made_once(kept) as partial:
-            make.make(partial)
+            tiny_model.make(partial)
     return kept
 
 
