@@ -25,7 +25,7 @@ def released(base_dir, tmp_path_factory):
     return small_models.adapter(directory, base_dir, r=3, lora_alpha=7, target_modules=list(ATTENTION))
 
 
-def load(base_dir, quantization="none", dtype=torch.float32):
+def loaded(base_dir, quantization="none", dtype=torch.float32):
     return weights.load_base(base_dir, quantization, dtype, "cpu")
 
 
@@ -36,7 +36,7 @@ def logits(model):
 
 def merged_by_hand(base_dir, released, directory):
     """The base with the adapter in its files."""
-    model = load(base_dir)
+    model = loaded(base_dir)
     model.save_pretrained(directory)
     file = directory / "model.safetensors"
     both = merge.Merged.of(base_dir, released)
@@ -46,24 +46,24 @@ def merged_by_hand(base_dir, released, directory):
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_the_folded_base_is_the_merged_one_quantised_once(base_dir, released, tmp_path, quantization):
-    model = load(base_dir, quantization)
+    model = loaded(base_dir, quantization)
     before = logits(model)
-    model = load(base_dir, quantization)
+    model = loaded(base_dir, quantization)
     fold.into(model, base_dir, released)
     folded = logits(model)
-    assert torch.equal(folded, logits(load(merged_by_hand(base_dir, released, tmp_path / "merged"), quantization)))
+    assert torch.equal(folded, logits(loaded(merged_by_hand(base_dir, released, tmp_path / "merged"), quantization)))
     assert (folded - before).abs().max() > 0.01
 
 
 def test_it_is_what_peft_computes_from_base_and_adapter(base_dir, released):
-    model = load(base_dir)
+    model = loaded(base_dir)
     fold.into(model, base_dir, released)
-    apart = weights.with_adapter(load(base_dir), released, Lora())
+    apart = weights.with_adapter(loaded(base_dir), released, Lora())
     torch.testing.assert_close(logits(model), logits(apart), rtol=0, atol=1e-6 * logits(apart).abs().max().item())
 
 
 def test_the_number_format_stays(base_dir, released):
-    model = load(base_dir, dtype=torch.float16)
+    model = loaded(base_dir, dtype=torch.float16)
     fold.into(model, base_dir, released)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
     assert not any(parameter.requires_grad for parameter in model.model.layers[0].self_attn.q_proj.parameters())
@@ -71,7 +71,7 @@ def test_the_number_format_stays(base_dir, released):
 
 def trained_on_top(base_dir, released, directory, quantization="none", **settings):
     """A few steps of a new LoRA on the folded base, saved; the trained model."""
-    model = load(base_dir, quantization)
+    model = loaded(base_dir, quantization)
     fold.into(model, base_dir, released)
     torch.manual_seed(2)
     adapted = weights.with_adapter(model, None, Lora(**({"rank": 5, "alpha": 8, "dropout": 0.0} | settings)))
@@ -91,15 +91,15 @@ def test_both_adapters_as_one_on_the_original_base_are_exact(base_dir, released,
     described = weights.lora_of(both)
     assert (described.rank, set(described.target_modules), described.rslora) == (8, set(ALL_LINEAR), False)
     wanted = logits(trained)
-    found = logits(weights.with_adapter(load(base_dir), both, Lora()))
+    found = logits(weights.with_adapter(loaded(base_dir), both, Lora()))
     assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
-    assert (wanted - logits(weights.with_adapter(load(base_dir), released, Lora()))).abs().max() > 0.01
+    assert (wanted - logits(weights.with_adapter(loaded(base_dir), released, Lora()))).abs().max() > 0.01
 
 
 def test_both_as_one_can_be_merged_like_any_adapter(base_dir, released, tmp_path):
     trained = trained_on_top(base_dir, released, tmp_path / "new")
     both = fold.combined(released, tmp_path / "new", tmp_path / "both")
-    model = load(base_dir)
+    model = loaded(base_dir)
     fold.into(model, base_dir, both)
     wanted = logits(trained)
     assert (logits(model) - wanted).abs().max() <= 1e-6 * wanted.abs().max()
@@ -108,7 +108,7 @@ def test_both_as_one_can_be_merged_like_any_adapter(base_dir, released, tmp_path
 def test_a_new_lora_is_trained_on_the_quantised_sum(base_dir, released, tmp_path):
     trained = trained_on_top(base_dir, released, tmp_path / "new", quantization="nf4")
     assert weights.lora_of(tmp_path / "new").rank == 5
-    model = load(base_dir, "nf4")
+    model = loaded(base_dir, "nf4")
     fold.into(model, base_dir, released)
     torch.testing.assert_close(logits(weights.with_adapter(model, tmp_path / "new", Lora())), logits(trained))
 
@@ -125,7 +125,7 @@ def test_modules_that_the_released_adapter_leaves_alone_get_zeros(base_dir, rele
 
 def test_the_adapter_of_another_base_is_refused(tiny, released):
     with pytest.raises(SaigaError, match="adapter of another base"):
-        fold.into(load(tiny / "base"), tiny / "base", released)
+        fold.into(loaded(tiny / "base"), tiny / "base", released)
 
 
 def test_more_than_plain_lora_is_refused(base_dir, released, tmp_path):

@@ -18,11 +18,11 @@ def whole(tiny, tmp_path_factory):
 
 def as_bin(base_dir, directory, parts):
     """The same weights as `parts` .bin shards with their index."""
-    tensors = load_file(base_dir / "model.safetensors")
+    stored = load_file(base_dir / "model.safetensors")
     names = [f"pytorch_model-{i + 1:05}-of-{parts:05}.bin" for i in range(parts)]
-    weight_map = {name: names[i % parts] for i, name in enumerate(sorted(tensors))}
+    weight_map = {name: names[i % parts] for i, name in enumerate(sorted(stored))}
     for file in names:
-        torch.save({name: tensors[name] for name in tensors if weight_map[name] == file}, directory / file)
+        torch.save({name: stored[name] for name in stored if weight_map[name] == file}, directory / file)
     (directory / "pytorch_model.bin.index.json").write_text("{}")
     small_models.edit_json(directory / "pytorch_model.bin.index.json", weight_map=weight_map)
     return directory
@@ -82,9 +82,9 @@ def test_a_shard_of_the_index_that_is_absent_is_named(tiny, tmp_path):
 def test_a_tensor_of_the_index_that_no_shard_holds_is_named(tiny, tmp_path):
     small_models.base(tmp_path, tiny / "base", shards="100KB")
     victim = sorted(tmp_path.glob("*.safetensors"))[0]
-    tensors = load_file(victim)
-    lost = min(tensors)
-    save_file({name: tensors[name] for name in tensors if name != lost} | {"more": torch.ones(1)}, victim)
+    stored = load_file(victim)
+    lost = min(stored)
+    save_file({name: stored[name] for name in stored if name != lost} | {"more": torch.ones(1)}, victim)
     with pytest.raises(SaigaError, match=lost):
         shards.of_base(tmp_path)
 

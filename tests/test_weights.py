@@ -18,7 +18,7 @@ T4, P100, L4 = (Gpu(name, capability, 16 << 30, 15 << 30) for name, capability i
 SAIGA = MODELS["saiga2_7b"]
 
 
-def load(tiny, quantization="none"):
+def loaded(tiny, quantization="none"):
     return weights.load_base(tiny / "base", quantization, torch.float32, "cpu")
 
 
@@ -43,7 +43,7 @@ def test_gemma_is_refused_on_a_t4_with_the_reason_and_taken_on_an_l4():
 
 def test_a_new_adapter_changes_nothing_yet_and_is_float32(tiny):
     ids = torch.tensor([[1, 400, 500]])
-    base = load(tiny)
+    base = loaded(tiny)
     before = base(ids).logits
     adapted = weights.with_adapter(base, None, Lora(rank=4))
     torch.testing.assert_close(adapted(ids).logits, before)
@@ -51,7 +51,7 @@ def test_a_new_adapter_changes_nothing_yet_and_is_float32(tiny):
 
 
 def test_a_released_adapter_is_continued_bit_for_bit(tiny):
-    adapted = weights.with_adapter(load(tiny), tiny / "adapter", Lora())
+    adapted = weights.with_adapter(loaded(tiny), tiny / "adapter", Lora())
     there = torch.load(tiny / "adapter" / "adapter_model.bin", weights_only=True)
     from peft import get_peft_model_state_dict
 
@@ -75,7 +75,7 @@ def with_random_b(model):
 
 def test_rslora_scales_by_the_root_of_the_rank(tiny):
     plain, stable = (
-        with_random_b(weights.with_adapter(load(tiny), None, Lora(rank=4, alpha=8, rslora=rslora)))
+        with_random_b(weights.with_adapter(loaded(tiny), None, Lora(rank=4, alpha=8, rslora=rslora)))
         for rslora in (False, True)
     )
     layer = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -85,7 +85,7 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny):
 
 
 def test_dora_trains_magnitudes(tiny):
-    adapted = weights.with_adapter(load(tiny, "nf4"), None, Lora(rank=4, dora=True))
+    adapted = weights.with_adapter(loaded(tiny, "nf4"), None, Lora(rank=4, dora=True))
     magnitudes = [p for name, p in adapted.named_parameters() if "magnitude" in name]
     assert len(magnitudes) == 2 * 7 and all(p.requires_grad and p.dtype == torch.float32 for p in magnitudes)
 
@@ -101,7 +101,7 @@ def test_dora_trains_magnitudes(tiny):
     ids=["rsLoRA", "DoRA", "modules_to_save"],
 )
 def test_what_was_saved_is_continued_bit_for_bit_and_trained(tiny, tmp_path, lora, quantization):
-    first = with_random_b(weights.with_adapter(load(tiny, quantization), None, lora))
+    first = with_random_b(weights.with_adapter(loaded(tiny, quantization), None, lora))
     before = logits(first)
     first.save_pretrained(tmp_path, save_embedding_layers=False)
     weights.require_fitting(tmp_path, tiny / "base")
@@ -110,7 +110,7 @@ def test_what_was_saved_is_continued_bit_for_bit_and_trained(tiny, tmp_path, lor
         lora, target_modules=tuple(sorted(lora.target_modules)), modules_to_save=described.modules_to_save
     )
     assert set(described.modules_to_save) == set(lora.modules_to_save)
-    second = weights.with_adapter(load(tiny, quantization), tmp_path, Lora())
+    second = weights.with_adapter(loaded(tiny, quantization), tmp_path, Lora())
     torch.testing.assert_close(logits(second), before, rtol=0, atol=0)
     trainable = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (first, second)]
     assert trainable[0] == trainable[1]
@@ -150,7 +150,7 @@ def test_number_formats_that_a_t4_cannot_train_in_are_refused(tiny):
 
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
 def test_a_whole_module_of_another_vocabulary_is_refused_by_its_header(tiny, tmp_path, module):
-    first = weights.with_adapter(load(tiny), None, Lora(rank=2, modules_to_save=(module,)))
+    first = weights.with_adapter(loaded(tiny), None, Lora(rank=2, modules_to_save=(module,)))
     first.save_pretrained(tmp_path / "a", save_embedding_layers=False)
     weights.require_fitting(tmp_path / "a", tiny / "base")
     other = small_models.base(tmp_path / "base", tiny / "base", vocab_size=800, num_hidden_layers=2)
@@ -161,7 +161,7 @@ def test_a_whole_module_of_another_vocabulary_is_refused_by_its_header(tiny, tmp
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_quantised_base_keeps_its_gradients_after_an_evaluation(tiny, quantization):
     """On a CPU with AVX512-BF16 one forward in eval mode would repack nf4 weights, without autograd."""
-    adapted = weights.with_adapter(load(tiny, quantization), tiny / "adapter", Lora())
+    adapted = weights.with_adapter(loaded(tiny, quantization), tiny / "adapter", Lora())
     ids = torch.tensor([[1, 400, 500, 600]])
 
     def gradients():
@@ -188,7 +188,7 @@ def changed_adapter(tiny, directory, change):
 def test_an_adapter_of_other_sizes_is_refused_with_its_base(tiny, tmp_path):
     adapter = changed_adapter(tiny, tmp_path / "a", lambda state: {k: torch.zeros(9, 9) for k in state})
     with pytest.raises(SaigaError, match=r"not one of this base model.*trained on package:saiga_tiny"):
-        weights.with_adapter(load(tiny), adapter, Lora())
+        weights.with_adapter(loaded(tiny), adapter, Lora())
 
 
 def test_an_adapter_with_more_layers_than_the_base_is_refused(tiny, tmp_path):
@@ -197,7 +197,7 @@ def test_an_adapter_with_more_layers_than_the_base_is_refused(tiny, tmp_path):
 
     adapter = changed_adapter(tiny, tmp_path / "a", deeper)
     with pytest.raises(SaigaError, match=r"layers\.2\..*does not fit"):
-        weights.with_adapter(load(tiny), adapter, Lora())
+        weights.with_adapter(loaded(tiny), adapter, Lora())
 
 
 def test_an_adapter_whose_modules_the_base_lacks_is_refused(tiny, tmp_path):
@@ -205,7 +205,7 @@ def test_an_adapter_whose_modules_the_base_lacks_is_refused(tiny, tmp_path):
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["c_attn"]}))
     with pytest.raises(SaigaError, match="not one of this base model"):
-        weights.with_adapter(load(tiny), adapter, Lora())
+        weights.with_adapter(loaded(tiny), adapter, Lora())
 
 
 @pytest.mark.parametrize(
