@@ -30,9 +30,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from saigakit import export, quantization, registry, sources, streaming
+from saigakit import export, quantization, registry, streaming
 from saigakit.core.display import Table
 from saigakit.registry import ALL_LINEAR
+from saigakit.weights import find
 
 MODEL = "saiga_tiny"  # whose tokenizer the random weights get
 THREADS = 2
@@ -124,7 +125,7 @@ def make_base(directory: Path, shape: str) -> Path:
     }
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (directory / "config.json").write_text(json.dumps(config))
-    tokenizer = sources.tokenizer_dir(registry.find(MODEL), None)
+    tokenizer = find.tokenizer_dir(registry.find(MODEL), None)
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         if (tokenizer / name).is_file():
             shutil.copy(tokenizer / name, directory / name)

@@ -20,7 +20,7 @@ from typing import get_args
 
 from saigakit import fit, quantization
 from saigakit.core import workspace
-from saigakit.memory import CacheType, Shape
+from saigakit.weights.memory import CacheType, Shape
 
 SHAPES = {
     "Llama-2's, small": Shape(

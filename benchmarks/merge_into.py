@@ -17,16 +17,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, get_args
 
-from saigakit import export, registry, sources, tokenization, train, weights, worker
+from saigakit import export, registry, tokenization, train, worker
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest
 from saigakit.core.display import Table
 from saigakit.data import read_conversations, spread
 from saigakit.demo.wordnet_records import packaged_records
-from saigakit.merge import Into
 from saigakit.merged_safetensors import to_safetensors
 from saigakit.registry import ALL_LINEAR, Lora
 from saigakit.tokenization import IGNORE_INDEX, Example
+from saigakit.weights import find, load
+from saigakit.weights.merge import Into
 
 MODEL, BATCH, LENGTH = "smollm2_135m", 4, 768
 RATE = 5e-4
@@ -93,9 +94,9 @@ def loss_of(base_dir: Path, adapter_dir: Path | None, quantization: str, example
     """Of base and adapter as training has them; without the adapter of the base alone."""
     import torch
 
-    model = weights.load_base(base_dir, quantization, torch.float32, "cpu")
+    model = load.base_model(base_dir, quantization, torch.float32, "cpu")
     if adapter_dir is not None:
-        model = weights.with_adapter(model, adapter_dir, Lora())
+        model = load.with_adapter(model, adapter_dir, Lora())
     model.eval()
 
     def logits(ids: Sequence[int]) -> Any:
@@ -117,7 +118,7 @@ def main() -> None:
     chosen = [talks[index] for index in spread(range(len(talks)), given.held_out)]
     examples = [row for rows in tokenization.encode_rows(chosen, tokenizer, limit=LENGTH) for row in rows]
     examples = [example for example in examples if len(example["input_ids"]) <= LENGTH]
-    base_dir = sources.base_dir(registry.find(MODEL), None)
+    base_dir = find.base_dir(registry.find(MODEL), None)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         nf4_dir = to_safetensors(

@@ -24,10 +24,11 @@ from pathlib import Path
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 import tokenizers
 
-from saigakit import data, packing, report, rows, sources, template, tokenization
+from saigakit import data, packing, report, rows, template, tokenization
 from saigakit.core.display import Table
 from saigakit.demo import wordnet_records
 from saigakit.registry import MODELS
+from saigakit.weights import find
 
 COMPARED, ROUNDS = 20_000, 5
 CONTEXT = 2048
@@ -54,7 +55,7 @@ def loaded(tokenizer_model: str | None):
         raw = tokenization.from_sentencepiece(Path(tokenizer_model))
         chat_template = template.of_model(MODELS["saiga2_7b"], Path())
         return raw, tokenization.FastTokenizer(raw, chat_template, {"bos_token": "<s>", "eos_token": "</s>"})
-    directory = sources.tokenizer_dir(MODELS["smollm2_135m"])
+    directory = find.tokenizer_dir(MODELS["smollm2_135m"])
     raw = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     return raw, tokenization.load_tokenizer("smollm2_135m")
 

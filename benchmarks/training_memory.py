@@ -1,4 +1,4 @@
-"""What training keeps in memory: saigakit.memory's prediction against real models on a CPU.
+"""What training keeps in memory: saigakit.weights.memory's prediction against real models on a CPU.
 
     python benchmarks/training_memory.py            the grid: predicted, measured, ratio
     python benchmarks/training_memory.py --models   what the models of the registry need on a T4
@@ -20,8 +20,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from saigakit import attention, head, memory, packing, weights
+from saigakit import attention, head, packing
 from saigakit.registry import ALL_LINEAR, ATTENTION, MODELS, Lora
+from saigakit.weights import load, memory
 
 CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 NO_DROPOUT = Lora(dropout=0.0)
@@ -95,7 +96,7 @@ def build(case: Case) -> tuple[torch.nn.Module, memory.Shape]:
     with tempfile.TemporaryDirectory() as directory:
         AutoModelForCausalLM.from_config(config).save_pretrained(directory)
         dtype = torch.bfloat16 if case.autocast else torch.float32
-        base = weights.load_base(Path(directory), case.quantization, dtype, "cpu")
+        base = load.base_model(Path(directory), case.quantization, dtype, "cpu")
         shape = memory.Shape.of(Path(directory))
     base.config.use_cache = False
     attention.use(base)
@@ -107,7 +108,7 @@ def build(case: Case) -> tuple[torch.nn.Module, memory.Shape]:
     if case.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
-    model = weights.with_adapter(base, None, case.lora).train()
+    model = load.with_adapter(base, None, case.lora).train()
     if case.chunked:
         head.use(model)
     return model, shape
@@ -244,7 +245,7 @@ def models_table() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", action="store_true")
-    weights.quiet()
+    load.quiet()
     if parser.parse_args().models:
         return models_table()
     print(f"{'':86}kept by autograd, MB          highest moment of a step, MB")

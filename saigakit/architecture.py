@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from saigakit.errors import SaigaError
-from saigakit.memory import Shape as ModelShape
+from saigakit.weights.memory import Shape as ModelShape
 
 if TYPE_CHECKING:
     import gguf
 
-    from saigakit.shards import Array, Shape
+    from saigakit.weights.tensors import Array, Shape
 
 # GGUF name to Hugging Face's, of what every layer has.
 _LAYER = {

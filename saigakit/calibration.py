@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saigakit import activations, base_files, data, export, registry, rows, sources, tokenization
+from saigakit import activations, data, export, registry, rows, sources, tokenization
 from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
-from saigakit.lineage import MergeInto
 from saigakit.rows import Rows
+from saigakit.weights import base_files, find
+from saigakit.weights.lineage import MergeInto
 
 OF_RECORDS = "records"  # for `importance`: a matrix of the records that the model was trained on
 STAGE, _MATRIX = "03_importance", "imatrix.gguf"
@@ -81,14 +82,14 @@ def matrix_for(
             f"importance={OF_RECORDS!r} needs 01_format/train.jsonl, which is not in {run_dir} or attached: run "
             "01_format first, or give a file."
         )
-    adapter_dir = None if adapter is None else sources.adapter_dir(spec, adapter, run_dir)
+    adapter_dir = None if adapter is None else find.adapter_dir(spec, adapter, run_dir)
     final = Path(run_dir) / STAGE
     identity: dict[str, Any] = {
         "stage": STAGE,
         "parameters": {"model": model, "base_source": base_source, "max_tokens": max_tokens},
         "inputs": {
             "records": manifest.sha256(records),
-            "base": base_files.hashes(sources.base_dir(spec, base_source)),
+            "base": base_files.hashes(find.base_dir(spec, base_source)),
             "adapter": None if adapter_dir is None else manifest.hashes(adapter_dir),
         },
     }

@@ -5,14 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import fit, gguf_card, lineage, modelfile, tokenization
+from saigakit import fit, gguf_card, modelfile, tokenization
 from saigakit.chat_format import ChatFormat
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
 from saigakit.gguf_card import Described
-from saigakit.memory import Shape
 from saigakit.registry import ModelSpec, Sampling
 from saigakit.tokenizer_backends import gguf_vocabulary
+from saigakit.weights import lineage
+from saigakit.weights.memory import Shape
 
 if TYPE_CHECKING:
     import llama_cpp

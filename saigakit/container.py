@@ -11,7 +11,7 @@ from saigakit.errors import SaigaError
 if TYPE_CHECKING:
     import gguf
 
-    from saigakit.shards import Shape
+    from saigakit.weights.tensors import Shape
 
 _ALIGNMENT = 32  # GGUF's default: each tensor begins at a multiple of it
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import infer, lineage
+from saigakit import infer
 from saigakit.errors import SaigaError
-from saigakit.memory import CacheType
 from saigakit.registry import Sampling
+from saigakit.weights import lineage
+from saigakit.weights.memory import CacheType
 
 if TYPE_CHECKING:
     import llama_cpp

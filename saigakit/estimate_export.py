@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from saigakit import quantization, streaming
 from saigakit.core import workspace
 from saigakit.core.display import Table
-from saigakit.shards import Shards
+from saigakit.weights.tensors import Shards
 
 if TYPE_CHECKING:
-    from saigakit.shards import Shape
+    from saigakit.weights.tensors import Shape
 
 _NUMBERS = 1 << 19  # of the sample, about: a tenth of a second for the slowest type
 _READ = 32 * 10**6  # bytes of the sample

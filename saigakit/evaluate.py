@@ -9,23 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saigakit import (
-    base_files,
-    data,
-    generation,
-    infer,
-    lineage,
-    memory,
-    metrics,
-    registry,
-    results,
-    sources,
-    tokenization,
-)
+from saigakit import data, infer, metrics, registry, results, tokenization
 from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
-from saigakit.generation import Generated, Progress
 from saigakit.questions import MARGIN, Example, read_examples
+from saigakit.weights import base_files, find, generate, lineage, memory
+from saigakit.weights.generate import Generated, Progress
 
 STAGE = "04_infer"
 DISK = 100 * 10**6  # bytes; 240 answers and the plot are under 1 MB
@@ -89,8 +78,8 @@ class Compared:
         gguf_dir = workspace.find_input("03_merge_gguf", run_dir=run_dir)
         manifest.require_stage(format_dir, "01_format", model=model)
         made = manifest.require_stage(gguf_dir, "03_merge_gguf", model=model)
-        base_dir = sources.base_dir(spec, base_source)
-        adapter_dir = None if adapter is None else sources.adapter_dir(spec, adapter, run_dir)
+        base_dir = find.base_dir(spec, base_source)
+        adapter_dir = None if adapter is None else find.adapter_dir(spec, adapter, run_dir)
         inputs = {
             "held_out": manifest.hashes(format_dir / "held_out.jsonl"),
             "base": base_files.hashes(base_dir),
@@ -185,7 +174,7 @@ def _require_memory(base_dir: Path, quantization: registry.Quantization, asked: 
 
 
 def _ask_transformers(asked: Asked, compared: Compared, quantization: registry.Quantization) -> dict[str, Answers]:
-    request = generation.Request(
+    request = generate.Request(
         prompts=asked.prompts,
         stop_ids=sorted(asked.stop_ids),
         max_new_tokens=asked.max_new_tokens,
@@ -194,7 +183,7 @@ def _ask_transformers(asked: Asked, compared: Compared, quantization: registry.Q
         quantization=quantization,
     )
     with tempfile.TemporaryDirectory() as scratch:
-        made = generation.in_child(request, Path(scratch))
+        made = generate.in_child(request, Path(scratch))
     return {name: ([asked.tokenizer.decode(ids) for ids in found.ids], found) for name, found in made.items()}
 
 

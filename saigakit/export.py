@@ -5,10 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from saigakit import base_files, companions, fit, lineage, quantization, read_back, registry, sources
+from saigakit import companions, fit, quantization, read_back, registry
 from saigakit.core import manifest
 from saigakit.gguf_files import Export, paths
-from saigakit.lineage import MergeInto
+from saigakit.weights import base_files, find, lineage
+from saigakit.weights.lineage import MergeInto
 
 STAGE = "03_merge_gguf"
 
@@ -30,7 +31,7 @@ def merge_gguf(
     SaigaError in the first seconds where the files do not fit each other, the disk or the memory.
     """
     spec = registry.find(model)
-    adapter_dir = None if adapter is None else sources.adapter_dir(spec, adapter, run_dir)
+    adapter_dir = None if adapter is None else find.adapter_dir(spec, adapter, run_dir)
     export = Export.of(spec, adapter_dir, base_source, quant_type, merge_into, importance, quant_types)
     final = Path(run_dir) / STAGE
     if is_new := not final.exists():
@@ -59,7 +60,7 @@ def _identity(export: Export, adapter_dirs: Sequence[Path], **parameters: Any) -
     """What a manifest begins with. Raises SaigaError for an adapter that was trained on other weights."""
     quant_type, *further = export.quant_types
     parameters |= {"model": export.spec.name, "quant_type": quant_type}
-    tokenizer = sources.tokenizer_files(export.spec, parameters["base_source"])
+    tokenizer = find.tokenizer_files(export.spec, parameters["base_source"])
     inputs: dict[str, Any] = {
         "base": base_files.hashes(export.base_dir),
         "tokenizer": {file.name: manifest.sha256(file) for file in tokenizer},
@@ -102,7 +103,7 @@ def require_possible(
 ) -> None:
     """Raises SaigaError where a file of `quant_types` cannot be made in `directory`, as far as headers tell."""
     spec, (quant_type, *further) = registry.find(model), quant_types
-    adapter_dir = None if adapter is None else sources.adapter_dir(spec, str(adapter))
+    adapter_dir = None if adapter is None else find.adapter_dir(spec, str(adapter))
     made = Export.of(spec, adapter_dir, base_source, quant_type, merge_into, quant_types=further)
     made.require_room(directory)
 
@@ -132,7 +133,7 @@ def to_gguf(
     for path in paths(file, [quant_type, *quant_types]).values():
         manifest.require_absent(path)
     given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else adapter or ()
-    adapters = [(sources.adapter_dir(spec, str(one)), weight) for one, weight in given]
+    adapters = [(find.adapter_dir(spec, str(one)), weight) for one, weight in given]
     export = Export.of(spec, adapters, base_source, quant_type, merge_into, importance, quant_types)
     adapter_dirs = [adapter_dir for adapter_dir, _ in adapters]
     identity = None

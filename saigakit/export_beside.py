@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saigakit import calibration, companions, gguf_files, lora_gguf, merged_safetensors, quantization, registry, sources
+from saigakit import calibration, companions, gguf_files, lora_gguf, merged_safetensors, quantization, registry
 from saigakit import export as exporting
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
+from saigakit.weights import find
 
 _MATRICES = (".gguf", ".dat", ".imatrix")
 
@@ -28,7 +29,7 @@ def export(*, file_format: str, adapters: Sequence[str], **options: Any) -> list
     model, output, base_source = (options[name] for name in ("model", "output", "base_source"))
     if file_format == "safetensors":
         spec = registry.find(model)
-        directories = [(sources.adapter_dir(spec, path), weight) for path, weight in weighted]
+        directories = [(find.adapter_dir(spec, path), weight) for path, weight in weighted]
         into = {"merge_into": options["merge_into"]} if options["merge_into"] else {}
         made = merged_safetensors.to_safetensors(
             model=model, adapters=directories, output=output, base_source=base_source, **into

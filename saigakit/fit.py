@@ -9,7 +9,7 @@ from saigakit import quantization
 from saigakit.core import manifest
 from saigakit.core.display import Table
 from saigakit.errors import SaigaError
-from saigakit.memory import CacheType, Shape
+from saigakit.weights.memory import CacheType, Shape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

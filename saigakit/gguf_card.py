@@ -8,10 +8,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from saigakit import fit, lineage, markdown, modelfile
+from saigakit import fit, markdown, modelfile
 from saigakit.core import install, manifest
-from saigakit.memory import Shape
 from saigakit.registry import ModelSpec, Sampling
+from saigakit.weights import lineage
+from saigakit.weights.memory import Shape
 
 _WEIGHTS = (".safetensors", ".bin")
 _CARD = Template("""---

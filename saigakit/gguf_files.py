@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any, Self
 from saigakit import (
     container,
     estimate_export,
-    lineage,
     quantization,
     read_back,
     sizes,
-    sources,
     streaming,
     template,
     tokenization,
@@ -28,18 +26,19 @@ from saigakit.core import manifest, workspace
 from saigakit.core.display import Table
 from saigakit.errors import SaigaError
 from saigakit.importance import Importance
-from saigakit.lineage import Lineage, MergeInto
-from saigakit.merge import Adapters, Merged
 from saigakit.registry import ModelSpec
 from saigakit.streaming import Written
 from saigakit.tokenization import FastTokenizer
 from saigakit.vocabulary import Vocabulary
+from saigakit.weights import find, lineage
+from saigakit.weights.lineage import Lineage, MergeInto
+from saigakit.weights.merge import Adapters, Merged
 
 if TYPE_CHECKING:
     import gguf
     from matplotlib.figure import Figure
 
-    from saigakit.shards import Array, Shape
+    from saigakit.weights.tensors import Array, Shape
 
 
 def paths(file: Path, quant_types: Sequence[str]) -> dict[str, Path]:
@@ -86,7 +85,7 @@ class Export:
             quantization.require_known(each)
         given = [adapters] if isinstance(adapters, Path) else [directory for directory, _ in adapters or ()]
         trained = Lineage.of(spec, given, merge_into)
-        base_dir = sources.base_dir(spec, base_source)
+        base_dir = find.base_dir(spec, base_source)
         architecture = Architecture.of(base_dir)
         merged = Merged.of(base_dir, adapters, **trained.merging)
         architecture = architecture.untied() if merged.is_untied else architecture
@@ -105,7 +104,7 @@ class Export:
             base_dir=base_dir,
             merged=merged,
             architecture=architecture,
-            vocabulary=Vocabulary.of(sources.tokenizer_dir(spec, base_source), tokenizer, architecture.config),
+            vocabulary=Vocabulary.of(find.tokenizer_dir(spec, base_source), tokenizer, architecture.config),
             tokenizer=tokenizer,
             shapes={name: shapes[name] for name in quantization.in_order(shapes)},
             source_of=source_of,

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from saigakit.errors import SaigaError
-from saigakit.memory import CHUNK_LOGITS
 from saigakit.tokenization import IGNORE_INDEX
+from saigakit.weights.memory import CHUNK_LOGITS
 
 if TYPE_CHECKING:
     import torch

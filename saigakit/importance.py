@@ -12,7 +12,7 @@ from saigakit.errors import SaigaError
 if TYPE_CHECKING:
     import gguf
 
-    from saigakit.shards import Array, Shape
+    from saigakit.weights.tensors import Array, Shape
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _DATASETS, _CHUNKS, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from saigakit import tokenization
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
-from saigakit.generation import BATCH_TOKENS, Generated, OnProgress, until_stop
-from saigakit.memory import CacheType
 from saigakit.registry import Sampling
 from saigakit.template import Message
 from saigakit.tokenizer_backends import piece
+from saigakit.weights.generate import BATCH_TOKENS, Generated, OnProgress, until_stop
+from saigakit.weights.memory import CacheType
 
 if TYPE_CHECKING:
     import llama_cpp

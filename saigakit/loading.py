@@ -6,15 +6,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from saigakit import attention, fold, head, memory, packing, preflight, sharding, sources, trial, weights
+from saigakit import attention, head, packing, preflight, sharding, trial
 from saigakit.config import TrainConfig
 from saigakit.core import workspace
-from saigakit.memory import Pack, Shape
 from saigakit.registry import Lora
 from saigakit.steps import Plan
 from saigakit.tokenization import Example
 from saigakit.training_log import Log
-from saigakit.weights import NumberFormat
+from saigakit.weights import find, fold, load, memory
+from saigakit.weights.load import NumberFormat
+from saigakit.weights.memory import Pack, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,7 @@ def memory_needed(
 
 def adapter_dir(config: TrainConfig) -> Path:
     assert config.start_adapter is not None
-    return sources.adapter_dir(config.spec, config.start_adapter)
+    return find.adapter_dir(config.spec, config.start_adapter)
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Loaded:
 
         gpus = workspace.gpus() if device != "cpu" else []
         number_format = preflight.machine(config, gpus)
-        base_dir = sources.base_dir(config.spec, config.base_source)
+        base_dir = find.base_dir(config.spec, config.base_source)
         lora = preflight.model(config, base_dir, None if config.start_adapter is None else adapter_dir(config))
         shape = Shape.of(base_dir)
         needed = partial(memory_needed, config, shape, lora, number_format, processes=plan.processes)
@@ -79,12 +80,12 @@ class Loaded:
             preflight.fits(foreseen, gpus, plan.processes, pack="the largest pack")
         log.say(f"Loading {config.spec.base_model} …")
         base = _base(config, base_dir, getattr(torch, number_format), "cpu" if config.is_sharded else device)
-        model = weights.with_adapter(base, adapter_dir(config) if _is_continued(config) else None, lora)
+        model = load.with_adapter(base, adapter_dir(config) if _is_continued(config) else None, lora)
         name = config.spec.base_model  # of a directory its name alone, not a path of this machine
         model.peft_config["default"].base_model_name_or_path = Path(name).name if Path(name).is_dir() else name
         if memory.head_in_chunks(shape, lora) and not head.use(model):
             log.say("The logits of this model are scaled or capped, so they are not made in chunks.")
-        weights.require_formats(model, getattr(torch, number_format))
+        load.require_formats(model, getattr(torch, number_format))
         return cls(model, pack, foreseen)
 
     def try_out(self, made: "Trainer", log: Log) -> None:
@@ -134,7 +135,7 @@ def _base(config: TrainConfig, base_dir: Path, dtype: "torch.dtype", device: str
     import torch
 
     nf4 = sharding.storage(dtype) if config.is_sharded else {}
-    base = weights.load_base(base_dir, config.weights_as, dtype, device, **nf4)
+    base = load.base_model(base_dir, config.weights_as, dtype, device, **nf4)
     if config.is_folded:
         fold.into(base, base_dir, adapter_dir(config))
     base.config.use_cache = False

@@ -3,16 +3,17 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import lineage, registry, sources
-from saigakit.adapter import EMBEDDINGS, Adapter
+from saigakit import registry
 from saigakit.architecture import Architecture
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
-from saigakit.lineage import Lineage
-from saigakit.merge import Merged
+from saigakit.weights import find, lineage
+from saigakit.weights.adapter import EMBEDDINGS, Adapter
+from saigakit.weights.lineage import Lineage
+from saigakit.weights.merge import Merged
 
 if TYPE_CHECKING:
-    from saigakit.shards import Array
+    from saigakit.weights.tensors import Array
 
 _ROWS = 4096  # of a stored copy that are compared at a time
 _ROUNDING = 2.0**-7  # of bfloat16, twice over: a copy may be of another number format than the base
@@ -26,7 +27,7 @@ def to_lora_gguf(*, model: str, adapter: str | Path, output: str | Path, base_so
     """
     file, spec = Path(output), registry.find(model)
     manifest.require_absent(file)
-    base_dir, adapter_dir = sources.base_dir(spec, base_source), sources.adapter_dir(spec, str(adapter))
+    base_dir, adapter_dir = find.base_dir(spec, base_source), find.adapter_dir(spec, str(adapter))
     architecture = Architecture.of(base_dir)
     Lineage.of(spec, [adapter_dir], "original")
     lineage.require_same_base(adapter_dir, base_dir)

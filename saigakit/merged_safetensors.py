@@ -8,16 +8,17 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from saigakit import lineage, registry, sources, tokenization
-from saigakit.adapter import EMBEDDINGS
+from saigakit import registry, tokenization
 from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
-from saigakit.lineage import Lineage, MergeInto
-from saigakit.merge import Adapters, Merged
-from saigakit.weights import NumberFormat
+from saigakit.weights import find, lineage
+from saigakit.weights.adapter import EMBEDDINGS
+from saigakit.weights.lineage import Lineage, MergeInto
+from saigakit.weights.load import NumberFormat
+from saigakit.weights.merge import Adapters, Merged
 
 if TYPE_CHECKING:
-    from saigakit.shards import Array
+    from saigakit.weights.tensors import Array
 
 _TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -53,7 +54,7 @@ def to_safetensors(
     """
     directory, spec = Path(output), registry.find(model)
     manifest.require_absent(directory)
-    base_dir = sources.base_dir(spec, base_source)
+    base_dir = find.base_dir(spec, base_source)
     given = [adapters] if isinstance(adapters, Path) else [path for path, _ in adapters or ()]
     trained = Lineage.of(spec, given, merge_into)
     for adapter_dir in given:
@@ -75,7 +76,7 @@ def to_safetensors(
                 partial / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index}
             )
         _write_config(base_dir / "config.json", partial / "config.json", merged, number_format)
-        _copy_tokenizer(base_dir, sources.tokenizer_dir(spec, base_source), partial)
+        _copy_tokenizer(base_dir, find.tokenizer_dir(spec, base_source), partial)
         template = tokenization.load_tokenizer(spec.name, base_source).chat_template
         (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
         partial.rename(directory)

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from saigakit import fold, memory, shards, weights
 from saigakit.config import TrainConfig
 from saigakit.core import install, workspace
 from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
-from saigakit.weights import NumberFormat
+from saigakit.weights import fold, load, memory, tensors
+from saigakit.weights.load import NumberFormat
 
 _WEIGHT_BYTES = 4  # of a trained parameter
 _FILES = 12  # times the adapter: it, the best one, a checkpoint (it and AdamW's two moments) and the next, or its copy
@@ -31,7 +31,7 @@ def machine(config: TrainConfig, gpus: Sequence[Gpu]) -> NumberFormat:
             f"processes={config.processes}, and {len(gpus)} GPU{'s are' if len(gpus) > 1 else ' is'} here; "
             f"each process needs one of its own. Use processes={len(gpus)}, or None for one on each."
         )
-    return weights.number_format(config.spec, gpus[: config.processes])
+    return load.number_format(config.spec, gpus[: config.processes])
 
 
 def sharding(config: TrainConfig, gpus: Sequence[Gpu], machines: int) -> None:
@@ -81,7 +81,7 @@ def model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -> Lora
     Raises SaigaError for weights that are incomplete, an adapter of another base, settings of a new LoRA beside an
     adapter that is continued, and modules that this base does not have.
     """
-    stored = shards.of_base(base_dir).stored
+    stored = tensors.of_base(base_dir).stored
     if any("language_model." in name for name in stored):
         raise SaigaError(
             f"{base_dir} reads images too, and the adapter would be of that part as well, which no GGUF has. Give a "
@@ -89,7 +89,7 @@ def model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -> Lora
         )
     lora = config.new_lora
     if adapter_dir is not None:
-        weights.require_fitting(adapter_dir, base_dir)
+        load.require_fitting(adapter_dir, base_dir)
         lora = _beside(config, base_dir, adapter_dir)
     _require_modules(lora, stored, base_dir)
     _require_context(config, base_dir)
@@ -98,7 +98,7 @@ def model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -> Lora
 
 def _beside(config: TrainConfig, base_dir: Path, adapter_dir: Path) -> Lora:
     """What is trained where there is an adapter already: itself, or the new LoRA beside the folded one."""
-    released = weights.lora_of(adapter_dir)
+    released = load.lora_of(adapter_dir)
     if config.is_folded:
         fold.require_foldable(base_dir, adapter_dir)
         if config.new_lora.dora or config.new_lora.modules_to_save:

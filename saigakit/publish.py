@@ -6,9 +6,10 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import card, lineage, tokenization, train
+from saigakit import card, tokenization, train
 from saigakit.core import hub, manifest
 from saigakit.errors import SaigaError
+from saigakit.weights import lineage
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo

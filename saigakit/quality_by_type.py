@@ -12,6 +12,7 @@ from saigakit.core import manifest, workspace
 from saigakit.core.display import Table
 from saigakit.gguf_files import Export, paths
 from saigakit.quality import Quality
+from saigakit.weights import find
 
 STAGE, _MEASURED = "03_quality", "quality.json"
 _REFERENCES = ("F16", "Q8_0")
@@ -79,7 +80,7 @@ class _Compared:
         asked = content["parameters"]
         spec, base_source, adapter = registry.find(asked["model"]), asked["base_source"], asked["adapter"]
         options = {
-            "adapter": None if adapter is None else sources.adapter_dir(spec, adapter, stage.parent),
+            "adapter": None if adapter is None else find.adapter_dir(spec, adapter, stage.parent),
             "base_source": base_source,
             "merge_into": asked["merge_into"],
             "importance": importance,

@@ -19,7 +19,7 @@ from saigakit.tokenizer_backends import gguf_vocabulary
 if TYPE_CHECKING:
     import gguf
 
-    from saigakit.shards import Shape
+    from saigakit.weights.tensors import Shape
 
 _RECORDS = 200  # held-out records whose ids are compared
 

@@ -17,6 +17,7 @@ from saigakit.fitting import Fitted
 from saigakit.near_duplicates import Signatures
 from saigakit.shapes import Conversation
 from saigakit.tokenization import Tokenizer
+from saigakit.weights import find
 
 T = TypeVar("T")
 STAGE = "01_format"
@@ -56,7 +57,7 @@ def check_records(
     hashes = {part: _hashes(found) for part, found in files.items()}
 
     def identity() -> dict[str, Any]:
-        tokenizer_files = _hashes(sources.tokenizer_files(checked.spec, base_source))
+        tokenizer_files = _hashes(find.tokenizer_files(checked.spec, base_source))
         return {"stage": STAGE, "parameters": parameters, "inputs": hashes | {"tokenizer": tokenizer_files}}
 
     final = Path(run_dir) / STAGE

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from saigakit import data, generation, questions, tokenization, weights
+from saigakit import data, questions, tokenization
 from saigakit.conversations import Conversations
 from saigakit.core import manifest
 from saigakit.core.display import Table
 from saigakit.errors import SaigaError
 from saigakit.questions import Example
 from saigakit.tokenization import Tokenizer
+from saigakit.weights import generate, load
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -105,16 +106,16 @@ class Samples:
 
         rows: list[list[int]] = [[] for _ in self._prompts]
         with generating(model) as base, torch.no_grad():
-            budget = generation.tokens_in_memory(base)
-            for batch in generation.batches([len(prompt) for prompt in self._prompts], self.max_new_tokens, budget):
+            budget = generate.tokens_in_memory(base)
+            for batch in generate.batches([len(prompt) for prompt in self._prompts], self.max_new_tokens, budget):
                 asked = [self._prompts[index] for index in batch]
-                made = generation.greedy(base, asked, self._stop_ids, self.max_new_tokens)
+                made = generate.greedy(base, asked, self._stop_ids, self.max_new_tokens)
                 for index, row in zip(batch, made, strict=True):
                     rows[index] = row
         return rows
 
     def _answer(self, row: Sequence[int]) -> Answer:
-        ids, length = generation.until_stop(row, self._stop_ids)
+        ids, length = generate.until_stop(row, self._stop_ids)
         return Answer(self._tokenizer.decode(ids), self.max_new_tokens if len(ids) == length else 0)
 
     def _sections(self) -> list[tuple[str, str]]:
@@ -149,7 +150,7 @@ def generating(model: "PeftModel") -> Iterator[Any]:
         base.generation_config = GenerationConfig()  # the model's own may hold a repetition penalty
         model.eval()
         _give_back_memory(device)
-        with torch.autocast(device, dtype=dtype) if dtype != torch.float32 else weights.fast_products():
+        with torch.autocast(device, dtype=dtype) if dtype != torch.float32 else load.fast_products():
             yield base
     finally:
         base.generation_config = settings

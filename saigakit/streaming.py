@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import blas, container, quantization
+from saigakit import container, quantization
 from saigakit.core import workspace
 from saigakit.core.progress import Every
 from saigakit.errors import SaigaError
+from saigakit.weights import blas
 
 if TYPE_CHECKING:
     from saigakit.quantization import Bytes
-    from saigakit.shards import Array, Shape
+    from saigakit.weights.tensors import Array, Shape
 
 _NUMBERS = 1 << 20  # of a chunk, about: 4 MB in float32
 _ROWS = 128  # a chunk's rows are a multiple: an adapter's product is computed in such blocks

@@ -6,12 +6,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import registry, sources, template
+from saigakit import registry, template
 from saigakit.errors import DataError, SaigaError
 from saigakit.layouts import Layout, NotTurnByTurnError
 from saigakit.layouts import of as layout_of
 from saigakit.template import Message
 from saigakit.tokenizer_backends import FastTokenizer, GgufTokenizer, Ids, Tokenizer, from_json, from_sentencepiece
+from saigakit.weights import find
 
 if TYPE_CHECKING:
     import llama_cpp
@@ -34,7 +35,7 @@ def load_tokenizer(model: str, source: str | None = None) -> FastTokenizer:
     special tokens in a way that `encode` cannot give.
     """
     spec = registry.find(model)
-    directory = sources.tokenizer_dir(spec, source)
+    directory = find.tokenizer_dir(spec, source)
     raw = _raw(directory)
     tokenizer = FastTokenizer(raw, template.of_model(spec, directory), _variables(directory))
     for text, ids in spec.golden_ids:

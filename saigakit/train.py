@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from saigakit import base_files, checkpoints, curve, data, loading, memory, preflight, resuming, sources, worker
+from saigakit import checkpoints, curve, data, loading, preflight, resuming, sources, worker
 from saigakit.checkpoints import Store
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest, workspace
 from saigakit.errors import SaigaError
+from saigakit.weights import base_files, find, memory
 
 STAGE = "02_train"
 CONFIG_FILE = "train_config.json"
@@ -38,8 +39,8 @@ def train_adapter(config: TrainConfig) -> Path:
     machines = 1 if nodes is None else nodes.count
     preflight.sharding(config, gpus, machines)
     processes = config.processes or len(gpus) or 1
-    base_dir = sources.base_dir(config.spec, config.base_source)
-    adapter_dir = None if config.start_adapter is None else sources.adapter_dir(config.spec, config.start_adapter)
+    base_dir = find.base_dir(config.spec, config.base_source)
+    adapter_dir = None if config.start_adapter is None else find.adapter_dir(config.spec, config.start_adapter)
     lora = preflight.model(config, base_dir, adapter_dir)
     shape = memory.Shape.of(base_dir)
     needed = loading.memory_needed(config, shape, lora, number_format, processes=processes * machines)

@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from saigakit import checkpoints, evaluation, head, packing, ranks, sharding, weights
+from saigakit import checkpoints, evaluation, head, packing, ranks, sharding
 from saigakit.core import launch, workspace
 from saigakit.errors import SaigaError
 from saigakit.steps import Step
 from saigakit.training_run import OnEvaluation, Run
+from saigakit.weights import load
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -28,7 +29,7 @@ def build(run: Run, model: "PeftModel", *, resumed: bool) -> "Trainer":
 
     config, steps = run.config, len(run.plan)
     on_gpu = torch.cuda.is_available()
-    number_format = weights.number_format(config.spec, workspace.gpus() if on_gpu else [])
+    number_format = load.number_format(config.spec, workspace.gpus() if on_gpu else [])
     arguments = TrainingArguments(
         output_dir=config.output_dir,
         per_device_train_batch_size=1,  # one step: its packs are looped over in training_step
@@ -98,7 +99,7 @@ def _trainer_class(run: Run) -> type["Trainer"]:
             total = torch.zeros((), dtype=torch.float64, device=self.args.device)
             for number, pack in enumerate(inputs.packs, 1):
                 syncs = number == len(inputs.packs) or is_sharded
-                with contextlib.nullcontext() if syncs else self.accelerator.no_sync(model), weights.fast_products():
+                with contextlib.nullcontext() if syncs else self.accelerator.no_sync(model), load.fast_products():
                     loss = self._loss_sum(model, pack) * (weight if number <= inputs.counted else 0.0)
                     self.accelerator.backward(loss)
                 total += loss.detach()
@@ -108,7 +109,7 @@ def _trainer_class(run: Run) -> type["Trainer"]:
             return total.float()
 
         def _loss_sum(self, model: "torch.nn.Module", pack: dict[str, Any]) -> "torch.Tensor":
-            with self.accelerator.autocast(), weights.fast_products():
+            with self.accelerator.autocast(), load.fast_products():
                 return model(**self._prepare_inputs(pack), use_cache=False, num_items_in_batch=1).loss  # type: ignore[no-any-return]
 
         def floating_point_ops(self, *_: object) -> int:

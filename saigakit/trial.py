@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from saigakit import memory, weights
 from saigakit.errors import SaigaError
+from saigakit.weights import load, memory
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def _step(
     import torch
 
     start = time.perf_counter()
-    with weights.fast_products():
+    with load.fast_products():
         with autocast():
             loss: torch.Tensor = model(**batch, use_cache=False).loss
         (loss if scaler is None else scaler.scale(loss)).backward()

@@ -17,7 +17,6 @@ from saigakit import (
     curve,
     data,
     evaluation,
-    fold,
     loading,
     preflight,
     ranks,
@@ -27,7 +26,6 @@ from saigakit import (
     sharding,
     tokenization,
     trainer,
-    weights,
 )
 from saigakit.checkpoints import Store
 from saigakit.config import TrainConfig
@@ -39,6 +37,7 @@ from saigakit.loading import Loaded
 from saigakit.steps import Plan
 from saigakit.training_log import Log
 from saigakit.training_run import Run
+from saigakit.weights import fold, load
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,7 +51,7 @@ def main(config_file: Path) -> None:
     import torch
     import transformers
 
-    weights.quiet()
+    load.quiet()
     config = TrainConfig.read(config_file)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_gpu, device = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))

@@ -9,7 +9,7 @@ from transformers.models.llama import LlamaConfig
 
 from saigakit.architecture import Architecture
 from saigakit.errors import SaigaError
-from saigakit.merge import Merged
+from saigakit.weights.merge import Merged
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 import pytest
 
-from saigakit import base_files
 from saigakit.core import manifest
+from saigakit.weights import base_files
 
 INDEX = "model.safetensors.index.json"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]

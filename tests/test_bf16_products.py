@@ -8,11 +8,12 @@ import torch
 from bf16_products import Bf16Products
 from safetensors.torch import load_file
 
-from saigakit import curve, fold, loading, train, trainer, weights, worker
+from saigakit import curve, loading, train, trainer, worker
 from saigakit.config import TrainConfig
 from saigakit.core import launch, workspace
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
+from saigakit.weights import fold, load
 
 
 @pytest.fixture
@@ -104,8 +105,8 @@ def test_products_are_exact_unless_bf16_was_found_faster(monkeypatch):
     monkeypatch.delenv("SAIGAKIT_CPU_MATMUL")
     monkeypatch.setattr(workspace, "cpu_has_bf16", lambda: True)
     for speedup, precision in ((0.5, "highest"), (1.1, "highest"), (2.0, "medium")):
-        monkeypatch.setattr(weights, "_bf16_speedup", lambda speedup=speedup: speedup)
-        with weights.fast_products():
+        monkeypatch.setattr(load, "_bf16_speedup", lambda speedup=speedup: speedup)
+        with load.fast_products():
             assert torch.get_float32_matmul_precision() == precision
 
 
@@ -113,8 +114,8 @@ def test_the_measurement_gives_a_ratio_and_leaves_the_precision(monkeypatch):
     monkeypatch.delenv("SAIGAKIT_CPU_MATMUL")
     torch.set_float32_matmul_precision("high")
     try:
-        weights._bf16_speedup.cache_clear()
-        assert 0.01 < weights._bf16_speedup() < 100
+        load._bf16_speedup.cache_clear()
+        assert 0.01 < load._bf16_speedup() < 100
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -122,7 +123,7 @@ def test_the_measurement_gives_a_ratio_and_leaves_the_precision(monkeypatch):
 
 def test_a_failed_step_leaves_float32_behind(monkeypatch):
     monkeypatch.setenv("SAIGAKIT_CPU_MATMUL", "bf16")
-    with pytest.raises(RuntimeError, match="no memory"), weights.fast_products():
+    with pytest.raises(RuntimeError, match="no memory"), load.fast_products():
         raise RuntimeError("no memory")
     assert torch.get_float32_matmul_precision() == "highest"
 
@@ -130,4 +131,4 @@ def test_a_failed_step_leaves_float32_behind(monkeypatch):
 def test_another_word_for_the_products_is_refused(monkeypatch):
     monkeypatch.setenv("SAIGAKIT_CPU_MATMUL", "fast")
     with pytest.raises(SaigaError, match="SAIGAKIT_CPU_MATMUL='fast': write float32 or bf16"):
-        weights.bf16_is_faster()
+        load.bf16_is_faster()

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from saigakit import blas
+from saigakit.weights import blas
 
 
 def floats(*shape):

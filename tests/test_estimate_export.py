@@ -10,7 +10,7 @@ import pytest
 import small_models
 
 from saigakit import estimate_export, streaming
-from saigakit.merge import Merged
+from saigakit.weights.merge import Merged
 
 COLUMNS, ROWS = 2048, 8192
 

@@ -3,11 +3,12 @@ import shutil
 
 import pytest
 
-from saigakit import data, evaluate, export, memory, questions, results, sources, tokenization
+from saigakit import data, evaluate, export, questions, results, tokenization
 from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
 from saigakit.evaluate import Asked, Compared, Example
-from saigakit.generation import Generated
+from saigakit.weights import find, memory
+from saigakit.weights.generate import Generated
 
 TURN = [{"role": "user", "content": "Кто ты?"}, {"role": "assistant", "content": "Сайга."}]
 ITEMS = '[{"term": "азот", "definition": "газ"}]'
@@ -246,7 +247,7 @@ def test_the_memory_needed_is_that_of_weights_one_text_and_the_libraries(tiny, m
     monkeypatch.setattr(workspace, "gpus", list)
     monkeypatch.setattr(workspace, "require_memory", lambda size, what, remedy: needed.append(size))
     evaluate._require_memory(tiny / "base", "none", asked)
-    shape = memory.Shape.of(sources.base_dir(evaluate.models.find("saiga_tiny")))
+    shape = memory.Shape.of(find.base_dir(evaluate.registry.find("saiga_tiny")))
     tokens = len(asked.prompts[0]) + asked.max_new_tokens
     assert needed == [evaluate.OVERHEAD + sum(memory.inference(shape, "none", 4, tokens).values())]
 

@@ -14,9 +14,10 @@ import vocabularies
 from pytest import approx
 from safetensors.numpy import load_file, save_file
 
-from saigakit import quantization, registry, sources, template
+from saigakit import quantization, registry, template
 from saigakit.gguf_files import Export, paths
-from saigakit.merge import Merged
+from saigakit.weights import find
+from saigakit.weights.merge import Merged
 
 EVERY = tuple(quant_type for quant_type in quantization.QUANT_TYPES if quant_type != "F32")
 BY_LAYER = ("Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "IQ4_XS")  # those whose types depend on a layer's place
@@ -263,7 +264,7 @@ def _registered(request, _, case):
     if case.model == "smollm2_135m":
         request.getfixturevalue("smollm2")
     spec = registry.find(case.model)
-    adapter_dir = sources.adapter_dir(spec, "released") if spec.released_adapter else None
+    adapter_dir = find.adapter_dir(spec, "released") if spec.released_adapter else None
     return Export.of(spec, adapter_dir, None, case.quant_types[0], quant_types=case.quant_types), None
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from saigakit import memory, tokenization
+from saigakit import tokenization
 from saigakit.core import workspace
 from saigakit.demo import packages
 from saigakit.demo.packages import PackageFile
 from saigakit.errors import SaigaError
+from saigakit.weights import memory
 
 CONTENT = b"the file that is wanted" * 1000
 

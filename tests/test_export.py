@@ -17,11 +17,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from saigakit import export, fit, infer, lineage, lora_gguf, merged_safetensors, quantization, registry
+from saigakit import export, fit, infer, lora_gguf, merged_safetensors, quantization, registry
 from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
-from saigakit.merge import Merged
 from saigakit.registry import Sampling
+from saigakit.weights import lineage
+from saigakit.weights.merge import Merged
 
 QUANT_TYPES = [quant_type for quant_type in quantization.QUANT_TYPES if quant_type != "F32"]
 # Rows that are no multiple of 256, tied embeddings, four queries to a key.

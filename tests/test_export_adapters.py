@@ -10,10 +10,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from saigakit import export, fold, weights
+from saigakit import export
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
+from saigakit.weights import fold, load
 
 IDS = [1, 404, 505, 606, 7, 8, 9, 300]
 
@@ -78,8 +79,8 @@ def test_the_dequantised_base_gives_the_model_that_was_trained_in_nf4(base_dir, 
     with manifest.making(stage, stage="02_train", parameters=parameters, inputs={}, facts=facts) as partial:
         for file in adapter_dir.iterdir():
             (partial / file.name).write_bytes(file.read_bytes())
-    base = weights.load_base(base_dir, "nf4", getattr(torch, number_format), "cpu")
-    trained = logits_of(weights.with_adapter(base, adapter_dir, Lora())).astype(np.float32)
+    base = load.base_model(base_dir, "nf4", getattr(torch, number_format), "cpu")
+    trained = logits_of(load.with_adapter(base, adapter_dir, Lora())).astype(np.float32)
     found = {}
     for into in ("original", "dequantized"):
         found[into] = logits_of_gguf(exported(base_dir, stage, tmp_path, merge_into=into))
@@ -92,9 +93,9 @@ def test_the_dequantised_base_gives_the_model_that_was_trained_in_nf4(base_dir, 
 def test_an_adapter_on_a_folded_nf4_base_goes_into_what_it_was_trained_on(tiny, base_dir, adapter_dir, tmp_path):
     """The released adapter was in the base when that was quantised, the new one beside it."""
     released = small_models.adapter(tmp_path / "released", base_dir, r=2, target_modules=["q_proj", "v_proj"])
-    base = weights.load_base(base_dir, "nf4", torch.float32, "cpu")
+    base = load.base_model(base_dir, "nf4", torch.float32, "cpu")
     fold.into(base, base_dir, released)
-    trained = logits_of(weights.with_adapter(base, adapter_dir, Lora()))
+    trained = logits_of(load.with_adapter(base, adapter_dir, Lora()))
     parameters = {"model": str(base_dir), "quantization": "nf4", "adapter": "folded"}
     facts = {"number_format": "float32", "training": {"folded_rank": fold.rank_of(released)}}
     stage = tmp_path / "02_train"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from saigakit import export, read_back, streaming, tokenization
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
-from saigakit.merge import Merged
+from saigakit.weights.merge import Merged
 
 KILLS = 20
 TEXTS = ["Что такое пружина?", "Упругая деталь. ё й 你好"]
@@ -189,14 +189,14 @@ def test_a_header_with_a_flipped_byte_is_refused_by_file(made, tmp_path):
 
 
 def test_the_plan_says_what_is_read_and_written(made):
-    chosen = export.Export.of(export.models.find(str(made[0])), made[1], None, "Q4_K_M", quant_types=["Q2_K"])
+    chosen = export.Export.of(export.registry.find(str(made[0])), made[1], None, "Q4_K_M", quant_types=["Q2_K"])
     said = str(chosen.plan())
     assert f"{chosen.bytes('Q2_K') / 1e9:.2f} GB" in said
     assert all(f"write {each}" in said for each in ("Q4_K_M", "Q2_K"))
 
 
 def test_held_out_records_are_compared_with_the_file(made, tmp_path, monkeypatch, capsys):
-    chosen = export.Export.of(export.models.find(str(made[0])), made[1], None, "Q4_0")
+    chosen = export.Export.of(export.registry.find(str(made[0])), made[1], None, "Q4_0")
     facts = chosen.write(tmp_path / "x.gguf", TEXTS)
     assert json.loads(json.dumps(facts))["files"]["x.gguf"]["quant_type"] == "Q4_0"
     assert "2 held-out texts have the ids of the training" in capsys.readouterr().out
@@ -209,7 +209,7 @@ def test_held_out_records_are_compared_with_the_file(made, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("damage", ["a byte", "metadata", "the end", "llama.cpp"])
 def test_what_came_out_wrong_gets_no_name(made, tmp_path, monkeypatch, damage):
-    chosen = export.Export.of(export.models.find(str(made[0])), made[1], None, "Q8_0")
+    chosen = export.Export.of(export.registry.find(str(made[0])), made[1], None, "Q8_0")
     write_at, fill = streaming._write_at, streaming.fill
     if damage == "a byte":
 

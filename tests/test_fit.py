@@ -8,7 +8,7 @@ import pytest
 
 from saigakit import fit
 from saigakit.errors import SaigaError
-from saigakit.memory import Shape
+from saigakit.weights.memory import Shape
 
 LLAMA2 = Shape(
     hidden=4096,

@@ -7,9 +7,9 @@ import small_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from saigakit import fold, merge, weights
 from saigakit.errors import SaigaError
 from saigakit.registry import ALL_LINEAR, ATTENTION, Lora
+from saigakit.weights import fold, load, merge
 
 IDS = torch.tensor([[1, 400, 500, 33, 7]])
 
@@ -26,7 +26,7 @@ def released(base_dir, tmp_path_factory):
 
 
 def loaded(base_dir, quantization="none", dtype=torch.float32):
-    return weights.load_base(base_dir, quantization, dtype, "cpu")
+    return load.base_model(base_dir, quantization, dtype, "cpu")
 
 
 def logits(model):
@@ -58,7 +58,7 @@ def test_the_folded_base_is_the_merged_one_quantised_once(base_dir, released, tm
 def test_it_is_what_peft_computes_from_base_and_adapter(base_dir, released):
     model = loaded(base_dir)
     fold.into(model, base_dir, released)
-    apart = weights.with_adapter(loaded(base_dir), released, Lora())
+    apart = load.with_adapter(loaded(base_dir), released, Lora())
     torch.testing.assert_close(logits(model), logits(apart), rtol=0, atol=1e-6 * logits(apart).abs().max().item())
 
 
@@ -74,7 +74,7 @@ def trained_on_top(base_dir, released, directory, quantization="none", **setting
     model = loaded(base_dir, quantization)
     fold.into(model, base_dir, released)
     torch.manual_seed(2)
-    adapted = weights.with_adapter(model, None, Lora(**({"rank": 5, "alpha": 8, "dropout": 0.0} | settings)))
+    adapted = load.with_adapter(model, None, Lora(**({"rank": 5, "alpha": 8, "dropout": 0.0} | settings)))
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.02)
     for _ in range(4):
         adapted.train()(IDS, labels=IDS).loss.backward()
@@ -88,12 +88,12 @@ def trained_on_top(base_dir, released, directory, quantization="none", **setting
 def test_both_adapters_as_one_on_the_original_base_are_exact(base_dir, released, tmp_path, rslora):
     trained = trained_on_top(base_dir, released, tmp_path / "new", rslora=rslora)
     both = fold.combined(released, tmp_path / "new", tmp_path / "both")
-    described = weights.lora_of(both)
+    described = load.lora_of(both)
     assert (described.rank, set(described.target_modules), described.rslora) == (8, set(ALL_LINEAR), False)
     wanted = logits(trained)
-    found = logits(weights.with_adapter(loaded(base_dir), both, Lora()))
+    found = logits(load.with_adapter(loaded(base_dir), both, Lora()))
     assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
-    assert (wanted - logits(weights.with_adapter(loaded(base_dir), released, Lora()))).abs().max() > 0.01
+    assert (wanted - logits(load.with_adapter(loaded(base_dir), released, Lora()))).abs().max() > 0.01
 
 
 def test_both_as_one_can_be_merged_like_any_adapter(base_dir, released, tmp_path):
@@ -107,10 +107,10 @@ def test_both_as_one_can_be_merged_like_any_adapter(base_dir, released, tmp_path
 
 def test_a_new_lora_is_trained_on_the_quantised_sum(base_dir, released, tmp_path):
     trained = trained_on_top(base_dir, released, tmp_path / "new", quantization="nf4")
-    assert weights.lora_of(tmp_path / "new").rank == 5
+    assert load.lora_of(tmp_path / "new").rank == 5
     model = loaded(base_dir, "nf4")
     fold.into(model, base_dir, released)
-    torch.testing.assert_close(logits(weights.with_adapter(model, tmp_path / "new", Lora())), logits(trained))
+    torch.testing.assert_close(logits(load.with_adapter(model, tmp_path / "new", Lora())), logits(trained))
 
 
 def test_modules_that_the_released_adapter_leaves_alone_get_zeros(base_dir, released, tmp_path):

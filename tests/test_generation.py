@@ -3,8 +3,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saigakit import generation
-from saigakit.generation import HfModel, Progress, batches, until_stop
+from saigakit.weights import generate
+from saigakit.weights.generate import HfModel, Progress, batches, until_stop
 
 PROMPTS = [[5, 9, 17], [8, 3, 40, 41, 42, 43, 44], [99], [12, 13, 14, 15, 16, 12, 13]]
 STOP = frozenset({7})
@@ -113,6 +113,6 @@ def test_progress_is_silent_between_its_lines(capsys):
 
 def test_progress_says_how_long_still(capsys, monkeypatch):
     progress = Progress("after")
-    monkeypatch.setattr(generation.time, "monotonic", lambda: progress.start + 30)
+    monkeypatch.setattr(generate.time, "monotonic", lambda: progress.start + 30)
     progress(60, 240)
     assert capsys.readouterr().out == "after: 60 of 240 texts, about 90 s left\n"

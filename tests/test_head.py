@@ -8,9 +8,10 @@ import torch
 from small_models import base
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saigakit import attention, head, packing, weights
+from saigakit import attention, head, packing
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
+from saigakit.weights import load
 
 VOCABULARY = 768
 NO_DROPOUT = Lora(dropout=0.0)
@@ -36,14 +37,14 @@ def pack():
 
 
 def loaded(directory, *, quantization="none", checkpointing=False, lora=NO_DROPOUT):
-    model = weights.load_base(directory, quantization, torch.float32, "cpu")
+    model = load.base_model(directory, quantization, torch.float32, "cpu")
     model.config.use_cache = False
     attention.use(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     torch.manual_seed(3)
-    adapted = weights.with_adapter(model, None, lora)
+    adapted = load.with_adapter(model, None, lora)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, 0.0, 0.1)
@@ -148,7 +149,7 @@ def test_what_is_saved_has_the_same_names(directory, tmp_path):
     model.save_pretrained(tmp_path / "plain", save_embedding_layers=False)
     assert head.use(model)
     model.save_pretrained(tmp_path / "chunks", save_embedding_layers=False)
-    assert weights.adapter_shapes(tmp_path / "chunks") == weights.adapter_shapes(tmp_path / "plain")
+    assert load.adapter_shapes(tmp_path / "chunks") == load.adapter_shapes(tmp_path / "plain")
 
 
 def test_a_head_that_is_trained_itself_is_refused(tiny):

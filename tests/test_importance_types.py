@@ -9,7 +9,7 @@ import pytest
 import small_models
 
 from saigakit import export, quantization
-from saigakit.memory import Shape
+from saigakit.weights.memory import Shape
 
 SETTINGS = {
     "wide": {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8},

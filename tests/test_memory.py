@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saigakit import memory, weights
 from saigakit.errors import SaigaError
 from saigakit.registry import ALL_LINEAR, ATTENTION, MODELS, Lora
+from saigakit.weights import load, memory
 
 LLAMA2_7B = {
     "hidden_size": 4096,
@@ -59,7 +59,7 @@ def test_the_counted_parameters_are_those_of_the_model_but_for_its_norms(tmp_pat
     "lora", [Lora(rank=3), Lora(rank=3, dora=True), Lora(rank=3, modules_to_save=("embed_tokens", "lm_head"))]
 )
 def test_an_adapters_parameters_are_those_that_peft_makes(tiny, lora):
-    model = weights.with_adapter(weights.load_base(tiny / "base", "none", torch.float32, "cpu"), None, lora)
+    model = load.with_adapter(load.base_model(tiny / "base", "none", torch.float32, "cpu"), None, lora)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert memory.Shape.of(tiny / "base").adapter_parameters(lora) == trained
 

@@ -10,10 +10,10 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from saigakit import weights
 from saigakit.errors import SaigaError
-from saigakit.merge import Merged
-from saigakit.shards import of_base
+from saigakit.weights import load
+from saigakit.weights.merge import Merged
+from saigakit.weights.tensors import of_base
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -162,8 +162,8 @@ def test_several_adapters_are_added_with_their_weights_as_in_peft(base_dir, tmp_
     two = small_models.adapter(tmp_path / "two", base_dir, r=5, lora_alpha=7, target_modules=["q_proj", "up_proj"])
     model = adapted(base_dir, one)
     model.load_adapter(two, "two")
-    weights = {"default": 0.7, "two": -1.5}
-    model.add_weighted_adapter(list(weights), list(weights.values()), "both", combination_type="cat")
+    load = {"default": 0.7, "two": -1.5}
+    model.add_weighted_adapter(list(load), list(load.values()), "both", combination_type="cat")
     model.set_adapter("both")
     merged = Merged.of(base_dir, [(one, 0.7), (two, -1.5)])
     require_equal(merged, model.merge_and_unload().state_dict())
@@ -228,7 +228,7 @@ def test_a_tied_base_becomes_the_trained_model_with_a_head_of_its_own_where_need
 
 @pytest.mark.parametrize("number_format", ["float16", "bfloat16", "float32"])
 def test_the_dequantised_base_is_what_the_training_in_nf4_computed_with(base_dir, adapter_dir, number_format):
-    model = weights.load_base(base_dir, "nf4", getattr(torch, number_format), "cpu")
+    model = load.base_model(base_dir, "nf4", getattr(torch, number_format), "cpu")
     merged = Merged.of(base_dir, None, into="dequantized", number_format=number_format)
     held = {}
     for name, module in model.named_modules():

@@ -13,8 +13,8 @@ import vocabularies
 from saigakit import fit, modelfile, template, tokenization
 from saigakit.chat_format import ChatFormat
 from saigakit.errors import SaigaError
-from saigakit.memory import Shape
 from saigakit.registry import MODELS, Sampling
+from saigakit.weights.memory import Shape
 
 LLAMA2 = Shape(
     hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, intermediate=11008, vocabulary=32000, tied=False

@@ -3,7 +3,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from saigakit import nf4
+from saigakit.weights import nf4
 
 
 @pytest.mark.parametrize("number_format", ["float16", "bfloat16", "float32"])

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 from small_models import adapter, base
 
-from saigakit import memory, preflight, weights
+from saigakit import preflight
 from saigakit.config import TrainConfig
 from saigakit.core import workspace
 from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
 from saigakit.registry import ATTENTION, Lora
+from saigakit.weights import load, memory
 
 T4 = Gpu("Tesla T4", (7, 5), 16 * 10**9, 15 * 10**9)
 P100 = Gpu("Tesla P100", (6, 0), 16 * 10**9, 15 * 10**9)
@@ -75,7 +76,7 @@ def test_the_adapter_that_is_continued_is_described_by_its_own_files(tiny):
 def test_settings_of_a_new_lora_beside_a_continued_adapter_are_refused(tiny):
     with pytest.raises(SaigaError, match=r"lora is given.*keeps its own \(rank 4, alpha 8.*adapter=None"):
         preflight.model(config(adapter="released", lora=Lora(rank=32)), tiny / "base", tiny / "adapter")
-    same = weights.lora_of(tiny / "adapter")
+    same = load.lora_of(tiny / "adapter")
     assert preflight.model(config(adapter="released", lora=same), tiny / "base", tiny / "adapter") == same
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from saigakit import quantization
 from saigakit.errors import SaigaError
-from saigakit.memory import Shape
+from saigakit.weights.memory import Shape
 
 MODEL = Shape(hidden=256, layers=16, heads=8, kv_heads=2, head_dim=32, intermediate=512, vocabulary=768, tied=False)
 DEEP = Shape(hidden=256, layers=80, heads=64, kv_heads=8, head_dim=32, intermediate=512, vocabulary=768, tied=False)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from saigakit import attention, data, generation, packing, samples, tokenization, weights
+from saigakit import attention, data, packing, samples, tokenization
 from saigakit.conversations import Conversations
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
 from saigakit.samples import Samples
+from saigakit.weights import generate, load
 
 LORA = Lora(rank=4, alpha=8, dropout=0.3)
 
@@ -33,13 +34,13 @@ def talk(question, answer="Да."):
 def in_training(tiny, quantization="none", *, on_gpu=True):
     """As 02_train has it: packed attention, no cache, activation checkpointing where `on_gpu`."""
     torch.manual_seed(0)
-    base = weights.load_base(tiny / "base", quantization, torch.float32, "cpu")
+    base = load.base_model(tiny / "base", quantization, torch.float32, "cpu")
     base.config.use_cache = False
     attention.use(base)
     if on_gpu:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
-    return weights.with_adapter(base, tiny / "adapter", LORA).train()
+    return load.with_adapter(base, tiny / "adapter", LORA).train()
 
 
 def learn(model, rows, steps, between=lambda step: None):
@@ -105,7 +106,7 @@ def test_everything_is_put_back_when_generation_fails(tiny, tokenizer, held_out,
         assert not base.training and base.config._attn_implementation == "sdpa"
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(generation, "greedy", fail)
+    monkeypatch.setattr(generate, "greedy", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         Samples(tokenizer, held_out, tmp_path / "samples.md").write(0, 1.0, model)
     assert state(model) == before
@@ -142,7 +143,7 @@ def test_no_memory_of_a_gpu_is_left_taken(tiny, tokenizer, held_out, tmp_path):
 def test_answers_are_those_of_generation_one_by_one(tiny, tokenizer, held_out, tmp_path):
     asked = Samples(tokenizer, held_out, tmp_path / "samples.md")
     asked.write(0, 1.0, in_training(tiny))
-    hf = generation.HfModel(tiny / "base", tiny / "adapter", "none")
+    hf = generate.HfModel(tiny / "base", tiny / "adapter", "none")
     expected = []
     for conversation in data.spread(held_out, 4):
         prompt = tokenization.encode(conversation["messages"][:-1], tokenizer, add_generation_prompt=True)["input_ids"]
@@ -155,13 +156,13 @@ def test_answers_are_those_of_generation_one_by_one(tiny, tokenizer, held_out, t
 
 
 def test_half_precision_with_float32_norms_and_adapter_generates(tiny, tokenizer, held_out, tmp_path):
-    base = weights.load_base(tiny / "base", "nf4", torch.bfloat16, "cpu")
+    base = load.base_model(tiny / "base", "nf4", torch.bfloat16, "cpu")
     attention.use(base)
     for parameter in base.parameters():
         if parameter.ndim == 1:
             parameter.data = parameter.data.float()
     asked = Samples(tokenizer, held_out, tmp_path / "samples.md")
-    asked.write(0, 1.0, weights.with_adapter(base, tiny / "adapter", LORA).train())
+    asked.write(0, 1.0, load.with_adapter(base, tiny / "adapter", LORA).train())
     assert len(samples._parsed(tmp_path / "samples.md")[1]) == 1
 
 
@@ -170,7 +171,7 @@ class Script:
 
     def __init__(self, monkeypatch, tokenizer):
         self.texts, self.tokenizer = ["Да."], tokenizer
-        monkeypatch.setattr(generation, "greedy", self)
+        monkeypatch.setattr(generate, "greedy", self)
 
     def __call__(self, _model, prompts, stop_ids, max_new_tokens):
         ids = [self.tokenizer.encode_text(text) for text in self.texts]

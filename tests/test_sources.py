@@ -10,6 +10,7 @@ import pytest
 from saigakit import registry, sources
 from saigakit.errors import SaigaError
 from saigakit.registry import MODELS, ModelSpec
+from saigakit.weights import find
 
 SAIGA = MODELS["saiga2_7b"]
 BASE = {
@@ -34,7 +35,8 @@ DATA_SETS = {
 REPOSITORIES = {SAIGA.base_model: BASE, SAIGA.released_adapter: ADAPTER, **OLD, **DATA_SETS}
 ASK = """
 import sys
-from saigakit import sources; from saigakit import registry as models
+from saigakit import registry, sources
+from saigakit.weights import find
 from saigakit.errors import SaigaError
 try:
     found = eval(sys.argv[1])
@@ -79,34 +81,34 @@ def inputs(tmp_path, monkeypatch):
 
 
 def test_a_base_of_the_hub_comes_with_one_kind_of_weights_and_no_more(hub, tmp_path):
-    _, *names = asked("sources.base_dir(models.find('saiga2_7b'))", hub[0], tmp_path)
+    _, *names = asked("find.base_dir(registry.find('saiga2_7b'))", hub[0], tmp_path)
     assert names == ["config.json", "model.safetensors", "tokenizer.model"]
 
 
 def test_a_disk_too_small_for_the_weights_is_told_before_they_are_fetched_and_not_once_they_are_there(hub, tmp_path):
-    small = "setattr(sources.workspace, 'free_disk', lambda path: 0) or sources.base_dir(models.find('saiga2_7b'))"
+    small = "setattr(find.workspace, 'free_disk', lambda path: 0) or find.base_dir(registry.find('saiga2_7b'))"
     kind, sentence = asked(small, hub[0], tmp_path)
     assert kind == "SaigaError" and "Downloading TheBloke/Llama-2-7B-fp16 needs 0.00 GB of disk" in sentence
     assert "SAIGAKIT_CACHE" in sentence and "run_dir" not in sentence
-    asked("sources.base_dir(models.find('saiga2_7b'))", hub[0], tmp_path)
+    asked("find.base_dir(registry.find('saiga2_7b'))", hub[0], tmp_path)
     _, *names = asked(small, hub[0], tmp_path)
     assert "model.safetensors" in names
 
 
 def test_a_base_without_safetensors_comes_as_bin(hub, tmp_path):
-    _, *names = asked("sources.base_dir(models.find('someone/old'))", hub[0], tmp_path)
+    _, *names = asked("find.base_dir(registry.find('someone/old'))", hub[0], tmp_path)
     assert names == ["config.json", "pytorch_model.bin", "tokenizer.model"]
 
 
 def test_the_tokenizer_is_the_released_adapters(hub, tmp_path):
-    directory, *names = asked("sources.tokenizer_dir(models.find('saiga2_7b'))", hub[0], tmp_path)
+    directory, *names = asked("find.tokenizer_dir(registry.find('saiga2_7b'))", hub[0], tmp_path)
     assert "saiga2_7b_lora" in directory
     assert names == ["adapter_config.json", "tokenizer.model"]
 
 
 @pytest.mark.parametrize("adapter", ["released", "IlyaGusev/saiga2_7b_lora"])
 def test_an_adapter_of_the_hub_comes_with_its_weights(hub, tmp_path, adapter):
-    _, *names = asked(f"sources.adapter_dir(models.find('saiga2_7b'), {adapter!r})", hub[0], tmp_path)
+    _, *names = asked(f"find.adapter_dir(registry.find('saiga2_7b'), {adapter!r})", hub[0], tmp_path)
     assert names == ["adapter_config.json", "adapter_model.bin", "tokenizer.model"]
 
 
@@ -121,7 +123,7 @@ def test_an_adapter_of_the_hub_comes_with_its_weights(hub, tmp_path, adapter):
     ],
 )
 def test_a_refusal_of_the_hub_is_a_sentence_that_says_what_to_attach(hub, tmp_path, repository, said):
-    kind, sentence = asked(f"sources.base_dir(models.find('someone/{repository}'))", hub[0], tmp_path)
+    kind, sentence = asked(f"find.base_dir(registry.find('someone/{repository}'))", hub[0], tmp_path)
     assert kind == "SaigaError"
     assert sentence.startswith(f"someone/{repository} ")
     assert said in sentence
@@ -129,10 +131,10 @@ def test_a_refusal_of_the_hub_is_a_sentence_that_says_what_to_attach(hub, tmp_pa
     assert "base_source" in sentence
 
 
-@pytest.mark.parametrize("what", ["base_dir(models.find('a/b'))", "tokenizer_dir(models.find('a/b'))"])
+@pytest.mark.parametrize("what", ["base_dir(registry.find('a/b'))", "tokenizer_dir(registry.find('a/b'))"])
 def test_without_a_connection_a_sentence_comes_soon(tmp_path, what):
     start = time.monotonic()
-    kind, sentence = asked(f"sources.{what}", "http://127.0.0.1:9", tmp_path)
+    kind, sentence = asked(f"find.{what}", "http://127.0.0.1:9", tmp_path)
     assert kind == "SaigaError"
     assert "a/b could not be fetched from the Hub: " in sentence
     assert "switch Internet on" in sentence
@@ -141,36 +143,36 @@ def test_without_a_connection_a_sentence_comes_soon(tmp_path, what):
 
 def test_a_directory_is_its_own_base_and_tokenizer(tiny):
     spec = registry.find(str(tiny / "base"))
-    assert sources.base_dir(spec) == sources.tokenizer_dir(spec) == tiny / "base"
+    assert find.base_dir(spec) == find.tokenizer_dir(spec) == tiny / "base"
 
 
 def test_a_packaged_model_is_made(tiny):
     spec = registry.find("saiga_tiny")
-    assert sources.base_dir(spec) == tiny / "base"
-    assert sources.adapter_dir(spec, "released") == tiny / "adapter"
+    assert find.base_dir(spec) == tiny / "base"
+    assert find.adapter_dir(spec, "released") == tiny / "adapter"
 
 
 def test_base_source_is_taken_instead_of_the_hub(tmp_path):
     attached = directory_with(tmp_path / "llama", "config.json")
-    assert sources.base_dir(SAIGA, str(attached)) == sources.tokenizer_dir(SAIGA, str(attached)) == attached
+    assert find.base_dir(SAIGA, str(attached)) == find.tokenizer_dir(SAIGA, str(attached)) == attached
 
 
 @pytest.mark.parametrize("layout", ["", "datasets/someone"])
 def test_base_source_is_found_in_both_layouts_of_mounts(inputs, layout):
     attached = directory_with(inputs / layout / "llama-2-7b", "config.json")
-    assert sources.base_dir(SAIGA, "llama-2-7b") == attached
+    assert find.base_dir(SAIGA, "llama-2-7b") == attached
 
 
 def test_a_model_mounted_under_its_version_is_found_by_its_name(inputs):
     attached = directory_with(inputs / "models" / "meta" / "llama-2" / "pytorch" / "7b-hf" / "1", "config.json")
-    assert sources.base_dir(SAIGA, "llama-2") == attached
+    assert find.base_dir(SAIGA, "llama-2") == attached
 
 
 def test_what_is_attached_twice_is_refused_with_both_places(inputs):
     first = directory_with(inputs / "llama", "config.json")
     second = directory_with(inputs / "datasets" / "someone" / "llama", "config.json")
     with pytest.raises(SaigaError) as caught:
-        sources.base_dir(SAIGA, "llama")
+        find.base_dir(SAIGA, "llama")
     assert str(first) in str(caught.value)
     assert str(second) in str(caught.value)
 
@@ -179,55 +181,55 @@ def test_two_models_in_one_attachment_are_refused_with_both_names(inputs):
     for version in ("1", "2"):
         directory_with(inputs / "llama" / version, "config.json")
     with pytest.raises(SaigaError, match=r"more than one config\.json.*llama/1.*llama/2"):
-        sources.base_dir(SAIGA, "llama")
+        find.base_dir(SAIGA, "llama")
 
 
 def test_a_base_source_without_config_is_no_base_model(tmp_path):
     directory_with(tmp_path / "empty", "readme.txt")
     with pytest.raises(SaigaError, match=r"no base model: it has no config\.json"):
-        sources.base_dir(SAIGA, str(tmp_path / "empty"))
+        find.base_dir(SAIGA, str(tmp_path / "empty"))
 
 
 def test_a_finished_stage_is_an_adapter(tmp_path):
     made = directory_with(tmp_path / "02_train", "adapter_config.json")
-    assert sources.adapter_dir(SAIGA, "02_train", tmp_path) == made
+    assert find.adapter_dir(SAIGA, "02_train", tmp_path) == made
 
 
 def test_a_finished_stage_of_an_attached_notebook_is_an_adapter(inputs, tmp_path):
     made = directory_with(inputs / "notebooks" / "someone" / "train" / "02_train", "adapter_config.json")
-    assert sources.adapter_dir(SAIGA, "02_train", tmp_path) == made
-    assert sources.adapter_dir(SAIGA, "train/02_train", tmp_path) == made  # no Hub id, though it looks like one
+    assert find.adapter_dir(SAIGA, "02_train", tmp_path) == made
+    assert find.adapter_dir(SAIGA, "train/02_train", tmp_path) == made  # no Hub id, though it looks like one
 
 
 def test_an_attached_copy_is_taken_instead_of_the_hubs_adapter(inputs):
     made = directory_with(inputs / "datasets" / "IlyaGusev" / "saiga2_7b_lora", "adapter_config.json")
-    assert sources.adapter_dir(SAIGA, "released") == made
+    assert find.adapter_dir(SAIGA, "released") == made
 
 
 def test_a_directory_without_an_adapter_is_refused(tmp_path):
     directory_with(tmp_path / "02_train", "config.json")
     with pytest.raises(SaigaError, match=r"no LoRA adapter: it has no adapter_config\.json"):
-        sources.adapter_dir(SAIGA, "02_train", tmp_path)
+        find.adapter_dir(SAIGA, "02_train", tmp_path)
 
 
 def test_a_stage_that_was_not_run_is_named(tmp_path):
     with pytest.raises(SaigaError, match="Run 02_train first"):
-        sources.adapter_dir(SAIGA, "02_train", tmp_path)
+        find.adapter_dir(SAIGA, "02_train", tmp_path)
 
 
 def test_a_model_without_a_released_adapter_says_so():
     with pytest.raises(SaigaError, match="mine has no released adapter"):
-        sources.adapter_dir(ModelSpec(name="mine", base_model="someone/mine"), "released")
+        find.adapter_dir(ModelSpec(name="mine", base_model="someone/mine"), "released")
 
 
 def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     made = directory_with(tmp_path / "adapter", "adapter_config.json")
-    assert sources.adapter_dir(SAIGA, "~/adapter") == made
+    assert find.adapter_dir(SAIGA, "~/adapter") == made
 
 
 def test_an_unknown_file_of_the_demos_records_names_the_two_that_there_are(monkeypatch, tmp_path):
-    monkeypatch.setattr(sources.definitions, "packaged_records", lambda: tmp_path)
+    monkeypatch.setattr(sources.wordnet_records, "packaged_records", lambda: tmp_path)
     (tmp_path / "train.jsonl").write_text("{}", encoding="utf-8")
     assert sources.records_files("package:wordnet/train.jsonl") == [tmp_path / "train.jsonl"]
     with pytest.raises(SaigaError, match=r"'package:wordnet/test\.jsonl' is not there; .* train\.jsonl and held_out"):
@@ -237,7 +239,7 @@ def test_an_unknown_file_of_the_demos_records_names_the_two_that_there_are(monke
 @pytest.mark.parametrize("adapter", [False, 7])
 def test_an_adapter_that_is_no_text_is_refused(adapter):
     with pytest.raises(SaigaError, match="give a path, a Hub id or None"):
-        sources.adapter_dir(SAIGA, adapter)
+        find.adapter_dir(SAIGA, adapter)
 
 
 def test_a_file_of_records_is_found_here_in_the_run_directory_and_in_an_input(inputs, tmp_path, monkeypatch):

@@ -14,12 +14,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import kill_resume
 
-from saigakit import checkpoints, curve, data, evaluation, registry, samples, tokenization, train, weights, worker
+from saigakit import checkpoints, curve, data, evaluation, registry, samples, tokenization, train, worker
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest, workspace
 from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
+from saigakit.weights import load
 
 NEW = Lora(rank=4, alpha=8)
 
@@ -56,7 +57,7 @@ def continued(records, tmp_path_factory):
 
 def test_the_released_adapter_is_continued(continued, tiny):
     released = torch.load(tiny / "adapter" / "adapter_model.bin", weights_only=True)
-    assert set(weights.adapter_shapes(continued)) == set(released)
+    assert set(load.adapter_shapes(continued)) == set(released)
     config = json.loads((continued / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["r"], config["lora_alpha"]) == (4, 8)
     assert manifest.require_stage(continued, "02_train", model="saiga_tiny")["inputs"]["adapter"]
@@ -111,8 +112,8 @@ def test_the_held_out_loss_is_the_mean_over_learned_tokens(continued, records, t
     tokenizer = tokenization.load_tokenizer("saiga_tiny")
     rows = data.spread([tokenization.encode(row["messages"], tokenizer) for row in data.read_conversations(records)],
                         evaluation.AT_LEAST)  # fmt: skip
-    model = weights.load_base(tiny / "base", "nf4", torch.float32, "cpu")
-    model = weights.with_adapter(model, tiny / "adapter", NEW).eval()
+    model = load.base_model(tiny / "base", "nf4", torch.float32, "cpu")
+    model = load.with_adapter(model, tiny / "adapter", NEW).eval()
     assert curve.read(continued)[0]["held_out_loss"] == pytest.approx(mean_loss(model, rows), rel=1e-4)
 
 
@@ -123,7 +124,7 @@ def test_a_session_that_has_no_time_left_still_gives_an_adapter(records, tmp_pat
         config_for(records, tmp_path, adapter=None, quantization="none", epochs=5, processes=processes)
     )
     assert "max_hours=10.5 end training at step 1 of 19, which is saved" in capfd.readouterr().out
-    assert weights.adapter_shapes(made)
+    assert load.adapter_shapes(made)
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from saigakit import attention, packing, trial, weights
+from saigakit import attention, packing, trial
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
+from saigakit.weights import load
 
 PREDICTED = {"weights": 3_900_000_000, "logits": 200_000_000}
 
 
 @pytest.fixture
 def model(tiny):
-    base = weights.load_base(tiny / "base", "nf4", torch.float32, "cpu")
+    base = load.base_model(tiny / "base", "nf4", torch.float32, "cpu")
     attention.use(base)
     torch.manual_seed(3)
-    return weights.with_adapter(base, None, Lora(rank=4, dropout=0.3))
+    return load.with_adapter(base, None, Lora(rank=4, dropout=0.3))
 
 
 def pack(tokens=60):

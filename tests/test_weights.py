@@ -8,10 +8,10 @@ import pytest
 import small_models
 import torch
 
-from saigakit import weights
 from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
 from saigakit.registry import ATTENTION, MODELS, Lora
+from saigakit.weights import load
 
 T4, P100, L4 = (Gpu(name, capability, 16 << 30, 15 << 30) for name, capability in
                 (("Tesla T4", (7, 5)), ("Tesla P100", (6, 0)), ("NVIDIA L4", (8, 9))))  # fmt: skip
@@ -19,7 +19,7 @@ SAIGA = MODELS["saiga2_7b"]
 
 
 def loaded(tiny, quantization="none"):
-    return weights.load_base(tiny / "base", quantization, torch.float32, "cpu")
+    return load.base_model(tiny / "base", quantization, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -27,31 +27,31 @@ def loaded(tiny, quantization="none"):
     [([], "float32"), ([T4, T4], "float16"), ([L4], "bfloat16"), ([L4, T4], "float16")],
 )
 def test_the_number_format_follows_the_oldest_gpu(gpus, expected):
-    assert weights.number_format(SAIGA, gpus) == expected
+    assert load.number_format(SAIGA, gpus) == expected
 
 
 def test_a_p100_is_refused():
     with pytest.raises(SaigaError, match=r"P100 \(sm_60\) is too old.*T4 x2"):
-        weights.number_format(SAIGA, [P100])
+        load.number_format(SAIGA, [P100])
 
 
 def test_gemma_is_refused_on_a_t4_with_the_reason_and_taken_on_an_l4():
     with pytest.raises(SaigaError, match=r"saiga_gemma3_12b .*sm_75.*overflow float16"):
-        weights.number_format(MODELS["saiga_gemma3_12b"], [T4])
-    assert weights.number_format(MODELS["saiga_gemma3_12b"], [L4]) == "bfloat16"
+        load.number_format(MODELS["saiga_gemma3_12b"], [T4])
+    assert load.number_format(MODELS["saiga_gemma3_12b"], [L4]) == "bfloat16"
 
 
 def test_a_new_adapter_changes_nothing_yet_and_is_float32(tiny):
     ids = torch.tensor([[1, 400, 500]])
     base = loaded(tiny)
     before = base(ids).logits
-    adapted = weights.with_adapter(base, None, Lora(rank=4))
+    adapted = load.with_adapter(base, None, Lora(rank=4))
     torch.testing.assert_close(adapted(ids).logits, before)
     assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_a_released_adapter_is_continued_bit_for_bit(tiny):
-    adapted = weights.with_adapter(loaded(tiny), tiny / "adapter", Lora())
+    adapted = load.with_adapter(loaded(tiny), tiny / "adapter", Lora())
     there = torch.load(tiny / "adapter" / "adapter_model.bin", weights_only=True)
     from peft import get_peft_model_state_dict
 
@@ -75,7 +75,7 @@ def with_random_b(model):
 
 def test_rslora_scales_by_the_root_of_the_rank(tiny):
     plain, stable = (
-        with_random_b(weights.with_adapter(loaded(tiny), None, Lora(rank=4, alpha=8, rslora=rslora)))
+        with_random_b(load.with_adapter(loaded(tiny), None, Lora(rank=4, alpha=8, rslora=rslora)))
         for rslora in (False, True)
     )
     layer = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -85,7 +85,7 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny):
 
 
 def test_dora_trains_magnitudes(tiny):
-    adapted = weights.with_adapter(loaded(tiny, "nf4"), None, Lora(rank=4, dora=True))
+    adapted = load.with_adapter(loaded(tiny, "nf4"), None, Lora(rank=4, dora=True))
     magnitudes = [p for name, p in adapted.named_parameters() if "magnitude" in name]
     assert len(magnitudes) == 2 * 7 and all(p.requires_grad and p.dtype == torch.float32 for p in magnitudes)
 
@@ -101,16 +101,16 @@ def test_dora_trains_magnitudes(tiny):
     ids=["rsLoRA", "DoRA", "modules_to_save"],
 )
 def test_what_was_saved_is_continued_bit_for_bit_and_trained(tiny, tmp_path, lora, quantization):
-    first = with_random_b(weights.with_adapter(loaded(tiny, quantization), None, lora))
+    first = with_random_b(load.with_adapter(loaded(tiny, quantization), None, lora))
     before = logits(first)
     first.save_pretrained(tmp_path, save_embedding_layers=False)
-    weights.require_fitting(tmp_path, tiny / "base")
-    described = weights.lora_of(tmp_path)
+    load.require_fitting(tmp_path, tiny / "base")
+    described = load.lora_of(tmp_path)
     assert described == replace(
         lora, target_modules=tuple(sorted(lora.target_modules)), modules_to_save=described.modules_to_save
     )
     assert set(described.modules_to_save) == set(lora.modules_to_save)
-    second = weights.with_adapter(loaded(tiny, quantization), tmp_path, Lora())
+    second = load.with_adapter(loaded(tiny, quantization), tmp_path, Lora())
     torch.testing.assert_close(logits(second), before, rtol=0, atol=0)
     trainable = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (first, second)]
     assert trainable[0] == trainable[1]
@@ -122,46 +122,46 @@ def test_what_was_saved_is_continued_bit_for_bit_and_trained(tiny, tmp_path, lor
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_modules_that_train_as_a_whole_do_so_in_float32_new_and_continued(tiny, tmp_path, dtype):
     for adapter_dir in (None, tmp_path):
-        base = weights.load_base(tiny / "base", "none", dtype, "cpu")
-        adapted = weights.with_adapter(base, adapter_dir, Lora(modules_to_save=("lm_head",)))
+        base = load.base_model(tiny / "base", "none", dtype, "cpu")
+        adapted = load.with_adapter(base, adapter_dir, Lora(modules_to_save=("lm_head",)))
         assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
         assert {p.dtype for p in adapted.parameters() if not p.requires_grad} == {dtype}
-        weights.require_formats(adapted, dtype)
+        load.require_formats(adapted, dtype)
         adapted.save_pretrained(tmp_path, save_embedding_layers=False)
 
 
 def test_number_formats_that_a_t4_cannot_train_in_are_refused(tiny):
-    adapted = weights.with_adapter(weights.load_base(tiny / "base", "nf4", torch.float16, "cpu"), None, Lora())
-    weights.require_formats(adapted, torch.float16)
+    adapted = load.with_adapter(load.base_model(tiny / "base", "nf4", torch.float16, "cpu"), None, Lora())
+    load.require_formats(adapted, torch.float16)
     norm = adapted.get_base_model().model.norm.weight
     norm.data = norm.data.bfloat16()
     with pytest.raises(
         TypeError, match=r"norm\.weight is torch\.bfloat16 and must be torch\.float16 or torch\.float32"
     ):
-        weights.require_formats(adapted, torch.float16)
+        load.require_formats(adapted, torch.float16)
     norm.data = norm.data.float()
     next(p for p in adapted.parameters() if p.requires_grad).data = torch.zeros(4, 64, dtype=torch.float16)
     with pytest.raises(TypeError, match=r"lora_A.* is torch\.float16 and must be torch\.float32"):
-        weights.require_formats(adapted, torch.float16)
+        load.require_formats(adapted, torch.float16)
     adapted.requires_grad_(requires_grad=False)
     with pytest.raises(TypeError, match=r"no parameter .* trainable"):
-        weights.require_formats(adapted, torch.float16)
+        load.require_formats(adapted, torch.float16)
 
 
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
 def test_a_whole_module_of_another_vocabulary_is_refused_by_its_header(tiny, tmp_path, module):
-    first = weights.with_adapter(loaded(tiny), None, Lora(rank=2, modules_to_save=(module,)))
+    first = load.with_adapter(loaded(tiny), None, Lora(rank=2, modules_to_save=(module,)))
     first.save_pretrained(tmp_path / "a", save_embedding_layers=False)
-    weights.require_fitting(tmp_path / "a", tiny / "base")
+    load.require_fitting(tmp_path / "a", tiny / "base")
     other = small_models.base(tmp_path / "base", tiny / "base", vocab_size=800, num_hidden_layers=2)
     with pytest.raises(SaigaError, match=rf"{module}.*\(768, 64\) does not fit"):
-        weights.require_fitting(tmp_path / "a", other)
+        load.require_fitting(tmp_path / "a", other)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_quantised_base_keeps_its_gradients_after_an_evaluation(tiny, quantization):
     """On a CPU with AVX512-BF16 one forward in eval mode would repack nf4 weights, without autograd."""
-    adapted = weights.with_adapter(loaded(tiny, quantization), tiny / "adapter", Lora())
+    adapted = load.with_adapter(loaded(tiny, quantization), tiny / "adapter", Lora())
     ids = torch.tensor([[1, 400, 500, 600]])
 
     def gradients():
@@ -188,7 +188,7 @@ def changed_adapter(tiny, directory, change):
 def test_an_adapter_of_other_sizes_is_refused_with_its_base(tiny, tmp_path):
     adapter = changed_adapter(tiny, tmp_path / "a", lambda state: {k: torch.zeros(9, 9) for k in state})
     with pytest.raises(SaigaError, match=r"not one of this base model.*trained on package:saiga_tiny"):
-        weights.with_adapter(loaded(tiny), adapter, Lora())
+        load.with_adapter(loaded(tiny), adapter, Lora())
 
 
 def test_an_adapter_with_more_layers_than_the_base_is_refused(tiny, tmp_path):
@@ -197,7 +197,7 @@ def test_an_adapter_with_more_layers_than_the_base_is_refused(tiny, tmp_path):
 
     adapter = changed_adapter(tiny, tmp_path / "a", deeper)
     with pytest.raises(SaigaError, match=r"layers\.2\..*does not fit"):
-        weights.with_adapter(loaded(tiny), adapter, Lora())
+        load.with_adapter(loaded(tiny), adapter, Lora())
 
 
 def test_an_adapter_whose_modules_the_base_lacks_is_refused(tiny, tmp_path):
@@ -205,7 +205,7 @@ def test_an_adapter_whose_modules_the_base_lacks_is_refused(tiny, tmp_path):
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["c_attn"]}))
     with pytest.raises(SaigaError, match="not one of this base model"):
-        weights.with_adapter(loaded(tiny), adapter, Lora())
+        load.with_adapter(loaded(tiny), adapter, Lora())
 
 
 @pytest.mark.parametrize(
@@ -218,10 +218,10 @@ def test_an_adapter_whose_modules_the_base_lacks_is_refused(tiny, tmp_path):
     ],
 )
 def test_the_adapter_of_another_base_is_known_by_its_header(tiny, tmp_path, change):
-    weights.require_fitting(tiny / "adapter", tiny / "base")
+    load.require_fitting(tiny / "adapter", tiny / "base")
     adapter = changed_adapter(tiny, tmp_path / "a", change)
     with pytest.raises(SaigaError, match=r"not one of this base model.*does not fit"):
-        weights.require_fitting(adapter, tiny / "base")
+        load.require_fitting(adapter, tiny / "base")
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
@@ -231,7 +231,7 @@ def test_a_truncated_adapter_is_named(tiny, tmp_path, name):
     data = (tmp_path / "a" / name).read_bytes()
     (tmp_path / "a" / name).write_bytes(data[: len(data) // 2])
     with pytest.raises(SaigaError, match=rf"{name} is missing or damaged"):
-        weights.adapter_shapes(tmp_path / "a")
+        load.adapter_shapes(tmp_path / "a")
 
 
 def test_a_truncated_base_is_named(tiny, tmp_path):
@@ -239,4 +239,4 @@ def test_a_truncated_base_is_named(tiny, tmp_path):
     file = tmp_path / "base" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(SaigaError, match="cannot be loaded"):
-        weights.load_base(tmp_path / "base", "none", torch.float32, "cpu")
+        load.base_model(tmp_path / "base", "none", torch.float32, "cpu")

@@ -9,25 +9,14 @@ from pathlib import Path
 import pytest
 from test_train import mean_loss
 
-from saigakit import (
-    checkpoints,
-    curve,
-    evaluation,
-    loading,
-    memory,
-    samples,
-    tokenization,
-    train,
-    trial,
-    weights,
-    worker,
-)
+from saigakit import checkpoints, curve, evaluation, loading, samples, tokenization, train, trial, worker
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest
 from saigakit.errors import SaigaError
 from saigakit.registry import ALL_LINEAR, Lora
 from saigakit.rows import Rows
 from saigakit.steps import Plan
+from saigakit.weights import load, memory
 
 
 @pytest.fixture
@@ -83,7 +72,7 @@ def test_a_folded_adapter_begins_as_the_released_one_and_is_one_adapter_in_the_e
     config = json.loads((folded / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["r"] == 3 + json.loads((tiny / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))["r"]
     assert sorted(config["target_modules"]) == sorted(ALL_LINEAR)
-    modules = {name.split(".")[-3] for name in weights.adapter_shapes(folded)}
+    modules = {name.split(".")[-3] for name in load.adapter_shapes(folded)}
     assert modules == set(ALL_LINEAR)
     assert "best" not in {file.name for file in folded.iterdir()}
     assert manifest.read(folded)["training"]["folded_rank"] == config["r"] - 3
@@ -104,8 +93,8 @@ def test_the_adapter_of_a_folded_training_gives_the_loss_that_was_measured(recor
     import torch
 
     folded = trained(records, tmp_path, adapter="folded", lora=Lora(rank=3, alpha=6, dropout=0.0))
-    model = weights.load_base(tiny / "base", "none", torch.float32, "cpu")
-    model = weights.with_adapter(model, folded, Lora()).eval()
+    model = load.base_model(tiny / "base", "none", torch.float32, "cpu")
+    model = load.with_adapter(model, folded, Lora()).eval()
     tokenizer = tokenization.load_tokenizer("saiga_tiny")
     stored = worker.rows.store(worker.data.read_conversations(records), tokenizer, 512, name="records")
     chosen = evaluation.HeldOut(stored, min(len(stored), evaluation.AT_LEAST))

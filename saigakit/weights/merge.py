@@ -7,15 +7,15 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, get_args
 
-from saigakit import memory, nf4, shards
-from saigakit.adapter import EMBEDDINGS, HEAD, Adapter
 from saigakit.errors import SaigaError
-from saigakit.shards import Shape, Shards
+from saigakit.weights import memory, nf4, tensors
+from saigakit.weights.adapter import EMBEDDINGS, HEAD, Adapter
+from saigakit.weights.tensors import Shape, Shards
 
 if TYPE_CHECKING:
     import torch
 
-    from saigakit.shards import Array
+    from saigakit.weights.tensors import Array
 
 Into = Literal["original", "dequantized"]
 Adapters = Path | Sequence[tuple[Path, float]] | None
@@ -59,7 +59,7 @@ class Merged:
             raise SaigaError(f"merge_into={into!r} is unknown; use one of {', '.join(get_args(Into))}.")
         if into == "dequantized":
             import bitsandbytes  # noqa: F401  # where it is not installed, that is known before anything is read
-        base = shards.of_base(base_dir)
+        base = tensors.of_base(base_dir)
         given = [(adapters, 1.0)] if isinstance(adapters, Path) else list(adapters or ())
         opened = [(Adapter.of(directory), weight) for directory, weight in given]
         _require_addable(opened)

@@ -1,15 +1,15 @@
-"""Rows of a matrix into what a training in nf4 computed with: quantised as weights.load_base does, and dequantised."""
+"""Rows of a matrix into what a training in nf4 computed with: quantised as load.base_model does, and dequantised."""
 
 from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from saigakit.shards import Shape
+from saigakit.weights.tensors import Shape
 
 if TYPE_CHECKING:
     import torch
 
-    from saigakit.shards import Array
+    from saigakit.weights.tensors import Array
 
 BLOCK = 64  # numbers with a scale of their own; also the rows of which any matrix has whole blocks
 _NUMBERS = 1 << 20  # that are looked at together, about

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import base_files
 from saigakit.errors import SaigaError
+from saigakit.weights import base_files
 
 if TYPE_CHECKING:
     import numpy as np

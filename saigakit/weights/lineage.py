@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from saigakit import base_files
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
-from saigakit.merge import Into
 from saigakit.registry import ModelSpec
+from saigakit.weights import base_files
+from saigakit.weights.merge import Into
 
 SYSTEM_PROMPT_KEY = "saigakit.system_prompt"  # in a GGUF, no key of llama.cpp's: what a conversation begins with
 MergeInto = Literal["auto", Into]

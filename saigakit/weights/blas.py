@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saigakit.shards import Array
+    from saigakit.weights.tensors import Array
 
 _ROW_MAJOR, _AS_IT_IS = 101, 111  # cblas.h
 

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit.adapter import Adapter
 from saigakit.errors import SaigaError
-from saigakit.merge import Merged
+from saigakit.weights.adapter import Adapter
+from saigakit.weights.merge import Merged
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from saigakit.shards import Array
+    from saigakit.weights.tensors import Array
 
 
 def require_foldable(base_dir: Path, adapter_dir: Path) -> None:
@@ -27,7 +27,7 @@ def require_foldable(base_dir: Path, adapter_dir: Path) -> None:
 
 
 def into(model: "PreTrainedModel", base_dir: Path, adapter_dir: Path) -> None:
-    """Adds the adapter to `model`, which `weights.load_base` made from `base_dir`; only then a new LoRA is attached.
+    """Adds the adapter to `model`, which `load.base_model` made from `base_dir`; only then a new LoRA is attached.
 
     Each changed matrix is read from the files again, so that a quantised one is quantised once, from the sum in
     float32. Raises SaigaError for the adapter of another base or more than plain LoRA.

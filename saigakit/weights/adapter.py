@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from saigakit import blas
 from saigakit.errors import SaigaError
-from saigakit.shards import Shape, Shards, damaged
+from saigakit.weights import blas
+from saigakit.weights.tensors import Shape, Shards, damaged
 
 if TYPE_CHECKING:
-    from saigakit.shards import Array
+    from saigakit.weights.tensors import Array
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What a tensor's name ends in, after its module's; `.default` is the adapter's name, which some versions leave in.

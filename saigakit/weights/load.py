@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 from saigakit.core import workspace
 from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
-from saigakit.memory import Shape
 from saigakit.registry import Lora, ModelSpec, Quantization
+from saigakit.weights.memory import Shape
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ def number_format(spec: ModelSpec, gpus: Sequence[Gpu]) -> NumberFormat:
     return "float16"
 
 
-def load_base(
+def base_model(
     base_dir: Path, quantization: Quantization, dtype: "torch.dtype", device: "torch.device | str", **nf4: object
 ) -> "PreTrainedModel":
     """`nf4`: further options of BitsAndBytesConfig. Raises SaigaError for damaged files and unknown architectures."""

@@ -1,0 +1,1 @@
+"""Find, read, merge and load a base model and its adapter."""
