@@ -130,7 +130,7 @@ def make_base(directory: Path, shape: str) -> Path:
         if (tokenizer / name).is_file():
             shutil.copy(tokenizer / name, directory / name)
     if not (directory / "chat_template.jinja").is_file():
-        from saigakit import template
+        from saigakit.prompt import template
 
         (directory / "chat_template.jinja").write_text(template.of_model(registry.find(MODEL), tokenizer))
     return directory

@@ -18,9 +18,10 @@ from contextlib import closing
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from saigakit import activations, data, export, quality, quantization, tokenization
+from saigakit import activations, data, export, quality, quantization
 from saigakit.core.display import Table
 from saigakit.demo import packages, wordnet_records
+from saigakit.prompt import encoding
 
 MODEL = "smollm2_135m"
 QUANT_TYPES = ("Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K")
@@ -42,7 +43,7 @@ def english_paragraphs() -> list[str]:
     return random.Random(5).sample(found, len(found))
 
 
-def rows_of(texts: list[str], tokenizer: tokenization.FastTokenizer, tokens: int) -> list[list[int]]:
+def rows_of(texts: list[str], tokenizer: encoding.FastTokenizer, tokens: int) -> list[list[int]]:
     """So many tokens of text in rows of LENGTH."""
     ids: list[int] = []
     for text in texts:
@@ -93,12 +94,12 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=QUANT_TYPES, choices=quantization.QUANT_TYPES)
     options = parser.parse_args()
     tokenizer, records, sentences = (
-        tokenization.load_tokenizer(MODEL),
+        encoding.load_tokenizer(MODEL),
         wordnet_records.packaged_records(),
         russian_sentences(),
     )
     train, held_out = (
-        [row for rows in tokenization.encode_rows(data.read_conversations(records / name), tokenizer) for row in rows]
+        [row for rows in encoding.encode_rows(data.read_conversations(records / name), tokenizer) for row in rows]
         for name in ("train.jsonl", "held_out.jsonl")
     )
     half = len(sentences) // 2

@@ -17,15 +17,16 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, get_args
 
-from saigakit import export, registry, tokenization, train, worker
+from saigakit import export, registry, train, worker
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest
 from saigakit.core.display import Table
 from saigakit.data import read_conversations, spread
 from saigakit.demo.wordnet_records import packaged_records
 from saigakit.merged_safetensors import to_safetensors
+from saigakit.prompt import encoding
+from saigakit.prompt.encoding import IGNORE_INDEX, Example
 from saigakit.registry import ALL_LINEAR, Lora
-from saigakit.tokenization import IGNORE_INDEX, Example
 from saigakit.weights import find, load
 from saigakit.weights.merge import Into
 
@@ -113,10 +114,10 @@ def main() -> None:
     given = parser.parse_args()
     launch.distributed = lambda _, arguments, **__: worker.main(Path(arguments[0]))
     packaged = packaged_records()
-    tokenizer = tokenization.load_tokenizer(MODEL)
+    tokenizer = encoding.load_tokenizer(MODEL)
     talks = list(read_conversations(packaged / "held_out.jsonl"))
     chosen = [talks[index] for index in spread(range(len(talks)), given.held_out)]
-    examples = [row for rows in tokenization.encode_rows(chosen, tokenizer, limit=LENGTH) for row in rows]
+    examples = [row for rows in encoding.encode_rows(chosen, tokenizer, limit=LENGTH) for row in rows]
     examples = [example for example in examples if len(example["input_ids"]) <= LENGTH]
     base_dir = find.base_dir(registry.find(MODEL), None)
     with tempfile.TemporaryDirectory() as scratch:

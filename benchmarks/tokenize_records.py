@@ -24,9 +24,10 @@ from pathlib import Path
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 import tokenizers
 
-from saigakit import data, packing, report, rows, template, tokenization
+from saigakit import data, packing, report, rows
 from saigakit.core.display import Table
 from saigakit.demo import wordnet_records
+from saigakit.prompt import encoding, template
 from saigakit.registry import MODELS
 from saigakit.weights import find
 
@@ -52,18 +53,18 @@ def write_dialogues(file: Path, count: int) -> None:
 def loaded(tokenizer_model: str | None):
     """(the library's tokenizer, ours over it)."""
     if tokenizer_model:
-        raw = tokenization.from_sentencepiece(Path(tokenizer_model))
+        raw = encoding.from_sentencepiece(Path(tokenizer_model))
         chat_template = template.of_model(MODELS["saiga2_7b"], Path())
-        return raw, tokenization.FastTokenizer(raw, chat_template, {"bos_token": "<s>", "eos_token": "</s>"})
+        return raw, encoding.FastTokenizer(raw, chat_template, {"bos_token": "<s>", "eos_token": "</s>"})
     directory = find.tokenizer_dir(MODELS["smollm2_135m"])
     raw = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    return raw, tokenization.load_tokenizer("smollm2_135m")
+    return raw, encoding.load_tokenizer("smollm2_135m")
 
 
 def in_bulk(raw, texts):
     for start in range(0, len(texts), BULK):
-        for encoding in raw.encode_batch_fast(texts[start : start + BULK], add_special_tokens=False):
-            yield encoding.ids
+        for found in raw.encode_batch_fast(texts[start : start + BULK], add_special_tokens=False):
+            yield found.ids
 
 
 def row_by_row(raw, texts):

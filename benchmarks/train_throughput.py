@@ -31,8 +31,8 @@ from pathlib import Path
 from saigakit import attention, checkpoints, evaluation, packing, rows, steps, trainer, training_log, training_run
 from saigakit.config import TrainConfig
 from saigakit.core.display import Table
+from saigakit.prompt.encoding import IGNORE_INDEX
 from saigakit.registry import ATTENTION
-from saigakit.tokenization import IGNORE_INDEX
 
 WAYS = ("tutorial", "grouped", "TRL", "saigakit")
 VOCABULARY, WIDTH_7B, PACK_7B = 32_000, 4096, 3584

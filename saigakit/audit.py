@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from saigakit.tokenization import IGNORE_INDEX
+from saigakit.prompt.encoding import IGNORE_INDEX
 
 FEW_NOTHING = FEW_NO_CALL = 0.10  # of the answers: fewer do not teach to hold back
 MANY_DUPLICATES = 0.01  # of the conversations

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saigakit import activations, data, export, registry, rows, sources, tokenization
+from saigakit import activations, data, export, registry, rows, sources
 from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
 from saigakit.rows import Rows
 from saigakit.weights import base_files, find
 from saigakit.weights.lineage import MergeInto
@@ -112,5 +113,5 @@ def token_rows(records: str | Path, model: str, base_source: str | None) -> Rows
     """Conversations evenly spread over the records, as training has them."""
     spec = registry.find(model)
     conversations = data.spread(data.read_conversations(sources.records_files(str(records))), _CONVERSATIONS)
-    tokenizer = tokenization.load_tokenizer(spec.name, base_source)
+    tokenizer = encoding.load_tokenizer(spec.name, base_source)
     return rows.store(conversations, tokenizer, _LONGEST, name=Path(records).name)

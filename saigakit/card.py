@@ -10,7 +10,7 @@ from typing import Any
 from saigakit import curve, evaluate, markdown, results, train
 from saigakit.config import TrainConfig
 from saigakit.core import hub, manifest
-from saigakit.tokenization import Tokenizer
+from saigakit.prompt.encoding import Tokenizer
 
 _CARD = Template("""---
 $metadata

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from saigakit import template
 from saigakit.errors import SaigaError
-from saigakit.template import Message
+from saigakit.prompt import template
+from saigakit.prompt.template import Message
 
 _WORDS = tuple(f"⟦Яя{number}⟧" for number in range(6))  # in no template, so each is found again where it was rendered
 _TOOLS = tuple(

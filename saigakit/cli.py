@@ -84,13 +84,14 @@ def check(file: str, **options: Any) -> None:  # noqa: ANN401
     \b
     Example: saigakit check records.jsonl --model saiga2_7b
     """
-    from saigakit import lengths, report, tokenization
+    from saigakit import lengths, report
+    from saigakit.prompt import encoding
 
     is_here = bool(file) and Path(file).exists()
     records = str(Path(file).absolute()) if is_here else file  # "." is this directory, not the scratch one
     with tempfile.TemporaryDirectory() as scratch:
         stage = report.check_records(records=records, run_dir=scratch, **options)
-        marked = report.examples(stage, tokenization.load_tokenizer(options["model"], options["base_source"]))
+        marked = report.examples(stage, encoding.load_tokenizer(options["model"], options["base_source"]))
         found = report.read(stage)
         bars = lengths.table(found["lengths"], found["max_seq_length"])
         parts = (marked, bars, report.summary(stage), report.near_pairs(stage), report.advice(stage))

@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import fit, gguf_card, modelfile, tokenization
+from saigakit import fit, gguf_card, modelfile
 from saigakit.chat_format import ChatFormat
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
 from saigakit.gguf_card import Described
+from saigakit.prompt import encoding
+from saigakit.prompt.backends import gguf_vocabulary
 from saigakit.registry import ModelSpec, Sampling
-from saigakit.tokenizer_backends import gguf_vocabulary
 from saigakit.weights import lineage
 from saigakit.weights.memory import Shape
 
@@ -84,8 +85,8 @@ def _modelfile(name: str, described: Described) -> dict[str, str]:
 def _described(file: Path, spec: ModelSpec, by_type: Mapping[str, int]) -> Described:
     with gguf_vocabulary(file) as llm:
         written = llm.metadata
-        tokenizer = tokenization.GgufTokenizer(llm)
-        (end,) = tokenization.end_of_turn_ids(tokenizer)
+        tokenizer = encoding.GgufTokenizer(llm)
+        (end,) = encoding.end_of_turn_ids(tokenizer)
         names = {number: name for name, number in tokenizer.special_tokens.items()}
         shape, trained_for = _shape(llm), int(written[f"{written['general.architecture']}.context_length"])
         longest = min(spec.context_length, trained_for)

@@ -16,7 +16,7 @@ from saigakit.weights.memory import CacheType
 if TYPE_CHECKING:
     import llama_cpp
 
-    from saigakit.template import Message
+    from saigakit.prompt.template import Message
 
 
 def talk(

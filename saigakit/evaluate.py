@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saigakit import data, infer, metrics, registry, results, tokenization
+from saigakit import data, infer, metrics, registry, results
 from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
 from saigakit.questions import MARGIN, Example, read_examples
 from saigakit.weights import base_files, find, generate, lineage, memory
 from saigakit.weights.generate import Generated, Progress
@@ -49,7 +50,7 @@ def compare(
     if manifest.is_kept(final, **identity):
         return final
     examples = data.spread(read_examples(compared.held_out_file), max_examples)
-    asked = Asked.of(examples, tokenization.load_tokenizer(model, base_source))
+    asked = Asked.of(examples, encoding.load_tokenizer(model, base_source))
     quantization = registry.find(model).quantization
     _require_memory(compared.base_dir, quantization, asked)
     workspace.require_disk(final, DISK, STAGE)
@@ -128,13 +129,13 @@ class Asked:
 
     examples: list[Example]
     references: list[str]
-    tokenizer: tokenization.Tokenizer
+    tokenizer: encoding.Tokenizer
     prompts: list[list[int]]
     stop_ids: frozenset[int]
     max_new_tokens: int
 
     @classmethod
-    def of(cls, examples: list[Example], tokenizer: tokenization.Tokenizer) -> "Asked":
+    def of(cls, examples: list[Example], tokenizer: encoding.Tokenizer) -> "Asked":
         references = [example.reference(tokenizer) for example in examples]
         longest = max(len(tokenizer.encode_text(reference)) for reference in references)
         return cls(
@@ -142,7 +143,7 @@ class Asked:
             references,
             tokenizer,
             _prompts(examples, tokenizer),
-            tokenization.end_of_turn_ids(tokenizer),
+            encoding.end_of_turn_ids(tokenizer),
             longest + MARGIN,
         )
 
@@ -152,7 +153,7 @@ class Asked:
         return [(each.messages[-1]["content"], text) for each, text in zip(self.examples, self.references, strict=True)]
 
 
-def _prompts(examples: Sequence[Example], tokenizer: tokenization.Tokenizer) -> list[list[int]]:
+def _prompts(examples: Sequence[Example], tokenizer: encoding.Tokenizer) -> list[list[int]]:
     return [each.prompt(tokenizer) for each in examples]
 
 
@@ -189,7 +190,7 @@ def _ask_transformers(asked: Asked, compared: Compared, quantization: registry.Q
 
 def _ask_gguf(asked: Asked, gguf_file: Path) -> Answers:
     with closing(infer.load(gguf_file, n_ctx=256)) as llm:  # `greedy` makes its own context
-        tokenizer = tokenization.load_gguf_tokenizer(llm)
+        tokenizer = encoding.load_gguf_tokenizer(llm)
         if _prompts(asked.examples, tokenizer) != asked.prompts:
             raise SaigaError(
                 f"{gguf_file} and the base model give different ids for the same prompt: the file was made of "

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from saigakit import data
+from saigakit.prompt.encoding import Example
 from saigakit.rows import Rows
-from saigakit.tokenization import Example
 
 AT_LEAST = 24  # conversations: enough for a curve
 _SHARE = 20  # of the tokens of training, all evaluations together cost about one in so many

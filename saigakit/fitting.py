@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Self
 
-from saigakit import rows, tokenization
+from saigakit import rows
 from saigakit.conversations import Conversations
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
+from saigakit.prompt.encoding import Tokenizer
 from saigakit.shapes import Conversation
-from saigakit.tokenization import Tokenizer
 
 
 @dataclass
@@ -49,5 +50,5 @@ class Fitted:
             print(said, flush=True)
         return made
 
-    def rows_of(self, place: int) -> list[tokenization.Example]:
+    def rows_of(self, place: int) -> list[encoding.Example]:
         return [self.encoded[row] for row in range(self.firsts[place], self.firsts[place + 1])]

@@ -10,25 +10,16 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from saigakit import (
-    container,
-    estimate_export,
-    quantization,
-    read_back,
-    sizes,
-    streaming,
-    template,
-    tokenization,
-    vocabulary,
-)
+from saigakit import container, estimate_export, quantization, read_back, sizes, streaming, vocabulary
 from saigakit.architecture import Architecture
 from saigakit.core import manifest, workspace
 from saigakit.core.display import Table
 from saigakit.errors import SaigaError
 from saigakit.importance import Importance
+from saigakit.prompt import encoding, template
+from saigakit.prompt.encoding import FastTokenizer
 from saigakit.registry import ModelSpec
 from saigakit.streaming import Written
-from saigakit.tokenization import FastTokenizer
 from saigakit.vocabulary import Vocabulary
 from saigakit.weights import find, lineage
 from saigakit.weights.lineage import Lineage, MergeInto
@@ -96,7 +87,7 @@ class Export:
         matrix = None if importance is None else Importance.of_file(importance)
         if matrix is not None:
             matrix.require_fit(shapes, str(importance))
-        tokenizer = tokenization.load_tokenizer(spec.name, base_source)
+        tokenizer = encoding.load_tokenizer(spec.name, base_source)
         return cls(
             spec=spec,
             quant_types=chosen,

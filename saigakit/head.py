@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from saigakit.errors import SaigaError
-from saigakit.tokenization import IGNORE_INDEX
+from saigakit.prompt.encoding import IGNORE_INDEX
 from saigakit.weights.memory import CHUNK_LOGITS
 
 if TYPE_CHECKING:

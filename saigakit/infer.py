@@ -10,12 +10,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from saigakit import tokenization
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
+from saigakit.prompt.backends import piece
+from saigakit.prompt.template import Message
 from saigakit.registry import Sampling
-from saigakit.template import Message
-from saigakit.tokenizer_backends import piece
 from saigakit.weights.generate import BATCH_TOKENS, Generated, OnProgress, until_stop
 from saigakit.weights.memory import CacheType
 
@@ -114,15 +114,15 @@ def stream(
 
     Raises SaigaError when the conversation fills the context.
     """
-    tokenizer = tokenization.load_gguf_tokenizer(llm)
-    prompt = tokenization.encode(messages, tokenizer, tools=tools, add_generation_prompt=True)["input_ids"]
+    tokenizer = encoding.load_gguf_tokenizer(llm)
+    prompt = encoding.encode(messages, tokenizer, tools=tools, add_generation_prompt=True)["input_ids"]
     room = llm.n_ctx() - len(prompt)
     if room < 1:
         raise SaigaError(
             f"The conversation has {len(prompt)} tokens and the context holds {llm.n_ctx()}: "
             "load the model with a larger n_ctx or start a new conversation."
         )
-    stop_ids = tokenization.end_of_turn_ids(tokenizer) | {llm.token_eos()}
+    stop_ids = encoding.end_of_turn_ids(tokenizer) | {llm.token_eos()}
     drawn = sampling or Sampling.of_gguf(llm.metadata)
     tokens = llm.generate(
         prompt,

@@ -8,9 +8,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from saigakit import registry, tokenization
+from saigakit import registry
 from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
 from saigakit.weights import find, lineage
 from saigakit.weights.adapter import EMBEDDINGS
 from saigakit.weights.lineage import Lineage, MergeInto
@@ -77,7 +78,7 @@ def to_safetensors(
             )
         _write_config(base_dir / "config.json", partial / "config.json", merged, number_format)
         _copy_tokenizer(base_dir, find.tokenizer_dir(spec, base_source), partial)
-        template = tokenization.load_tokenizer(spec.name, base_source).chat_template
+        template = encoding.load_tokenizer(spec.name, base_source).chat_template
         (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
         partial.rename(directory)
     except OSError as error:

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from saigakit.tokenization import IGNORE_INDEX
+from saigakit.prompt.encoding import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import torch

@@ -6,9 +6,10 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import card, tokenization, train
+from saigakit import card, train
 from saigakit.core import hub, manifest
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
 from saigakit.weights import lineage
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def push_adapter(stage_dir: str | Path, repo_id: str, *, private: bool = True, r
     token = hub.writing_token()
     require_name(repo_id)
     model = content["parameters"]["model"]
-    tokenizer = tokenization.load_tokenizer(model, content["parameters"].get("base_source"))
+    tokenizer = encoding.load_tokenizer(model, content["parameters"].get("base_source"))
     with tempfile.TemporaryDirectory() as scratch:
         files = {name: directory / name for name in (*_ADAPTER, *_SHOWN) if (directory / name).is_file()}
         published = public(content, _ADAPTER)

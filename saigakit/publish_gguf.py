@@ -22,7 +22,7 @@ from saigakit import (
 )
 from saigakit.core import hub, manifest
 from saigakit.errors import SaigaError
-from saigakit.tokenizer_backends import gguf_vocabulary
+from saigakit.prompt.backends import gguf_vocabulary
 
 _SHOWN = (".gguf", ".png")
 _FRAMEWORK = "gguf"  # as Kaggle's paths name it

@@ -12,7 +12,7 @@ from saigakit.core import workspace
 from saigakit.core.display import Table
 from saigakit.core.progress import Every
 from saigakit.errors import SaigaError
-from saigakit.tokenization import IGNORE_INDEX, Example
+from saigakit.prompt.encoding import IGNORE_INDEX, Example
 
 if TYPE_CHECKING:
     import numpy as np

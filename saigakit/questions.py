@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saigakit import tokenization
 from saigakit.errors import SaigaError
-from saigakit.template import Message
+from saigakit.prompt import encoding
+from saigakit.prompt.template import Message
 
 MARGIN = 16  # tokens that an answer may be longer than the longest reference
 
@@ -19,17 +19,17 @@ class Example(NamedTuple):
     answer: Message
     tools: list[dict[str, Any]] | None = None
 
-    def prompt(self, tokenizer: tokenization.Tokenizer) -> list[int]:
-        return tokenization.encode(self.messages, tokenizer, tools=self.tools, add_generation_prompt=True)["input_ids"]
+    def prompt(self, tokenizer: encoding.Tokenizer) -> list[int]:
+        return encoding.encode(self.messages, tokenizer, tools=self.tools, add_generation_prompt=True)["input_ids"]
 
-    def reference(self, tokenizer: tokenization.Tokenizer) -> str:
+    def reference(self, tokenizer: encoding.Tokenizer) -> str:
         """The answer's text; calls of functions are as the model writes them."""
         if "tool_calls" not in self.answer:
             return str(self.answer["content"])
-        whole = tokenization.one_answer_each([*self.messages, self.answer])[-1]
-        encoded = tokenization.encode(whole, tokenizer, tools=self.tools)
+        whole = encoding.one_answer_each([*self.messages, self.answer])[-1]
+        encoded = encoding.encode(whole, tokenizer, tools=self.tools)
         labels = encoded["labels"][len(self.prompt(tokenizer)) :]
-        return tokenizer.decode([label for label in labels if label != tokenization.IGNORE_INDEX])
+        return tokenizer.decode([label for label in labels if label != encoding.IGNORE_INDEX])
 
 
 def of_conversation(conversation: Mapping[str, Any]) -> Example | None:

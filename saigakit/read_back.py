@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import container, quantization, sources, streaming, tokenization
+from saigakit import container, quantization, sources, streaming
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
+from saigakit.prompt.backends import gguf_vocabulary
+from saigakit.prompt.encoding import FastTokenizer
 from saigakit.streaming import Written
-from saigakit.tokenization import FastTokenizer
-from saigakit.tokenizer_backends import gguf_vocabulary
 
 if TYPE_CHECKING:
     import gguf
@@ -52,7 +53,7 @@ def said_of_ids(file: Path, tokenizer: FastTokenizer, texts: Sequence[str]) -> s
     """Raises SaigaError with the first text that llama.cpp reads as other ids than those of the training."""
     refused: list[SaigaError] = []
     with gguf_vocabulary(file) as llm:
-        theirs = tokenization.GgufTokenizer(llm)
+        theirs = encoding.GgufTokenizer(llm)
         for text in texts:
             try:
                 got = theirs.encode_text(text)

@@ -9,8 +9,8 @@ from pathlib import Path
 from saigakit import data, sources
 from saigakit.conversations import Conversations
 from saigakit.errors import SaigaError
+from saigakit.prompt.encoding import Example
 from saigakit.rows import Rows
-from saigakit.tokenization import Example
 
 
 def count(count_train: int, fraction: float) -> int:

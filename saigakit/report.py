@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from saigakit import audit, data, estimates, lengths, near_duplicates, pieces, registry, sources, tokenization
+from saigakit import audit, data, estimates, lengths, near_duplicates, registry, sources
 from saigakit.config import TrainConfig
 from saigakit.conversations import Conversations
 from saigakit.core import manifest
@@ -15,8 +15,9 @@ from saigakit.core.progress import Every
 from saigakit.errors import DataError
 from saigakit.fitting import Fitted
 from saigakit.near_duplicates import Signatures
+from saigakit.prompt import encoding, token_view
+from saigakit.prompt.encoding import Tokenizer
 from saigakit.shapes import Conversation
-from saigakit.tokenization import Tokenizer
 from saigakit.weights import find
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ def check_records(
     read = _of_all(files, lambda part: data.read_conversations(files[part]))  # before a tokenizer is fetched
     for part, found in read.items():
         print(f"{names[part]}: {len(found):,} conversations, each is well-formed.", flush=True)
-    tokenizer = tokenization.load_tokenizer(model, base_source)
+    tokenizer = encoding.load_tokenizer(model, base_source)
     facts = {"chat_template_sha256": hashlib.sha256(tokenizer.chat_template.encode("utf-8")).hexdigest()}
     with manifest.making(final, **identity(), facts=facts) as partial:
         fitted = _of_all(read, lambda part: Fitted.of(read[part], tokenizer, limit, str(names[part])))
@@ -126,7 +127,7 @@ def _written(
 def _write_side(
     file: Path, side: Conversations, part: Fitted, tokenizer: Tokenizer, common: frozenset[str]
 ) -> tuple[dict[str, Any], Signatures]:
-    facts = audit.Side(tokenizer.special_tokens, tokenization.end_of_turn_ids(tokenizer))
+    facts = audit.Side(tokenizer.special_tokens, encoding.end_of_turn_ids(tokenizer))
     signer = near_duplicates.Signer(common)
     is_due = Every()
 
@@ -240,8 +241,8 @@ def near_pairs(directory: str | Path) -> str:
     return "\n".join(f"отложено · held out: {one}\nобучение · train:    {other}" for one, other in pairs)
 
 
-def examples(directory: str | Path, tokenizer: Tokenizer, count: int = 3) -> pieces.Marked:
+def examples(directory: str | Path, tokenizer: Tokenizer, count: int = 3) -> token_view.Marked:
     """Conversations of training from the whole file, with what is learned of them marked."""
     manifest.require_stage(Path(directory), STAGE)
     train = Conversations.of_file(Path(directory) / "train.jsonl")
-    return pieces.mark(data.spread(train, count), tokenizer)
+    return token_view.mark(data.spread(train, count), tokenizer)

@@ -12,12 +12,12 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from saigakit import tokenization
 from saigakit.conversations import Conversations
 from saigakit.core import workspace
 from saigakit.core.progress import Every
 from saigakit.errors import DataError, SaigaError
-from saigakit.tokenization import IGNORE_INDEX, Example, Tokenizer
+from saigakit.prompt import encoding
+from saigakit.prompt.encoding import IGNORE_INDEX, Example, Tokenizer
 
 _BATCH, _BATCH_MESSAGES = 256, 2048  # conversations, and their messages together, at most
 WHY_MORE_ROWS = "one for each answer: the chat template renders the last one otherwise than those before it."
@@ -71,8 +71,8 @@ def _batches(
         while True:
             while len(waiting) < _THREADS and (batch := _next_batch(source)):
                 named = partial(_place, conversations, name, first)
-                encoding = pool.submit(tokenization.encode_rows, batch, tokenizer, limit=limit, named=named)
-                waiting.append((batch, encoding))
+                encoded = pool.submit(encoding.encode_rows, batch, tokenizer, limit=limit, named=named)
+                waiting.append((batch, encoded))
                 first += len(batch)
             if not waiting:
                 return
@@ -121,7 +121,7 @@ def _fitting(conversation: Conversation, rows: list[Example], tokenizer: Tokeniz
     room = sum(end <= limit for end in ends) if len(ends) == len(answers) else len(answers)
     for end in reversed([end for end in answers[:room] if end + 1 < len(messages)]):
         shorter = {**conversation, "messages": messages[: end + 1]}
-        (made,) = tokenization.encode_rows([shorter], tokenizer, limit=limit)
+        (made,) = encoding.encode_rows([shorter], tokenizer, limit=limit)
         if all(len(row["input_ids"]) <= limit for row in made):
             return Encoded(shorter, made, tokens, is_cut=True)
     return Encoded(conversation, [], tokens, is_cut=False)
@@ -131,10 +131,10 @@ def _fewer_rows(conversation: Conversation, fitting: int, tokens: int, tokenizer
     """Up to the last answer before the first whose row does not fit."""
     if not fitting:
         return Encoded(conversation, [], tokens, is_cut=False)
-    up_to = tokenization.one_answer_each(conversation["messages"])[fitting - 1]
+    up_to = encoding.one_answer_each(conversation["messages"])[fitting - 1]
     shorter = {**conversation, "messages": conversation["messages"][: len(up_to)]}
     # Made anew: without the turns after it, it may be a single row.
-    return Encoded(shorter, tokenization.encode_rows([shorter], tokenizer)[0], tokens, is_cut=True)
+    return Encoded(shorter, encoding.encode_rows([shorter], tokenizer)[0], tokens, is_cut=True)
 
 
 class Rows(Sequence[Example]):

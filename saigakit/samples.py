@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from saigakit import data, questions, tokenization
+from saigakit import data, questions
 from saigakit.conversations import Conversations
 from saigakit.core import manifest
 from saigakit.core.display import Table
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
+from saigakit.prompt.encoding import Tokenizer
 from saigakit.questions import Example
-from saigakit.tokenization import Tokenizer
 from saigakit.weights import generate, load
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Samples:
         self._examples: list[Example] = [example for example, _ in chosen]
         self._prompts = [prompt for _, prompt in chosen]
         self._references = [example.reference(tokenizer) for example in self._examples]
-        self._stop_ids = tokenization.end_of_turn_ids(tokenizer)
+        self._stop_ids = encoding.end_of_turn_ids(tokenizer)
         longest = max((len(tokenizer.encode_text(reference)) for reference in self._references), default=0)
         self.max_new_tokens = min(MOST_TOKENS, longest + questions.MARGIN)
         self._entries: list[Entry] = []

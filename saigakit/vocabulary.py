@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from saigakit import template, tokenization
 from saigakit.errors import SaigaError
-from saigakit.tokenization import FastTokenizer
-from saigakit.tokenizer_backends import NORMALIZATION_KEY, TOKENIZER_JSON_KEY, GgufTokenizer, gguf_vocabulary
+from saigakit.prompt import encoding, template
+from saigakit.prompt.backends import NORMALIZATION_KEY, TOKENIZER_JSON_KEY, GgufTokenizer, gguf_vocabulary
+from saigakit.prompt.encoding import FastTokenizer
 
 if TYPE_CHECKING:
     import gguf
@@ -188,7 +188,7 @@ def _special_ids(tokens: Sequence[str], tokenizer: FastTokenizer, config: Mappin
             ids[name] = tokens.index(text)
         elif number is not None:
             ids[name] = number
-    (end_of_turn,) = tokenization.end_of_turn_ids(tokenizer)
+    (end_of_turn,) = encoding.end_of_turn_ids(tokenizer)
     return ids if ids.get("eos") == end_of_turn else {**ids, "eot": end_of_turn}
 
 

@@ -24,7 +24,6 @@ from saigakit import (
     rows,
     samples,
     sharding,
-    tokenization,
     trainer,
 )
 from saigakit.checkpoints import Store
@@ -34,6 +33,7 @@ from saigakit.core import launch
 from saigakit.errors import SaigaError
 from saigakit.evaluation import HeldOut
 from saigakit.loading import Loaded
+from saigakit.prompt import encoding
 from saigakit.steps import Plan
 from saigakit.training_log import Log
 from saigakit.training_run import Run
@@ -61,7 +61,7 @@ def main(config_file: Path) -> None:
     start = None if config.resume_from is None else Path(config.resume_from)
     directory = Path(config.output_dir)
     log = Log(directory / curve.LOG_FILE, quiet=rank > 0, resumed_from=start and start / checkpoints.LOG)
-    tokenizer = tokenization.load_tokenizer(config.model, config.base_source)
+    tokenizer = encoding.load_tokenizer(config.model, config.base_source)
     asked = None if config.eval_file is None else data.read_conversations(config.eval_file)
     with contextlib.redirect_stdout(io.StringIO()) if rank > 0 else contextlib.nullcontext():  # the first one says it
         plan = Plan(config, _training_rows(config, tokenizer, asked, log), processes=processes, process=rank)
@@ -148,7 +148,7 @@ def _write_samples(run: Run, written: samples.Samples, start: Path | None) -> No
 
 
 def _held_out(
-    config: TrainConfig, asked: Conversations | None, tokenizer: tokenization.Tokenizer, plan: Plan, log: Log
+    config: TrainConfig, asked: Conversations | None, tokenizer: encoding.Tokenizer, plan: Plan, log: Log
 ) -> HeldOut:
     if asked is None:
         return HeldOut(rows.Rows(), 0)
@@ -159,7 +159,7 @@ def _held_out(
 
 
 def _training_rows(
-    config: TrainConfig, tokenizer: tokenization.Tokenizer, asked: Conversations | None, log: Log
+    config: TrainConfig, tokenizer: encoding.Tokenizer, asked: Conversations | None, log: Log
 ) -> rows.Rows | replay.Joined:
     def stored(conversations: Conversations, file: str) -> rows.Rows:
         return rows.store(conversations, tokenizer, config.sequence_budget, name=Path(file).name)

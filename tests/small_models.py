@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from saigakit import template
+from saigakit.prompt import template
 from saigakit.registry import ALL_LINEAR, MODELS
 
 SAIGA2 = template.of_model(MODELS["saiga2_7b"], Path())

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from saigakit import audit, tokenization
+from saigakit import audit
 from saigakit.audit import Side
-from saigakit.tokenization import IGNORE_INDEX
+from saigakit.prompt import encoding
+from saigakit.prompt.encoding import IGNORE_INDEX
 
 END = 2
 SPECIAL = ("<s>", "</s>", "</s>x", "[INST]", " ")
@@ -48,10 +49,10 @@ def warned(train, held_out, near=0):
 
 
 def test_tokens_are_those_of_the_examples(tiny):
-    tokenizer = tokenization.load_tokenizer("saiga_tiny")
+    tokenizer = encoding.load_tokenizer("saiga_tiny")
     conversations = [dialogue("Что это?", "Атом."), [*dialogue("Да?", "Да."), *dialogue("Точно?", "Точно, да.")]]
-    side = Side(tokenizer.special_tokens, tokenization.end_of_turn_ids(tokenizer))
-    examples = [tokenization.encode(messages, tokenizer) for messages in conversations]
+    side = Side(tokenizer.special_tokens, encoding.end_of_turn_ids(tokenizer))
+    examples = [encoding.encode(messages, tokenizer) for messages in conversations]
     for messages, example in zip(conversations, examples, strict=True):
         side.add({"messages": messages}, [example])
     facts = side.facts()

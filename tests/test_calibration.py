@@ -3,9 +3,10 @@
 import gguf
 import pytest
 
-from saigakit import calibration, data, export, quality, tokenization
+from saigakit import calibration, data, export, quality
 from saigakit.core import workspace
 from saigakit.importance import Importance
+from saigakit.prompt import encoding
 
 MODEL = "saiga_tiny"
 
@@ -20,8 +21,8 @@ def matrix(tiny, tmp_path_factory):
 
 def test_the_matrix_is_of_the_ids_of_training(tiny, matrix):
     read = Importance.of_file(matrix)
-    tokenizer = tokenization.load_tokenizer(MODEL)
-    rows = tokenization.encode_rows(data.read_conversations(tiny / "records.jsonl"), tokenizer)
+    tokenizer = encoding.load_tokenizer(MODEL)
+    rows = encoding.encode_rows(data.read_conversations(tiny / "records.jsonl"), tokenizer)
     tokens = sum(len(row["input_ids"]) for each in rows for row in each)
     (count,) = {squares.count for squares in read.squares.values()}
     assert count == tokens if tokens <= 2_000 else 1_000 < count < 3_000

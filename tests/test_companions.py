@@ -7,9 +7,10 @@ import llama_cpp
 import pytest
 import small_models
 
-from saigakit import companions, export, fit, gguf_card, gguf_files, registry, template
+from saigakit import companions, export, fit, gguf_card, gguf_files, registry
 from saigakit.core import install, manifest
 from saigakit.errors import SaigaError
+from saigakit.prompt import template
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,11 @@ import shutil
 
 import pytest
 
-from saigakit import data, evaluate, export, questions, results, tokenization
+from saigakit import data, evaluate, export, questions, results
 from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
 from saigakit.evaluate import Asked, Compared, Example
+from saigakit.prompt import encoding
 from saigakit.weights import find, memory
 from saigakit.weights.generate import Generated
 
@@ -72,7 +73,7 @@ def test_the_reference_of_a_call_is_the_call_as_the_model_writes_it(tiny):
     tools = [{"type": "function", "function": {"name": "найти"}}]
     call = {"type": "function", "function": {"name": "найти", "arguments": {"что": "азот"}}}
     example = Example(TURN[:1], {"role": "assistant", "content": "", "tool_calls": [call]}, tools)
-    asked = Asked.of([example], tokenization.load_tokenizer("saiga_tiny"))
+    asked = Asked.of([example], encoding.load_tokenizer("saiga_tiny"))
     assert asked.references == ['<tool_call>\n{"name": "найти", "arguments": {"что": "азот"}}\n</tool_call>']
 
 
@@ -94,10 +95,10 @@ def test_examples_are_taken_evenly_over_the_file(count, taken):
 
 
 def test_the_limit_is_the_longest_reference_and_a_margin(tiny):
-    tokenizer = tokenization.load_tokenizer("saiga_tiny")
+    tokenizer = encoding.load_tokenizer("saiga_tiny")
     asked = Asked.of([asking("Сайга."), asking("Да.")], tokenizer)
     assert asked.max_new_tokens == len(tokenizer.encode_text("Сайга.")) + questions.MARGIN
-    assert asked.prompts == [tokenization.encode(TURN[:1], tokenizer, add_generation_prompt=True)["input_ids"]] * 2
+    assert asked.prompts == [encoding.encode(TURN[:1], tokenizer, add_generation_prompt=True)["input_ids"]] * 2
     assert asked.stop_ids == {tokenizer.special_tokens["</s>"]}
 
 
@@ -220,7 +221,7 @@ def test_a_stage_that_was_not_run_is_named(copied, missing):
 
 
 def test_a_gguf_with_another_chat_template_is_refused(run_dir, monkeypatch):
-    tokenizer = tokenization.load_tokenizer("saiga_tiny")
+    tokenizer = encoding.load_tokenizer("saiga_tiny")
     asked = Asked.of([asking("Да.")], tokenizer)
     other = Asked(asked.examples, asked.references, tokenizer, [[1, *asked.prompts[0]]], asked.stop_ids, 20)
     with pytest.raises(SaigaError, match="give different ids for the same prompt"):
@@ -241,7 +242,7 @@ def test_the_memory_of_a_gpu_counts_where_there_is_one(copied, monkeypatch):
 
 
 def test_the_memory_needed_is_that_of_weights_one_text_and_the_libraries(tiny, monkeypatch):
-    tokenizer = tokenization.load_tokenizer("saiga_tiny")
+    tokenizer = encoding.load_tokenizer("saiga_tiny")
     asked = Asked.of([asking("Да.")], tokenizer)
     needed = []
     monkeypatch.setattr(workspace, "gpus", list)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from saigakit import tokenization
 from saigakit.core import workspace
 from saigakit.demo import packages
 from saigakit.demo.packages import PackageFile
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
 from saigakit.weights import memory
 
 CONTENT = b"the file that is wanted" * 1000
@@ -139,13 +139,13 @@ def test_the_tiny_saiga_is_made_once(cache):
 def test_smollm2_has_its_shape_and_its_tokenizer(smollm2):
     shape = memory.Shape.of(smollm2)
     assert (shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.tied) == (576, 30, 9, 3, True)
-    tokenizer = tokenization.load_tokenizer("smollm2_135m")
-    assert tokenization.end_of_turn_ids(tokenizer) == {2}
+    tokenizer = encoding.load_tokenizer("smollm2_135m")
+    assert encoding.end_of_turn_ids(tokenizer) == {2}
 
 
 def test_smollm2_has_the_ids_of_the_packaged_file(smollm2, callers_cache, monkeypatch):
     monkeypatch.setenv("SAIGAKIT_CACHE", str(callers_cache))
-    ours = tokenization.load_tokenizer("smollm2_135m")
+    ours = encoding.load_tokenizer("smollm2_135m")
     theirs = llama_cpp.Llama(str(packages.package_file(packages.SMOLLM2)), vocab_only=True, verbose=False)
     with closing(theirs):
         for text in ("в  1984 году", "12,5 %", "а\n\n  3. б", "it's  5\t7"):

@@ -12,9 +12,10 @@ import small_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from saigakit import export, read_back, streaming, tokenization
+from saigakit import export, read_back, streaming
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
 from saigakit.weights.merge import Merged
 
 KILLS = 20
@@ -200,8 +201,8 @@ def test_held_out_records_are_compared_with_the_file(made, tmp_path, monkeypatch
     facts = chosen.write(tmp_path / "x.gguf", TEXTS)
     assert json.loads(json.dumps(facts))["files"]["x.gguf"]["quant_type"] == "Q4_0"
     assert "2 held-out texts have the ids of the training" in capsys.readouterr().out
-    encode = tokenization.GgufTokenizer.encode_text
-    monkeypatch.setattr(tokenization.GgufTokenizer, "encode_text", lambda self, text: encode(self, text)[:-1])
+    encode = encoding.GgufTokenizer.encode_text
+    monkeypatch.setattr(encoding.GgufTokenizer, "encode_text", lambda self, text: encode(self, text)[:-1])
     with pytest.raises(SaigaError):
         chosen.write(tmp_path / "y.gguf", TEXTS)
     assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"]

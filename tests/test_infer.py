@@ -9,10 +9,11 @@ import llama_cpp
 import pytest
 import small_models
 
-from saigakit import export, infer, registry, tokenization
+from saigakit import export, infer, registry
 from saigakit.core import workspace
 from saigakit.demo import packages
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
 from saigakit.registry import Sampling
 
 MESSAGES = [{"role": "user", "content": "Азот — газ без цвета."}]
@@ -49,11 +50,11 @@ def llm(gguf_file):
 @pytest.fixture(scope="module")
 def prompts(llm):
     """Of different lengths, with a common beginning."""
-    tokenizer = tokenization.load_gguf_tokenizer(llm)
+    tokenizer = encoding.load_gguf_tokenizer(llm)
     conversations = [
         [{"role": "user", "content": f"{text} {'и так далее ' * (index % 4)}"}] for index, text in enumerate(TEXTS)
     ]
-    return [tokenization.encode(one, tokenizer, add_generation_prompt=True)["input_ids"] for one in conversations]
+    return [encoding.encode(one, tokenizer, add_generation_prompt=True)["input_ids"] for one in conversations]
 
 
 def ask(llm, prompts, *, stop_ids=NOTHING, max_new_tokens=12, on_progress=lambda done, total: None):
@@ -77,18 +78,18 @@ def resident_bytes():
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_both_tokenizers_give_the_same_ids(llm, tiny, text):
-    ours, theirs = tokenization.load_tokenizer("saiga_tiny"), tokenization.load_gguf_tokenizer(llm)
+    ours, theirs = encoding.load_tokenizer("saiga_tiny"), encoding.load_gguf_tokenizer(llm)
     assert theirs.encode_text(text) == ours.encode_text(text)
     conversation = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
-    assert tokenization.encode(conversation, theirs) == tokenization.encode(conversation, ours)
+    assert encoding.encode(conversation, theirs) == encoding.encode(conversation, ours)
 
 
 def test_both_tokenizers_of_smollm2_give_the_same_ids(smollm2, callers_cache, monkeypatch):
     monkeypatch.setenv("SAIGAKIT_CACHE", str(callers_cache))
     with closing(infer.load(packages.package_file(packages.SMOLLM2), n_ctx=64)) as llm:
-        ours, theirs = tokenization.load_tokenizer("smollm2_135m"), tokenization.load_gguf_tokenizer(llm)
+        ours, theirs = encoding.load_tokenizer("smollm2_135m"), encoding.load_gguf_tokenizer(llm)
         assert [theirs.encode_text(text) for text in TEXTS] == [ours.encode_text(text) for text in TEXTS]
-        assert tokenization.end_of_turn_ids(theirs) == tokenization.end_of_turn_ids(ours)
+        assert encoding.end_of_turn_ids(theirs) == encoding.end_of_turn_ids(ours)
 
 
 def test_a_q8_0_cache_takes_about_half_the_memory_and_answers(tiny, tmp_path):
@@ -231,9 +232,9 @@ def said(llm, messages, **options):
 
 
 def test_a_streamed_answer_is_the_greedy_one_at_temperature_zero(llm):
-    tokenizer = tokenization.load_gguf_tokenizer(llm)
-    prompt = tokenization.encode(MESSAGES, tokenizer, add_generation_prompt=True)["input_ids"]
-    stop_ids = tokenization.end_of_turn_ids(tokenizer)
+    tokenizer = encoding.load_gguf_tokenizer(llm)
+    prompt = encoding.encode(MESSAGES, tokenizer, add_generation_prompt=True)["input_ids"]
+    stop_ids = encoding.end_of_turn_ids(tokenizer)
     ids = ask(llm, [prompt], stop_ids=stop_ids).ids[0]
     greedily = Sampling(temperature=0.0, repeat_penalty=1.0)
     pieces = list(infer.stream(llm, MESSAGES, sampling=greedily, max_new_tokens=12))
@@ -243,7 +244,7 @@ def test_a_streamed_answer_is_the_greedy_one_at_temperature_zero(llm):
 
 def saying(monkeypatch, llm, text, *then):
     """The model draws the tokens of `text`."""
-    ids = tokenization.load_gguf_tokenizer(llm).encode_text(text)
+    ids = encoding.load_gguf_tokenizer(llm).encode_text(text)
     monkeypatch.setattr(llm, "generate", lambda *_, **__: iter([*ids, *then]))
     return ids
 
@@ -274,10 +275,10 @@ def test_a_conversation_over_the_context_is_refused_with_both_numbers(llm):
 
 
 def test_an_answer_ends_where_the_context_is_full(llm, monkeypatch):
-    monkeypatch.setattr(tokenization, "end_of_turn_ids", lambda tokenizer: frozenset())
+    monkeypatch.setattr(encoding, "end_of_turn_ids", lambda tokenizer: frozenset())
     monkeypatch.setattr(llm, "token_eos", lambda: -1)
-    tokenizer = tokenization.load_gguf_tokenizer(llm)
-    prompt = tokenization.encode(MESSAGES, tokenizer, add_generation_prompt=True)["input_ids"]
+    tokenizer = encoding.load_gguf_tokenizer(llm)
+    prompt = encoding.encode(MESSAGES, tokenizer, add_generation_prompt=True)["input_ids"]
     drawn = []
     generate = llm.generate
     monkeypatch.setattr(llm, "generate", lambda *a, **k: (drawn.append(t) or t for t in generate(*a, **k)))

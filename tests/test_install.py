@@ -51,8 +51,8 @@ NOT_REACHED = {
     "saigakit.core.workspace": {"kaggle_secrets"},
     "saigakit.demo.packages": {"torch", "transformers"},
     "saigakit.demo.tiny_model": {"torch", "safetensors"},
-    "saigakit.tokenization": {"llama_cpp"},
-    "saigakit.tokenizer_backends": {"llama_cpp"},
+    "saigakit.prompt.encoding": {"llama_cpp"},
+    "saigakit.prompt.backends": {"llama_cpp"},
 }
 
 

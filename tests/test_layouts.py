@@ -7,9 +7,9 @@ import pytest
 from test_placeholders import MESSAGES, TOOLS
 from test_tokenization import CHATML, CONVERSATION, chatml_bpe, learned
 
-from saigakit import layouts, template, tokenization
 from saigakit.errors import SaigaError
-from saigakit.tokenization import FastTokenizer, encode
+from saigakit.prompt import encoding, layout, template
+from saigakit.prompt.encoding import FastTokenizer, encode
 
 WITH_TOOLS = template.with_tools(CHATML)
 NATIVE = (
@@ -102,7 +102,7 @@ def test_a_template_that_says_a_text_twice_and_in_another_order_is_followed():
     assert ids.count(tokenizer.special_tokens["<think>"]) == 1
     with pytest.raises(SaigaError, match="turn by turn"):
         encode([*one, *one], tokenizer)
-    ((first, last),) = tokenization.encode_rows([{"messages": [*one, *one]}], tokenizer)
+    ((first, last),) = encoding.encode_rows([{"messages": [*one, *one]}], tokenizer)
     assert first["input_ids"] == ids
     assert tokenizer.decode(last["input_ids"]).startswith("а<think>а<think>user\nа<think>\nassistant\nб\nuser")
     assert tokenizer.decode(learned(last)) == "б"
@@ -138,7 +138,7 @@ def test_one_rendering_serves_all_conversations_of_a_shape(monkeypatch):
     tokenizer = chatml()
     rendered = []
     render = template.render
-    monkeypatch.setattr(layouts.template, "render", lambda *a, **k: rendered.append(k.get("masked")) or render(*a, **k))
+    monkeypatch.setattr(layout.template, "render", lambda *a, **k: rendered.append(k.get("masked")) or render(*a, **k))
     for text in ("а", "б </s>", "в"):
         encode([CONVERSATION[0], {"role": "user", "content": text}, CONVERSATION[2]], tokenizer)
     assert rendered.count(None) == 3
@@ -149,9 +149,9 @@ def test_many_at_once_are_what_they_are_alone_and_a_bad_one_has_its_place():
     tokenizer = chatml()
     conversations = [{"messages": CONVERSATION}, {"messages": MESSAGES, "tools": TOOLS}, {"messages": CONVERSATION[1:]}]
     alone = [[encode(each["messages"], tokenizer, tools=each.get("tools"))] for each in conversations]
-    assert tokenization.encode_rows(conversations, tokenizer) == alone
+    assert encoding.encode_rows(conversations, tokenizer) == alone
     with pytest.raises(SaigaError, match=r"records:12: Message 2 is of a call"):
-        tokenization.encode_rows(
+        encoding.encode_rows(
             [{"messages": CONVERSATION}, {"messages": MESSAGES}], tokenizer, named=lambda index: f"records:{index + 11}"
         )
 
@@ -181,7 +181,7 @@ def test_where_the_last_answer_is_rendered_otherwise_each_answer_is_a_row():
     assert THOUGHTFUL != CHATML
     with pytest.raises(SaigaError, match="turn by turn"):
         encode(TWICE, tokenizer)
-    ((first, last),) = tokenization.encode_rows([{"messages": TWICE}], tokenizer)
+    ((first, last),) = encoding.encode_rows([{"messages": TWICE}], tokenizer)
     assert first == encode(TWICE[:3], tokenizer)
     think = tokenizer.special_tokens["<think>"]
     for row, count in ((first, 3), (last, 5)):
@@ -224,11 +224,11 @@ def test_a_refusal_that_is_kept_for_a_shape_keeps_no_conversation():
 def test_rows_over_the_limit_are_not_made_but_for_the_last(monkeypatch):
     tokenizer, encoded = chatml(THOUGHTFUL), []
     turns = [turn for _ in range(30) for turn in TWICE[3:]]
-    ((first, second, *_),) = tokenization.encode_rows([{"messages": turns}], tokenizer)
+    ((first, second, *_),) = encoding.encode_rows([{"messages": turns}], tokenizer)
     limit = len(second["input_ids"])
-    whole = tokenization.encode
-    monkeypatch.setattr(tokenization, "encode", lambda *a, **k: encoded.append(1) or whole(*a, **k))
-    (made,) = tokenization.encode_rows([{"messages": turns}], tokenizer, limit=limit)
+    whole = encoding.encode
+    monkeypatch.setattr(encoding, "encode", lambda *a, **k: encoded.append(1) or whole(*a, **k))
+    (made,) = encoding.encode_rows([{"messages": turns}], tokenizer, limit=limit)
     assert made[:-1] == [first, second]
     assert len(made[-1]["input_ids"]) > 10 * limit
     assert len(encoded) == 4
@@ -237,4 +237,4 @@ def test_rows_over_the_limit_are_not_made_but_for_the_last(monkeypatch):
 def test_a_template_whose_prompt_is_never_the_beginning_is_refused_with_the_place():
     other_prompt = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>bot\n' }}")
     with pytest.raises(SaigaError, match=r"conversation 1: .*turn by turn: what it makes of messages\[2\] is not"):
-        tokenization.encode_rows([{"messages": TWICE}], chatml(other_prompt))
+        encoding.encode_rows([{"messages": TWICE}], chatml(other_prompt))

@@ -10,9 +10,10 @@ import llama_cpp_chain
 import pytest
 import vocabularies
 
-from saigakit import fit, modelfile, template, tokenization
+from saigakit import fit, modelfile
 from saigakit.chat_format import ChatFormat
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding, template
 from saigakit.registry import MODELS, Sampling
 from saigakit.weights.memory import Shape
 
@@ -88,7 +89,7 @@ def pair(request, tmp_path):
 
 
 def chat_of(tokenizer):
-    (end,) = tokenization.end_of_turn_ids(tokenizer)
+    (end,) = encoding.end_of_turn_ids(tokenizer)
     name = next(name for name, number in tokenizer.special_tokens.items() if number == end)
     return ChatFormat.of(tokenizer.chat_template, tokenizer.variables, name)
 
@@ -103,7 +104,7 @@ def test_ollamas_prompt_has_the_ids_of_the_training(pair, tmp_path):
     go_template = modelfile.go_template(chat_of(pair.fast))
     texts = go_engine.rendered(go_template, CONVERSATIONS, tmp_path / "go")
     for conversation, text in zip(CONVERSATIONS, texts, strict=True):
-        expected = tokenization.encode(
+        expected = encoding.encode(
             conversation["messages"], pair.fast, tools=conversation.get("tools"), add_generation_prompt=True
         )["input_ids"]
         assert llama_cpps_ids(pair, text) == expected, text
@@ -129,7 +130,7 @@ def test_functions_that_are_written_in_another_way_are_left_out_and_that_is_said
     assert "# Functions (tools) are not in this template" in made
     (text,) = go_engine.rendered(modelfile.go_template(chat), CONVERSATIONS[2:3], tmp_path / "go")
     messages = CONVERSATIONS[2]["messages"]
-    expected = tokenization.encode(messages, pair.fast, add_generation_prompt=True)["input_ids"]
+    expected = encoding.encode(messages, pair.fast, add_generation_prompt=True)["input_ids"]
     assert llama_cpps_ids(pair, text) == expected
 
 

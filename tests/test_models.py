@@ -34,12 +34,12 @@ def test_a_promised_name_is_there_with_its_base_and_licence(name):
 
 @pytest.mark.parametrize("spec", MODELS.values(), ids=lambda spec: spec.name)
 def test_a_template_of_the_registry_exists(spec):
-    file = resources.files("saigakit").joinpath(f"templates/{spec.template}.jinja")
+    file = resources.files("saigakit.prompt").joinpath(f"templates/{spec.template}.jinja")
     assert spec.template is None or file.is_file()
 
 
 def test_every_template_file_belongs_to_a_model_but_for_the_one_of_functions():
-    files = {file.name for file in resources.files("saigakit").joinpath("templates").iterdir()}
+    files = {file.name for file in resources.files("saigakit.prompt").joinpath("templates").iterdir()}
     assert files == {"hermes.jinja"} | {f"{spec.template}.jinja" for spec in MODELS.values() if spec.template}
 
 

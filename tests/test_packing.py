@@ -6,7 +6,7 @@ import random
 import pytest
 
 from saigakit.packing import best_fit, collate, lay, order
-from saigakit.tokenization import IGNORE_INDEX
+from saigakit.prompt.encoding import IGNORE_INDEX
 
 torch = pytest.importorskip("torch")
 

@@ -3,7 +3,7 @@
 import pytest
 import tokenizers
 
-from saigakit import pieces, tokenization
+from saigakit.prompt import encoding, token_view
 
 DIALOGUE = [
     {"role": "user", "content": "Что такое </s> и <b>? 🙂"},
@@ -15,26 +15,26 @@ DIALOGUE = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
-    return tokenization.load_tokenizer("saiga_tiny")
+    return encoding.load_tokenizer("saiga_tiny")
 
 
 def test_the_prompt_has_exactly_the_ids_and_the_learned_ones_of_training(tokenizer):
-    example = tokenization.encode(DIALOGUE, tokenizer)
-    shown = pieces.show({"messages": DIALOGUE}, tokenizer).pieces
+    example = encoding.encode(DIALOGUE, tokenizer)
+    shown = token_view.show({"messages": DIALOGUE}, tokenizer).pieces
     assert [token_id for piece in shown for token_id in piece.ids] == example["input_ids"]
     learned = [piece.is_learned for piece in shown for _ in piece.ids]
-    assert learned == [label != tokenization.IGNORE_INDEX for label in example["labels"]]
+    assert learned == [label != encoding.IGNORE_INDEX for label in example["labels"]]
 
 
 def test_only_what_the_template_spells_is_a_special_token(tokenizer):
-    shown = pieces.show({"messages": DIALOGUE}, tokenizer).pieces
+    shown = token_view.show({"messages": DIALOGUE}, tokenizer).pieces
     special = [piece.text for piece in shown if piece.is_special]
     assert special == ["<s>", "</s>"] * 4
     assert "</s>" in "".join(piece.text for piece in shown if not piece.is_special)
 
 
 def test_a_character_of_several_tokens_is_one_piece(tokenizer):
-    smile = next(piece for piece in pieces.show({"messages": DIALOGUE}, tokenizer).pieces if "🙂" in piece.text)
+    smile = next(piece for piece in token_view.show({"messages": DIALOGUE}, tokenizer).pieces if "🙂" in piece.text)
     assert (smile.text, len(smile.ids)) == ("🙂", 4)
 
 
@@ -50,8 +50,8 @@ def test_a_byte_level_tokenizer_is_shown_in_cyrillic():
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    byte_level = tokenization.FastTokenizer(raw, chat_template, {})
-    shown = pieces.show({"messages": DIALOGUE}, byte_level).pieces
+    byte_level = encoding.FastTokenizer(raw, chat_template, {})
+    shown = token_view.show({"messages": DIALOGUE}, byte_level).pieces
     text = "".join(piece.text for piece in shown)
     assert text == "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in DIALOGUE).strip(" ")
     assert ("Ч", 2) in [(piece.text, len(piece.ids)) for piece in shown]
@@ -59,14 +59,14 @@ def test_a_byte_level_tokenizer_is_shown_in_cyrillic():
 
 def test_a_replacement_character_in_a_text_swallows_nothing(tokenizer):
     dialogue = [{"role": "user", "content": "\ufffd\ufffd конец"}, DIALOGUE[1]]
-    shown = pieces.show({"messages": dialogue}, tokenizer).pieces
+    shown = token_view.show({"messages": dialogue}, tokenizer).pieces
     assert max(len(piece.ids) for piece in shown) == 4
     assert "\ufffd\ufffd конец" in "".join(piece.text for piece in shown)
-    assert [i for piece in shown for i in piece.ids] == tokenization.encode(dialogue, tokenizer)["input_ids"]
+    assert [i for piece in shown for i in piece.ids] == encoding.encode(dialogue, tokenizer)["input_ids"]
 
 
 def test_the_terminal_shows_pieces_with_ids_and_stars_at_learned_ones(tokenizer):
-    lines = str(pieces.show({"messages": [{"role": "user", "content": "Да"}, DIALOGUE[1]]}, tokenizer)).splitlines()
+    lines = str(token_view.show({"messages": [{"role": "user", "content": "Да"}, DIALOGUE[1]]}, tokenizer)).splitlines()
     start, end, user = tokenizer.special_tokens["<s>"], tokenizer.special_tokens["</s>"], tokenizer.encode_text("user")
     assert lines[0] == f"<s>[{start}] ␣user[{user[0]}] ⏎[13]"
     assert f"</s>[{end}]* " in lines[3]
@@ -75,7 +75,7 @@ def test_the_terminal_shows_pieces_with_ids_and_stars_at_learned_ones(tokenizer)
 
 
 def test_the_notebook_shows_texts_as_text_with_a_legend_in_two_languages(tokenizer):
-    page = pieces.show({"messages": DIALOGUE}, tokenizer)._repr_html_()
+    page = token_view.show({"messages": DIALOGUE}, tokenizer)._repr_html_()
     assert "&lt;s&gt;" in page
     assert "<s>" not in page
     assert "<b>" not in page
@@ -85,7 +85,7 @@ def test_the_notebook_shows_texts_as_text_with_a_legend_in_two_languages(tokeniz
 
 def test_marked_texts_are_whole_but_for_long_stretches_that_are_only_read(tokenizer):
     messages = [{"role": "user", "content": "а" * 2000}, {"role": "assistant", "content": "<b>" + "в" * 2000}]
-    marked = pieces.mark([{"messages": messages}], tokenizer)
+    marked = token_view.mark([{"messages": messages}], tokenizer)
     assert f"⟦<b>{'в' * 2000}</s>⟧" in str(marked)
     assert "а" * 500 not in str(marked)
     assert " … " in str(marked)
@@ -94,5 +94,5 @@ def test_marked_texts_are_whole_but_for_long_stretches_that_are_only_read(tokeni
 
 def test_a_conversation_with_functions_is_shown_with_them(tokenizer):
     tools = [{"type": "function", "function": {"name": "найти"}}]
-    shown = str(pieces.mark([{"messages": DIALOGUE, "tools": tools}], tokenizer))
+    shown = str(token_view.mark([{"messages": DIALOGUE, "tools": tools}], tokenizer))
     assert '"name": "найти"' in shown

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from saigakit import placeholders, template
+from saigakit.prompt import placeholders, template
 
 TOOLS = [
     {

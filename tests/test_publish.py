@@ -12,11 +12,12 @@ import pytest
 import yaml
 from small_models import adapter, edit_json
 
-from saigakit import card, curve, evaluate, export, markdown, publish, registry, results, tokenization
+from saigakit import card, curve, evaluate, export, markdown, publish, registry, results
 from saigakit.config import TrainConfig
 from saigakit.core import manifest
 from saigakit.core.hub import explained
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
 
 TOKEN = "hf_SecretOfTheTests"
 REPO = "someone/saiga-cats"
@@ -259,7 +260,7 @@ def test_a_stage_that_was_changed_is_not_pushed(push, hub, stage, tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
-    return tokenization.load_tokenizer("saiga_tiny")
+    return encoding.load_tokenizer("saiga_tiny")
 
 
 def test_the_card_has_metadata_that_the_hub_takes(stage, tokenizer):

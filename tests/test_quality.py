@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from saigakit import export, quality
 from saigakit.errors import SaigaError
-from saigakit.tokenization import IGNORE_INDEX
+from saigakit.prompt.encoding import IGNORE_INDEX
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8}
 IDS = [[1, *np.random.default_rng(seed).integers(3, 768, size=size).tolist()] for seed, size in ((1, 40), (2, 300))]

@@ -4,8 +4,9 @@ import gguf
 import numpy as np
 import pytest
 
-from saigakit import container, export, quantization, read_back, streaming, tokenization
+from saigakit import container, export, quantization, read_back, streaming
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
 
 SHAPES = {"output_norm.weight": (5,), "blk.0.ffn_up.weight": (700, 64)}
 TYPES = {"output_norm.weight": "F32", "blk.0.ffn_up.weight": "Q8_0"}
@@ -115,7 +116,7 @@ def test_that_there_is_nothing_to_compare_is_said(tmp_path, capsys):
 
 
 def test_ids_that_differ_name_the_text(exported, monkeypatch):
-    tokenizer = tokenization.load_tokenizer("saiga_tiny")
+    tokenizer = encoding.load_tokenizer("saiga_tiny")
     assert (
         read_back.said_of_ids(exported, tokenizer, ["Привет", "Ёж"]) == "2 held-out texts have the ids of the training"
     )
@@ -126,15 +127,15 @@ def test_ids_that_differ_name_the_text(exported, monkeypatch):
 
 
 def test_a_text_that_llama_cpp_cannot_read_as_text_is_told_and_no_reason_to_lose_the_file(exported, monkeypatch):
-    encode = tokenization.GgufTokenizer.encode_text
+    encode = encoding.GgufTokenizer.encode_text
 
     def refusing(self, text):
         if "<tool>" in text:
             raise SaigaError("llama.cpp would read '<tool>' inside a text as a special token.")
         return encode(self, text)
 
-    monkeypatch.setattr(tokenization.GgufTokenizer, "encode_text", refusing)
-    said = read_back.said_of_ids(exported, tokenization.load_tokenizer("saiga_tiny"), ["Привет", "a <tool> b"])
+    monkeypatch.setattr(encoding.GgufTokenizer, "encode_text", refusing)
+    said = read_back.said_of_ids(exported, encoding.load_tokenizer("saiga_tiny"), ["Привет", "a <tool> b"])
     assert said.startswith(
         "1 held-out texts have the ids of the training, and 1 cannot be read as text: llama.cpp would"
     )

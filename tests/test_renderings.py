@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from transformers import LlamaTokenizer
 
-from saigakit import export, infer, renderings, template, tokenization
+from saigakit import export, infer
+from saigakit.prompt import encoding, template, wrong_renderings
+from saigakit.prompt.backends import from_sentencepiece
+from saigakit.prompt.encoding import FastTokenizer, encode
 from saigakit.registry import MODELS
-from saigakit.tokenization import FastTokenizer, encode
-from saigakit.tokenizer_backends import from_sentencepiece
 
 LLAMA2 = Path(__file__).parents[2] / "shared" / "tokenizers" / "llama-2.model"
-QUESTION = renderings.DIALOGUE[:2]
+QUESTION = wrong_renderings.DIALOGUE[:2]
 SAID = [30041, 29982, 813, 5212, 29977, 1779, 29889]  # "Ты — Сайга." after a line end
 SAID_APART = [1703, *SAID[1:]]
 
@@ -28,21 +29,21 @@ def llama2() -> FastTokenizer:
 
 @pytest.fixture(scope="module")
 def tiny_tokenizer(tiny) -> FastTokenizer:
-    return tokenization.load_tokenizer("saiga_tiny")
+    return encoding.load_tokenizer("saiga_tiny")
 
 
 @pytest.fixture(scope="module")
 def byte_level(smollm2) -> FastTokenizer:
-    return tokenization.load_tokenizer("smollm2_135m")
+    return encoding.load_tokenizer("smollm2_135m")
 
 
 def ids_of(tokenizer, name) -> list[int]:
-    (found,) = [each.ids for each in renderings.of(tokenizer) if name in each.name]
+    (found,) = [each.ids for each in wrong_renderings.of(tokenizer) if name in each.name]
     return found
 
 
 def row_of(tokenizer, name) -> tuple[str, ...]:
-    (found,) = [row for row in renderings.compare(tokenizer).rows if name in row[0]]
+    (found,) = [row for row in wrong_renderings.compare(tokenizer).rows if name in row[0]]
     return found
 
 
@@ -77,7 +78,7 @@ def test_the_first_difference_is_shown_with_its_pieces_and_its_place(llama2):
 
 
 def test_the_header_of_each_role_is_shown_as_the_template_writes_it(llama2):
-    assert renderings.role_ids(llama2).rows == [
+    assert wrong_renderings.role_ids(llama2).rows == [
         ("system", "1 1788 13", "<s> ▁system \\n"),
         ("user", "1 1404 13", "<s> ▁user \\n"),
         ("assistant", "1 9225 13", "<s> ▁bot \\n"),
@@ -87,17 +88,17 @@ def test_the_header_of_each_role_is_shown_as_the_template_writes_it(llama2):
 @pytest.mark.parametrize("name", ["llama2", "tiny_tokenizer", "byte_level"])
 def test_training_has_the_headers_that_are_shown_one_after_another(name, request):
     tokenizer = request.getfixturevalue(name)
-    trained = " ".join(map(str, encode(renderings.DIALOGUE, tokenizer)["input_ids"]))
+    trained = " ".join(map(str, encode(wrong_renderings.DIALOGUE, tokenizer)["input_ids"]))
     place = -1
-    for _, ids, _ in renderings.role_ids(tokenizer).rows:
+    for _, ids, _ in wrong_renderings.role_ids(tokenizer).rows:
         place = trained.index(ids, place + 1)
 
 
 @pytest.mark.parametrize("name", ["llama2", "tiny_tokenizer", "byte_level"])
 def test_the_first_rendering_is_that_of_training(name, request):
     tokenizer = request.getfixturevalue(name)
-    ours = renderings.of(tokenizer)[0].ids
-    assert encode(renderings.DIALOGUE, tokenizer)["input_ids"][: len(ours)] == ours
+    ours = wrong_renderings.of(tokenizer)[0].ids
+    assert encode(wrong_renderings.DIALOGUE, tokenizer)["input_ids"][: len(ours)] == ours
 
 
 def test_a_byte_level_vocabulary_has_no_space_to_lose(byte_level):
@@ -114,18 +115,18 @@ def test_roles_that_another_vocabulary_numbers_beyond_this_one_are_shown_as_numb
 def test_without_a_bos_nothing_begins_twice(byte_level):
     without = copy.copy(byte_level)
     without.variables = {}
-    assert [each for each in renderings.of(without) if "BOS" in each.name] == []
+    assert [each for each in wrong_renderings.of(without) if "BOS" in each.name] == []
 
 
 def test_llama_cpps_tokenizer_gives_the_same_tables(tiny_tokenizer, tmp_path):
     file = export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf", quant_type="Q8_0")
     with closing(infer.load(file, n_ctx=64)) as llm:
-        found = tokenization.load_gguf_tokenizer(llm)
-        assert str(renderings.compare(found)) == str(renderings.compare(tiny_tokenizer))
-        assert str(renderings.role_ids(found)) == str(renderings.role_ids(tiny_tokenizer))
+        found = encoding.load_gguf_tokenizer(llm)
+        assert str(wrong_renderings.compare(found)) == str(wrong_renderings.compare(tiny_tokenizer))
+        assert str(wrong_renderings.role_ids(found)) == str(wrong_renderings.role_ids(tiny_tokenizer))
 
 
-@pytest.mark.parametrize("table", [renderings.compare, renderings.role_ids])
+@pytest.mark.parametrize("table", [wrong_renderings.compare, wrong_renderings.role_ids])
 def test_a_notebook_shows_each_row_and_no_special_token_as_a_tag(tiny_tokenizer, table):
     page = table(tiny_tokenizer)._repr_html_()
     assert page.count("<tr>") == len(table(tiny_tokenizer).rows) + 1
@@ -134,9 +135,9 @@ def test_a_notebook_shows_each_row_and_no_special_token_as_a_tag(tiny_tokenizer,
 
 
 def test_a_template_without_a_system_role_has_its_tables_too(tiny):
-    ours = tokenization.load_tokenizer("saiga_tiny")
+    ours = encoding.load_tokenizer("saiga_tiny")
     refusing = "{%- if messages[0].role == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}"
-    raw = tokenization.from_sentencepiece(tiny / "base" / "tokenizer.model")
-    other = tokenization.FastTokenizer(raw, refusing + ours.chat_template, ours.variables)
-    assert [row[0] for row in renderings.role_ids(other).rows] == ["user", "assistant"]
-    assert renderings.compare(other).rows
+    raw = encoding.from_sentencepiece(tiny / "base" / "tokenizer.model")
+    other = encoding.FastTokenizer(raw, refusing + ours.chat_template, ours.variables)
+    assert [row[0] for row in wrong_renderings.role_ids(other).rows] == ["user", "assistant"]
+    assert wrong_renderings.compare(other).rows

@@ -8,15 +8,16 @@ import sys
 
 import pytest
 
-from saigakit import data, report, template, tokenization
+from saigakit import data, report
 from saigakit.core import manifest, progress
 from saigakit.errors import DataError, SaigaError
+from saigakit.prompt import encoding, template
 from saigakit.registry import MODELS
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
-    return tokenization.load_tokenizer("saiga_tiny")
+    return encoding.load_tokenizer("saiga_tiny")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_every_record_is_on_one_side(stage, tiny):
 
 def test_counted_tokens_are_those_that_training_gets(stage, tokenizer):
     for side, file in (("train", "train.jsonl"), ("held_out", "held_out.jsonl")):
-        examples = [tokenization.encode(messages, tokenizer) for messages in messages_of(stage / file)]
+        examples = [encoding.encode(messages, tokenizer) for messages in messages_of(stage / file)]
         counts = counts_of(stage)[side]
         assert counts["conversations"] == len(examples)
         assert counts["tokens"] == sum(len(example["input_ids"]) for example in examples)
@@ -162,7 +163,7 @@ def test_a_split_of_its_own_never_asks_in_held_out_what_is_in_train(stage):
 
 def test_what_is_too_long_is_left_out_counted_and_said(check, write, tokenizer, capsys):
     pairs = [("а", "б"), ("в", "г"), ("д", "длинно " * 20)]
-    longest = len(tokenization.encode(messages_of(write(pairs))[2], tokenizer)["input_ids"])
+    longest = len(encoding.encode(messages_of(write(pairs))[2], tokenizer)["input_ids"])
     made = check(write(pairs), max_seq_length=longest - 1, eval_fraction=0.5)
     assert counts_of(made)["dropped"] == {"records": 1}
     said = f"of 3 conversations 0 lose their last turns and 1 are left out, because they are longer than {longest - 1}"
@@ -173,7 +174,7 @@ def test_what_is_too_long_is_left_out_counted_and_said(check, write, tokenizer, 
 
 def test_a_conversation_of_just_the_limit_is_kept(check, write, tokenizer, capsys):
     pairs = [("а", "б"), ("в", "длинно " * 20)]
-    longest = len(tokenization.encode(messages_of(write(pairs))[1], tokenizer)["input_ids"])
+    longest = len(encoding.encode(messages_of(write(pairs))[1], tokenizer)["input_ids"])
     assert counts_of(check(write(pairs), max_seq_length=longest))["dropped"] == {"records": 0}
     assert capsys.readouterr().out == "own.jsonl: 2 conversations, each is well-formed.\n"
 
@@ -266,9 +267,9 @@ def test_where_the_last_answer_is_rendered_otherwise_rows_are_counted_and_cut_on
     stage, counts = made(2000)
     assert counts[:3] == [18, 27, 27]
     assert "rows, one for each answer" in str(report.summary(stage))
-    assert "так: " in str(report.examples(stage, tokenization.load_tokenizer(str(model)), count=18))
-    tokenizer = tokenization.load_tokenizer(str(model))
-    rows = [row for each in tokenization.encode_rows(data.read_conversations(file), tokenizer) for row in each]
+    assert "так: " in str(report.examples(stage, encoding.load_tokenizer(str(model)), count=18))
+    tokenizer = encoding.load_tokenizer(str(model))
+    rows = [row for each in encoding.encode_rows(data.read_conversations(file), tokenizer) for row in each]
     assert counts[3] == sum(label != -100 for row in rows for label in row["labels"])
     stage, counts = made(100)
     assert counts[:3] == [18, 18, 18]
@@ -302,7 +303,7 @@ def test_a_conversation_that_is_too_long_loses_whole_turns_and_is_counted(check,
     short = [{"role": "user", "content": "а"}, {"role": "assistant", "content": "б"}]
     file = tmp_path / "own.jsonl"
     file.write_text("".join(json.dumps({"messages": each}) + "\n" for each in (turn * 4, short)), encoding="utf-8")
-    limit = len(tokenization.encode(turn * 2, tokenizer)["input_ids"])
+    limit = len(encoding.encode(turn * 2, tokenizer)["input_ids"])
     made = check(str(file), max_seq_length=limit, eval_fraction=0.5)
     assert counts_of(made)["cut"] == {"records": 1}
     kept = messages_of(made / "train.jsonl") + messages_of(made / "held_out.jsonl")

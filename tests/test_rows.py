@@ -8,10 +8,11 @@ import sys
 import pytest
 from test_layouts import THOUGHTFUL, chatml
 
-from saigakit import layouts, rows, template, tokenization
+from saigakit import rows
 from saigakit.core import progress, workspace
 from saigakit.errors import DataError, SaigaError
-from saigakit.tokenization import IGNORE_INDEX, encode
+from saigakit.prompt import encoding, layout, template
+from saigakit.prompt.encoding import IGNORE_INDEX, encode
 
 SYSTEM = {"role": "system", "content": "Отвечай кратко."}
 
@@ -28,7 +29,7 @@ def turns(count: int, words: int = 5) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
-    return tokenization.load_tokenizer("saiga_tiny")
+    return encoding.load_tokenizer("saiga_tiny")
 
 
 def test_rows_are_those_of_encode_in_the_same_order_over_many_batches(tokenizer):
@@ -50,7 +51,7 @@ def test_a_conversation_that_is_too_long_loses_whole_turns_from_its_end(tokenize
 
 
 def test_what_is_cut_ends_with_the_end_of_an_answer(tokenizer):
-    (end,) = tokenization.end_of_turn_ids(tokenizer)
+    (end,) = encoding.end_of_turn_ids(tokenizer)
     for limit in range(30, 200, 7):
         (item,) = rows.encode_fitting([{"messages": turns(5)}], tokenizer, limit, name="records")
         for row in item.rows:
@@ -134,7 +135,7 @@ except rows.SaigaError as error:
 def test_a_very_long_conversation_is_cut_with_few_renderings(tokenizer, monkeypatch):
     rendered = []
     render = template.render
-    monkeypatch.setattr(layouts.template, "render", lambda *a, **k: rendered.append(1) or render(*a, **k))
+    monkeypatch.setattr(layout.template, "render", lambda *a, **k: rendered.append(1) or render(*a, **k))
     (item,) = rows.encode_fitting([{"messages": turns(60)}], tokenizer, 300, name="records")
     assert item.is_cut
     assert len(rendered) < 2 * 60 + 4 + 2 * 60  # the whole once, and what is left of it once or twice
@@ -144,7 +145,7 @@ def test_rows_of_a_template_that_renders_the_last_answer_otherwise_are_one_for_e
     split = chatml(THOUGHTFUL)
     conversations = [{"messages": turns(2)}, {"messages": turns(1)}]
     stored = rows.store(conversations, split, 500, name="records")
-    ends = [tokenization.encode_rows([{"messages": turns(count)}], split)[0][-1] for count in (1, 2, 1)]
+    ends = [encoding.encode_rows([{"messages": turns(count)}], split)[0][-1] for count in (1, 2, 1)]
     assert list(stored) == ends
     assert "records: 2 conversations are 3 rows, one for each answer" in capsys.readouterr().out
     shorter = len(ends[1]["input_ids"]) - 1

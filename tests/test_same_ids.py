@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 from vocabularies import CASES, Pair
 
-from saigakit import layouts, placeholders, tokenization
 from saigakit.errors import SaigaError
-from saigakit.tokenization import IGNORE_INDEX, FastTokenizer, Tokenizer
+from saigakit.prompt import encoding, layout, placeholders
+from saigakit.prompt.encoding import IGNORE_INDEX, FastTokenizer, Tokenizer
 
 COUNT = 10_000
 # The character for the special token of id 0, and those of all: no dialogue has them.
@@ -135,7 +135,7 @@ def _decoded(run: Sequence[tuple[int, bool]], pair: Pair) -> list[tuple[str, boo
 
 def encoded(conversations: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> list[Example]:
     """Of each conversation the last row, which holds all of it."""
-    return [made[-1] for made in tokenization.encode_rows(conversations, tokenizer)]
+    return [made[-1] for made in encoding.encode_rows(conversations, tokenizer)]
 
 
 def failures(pair: Pair, tried: Iterable[Dialogue], encode_many: Encode | None = None) -> list[_Failure]:
@@ -165,7 +165,7 @@ def _wrong(oracle: Oracle, dialogue: Dialogue, example: Example, rng: random.Ran
     turns = oracle.learned_turns(dialogue)
     number, asked = rng.randrange(len(turns)), rng.choice((pair.fast, pair.gguf))
     turn = turns[number]
-    prompt = tokenization.encode(dialogue.messages[:turn], asked, tools=dialogue.tools, add_generation_prompt=True)
+    prompt = encoding.encode(dialogue.messages[:turn], asked, tools=dialogue.tools, add_generation_prompt=True)
     text, learned = spelled(example, oracle)
     wanted_text = oracle.marked(dialogue, len(dialogue.messages))
     wanted_ids, answer = oracle.ids(dialogue, wanted_text), oracle.answer(dialogue, turn, wanted_text)
@@ -253,7 +253,7 @@ def test_what_is_learned_is_what_transformers_marks_as_the_assistants(pair):
         has_blank = any(dialogue.messages[turn]["content"][:1].isspace() for turn in dialogue.turns)
         if has_blank or dialogue.seen != dialogue.messages:
             continue  # those have ids of their own (test_tokenization), or answers that transformers would learn
-        example = tokenization.encode(dialogue.messages, pair.fast, tools=dialogue.tools)
+        example = encoding.encode(dialogue.messages, pair.fast, tools=dialogue.tools)
         marked = theirs.apply_chat_template(
             dialogue.messages, tools=dialogue.tools, return_assistant_tokens_mask=True, return_dict=True
         )
@@ -314,7 +314,7 @@ def test_without_placeholders_the_check_finds_special_tokens_that_came_from_text
     tried = [Dialogue({"messages": messages}, {"messages": harmless}, is_ordinary=False)]
     assert failures(pair, tried) == []
     monkeypatch.setattr(placeholders._Taken, "holder", lambda self, text, path: text)
-    monkeypatch.setattr(layouts, "_is_plain", lambda messages, tools: False)
+    monkeypatch.setattr(layout, "_is_plain", lambda messages, tools: False)
     assert "a special token came from a text" in {what for what, _ in failures(pair, tried)}
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from saigakit import attention, data, packing, samples, tokenization
+from saigakit import attention, data, packing, samples
 from saigakit.conversations import Conversations
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
 from saigakit.registry import Lora
 from saigakit.samples import Samples
 from saigakit.weights import generate, load
@@ -19,7 +20,7 @@ LORA = Lora(rank=4, alpha=8, dropout=0.3)
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
-    return tokenization.load_tokenizer("saiga_tiny")
+    return encoding.load_tokenizer("saiga_tiny")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def learn(model, rows, steps, between=lambda step: None):
 def test_training_with_samples_is_training_without_them_bit_for_bit(
     tiny, tokenizer, held_out, tmp_path, quantization, on_gpu
 ):
-    rows = [tokenization.encode(row["messages"], tokenizer) for row in held_out[:12]]
+    rows = [encoding.encode(row["messages"], tokenizer) for row in held_out[:12]]
     asked = Samples(tokenizer, held_out, tmp_path / "samples.md")
     without = learn(in_training(tiny, quantization, on_gpu=on_gpu), rows, 4)
     model = in_training(tiny, quantization, on_gpu=on_gpu)
@@ -146,8 +147,8 @@ def test_answers_are_those_of_generation_one_by_one(tiny, tokenizer, held_out, t
     hf = generate.HfModel(tiny / "base", tiny / "adapter", "none")
     expected = []
     for conversation in data.spread(held_out, 4):
-        prompt = tokenization.encode(conversation["messages"][:-1], tokenizer, add_generation_prompt=True)["input_ids"]
-        made = hf.answers([prompt], adapted=True, stop_ids=tokenization.end_of_turn_ids(tokenizer),
+        prompt = encoding.encode(conversation["messages"][:-1], tokenizer, add_generation_prompt=True)["input_ids"]
+        made = hf.answers([prompt], adapted=True, stop_ids=encoding.end_of_turn_ids(tokenizer),
                           max_new_tokens=asked.max_new_tokens, on_progress=lambda *_: None)  # fmt: skip
         expected.append(tokenizer.decode(made.ids[0]))
     _, [entry] = samples._parsed(tmp_path / "samples.md")

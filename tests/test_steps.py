@@ -6,9 +6,9 @@ from array import array
 import pytest
 
 from saigakit.config import TrainConfig
+from saigakit.prompt.encoding import IGNORE_INDEX
 from saigakit.rows import Rows
 from saigakit.steps import Plan
-from saigakit.tokenization import IGNORE_INDEX
 
 
 def stored(lengths):

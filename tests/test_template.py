@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from saigakit import template
 from saigakit.errors import SaigaError
+from saigakit.prompt import template
 from saigakit.registry import MODELS, ModelSpec
 
 MESSAGES = [

@@ -6,7 +6,7 @@ import llama_cpp_chain
 import pytest
 import vocabularies
 
-from saigakit import template
+from saigakit.prompt import template
 from saigakit.registry import MODELS
 
 minijinja = pytest.importorskip("minijinja")

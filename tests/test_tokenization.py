@@ -7,10 +7,10 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from saigakit import template, tokenization
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding, template
+from saigakit.prompt.encoding import IGNORE_INDEX, FastTokenizer, encode
 from saigakit.registry import MODELS
-from saigakit.tokenization import IGNORE_INDEX, FastTokenizer, encode
 
 LLAMA2 = Path(__file__).parents[2] / "shared" / "tokenizers" / "llama-2.model"
 BOS_EOS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -42,12 +42,12 @@ def processor() -> sentencepiece.SentencePieceProcessor:
 
 @pytest.fixture(scope="module")
 def llama2(processor) -> FastTokenizer:
-    return FastTokenizer(tokenization.from_sentencepiece(LLAMA2), SAIGA2, BOS_EOS)
+    return FastTokenizer(encoding.from_sentencepiece(LLAMA2), SAIGA2, BOS_EOS)
 
 
 @pytest.fixture(scope="module")
 def tiny_tokenizer(tiny) -> FastTokenizer:
-    return tokenization.load_tokenizer("saiga_tiny")
+    return encoding.load_tokenizer("saiga_tiny")
 
 
 def chatml_bpe() -> Tokenizer:
@@ -123,8 +123,8 @@ def test_nothing_of_a_prompt_is_learned_even_of_earlier_answers(llama2):
 
 
 def test_the_turn_ends_with_the_end_of_sequence(llama2, chatml):
-    assert tokenization.end_of_turn_ids(llama2) == {2}
-    assert tokenization.end_of_turn_ids(chatml) == {chatml.special_tokens["<|im_end|>"]}
+    assert encoding.end_of_turn_ids(llama2) == {2}
+    assert encoding.end_of_turn_ids(chatml) == {chatml.special_tokens["<|im_end|>"]}
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_prompt_has_the_ids_with_which_its_answer_was_trained(name, request):
 @pytest.mark.parametrize("name", ["llama2", "tiny_tokenizer", "chatml"])
 def test_what_is_learned_reads_as_the_assistants_words(name, request):
     tokenizer = request.getfixturevalue(name)
-    end = next(iter(tokenization.end_of_turn_ids(tokenizer)))
+    end = next(iter(encoding.end_of_turn_ids(tokenizer)))
     rng = random.Random(4)
     for _ in range(100):
         messages = random_dialogue(rng)
@@ -242,7 +242,7 @@ def test_a_control_token_is_not_put_together_of_pieces(tiny, tmp_path):
             proto.pieces.add(piece=text, score=-1000.0 - number)
     file = tmp_path / "tokenizer.model"
     file.write_bytes(proto.SerializeToString())
-    tokenizer = FastTokenizer(tokenization.from_sentencepiece(file), SAIGA2, BOS_EOS)
+    tokenizer = FastTokenizer(encoding.from_sentencepiece(file), SAIGA2, BOS_EOS)
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(file)).encode("</s>")
     assert tokenizer.encode_text("</s>") == theirs
     assert 2 not in theirs
@@ -387,35 +387,35 @@ def test_the_tokenizer_of_a_registry_name_is_the_one_of_its_package(tiny_tokeniz
 
 def test_a_tokenizer_of_another_model_is_refused_with_both_ids(tiny):
     with pytest.raises(SaigaError, match=r"is not the tokenizer of saiga2_7b.*expected \[1788, 13\]"):
-        tokenization.load_tokenizer("saiga2_7b", str(tiny / "base"))
+        encoding.load_tokenizer("saiga2_7b", str(tiny / "base"))
 
 
 def test_the_real_tokenizer_loads_from_an_attached_directory(processor, tmp_path):
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "tokenizer.model").write_bytes(LLAMA2.read_bytes())
-    tokenizer = tokenization.load_tokenizer("saiga2_7b", str(tmp_path))
+    tokenizer = encoding.load_tokenizer("saiga2_7b", str(tmp_path))
     assert encode(CONVERSATION, tokenizer)["input_ids"][:3] == [1, 1788, 13]
 
 
 def test_a_tokenizer_json_is_preferred_and_gives_the_same_ids(llama2, tmp_path):
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    tokenization.from_sentencepiece(LLAMA2).save(str(tmp_path / "tokenizer.json"))
-    tokenizer = tokenization.load_tokenizer("saiga2_7b", str(tmp_path))
+    encoding.from_sentencepiece(LLAMA2).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = encoding.load_tokenizer("saiga2_7b", str(tmp_path))
     assert encode(CONVERSATION, tokenizer) == encode(CONVERSATION, llama2)
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(SaigaError, match=r"neither tokenizer\.json nor tokenizer\.model"):
-        tokenization.load_tokenizer("saiga2_7b", str(tmp_path))
+        encoding.load_tokenizer("saiga2_7b", str(tmp_path))
 
 
 def test_smollm2_speaks_chatml(smollm2):
-    tokenizer = tokenization.load_tokenizer("smollm2_135m")
+    tokenizer = encoding.load_tokenizer("smollm2_135m")
     example = encode(CONVERSATION, tokenizer)
     assert example["input_ids"][0] == tokenizer.special_tokens["<|im_start|>"] == 1
     assert tokenizer.decode(learned(example)) == "Здравствуй!"
-    assert tokenization.end_of_turn_ids(tokenizer) == {2}
+    assert encoding.end_of_turn_ids(tokenizer) == {2}
 
 
 def test_a_prompt_of_a_template_that_drops_turns_is_tokenised_all_the_same():
@@ -435,10 +435,10 @@ def test_the_scores_of_a_tokenizer_model_go_before_a_tokenizer_json_that_lost_th
     LlamaTokenizer.from_pretrained(tmp_path, legacy=True).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     code = "Код:\n    if x:\n            return x"
-    assert tokenization.load_tokenizer("saiga2_7b", str(tmp_path)).encode_text(code) == processor.encode(code)
+    assert encoding.load_tokenizer("saiga2_7b", str(tmp_path)).encode_text(code) == processor.encode(code)
     (tmp_path / "tokenizer.model").unlink()
     with pytest.raises(SaigaError, match="is not the tokenizer of saiga2_7b"):
-        tokenization.load_tokenizer("saiga2_7b", str(tmp_path))
+        encoding.load_tokenizer("saiga2_7b", str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -447,7 +447,7 @@ def test_a_damaged_file_of_a_tokenizer_is_named(smollm2, tmp_path, name):
         (tmp_path / file).write_bytes((smollm2 / file).read_bytes())
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-20])
     with pytest.raises(SaigaError, match=f"{name} is damaged"):
-        tokenization.load_tokenizer(str(tmp_path))
+        encoding.load_tokenizer(str(tmp_path))
 
 
 def test_added_runs_of_blanks_are_text_and_have_their_own_ids():

@@ -14,11 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import kill_resume
 
-from saigakit import checkpoints, curve, data, evaluation, registry, samples, tokenization, train, worker
+from saigakit import checkpoints, curve, data, evaluation, registry, samples, train, worker
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest, workspace
 from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
 from saigakit.registry import Lora
 from saigakit.weights import load
 
@@ -43,7 +44,7 @@ def mean_loss(model, rows):
             logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
         labels = torch.tensor(row["labels"][1:])
         total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        count += int((labels != tokenization.IGNORE_INDEX).sum())
+        count += int((labels != encoding.IGNORE_INDEX).sum())
     return total / count
 
 
@@ -109,8 +110,8 @@ def test_two_processes_learn_what_one_learns(tmp_path, quantization):
 
 
 def test_the_held_out_loss_is_the_mean_over_learned_tokens(continued, records, tiny):
-    tokenizer = tokenization.load_tokenizer("saiga_tiny")
-    rows = data.spread([tokenization.encode(row["messages"], tokenizer) for row in data.read_conversations(records)],
+    tokenizer = encoding.load_tokenizer("saiga_tiny")
+    rows = data.spread([encoding.encode(row["messages"], tokenizer) for row in data.read_conversations(records)],
                         evaluation.AT_LEAST)  # fmt: skip
     model = load.base_model(tiny / "base", "nf4", torch.float32, "cpu")
     model = load.with_adapter(model, tiny / "adapter", NEW).eval()

@@ -10,8 +10,9 @@ import pytest
 import small_models
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from saigakit import export, infer, tokenization
+from saigakit import export, infer
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
 
 LLAMA2 = Path(__file__).parents[2] / "shared" / "tokenizers" / "llama-2.model"
 CONVERSATION = [
@@ -79,17 +80,17 @@ def bpe_dir(tiny, directory, pre_tokenizer, vocab_size=764):
 def require_same(gguf_file, tokenizer):
     """Ids of ordinary texts, and of a whole prompt."""
     with closing(infer.load(gguf_file, n_ctx=64)) as llm:
-        found = tokenization.load_gguf_tokenizer(llm)
+        found = encoding.load_gguf_tokenizer(llm)
         for text in texts():
             assert found.encode_text(text) == tokenizer.encode_text(text), text
-        prompts = [tokenization.encode(CONVERSATION, each, add_generation_prompt=True) for each in (found, tokenizer)]
+        prompts = [encoding.encode(CONVERSATION, each, add_generation_prompt=True) for each in (found, tokenizer)]
         assert prompts[0] == prompts[1]
         return llm.metadata
 
 
 def test_the_tiny_saigas_prompts_have_the_ids_of_its_training(tiny, tmp_path):
     file = export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf", quant_type="Q8_0")
-    metadata = require_same(file, tokenization.load_tokenizer("saiga_tiny"))
+    metadata = require_same(file, encoding.load_tokenizer("saiga_tiny"))
     assert metadata["tokenizer.ggml.add_bos_token"] == "false"
     assert {metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding", "unknown")} == set(
         "0120"[:3]
@@ -103,22 +104,22 @@ def test_saiga_2s_prompts_have_the_ids_of_its_training(tiny, tmp_path):
     shutil.copy(LLAMA2, base_dir / "tokenizer.model")
     source = str(base_dir)
     file = export.to_gguf(model="saiga2_7b", adapter=None, base_source=source, output=tmp_path / "x.gguf")
-    require_same(file, tokenization.load_tokenizer("saiga2_7b", source))
+    require_same(file, encoding.load_tokenizer("saiga2_7b", source))
 
 
 def test_a_sentencepiece_vocabulary_saved_as_json_gives_the_same_ids(tiny, tmp_path):
     base_dir = small_models.base(tmp_path / "base", tiny / "base")
-    tokenization.from_sentencepiece(base_dir / "tokenizer.model").save(str(base_dir / "tokenizer.json"))
+    encoding.from_sentencepiece(base_dir / "tokenizer.model").save(str(base_dir / "tokenizer.json"))
     (base_dir / "tokenizer.model").unlink()
     file = export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "x.gguf")
-    require_same(file, tokenization.load_tokenizer(str(base_dir)))
+    require_same(file, encoding.load_tokenizer(str(base_dir)))
 
 
 @pytest.mark.parametrize("name", [*SPLITS, "smollm", "gpt-2"])
 def test_a_byte_level_vocabulary_is_recognised_and_gives_the_same_ids(tiny, tmp_path, name):
     base_dir = bpe_dir(tiny, tmp_path / "base", splitter(name))
     file = export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "x.gguf")
-    metadata = require_same(file, tokenization.load_tokenizer(str(base_dir)))
+    metadata = require_same(file, encoding.load_tokenizer(str(base_dir)))
     assert metadata["tokenizer.ggml.pre"] == name
     assert metadata["tokenizer.ggml.eos_token_id"] == "765"
     assert "tokenizer.ggml.eot_token_id" not in metadata
@@ -128,7 +129,7 @@ def test_an_end_of_turn_that_is_not_the_end_of_text_is_written_too(tiny, tmp_pat
     base_dir = bpe_dir(tiny, tmp_path / "base", splitter("qwen2"))
     small_models.edit_json(base_dir / "tokenizer_config.json", eos_token="<pad>")
     file = export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "x.gguf")
-    metadata = require_same(file, tokenization.load_tokenizer(str(base_dir)))
+    metadata = require_same(file, encoding.load_tokenizer(str(base_dir)))
     assert metadata["tokenizer.ggml.eos_token_id"] == "766"
     assert metadata["tokenizer.ggml.eot_token_id"] == "765"
 
@@ -147,7 +148,7 @@ def test_the_bos_is_not_added_where_the_template_spells_it(tiny, tmp_path):
 def test_rows_beyond_the_vocabulary_are_filled(tiny, tmp_path):
     base_dir = small_models.base(tmp_path / "base", tiny / "base", vocab_size=800)
     file = export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "x.gguf")
-    require_same(file, tokenization.load_tokenizer(str(base_dir)))
+    require_same(file, encoding.load_tokenizer(str(base_dir)))
 
 
 def test_an_unknown_way_to_split_text_is_refused(tiny, tmp_path):

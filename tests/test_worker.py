@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from test_train import mean_loss
 
-from saigakit import checkpoints, curve, evaluation, loading, samples, tokenization, train, trial, worker
+from saigakit import checkpoints, curve, evaluation, loading, samples, train, trial, worker
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
 from saigakit.registry import ALL_LINEAR, Lora
 from saigakit.rows import Rows
 from saigakit.steps import Plan
@@ -95,7 +96,7 @@ def test_the_adapter_of_a_folded_training_gives_the_loss_that_was_measured(recor
     folded = trained(records, tmp_path, adapter="folded", lora=Lora(rank=3, alpha=6, dropout=0.0))
     model = load.base_model(tiny / "base", "none", torch.float32, "cpu")
     model = load.with_adapter(model, folded, Lora()).eval()
-    tokenizer = tokenization.load_tokenizer("saiga_tiny")
+    tokenizer = encoding.load_tokenizer("saiga_tiny")
     stored = worker.rows.store(worker.data.read_conversations(records), tokenizer, 512, name="records")
     chosen = evaluation.HeldOut(stored, min(len(stored), evaluation.AT_LEAST))
     best = min(entry["held_out_loss"] for entry in curve.read(folded) if "held_out_loss" in entry and entry["step"])
@@ -174,7 +175,8 @@ def test_the_last_step_is_saved_before_what_follows_it(records, tmp_path, monkey
 
 def test_a_context_over_that_of_a_models_own_config_is_refused(records, tmp_path, tiny):
     model = shutil.copytree(tiny / "base", tmp_path / "model")
-    shutil.copyfile(resources.files("saigakit").joinpath("templates/saiga2.jinja"), model / "chat_template.jinja")
+    saiga2 = resources.files("saigakit.prompt").joinpath("templates/saiga2.jinja")
+    shutil.copyfile(saiga2, model / "chat_template.jinja")
     most = json.loads((model / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
     with pytest.raises(SaigaError, match=rf"max_seq_length={most + 1} is over the context length of .*{most} tokens"):
         trained(records, tmp_path, model=str(model), max_seq_length=most + 1)

@@ -15,9 +15,10 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from saigakit import container, template, tokenization, vocabulary
+from saigakit import container, vocabulary
+from saigakit.prompt import encoding, template
+from saigakit.prompt.encoding import FastTokenizer, GgufTokenizer
 from saigakit.registry import MODELS
-from saigakit.tokenization import FastTokenizer, GgufTokenizer
 from saigakit.vocabulary import Vocabulary
 
 LLAMA2 = Path(__file__).parents[2] / "shared" / "tokenizers" / "llama-2.model"
@@ -228,12 +229,12 @@ def pair(case: str, directory: Path, smollm2_dir: Path | None = None) -> Pair:
         chat_template = (smollm2_dir / "chat_template.jinja").read_text(encoding="utf-8")
     (made / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     _write(made / "config.json", {})
-    fast = tokenization.load_tokenizer(str(made))
+    fast = encoding.load_tokenizer(str(made))
     llm = llama_cpp.Llama(str(gguf_file(made, fast)), vocab_only=True, n_ctx=512, verbose=False)
     llm._model.n_ctx_train = lambda: 4096  # 0 in a vocabulary alone, and then each text is tokenised twice
     return Pair(
         fast=fast,
-        gguf=tokenization.load_gguf_tokenizer(llm),
+        gguf=encoding.load_gguf_tokenizer(llm),
         own=_own(made),
         is_sentencepiece=(made / "tokenizer.model").is_file(),
         is_split=chat_template in (THINKING, THINKING_PROMPT),

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
-from saigakit import placeholders, template
 from saigakit.errors import SaigaError
-from saigakit.placeholders import Filler, Masked
-from saigakit.template import Message
-from saigakit.tokenizer_backends import Tokenizer
+from saigakit.prompt import placeholders, template
+from saigakit.prompt.backends import Tokenizer
+from saigakit.prompt.placeholders import Filler, Masked
+from saigakit.prompt.template import Message
 
 ROLES = ("system", "user", "assistant", "tool")
 _KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "weight"}

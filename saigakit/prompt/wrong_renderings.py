@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import groupby
 
-from saigakit import registry, template, tokenization
+from saigakit import registry
 from saigakit.core.display import Table
 from saigakit.errors import SaigaError
-from saigakit.template import Message
-from saigakit.tokenizer_backends import Tokenizer
+from saigakit.prompt import encoding, template
+from saigakit.prompt.backends import Tokenizer
+from saigakit.prompt.template import Message
 
 DIALOGUE = (
     {"role": "system", "content": "Ты — Сайга."},
@@ -52,7 +53,7 @@ def _dialogue(tokenizer: Tokenizer) -> Sequence[Message]:
 def of(tokenizer: Tokenizer) -> list[Rendering]:
     """A prompt that ends with the question: first as training and inference here write it, then as others do."""
     messages = _dialogue(tokenizer)[:-1]
-    ours = tokenization.encode(messages, tokenizer, add_generation_prompt=True)["input_ids"]
+    ours = encoding.encode(messages, tokenizer, add_generation_prompt=True)["input_ids"]
     pieces = _pieces(messages, tokenizer)
     kept = _without_blanks(pieces)
     apart = [i for piece in kept for i in _ids(piece, tokenizer)]

@@ -15,8 +15,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from saigakit import placeholders
 from saigakit.errors import SaigaError
+from saigakit.prompt import placeholders
 from saigakit.registry import ModelSpec
 
 Message = Mapping[str, Any]
@@ -133,7 +133,7 @@ def _parsed(chat_template: str) -> nodes.Template:
 
 
 def _packaged(name: str) -> str:
-    return resources.files("saigakit").joinpath(f"templates/{name}.jinja").read_text(encoding="utf-8")
+    return resources.files("saigakit.prompt").joinpath(f"templates/{name}.jinja").read_text(encoding="utf-8")
 
 
 def of_model(spec: ModelSpec, tokenizer_dir: Path) -> str:

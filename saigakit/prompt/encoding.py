@@ -6,12 +6,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import registry, template
+from saigakit import registry
 from saigakit.errors import DataError, SaigaError
-from saigakit.layouts import Layout, NotTurnByTurnError
-from saigakit.layouts import of as layout_of
-from saigakit.template import Message
-from saigakit.tokenizer_backends import FastTokenizer, GgufTokenizer, Ids, Tokenizer, from_json, from_sentencepiece
+from saigakit.prompt import template
+from saigakit.prompt.backends import FastTokenizer, GgufTokenizer, Ids, Tokenizer, from_json, from_sentencepiece
+from saigakit.prompt.layout import Layout, NotTurnByTurnError
+from saigakit.prompt.layout import of as layout_of
+from saigakit.prompt.template import Message
 from saigakit.weights import find
 
 if TYPE_CHECKING:

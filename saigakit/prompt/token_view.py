@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from saigakit import tokenization
-from saigakit.tokenization import IGNORE_INDEX, Example, Tokenizer
+from saigakit.prompt import encoding
+from saigakit.prompt.encoding import IGNORE_INDEX, Example, Tokenizer
 
 _GREEN, _GREY, _WHITE = "#ceead6", "#dadce0", "#ffffff"
 _LEGEND = {_GREEN: "учится · learned", _GREY: "служебный токен · special token", _WHITE: "только читает · only read"}
@@ -92,13 +92,13 @@ class Marked:
 
 def show(conversation: Mapping[str, Any], tokenizer: Tokenizer) -> Prompt:
     """The exact ids of a conversation, as training gets them; where it is several rows, of the last and longest."""
-    ((*_, row),) = tokenization.encode_rows([conversation], tokenizer)
+    ((*_, row),) = encoding.encode_rows([conversation], tokenizer)
     return Prompt(list(_pieces(row, tokenizer)))
 
 
 def mark(conversations: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Marked:
     """The text of each, with what the model learns of it marked; where it is several rows, the last ones."""
-    found = tokenization.encode_rows(conversations, tokenizer)
+    found = encoding.encode_rows(conversations, tokenizer)
     return Marked([Prompt(list(_pieces(row, tokenizer))) for rows in found for row in rows[-_ROWS_SHOWN:]])
 
 
