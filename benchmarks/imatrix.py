@@ -18,8 +18,9 @@ from contextlib import closing
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from saigakit import activations, data, export, quality, quantization
+from saigakit import activations, export, quality, quantization
 from saigakit.core.display import Table
+from saigakit.data import conversations as data
 from saigakit.demo import packages, wordnet_records
 from saigakit.prompt import encoding
 

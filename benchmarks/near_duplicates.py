@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import russian_texts
 
-from saigakit import near_duplicates
 from saigakit.core.display import Table
+from saigakit.data import near_duplicates
 
 PLANTED = 1000
 SEEDS = (0, 1, 2)

@@ -24,8 +24,10 @@ from pathlib import Path
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 import tokenizers
 
-from saigakit import data, packing, report, rows
+from saigakit import packing
 from saigakit.core.display import Table
+from saigakit.data import conversations as data
+from saigakit.data import report, rows
 from saigakit.demo import wordnet_records
 from saigakit.prompt import encoding, template
 from saigakit.registry import MODELS

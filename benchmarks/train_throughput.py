@@ -28,9 +28,10 @@ import time
 from importlib import util
 from pathlib import Path
 
-from saigakit import attention, checkpoints, evaluation, packing, rows, steps, trainer, training_log, training_run
+from saigakit import attention, checkpoints, evaluation, packing, steps, trainer, training_log, training_run
 from saigakit.config import TrainConfig
 from saigakit.core.display import Table
+from saigakit.data import rows
 from saigakit.prompt.encoding import IGNORE_INDEX
 from saigakit.registry import ATTENTION
 

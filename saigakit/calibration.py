@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saigakit import activations, data, export, registry, rows, sources
+from saigakit import activations, export, registry
 from saigakit.core import manifest, workspace
+from saigakit.data import conversations as data
+from saigakit.data import rows, sources
+from saigakit.data.rows import Rows
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
-from saigakit.rows import Rows
 from saigakit.weights import base_files, find
 from saigakit.weights.lineage import MergeInto
 

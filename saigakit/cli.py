@@ -84,7 +84,7 @@ def check(file: str, **options: Any) -> None:  # noqa: ANN401
     \b
     Example: saigakit check records.jsonl --model saiga2_7b
     """
-    from saigakit import lengths, report
+    from saigakit.data import length_histogram, report
     from saigakit.prompt import encoding
 
     is_here = bool(file) and Path(file).exists()
@@ -93,7 +93,7 @@ def check(file: str, **options: Any) -> None:  # noqa: ANN401
         stage = report.check_records(records=records, run_dir=scratch, **options)
         marked = report.examples(stage, encoding.load_tokenizer(options["model"], options["base_source"]))
         found = report.read(stage)
-        bars = lengths.table(found["lengths"], found["max_seq_length"])
+        bars = length_histogram.table(found["lengths"], found["max_seq_length"])
         parts = (marked, bars, report.summary(stage), report.near_pairs(stage), report.advice(stage))
         click.echo("\n\n".join(filter(None, map(str, parts))))
 

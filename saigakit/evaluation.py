@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from saigakit import data
+from saigakit.data import conversations as data
+from saigakit.data.rows import Rows
 from saigakit.prompt.encoding import Example
-from saigakit.rows import Rows
 
 AT_LEAST = 24  # conversations: enough for a curve
 _SHARE = 20  # of the tokens of training, all evaluations together cost about one in so many

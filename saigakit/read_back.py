@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import container, quantization, sources, streaming
+from saigakit import container, quantization, streaming
+from saigakit.data import sources
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.prompt.backends import gguf_vocabulary

@@ -6,11 +6,12 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
-from saigakit import data, sources
-from saigakit.conversations import Conversations
+from saigakit.data import conversations as data
+from saigakit.data import sources
+from saigakit.data.rows import Rows
+from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
 from saigakit.prompt.encoding import Example
-from saigakit.rows import Rows
 
 
 def count(count_train: int, fraction: float) -> int:

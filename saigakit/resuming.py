@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from saigakit import checkpoints, sources
+from saigakit import checkpoints
 from saigakit.checkpoints import Store
 from saigakit.config import TrainConfig
 from saigakit.core import manifest, workspace
+from saigakit.data import sources
 from saigakit.errors import SaigaError
 
 STAGE = "02_train"

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from saigakit import data, questions
-from saigakit.conversations import Conversations
 from saigakit.core import manifest
 from saigakit.core.display import Table
+from saigakit.data import conversations as data
+from saigakit.data import questions
+from saigakit.data.questions import Example
+from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.prompt.encoding import Tokenizer
-from saigakit.questions import Example
 from saigakit.weights import generate, load
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from saigakit import packing
 from saigakit.config import TrainConfig
+from saigakit.data.rows import Rows
 from saigakit.replay import Joined
-from saigakit.rows import Rows
 
 
 class Step(NamedTuple):

@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from saigakit import checkpoints, curve, data, loading, preflight, resuming, sources, worker
+from saigakit import checkpoints, curve, loading, preflight, resuming, worker
 from saigakit.checkpoints import Store
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest, workspace
+from saigakit.data import conversations as data
+from saigakit.data import sources
 from saigakit.errors import SaigaError
 from saigakit.weights import base_files, find, memory
 

@@ -12,24 +12,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import (
-    checkpoints,
-    curve,
-    data,
-    evaluation,
-    loading,
-    preflight,
-    ranks,
-    replay,
-    rows,
-    samples,
-    sharding,
-    trainer,
-)
+from saigakit import checkpoints, curve, evaluation, loading, preflight, ranks, replay, samples, sharding, trainer
 from saigakit.checkpoints import Store
 from saigakit.config import TrainConfig
-from saigakit.conversations import Conversations
 from saigakit.core import launch
+from saigakit.data import conversations as data
+from saigakit.data import rows
+from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
 from saigakit.evaluation import HeldOut
 from saigakit.loading import Loaded

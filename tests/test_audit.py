@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from saigakit import audit
-from saigakit.audit import Side
+from saigakit.data import audit
+from saigakit.data.audit import Side
 from saigakit.prompt import encoding
 from saigakit.prompt.encoding import IGNORE_INDEX
 

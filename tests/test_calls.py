@@ -2,7 +2,7 @@
 
 import pytest
 
-from saigakit import calls
+from saigakit.data import tool_calls
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "default": None}}}
 FUNCTION = {"name": "weather", "description": "Погода", "parameters": SCHEMA}
@@ -12,12 +12,12 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 
 def tools(**record):
     problems = []
-    return calls.tools_of(record, problems), problems
+    return tool_calls.tools_of(record, problems), problems
 
 
 def read(value, names=("weather",)):
     problems = []
-    return calls.read_calls("calls", value, names, problems), problems
+    return tool_calls.read_calls("calls", value, names, problems), problems
 
 
 def nested(levels):
@@ -159,11 +159,11 @@ def test_a_call_without_tools_is_a_problem_and_one_beside_broken_tools_is_not():
 
 
 def test_a_value_of_just_the_depth_that_is_kept_is_no_problem():
-    assert read(called(arguments=nested(calls.NESTED)))[1] == []
-    assert read(called(arguments=nested(calls.NESTED + 1)))[1] != []
+    assert read(called(arguments=nested(tool_calls.NESTED)))[1] == []
+    assert read(called(arguments=nested(tool_calls.NESTED + 1)))[1] != []
 
 
 def test_of_a_message_with_both_kinds_of_calls_that_is_said():
     problems = []
-    calls.calls_of("m", {"tool_calls": [CALL], "function_call": CALL["function"]}, ("weather",), problems)
+    tool_calls.calls_of("m", {"tool_calls": [CALL], "function_call": CALL["function"]}, ("weather",), problems)
     assert problems == ["m: has both tool_calls and function_call; keep tool_calls"]

@@ -20,12 +20,12 @@ from saigakit import (
     parameters,
     publish,
     publish_gguf,
-    sources,
     summary,
     terminal,
     train,
 )
 from saigakit.core import launch, manifest
+from saigakit.data import sources
 from saigakit.errors import SaigaError
 from saigakit.registry import MODELS
 

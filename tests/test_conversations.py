@@ -8,14 +8,15 @@ import sys
 
 import pytest
 
-from saigakit import conversations, data
-from saigakit.conversations import Conversations
+from saigakit.data import conversations as data
+from saigakit.data import store
+from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
 
 FULL = """
 import os, resource, sys
 from saigakit.core import workspace
-from saigakit.conversations import Conversations
+from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 try:
@@ -26,7 +27,7 @@ except SaigaError as error:
 LARGE = """
 import re
 from pathlib import Path
-from saigakit.conversations import Conversations
+from saigakit.data.store import Conversations
 text = "ё" * 10_000
 stored = Conversations.stored({"messages": [{"role": "user", "content": text}]} for _ in range(5000))  # 100 MB
 assert sum(len(row["messages"]) for row in stored) == 5000
@@ -117,7 +118,7 @@ def test_a_written_file_is_opened_as_it_is(many, tmp_path):
 
 def test_a_line_has_no_other_end_and_is_the_same_json():
     row = asking('один\u2028два\u2029три\u0085 \\u2028 \\\u2028 \n"')
-    line = conversations.as_line(row)
+    line = store.as_line(row)
     assert json.loads(line) == row
     assert len(line.decode("utf-8").splitlines()) == 1
 

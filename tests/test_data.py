@@ -12,9 +12,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from saigakit import data
-from saigakit.conversations import Conversations
 from saigakit.core import progress
+from saigakit.data import conversations as data
+from saigakit.data import conversations as data_conversations
+from saigakit.data.store import Conversations
 from saigakit.errors import DataError, SaigaError
 
 TALK = [{"role": "user", "content": "Кто ты?"}, {"role": "assistant", "content": "Сайга."}]
@@ -254,7 +255,7 @@ def test_reading_and_splitting_leave_nothing_in_the_home_directory(tmp_path):
     file = tmp_path / "records.jsonl"
     file.write_text('{"user": "а", "bot": "б"}\n{"user": "в", "bot": "г"}\n', encoding="utf-8")
     code = (
-        "import sys; from saigakit import data; made = data.read_conversations(sys.argv[1]);"
+        "import sys; from saigakit.data import conversations as data; made = data.read_conversations(sys.argv[1]);"
         "data.split_conversations(made, eval_fraction=0.5, seed=1); print(len(made))"
     )
     names = ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME")
@@ -320,7 +321,9 @@ def test_a_prompt_that_most_records_share_is_trained_on():
 
 def test_questions_are_compared_without_case_and_runs_of_blanks_and_with_their_system_prompt():
     def whole(text, system="С"):
-        return data.Asked.of([{"role": "system", "content": system}, {"role": "user", "content": text}]).whole
+        return data_conversations.Asked.of(
+            [{"role": "system", "content": system}, {"role": "user", "content": text}]
+        ).whole
 
     assert whole("Кто ты?") == whole(" кто  ТЫ? ") != whole("Кто я?")
     assert whole("Кто ты?") != whole("Кто ты?", "Д")

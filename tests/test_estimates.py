@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from saigakit import estimates
+from saigakit.data import estimates
 
 
 def test_two_epochs_of_100_conversations_in_batches_of_16_are_13_steps():

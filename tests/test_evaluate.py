@@ -3,8 +3,10 @@ import shutil
 
 import pytest
 
-from saigakit import data, evaluate, export, questions, results
+from saigakit import evaluate, export, results
 from saigakit.core import manifest, workspace
+from saigakit.data import conversations as data
+from saigakit.data import questions
 from saigakit.errors import SaigaError
 from saigakit.evaluate import Asked, Compared, Example
 from saigakit.prompt import encoding

@@ -2,7 +2,7 @@
 
 import pytest
 
-from saigakit import lengths
+from saigakit.data import length_histogram
 
 
 def bars(figure):
@@ -13,7 +13,7 @@ def bars(figure):
 
 def test_the_picture_shows_every_conversation_and_no_bar_crosses_the_limit():
     counted = [*range(1, 300), 1000, 5000]
-    drawn = bars(lengths.plot(counted, 256))
+    drawn = bars(length_histogram.plot(counted, 256))
     assert sum(height for _, _, height in drawn) == len(counted)
     assert sum(height for left, _, height in drawn if left > 256) == sum(length > 256 for length in counted)
     assert all(right <= 256.5 or left >= 256.5 for left, right, _ in drawn)
@@ -21,7 +21,7 @@ def test_the_picture_shows_every_conversation_and_no_bar_crosses_the_limit():
 
 @pytest.mark.parametrize(("counted", "entries"), [([5, 7], 2), ([5, 9], 3), ([9], 3), ([8], 2), ([1], 2)])
 def test_the_legend_names_what_is_too_long_only_where_something_is(counted, entries):
-    figure = lengths.plot(counted, 8)
+    figure = length_histogram.plot(counted, 8)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(texts) == entries
     assert "max_seq_length" in texts[-1]
@@ -30,9 +30,9 @@ def test_the_legend_names_what_is_too_long_only_where_something_is(counted, entr
 
 def test_the_terminal_has_the_same_bars_as_the_picture():
     counted = [*range(1, 300), 1000, 5000]
-    found = lengths.histogram(counted, 256)
-    assert [count for *_, count in found] == [height for _, _, height in bars(lengths.plot(counted, 256))]
+    found = length_histogram.histogram(counted, 256)
+    assert [count for *_, count in found] == [height for _, _, height in bars(length_histogram.plot(counted, 256))]
     assert all(last <= 256 or first > 256 for first, last, _ in found)
     assert sum(count for *_, count in found) == len(counted)
-    lines = str(lengths.table(found, 256)).splitlines()
+    lines = str(length_histogram.table(found, 256)).splitlines()
     assert "░" in lines[-2] and "█" in lines[2]

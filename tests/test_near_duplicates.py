@@ -11,7 +11,7 @@ import pytest
 import russian_texts
 from russian_texts import EDITS, INSTRUCTION, letter, sentence, story
 
-from saigakit import near_duplicates
+from saigakit.data import near_duplicates
 
 COUNT = 200
 SEEDS = (0, 1, 2)
@@ -174,7 +174,7 @@ def test_no_records_have_no_near_ones():
 def test_signatures_do_not_depend_on_the_processs_hashes():
     code = """
 import hashlib, random, russian_texts
-from saigakit import near_duplicates
+from saigakit.data import near_duplicates
 signer = near_duplicates.Signer(frozenset())
 signer.add(russian_texts.story(random.Random(0)))
 made = signer.finish()

@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 
-from saigakit import calibration, export, quality, quality_by_type, read_back, registry, report
+from saigakit import calibration, export, quality, quality_by_type, read_back, registry
 from saigakit.core import manifest, workspace
+from saigakit.data import report
 from saigakit.errors import SaigaError
 
 MODEL = "saiga_tiny"

@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from saigakit import records
+from saigakit.data import records
 from saigakit.errors import SaigaError
 
 RECORD = {"user": "Кто ты?", "bot": "Сайга."}

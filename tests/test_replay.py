@@ -6,10 +6,11 @@ from itertools import chain
 
 import pytest
 
-from saigakit import data, replay
-from saigakit.conversations import Conversations
+from saigakit import replay
+from saigakit.data import conversations as data
+from saigakit.data.rows import Rows
+from saigakit.data.store import Conversations
 from saigakit.errors import DataError, SaigaError
-from saigakit.rows import Rows
 
 
 def talk(question):

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from saigakit import data, report
 from saigakit.core import manifest, progress
+from saigakit.data import conversations as data
+from saigakit.data import report
 from saigakit.errors import DataError, SaigaError
 from saigakit.prompt import encoding, template
 from saigakit.registry import MODELS
@@ -132,12 +133,12 @@ def test_bad_records_of_both_files_are_named_at_once(check, write):
 def test_a_killed_stage_leaves_nothing_under_its_name_and_the_next_run_finishes(tiny, tmp_path, check):
     code = """
 import os, signal, sys
-from saigakit import data, report
-write = data.write_conversations
+from saigakit.data import report
+write = report.write_conversations
 def write_and_die(conversations, file):
     write(conversations, file)
     os.kill(os.getpid(), signal.SIGKILL)
-data.write_conversations = write_and_die
+report.write_conversations = write_and_die
 report.check_records(model="saiga_tiny", records=sys.argv[1], run_dir=sys.argv[2])
 """
     command = [sys.executable, "-c", code, str(tiny / "records.jsonl"), str(tmp_path / "run")]

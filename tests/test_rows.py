@@ -8,8 +8,8 @@ import sys
 import pytest
 from test_layouts import THOUGHTFUL, chatml
 
-from saigakit import rows
 from saigakit.core import progress, workspace
+from saigakit.data import rows
 from saigakit.errors import DataError, SaigaError
 from saigakit.prompt import encoding, layout, template
 from saigakit.prompt.encoding import IGNORE_INDEX, encode
@@ -116,7 +116,7 @@ def test_a_disk_that_is_full_is_an_error_with_what_is_needed(tiny, tmp_path):
     """In a process of its own, for the limit stays."""
     code = """
 import resource
-from saigakit import rows
+from saigakit.data import rows
 resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
 stored = rows.Rows()
 try:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from saigakit import attention, data, packing, samples
-from saigakit.conversations import Conversations
+from saigakit import attention, packing, samples
+from saigakit.data import conversations as data
+from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.registry import Lora

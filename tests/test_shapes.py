@@ -2,8 +2,8 @@
 
 import pytest
 
-from saigakit import shapes
-from saigakit.records import Bad
+from saigakit.data import schema
+from saigakit.data.records import Bad
 
 TALK = [{"role": "user", "content": "Кто ты?"}, {"role": "assistant", "content": "Сайга."}]
 WITH_SYSTEM = [{"role": "system", "content": "Отвечай кратко."}, *TALK]
@@ -29,7 +29,7 @@ def calling(**changes):
 
 
 def problems(record):
-    found = shapes.conversation(record)
+    found = schema.conversation(record)
     assert isinstance(found, Bad), found
     return list(found.problems)
 
@@ -61,7 +61,7 @@ def problems(record):
     ],
 )
 def test_every_shape_becomes_the_same_messages(record, messages):
-    assert shapes.conversation(record) == {"messages": messages}
+    assert schema.conversation(record) == {"messages": messages}
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_every_shape_becomes_the_same_messages(record, messages):
     ],
 )  # fmt: skip
 def test_tools_and_calls_in_every_spelling_become_the_same(record):
-    assert shapes.conversation(record) == {"messages": WITH_TOOL, "tools": [WEATHER]}
+    assert schema.conversation(record) == {"messages": WITH_TOOL, "tools": [WEATHER]}
 
 
 @pytest.mark.parametrize(
@@ -104,33 +104,33 @@ def test_tools_and_calls_in_every_spelling_become_the_same(record):
     ],
 )
 def test_older_calls_and_those_of_sharegpt_become_the_same(record):
-    assert shapes.conversation({**record, "tools": [WEATHER]}) == {"messages": TOOL_TURNS, "tools": [WEATHER]}
+    assert schema.conversation({**record, "tools": [WEATHER]}) == {"messages": TOOL_TURNS, "tools": [WEATHER]}
 
 
 def test_a_function_message_is_a_tools_and_keeps_its_name():
     answered = {"role": "function", "name": "weather", "content": "-5"}
-    made = shapes.conversation({"messages": [*TOOL_TURNS[:2], answered, SAID], "tools": [WEATHER]})
+    made = schema.conversation({"messages": [*TOOL_TURNS[:2], answered, SAID], "tools": [WEATHER]})
     assert made["messages"][2] == {"role": "tool", "name": "weather", "content": "-5"}
 
 
 def test_words_beside_a_call_are_kept():
-    assert shapes.conversation(calling(content=" Смотрю. "))["messages"][1]["content"] == " Смотрю. "
+    assert schema.conversation(calling(content=" Смотрю. "))["messages"][1]["content"] == " Смотрю. "
 
 
 def test_two_calls_have_two_answers_and_a_call_may_be_the_last_word():
     second = {**CALL, "id": "2"}
     both = {"role": "assistant", "content": "", "tool_calls": [CALL, second]}
     turns = [ASK, both, {**ANSWER, "tool_call_id": "2"}, ANSWER, {**WITH_TOOL[1], "tool_calls": [CALL]}]
-    assert shapes.conversation({"messages": turns, "tools": [WEATHER]})["messages"] == turns
+    assert schema.conversation({"messages": turns, "tools": [WEATHER]})["messages"] == turns
 
 
 def test_tools_that_are_not_called_are_kept():
-    assert shapes.conversation({"user": "а", "bot": "б", "tools": [WEATHER]})["tools"] == [WEATHER]
+    assert schema.conversation({"user": "а", "bot": "б", "tools": [WEATHER]})["tools"] == [WEATHER]
 
 
 def test_texts_are_kept_to_the_letter():
     text = "  отступ\n\tтаб </s> <|im_end|> 🙂 漢 e\u0301\u200b \x00 "
-    made = shapes.conversation({"user": text, "bot": text})
+    made = schema.conversation({"user": text, "bot": text})
     assert [message["content"] for message in made["messages"]] == [text, text]
 
 
@@ -241,8 +241,8 @@ def test_every_problem_of_a_record_is_named():
 
 def test_keys_beside_the_conversation_are_told():
     record = {"messages": TALK, "id": 1, "user": "Иван", "source": None, "tools": [], "tool_choice": "auto"}
-    assert shapes.keys_not_read(record) == {"id", "user", "tool_choice"}
-    assert shapes.keys_not_read({"user": "а", "bot": "б", "system": "в"}) == set()
+    assert schema.keys_not_read(record) == {"id", "user", "tool_choice"}
+    assert schema.keys_not_read({"user": "а", "bot": "б", "system": "в"}) == set()
 
 
 def test_a_call_of_weight_0_keeps_it_in_sharegpt_too():
@@ -254,17 +254,17 @@ def test_a_call_of_weight_0_keeps_it_in_sharegpt_too():
         {"from": "observation", "value": "1"},
         {"from": "gpt", "value": "б"},
     ]
-    made = shapes.conversation({"tools": tools, "conversations": [turns[0], {**call, "weight": 0}, *turns[2:]]})
+    made = schema.conversation({"tools": tools, "conversations": [turns[0], {**call, "weight": 0}, *turns[2:]]})
     assert [message.get("weight") for message in made["messages"]] == [None, 0, None, None]
-    bad = shapes.conversation({"tools": tools, "conversations": [turns[0], {**call, "weight": "0"}, *turns[2:]]})
+    bad = schema.conversation({"tools": tools, "conversations": [turns[0], {**call, "weight": "0"}, *turns[2:]]})
     assert bad.problems == (
         "conversations[1].weight: is a text; use 0 for an answer that is not to be learned, 1 for one that is",
     )
-    nothing = shapes.conversation({"conversations": [turns[0], {**turns[3], "weight": 0}]})
+    nothing = schema.conversation({"conversations": [turns[0], {**turns[3], "weight": 0}]})
     assert nothing.problems[0].startswith("conversations: each answer of the assistant has weight 0")
 
 
 def test_an_answer_of_weight_0_keeps_it_and_one_of_weight_1_is_like_any_other():
     messages = [TALK[0], {**TALK[1], "weight": 0}, TALK[0], {**TALK[1], "weight": 1}]
-    made = shapes.conversation({"messages": messages})
+    made = schema.conversation({"messages": messages})
     assert made == {"messages": [TALK[0], {**TALK[1], "weight": 0}, *TALK[:2]]}

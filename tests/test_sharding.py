@@ -11,9 +11,9 @@ from saigakit import curve, preflight, sharding, train
 from saigakit.config import TrainConfig
 from saigakit.core import launch
 from saigakit.core.workspace import Gpu
+from saigakit.data.rows import Rows
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
-from saigakit.rows import Rows
 from saigakit.steps import Plan
 
 CHILD = """

@@ -7,7 +7,8 @@ from pathlib import Path
 import hub_stub
 import pytest
 
-from saigakit import registry, sources
+from saigakit import registry
+from saigakit.data import sources
 from saigakit.errors import SaigaError
 from saigakit.registry import MODELS, ModelSpec
 from saigakit.weights import find
@@ -35,7 +36,7 @@ DATA_SETS = {
 REPOSITORIES = {SAIGA.base_model: BASE, SAIGA.released_adapter: ADAPTER, **OLD, **DATA_SETS}
 ASK = """
 import sys
-from saigakit import registry, sources
+from saigakit import registry; from saigakit.data import sources
 from saigakit.weights import find
 from saigakit.errors import SaigaError
 try:

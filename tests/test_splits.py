@@ -2,7 +2,7 @@
 
 import pytest
 
-from saigakit import splits
+from saigakit.data import splits
 from saigakit.errors import SaigaError
 
 SHARDS = ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]

@@ -6,8 +6,8 @@ from array import array
 import pytest
 
 from saigakit.config import TrainConfig
+from saigakit.data.rows import Rows
 from saigakit.prompt.encoding import IGNORE_INDEX
-from saigakit.rows import Rows
 from saigakit.steps import Plan
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, overload
 
 from saigakit.core import workspace
-from saigakit.shapes import Conversation
+from saigakit.data.schema import Conversation
 
 _BLOCK = 2**20  # bytes read ahead where one conversation follows another
 _LINE_ENDS = {character: f"\\u{ord(character):04x}" for character in "\u0085\u2028\u2029"}

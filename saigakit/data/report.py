@@ -6,18 +6,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from saigakit import audit, data, estimates, lengths, near_duplicates, registry, sources
+from saigakit import registry
 from saigakit.config import TrainConfig
-from saigakit.conversations import Conversations
 from saigakit.core import manifest
 from saigakit.core.display import Table
 from saigakit.core.progress import Every
+from saigakit.data import audit, estimates, length_histogram, near_duplicates, sources
+from saigakit.data.conversations import (
+    asking_alike,
+    labels,
+    read_conversations,
+    split_conversations,
+    spread,
+    write_conversations,
+)
+from saigakit.data.fitting import Fitted
+from saigakit.data.near_duplicates import Signatures
+from saigakit.data.schema import Conversation
+from saigakit.data.store import Conversations
 from saigakit.errors import DataError
-from saigakit.fitting import Fitted
-from saigakit.near_duplicates import Signatures
 from saigakit.prompt import encoding, token_view
 from saigakit.prompt.encoding import Tokenizer
-from saigakit.shapes import Conversation
 from saigakit.weights import find
 
 T = TypeVar("T")
@@ -64,7 +73,7 @@ def check_records(
     final = Path(run_dir) / STAGE
     if final.is_dir() and manifest.is_kept(final, **identity()):
         return final
-    read = _of_all(files, lambda part: data.read_conversations(files[part]))  # before a tokenizer is fetched
+    read = _of_all(files, lambda part: read_conversations(files[part]))  # before a tokenizer is fetched
     for part, found in read.items():
         print(f"{names[part]}: {len(found):,} conversations, each is well-formed.", flush=True)
     tokenizer = encoding.load_tokenizer(model, base_source)
@@ -74,9 +83,9 @@ def check_records(
         report = {"model": model, "max_seq_length": limit, **_written(fitted, tokenizer, partial, eval_fraction, seed)}
         report["estimate"] = _estimate(report["train"], model).to_json()
         counted = [tokens for part in fitted.values() for tokens in part.lengths]
-        report["lengths"] = lengths.histogram(counted, limit)
+        report["lengths"] = length_histogram.histogram(counted, limit)
         manifest.write_text(partial / "report.json", json.dumps(report, ensure_ascii=False, indent=2))
-        lengths.plot(counted, limit).savefig(partial / "lengths.png", dpi=110)
+        length_histogram.plot(counted, limit).savefig(partial / "lengths.png", dpi=110)
     return final
 
 
@@ -96,7 +105,7 @@ def _of_all(parts: Iterable[str], make: Callable[[str], T]) -> dict[str, T]:
 
 
 def _hashes(files: Sequence[Path]) -> dict[str, str]:
-    return {label: manifest.sha256(file) for label, file in zip(data.labels(files), files, strict=True)}
+    return {label: manifest.sha256(file) for label, file in zip(labels(files), files, strict=True)}
 
 
 def _written(
@@ -106,12 +115,12 @@ def _written(
     training, held_out = fitted["records"], fitted.get("held_out", fitted["records"])
     sides = (training.conversations, held_out.conversations)
     if training is held_out:
-        sides = data.split_conversations(training.conversations, eval_fraction=eval_fraction, seed=seed)
-    sample = data.spread(sides[0], near_duplicates.SAMPLE)
+        sides = split_conversations(training.conversations, eval_fraction=eval_fraction, seed=seed)
+    sample = spread(sides[0], near_duplicates.SAMPLE)
     common = near_duplicates.boilerplate(near_duplicates.said_by_user(each["messages"]) for each in sample)
     of_training, signed = _write_side(directory / "train.jsonl", sides[0], training, tokenizer, common)
     of_held_out, held_out_signed = _write_side(directory / "held_out.jsonl", sides[1], held_out, tokenizer, common)
-    repeated, near = len(data.asking_alike(*sides)), _near(sides, (signed, held_out_signed))
+    repeated, near = len(asking_alike(*sides)), _near(sides, (signed, held_out_signed))
     return {
         "cut": {part: each.cut for part, each in fitted.items()},
         "dropped": {part: each.dropped for part, each in fitted.items()},
@@ -139,7 +148,7 @@ def _write_side(
                 print(f"{file.name}: {done:,} of {len(side):,} conversations looked at", flush=True)
             yield conversation
 
-    data.write_conversations(looked_at(), file)
+    write_conversations(looked_at(), file)
     return facts.facts(), signer.finish()
 
 
@@ -245,4 +254,4 @@ def examples(directory: str | Path, tokenizer: Tokenizer, count: int = 3) -> tok
     """Conversations of training from the whole file, with what is learned of them marked."""
     manifest.require_stage(Path(directory), STAGE)
     train = Conversations.of_file(Path(directory) / "train.jsonl")
-    return token_view.mark(data.spread(train, count), tokenizer)
+    return token_view.mark(spread(train, count), tokenizer)

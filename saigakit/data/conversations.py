@@ -10,12 +10,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar, cast
 
-from saigakit import records, shapes
-from saigakit.conversations import Conversations, Origins, as_line
 from saigakit.core.progress import Every
+from saigakit.data import records, schema
+from saigakit.data.records import Bad, named
+from saigakit.data.schema import Conversation
+from saigakit.data.store import Conversations, Origins, as_line
 from saigakit.errors import DataError, SaigaError
-from saigakit.records import Bad, named
-from saigakit.shapes import Conversation
 
 T = TypeVar("T")
 _SHORT = 3  # blanks in a text that says too little to be a question of its own
@@ -69,12 +69,12 @@ class _Checking:
             self.origins.begin(number)
             for line, record in records.read(file):
                 self.records += 1
-                made = record if isinstance(record, Bad) else shapes.conversation(record)
+                made = record if isinstance(record, Bad) else schema.conversation(record)
                 if isinstance(made, Bad):
                     self.bad += 1
                     self._add(f"{label}:{line}: {problem}" for problem in made.problems)
                 elif not self.problems:
-                    self.ignored.update(shapes.keys_not_read(cast(dict[str, Any], record)))
+                    self.ignored.update(schema.keys_not_read(cast(dict[str, Any], record)))
                     self.origins.add(line)
                     yield made
                 if self.is_due():

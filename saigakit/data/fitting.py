@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Self
 
-from saigakit import rows
-from saigakit.conversations import Conversations
+from saigakit.data import rows
+from saigakit.data.schema import Conversation
+from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.prompt.encoding import Tokenizer
-from saigakit.shapes import Conversation
 
 
 @dataclass

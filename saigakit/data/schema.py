@@ -3,9 +3,9 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from saigakit import calls
-from saigakit.calls import kind, text_problem
-from saigakit.records import Bad, named
+from saigakit.data import tool_calls
+from saigakit.data.records import Bad, named
+from saigakit.data.tool_calls import kind, text_problem
 
 Message = dict[str, Any]  # "role", "content" and, where there are any, "tool_calls", "tool_call_id", "name"
 Conversation = dict[str, Any]  # "messages" and, where there are any, "tools"
@@ -50,7 +50,7 @@ def conversation(record: object) -> Conversation | Bad:
     if isinstance(shape, Bad):
         return shape
     problems = [f"{key}: stands beside the messages; put it into its message" for key in _OF_MESSAGE if record.get(key)]
-    tools = calls.tools_of(record, problems)
+    tools = tool_calls.tools_of(record, problems)
     names = None if problems else [tool["function"]["name"] for tool in tools]
     turns = [("system", _message("system", record["system"]))] if record.get("system") not in (None, "") else []
     if shape in _LISTS:
@@ -108,7 +108,7 @@ def _listed(name: str, messages: object, names: Collection[str] | None, problems
             continue
         given = message.get(role_key)
         role = ROLES.get(given) if isinstance(given, str) else None
-        problems += calls.unknown_keys(field, message, (role_key, content_key, *_OF_ROLE.get(role or "", ())))
+        problems += tool_calls.unknown_keys(field, message, (role_key, content_key, *_OF_ROLE.get(role or "", ())))
         if role is None:
             problems.append(f"{field}.{role_key}: {_role_problem(given)}")
             continue
@@ -116,11 +116,11 @@ def _listed(name: str, messages: object, names: Collection[str] | None, problems
         if given == "function_call":
             made |= {
                 "content": "",
-                "tool_calls": calls.read_calls(f"{field}.{content_key}", made["content"], names, problems),
+                "tool_calls": tool_calls.read_calls(f"{field}.{content_key}", made["content"], names, problems),
             }
             _take_weight(made, f"{field}.weight", message.get("weight"), problems)
         elif role == "assistant":
-            _take_calls(made, calls.calls_of(field, message, names, problems))
+            _take_calls(made, tool_calls.calls_of(field, message, names, problems))
             _take_weight(made, f"{field}.weight", message.get("weight"), problems)
         elif role == "tool":
             made |= _answered(field, message, problems)
@@ -128,7 +128,7 @@ def _listed(name: str, messages: object, names: Collection[str] | None, problems
     return turns
 
 
-def _take_calls(message: Message, found: list[calls.Call] | None) -> None:
+def _take_calls(message: Message, found: list[tool_calls.Call] | None) -> None:
     """Beside calls there need be no text."""
     if found is not None:
         message["tool_calls"] = found

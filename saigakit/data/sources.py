@@ -3,8 +3,8 @@
 import glob
 from pathlib import Path
 
-from saigakit import records, splits
 from saigakit.core import hub, workspace
+from saigakit.data import records, splits
 from saigakit.demo import wordnet_records
 from saigakit.errors import SaigaError
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
-from saigakit import records
-from saigakit.records import named
+from saigakit.data import records
+from saigakit.data.records import named
 
 Call = dict[str, Any]
 Tool = dict[str, Any]

@@ -12,9 +12,9 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from saigakit.conversations import Conversations
 from saigakit.core import workspace
 from saigakit.core.progress import Every
+from saigakit.data.store import Conversations
 from saigakit.errors import DataError, SaigaError
 from saigakit.prompt import encoding
 from saigakit.prompt.encoding import IGNORE_INDEX, Example, Tokenizer
