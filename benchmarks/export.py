@@ -30,8 +30,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from saigakit import export, quantization, registry, streaming
+from saigakit import export, registry
 from saigakit.core.display import Table
+from saigakit.llamacpp import quantization, streaming
 from saigakit.registry import ALL_LINEAR
 from saigakit.weights import find
 

@@ -18,10 +18,11 @@ from contextlib import closing
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from saigakit import activations, export, quality, quantization
+from saigakit import export, quality
 from saigakit.core.display import Table
 from saigakit.data import conversations as data
 from saigakit.demo import packages, wordnet_records
+from saigakit.llamacpp import imatrix_compute, quantization
 from saigakit.prompt import encoding
 
 MODEL = "smollm2_135m"
@@ -119,7 +120,7 @@ def main() -> None:
         reference = exported(directory, options.adapter, "F16", "reference", None)
         matrices: dict[str, Path | None] = {"none": None}
         for name, rows in sources.items():
-            made = activations.measured(reference, rows, dataset=name, max_tokens=options.tokens)
+            made = imatrix_compute.measured(reference, rows, dataset=name, max_tokens=options.tokens)
             matrices[name] = made.write(directory / f"{name}.gguf")
         measured: dict[str, dict[tuple[str, str], quality.Quality]] = {name: {} for name in held}
         types, gigabytes = {}, {}

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saigakit import activations, export, registry
+from saigakit import export, registry
 from saigakit.core import manifest, workspace
 from saigakit.data import conversations as data
 from saigakit.data import rows, sources
 from saigakit.data.rows import Rows
 from saigakit.errors import SaigaError
+from saigakit.llamacpp import imatrix_compute
 from saigakit.prompt import encoding
 from saigakit.weights import base_files, find
 from saigakit.weights.lineage import MergeInto
@@ -51,7 +52,7 @@ def importance_of_records(
             base_source=base_source,
             merge_into=merge_into,
         )
-        made = activations.measured(
+        made = imatrix_compute.measured(
             whole,
             [ids[index]["input_ids"] for index in range(len(ids))],
             dataset=Path(records).name,

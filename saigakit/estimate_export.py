@@ -6,9 +6,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import quantization, streaming
 from saigakit.core import workspace
 from saigakit.core.display import Table
+from saigakit.llamacpp import quantization, streaming
 from saigakit.weights.tensors import Shards
 
 if TYPE_CHECKING:

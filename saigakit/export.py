@@ -1,17 +1,22 @@
 """A base model and an adapter into quantised GGUF files, chunk by chunk: no merged copy on the way."""
 
+import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from saigakit import companions, fit, quantization, read_back, registry
+from saigakit import companions, fit, registry
 from saigakit.core import manifest
+from saigakit.data import sources
 from saigakit.gguf_files import Export, paths
+from saigakit.llamacpp import quantization
 from saigakit.weights import base_files, find, lineage
 from saigakit.weights.lineage import MergeInto
 
 STAGE = "03_merge_gguf"
+_RECORDS = 200  # held-out records whose ids are compared
 
 
 def merge_gguf(
@@ -44,7 +49,7 @@ def merge_gguf(
         _announce(export, final)
     facts: dict[str, Any] = {}
     with manifest.making(final, facts=facts, **identity) as partial:
-        facts |= export.write(partial / "model.gguf", read_back.held_out_texts(Path(run_dir)))
+        facts |= export.write(partial / "model.gguf", _held_out_texts(Path(run_dir)))
         export.plot().savefig(partial / "sizes.png", dpi=110)
         shown = {*fit.SHOWN, *export.quant_types}
         by_type = {each: export.bytes(each) for each in quantization.QUANT_TYPES if each in shown}
@@ -147,5 +152,20 @@ def to_gguf(
         for adapter_dir in adapter_dirs:
             lineage.require_same_base(adapter_dir, export.base_dir)
     runs = [adapter_dir.parent for adapter_dir in adapter_dirs if (adapter_dir.parent / "01_format").is_dir()]
-    export.write(file, read_back.held_out_texts(runs[0]) if runs else (), identity)
+    export.write(file, _held_out_texts(runs[0]) if runs else (), identity)
     return file
+
+
+def _held_out_texts(run_dir: Path) -> list[str]:
+    """What is said in the first held-out records; nothing, which is printed, where there are none."""
+    if (file := sources.formatted_records("held_out", run_dir)) is None:
+        print(
+            f"There are no held-out records of 01_format in {run_dir} or attached: llama.cpp's ids of them are not "
+            "compared with those of the training.",
+            flush=True,
+        )
+        return []
+    with file.open(encoding="utf-8") as stream:
+        records = [json.loads(line) for line in itertools.islice(stream, _RECORDS)]
+    said = [message.get("content") for record in records for message in record["messages"]]
+    return [text for text in said if isinstance(text, str) and text]

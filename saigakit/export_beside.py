@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saigakit import calibration, companions, gguf_files, lora_gguf, merged_safetensors, quantization, registry
+from saigakit import calibration, companions, gguf_files, lora_gguf, merged_safetensors, registry
 from saigakit import export as exporting
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
+from saigakit.llamacpp import quantization
 from saigakit.weights import find
 
 _MATRICES = (".gguf", ".dat", ".imatrix")

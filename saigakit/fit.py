@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from saigakit import quantization
 from saigakit.core import manifest
 from saigakit.core.display import Table
 from saigakit.errors import SaigaError
+from saigakit.llamacpp import quantization
 from saigakit.weights.memory import CacheType, Shape
 
 if TYPE_CHECKING:

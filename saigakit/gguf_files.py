@@ -10,17 +10,18 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from saigakit import container, estimate_export, quantization, read_back, sizes, streaming, vocabulary
-from saigakit.architecture import Architecture
+from saigakit import estimate_export, sizes
 from saigakit.core import manifest, workspace
 from saigakit.core.display import Table
 from saigakit.errors import SaigaError
-from saigakit.importance import Importance
+from saigakit.llamacpp import container, quantization, read_back, streaming, vocabulary
+from saigakit.llamacpp.architecture import Architecture
+from saigakit.llamacpp.imatrix import Importance
+from saigakit.llamacpp.streaming import Written
+from saigakit.llamacpp.vocabulary import Vocabulary
 from saigakit.prompt import encoding, template
 from saigakit.prompt.encoding import FastTokenizer
 from saigakit.registry import ModelSpec
-from saigakit.streaming import Written
-from saigakit.vocabulary import Vocabulary
 from saigakit.weights import find, lineage
 from saigakit.weights.lineage import Lineage, MergeInto
 from saigakit.weights.merge import Adapters, Merged

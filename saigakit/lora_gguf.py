@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saigakit import registry
-from saigakit.architecture import Architecture
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
+from saigakit.llamacpp.architecture import Architecture
 from saigakit.weights import find, lineage
 from saigakit.weights.adapter import EMBEDDINGS, Adapter
 from saigakit.weights.lineage import Lineage

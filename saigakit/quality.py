@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import forward
 from saigakit.core import workspace
 from saigakit.core.display import Table
 from saigakit.core.progress import Every
 from saigakit.errors import SaigaError
+from saigakit.llamacpp import forward
 from saigakit.prompt.encoding import IGNORE_INDEX, Example
 
 if TYPE_CHECKING:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import saigakit
-from saigakit import evaluate, execution, quantization, registry, results, summary
+from saigakit import evaluate, execution, registry, results, summary
 from saigakit.core import launch, manifest
 from saigakit.errors import SaigaError, suggestion
 from saigakit.execution import Terminal
+from saigakit.llamacpp import quantization
 
 _STATE = ".runner"
 _LOCK_PATIENCE_S = 5.0  # the kernel of a killed run notices within about 1 s

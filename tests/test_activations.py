@@ -11,9 +11,10 @@ import small_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from saigakit import activations, export
-from saigakit.architecture import Architecture
+from saigakit import export
 from saigakit.errors import SaigaError
+from saigakit.llamacpp import imatrix_compute
+from saigakit.llamacpp.architecture import Architecture
 
 ROWS = ([1, 404, 505, 606, 7, 8, 9, 300], [1, 5], list(range(10, 90)) * 4, [1, 260, 261, 700, 2, 13, 1, 300, 301])
 SHAPE = {"hidden_size": 256, "intermediate_size": 288, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -69,7 +70,7 @@ def by_transformers(base_dir, rows):
 
 def test_it_is_the_mean_square_of_what_each_column_is_multiplied_with(base_dir, float_file, exact_attention):
     expected, tokens = by_transformers(base_dir, ROWS)
-    made = activations.measured(float_file, ROWS, dataset="train.jsonl", n_threads=1)
+    made = imatrix_compute.measured(float_file, ROWS, dataset="train.jsonl", n_threads=1)
     assert set(made) == set(expected) == {name for name in expected if name.startswith("blk.")}
     assert {squares.count for squares in made.squares.values()} == {tokens}
     for name, squares in expected.items():
@@ -77,8 +78,8 @@ def test_it_is_the_mean_square_of_what_each_column_is_multiplied_with(base_dir, 
 
 
 def test_every_row_is_read_from_its_beginning(float_file):
-    alone = [activations.measured(float_file, [row], dataset="one", n_threads=1) for row in ROWS[:2]]
-    both = activations.measured(float_file, ROWS[:2], dataset="two", n_threads=1)
+    alone = [imatrix_compute.measured(float_file, [row], dataset="one", n_threads=1) for row in ROWS[:2]]
+    both = imatrix_compute.measured(float_file, ROWS[:2], dataset="two", n_threads=1)
     for name in both:
         sums = alone[0].squares[name].sums + alone[1].squares[name].sums
         np.testing.assert_allclose(both.squares[name].sums, sums, rtol=1e-5, err_msg=name)
@@ -86,32 +87,36 @@ def test_every_row_is_read_from_its_beginning(float_file):
 
 def test_few_tokens_are_rows_from_everywhere(float_file):
     rows = [[1, 300 + index] for index in range(100)]
-    made = activations.measured(float_file, rows, dataset="many", max_tokens=20, n_threads=1)
+    made = imatrix_compute.measured(float_file, rows, dataset="many", max_tokens=20, n_threads=1)
     assert (made.chunks, made.datasets) == (10, ("many",))
     assert {squares.count for squares in made.squares.values()} == {20}
 
 
 def test_ids_of_another_tokenizer_are_refused(float_file):
     with pytest.raises(SaigaError, match=r"up to id 768.*vocabulary of 768"):
-        activations.measured(float_file, [[1, 768]], dataset="other", n_threads=1)
+        imatrix_compute.measured(float_file, [[1, 768]], dataset="other", n_threads=1)
 
 
 def test_llama_cpp_says_nothing(float_file, capfd):
     logging.getLogger("llama-cpp-python").setLevel(logging.NOTSET)  # as it is before its class was used
-    activations.measured(float_file, ROWS[:1], dataset="one", n_threads=1)
+    imatrix_compute.measured(float_file, ROWS[:1], dataset="one", n_threads=1)
     assert capfd.readouterr() == ("", "")
 
 
 def test_nothing_to_read_is_refused(float_file):
     with pytest.raises(SaigaError, match="no tokens"):
-        activations.measured(float_file, [[]], dataset="empty", n_threads=1)
+        imatrix_compute.measured(float_file, [[]], dataset="empty", n_threads=1)
 
 
 def test_another_layout_of_ggmls_tensors_is_noticed(monkeypatch):
     class Shifted(ctypes.Structure):
-        _fields_ = (*activations._Tensor._fields_[:-1], ("new", ctypes.c_int64), activations._Tensor._fields_[-1])
+        _fields_ = (
+            *imatrix_compute._Tensor._fields_[:-1],
+            ("new", ctypes.c_int64),
+            imatrix_compute._Tensor._fields_[-1],
+        )
 
-    ggml = activations._ggml()
-    monkeypatch.setattr(activations, "_Tensor", Shifted)
+    ggml = imatrix_compute._ggml()
+    monkeypatch.setattr(imatrix_compute, "_Tensor", Shifted)
     with pytest.raises(SaigaError, match="lays its tensors out otherwise"):
-        activations._require_layout(ggml)
+        imatrix_compute._require_layout(ggml)

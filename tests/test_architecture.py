@@ -7,8 +7,8 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import LlamaConfig
 
-from saigakit.architecture import Architecture
 from saigakit.errors import SaigaError
+from saigakit.llamacpp.architecture import Architecture
 from saigakit.weights.merge import Merged
 
 

@@ -6,7 +6,7 @@ import pytest
 from saigakit import calibration, export, quality
 from saigakit.core import workspace
 from saigakit.data import conversations as data
-from saigakit.importance import Importance
+from saigakit.llamacpp.imatrix import Importance
 from saigakit.prompt import encoding
 
 MODEL = "saiga_tiny"

@@ -2,8 +2,8 @@ import gguf
 import numpy as np
 import pytest
 
-from saigakit import container, streaming
 from saigakit.errors import SaigaError
+from saigakit.llamacpp import container, streaming
 
 SHAPES = {"output_norm.weight": (5,), "blk.0.ffn_up.weight": (3, 64)}
 TYPES = {"output_norm.weight": "F32", "blk.0.ffn_up.weight": "Q8_0"}

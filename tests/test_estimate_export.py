@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import small_models
 
-from saigakit import estimate_export, streaming
+from saigakit import estimate_export
+from saigakit.llamacpp import streaming
 from saigakit.weights.merge import Merged
 
 COLUMNS, ROWS = 2048, 8192

@@ -14,8 +14,9 @@ import vocabularies
 from pytest import approx
 from safetensors.numpy import load_file, save_file
 
-from saigakit import quantization, registry
+from saigakit import registry
 from saigakit.gguf_files import Export, paths
+from saigakit.llamacpp import quantization
 from saigakit.prompt import template
 from saigakit.weights import find
 from saigakit.weights.merge import Merged

@@ -12,9 +12,10 @@ import small_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from saigakit import export, read_back, streaming
+from saigakit import export
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
+from saigakit.llamacpp import read_back, streaming
 from saigakit.prompt import encoding
 from saigakit.weights.merge import Merged
 
@@ -24,7 +25,7 @@ TEXTS = ["Что такое пружина?", "Упругая деталь. ё �
 KILLED = """
 import os, random, signal, sys, time
 import gguf, llama_cpp, numpy, safetensors, tokenizers, torch, transformers
-from saigakit import export, streaming; from saigakit.core import workspace
+from saigakit import export; from saigakit.llamacpp import streaming; from saigakit.core import workspace
 model, adapter, output, kills = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 streaming._ROWS, streaming._NUMBERS = 32, 1
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from saigakit.errors import SaigaError
-from saigakit.importance import Importance, Squares, sampled
+from saigakit.llamacpp.imatrix import Importance, Squares, sampled
 
 NAMES = ("blk.0.attn_q.weight", "blk.0.ffn_down.weight")
 SHAPES = {NAMES[0]: (8, 6), NAMES[1]: (6, 10), "token_embd.weight": (20, 6), "blk.0.attn_norm.weight": (6,)}

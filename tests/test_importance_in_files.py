@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import small_models
 
-from saigakit import activations, export
+from saigakit import export
 from saigakit.errors import SaigaError
-from saigakit.importance import Importance, Squares
+from saigakit.llamacpp import imatrix_compute
+from saigakit.llamacpp.imatrix import Importance, Squares
 
 # Enough layers for eighths; shared keys.
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9, "num_attention_heads": 8}
@@ -25,7 +26,7 @@ def made(request, tiny, tmp_path_factory):
     base_dir = small_models.base(directory / "base", tiny / "base", **request.param)
     adapter_dir = small_models.adapter(directory / "adapter", base_dir)
     whole = export.to_gguf(model=str(base_dir), adapter=adapter_dir, output=directory / "f32.gguf", quant_type="F32")
-    matrix = activations.measured(whole, ROWS, dataset="train.jsonl", n_threads=1).write(directory / "imatrix.gguf")
+    matrix = imatrix_compute.measured(whole, ROWS, dataset="train.jsonl", n_threads=1).write(directory / "imatrix.gguf")
     return base_dir, adapter_dir, whole, matrix
 
 

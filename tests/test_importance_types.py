@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import small_models
 
-from saigakit import export, quantization
+from saigakit import export
+from saigakit.llamacpp import quantization
 from saigakit.weights.memory import Shape
 
 SETTINGS = {

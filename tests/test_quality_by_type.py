@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 
-from saigakit import calibration, export, quality, quality_by_type, read_back, registry
+from saigakit import calibration, export, quality, quality_by_type, registry
 from saigakit.core import manifest, workspace
 from saigakit.data import report
 from saigakit.errors import SaigaError
+from saigakit.llamacpp import read_back
 
 MODEL = "saiga_tiny"
 
@@ -128,7 +129,7 @@ def test_reference_and_file_are_in_memory_together(stage, monkeypatch, capsys):
 
 
 def test_what_cannot_be_made_is_told_before_its_matrix_is_computed(run_dir, monkeypatch):
-    monkeypatch.setattr(calibration.activations, "measured", lambda *_, **__: pytest.fail("it is computed"))
+    monkeypatch.setattr(calibration.imatrix_compute, "measured", lambda *_, **__: pytest.fail("it is computed"))
     options = {"model": MODEL, "adapter": "released", "run_dir": run_dir, "max_tokens": 400}
     with pytest.raises(SaigaError, match="quant_type='Q4_KM' is unknown"):
         calibration.matrix_for("records", quant_type="Q4_KM", **options)

@@ -2,8 +2,8 @@ import gguf
 import numpy as np
 import pytest
 
-from saigakit import quantization
 from saigakit.errors import SaigaError
+from saigakit.llamacpp import quantization
 from saigakit.weights.memory import Shape
 
 MODEL = Shape(hidden=256, layers=16, heads=8, kv_heads=2, head_dim=32, intermediate=512, vocabulary=768, tied=False)

@@ -4,8 +4,9 @@ import gguf
 import numpy as np
 import pytest
 
-from saigakit import container, export, quantization, read_back, streaming
+from saigakit import export
 from saigakit.errors import SaigaError
+from saigakit.llamacpp import container, quantization, read_back, streaming
 from saigakit.prompt import encoding
 
 SHAPES = {"output_norm.weight": (5,), "blk.0.ffn_up.weight": (700, 64)}

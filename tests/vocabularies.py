@@ -15,11 +15,11 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from saigakit import container, vocabulary
+from saigakit.llamacpp import container, vocabulary
+from saigakit.llamacpp.vocabulary import Vocabulary
 from saigakit.prompt import encoding, template
 from saigakit.prompt.encoding import FastTokenizer, GgufTokenizer
 from saigakit.registry import MODELS
-from saigakit.vocabulary import Vocabulary
 
 LLAMA2 = Path(__file__).parents[2] / "shared" / "tokenizers" / "llama-2.model"
 _NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -6,10 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import forward, quantization
 from saigakit.core.progress import Every
 from saigakit.errors import SaigaError
-from saigakit.importance import Importance, Squares, sampled
+from saigakit.llamacpp import forward, quantization
+from saigakit.llamacpp.imatrix import Importance, Squares, sampled
 
 if TYPE_CHECKING:
     import numpy as np

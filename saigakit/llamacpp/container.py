@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import quantization
 from saigakit.errors import SaigaError
+from saigakit.llamacpp import quantization
 
 if TYPE_CHECKING:
     import gguf

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import container, quantization
 from saigakit.core import workspace
 from saigakit.core.progress import Every
 from saigakit.errors import SaigaError
+from saigakit.llamacpp import container, quantization
 from saigakit.weights import blas
 
 if TYPE_CHECKING:
-    from saigakit.quantization import Bytes
+    from saigakit.llamacpp.quantization import Bytes
     from saigakit.weights.tensors import Array, Shape
 
 _NUMBERS = 1 << 20  # of a chunk, about: 4 MB in float32

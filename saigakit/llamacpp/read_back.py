@@ -1,7 +1,5 @@
 """A finished GGUF file into a sentence that says what can read it: gguf's reader, llama.cpp, the user's own records."""
 
-import itertools
-import json
 import logging
 import os
 import struct
@@ -10,35 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import container, quantization, streaming
-from saigakit.data import sources
 from saigakit.errors import SaigaError
+from saigakit.llamacpp import container, quantization, streaming
+from saigakit.llamacpp.streaming import Written
 from saigakit.prompt import encoding
 from saigakit.prompt.backends import gguf_vocabulary
 from saigakit.prompt.encoding import FastTokenizer
-from saigakit.streaming import Written
 
 if TYPE_CHECKING:
     import gguf
 
     from saigakit.weights.tensors import Shape
-
-_RECORDS = 200  # held-out records whose ids are compared
-
-
-def held_out_texts(run_dir: Path) -> list[str]:
-    """What is said in the first held-out records; nothing, which is printed, where there are none."""
-    if (file := sources.formatted_records("held_out", run_dir)) is None:
-        print(
-            f"There are no held-out records of 01_format in {run_dir} or attached: llama.cpp's ids of them are not "
-            "compared with those of the training.",
-            flush=True,
-        )
-        return []
-    with file.open(encoding="utf-8") as stream:
-        records = [json.loads(line) for line in itertools.islice(stream, _RECORDS)]
-    said = [message.get("content") for record in records for message in record["messages"]]
-    return [text for text in said if isinstance(text, str) and text]
 
 
 def require_readable(file: Path, tensors: int, tokenizer: FastTokenizer, texts: Sequence[str]) -> str:

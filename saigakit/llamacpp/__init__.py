@@ -1,0 +1,1 @@
+"""Write, quantise and read GGUF files as llama.cpp does, and compute importance matrices."""
