@@ -1,15 +1,14 @@
-"""Conversations into an adapter: the stage 02_train. The work is done by child processes, one per GPU, see worker."""
+"""Conversations into an adapter: the stage 02_train. The work is done by child processes, one per GPU, see train.worker."""
 
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from saigakit import checkpoints, curve, loading, preflight, resuming, worker
+from saigakit import checkpoints, curve, loading, preflight, resuming, training_run
 from saigakit.checkpoints import Store
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest, workspace
@@ -74,7 +73,7 @@ def train_adapter(config: TrainConfig) -> Path:
         return final
     with manifest.making(final, **identity, facts=facts, goes_on=goes_on) as partial:
         _run_child(config, found, store, start, partial, processes, nodes)
-        result_file = partial / worker.RESULT_FILE
+        result_file = partial / training_run.RESULT_FILE
         facts["training"] = json.loads(result_file.read_text(encoding="utf-8"))
         result_file.unlink()
         curve.plot(curve.read(partial)).savefig(partial / "curve.png", dpi=110)
@@ -111,7 +110,7 @@ def _run_child(
             paths[key] = str(found[name])
     child_config = replace(config, **paths).write(directory / CONFIG_FILE)
     store_file = store.for_child(directory)
-    launch.distributed("saigakit.train", [str(child_config)], processes=processes, nodes=nodes)
+    launch.distributed("saigakit.train.worker", [str(child_config)], processes=processes, nodes=nodes)
     store_file.unlink()
 
 
@@ -132,8 +131,3 @@ def _as_formatted(config: TrainConfig, directory: Path) -> TrainConfig:
         return config
     formatted = manifest.require_stage(directory, "01_format", model=config.model)
     return replace(config, max_seq_length=config.max_seq_length or formatted["parameters"]["max_seq_length"])
-
-
-if __name__ == "__main__":
-    with launch.child():
-        worker.main(Path(sys.argv[1]))

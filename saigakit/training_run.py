@@ -18,6 +18,7 @@ from saigakit.training_log import Log
 if TYPE_CHECKING:
     from peft import PeftModel
 
+RESULT_FILE = "result.json"  # how it ended, for the manifest of the stage
 MARGIN_S = 60.0  # for the curve, the hashes and whatever else follows the last step
 Ending = Literal["finished", "early_stopping", "max_hours", "asked"]
 OnEvaluation = Callable[[int, float, "PeftModel"], None]

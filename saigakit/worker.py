@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _LOCK_PATIENCE_S = 5.0
-RESULT_FILE = "result.json"  # for the manifest of the stage
 
 
 def main(config_file: Path) -> None:
@@ -125,7 +125,7 @@ def _finish(run: Run, model: "PeftModel", step: int) -> None:
     result = {"ended": run.ending, "step": step, "steps": len(run.plan), "best_step": best and best.step}
     result |= {"folded_rank": folded_rank} if folded_rank else {}
     content = json.dumps({**result, "reserve_s": run.reserve_s})
-    (directory / RESULT_FILE).write_text(content, encoding="utf-8")
+    (directory / training_run.RESULT_FILE).write_text(content, encoding="utf-8")
 
 
 def _write_samples(run: Run, written: samples.Samples, start: Path | None) -> None:
@@ -160,3 +160,8 @@ def _training_rows(
     joined = replay.Joined(training, stored(general, config.replay_file))
     log.say(joined.in_words(config.replay_fraction))
     return joined
+
+
+if __name__ == "__main__":
+    with launch.child():
+        main(Path(sys.argv[1]))

@@ -242,3 +242,8 @@ def test_what_came_out_wrong_gets_no_name(made, tmp_path, monkeypatch, damage):
     with pytest.raises(SaigaError):
         chosen.write(tmp_path / "x.gguf", TEXTS)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_that_there_is_nothing_to_compare_is_said(tmp_path, capsys):
+    assert export._held_out_texts(tmp_path) == []
+    assert capsys.readouterr().out.startswith(f"There are no held-out records of 01_format in {tmp_path} or attached: ")

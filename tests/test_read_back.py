@@ -111,11 +111,6 @@ def exported(tiny, tmp_path_factory):
     return export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path_factory.mktemp("made") / "x.gguf")
 
 
-def test_that_there_is_nothing_to_compare_is_said(tmp_path, capsys):
-    assert read_back.held_out_texts(tmp_path) == []
-    assert capsys.readouterr().out.startswith(f"There are no held-out records of 01_format in {tmp_path} or attached: ")
-
-
 def test_ids_that_differ_name_the_text(exported, monkeypatch):
     tokenizer = encoding.load_tokenizer("saiga_tiny")
     assert (
