@@ -14,12 +14,13 @@ import random
 import tempfile
 from pathlib import Path
 
-from saigakit import curve, registry, train, worker
+from saigakit import registry, train
 from saigakit.config import TrainConfig
 from saigakit.core import launch
 from saigakit.core.display import Table
 from saigakit.demo import wordnet_records
 from saigakit.registry import ALL_LINEAR, ATTENTION, Lora
+from saigakit.train import curve, worker
 
 MODEL, BATCH, LENGTH = "smollm2_135m", 4, 768
 RATE = 5e-4

@@ -18,9 +18,8 @@ from contextlib import closing
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from saigakit import export, quality
+from saigakit import data, export, quality
 from saigakit.core.display import Table
-from saigakit.data import conversations as data
 from saigakit.demo import packages, wordnet_records
 from saigakit.llamacpp import imatrix_compute, quantization
 from saigakit.prompt import encoding

@@ -22,12 +22,13 @@ from typing import NamedTuple
 
 import psutil
 
-from saigakit import checkpoints, curve, train, worker
+from saigakit import train
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest
 from saigakit.core.display import Table
 from saigakit.demo import packages
 from saigakit.errors import SaigaError
+from saigakit.train import checkpoints, curve, worker
 
 STEPS = 12  # of the run; the last is left alone
 SAVING_S = 0.02  # about what a checkpoint of the tiny Saiga takes

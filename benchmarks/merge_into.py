@@ -17,7 +17,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, get_args
 
-from saigakit import export, registry, train, worker
+from saigakit import export, registry, train
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest
 from saigakit.core.display import Table
@@ -27,6 +27,7 @@ from saigakit.merged_safetensors import to_safetensors
 from saigakit.prompt import encoding
 from saigakit.prompt.encoding import IGNORE_INDEX, Example
 from saigakit.registry import ALL_LINEAR, Lora
+from saigakit.train import worker
 from saigakit.weights import find, load
 from saigakit.weights.merge import Into
 

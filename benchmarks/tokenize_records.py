@@ -24,13 +24,13 @@ from pathlib import Path
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 import tokenizers
 
-from saigakit import packing
+from saigakit import data
 from saigakit.core.display import Table
-from saigakit.data import conversations as data
 from saigakit.data import report, rows
 from saigakit.demo import wordnet_records
 from saigakit.prompt import encoding, template
 from saigakit.registry import MODELS
+from saigakit.train import packing
 from saigakit.weights import find
 
 COMPARED, ROUNDS = 20_000, 5

@@ -28,12 +28,12 @@ import time
 from importlib import util
 from pathlib import Path
 
-from saigakit import attention, checkpoints, evaluation, packing, steps, trainer, training_log, training_run
 from saigakit.config import TrainConfig
 from saigakit.core.display import Table
 from saigakit.data import rows
 from saigakit.prompt.encoding import IGNORE_INDEX
 from saigakit.registry import ATTENTION
+from saigakit.train import attention, checkpoints, evaluation, packing, steps, trainer, training_log, training_run
 
 WAYS = ("tutorial", "grouped", "TRL", "saigakit")
 VOCABULARY, WIDTH_7B, PACK_7B = 32_000, 4096, 3584

@@ -20,8 +20,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from saigakit import attention, head, packing
 from saigakit.registry import ALL_LINEAR, ATTENTION, MODELS, Lora
+from saigakit.train import attention, head, packing
 from saigakit.weights import load, memory
 
 CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saigakit import export, registry
+from saigakit import data, export, registry
 from saigakit.core import manifest, workspace
-from saigakit.data import conversations as data
 from saigakit.data import rows, sources
 from saigakit.data.rows import Rows
 from saigakit.errors import SaigaError

@@ -7,10 +7,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from saigakit import curve, evaluate, markdown, results, train
+from saigakit import evaluate, markdown, results, train
 from saigakit.config import TrainConfig
 from saigakit.core import hub, manifest
 from saigakit.prompt.encoding import Tokenizer
+from saigakit.train import curve
 
 _CARD = Template("""---
 $metadata

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saigakit import infer, metrics, registry, results
+from saigakit import data, infer, metrics, registry, results
 from saigakit.core import manifest, workspace
-from saigakit.data import conversations as data
 from saigakit.data.questions import MARGIN, Example, read_examples
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from saigakit import calibration, companions, export, gguf_card, markdown, quality, registry
+from saigakit import calibration, companions, data, export, gguf_card, markdown, quality, registry
 from saigakit.core import manifest, workspace
 from saigakit.core.display import Table
-from saigakit.data import conversations as data
 from saigakit.data import sources
 from saigakit.gguf_files import Export, paths
 from saigakit.quality import Quality

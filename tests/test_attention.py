@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saigakit import attention
+from saigakit.train import attention
 
 LENGTHS = (7, 1, 12, 5)
 

@@ -8,11 +8,12 @@ import torch
 from bf16_products import Bf16Products
 from safetensors.torch import load_file
 
-from saigakit import curve, loading, train, trainer, worker
+from saigakit import train
 from saigakit.config import TrainConfig
 from saigakit.core import launch, workspace
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
+from saigakit.train import curve, loading, trainer, worker
 from saigakit.weights import fold, load
 
 

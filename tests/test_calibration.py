@@ -3,9 +3,8 @@
 import gguf
 import pytest
 
-from saigakit import calibration, export, quality
+from saigakit import calibration, data, export, quality
 from saigakit.core import workspace
-from saigakit.data import conversations as data
 from saigakit.llamacpp.imatrix import Importance
 from saigakit.prompt import encoding
 

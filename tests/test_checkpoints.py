@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from saigakit import checkpoints
-from saigakit.checkpoints import MARK, Store
 from saigakit.errors import SaigaError
+from saigakit.train import checkpoints
+from saigakit.train.checkpoints import MARK, Store
 
 IDENTITY = checkpoints.identity({"epochs": 3, "max_hours": 9}, {"train": {"train.jsonl": "abc"}})
 STATE = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -170,7 +170,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import torch
-from saigakit import checkpoints
+from saigakit.train import checkpoints
 from saigakit.errors import SaigaError
 sys.path.insert(0, sys.argv[2])
 import test_checkpoints

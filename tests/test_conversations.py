@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from saigakit.data import conversations as data
+from saigakit import data
 from saigakit.data import store
 from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from saigakit import curve
 from saigakit.core import manifest
+from saigakit.train import curve
 
 LOG = [
     {"step": 0, "held_out_loss": 2.5},

@@ -12,8 +12,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from saigakit import data
 from saigakit.core import progress
-from saigakit.data import conversations as data
 from saigakit.data import conversations as data_conversations
 from saigakit.data.store import Conversations
 from saigakit.errors import DataError, SaigaError
@@ -255,7 +255,7 @@ def test_reading_and_splitting_leave_nothing_in_the_home_directory(tmp_path):
     file = tmp_path / "records.jsonl"
     file.write_text('{"user": "а", "bot": "б"}\n{"user": "в", "bot": "г"}\n', encoding="utf-8")
     code = (
-        "import sys; from saigakit.data import conversations as data; made = data.read_conversations(sys.argv[1]);"
+        "import sys; from saigakit import data; made = data.read_conversations(sys.argv[1]);"
         "data.split_conversations(made, eval_fraction=0.5, seed=1); print(len(made))"
     )
     names = ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME")

@@ -3,9 +3,8 @@ import shutil
 
 import pytest
 
-from saigakit import evaluate, export, results
+from saigakit import data, evaluate, export, results
 from saigakit.core import manifest, workspace
-from saigakit.data import conversations as data
 from saigakit.data import questions
 from saigakit.errors import SaigaError
 from saigakit.evaluate import Asked, Compared, Example

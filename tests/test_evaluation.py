@@ -2,8 +2,8 @@
 
 import pytest
 
-from saigakit import evaluation
-from saigakit.evaluation import Best
+from saigakit.train import evaluation
+from saigakit.train.evaluation import Best
 
 
 @pytest.mark.parametrize(

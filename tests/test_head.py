@@ -8,9 +8,9 @@ import torch
 from small_models import base
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saigakit import attention, head, packing
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
+from saigakit.train import attention, head, packing
 from saigakit.weights import load
 
 VOCABULARY = 768
@@ -186,7 +186,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, sys.argv[1])
 import test_head
-from saigakit import head
+from saigakit.train import head
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
 head.CHUNK_LOGITS = test_head.CHUNK

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from saigakit.packing import best_fit, collate, lay, order
 from saigakit.prompt.encoding import IGNORE_INDEX
+from saigakit.train.packing import best_fit, collate, lay, order
 
 torch = pytest.importorskip("torch")
 

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 from small_models import adapter, base
 
-from saigakit import preflight
 from saigakit.config import TrainConfig
 from saigakit.core import workspace
 from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
 from saigakit.registry import ATTENTION, Lora
+from saigakit.train import preflight
 from saigakit.weights import load, memory
 
 T4 = Gpu("Tesla T4", (7, 5), 16 * 10**9, 15 * 10**9)
@@ -108,7 +108,7 @@ def test_tied_embeddings_cannot_be_trained_as_a_whole(tiny, tmp_path):
 
 def test_a_base_that_reads_images_is_refused(tiny, monkeypatch):
     stored = {"language_model.model.layers.0.self_attn.q_proj.weight": None}
-    monkeypatch.setattr(preflight.shards, "of_base", lambda _: SimpleNamespace(stored=stored))
+    monkeypatch.setattr(preflight.tensors, "of_base", lambda _: SimpleNamespace(stored=stored))
     with pytest.raises(SaigaError, match=r"reads images too.*its text model alone"):
         preflight.model(config(), tiny / "base", None)
 

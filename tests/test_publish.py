@@ -12,12 +12,13 @@ import pytest
 import yaml
 from small_models import adapter, edit_json
 
-from saigakit import card, curve, evaluate, export, markdown, publish, registry, results
+from saigakit import card, evaluate, export, markdown, publish, registry, results
 from saigakit.config import TrainConfig
 from saigakit.core import manifest
 from saigakit.core.hub import explained
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
+from saigakit.train import curve
 
 TOKEN = "hf_SecretOfTheTests"
 REPO = "someone/saiga-cats"

@@ -6,11 +6,11 @@ from itertools import chain
 
 import pytest
 
-from saigakit import replay
-from saigakit.data import conversations as data
+from saigakit import data
 from saigakit.data.rows import Rows
 from saigakit.data.store import Conversations
 from saigakit.errors import DataError, SaigaError
+from saigakit.train import replay
 
 
 def talk(question):

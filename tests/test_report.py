@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from saigakit import data
 from saigakit.core import manifest, progress
-from saigakit.data import conversations as data
 from saigakit.data import report
 from saigakit.errors import DataError, SaigaError
 from saigakit.prompt import encoding, template

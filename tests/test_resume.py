@@ -15,11 +15,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import kill_resume
 
-from saigakit import checkpoints, curve, train, training_run, worker
-from saigakit.checkpoints import Store
+from saigakit import train
 from saigakit.core import launch, manifest, workspace
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
+from saigakit.train import checkpoints, curve, training_run, worker
+from saigakit.train.checkpoints import Store
 
 DROPOUT = Lora(rank=4, alpha=8, dropout=0.2)
 STEPS = 12

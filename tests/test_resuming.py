@@ -5,11 +5,11 @@ from dataclasses import asdict
 
 import pytest
 
-from saigakit import resuming
 from saigakit.config import TrainConfig
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
+from saigakit.train import resuming
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from saigakit import attention, packing, samples
-from saigakit.data import conversations as data
+from saigakit import data
 from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.registry import Lora
-from saigakit.samples import Samples
+from saigakit.train import attention, packing, samples
+from saigakit.train.samples import Samples
 from saigakit.weights import generate, load
 
 LORA = Lora(rank=4, alpha=8, dropout=0.3)

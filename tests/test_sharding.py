@@ -7,14 +7,15 @@ import time
 import pytest
 from test_train import config_for
 
-from saigakit import curve, preflight, sharding, train
+from saigakit import train
 from saigakit.config import TrainConfig
 from saigakit.core import launch
 from saigakit.core.workspace import Gpu
 from saigakit.data.rows import Rows
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
-from saigakit.steps import Plan
+from saigakit.train import curve, preflight, sharding
+from saigakit.train.steps import Plan
 
 CHILD = """
 import sys
@@ -33,7 +34,7 @@ def init(self, *arguments, **options):
 
 
 accelerate.state.PartialState.__init__ = init
-from saigakit import worker; from saigakit.core import launch
+from saigakit.train import worker; from saigakit.core import launch
 
 with launch.child():
     worker.main(Path(sys.argv[1]))

@@ -8,7 +8,7 @@ import pytest
 from saigakit.config import TrainConfig
 from saigakit.data.rows import Rows
 from saigakit.prompt.encoding import IGNORE_INDEX
-from saigakit.steps import Plan
+from saigakit.train.steps import Plan
 
 
 def stored(lengths):

@@ -14,14 +14,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import kill_resume
 
-from saigakit import checkpoints, curve, evaluation, registry, samples, train, worker
+from saigakit import data, registry, train
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest, workspace
 from saigakit.core.workspace import Gpu
-from saigakit.data import conversations as data
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.registry import Lora
+from saigakit.train import checkpoints, curve, evaluation, samples, worker
 from saigakit.weights import load
 
 NEW = Lora(rank=4, alpha=8)

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from saigakit import training_log
-from saigakit.training_log import Log
+from saigakit.train import training_log
+from saigakit.train.training_log import Log
 
 HOURS_12 = 12 * 3600
 

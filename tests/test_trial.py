@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from saigakit import attention, packing, trial
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
+from saigakit.train import attention, packing, trial
 from saigakit.weights import load
 
 PREDICTED = {"weights": 3_900_000_000, "logits": 200_000_000}

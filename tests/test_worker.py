@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 from test_train import mean_loss
 
-from saigakit import checkpoints, curve, evaluation, loading, samples, train, trial, worker
+from saigakit import train
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest
 from saigakit.data.rows import Rows
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.registry import ALL_LINEAR, Lora
-from saigakit.steps import Plan
+from saigakit.train import checkpoints, curve, evaluation, loading, samples, trial, worker
+from saigakit.train.steps import Plan
 from saigakit.weights import load, memory
 
 
@@ -97,7 +98,7 @@ def test_the_adapter_of_a_folded_training_gives_the_loss_that_was_measured(recor
     model = load.base_model(tiny / "base", "none", torch.float32, "cpu")
     model = load.with_adapter(model, folded, Lora()).eval()
     tokenizer = encoding.load_tokenizer("saiga_tiny")
-    stored = worker.rows.store(worker.conversations.read_conversations(records), tokenizer, 512, name="records")
+    stored = worker.rows.store(worker.data.read_conversations(records), tokenizer, 512, name="records")
     chosen = evaluation.HeldOut(stored, min(len(stored), evaluation.AT_LEAST))
     best = min(entry["held_out_loss"] for entry in curve.read(folded) if "held_out_loss" in entry and entry["step"])
     assert mean_loss(model, chosen) == pytest.approx(best, rel=1e-5)

@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from saigakit import attention, head, packing, preflight, sharding, trial
 from saigakit.config import TrainConfig
 from saigakit.core import workspace
 from saigakit.prompt.encoding import Example
 from saigakit.registry import Lora
-from saigakit.steps import Plan
-from saigakit.training_log import Log
+from saigakit.train import attention, head, packing, preflight, sharding, trial
+from saigakit.train.steps import Plan
+from saigakit.train.training_log import Log
 from saigakit.weights import find, fold, load, memory
 from saigakit.weights.load import NumberFormat
 from saigakit.weights.memory import Pack, Shape

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from saigakit import checkpoints, evaluation, head, packing, ranks, sharding
 from saigakit.core import launch, workspace
 from saigakit.errors import SaigaError
-from saigakit.steps import Step
-from saigakit.training_run import OnEvaluation, Run
+from saigakit.train import checkpoints, evaluation, head, packing, ranks, sharding
+from saigakit.train.steps import Step
+from saigakit.train.training_run import OnEvaluation, Run
 from saigakit.weights import load
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from saigakit import packing
 from saigakit.config import TrainConfig
 from saigakit.data.rows import Rows
-from saigakit.replay import Joined
+from saigakit.train import packing
+from saigakit.train.replay import Joined
 
 
 class Step(NamedTuple):

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from saigakit import evaluation
-from saigakit.checkpoints import Store
 from saigakit.config import TrainConfig
 from saigakit.core import workspace
-from saigakit.evaluation import HeldOut
-from saigakit.steps import Plan
-from saigakit.training_log import Log
+from saigakit.train import evaluation
+from saigakit.train.checkpoints import Store
+from saigakit.train.evaluation import HeldOut
+from saigakit.train.steps import Plan
+from saigakit.train.training_log import Log
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from saigakit import data
 from saigakit.core import manifest
 from saigakit.core.display import Table
-from saigakit.data import conversations as data
 from saigakit.data import questions
 from saigakit.data.questions import Example
 from saigakit.data.store import Conversations

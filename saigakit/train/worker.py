@@ -13,20 +13,20 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit import checkpoints, curve, evaluation, loading, preflight, ranks, replay, samples, sharding, trainer
-from saigakit.checkpoints import Store
+from saigakit import data
 from saigakit.config import TrainConfig
 from saigakit.core import launch
-from saigakit.data import conversations as data
 from saigakit.data import rows
 from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
-from saigakit.evaluation import HeldOut
-from saigakit.loading import Loaded
 from saigakit.prompt import encoding
-from saigakit.steps import Plan
-from saigakit.training_log import Log
-from saigakit.training_run import Run
+from saigakit.train import checkpoints, curve, evaluation, loading, preflight, ranks, replay, samples, sharding, trainer
+from saigakit.train.checkpoints import Store
+from saigakit.train.evaluation import HeldOut
+from saigakit.train.loading import Loaded
+from saigakit.train.steps import Plan
+from saigakit.train.training_log import Log
+from saigakit.train.training_run import RESULT_FILE, Run
 from saigakit.weights import fold, load
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _finish(run: Run, model: "PeftModel", step: int) -> None:
     result = {"ended": run.ending, "step": step, "steps": len(run.plan), "best_step": best and best.step}
     result |= {"folded_rank": folded_rank} if folded_rank else {}
     content = json.dumps({**result, "reserve_s": run.reserve_s})
-    (directory / training_run.RESULT_FILE).write_text(content, encoding="utf-8")
+    (directory / RESULT_FILE).write_text(content, encoding="utf-8")
 
 
 def _write_samples(run: Run, written: samples.Samples, start: Path | None) -> None:

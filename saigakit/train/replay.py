@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
-from saigakit.data import conversations as data
+from saigakit import data
 from saigakit.data import sources
 from saigakit.data.rows import Rows
 from saigakit.data.store import Conversations

@@ -1,4 +1,4 @@
-"""Conversations into an adapter: the stage 02_train. The work is done by child processes, one per GPU, see train.worker."""
+"""Train an adapter: the stage 02_train. Child processes do the work, one per GPU: see train.worker."""
 
 import json
 import shutil
@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from saigakit import checkpoints, curve, loading, preflight, resuming, training_run
-from saigakit.checkpoints import Store
+from saigakit import data
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest, workspace
-from saigakit.data import conversations as data
 from saigakit.data import sources
 from saigakit.errors import SaigaError
+from saigakit.train import checkpoints, curve, loading, preflight, resuming, training_run
+from saigakit.train.checkpoints import Store
 from saigakit.weights import base_files, find, memory
 
 STAGE = "02_train"

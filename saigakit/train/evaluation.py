@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from saigakit.data import conversations as data
+from saigakit import data
 from saigakit.data.rows import Rows
 from saigakit.prompt.encoding import Example
 

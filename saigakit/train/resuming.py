@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from saigakit import checkpoints
-from saigakit.checkpoints import Store
 from saigakit.config import TrainConfig
 from saigakit.core import manifest, workspace
 from saigakit.data import sources
 from saigakit.errors import SaigaError
+from saigakit.train import checkpoints
+from saigakit.train.checkpoints import Store
 
 STAGE = "02_train"
 _OF_A_SESSION = {*checkpoints.NOT_IDENTITY} - {"adapter"}  # may differ between two sessions of one training
