@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import get_args
 
-from saigakit import fit
 from saigakit.core import workspace
+from saigakit.export import fit
 from saigakit.llamacpp import quantization
 from saigakit.weights.memory import CacheType, Shape
 

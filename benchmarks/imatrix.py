@@ -18,9 +18,10 @@ from contextlib import closing
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from saigakit import data, export, quality
+from saigakit import data, export
 from saigakit.core.display import Table
 from saigakit.demo import packages, wordnet_records
+from saigakit.export import quality
 from saigakit.llamacpp import imatrix_compute, quantization
 from saigakit.prompt import encoding
 

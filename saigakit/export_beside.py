@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saigakit import calibration, companions, gguf_files, lora_gguf, merged_safetensors, registry
 from saigakit import export as exporting
+from saigakit import registry
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
+from saigakit.export import calibration, companions, gguf_export, lora_gguf, merged_safetensors
 from saigakit.llamacpp import quantization
 from saigakit.weights import find
 
@@ -60,7 +61,7 @@ def _gguf(
     prefix = f"{Path(output).stem}."
     beside = companions.paths(Path(output).parent, prefix)
     ours = manifest.beside(Path(output))
-    for file in [*gguf_files.paths(Path(output), chosen).values(), *beside.values(), ours]:
+    for file in [*gguf_export.paths(Path(output), chosen).values(), *beside.values(), ours]:
         manifest.require_absent(file)
     adapter = weighted[0][0] if len(weighted) == 1 and weighted[0][1] == 1 else weighted or None
     if importance and Path(importance).suffix not in _MATRICES:
@@ -76,7 +77,7 @@ def _gguf(
         with_manifest=True,
         **given,
     )
-    files, spec = gguf_files.paths(made, chosen), registry.find(model)
+    files, spec = gguf_export.paths(made, chosen), registry.find(model)
     inputs = manifest.read_beside(made)["inputs"]
     written = [*companions.write(files, spec=spec, inputs=inputs, prefix=prefix), ours]
     said = [f"model: {_named(file)}" for file in files.values()]

@@ -7,21 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from saigakit import (
-    companions,
-    evaluate,
-    export,
-    gguf_card,
-    kaggle_models,
-    kernels,
-    markdown,
-    publish,
-    quality_by_type,
-    registry,
-    results,
-)
+from saigakit import evaluate, export, kaggle_models, kernels, publish, registry, results
 from saigakit.core import hub, manifest
 from saigakit.errors import SaigaError
+from saigakit.export import companions, gguf_card, markdown, quality_by_type
 from saigakit.prompt.backends import gguf_vocabulary
 
 _SHOWN = (".gguf", ".png")

@@ -3,8 +3,9 @@
 import gguf
 import pytest
 
-from saigakit import calibration, data, export, quality
+from saigakit import data, export
 from saigakit.core import workspace
+from saigakit.export import calibration, quality
 from saigakit.llamacpp.imatrix import Importance
 from saigakit.prompt import encoding
 

@@ -11,12 +11,12 @@ import pytest
 import small_notebooks
 from click.testing import CliRunner
 
-from saigakit import cli, companions, conversation, export, infer, parameters, publish, publish_gguf, summary, terminal
+from saigakit import cli, conversation, export, infer, parameters, publish, publish_gguf, summary, terminal, train
 from saigakit.core import launch, manifest
 from saigakit.data import sources
 from saigakit.errors import SaigaError
+from saigakit.export import companions
 from saigakit.registry import MODELS
-from saigakit.train import stage as train_stage
 
 COMMANDS = sorted(cli.main.commands)
 
@@ -217,7 +217,7 @@ def test_a_quant_type_that_is_given_twice_is_one_file(tiny, tmp_path):
 
 @pytest.mark.parametrize("there", ["m.Modelfile", "m.saigakit.json", "m-Q8_0.gguf", "m.imatrix.gguf", None])
 def test_what_export_would_refuse_is_refused_before_anything_is_computed(tiny, tmp_path, monkeypatch, there):
-    monkeypatch.setattr("saigakit.gguf_files.Export.of", lambda *_: pytest.fail("it is computed"))
+    monkeypatch.setattr("saigakit.export.gguf_export.Export.of", lambda *_: pytest.fail("it is computed"))
     quant_type = "Q8_0" if there else "Q9"
     if there:
         (tmp_path / there).write_text("mine")
@@ -232,7 +232,7 @@ def test_what_export_would_refuse_is_refused_before_anything_is_computed(tiny, t
 def test_train_joins_several_machines(tmp_path, monkeypatch):
     joined = []
     monkeypatch.setenv("SAIGAKIT_NODES", "")
-    monkeypatch.setattr(train_stage, "train_adapter", lambda _: joined.append(launch.Nodes.of_environment()))
+    monkeypatch.setattr(train, "train_adapter", lambda _: joined.append(launch.Nodes.of_environment()))
     (tmp_path / "train.yaml").write_text("{model: saiga_tiny, train_file: a, output_dir: b}", encoding="utf-8")
 
     def output(*options):

@@ -7,9 +7,10 @@ import llama_cpp
 import pytest
 import small_models
 
-from saigakit import companions, export, fit, gguf_card, gguf_files, registry
+from saigakit import export, registry
 from saigakit.core import install, manifest
 from saigakit.errors import SaigaError
+from saigakit.export import companions, fit, gguf_card, gguf_export
 from saigakit.prompt import template
 
 
@@ -93,10 +94,10 @@ def test_nothing_is_overwritten(file, tmp_path):
 
 def test_a_template_that_no_modelfile_can_hold_is_said_aloud_and_the_rest_is_made(tiny, tmp_path, monkeypatch, capsys):
     lengths = "{% if messages | length > 4 %}Долго. {% endif %}"
-    monkeypatch.setattr(gguf_files.template, "for_inference", lambda text: lengths + text)
+    monkeypatch.setattr(gguf_export.template, "for_inference", lambda text: lengths + text)
     file = export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
     made = companions.made_of({"Q4_K_M": file}, spec=registry.find("saiga_tiny"))
     assert list(made) == ["llama-server.txt", "README.md"]
     assert "no Modelfile for Ollama" in capsys.readouterr().out
     assert "ollama create" not in made["README.md"]
-    assert template is gguf_files.template
+    assert template is gguf_export.template

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small_models
 
-from saigakit import estimate_export
+from saigakit.export import plan
 from saigakit.llamacpp import streaming
 from saigakit.weights.merge import Merged
 
@@ -34,14 +34,14 @@ def test_the_time_of_merging_is_about_what_it_then_takes(base_dir, tmp_path, int
         return merged.read(name, rows)
 
     read(None, slice(0, 1))
-    foreseen = estimate_export._measured({"Q8_0"}, shapes, read)["read"] * ROWS * COLUMNS
+    foreseen = plan._measured({"Q8_0"}, shapes, read)["read"] * ROWS * COLUMNS
     merged._scales.clear()
     start = time.perf_counter()
     for first in range(0, ROWS, 512):
         read(None, slice(first, first + 512))
     took = time.perf_counter() - start
     assert 0.1 * took < foreseen < 10 * took  # timed beside other work
-    table = str(estimate_export.plan({"Q8_0": (types, 10**6)}, shapes, merged.base, 10**6, read))
+    table = str(plan.plan({"Q8_0": (types, 10**6)}, shapes, merged.base, 10**6, read))
     assert float(re.search(r"merge.* (\d+) s", table)[1]) < 10
 
 
@@ -51,7 +51,7 @@ def test_a_wheel_without_avx2_is_told_in_the_plan(base_dir, monkeypatch):
     base = Merged.of(base_dir, None).base
     for built, is_slow in ((b"AVX = 1 | AVX2 = 1 | ", False), (b"AVX = 1 | ", True)):
         monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda built=built: built)
-        table = estimate_export.plan({}, {"x": (4, 256)}, base, 0, lambda _, rows: np.ones((4, 256), np.float32)[rows])
+        table = plan.plan({}, {"x": (4, 256)}, base, 0, lambda _, rows: np.ones((4, 256), np.float32)[rows])
         assert ("This wheel of llama-cpp-python does not use AVX2" in table.note) == is_slow
 
 

@@ -15,7 +15,7 @@ from pytest import approx
 from safetensors.numpy import load_file, save_file
 
 from saigakit import registry
-from saigakit.gguf_files import Export, paths
+from saigakit.export.gguf_export import Export, paths
 from saigakit.llamacpp import quantization
 from saigakit.prompt import template
 from saigakit.weights import find

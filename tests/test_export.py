@@ -17,9 +17,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from saigakit import export, fit, infer, lora_gguf, merged_safetensors, registry
+from saigakit import export, infer, registry
 from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
+from saigakit.export import fit, lora_gguf, merged_safetensors
 from saigakit.llamacpp import quantization
 from saigakit.registry import Sampling
 from saigakit.weights import lineage

@@ -12,9 +12,11 @@ import small_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from saigakit import export
+from saigakit import export, registry
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
+from saigakit.export import gguf_export
+from saigakit.export import stage as export_stage
 from saigakit.llamacpp import read_back, streaming
 from saigakit.prompt import encoding
 from saigakit.weights.merge import Merged
@@ -79,7 +81,11 @@ def made(tiny, tmp_path_factory):
 
 
 def run(program, *arguments, before=(), **options):
-    environment = {"PYTHONPATH": str(Path(export.__file__).parents[1]), "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
+    environment = {
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PATH": "/usr/bin:/bin",
+        "HOME": "/nonexistent",
+    }
     command = [*before, sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **options)
 
@@ -191,14 +197,14 @@ def test_a_header_with_a_flipped_byte_is_refused_by_file(made, tmp_path):
 
 
 def test_the_plan_says_what_is_read_and_written(made):
-    chosen = export.Export.of(export.registry.find(str(made[0])), made[1], None, "Q4_K_M", quant_types=["Q2_K"])
+    chosen = gguf_export.Export.of(registry.find(str(made[0])), made[1], None, "Q4_K_M", quant_types=["Q2_K"])
     said = str(chosen.plan())
     assert f"{chosen.bytes('Q2_K') / 1e9:.2f} GB" in said
     assert all(f"write {each}" in said for each in ("Q4_K_M", "Q2_K"))
 
 
 def test_held_out_records_are_compared_with_the_file(made, tmp_path, monkeypatch, capsys):
-    chosen = export.Export.of(export.registry.find(str(made[0])), made[1], None, "Q4_0")
+    chosen = gguf_export.Export.of(registry.find(str(made[0])), made[1], None, "Q4_0")
     facts = chosen.write(tmp_path / "x.gguf", TEXTS)
     assert json.loads(json.dumps(facts))["files"]["x.gguf"]["quant_type"] == "Q4_0"
     assert "2 held-out texts have the ids of the training" in capsys.readouterr().out
@@ -211,7 +217,7 @@ def test_held_out_records_are_compared_with_the_file(made, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("damage", ["a byte", "metadata", "the end", "llama.cpp"])
 def test_what_came_out_wrong_gets_no_name(made, tmp_path, monkeypatch, damage):
-    chosen = export.Export.of(export.registry.find(str(made[0])), made[1], None, "Q8_0")
+    chosen = gguf_export.Export.of(registry.find(str(made[0])), made[1], None, "Q8_0")
     write_at, fill = streaming._write_at, streaming.fill
     if damage == "a byte":
 
@@ -245,5 +251,5 @@ def test_what_came_out_wrong_gets_no_name(made, tmp_path, monkeypatch, damage):
 
 
 def test_that_there_is_nothing_to_compare_is_said(tmp_path, capsys):
-    assert export._held_out_texts(tmp_path) == []
+    assert export_stage._held_out_texts(tmp_path) == []
     assert capsys.readouterr().out.startswith(f"There are no held-out records of 01_format in {tmp_path} or attached: ")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from saigakit import fit
 from saigakit.errors import SaigaError
+from saigakit.export import fit
 from saigakit.weights.memory import Shape
 
 LLAMA2 = Shape(

@@ -11,8 +11,9 @@ import small_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from saigakit import export, lora_gguf
+from saigakit import export
 from saigakit.errors import SaigaError
+from saigakit.export import lora_gguf
 
 PROMPTS = ([1, 404, 505, 606, 7, 8, 9, 300], list(range(10, 60)))
 

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from saigakit import merged_safetensors
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
-from saigakit.merged_safetensors import to_safetensors
+from saigakit.export import merged_safetensors
+from saigakit.export.merged_safetensors import to_safetensors
 
 IDS = torch.tensor([[1, 404, 505, 606, 7, 8]])
 

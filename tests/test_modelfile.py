@@ -10,9 +10,9 @@ import llama_cpp_chain
 import pytest
 import vocabularies
 
-from saigakit import fit, modelfile
-from saigakit.chat_format import ChatFormat
 from saigakit.errors import SaigaError
+from saigakit.export import fit, modelfile
+from saigakit.export.chat_format import ChatFormat
 from saigakit.prompt import encoding, template
 from saigakit.registry import MODELS, Sampling
 from saigakit.weights.memory import Shape

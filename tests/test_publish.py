@@ -12,11 +12,12 @@ import pytest
 import yaml
 from small_models import adapter, edit_json
 
-from saigakit import card, evaluate, export, markdown, publish, registry, results
+from saigakit import card, evaluate, publish, registry, results
 from saigakit.config import TrainConfig
 from saigakit.core import manifest
 from saigakit.core.hub import explained
 from saigakit.errors import SaigaError
+from saigakit.export import gguf_export, markdown
 from saigakit.prompt import encoding
 from saigakit.train import curve
 
@@ -113,7 +114,7 @@ def test_what_was_pushed_is_an_adapter_that_03_takes(push, hub, tiny, tmp_path):
     fetched.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors", "saigakit.json"):  # what sources fetches
         (fetched / name).write_bytes(hub.repositories[REPO][name])
-    made = export.Export.of(registry.find("saiga_tiny"), fetched, str(tiny / "base"), "Q8_0")
+    made = gguf_export.Export.of(registry.find("saiga_tiny"), fetched, str(tiny / "base"), "Q8_0")
     assert made.system_prompt == "Ты — кот."
 
 

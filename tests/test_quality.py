@@ -10,8 +10,9 @@ import small_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from saigakit import export, quality
+from saigakit import export
 from saigakit.errors import SaigaError
+from saigakit.export import quality
 from saigakit.prompt.encoding import IGNORE_INDEX
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8}

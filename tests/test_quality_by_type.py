@@ -4,11 +4,12 @@ import shutil
 
 import pytest
 
-from saigakit import calibration, export, quality, quality_by_type, registry
+from saigakit import export, registry
 from saigakit.core import manifest, workspace
 from saigakit.data import report
 from saigakit.errors import SaigaError
-from saigakit.llamacpp import read_back
+from saigakit.export import calibration, gguf_export, quality, quality_by_type
+from saigakit.export import stage as export_stage
 
 MODEL = "saiga_tiny"
 
@@ -118,7 +119,8 @@ def test_a_file_alone_is_not_compared_with_itself(tiny, run_dir, tmp_path, monke
 
 def test_reference_and_file_are_in_memory_together(stage, monkeypatch, capsys):
     sizes = {
-        each: export.Export.of(registry.find(MODEL), None, None, each).bytes(each) for each in ("F16", "Q8_0", "Q4_K_M")
+        each: gguf_export.Export.of(registry.find(MODEL), None, None, each).bytes(each)
+        for each in ("F16", "Q8_0", "Q4_K_M")
     }
     monkeypatch.setattr(workspace, "available_memory", lambda: sizes["F16"] + 1000)
     monkeypatch.setattr(workspace, "require_memory", lambda *_: None)
@@ -164,7 +166,7 @@ def test_records_and_a_matrix_that_are_attached_are_found(stage, monkeypatch, ca
     (run_dir / "01_format").rename(attached / "01_format")
     shutil.copy(run_dir / "03_importance" / "imatrix.gguf", attached / "mine.gguf")
     monkeypatch.setenv("SAIGAKIT_INPUT_ROOT", str(run_dir.with_name("input")))
-    assert read_back.held_out_texts(run_dir) and not capsys.readouterr().out
+    assert export_stage._held_out_texts(run_dir) and not capsys.readouterr().out
     assert quality_by_type.of_stage(stage, max_tokens=20)
     made = calibration.matrix_for("records", max_tokens=500, run_dir=run_dir, **options)
     assert made == run_dir / "03_importance" / "imatrix.gguf" and "kept" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-from saigakit import sizes
+from saigakit.export import sizes
 
 BY_TYPE = {"F32": 538 * 10**6, "Q8_0": 145 * 10**6, "Q4_K_M": 105 * 10**6}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from saigakit import fit, markdown, modelfile
 from saigakit.core import install, manifest
+from saigakit.export import fit, markdown, modelfile
 from saigakit.registry import ModelSpec, Sampling
 from saigakit.weights import lineage
 from saigakit.weights.memory import Shape

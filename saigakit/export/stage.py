@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from saigakit import companions, fit, registry
+from saigakit import registry
 from saigakit.core import manifest
 from saigakit.data import sources
-from saigakit.gguf_files import Export, paths
+from saigakit.export import companions, fit
+from saigakit.export.gguf_export import Export, paths
 from saigakit.llamacpp import quantization
 from saigakit.weights import base_files, find, lineage
 from saigakit.weights.lineage import MergeInto

@@ -1,8 +1,8 @@
 """The texts around a conversation's messages into Ollama's Modelfile, whose template is one of Go's text/template."""
 
-from saigakit.chat_format import ChatFormat, ToolFormat
 from saigakit.errors import SaigaError
-from saigakit.fit import Choice
+from saigakit.export.chat_format import ChatFormat, ToolFormat
+from saigakit.export.fit import Choice
 from saigakit.registry import Sampling
 
 _CACHE_RAM = 8192  # MiB of RAM that llama-server takes for earlier conversations, if nothing is said

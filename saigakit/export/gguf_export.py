@@ -10,10 +10,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from saigakit import estimate_export, sizes
 from saigakit.core import manifest, workspace
 from saigakit.core.display import Table
 from saigakit.errors import SaigaError
+from saigakit.export import plan, sizes
 from saigakit.llamacpp import container, quantization, read_back, streaming, vocabulary
 from saigakit.llamacpp.architecture import Architecture
 from saigakit.llamacpp.imatrix import Importance
@@ -140,7 +140,7 @@ class Export:
 
     def plan(self) -> Table:
         """What is read and written, and about how long it takes, measured on a sample."""
-        return estimate_export.plan(
+        return plan.plan(
             {quant_type: (self.types(quant_type), self.bytes(quant_type)) for quant_type in self.quant_types},
             self.shapes,
             self.merged.base,

@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import fit, gguf_card, modelfile
-from saigakit.chat_format import ChatFormat
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
-from saigakit.gguf_card import Described
+from saigakit.export import fit, gguf_card, modelfile
+from saigakit.export.chat_format import ChatFormat
+from saigakit.export.gguf_card import Described
 from saigakit.prompt import encoding
 from saigakit.prompt.backends import gguf_vocabulary
 from saigakit.registry import ModelSpec, Sampling

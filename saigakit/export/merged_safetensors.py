@@ -153,7 +153,7 @@ def _write_numbers(stream: BinaryIO, name: str, numbers: "Array", dtype: str) ->
         if not bool(made.isfinite().all()):
             raise SaigaError(
                 f"A number of {name} is too large for float16, in which the base is stored. Export a GGUF (--format "
-                "gguf), or in Python give number_format='bfloat16' to saigakit.merged_safetensors.to_safetensors."
+                "gguf), or in Python give to_safetensors number_format='bfloat16'."
             )
         made = made.view(torch.int16)
     stream.write(made.contiguous().numpy().tobytes())

@@ -7,12 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from saigakit import calibration, companions, data, export, gguf_card, markdown, quality, registry
+from saigakit import data, registry
 from saigakit.core import manifest, workspace
 from saigakit.core.display import Table
 from saigakit.data import sources
-from saigakit.gguf_files import Export, paths
-from saigakit.quality import Quality
+from saigakit.export import calibration, companions, gguf_card, markdown, quality
+from saigakit.export.gguf_export import Export, paths
+from saigakit.export.quality import Quality
+from saigakit.export.stage import STAGE as EXPORT_STAGE
+from saigakit.export.stage import to_gguf
 from saigakit.weights import find
 
 STAGE, _MEASURED = "03_quality", "quality.json"
@@ -34,7 +37,7 @@ def of_stage(
     None, with a sentence that says why, where there are no held-out records, no room, or `max_tokens` is 0.
     """
     stage = Path(stage_dir)
-    content, records = manifest.require_stage(stage, export.STAGE), sources.formatted_records("held_out", stage.parent)
+    content, records = manifest.require_stage(stage, EXPORT_STAGE), sources.formatted_records("held_out", stage.parent)
     final = stage.parent / STAGE
     identity: dict[str, Any] = {
         "stage": STAGE,
@@ -127,7 +130,7 @@ class _Compared:
         model, found = self.export.spec.name, {}
         with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
             whole = Path(scratch) / "reference.gguf"
-            export.to_gguf(model=model, output=whole, quant_type=reference, quant_types=self.further, **self.options)
+            to_gguf(model=model, output=whole, quant_type=reference, quant_types=self.further, **self.options)
             made = paths(whole, [reference, *self.further])  # the reference may be one of the further types itself
             files = {each: made[each] for each in self.further} | dict(self.files)
             by_size = sorted(self.others(reference), key=lambda each: -files[each].stat().st_size)

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saigakit import data, export, registry
+from saigakit import data, registry
 from saigakit.core import manifest, workspace
 from saigakit.data import rows, sources
 from saigakit.data.rows import Rows
 from saigakit.errors import SaigaError
+from saigakit.export.stage import require_possible, to_gguf
 from saigakit.llamacpp import imatrix_compute
 from saigakit.prompt import encoding
 from saigakit.weights import base_files, find
@@ -40,10 +41,10 @@ def importance_of_records(
     """
     manifest.require_absent(Path(output))
     if quant_types:  # before hours of computing
-        export.require_possible(model, adapter, base_source, quant_types, merge_into, Path(output).parent)
+        require_possible(model, adapter, base_source, quant_types, merge_into, Path(output).parent)
     ids = token_rows(records, model, base_source)
     with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
-        whole = export.to_gguf(
+        whole = to_gguf(
             model=model,
             adapter=adapter,
             output=Path(scratch) / "q8_0.gguf",
