@@ -13,10 +13,10 @@ from click.testing import CliRunner
 
 from saigakit import cli, conversation, export, infer, parameters, publish, publish_gguf, summary, terminal, train
 from saigakit.core import launch, manifest
-from saigakit.data import sources
 from saigakit.errors import SaigaError
 from saigakit.export import companions
 from saigakit.registry import MODELS
+from saigakit.weights import find
 
 COMMANDS = sorted(cli.main.commands)
 
@@ -298,7 +298,7 @@ def test_the_options_of_export_reach_the_library(tmp_path, monkeypatch, argument
 
     monkeypatch.setattr(export, "to_gguf", to_gguf)
     monkeypatch.setattr(companions, "write", write)
-    monkeypatch.setattr(sources, "adapter_dir", lambda spec, path: path)
+    monkeypatch.setattr(find, "adapter_dir", lambda spec, path: path)
     done = CliRunner().invoke(cli.main, ["export", "--model", "saiga_tiny", "--output", "m.gguf", *arguments])
     assert done.exit_code == 0, done.output
     fixed = {"model": "saiga_tiny", "output": "m.gguf", "base_source": None, "with_manifest": True}

@@ -13,6 +13,7 @@ from saigakit import export, infer, registry
 from saigakit.core import workspace
 from saigakit.demo import packages
 from saigakit.errors import SaigaError
+from saigakit.infer import engine
 from saigakit.prompt import encoding
 from saigakit.registry import Sampling
 
@@ -186,7 +187,7 @@ def test_memory_comes_back(llm, prompts):
     ],
 )
 def test_the_common_beginning_leaves_a_token_of_each_prompt(prompts, head):
-    assert infer._common_prefix(prompts) == head
+    assert engine._common_prefix(prompts) == head
 
 
 def test_the_context_is_no_longer_than_the_model_was_trained_for(gguf_file, capfd):
@@ -221,9 +222,9 @@ def test_no_layer_goes_to_a_gpu_that_is_too_small(gguf_file, monkeypatch):
     monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
     for free, layers in ((gguf_file.stat().st_size, 0), (2 * gguf_file.stat().st_size, -1)):
         monkeypatch.setattr(workspace, "gpus", lambda free=free: [workspace.Gpu("T4", (7, 5), 2 * free, free)])
-        assert infer._gpu_layers(gguf_file) == layers
-    monkeypatch.setattr(infer, "sys", SimpleNamespace(platform="darwin"))  # where the GPU has the machine's memory
-    assert infer._gpu_layers(gguf_file) == -1
+        assert engine._gpu_layers(gguf_file) == layers
+    monkeypatch.setattr(engine, "sys", SimpleNamespace(platform="darwin"))  # where the GPU has the machine's memory
+    assert engine._gpu_layers(gguf_file) == -1
 
 
 def said(llm, messages, **options):
@@ -239,7 +240,7 @@ def test_a_streamed_answer_is_the_greedy_one_at_temperature_zero(llm):
     greedily = Sampling(temperature=0.0, repeat_penalty=1.0)
     pieces = list(infer.stream(llm, MESSAGES, sampling=greedily, max_new_tokens=12))
     assert len(pieces) > 3
-    assert "".join(pieces) == b"".join(infer.piece(llm, token) for token in ids).decode("utf-8", errors="replace")
+    assert "".join(pieces) == b"".join(engine.piece(llm, token) for token in ids).decode("utf-8", errors="replace")
 
 
 def saying(monkeypatch, llm, text, *then):
