@@ -194,7 +194,7 @@ def push(name: str, files: Sequence[str], parameters: Sequence[tuple[str, Any]])
     Example: saigakit push wheels dist/saigakit-0.1.0-py3-none-any.whl
              saigakit push 02_train -p epochs 3
     """
-    from saigakit import kernels
+    from saigakit.kaggle import kernels
 
     if kernels.is_dataset(name):
         kernels.push_dataset(name, [Path(file) for file in files])
@@ -242,7 +242,7 @@ def watch(kernel: str) -> None:
     \b
     Example: saigakit watch 02_train
     """
-    from saigakit import kernels
+    from saigakit.kaggle import kernels
 
     kernels.watch(kernel)
 
@@ -256,7 +256,7 @@ def fetch(kernel: str, directory: str) -> None:
     \b
     Example: saigakit fetch 03_merge_gguf runs/kaggle
     """
-    from saigakit import kernels
+    from saigakit.kaggle import kernels
 
     click.echo(f"fetched: {kernels.fetch(kernel, directory)}")
 

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from saigakit import evaluate, export, kaggle_models, kernels, publish, registry, results
+from saigakit import evaluate, export, publish, registry, results
 from saigakit.core import hub, manifest
 from saigakit.errors import SaigaError
 from saigakit.export import companions, gguf_card, markdown, quality_by_type
+from saigakit.kaggle import kernels, models
 from saigakit.prompt.backends import gguf_vocabulary
 
 _SHOWN = (".gguf", ".png")
@@ -57,7 +58,7 @@ def push_to_kaggle(made: str | Path, name: str, *, private: bool = True) -> str:
         folder.mkdir()
         for file_name, file in files.items():
             _linked(file, folder / file_name)
-        reference = kaggle_models.push_version(
+        reference = models.push_version(
             folder,
             f"{model}/{_FRAMEWORK}/{variation}",
             card=files["README.md"].read_text(encoding="utf-8"),
@@ -65,7 +66,7 @@ def push_to_kaggle(made: str | Path, name: str, *, private: bool = True) -> str:
             private=private,
         )
         sizes = {file_name: file.stat().st_size for file_name, file in files.items()}
-    kaggle_models.require_arrived(reference, sizes)
+    models.require_arrived(reference, sizes)
     print(f"All {len(sizes)} files arrived: https://www.kaggle.com/models/{reference}", flush=True)
     return reference
 

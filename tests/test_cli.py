@@ -430,7 +430,9 @@ def test_what_windows_lacks_is_said_and_what_it_can_do_is_done(tmp_path, monkeyp
 
 def test_chat_and_publish_load_without_what_windows_lacks():
     lacking = "import sys; sys.modules |= dict.fromkeys(('fcntl', 'readline', 'resource', 'pwd', 'termios'))"
-    code = f"{lacking}\nfrom saigakit import cli, conversation, kernels, publish, publish_gguf"
+    code = (
+        f"{lacking}\nfrom saigakit import cli, conversation, publish, publish_gguf; from saigakit.kaggle import kernels"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -9,9 +9,10 @@ import pytest
 from click.testing import CliRunner
 from kaggle_stub import DATASETS, KERNELS, UPLOAD, KaggleStub
 
-from saigakit import cli, kernels
+from saigakit import cli
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
+from saigakit.kaggle import kernels
 
 pytest.importorskip("kagglesdk")
 REPOSITORY = Path(__file__).parent.parent

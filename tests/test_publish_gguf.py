@@ -11,9 +11,10 @@ import pytest
 import small_models
 from kaggle_stub import UPLOAD, KaggleStub
 
-from saigakit import evaluate, export, export_beside, kaggle_models, publish_gguf
+from saigakit import evaluate, export, export_beside, publish_gguf
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
+from saigakit.kaggle import models
 
 TOKEN, REPO = "hf_SecretOfTheTests", "someone/saiga-cats-gguf"
 MODEL, INSTANCE = "alice/saiga-cats", "alice/saiga-cats/gguf/q4-k-m"
@@ -214,9 +215,9 @@ def test_a_model_that_is_there_gets_a_further_version(kaggle, stage):
 def test_what_did_not_arrive_whole_on_kaggle_is_told(kaggle):
     listed(kaggle, {"model.gguf": 17})
     with pytest.raises(SaigaError, match=r"model\.gguf has 17 bytes in alice/saiga-cats/gguf/q4-k-m/1 and 18 here"):
-        kaggle_models.require_arrived(f"{INSTANCE}/1", {"model.gguf": 18})
+        models.require_arrived(f"{INSTANCE}/1", {"model.gguf": 18})
     with pytest.raises(SaigaError, match=r"Modelfile did not arrive"):
-        kaggle_models.require_arrived(f"{INSTANCE}/1", {"model.gguf": 17, "Modelfile": 3}, wait_s=0)
+        models.require_arrived(f"{INSTANCE}/1", {"model.gguf": 17, "Modelfile": 3}, wait_s=0)
 
 
 def test_a_public_model_on_kaggle_gets_nothing_private(kaggle, stage):

@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from saigakit import kernels
 from saigakit.errors import SaigaError
+from saigakit.kaggle import kernels
 
 _PAGE = 200  # files of a listing; a stage has fewer
 

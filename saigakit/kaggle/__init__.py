@@ -1,0 +1,1 @@
+"""Drive the kaggle command line: notebooks, data sets and models."""
