@@ -7,9 +7,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from saigakit import evaluate, results, train
+from saigakit import evaluate, train
 from saigakit.config import TrainConfig
 from saigakit.core import hub, manifest
+from saigakit.evaluate import results
 from saigakit.export import markdown
 from saigakit.prompt.encoding import Tokenizer
 from saigakit.train import curve

@@ -177,7 +177,7 @@ def evaluate(**options: Any) -> None:  # noqa: ANN401
     Example: saigakit evaluate --model saiga2_7b --run-dir runs/terms
     """
     from saigakit import evaluate as evaluation
-    from saigakit import results
+    from saigakit.evaluate import results
 
     made = evaluation.compare(**options)
     click.echo(f"{results.table(results.read(made))}\n\nresults: {made}")

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from saigakit import evaluate, export, publish, registry, results
+from saigakit import evaluate, export, publish, registry
 from saigakit.core import hub, manifest
 from saigakit.errors import SaigaError
+from saigakit.evaluate import results
 from saigakit.export import companions, gguf_card, markdown, quality_by_type
 from saigakit.kaggle import kernels, models
 from saigakit.prompt.backends import gguf_vocabulary

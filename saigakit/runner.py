@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import saigakit
-from saigakit import evaluate, execution, registry, results, summary
+from saigakit import evaluate, execution, registry, summary
 from saigakit.core import launch, manifest
 from saigakit.errors import SaigaError, suggestion
+from saigakit.evaluate import results
 from saigakit.execution import Terminal
 from saigakit.llamacpp import quantization
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from string import Template
 
-from saigakit import evaluate, results
+from saigakit import evaluate
 from saigakit.core import manifest
+from saigakit.evaluate import results
 
 STAGES = ("01_format", "02_train", "03_merge_gguf", evaluate.STAGE)
 TIMES_FILE = ".runner/times.json"  # stage to seconds, written by the runner

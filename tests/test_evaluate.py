@@ -3,11 +3,12 @@ import shutil
 
 import pytest
 
-from saigakit import data, evaluate, export, results
+from saigakit import data, evaluate, export, registry
 from saigakit.core import manifest, workspace
 from saigakit.data import questions
 from saigakit.errors import SaigaError
-from saigakit.evaluate import Asked, Compared, Example
+from saigakit.evaluate import comparison, results
+from saigakit.evaluate.comparison import Asked, Compared, Example
 from saigakit.prompt import encoding
 from saigakit.weights import find, memory
 from saigakit.weights.generate import Generated
@@ -110,7 +111,7 @@ def test_what_is_written_has_the_names_that_readers_expect(tmp_path):
         "after": ([ITEMS, "[]"], Generated([[1], [2]], seconds=4.0, tokens=100)),
         "Q4_K_M": ([ITEMS, "[1]"], Generated([[1], [2]], seconds=1.0, tokens=75)),
     }
-    evaluate._write(tmp_path, examples, answers, [400, 410, 100])
+    comparison._write(tmp_path, examples, answers, [400, 410, 100])
     rows = results.read(tmp_path)
     assert rows[0] == {
         "name": "before",
@@ -138,7 +139,7 @@ def test_what_is_written_has_the_names_that_readers_expect(tmp_path):
 
 def test_the_table_of_examples_reads_answers_with_line_separators(tmp_path):
     answers = {"before": (["а\u2028б"], Generated([[1]], 1.0, 1)), "after": (["[]"], Generated([[1]], 1.0, 1))}
-    evaluate._write(tmp_path, [("Кто ты?", "[]")], answers, [1, 2])
+    comparison._write(tmp_path, [("Кто ты?", "[]")], answers, [1, 2])
     assert "а\u2028б" in results.examples_table(tmp_path / "answers.jsonl").rows[0][2]
 
 
@@ -226,7 +227,7 @@ def test_a_gguf_with_another_chat_template_is_refused(run_dir, monkeypatch):
     asked = Asked.of([asking("Да.")], tokenizer)
     other = Asked(asked.examples, asked.references, tokenizer, [[1, *asked.prompts[0]]], asked.stop_ids, 20)
     with pytest.raises(SaigaError, match="give different ids for the same prompt"):
-        evaluate._ask_gguf(other, run_dir / "03_merge_gguf" / "model.gguf")
+        comparison._ask_gguf(other, run_dir / "03_merge_gguf" / "model.gguf")
 
 
 def test_memory_that_is_too_small_is_known_before_anything_is_loaded(copied, monkeypatch):
@@ -248,10 +249,10 @@ def test_the_memory_needed_is_that_of_weights_one_text_and_the_libraries(tiny, m
     needed = []
     monkeypatch.setattr(workspace, "gpus", list)
     monkeypatch.setattr(workspace, "require_memory", lambda size, what, remedy: needed.append(size))
-    evaluate._require_memory(tiny / "base", "none", asked)
-    shape = memory.Shape.of(find.base_dir(evaluate.registry.find("saiga_tiny")))
+    comparison._require_memory(tiny / "base", "none", asked)
+    shape = memory.Shape.of(find.base_dir(registry.find("saiga_tiny")))
     tokens = len(asked.prompts[0]) + asked.max_new_tokens
-    assert needed == [evaluate.OVERHEAD + sum(memory.inference(shape, "none", 4, tokens).values())]
+    assert needed == [comparison.OVERHEAD + sum(memory.inference(shape, "none", 4, tokens).values())]
 
 
 def test_a_full_disk_is_known_before_anything_is_loaded(copied, monkeypatch):

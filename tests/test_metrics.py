@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from saigakit import metrics
+from saigakit.evaluate import metrics
 
 PAIR = {"term": "кот", "definition": "домашнее животное"}
 OTHER = {"term": "пёс", "definition": "друг человека"}

@@ -12,11 +12,12 @@ import pytest
 import yaml
 from small_models import adapter, edit_json
 
-from saigakit import card, evaluate, publish, registry, results
+from saigakit import card, evaluate, publish, registry
 from saigakit.config import TrainConfig
 from saigakit.core import manifest
 from saigakit.core.hub import explained
 from saigakit.errors import SaigaError
+from saigakit.evaluate import results
 from saigakit.export import gguf_export, markdown
 from saigakit.prompt import encoding
 from saigakit.train import curve

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from saigakit import results
+from saigakit.evaluate import results
 
 ROWS = [
     {"name": "before", "n": 240, "exact": 0.0, "json_valid": 0.05, "f1": 0.01, "tokens_per_s": 301.2, "bytes": 538e6},

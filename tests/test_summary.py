@@ -2,9 +2,10 @@ import json
 
 import pytest
 
-from saigakit import results, summary
+from saigakit import summary
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
+from saigakit.evaluate import results
 
 ROW = {"name": "before", "n": 1, "exact": 0.0, "json_valid": 0.0, "f1": 0.0, "tokens_per_s": 99.0, "bytes": 1_000_000}
 LINE = {"prompt": "Кто <b>ты</b>?", "reference": "[]", "answers": {"before": "&"}, "exact": {"before": False}}

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saigakit import data, infer, metrics, registry, results
+from saigakit import data, infer, registry
 from saigakit.core import manifest, workspace
 from saigakit.data.questions import MARGIN, Example, read_examples
 from saigakit.errors import SaigaError
+from saigakit.evaluate import metrics, results
 from saigakit.prompt import encoding
 from saigakit.weights import base_files, find, generate, lineage, memory
 from saigakit.weights.generate import Generated, Progress
