@@ -222,13 +222,12 @@ def publish(made: str, name: str, public: bool, replace: bool, gguf: bool, kaggl
              saigakit publish runs/terms saiga2-7b-terms --kaggle
     """
     from saigakit import publish as publishing
-    from saigakit import publish_gguf
 
     model = Path(made) if (is_file := made.endswith(".gguf")) else Path(made) / "03_merge_gguf"
     if kaggle:
-        where = publish_gguf.push_to_kaggle(model, name, private=not public)
+        where = publishing.push_to_kaggle(model, name, private=not public)
     elif gguf or is_file:
-        where = publish_gguf.push_to_hub(model, name, private=not public, replace=replace)
+        where = publishing.push_to_hub(model, name, private=not public, replace=replace)
     else:
         where = publishing.push_adapter(Path(made) / "02_train", name, private=not public, replace=replace)
     click.echo(f"published: {where}")

@@ -11,7 +11,7 @@ import pytest
 import small_notebooks
 from click.testing import CliRunner
 
-from saigakit import cli, conversation, export, infer, parameters, publish, publish_gguf, summary, terminal, train
+from saigakit import cli, conversation, export, infer, parameters, publish, summary, terminal, train
 from saigakit.core import launch, manifest
 from saigakit.errors import SaigaError
 from saigakit.export import companions
@@ -322,8 +322,8 @@ def test_publish_sends_what_it_is_asked_for_to_where(monkeypatch, made, options,
         return lambda directory, name, **given: asked.append((what, directory.name, given))
 
     monkeypatch.setattr(publish, "push_adapter", noted("adapter"))
-    monkeypatch.setattr(publish_gguf, "push_to_hub", noted("gguf"))
-    monkeypatch.setattr(publish_gguf, "push_to_kaggle", noted("kaggle"))
+    monkeypatch.setattr(publish, "push_to_hub", noted("gguf"))
+    monkeypatch.setattr(publish, "push_to_kaggle", noted("kaggle"))
     done = CliRunner().invoke(cli.main, ["publish", made, "me/name", *options])
     assert done.exit_code == 0, done.output
     assert asked == [expected]
@@ -430,9 +430,7 @@ def test_what_windows_lacks_is_said_and_what_it_can_do_is_done(tmp_path, monkeyp
 
 def test_chat_and_publish_load_without_what_windows_lacks():
     lacking = "import sys; sys.modules |= dict.fromkeys(('fcntl', 'readline', 'resource', 'pwd', 'termios'))"
-    code = (
-        f"{lacking}\nfrom saigakit import cli, conversation, publish, publish_gguf; from saigakit.kaggle import kernels"
-    )
+    code = f"{lacking}\nfrom saigakit import cli, conversation, publish; from saigakit.kaggle import kernels"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from small_models import adapter, edit_json
 
-from saigakit import card, evaluate, publish, registry
+from saigakit import evaluate, publish, registry
 from saigakit.config import TrainConfig
 from saigakit.core import manifest
 from saigakit.core.hub import explained
@@ -20,6 +20,7 @@ from saigakit.errors import SaigaError
 from saigakit.evaluate import results
 from saigakit.export import gguf_export, markdown
 from saigakit.prompt import encoding
+from saigakit.publish import card
 from saigakit.train import curve
 
 TOKEN = "hf_SecretOfTheTests"

@@ -11,10 +11,11 @@ import pytest
 import small_models
 from kaggle_stub import UPLOAD, KaggleStub
 
-from saigakit import evaluate, export, export_beside, publish_gguf
+from saigakit import evaluate, export, export_beside
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
 from saigakit.kaggle import models
+from saigakit.publish import gguf_file
 
 TOKEN, REPO = "hf_SecretOfTheTests", "someone/saiga-cats-gguf"
 MODEL, INSTANCE = "alice/saiga-cats", "alice/saiga-cats/gguf/q4-k-m"
@@ -22,7 +23,7 @@ SERVICE = "models.ModelApiService/"
 SHOWN = {"Modelfile", "README.md", "llama-server.txt", "memory.png", "model.gguf", "saigakit.json", "sizes.png"}
 PUSH = """
 import sys
-from saigakit import publish_gguf
+from saigakit.publish import gguf_file as publish_gguf
 from saigakit.errors import SaigaError
 try:
     print(publish_gguf.push_to_hub(*sys.argv[1:3]))
@@ -136,16 +137,16 @@ def test_the_same_model_may_be_pushed_again_and_another_may_not(push, hub):
 
 def test_the_card_has_the_table_of_04_infer_of_these_files_alone(stage, capsys, monkeypatch):
     content = manifest.read(stage)
-    monkeypatch.setattr(publish_gguf.results, "read", lambda directory: None)
-    table = publish_gguf.results.Table(("model", "F1"), [("GGUF", "0.5")], "Замечание")
-    monkeypatch.setattr(publish_gguf.results, "show_table", lambda found: table)
+    monkeypatch.setattr(gguf_file.results, "read", lambda directory: None)
+    table = gguf_file.results.Table(("model", "F1"), [("GGUF", "0.5")], "Замечание")
+    monkeypatch.setattr(gguf_file.results, "show_table", lambda found: table)
     directory = stage.parent / evaluate.STAGE
     directory.mkdir(exist_ok=True)
     identity = {"stage": evaluate.STAGE, "parameters": {}, "outputs": {}}
     (directory / manifest.NAME).write_text(json.dumps({**identity, "inputs": {"gguf": content["outputs"]}}))
-    assert publish_gguf._compared(stage, content) == "| model | F1 |\n| --- | --- |\n| GGUF | 0.5 |\n\nЗамечание\n"
+    assert gguf_file._compared(stage, content) == "| model | F1 |\n| --- | --- |\n| GGUF | 0.5 |\n\nЗамечание\n"
     (directory / manifest.NAME).write_text(json.dumps({**identity, "inputs": {"gguf": {"model.gguf": "another"}}}))
-    assert publish_gguf._compared(stage, content) == ""
+    assert gguf_file._compared(stage, content) == ""
     assert "compared another GGUF" in capsys.readouterr().out
 
 
@@ -191,7 +192,7 @@ class Listing(dict):
 
 def test_a_new_model_on_kaggle_is_made_with_its_first_version(kaggle, stage):
     kaggle.answers = Listing(kaggle)
-    assert publish_gguf.push_to_kaggle(stage, "saiga-cats") == f"{INSTANCE}/1"
+    assert gguf_file.push_to_kaggle(stage, "saiga-cats") == f"{INSTANCE}/1"
     (model,) = kaggle.sent(SERVICE + "CreateModel")
     assert (model["ownerSlug"], model["slug"], model["isPrivate"]) == ("alice", "saiga-cats", True)
     assert "как" not in model["slug"] and "# saiga-cats" in model["description"]
@@ -206,7 +207,7 @@ def test_a_model_that_is_there_gets_a_further_version(kaggle, stage):
     kaggle.answer(SERVICE + "GetModel", {"id": 5, "ref": MODEL, "isPrivate": True})
     kaggle.answer(SERVICE + "GetModelInstance", {"id": 6, "slug": "q4-k-m", "versionNumber": 3})
     kaggle.answers = Listing(kaggle)
-    assert publish_gguf.push_to_kaggle(stage, "saiga-cats") == f"{INSTANCE}/4"
+    assert gguf_file.push_to_kaggle(stage, "saiga-cats") == f"{INSTANCE}/4"
     assert not kaggle.sent(SERVICE + "CreateModel") and not kaggle.sent(SERVICE + "CreateModelInstance")
     (asked,) = kaggle.sent(SERVICE + "ListModelInstanceVersionFiles")
     assert asked["versionNumber"] == 4
@@ -223,17 +224,17 @@ def test_what_did_not_arrive_whole_on_kaggle_is_told(kaggle):
 def test_a_public_model_on_kaggle_gets_nothing_private(kaggle, stage):
     kaggle.answer(SERVICE + "GetModel", {"id": 5, "ref": MODEL, "isPrivate": False, "title": "x"})
     with pytest.raises(SaigaError, match=r"is there and public"):
-        publish_gguf.push_to_kaggle(stage, "saiga-cats")
+        gguf_file.push_to_kaggle(stage, "saiga-cats")
     assert not kaggle.uploads
 
 
 def test_a_refusal_that_kaggle_only_prints_is_an_error(kaggle, stage):
     kaggle.answer(SERVICE + "CreateModel", {"error": "The requested title is taken"})
     with pytest.raises(SaigaError, match=r"Kaggle refused alice/saiga-cats: .*title is taken"):
-        publish_gguf.push_to_kaggle(stage, "saiga-cats")
+        gguf_file.push_to_kaggle(stage, "saiga-cats")
 
 
 @pytest.mark.parametrize("name", ["Saiga", "saiga cats", "a", "alice/saiga-cats", "-saiga-"])
 def test_a_name_that_kaggle_has_not_is_refused(stage, name):
     with pytest.raises(SaigaError, match="is no name of a Kaggle model"):
-        publish_gguf.push_to_kaggle(stage, name)
+        gguf_file.push_to_kaggle(stage, name)

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from saigakit import evaluate, export, publish, registry
+from saigakit import evaluate, export, registry
 from saigakit.core import hub, manifest
 from saigakit.errors import SaigaError
 from saigakit.evaluate import results
 from saigakit.export import companions, gguf_card, markdown, quality_by_type
 from saigakit.kaggle import kernels, models
 from saigakit.prompt.backends import gguf_vocabulary
+from saigakit.publish import adapter
 
 _SHOWN = (".gguf", ".png")
 _FRAMEWORK = "gguf"  # as Kaggle's paths name it
@@ -26,16 +27,16 @@ def push_to_hub(made: str | Path, repo_id: str, *, private: bool = True, replace
 
     `made`: the directory of a finished 03_merge_gguf, or the first file of a `saigakit export`.
     The card has the table of 04_infer where that stands beside and compared these very files. No record is published.
-    One commit, and the refusals, as in publish.push_adapter.
+    One commit, and the refusals, as in adapter.push_adapter.
     """
     directory, content = _finished(Path(made))
     token = hub.writing_token()
-    publish.require_name(repo_id)
+    adapter.require_name(repo_id)
     with tempfile.TemporaryDirectory() as scratch:
         files, published = _files(directory, content, Path(scratch), repo_id)
         with hub.quietly(), hub.explained(repo_id, token):
             what = f"{published['parameters']['model']} as GGUF, made with saigakit"
-            return publish.Push(repo_id, token).all_of(files, published, what, private=private, replace=replace)
+            return adapter.Push(repo_id, token).all_of(files, published, what, private=private, replace=replace)
 
 
 def push_to_kaggle(made: str | Path, name: str, *, private: bool = True) -> str:
@@ -75,11 +76,11 @@ def push_to_kaggle(made: str | Path, name: str, *, private: bool = True) -> str:
 def _finished(made: Path) -> tuple[Path, manifest.Manifest]:
     """Where the files are, and their manifest. Raises SaigaError where one has changed."""
     if made.suffix != ".gguf":
-        return made, publish.require_whole(made, export.STAGE)
+        return made, adapter.require_whole(made, export.STAGE)
     if not made.is_file():
         raise SaigaError(f"{made} is not there.")
     if not manifest.beside(made).is_file() and (made.parent / manifest.NAME).is_file():
-        return made.parent, publish.require_whole(made.parent, export.STAGE)
+        return made.parent, adapter.require_whole(made.parent, export.STAGE)
     content = manifest.read_beside(made)
     if damaged := manifest.changed(made.parent, content):
         raise SaigaError(f"{made.parent}: {', '.join(damaged)} changed since it was made; export it again.")
@@ -107,8 +108,8 @@ def _files(
         title=title,
         compared=_compared(directory, content) if (directory / manifest.NAME).is_file() else "",
     )
-    published = publish.public(content, files)
-    return files | publish.written(scratch, published, texts), published
+    published = adapter.public(content, files)
+    return files | adapter.written(scratch, published, texts), published
 
 
 def _by_type(files: Iterable[Path]) -> dict[str, Path]:

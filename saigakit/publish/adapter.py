@@ -6,10 +6,11 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import card, train
+from saigakit import train
 from saigakit.core import hub, manifest
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
+from saigakit.publish import card
 from saigakit.weights import lineage
 
 if TYPE_CHECKING:
