@@ -11,7 +11,9 @@ import pytest
 import small_notebooks
 from click.testing import CliRunner
 
-from saigakit import cli, conversation, export, infer, parameters, publish, summary, terminal, train
+from saigakit import cli, export, infer, publish, train
+from saigakit.cli import chat, parameters, summary, terminal
+from saigakit.cli import commands as cli_commands
 from saigakit.core import launch, manifest
 from saigakit.errors import SaigaError
 from saigakit.export import companions
@@ -49,7 +51,7 @@ def test_importing_the_commands_brings_in_nothing_heavy():
 
 
 def test_the_version_is_the_packages():
-    assert shell("--version").stdout == f"saigakit, version {cli.__version__}\n"
+    assert shell("--version").stdout == f"saigakit, version {cli_commands.__version__}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -390,7 +392,7 @@ def test_ctrl_c_at_the_prompt_ends_with_130(monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversation, "talk", interrupted)
+    monkeypatch.setattr(chat, "talk", interrupted)
     assert CliRunner().invoke(cli.main, ["chat", "model.gguf"]).exit_code == 130
 
 
@@ -430,7 +432,9 @@ def test_what_windows_lacks_is_said_and_what_it_can_do_is_done(tmp_path, monkeyp
 
 def test_chat_and_publish_load_without_what_windows_lacks():
     lacking = "import sys; sys.modules |= dict.fromkeys(('fcntl', 'readline', 'resource', 'pwd', 'termios'))"
-    code = f"{lacking}\nfrom saigakit import cli, conversation, publish; from saigakit.kaggle import kernels"
+    code = f"{lacking}\nfrom saigakit import publish\nfrom saigakit.cli import chat\nimport saigakit.kaggle.kernels"
+        f"{lacking}\nfrom saigakit import publish\nfrom saigakit.cli import chat\nfrom saigakit.kaggle import kernels"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -450,7 +454,7 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(conversation, "talk", broken)
+    monkeypatch.setattr(chat, "talk", broken)
     assert isinstance(CliRunner().invoke(cli.main, ["chat", "model.gguf"]).exception, ZeroDivisionError)
 
 
@@ -458,6 +462,6 @@ def test_a_saiga_error_is_printed_and_ends_with_1(monkeypatch):
     def refused(*_, **__):
         raise SaigaError("no")
 
-    monkeypatch.setattr(conversation, "talk", refused)
+    monkeypatch.setattr(chat, "talk", refused)
     shown = CliRunner().invoke(cli.main, ["chat", "model.gguf"])
     assert (shown.exit_code, shown.output) == (1, "error: no\n")

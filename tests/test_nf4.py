@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -24,3 +27,13 @@ def test_rows_are_those_of_the_matrix_quantised_as_a_whole(shape, number_format)
 def test_scales_of_other_rows_are_refused():
     with pytest.raises(ValueError, match="3 scales for 128 numbers"):
         nf4.dequantised(np.zeros((2, 64), np.float32), torch.ones(3), "float16")
+
+
+def test_bitsandbytes_says_nothing_of_kernels_that_are_not_needed():
+    """On a CPU with AVX512-BF16 its first product warns, which stood in the executed 03_merge_gguf."""
+    code = (
+        "import logging\nfrom saigakit.weights import nf4\nnf4.import_bitsandbytes()\n"
+        "from bitsandbytes.backends.cpu import ops\nops.logger.warning('Failed to load')\nprint(ops.logger.name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("bitsandbytes.") and done.stderr == ""

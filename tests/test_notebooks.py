@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 import saigakit
-from saigakit import registry, summary
+from saigakit import registry
+from saigakit.cli import summary
 from saigakit.config import TrainConfig
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from saigakit import summary
+from saigakit.cli import summary
 from saigakit.core import manifest
 
 ROOT = Path(__file__).parent.parent

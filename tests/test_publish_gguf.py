@@ -11,7 +11,8 @@ import pytest
 import small_models
 from kaggle_stub import UPLOAD, KaggleStub
 
-from saigakit import evaluate, export, export_beside
+from saigakit import evaluate, export
+from saigakit.cli import export_options
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
 from saigakit.kaggle import models
@@ -92,7 +93,7 @@ def test_a_gguf_of_the_terminal_is_published_as_a_stage_is(push, hub, tiny, tmp_
     file = tmp_path / "made" / "cats.gguf"
     options = {"quant_types": ["Q4_0", "Q8_0"], "merge_into": None, "importance": None, "base_source": None}
     given = [f"{adapter}:0.5" for adapter in adapters]
-    export_beside.export(file_format="gguf", model="saiga_tiny", adapters=given, output=str(file), **options)
+    export_options.export(file_format="gguf", model="saiga_tiny", adapters=given, output=str(file), **options)
     assert push(file) == f"{hub.endpoint}/{REPO}"
     files = hub.repositories[REPO]
     made = {"cats.gguf", "cats-Q8_0.gguf", "Modelfile", "README.md", "llama-server.txt", "saigakit.json"}
@@ -119,7 +120,7 @@ def test_an_export_among_a_stages_files_is_published_as_itself(push, hub, stage,
     file = run_dir / "03_merge_gguf" / "small.gguf"
     options = {"quant_types": ["Q4_0"], "merge_into": None, "importance": None, "base_source": None}
     adapters = [str(run_dir / "02_train")]
-    export_beside.export(file_format="gguf", model="saiga_tiny", adapters=adapters, output=str(file), **options)
+    export_options.export(file_format="gguf", model="saiga_tiny", adapters=adapters, output=str(file), **options)
     assert push(file) == f"{hub.endpoint}/{REPO}"
     files = hub.repositories[REPO]
     assert files["small.gguf"] == file.read_bytes() and "model.gguf" not in files

@@ -14,11 +14,11 @@ import psutil
 import pytest
 import small_notebooks
 
-from saigakit import execution, runner, summary
+from saigakit.cli import execution, runner, summary
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
 
-RUN = "import sys; from saigakit import runner; runner.run({}, sys.argv[1], notebooks_dir=sys.argv[2])"
+RUN = "import sys; from saigakit.cli import runner; runner.run({}, sys.argv[1], notebooks_dir=sys.argv[2])"
 # Says that it is there, and goes on only when it is told to.
 WAIT = """\
 import os, time
@@ -341,7 +341,7 @@ def test_two_runs_in_one_directory_do_not_meet(start, run_command):
 
 
 def test_a_silent_notebook_is_spoken_for(place, start):
-    impatient = f"from saigakit import execution; execution.SILENT_S = 0.2; {RUN}"
+    impatient = f"from saigakit.cli import execution; execution.SILENT_S = 0.2; {RUN}"
     process, _ = start("-c", impatient, place / "run", place / "notebooks")
     for line in process.stdout:
         if line.startswith("02_train: ") and line.endswith(" s so far\n"):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from saigakit import summary
+from saigakit.cli import summary
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
 from saigakit.evaluate import results

@@ -58,7 +58,7 @@ class Merged:
         if into not in get_args(Into):
             raise SaigaError(f"merge_into={into!r} is unknown; use one of {', '.join(get_args(Into))}.")
         if into == "dequantized":
-            import bitsandbytes  # noqa: F401  # where it is not installed, that is known before anything is read
+            nf4.import_bitsandbytes()  # where it is not installed, that is known before anything is read
         base = tensors.of_base(base_dir)
         given = [(adapters, 1.0)] if isinstance(adapters, Path) else list(adapters or ())
         opened = [(Adapter.of(directory), weight) for directory, weight in given]

@@ -1,5 +1,6 @@
 """Rows of a matrix into what a training in nf4 computed with: quantised as load.base_model does, and dequantised."""
 
+import logging
 from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
 
 BLOCK = 64  # numbers with a scale of their own; also the rows of which any matrix has whole blocks
 _NUMBERS = 1 << 20  # that are looked at together, about
+
+
+def import_bitsandbytes() -> None:
+    """Import it without its warning, on some CPUs, about a package of kernels that nobody needs."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import bitsandbytes  # noqa: F401
 
 
 def is_quantised(name: str, dimensions: int) -> bool:

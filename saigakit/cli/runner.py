@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import saigakit
-from saigakit import evaluate, execution, registry, summary
+from saigakit import evaluate, registry
+from saigakit.cli import execution, summary
+from saigakit.cli.execution import Terminal
 from saigakit.core import launch, manifest
 from saigakit.errors import SaigaError, suggestion
 from saigakit.evaluate import results
-from saigakit.execution import Terminal
 from saigakit.llamacpp import quantization
 
 _STATE = ".runner"

@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from saigakit import __version__
+from saigakit.cli.parameters import read_yaml, train_config, value
+from saigakit.cli.terminal import Group
 from saigakit.errors import SaigaError
-from saigakit.parameters import read_yaml, train_config, value
-from saigakit.terminal import Group
 
 _PARAMETERS = click.option(
     "-p", "--parameter", "parameters", type=(str, value), multiple=True, metavar="NAME VALUE",
@@ -39,7 +39,7 @@ def demo(run_dir: str | None, notebooks: str | None) -> None:
     \b
     Example: saigakit demo --run-dir runs/demo
     """
-    from saigakit import runner
+    from saigakit.cli import runner
 
     notebooks_dir = Path(notebooks) if notebooks else runner.find_notebooks()
     _run(read_yaml(notebooks_dir / "params" / "demo.yaml"), run_dir, notebooks_dir)
@@ -47,7 +47,7 @@ def demo(run_dir: str | None, notebooks: str | None) -> None:
 
 def _run(values: dict[str, Any], run_dir: str | None, notebooks_dir: str | Path | None) -> None:
     """`run_dir` may stand in `values`, though it is of no single notebook."""
-    from saigakit import runner
+    from saigakit.cli import runner
 
     named = values.pop("run_dir", None)
     place = run_dir or named
@@ -142,9 +142,9 @@ def export(**options: Any) -> None:  # noqa: ANN401
     \b
     Example: saigakit export --model saiga2_7b --adapter runs/terms/02_train --output saiga.gguf
     """
-    from saigakit import export_beside
+    from saigakit.cli import export_options
 
-    click.echo("\n".join(export_beside.export(**options)))
+    click.echo("\n".join(export_options.export(**options)))
 
 
 @main.command()
@@ -159,9 +159,9 @@ def chat(file: str, **options: Any) -> None:  # noqa: ANN401
     \b
     Example: saigakit chat runs/demo/03_merge_gguf/model.gguf
     """
-    from saigakit import conversation
+    from saigakit.cli import chat
 
-    conversation.talk(file, **options)
+    chat.talk(file, **options)
 
 
 @main.command()
@@ -275,7 +275,3 @@ def doctor() -> None:
         click.echo(f"{stage}: " + (f"lacks {', '.join(lacking)}; {install.command(stage)}" if lacking else "ready"))
     lacking = install.missing(("papermill", "ipykernel", "nbconvert"))
     click.echo("run, demo: " + (f"lack {', '.join(lacking)}; pip install 'saigakit[run]'" if lacking else "ready"))
-
-
-if __name__ == "__main__":
-    main(prog_name="saigakit")
