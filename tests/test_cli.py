@@ -432,9 +432,7 @@ def test_what_windows_lacks_is_said_and_what_it_can_do_is_done(tmp_path, monkeyp
 
 def test_chat_and_publish_load_without_what_windows_lacks():
     lacking = "import sys; sys.modules |= dict.fromkeys(('fcntl', 'readline', 'resource', 'pwd', 'termios'))"
-    code = f"{lacking}\nfrom saigakit import publish\nfrom saigakit.cli import chat\nimport saigakit.kaggle.kernels"
-        f"{lacking}\nfrom saigakit import publish\nfrom saigakit.cli import chat\nfrom saigakit.kaggle import kernels"
-    )
+    code = f"{lacking}\nimport saigakit.cli.chat, saigakit.publish, saigakit.kaggle.kernels"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
