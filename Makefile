@@ -1,10 +1,10 @@
-# Two commands: `make demo` and `make test`. Both make their own environment in .venv first.
+# `make demo`, `make test` and `make test-all`. Each makes its own environment in .venv first.
 PYTHON ?= python3
 # One known version, because a range would take the newest. A CPU build is enough for the demo and the tests.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-all clean
 
 demo: .venv/ready
 	$(BIN)/saigakit demo
@@ -14,6 +14,9 @@ test: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2
+
+test-all: test
+	$(BIN)/pytest -n 2 --slow only
 
 .venv/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "saigakit needs Python 3.11 or later: make PYTHON=python3.12")'

@@ -23,6 +23,28 @@ from saigakit.core import workspace
 from saigakit.demo import packages
 from saigakit.errors import SaigaError
 
+_SLOW = "slow: make test-all runs it"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", choices=("skip", "also", "only"), default="skip", help="the matrices and the kills")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = config.getoption("--slow")
+    if chosen == "only":
+        items[:] = [item for item in items if item.get_closest_marker("slow")]
+    for item in items if chosen == "skip" else ():
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason=_SLOW))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    left_out = sum(isinstance(report.longrepr, tuple) and report.longrepr[2].endswith(_SLOW) for report in skipped)
+    if left_out:
+        terminalreporter.write_line(f"{left_out} slow tests were left out. To run them: make test-all")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def callers_cache(tmp_path_factory) -> Iterator[Path]:

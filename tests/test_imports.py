@@ -5,14 +5,10 @@ import graphlib
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from import_graph import FILES, PACKAGE, imported, imported_at_once, name_of, room_of
 
-import saigakit
-
-PACKAGE = Path(saigakit.__file__).parent
 FLOORS = {
     "errors": 1,
     "core": 2, "registry": 2,
@@ -43,59 +39,6 @@ HEAVY = {
     "torch",
     "transformers",
 }
-FILES = sorted(
-    file for file in PACKAGE.rglob("*.py") if file not in (PACKAGE / "__init__.py", PACKAGE / "cli" / "__main__.py")
-)
-
-
-def room_of(file: Path) -> str:
-    """The sub-package of a file, or the stem of one that lies directly in the package."""
-    return file.relative_to(PACKAGE).with_suffix("").parts[0]
-
-
-def name_of(file: Path) -> str:
-    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imported(file: Path) -> set[str]:
-    """The saigakit modules that a file imports anywhere, in functions and for annotations too."""
-    return imported_by(ast.parse(file.read_text(encoding="utf-8")))
-
-
-def imported_by(tree: ast.Module) -> set[str]:
-    names, found = {name_of(each) for each in FILES}, set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("saigakit.")}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno} imports relatively"
-            if node.module is not None and node.module.partition(".")[0] == "saigakit":
-                names_of_it = {f"{node.module}.{alias.name}" for alias in node.names}
-                found |= names_of_it & names
-                found |= set() if names_of_it <= names else {node.module}
-    return found - {"saigakit"}
-
-
-def packages(file: Path) -> set[str]:
-    """The third-party packages that a file imports anywhere."""
-    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
-    return {name for _, name in imported_at_once(imports)} - sys.stdlib_module_names - {"saigakit"}
-
-
-def imported_at_once(body: list[ast.stmt]) -> Iterator[tuple[int, str]]:
-    """(line, top-level package) of what runs when the module is imported."""
-    for node in body:
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.lineno, (node.module or "").split(".")[0]
-        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            yield from imported_at_once(node.orelse)
-        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            for name in ("body", "orelse", "finalbody", "handlers"):
-                yield from imported_at_once(getattr(node, name, []))
 
 
 def test_every_room_has_a_floor():

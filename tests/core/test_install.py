@@ -1,0 +1,349 @@
+"""What a stage lacks: decided by plain functions, installed by the real pip into an environment of the test's own."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import import_graph
+import pip
+import pytest
+from packaging.requirements import Requirement
+
+from saigakit.core import install
+from saigakit.errors import SaigaError
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def declared(extra: str) -> dict[str, Requirement]:
+    lines = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
+    return {requirement.name: requirement for requirement in map(Requirement, lines)}
+
+
+@pytest.mark.parametrize("extra", install.EXTRAS)
+def test_the_packages_of_an_extra_are_those_of_pyproject(extra):
+    assert set(install.EXTRAS[extra]) - {"diskcache"} == set(declared(extra))
+
+
+@pytest.mark.parametrize("name", install.PINS)
+def test_a_pinned_version_is_one_that_pyproject_allows(name):
+    requirements = [declared(extra)[name] for extra in install.EXTRAS if name in declared(extra)]
+    assert requirements
+    assert all(requirement.specifier.contains(install.PINS[name][0]) for requirement in requirements)
+
+
+def test_the_demos_model_can_be_read_in_every_stage_on_kaggle():
+    assert all("gguf" in install.needs(stage, kaggle=True) for stage in install.STAGES)
+    assert "gguf" not in install.needs("01_format", kaggle=False)
+
+
+# What a stage's modules import, and the stage never comes to: Kaggle's own, the demo's model made of its GGUF, and the
+# tokenizer of a GGUF before there is one.
+NOT_REACHED = {
+    "saigakit.core.workspace": {"kaggle_secrets"},
+    "saigakit.demo.packages": {"torch", "transformers"},
+    "saigakit.demo.tiny_model": {"torch", "safetensors"},
+    "saigakit.prompt.encoding": {"llama_cpp"},
+    "saigakit.prompt.backends": {"llama_cpp"},
+}
+
+
+@pytest.mark.parametrize("stage", install.STAGES)
+def test_what_the_modules_of_a_notebook_import_is_among_the_packages_of_its_stage(stage):
+    cells = json.loads((ROOT / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    modules, reached = {import_graph.name_of(file): file for file in import_graph.FILES}, set()
+    further = import_graph.imported_by(ast.parse(code))
+    while further:
+        reached |= further
+        further = set().union(*(import_graph.imported(modules[name]) for name in further & {*modules})) - reached
+    needed, found = set(install.needs(stage, kaggle=False)), metadata.packages_distributions()
+    for name in reached & {*modules}:
+        packages = import_graph.packages(modules[name]) - NOT_REACHED.get(name, set())
+        lacking = {each for each in packages if not needed & {one.lower().replace("_", "-") for one in found[each]}}
+        assert not lacking, f"{name} imports {lacking}"
+
+
+def test_no_package_is_named_twice():
+    for stage in install.STAGES:
+        names = install.needs(stage, kaggle=True)
+        assert len(names) == len(set(names))
+
+
+def test_bitsandbytes_comes_pinned_and_without_dependencies():
+    arguments = install.pip_arguments("bitsandbytes", [], gpu=True)
+    assert arguments == ["install", "--quiet", "--no-deps", "--only-binary=:all:", "bitsandbytes==0.50.2"]
+
+
+@pytest.mark.parametrize(("gpu", "index"), [(True, "cu125"), (False, "cpu")])
+def test_llama_cpp_comes_as_a_wheel_for_the_gpu_there_is(gpu, index):
+    arguments = install.pip_arguments("llama-cpp-python", [], gpu=gpu)
+    place = arguments[arguments.index("--index-url") + 1]
+    assert place == f"https://abetlen.github.io/llama-cpp-python/whl/{index}"
+    assert arguments[-1] == "llama-cpp-python==0.3.35"
+    assert "--only-binary=:all:" in arguments
+
+
+def test_attached_wheels_are_used_without_asking_the_registry():
+    wheels = [
+        Path("/kaggle/input/datasets/me/wheels/llama_cpp_python-0.3.35-py3-none-manylinux_2_35_x86_64.whl"),
+        Path("/kaggle/input/b/gguf-0.19.0-py3-none-any.whl"),
+    ]
+    arguments = install.pip_arguments("llama-cpp-python", wheels, gpu=True)
+    assert arguments[4:] == [
+        "--no-index",
+        "--find-links",
+        "/kaggle/input/datasets/me/wheels",
+        "llama-cpp-python==0.3.35",
+    ]
+
+
+def test_an_attached_wheel_of_another_version_is_not_used():
+    arguments = install.pip_arguments("gguf", [Path("/in/gguf-0.17.1-py3-none-any.whl")], gpu=False)
+    assert "--no-index" not in arguments
+    assert arguments[-1] == "gguf==0.19.0"
+
+
+def test_a_build_tag_in_an_attached_wheels_version_does_not_matter():
+    arguments = install.pip_arguments(
+        "bitsandbytes", [Path("/in/bitsandbytes-0.50.2+cu128-py3-none-any.whl")], gpu=True
+    )
+    assert arguments[4:7] == ["--no-index", "--find-links", "/in"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "command"),
+    [
+        ("01_format", "pip install saigakit"),
+        ("02_train", 'pip install "saigakit[train]"'),
+        ("03_merge_gguf", 'pip install "saigakit[export]"'),
+        ("04_infer", 'pip install "saigakit[train,infer]"'),
+    ],
+)
+def test_at_home_the_command_is_that_of_the_extras(stage, command, monkeypatch):
+    monkeypatch.setattr(install, "gcc_version", lambda: None)
+    assert install.command(stage) == command
+    extras = command.partition("[")[2].rstrip(']"')
+    assert set(filter(None, extras.split(","))) <= set(PROJECT["optional-dependencies"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "gcc", "args"),
+    [
+        ({"avx2", "amx_int8"}, "12.2.0", install.WITHOUT_AMX),
+        ({"avx2", "amx_int8"}, "13.3.0", install.WITHOUT_AMX),
+        ({"avx2", "amx_int8"}, "14.1.0", ""),
+        ({"avx2", "amx_int8"}, None, ""),  # clang
+        ({"avx2"}, "12.2.0", ""),
+        (set(), "9.4.0", ""),  # not Linux
+    ],
+)
+def test_llama_cpp_is_compiled_without_amx_where_gcc_would_break_it(flags, gcc, args):
+    assert install.llama_cmake_args(flags, gcc) == args
+
+
+def test_at_home_the_command_for_such_a_machine_compiles_llama_cpp_again(monkeypatch):
+    monkeypatch.setattr(install.workspace, "cpu_flags", lambda: {"amx_int8"})
+    monkeypatch.setattr(install, "gcc_version", lambda: "12.2.0")
+    assert install.command("02_train") == 'pip install "saigakit[train]"'
+    infer = f'CMAKE_ARGS="{install.WITHOUT_AMX}" pip install --no-cache-dir "saigakit[train,infer]"'
+    assert install.command("04_infer") == infer
+
+
+@pytest.mark.parametrize(
+    ("script", "version"),
+    [
+        ('[ "$1" = -dumpfullversion ] && echo 12.2.0', "12.2.0"),
+        ("echo \"clang: error: unknown argument: '$1'\" >&2; exit 1", None),
+    ],
+)
+def test_the_version_of_gcc_is_that_of_the_compiler_which_cmake_takes(script, version, tmp_path, monkeypatch):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert install.gcc_version() == version
+
+
+def test_without_a_compiler_there_is_no_version(monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert install.gcc_version() is None
+
+
+def test_the_llama_cpp_of_this_environment_has_no_amx_kernels_that_crash():
+    """What make installs: on a CPU with AMX, plain llama_cpp.Llama died of SIGSEGV."""
+    import llama_cpp
+
+    if install.llama_cmake_args(install.workspace.cpu_flags(), install.gcc_version()):
+        assert b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
+
+
+def test_an_unknown_stage_is_refused_with_the_names_of_all():
+    with pytest.raises(SaigaError, match=r"02_trian.*02_train"):
+        install.prepare("02_trian")
+
+
+@pytest.fixture
+def machine(tmp_path) -> Path:
+    """A fresh Python with pip alone; its interpreter."""
+    venv.create(tmp_path / "python", symlinks=True)
+    packages = Path(
+        subprocess.check_output(
+            [tmp_path / "python" / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            text=True,
+        ).strip()
+    )
+    (packages / "pip").symlink_to(Path(pip.__file__).parent, target_is_directory=True)
+    return tmp_path / "python" / "bin" / "python"
+
+
+def wheel(directory: Path, name: str, version: str, *, requires: str = "", source: str = "") -> Path:
+    """A real wheel of one module."""
+    directory.mkdir(parents=True, exist_ok=True)
+    module = {"llama-cpp-python": "llama_cpp"}.get(name, name.replace("-", "_"))
+    escaped = name.replace("-", "_")
+    info = f"{escaped}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    files = {
+        f"{module}/__init__.py": source,
+        f"{info}/METADATA": metadata + (f"Requires-Dist: {requires}\n" if requires else ""),
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{file},,\n" for file in [*files, f"{info}/RECORD"])
+    made = directory / f"{escaped}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(made, "w") as archive:
+        for file, text in files.items():
+            archive.writestr(file, text)
+    return made
+
+
+def install_wheels(machine: Path, *wheels: Path) -> None:
+    subprocess.run([machine, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", *wheels], check=True)
+
+
+def installed(machine: Path) -> dict[str, str]:
+    rows = json.loads(subprocess.check_output([machine, "-m", "pip", "list", "--format", "json"], text=True))
+    return {row["name"]: row["version"] for row in rows if row["name"] != "pip"}
+
+
+def prepare(machine: Path, stage: str, *, inputs: Path, kaggle: bool = True, **table) -> subprocess.CompletedProcess:
+    """prepare(stage) in that Python, the registry out of reach, with `table` in the place of the module's own."""
+    code = "import sys, json; from saigakit.core import install\n"
+    code += "for name, value in json.loads(sys.argv[2]).items(): setattr(install, name, value)\n"
+    code += "install.prepare(sys.argv[1])"
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT),
+        "PIP_NO_INDEX": "1",
+        "SAIGAKIT_INPUT_ROOT": str(inputs),
+        **({"KAGGLE_KERNEL_RUN_TYPE": "Batch"} if kaggle else {}),
+    }
+    return subprocess.run(
+        [machine, "-c", code, stage, json.dumps(table)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_on_kaggle_the_missing_packages_come_from_the_attached_wheels_and_torch_stays(machine, tmp_path):
+    """A wheel that asks for another torch, with that torch attached: a plain `pip install` would replace it."""
+    install_wheels(machine, wheel(tmp_path / "image", "torch", "2.10.0"))
+    wheel(tmp_path / "input" / "wheels", "bitsandbytes", "0.50.2", requires="torch>=3")
+    wheel(tmp_path / "input" / "wheels", "torch", "3.0")
+    result = prepare(
+        machine,
+        "02_train",
+        inputs=tmp_path / "input",
+        EXTRAS={"": [], "train": ["torch", "bitsandbytes"]},
+        _ON_KAGGLE=[],
+    )
+    assert result.returncode == 0, result.stderr
+    assert installed(machine) == {"bitsandbytes": "0.50.2", "torch": "2.10.0"}
+    assert result.stdout == f"Installing bitsandbytes==0.50.2 from {tmp_path / 'input' / 'wheels'} …\n"
+
+
+def test_on_kaggle_nothing_is_asked_of_pip_when_nothing_is_missing(machine, tmp_path):
+    install_wheels(machine, wheel(tmp_path / "image", "gguf", "0.17.0"))
+    result = prepare(machine, "01_format", inputs=tmp_path / "input", EXTRAS={"": []})
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert installed(machine) == {"gguf": "0.17.0"}
+
+
+def test_an_old_torchao_is_removed_aloud_where_peft_is_used(machine, tmp_path):
+    install_wheels(machine, wheel(tmp_path / "image", "torchao", "0.10.0"))
+    empty = {"EXTRAS": {"": [], "train": [], "export": [], "infer": []}, "_ON_KAGGLE": []}
+    for stage in ("01_format", "03_merge_gguf"):
+        assert prepare(machine, stage, inputs=tmp_path / "input", **empty).stdout == ""
+    assert installed(machine) == {"torchao": "0.10.0"}
+    assert prepare(machine, "04_infer", inputs=tmp_path / "input", **empty).stdout.startswith("Removing torchao 0.10.0")
+    assert installed(machine) == {}
+
+
+def test_a_torchao_that_peft_accepts_stays(machine, tmp_path):
+    install_wheels(machine, wheel(tmp_path / "image", "torchao", "0.16.0"))
+    result = prepare(machine, "02_train", inputs=tmp_path / "input", EXTRAS={"": [], "train": []}, _ON_KAGGLE=[])
+    assert (result.returncode, result.stdout) == (0, "")
+    assert installed(machine) == {"torchao": "0.16.0"}
+
+
+def test_what_pip_cannot_find_is_said_with_the_remedy_and_pips_last_lines(machine, tmp_path):
+    result = prepare(machine, "01_format", inputs=tmp_path / "input", EXTRAS={"": []})
+    last = result.stderr.partition("SaigaError: ")[2]
+    assert last.startswith("pip could not install gguf==0.19.0. In the notebook's settings switch Internet on")
+    assert "No matching distribution found for gguf==0.19.0" in last
+
+
+def test_a_wheel_that_installs_and_does_not_import_is_refused(machine, tmp_path):
+    wheel(tmp_path / "input", "llama-cpp-python", "0.3.35", source="raise OSError('libcudart.so.12')")
+    result = prepare(
+        machine,
+        "04_infer",
+        inputs=tmp_path / "input",
+        _ON_KAGGLE=[],
+        EXTRAS={"": [], "train": [], "infer": ["llama-cpp-python"]},
+    )
+    assert "llama_cpp was installed and cannot be imported" in result.stderr
+    assert "libcudart.so.12" in result.stderr
+
+
+def test_an_image_without_torch_is_refused_before_anything_is_installed(machine, tmp_path):
+    wheel(tmp_path / "input", "bitsandbytes", "0.50.2")
+    result = prepare(
+        machine, "02_train", inputs=tmp_path / "input", EXTRAS={"": [], "train": ["bitsandbytes", "torch"]}
+    )
+    assert "This image has no torch" in result.stderr
+    assert installed(machine) == {}
+
+
+def test_at_home_nothing_is_installed_and_the_command_is_named(machine, tmp_path):
+    wheel(tmp_path / "input", "bitsandbytes", "0.50.2")
+    table = {"EXTRAS": {"": [], "train": ["bitsandbytes"]}}
+    result = prepare(machine, "02_train", inputs=tmp_path / "input", kaggle=False, **table)
+    assert result.stderr.endswith(
+        'SaigaError: 02_train needs bitsandbytes, not installed here. Run: pip install "saigakit[train]"\n'
+    )
+    assert installed(machine) == {}
+
+
+def test_at_home_an_old_torchao_is_named_and_left_alone(machine, tmp_path):
+    install_wheels(machine, wheel(tmp_path / "image", "torchao", "0.10.0"))
+    result = prepare(machine, "02_train", inputs=tmp_path / "input", kaggle=False, EXTRAS={"": [], "train": []})
+    assert "Run: pip uninstall torchao" in result.stderr
+    assert installed(machine) == {"torchao": "0.10.0"}
+
+
+def test_here_where_the_tests_run_every_stage_has_its_packages():
+    code = "from saigakit.core import install\nfor stage in install.STAGES: install.prepare(stage)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("KAGGLE")}
+    result = subprocess.run([sys.executable, "-c", code], env=environment | {"PYTHONPATH": str(ROOT)}, check=False)
+    assert result.returncode == 0

@@ -1,0 +1,257 @@
+"""Where am I: inputs of both Kaggle layouts, directories, disk, memory, GPUs and secrets."""
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from saigakit.core import workspace
+from saigakit.errors import SaigaError
+
+
+def file(path: Path, text: str = "{}") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def mounted(tmp_path, monkeypatch) -> Path:
+    """What Kaggle mounts, empty as yet."""
+    root = tmp_path / "kaggle-input"
+    root.mkdir()
+    monkeypatch.setenv("SAIGAKIT_INPUT_ROOT", str(root))
+    return root
+
+
+@pytest.fixture
+def at_home(monkeypatch):
+    if Path("/kaggle/working").is_dir():
+        pytest.skip("this is Kaggle")
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+
+
+def test_kaggle_is_known_by_its_run_type_alone(at_home, monkeypatch):
+    monkeypatch.setenv("KAGGLE_USERNAME", "me")
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", "/home/me")
+    assert not workspace.on_kaggle()
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert workspace.on_kaggle()
+
+
+def test_a_path_is_itself(tmp_path):
+    assert workspace.find_input(str(file(tmp_path / "records.jsonl"))) == tmp_path / "records.jsonl"
+
+
+def test_a_stages_output_is_found_in_the_run_dir(tmp_path):
+    made = file(tmp_path / "run" / "01_format" / "train.jsonl")
+    assert workspace.find_input("01_format/train.jsonl", run_dir=tmp_path / "run") == made
+
+
+def test_the_run_dir_goes_before_a_directory_of_the_same_name_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file(tmp_path / "02_train" / "adapter_config.json")
+    made = file(tmp_path / "run" / "02_train" / "adapter_config.json").parent
+    assert workspace.find_input("02_train", run_dir="run").resolve() == made
+    assert workspace.find_input("02_train").resolve() == tmp_path / "02_train"
+
+
+@pytest.mark.parametrize("place", ["notebooks/me/saigakit-01-format", "saigakit-01-format"])
+def test_a_stages_output_is_found_in_both_layouts_of_kaggle(mounted, tmp_path, place):
+    made = file(mounted / place / "01_format" / "train.jsonl")
+    assert workspace.find_input("01_format/train.jsonl", run_dir=tmp_path / "run") == made
+
+
+def test_the_run_dir_goes_before_what_is_attached(mounted, tmp_path):
+    file(mounted / "old" / "01_format" / "train.jsonl")
+    made = file(tmp_path / "run" / "01_format" / "train.jsonl")
+    assert workspace.find_input("01_format/train.jsonl", run_dir=tmp_path / "run") == made
+
+
+def test_a_directory_is_found_by_the_tail_of_its_path(mounted):
+    made = file(mounted / "models" / "me" / "llama" / "transformers" / "7b" / "1" / "config.json").parent
+    assert workspace.find_input("llama/transformers/7b/1") == made
+
+
+def test_a_tail_is_whole_names(mounted):
+    file(mounted / "data" / "my_records.jsonl")
+    with pytest.raises(SaigaError, match="is not there"):
+        workspace.find_input("records.jsonl")
+
+
+def test_a_stages_output_that_is_not_there_names_the_stage_to_run(tmp_path):
+    with pytest.raises(SaigaError, match=r"is not there\. Run 01_format first\."):
+        workspace.find_input("01_format/train.jsonl", run_dir=tmp_path)
+
+
+def test_a_name_with_brackets_is_no_pattern(mounted):
+    made = file(mounted / "data" / "records [1].jsonl")
+    file(mounted / "data" / "records 1.jsonl")
+    assert workspace.find_input("records [1].jsonl") == made
+    with pytest.raises(SaigaError, match="is not there"):
+        workspace.find_input("records*.jsonl")
+
+
+def test_what_is_attached_twice_is_refused_with_both_places(mounted):
+    places = [file(mounted / name / "records.jsonl") for name in ("a", "b")]
+    with pytest.raises(SaigaError, match=r"more than once: .*/a/records.jsonl, .*/b/records.jsonl\. Give the full"):
+        workspace.find_input("records.jsonl")
+    assert workspace.find_input("b/records.jsonl") == places[1]
+
+
+def test_what_is_nowhere_is_said_with_where_was_looked_and_what_is_attached(mounted, tmp_path):
+    file(mounted / "datasets" / "me" / "data" / "other.jsonl")
+    with pytest.raises(SaigaError) as caught:
+        workspace.find_input("records.jsonl", run_dir=tmp_path / "run")
+    assert str(tmp_path / "run" / "records.jsonl") in str(caught.value)
+    assert str(mounted / "datasets" / "me") in str(caught.value)
+
+
+def test_nothing_attached_is_said_too(mounted):
+    with pytest.raises(SaigaError, match="attached inputs: none"):
+        workspace.find_input("records.jsonl")
+
+
+def test_the_scratch_directory_is_the_named_one_and_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAIGAKIT_CACHE", str(tmp_path / "a" / "b"))
+    assert workspace.scratch_dir() == tmp_path / "a" / "b"
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_the_scratch_directory_at_home_is_the_users_cache(at_home, tmp_path, monkeypatch):
+    monkeypatch.delenv("SAIGAKIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert workspace.scratch_dir() == tmp_path / "saigakit"
+
+
+def test_on_kaggle_the_scratch_directory_is_not_in_what_kaggle_keeps(tmp_path, monkeypatch):
+    monkeypatch.delenv("SAIGAKIT_CACHE")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert workspace.scratch_dir() == tmp_path / "saigakit"
+
+
+def secrets(answers: list[object]) -> types.ModuleType:
+    """Kaggle's own module, which answers with the next of `answers`; an exception is raised."""
+    module = types.ModuleType("kaggle_secrets")
+
+    class UserSecretsClient:
+        def get_secret(self, name: str) -> object:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    module.UserSecretsClient = UserSecretsClient  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.fixture
+def kaggle_secrets(monkeypatch):
+    """A function that says what Kaggle's secrets answer; waiting between tries takes no time."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    return lambda *answers: monkeypatch.setitem(sys.modules, "kaggle_secrets", secrets(list(answers)))
+
+
+def test_a_secret_of_the_environment_is_taken_first(kaggle_secrets, monkeypatch):
+    kaggle_secrets("from Kaggle")
+    monkeypatch.setenv("HF_TOKEN", "from here")
+    assert workspace.secret("HF_TOKEN") == "from here"
+
+
+def test_a_secret_is_asked_again_when_the_service_flickers(kaggle_secrets):
+    kaggle_secrets(ConnectionError(), ConnectionError(), "token")
+    assert workspace.secret("HF_TOKEN") == "token"
+
+
+@pytest.mark.parametrize("answers", [[RuntimeError("no such secret")], [ConnectionError()] * 4])
+def test_a_secret_that_is_not_to_be_had_is_said_and_is_none(kaggle_secrets, capsys, answers):
+    kaggle_secrets(*answers)
+    assert workspace.secret("HF_TOKEN") is None
+    assert capsys.readouterr().out.startswith("Secret HF_TOKEN")
+
+
+def test_at_home_a_missing_secret_is_none(at_home, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert workspace.secret("HF_TOKEN") is None
+
+
+def test_disk_that_is_short_is_said_with_both_numbers(tmp_path):
+    workspace.require_disk(tmp_path / "not" / "yet", 1, "The merge")
+    with pytest.raises(SaigaError, match=r"The merge needs 1000000\.00 GB of disk at .*, and \d+\.\d\d GB are free"):
+        workspace.require_disk(tmp_path / "not" / "yet", 10**15, "The merge")
+
+
+def test_memory_that_is_short_is_said_with_both_numbers():
+    workspace.require_memory(1, "The merge", "Close something.")
+    with pytest.raises(SaigaError, match=r"about 1000000\.0 GB of memory, and \d+\.\d GB are free\. Close something"):
+        workspace.require_memory(10**15, "The merge", "Close something.")
+
+
+def test_a_containers_file_cache_does_not_count_as_used(tmp_path):
+    file(tmp_path / "memory.max", "1000\n")
+    file(tmp_path / "memory.current", "900\n")
+    file(tmp_path / "memory.stat", "anon 300\nfile 600\ninactive_file 400\nactive_file 150\nshmem 50\n")
+    assert workspace._left_in_cgroup(tmp_path, 5000) == 650
+
+
+@pytest.mark.parametrize("limit", ["max\n", None])
+def test_without_a_containers_limit_the_machine_is_the_limit(tmp_path, limit):
+    if limit is not None:
+        file(tmp_path / "memory.max", limit)
+    assert workspace._left_in_cgroup(tmp_path, 5000) == 5000
+
+
+def nvidia_smi(directory: Path, text: str, code: int = 0) -> None:
+    tool = file(directory / "nvidia-smi", f"#!/bin/sh\nprintf '{text}'\nexit {code}\n")
+    tool.chmod(0o755)
+
+
+def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
+    nvidia_smi(tmp_path, "Tesla T4, 7.5, 15360, 15101\\nTesla T4, 7.5, 15360, 14000\\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    first, second = workspace.gpus()
+    assert (first.name, first.capability, first.memory) == ("Tesla T4", (7, 5), 15360 * 1024**2)
+    assert second.free == 14000 * 1024**2
+
+
+@pytest.mark.parametrize(("visible", "free"), [("1", [14000]), ("1,0", [14000, 15101]), ("", []), ("7", [])])
+def test_only_the_gpus_that_cuda_may_see_count(tmp_path, monkeypatch, visible, free):
+    nvidia_smi(tmp_path, "Tesla T4, 7.5, 15360, 15101\\nTesla T4, 7.5, 15360, 14000\\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.free // 1024**2 for gpu in workspace.gpus()] == free
+
+
+def test_a_driver_without_a_gpu_is_no_gpu(tmp_path, monkeypatch):
+    nvidia_smi(tmp_path, "No devices were found", code=6)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert workspace.gpus() == []
+
+
+def test_no_driver_is_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert workspace.gpus() == []
+
+
+def test_a_child_process_knows_when_the_session_began(monkeypatch):
+    monkeypatch.delenv("SAIGAKIT_SESSION_START", raising=False)
+    began = workspace.session_start()
+    code = "from saigakit.core import workspace; print(workspace.session_start())"
+    child = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=Path(__file__).parents[2])
+    assert float(child) == began == workspace.session_start()
+
+
+def test_a_table_is_aligned():
+    assert workspace.table([("GPU", "none"), ("memory", "3 GB")]) == "GPU     none\nmemory  3 GB"
+
+
+def test_the_description_names_the_place_the_memory_and_the_disk(at_home):
+    lines = dict(line.split(None, 1) for line in workspace.describe().splitlines())
+    assert lines["where"] == "local"
+    assert {"CPU", "memory", "disk"} <= lines.keys()

@@ -1,0 +1,336 @@
+"""Our file against llama.cpp's own chain on the merged model: convert_hf_to_gguf in float32, then its quantiser."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llama_cpp_chain
+import pytest
+import small_models
+import vocabularies
+from matrix import matrix
+from pytest import approx
+from safetensors.numpy import load_file, save_file
+
+from saigakit import registry
+from saigakit.export.gguf_export import Export, paths
+from saigakit.llamacpp import quantization
+from saigakit.prompt import template
+from saigakit.weights import find
+from saigakit.weights.merge import Merged
+
+EVERY = tuple(quant_type for quant_type in quantization.QUANT_TYPES if quant_type != "F32")
+BY_LAYER = ("Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "IQ4_XS")  # those whose types depend on a layer's place
+SOME = ("F16", "Q4_K_M")
+PROMISED = {"F16", "BF16", "Q8_0", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "IQ4_XS"}
+assert set(EVERY) >= PROMISED
+
+
+def own_template(base_dir):
+    return (base_dir / "chat_template.jinja").read_text(encoding="utf-8")
+
+
+def inference_template(base_dir):
+    return template.for_inference(template.with_tools(own_template(base_dir)))
+
+
+def tokenizer_json(base_dir):
+    return json.dumps(json.loads((base_dir / "tokenizer.json").read_text(encoding="utf-8")), ensure_ascii=False)
+
+
+# Metadata that differs: what our file says, and what llama.cpp's chain says; a function makes it of the base. A case
+# fails where another key differs or another value is there, and where what is listed for it is equal.
+ABSENT = "(absent)"
+# The converter guesses it from the directory.
+NAMED = {"general.name": ("base", "Merged")}
+# The model's sampling, so that other programs answer as this one.
+SAMPLING = {
+    "general.sampling.top_k": (30, ABSENT),
+    "general.sampling.top_p": (approx(0.9), ABSENT),
+    "general.sampling.temp": (approx(0.2), ABSENT),
+    "general.sampling.penalty_repeat": (approx(1.1), ABSENT),
+}
+USUAL = {**NAMED, **SAMPLING}
+# As the tokenizer names them; the converter looks in tokenizer.json alone, and these directories have none.
+UNKNOWN = {"tokenizer.ggml.unknown_token_id": (0, ABSENT)}
+PADDING = {"tokenizer.ggml.padding_token_id": (0, ABSENT)}
+# Said where the converter leaves it to what llama.cpp takes for granted, which is the same.
+SPACE = {"tokenizer.ggml.add_space_prefix": (True, ABSENT)}
+NO_SPACE = {"tokenizer.ggml.add_space_prefix": (False, ABSENT)}
+NO_EOS = {"tokenizer.ggml.add_eos_token": (False, ABSENT)}
+# False where the template spells bos, or it would come twice; the converter says what tokenizer.json does.
+NO_BOS = {"tokenizer.ggml.add_bos_token": (False, ABSENT)}
+BOS_IN_TEMPLATE = {"tokenizer.ggml.add_bos_token": (False, True)}
+# As the tokenizer does it, which training used: the converter says of every Gemma that it puts no space before a text.
+GEMMA_SPACE = {"tokenizer.ggml.add_space_prefix": (True, False)}
+# Of the registry; a directory has none.
+LICENCE = {"general.license": ("apache-2.0", ABSENT)}
+# What ends a turn of the template, where that is not eos.
+END_OF_TURN = {"tokenizer.ggml.eot_token_id": (2, ABSENT)}
+# Without tags that only trainers know, and with tools.
+TEMPLATE = {"tokenizer.chat_template": (inference_template, own_template)}
+# llama.cpp never normalises a text, so the program that runs the file must.
+NORMALIZED = {"saigakit.unicode_normalization": ("NFC", ABSENT)}
+TINY = {**USUAL, **UNKNOWN, **PADDING, **SPACE}
+TINY_GEMMA = {**USUAL, **UNKNOWN, **GEMMA_SPACE}
+
+
+def head_dim(size):
+    return {f"qwen2.attention.{kind}_length": (size, ABSENT) for kind in ("key", "value")}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small model of the shape of a real one, the types that it is compared in, and the metadata that differs."""
+
+    settings: Mapping[str, Any]
+    quant_types: tuple[str, ...] = SOME
+    different: Mapping[str, tuple[Any, Any]] = field(default_factory=lambda: TINY)
+    vocabulary: Callable[[Path, Path | None], None] | None = None  # else that of the tiny Saiga
+    change: Callable[[Path], None] | None = None  # of the made directory
+    has_adapter: bool = True
+    pre: str | None = None  # what the converter is told to call a pre-tokenizer
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A model of the registry as it is shipped, with its released adapter where it has one."""
+
+    model: str
+    different: Mapping[str, tuple[Any, Any]]
+    quant_types: tuple[str, ...] = SOME
+
+
+SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+DEEP = {**GROUPED, "num_hidden_layers": 17}
+GEMMA = {
+    **GROUPED,
+    "num_hidden_layers": 8,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 24,
+    "tie_word_embeddings": True,
+}
+LOCAL = {"rope_type": "default", "rope_theta": 1e4}
+GEMMA3_ROPE = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": LOCAL}
+
+
+def with_images(directory: Path) -> None:
+    """As Gemma 3 is published: the language model inside one that sees images, and what is usual left unsaid."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    del config["tie_word_embeddings"]
+    config["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+    del config["rope_parameters"], config["layer_types"], config["architectures"]
+    outer = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": config}
+    (directory / "config.json").write_text(json.dumps(outer), encoding="utf-8")
+    tensors = load_file(directory / "model.safetensors")
+    inner = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    inner["vision_tower.vision_model.embeddings.patch_embedding.weight"] = next(iter(tensors.values()))[:2].copy()
+    save_file(inner, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def ends_turns_otherwise(directory: Path) -> None:
+    """As Gemma is published: what ends a turn is another token than eos."""
+    for name, changes in (("config.json", {"eos_token_id": 0}), ("tokenizer_config.json", {"eos_token": "<unk>"})):
+        small_models.edit_json(directory / name, **changes)
+
+
+SHAPES = {
+    "llama-2": Case({**SIZES, "num_key_value_heads": 8}, EVERY),
+    "llama-3": Case({**DEEP, "rope_parameters": small_models.LLAMA3_ROPE}, BY_LAYER),
+    "tied": Case({**GROUPED, "tie_word_embeddings": True}),
+    "rows of 288": Case({**GROUPED, "hidden_size": 288, "tie_word_embeddings": True}, EVERY),
+    "rows of 48": Case({"hidden_size": 48, "intermediate_size": 80}),
+    "mistral": Case({**GROUPED, "kind": "mistral", "sliding_window": 64}),
+    "nemo": Case({**GROUPED, "kind": "mistral", "head_dim": 64}),
+    "yandexgpt": Case(
+        {**GROUPED, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rms_norm_eps": 1e-5}
+    ),
+    "qwen2": Case({**GROUPED, "kind": "qwen2"}, different={**TINY, **head_dim(32)}),
+    "qwen3": Case({**GROUPED, "kind": "qwen3", "head_dim": 64}),
+    "gemma-2": Case(
+        {**GEMMA, "kind": "gemma2"},
+        # llama.cpp takes the frequency for granted.
+        different={**TINY_GEMMA, **END_OF_TURN, "gemma2.rope.freq_base": (10000.0, ABSENT)},
+        change=ends_turns_otherwise,
+    ),
+    "gemma-3": Case({**GEMMA, "kind": "gemma3_text", "rope_parameters": GEMMA3_ROPE}, EVERY, TINY_GEMMA),
+    "gemma-3 with images": Case(
+        {**GEMMA, "kind": "gemma3_text", "rope_parameters": GEMMA3_ROPE},
+        ("Q4_K_M",),
+        {**TINY_GEMMA, "general.name": ("base", "Base")},
+        change=with_images,
+        has_adapter=False,
+    ),
+}
+SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+REAL = {
+    "llama-2": Case(
+        {**SMALL, "vocab_size": 32000},
+        ("Q4_K_M",),
+        {**USUAL, **UNKNOWN, **NO_BOS, **NO_EOS, **SPACE},
+        vocabularies.llama2,
+    ),
+    "mistral v1": Case(
+        {**SMALL, "kind": "mistral", "vocab_size": 32000},
+        ("Q4_K_M",),
+        {**USUAL, **UNKNOWN, **NO_BOS, **NO_EOS, **SPACE},
+        vocabularies.mistral_v1,
+    ),
+    "mistral v3": Case(
+        {**SMALL, "kind": "mistral", "vocab_size": 32768},
+        ("Q4_K_M",),
+        {**USUAL, **UNKNOWN, **NO_BOS, **NO_EOS, **SPACE},
+        vocabularies.mistral_v3,
+    ),
+    "nemo": Case(
+        {**SMALL, "kind": "mistral", "head_dim": 32, "vocab_size": 131072},
+        ("Q4_K_M",),
+        # llama.cpp splits some words otherwise than this tokenizer.
+        {**USUAL, **BOS_IN_TEMPLATE, **NO_EOS, **NO_SPACE, "tokenizer.huggingface.json": (tokenizer_json, ABSENT)},
+        vocabularies.nemo,
+    ),
+    # The two below have SmolLM2's words in place of their own, which no package has: the converter knows a
+    # pre-tokenizer by the ids that the real vocabulary gives to a text, so it must be told.
+    "llama-3": Case(
+        {**SMALL, "vocab_size": 128256},
+        ("Q4_K_M",),
+        {**USUAL, **NO_BOS, **NO_EOS, **NO_SPACE, **TEMPLATE},
+        vocabularies.llama3_tokens,
+        pre="llama-bpe",
+    ),
+    "qwen": Case(
+        {**SMALL, "kind": "qwen2", "vocab_size": 49216},
+        ("Q4_K_M",),
+        {**USUAL, **NO_BOS, **NO_EOS, **NO_SPACE, **TEMPLATE, **head_dim(8), **NORMALIZED},
+        vocabularies.qwen_tokens,
+        pre="qwen2",
+    ),
+    "smollm2_135m": Registered(
+        "smollm2_135m",
+        {
+            **SAMPLING,
+            "general.sampling.temp": (0.0, ABSENT),
+            "general.sampling.penalty_repeat": (1.0, ABSENT),
+            **LICENCE,
+            **NO_EOS,
+            **NO_SPACE,
+            **TEMPLATE,
+            "general.name": ("smollm2_135m", "Smollm2_135M"),
+        },
+    ),
+    "saiga_tiny": Registered(
+        "saiga_tiny",
+        {
+            **LICENCE,
+            **UNKNOWN,
+            **SPACE,
+            "general.name": ("saiga_tiny", "Merged"),
+            # The converter takes the rest of the sampling, which is equal, of generation_config.json too.
+            "general.sampling.top_k": (30, 40),
+            # Of the registry, as what a conversation begins with by default.
+            "tokenizer.chat_template": (template.for_inference(small_models.SAIGA2), ABSENT),
+            "saigakit.system_prompt": (registry.SAIGA_SYSTEM_PROMPT, ABSENT),
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def shapes(request):
+    return _made(request, SHAPES)
+
+
+@pytest.fixture(scope="module")
+def real(request):
+    return _made(request, REAL)
+
+
+def _made(request, cases):
+    """Of each case (what we export, llama.cpp's file in float32); the converter runs once for all."""
+    converter, directory = request.getfixturevalue("converter"), request.getfixturevalue("tmp_path_factory")
+    exports, jobs = {}, []
+    for name, case in cases.items():
+        here = directory.mktemp("exactness")
+        make = _registered if isinstance(case, Registered) else _small
+        exports[name], pre = make(request, here, case)
+        jobs.append((_merged(exports[name], here / "merged"), here / "float.gguf", pre))
+    llama_cpp_chain.convert(converter, jobs)
+    return {name: (export, file) for (name, export), (_, file, _) in zip(exports.items(), jobs, strict=True)}
+
+
+def _registered(request, _, case):
+    if case.model == "smollm2_135m":
+        request.getfixturevalue("smollm2")
+    spec = registry.find(case.model)
+    adapter_dir = find.adapter_dir(spec, "released") if spec.released_adapter else None
+    return Export.of(spec, adapter_dir, None, case.quant_types[0], quant_types=case.quant_types), None
+
+
+def _small(request, here, case):
+    base_dir = _base(request, here / "base", case)
+    adapter_dir = small_models.adapter(here / "adapter", base_dir) if case.has_adapter else None
+    spec = registry.find(str(base_dir))
+    return Export.of(spec, adapter_dir, None, case.quant_types[0], quant_types=case.quant_types), case.pre
+
+
+def _base(request, directory, case):
+    small_models.base(directory, request.getfixturevalue("tiny") / "base", **case.settings)
+    if case.vocabulary is not None:
+        for file in ("tokenizer.model", "special_tokens_map.json", "tokenizer_config.json"):
+            (directory / file).unlink()
+        needs_words = case.vocabulary in (vocabularies.llama3_tokens, vocabularies.qwen_tokens)
+        case.vocabulary(directory, request.getfixturevalue("smollm2") if needs_words else None)
+        names = {vocabularies.llama3_tokens: vocabularies.LLAMA3, vocabularies.qwen_tokens: vocabularies.HERMES_TOOLS}
+        chat_template = names.get(case.vocabulary, small_models.SAIGA2)
+        (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    if case.change:
+        case.change(directory)
+    return directory
+
+
+def _merged(export: Export, directory: Path) -> Path:
+    """The merged model in float32 as a directory of Hugging Face's; the base itself where there is nothing to merge."""
+    merged: Merged = export.merged
+    if not merged.adapters:
+        return export.base_dir
+    shutil.copytree(export.base_dir, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = {name: merged.read(name) for name in merged.shapes}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def require_that_of_llama_cpp(export, float_file, different, directory):
+    export.write(directory / "ours.gguf")
+    for quant_type, ours_file in paths(directory / "ours.gguf", export.quant_types).items():
+        theirs_file = llama_cpp_chain.quantise(float_file, quant_type, directory / "theirs.gguf")
+        ours, theirs = llama_cpp_chain.File.of(ours_file), llama_cpp_chain.File.of(theirs_file)
+        types = [{name: tensor.ggml_type for name, tensor in file.tensors.items()} for file in (ours, theirs)]
+        assert types[0] == types[1], quant_type
+        assert list(ours.tensors) == list(theirs.tensors), quant_type
+        assert [name for name in ours.tensors if ours.tensors[name] != theirs.tensors[name]] == [], quant_type
+        assert differences(ours.metadata, theirs.metadata) == expected(different, export.base_dir), quant_type
+        ours_file.unlink()
+
+
+def differences(ours, theirs):
+    pairs = {key: (ours.get(key, ABSENT), theirs.get(key, ABSENT)) for key in {**ours, **theirs}}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def expected(different, base_dir):
+    return {key: tuple(made(base_dir) if callable(made) else made for made in pair) for key, pair in different.items()}
+
+
+@pytest.mark.parametrize("name", matrix(SHAPES, ["llama-3", "gemma-3", "qwen3"]))
+def test_the_file_is_that_of_llama_cpps_own_chain(shapes, name, tmp_path):
+    require_that_of_llama_cpp(*shapes[name], SHAPES[name].different, tmp_path)
+
+
+@pytest.mark.parametrize("name", matrix(REAL, ["llama-3"]))
+def test_a_file_with_a_real_vocabulary_is_that_of_llama_cpps_own_chain(real, name, tmp_path):
+    require_that_of_llama_cpp(*real[name], REAL[name].different, tmp_path)

@@ -1,0 +1,256 @@
+"""An export that is killed, or whose disk fills up, leaves nothing under the final name, and a rerun works."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_models
+import torch
+from safetensors.torch import load_file, save_file
+
+from saigakit import export, registry
+from saigakit.core import workspace
+from saigakit.errors import SaigaError
+from saigakit.export import gguf_export
+from saigakit.export import stage as export_stage
+from saigakit.llamacpp import read_back, streaming
+from saigakit.prompt import encoding
+from saigakit.weights.merge import Merged
+
+KILLS = 20
+TEXTS = ["Что такое пружина?", "Упругая деталь. ё й 你好"]
+# Everything heavy is imported once; each export runs in a fork, which is killed after a random time.
+KILLED = """
+import os, random, signal, sys, time
+import gguf, llama_cpp, numpy, safetensors, tokenizers, torch, transformers
+from saigakit import export; from saigakit.llamacpp import streaming; from saigakit.core import workspace
+model, adapter, output, kills = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+streaming._ROWS, streaming._NUMBERS = 32, 1
+
+def started(output):
+    child = os.fork()
+    if child == 0:
+        try:
+            export.to_gguf(model=model, adapter=adapter, output=output, quant_type="Q4_K_M", quant_types=["Q8_0"])
+        except BaseException as error:
+            print(error, flush=True)
+            os._exit(1)
+        os._exit(0)
+    return child
+
+start = time.monotonic()
+assert os.waitpid(started(output + ".whole"), 0)[1] == 0
+took = time.monotonic() - start
+draw = random.Random(5)
+for _ in range(kills):
+    child = started(output)
+    time.sleep(draw.uniform(0.05, 0.9) * took)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print("KILL", sorted(os.listdir(os.path.dirname(output))), flush=True)
+    for name in os.listdir(os.path.dirname(output)):
+        if name in ("x.gguf", "x-Q8_0.gguf"):  # it was quicker than the kill
+            whole = output + ".whole" if name == "x.gguf" else output.replace("x.gguf", "x.gguf-Q8_0.whole")
+            assert open(os.path.join(os.path.dirname(output), name), "rb").read() == open(whole, "rb").read()
+            os.rename(os.path.join(os.path.dirname(output), name), output + ".early" + name)
+assert os.waitpid(started(output), 0)[1] == 0
+"""
+FULL = """
+import os, sys
+from saigakit import errors, export; from saigakit.core import workspace
+if sys.argv[4] == "unasked":  # as where another program takes the room a moment later
+    workspace.require_disk = lambda *_: None
+try:
+    export.to_gguf(model=sys.argv[1], adapter=sys.argv[2], output=sys.argv[3], quant_type="F32")
+except errors.SaigaError as error:
+    print(error)
+print("left:", os.listdir(os.path.dirname(sys.argv[3])))
+"""
+SMALL_DISK = ["unshare", "--mount", "--map-root-user", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"']
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("safety")
+    base = small_models.base(directory / "base", tiny / "base", hidden_size=256, intermediate_size=512)
+    return base, small_models.adapter(directory / "adapter", base)
+
+
+def run(program, *arguments, before=(), **options):
+    environment = {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PATH": "/usr/bin:/bin",
+        "HOME": "/nonexistent",
+    }
+    command = [*before, sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **options)
+
+
+@pytest.mark.slow
+def test_an_export_that_is_killed_at_random_moments_leaves_no_file_and_a_rerun_makes_it(made, tmp_path):
+    output = tmp_path / "out" / "x.gguf"
+    done = run(KILLED, *made, output, KILLS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kills = [line for line in done.stdout.splitlines() if line.startswith("KILL")]
+    assert len(kills) == KILLS
+    assert any(".x.gguf.partial" in line for line in kills)  # some came while it was written
+    assert output.read_bytes() == output.with_name("x.gguf.whole").read_bytes()
+    assert output.with_name("x-Q8_0.gguf").read_bytes() == output.with_name("x.gguf-Q8_0.whole").read_bytes()
+    assert not list(output.parent.glob(".*"))
+
+
+def test_a_file_that_may_not_grow_is_a_sentence_and_leaves_nothing(made, tmp_path):
+    limit = 1_000_000  # bytes of a file
+    output, limits = tmp_path / "x.gguf", (limit, limit)
+    done = run(FULL, *made, output, "asked", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+    assert f"{output} could not be written: " in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [("asked", " GB of disk at "), ("unasked", "x.gguf could not be written: [Errno 28] No space left on device")],
+)
+def test_a_disk_that_is_too_small_is_a_sentence_and_leaves_nothing(made, tmp_path, asked, said):
+    before = [*SMALL_DISK, str(tmp_path)]
+    if subprocess.run([*before, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("This machine does not let a test mount a tmpfs (unshare --mount).")
+    done = run(FULL, *made, tmp_path / "x.gguf", asked, before=before)
+    assert said in done.stdout, done.stdout + done.stderr
+    assert "left: []" in done.stdout
+
+
+def test_several_types_from_one_read_in_small_chunks_are_the_files_made_one_by_one(made, tmp_path, monkeypatch):
+    base, adapter = made
+    alone = {
+        each: export.to_gguf(model=str(base), adapter=adapter, output=tmp_path / f"{each}.gguf", quant_type=each)
+        for each in ("Q4_K_M", "Q8_0", "F16")
+    }
+    monkeypatch.setattr(streaming, "_NUMBERS", 1)
+    monkeypatch.setattr(streaming, "_ROWS", 32)
+    reads = []
+    read = Merged.read
+    monkeypatch.setattr(
+        Merged,
+        "read",
+        lambda self, name, rows=None: (reads.append((name, rows.start)), read(self, name, rows))[1],
+    )
+    output = tmp_path / "together" / "x.gguf"
+    export.to_gguf(
+        model=str(base), adapter=adapter, output=output, quant_type="Q4_K_M", quant_types=["Q8_0", "F16", "Q8_0"]
+    )
+    assert sorted(file.name for file in output.parent.iterdir()) == ["x-F16.gguf", "x-Q8_0.gguf", "x.gguf"]
+    assert output.read_bytes() == alone["Q4_K_M"].read_bytes()
+    for each in ("Q8_0", "F16"):
+        assert output.with_name(f"x-{each}.gguf").read_bytes() == alone[each].read_bytes()
+    assert len(reads) == len(set(reads)) > 100  # every row once, for all files
+
+
+@pytest.mark.parametrize("left", [".x.gguf.partial", ".x-Q8_0.gguf.partial"])
+def test_what_a_killed_run_left_is_gone_before_the_disk_is_asked_for_room(made, tmp_path, monkeypatch, left):
+    (tmp_path / left).write_bytes(b"0" * 1000)
+    seen = []
+    monkeypatch.setattr(workspace, "require_disk", lambda *_: seen.append((tmp_path / left).exists()))
+    export.to_gguf(model=str(made[0]), adapter=None, output=tmp_path / "x.gguf", quant_types=["Q8_0"])
+    assert seen == [False]
+
+
+def test_what_a_killed_stage_left_is_gone_before_the_disk_is_asked_for_room(made, tmp_path, monkeypatch):
+    left, seen = tmp_path / ".03_merge_gguf.partial", []
+    left.mkdir()
+
+    def require_disk(*_):
+        seen.append(left.exists())
+
+    monkeypatch.setattr(workspace, "require_disk", require_disk)
+    export.merge_gguf(model=str(made[0]), adapter=None, run_dir=tmp_path)
+    assert seen[0] is False
+
+
+def test_no_file_of_several_is_overwritten(made, tmp_path):
+    (tmp_path / "x-Q8_0.gguf").write_text("mine")
+    with pytest.raises(SaigaError, match=r"x-Q8_0\.gguf is there already"):
+        export.to_gguf(model=str(made[0]), adapter=None, output=tmp_path / "x.gguf", quant_types=["Q8_0"])
+    assert [file.name for file in tmp_path.iterdir()] == ["x-Q8_0.gguf"]
+
+
+def test_a_nan_in_the_base_is_refused_with_the_tensor_and_the_file(made, tmp_path):
+    base = shutil.copytree(made[0], tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][300, 7] = torch.nan
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(SaigaError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN .*model\.safetensors"):
+        export.to_gguf(model=str(base), adapter=None, output=tmp_path / "x.gguf")
+    assert [file.name for file in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_header_with_a_flipped_byte_is_refused_by_file(made, tmp_path):
+    base = shutil.copytree(made[0], tmp_path / "base")
+    content = bytearray((base / "model.safetensors").read_bytes())
+    content[9] ^= 0x80
+    (base / "model.safetensors").write_bytes(content)
+    with pytest.raises(SaigaError, match=r"model\.safetensors is missing, cut short or damaged"):
+        export.to_gguf(model=str(base), adapter=None, output=tmp_path / "x.gguf")
+
+
+def test_the_plan_says_what_is_read_and_written(made):
+    chosen = gguf_export.Export.of(registry.find(str(made[0])), made[1], None, "Q4_K_M", quant_types=["Q2_K"])
+    said = str(chosen.plan())
+    assert f"{chosen.bytes('Q2_K') / 1e9:.2f} GB" in said
+    assert all(f"write {each}" in said for each in ("Q4_K_M", "Q2_K"))
+
+
+def test_held_out_records_are_compared_with_the_file(made, tmp_path, monkeypatch, capsys):
+    chosen = gguf_export.Export.of(registry.find(str(made[0])), made[1], None, "Q4_0")
+    facts = chosen.write(tmp_path / "x.gguf", TEXTS)
+    assert json.loads(json.dumps(facts))["files"]["x.gguf"]["quant_type"] == "Q4_0"
+    assert "2 held-out texts have the ids of the training" in capsys.readouterr().out
+    encode = encoding.GgufTokenizer.encode_text
+    monkeypatch.setattr(encoding.GgufTokenizer, "encode_text", lambda self, text: encode(self, text)[:-1])
+    with pytest.raises(SaigaError):
+        chosen.write(tmp_path / "y.gguf", TEXTS)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"]
+
+
+@pytest.mark.parametrize("damage", ["a byte", "metadata", "the end", "llama.cpp"])
+def test_what_came_out_wrong_gets_no_name(made, tmp_path, monkeypatch, damage):
+    chosen = gguf_export.Export.of(registry.find(str(made[0])), made[1], None, "Q8_0")
+    write_at, fill = streaming._write_at, streaming.fill
+    if damage == "a byte":
+
+        def other_byte(file, content, offset):
+            write_at(file, memoryview(bytes([content[0] ^ 64, *content[1:]])), offset)
+
+        monkeypatch.setattr(streaming, "_write_at", other_byte)
+    elif damage == "llama.cpp":  # as of a scale that overflowed: whole by all checksums
+        monkeypatch.setattr(read_back, "_require_loadable", lambda *_: refuse())
+    else:
+
+        def filled(targets, *given, **named):
+            made = fill(targets, *given, **named)
+            content = targets[0].file.read_bytes()
+            changed = (
+                content.replace(b"general.sampling.temp", b"general.sampling.tEmp")
+                if damage == "metadata"
+                else content[:-64]
+            )
+            targets[0].file.write_bytes(changed)
+            return made
+
+        monkeypatch.setattr(streaming, "fill", filled)
+
+    def refuse():
+        raise SaigaError("llama.cpp cannot load it")
+
+    with pytest.raises(SaigaError):
+        chosen.write(tmp_path / "x.gguf", TEXTS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_that_there_is_nothing_to_compare_is_said(tmp_path, capsys):
+    assert export_stage._held_out_texts(tmp_path) == []
+    assert capsys.readouterr().out.startswith(f"There are no held-out records of 01_format in {tmp_path} or attached: ")

@@ -1,0 +1,228 @@
+"""Conversations with and without functions into special tokens and runs of text, on a ChatML tokenizer made here."""
+
+import gc
+import weakref
+
+import pytest
+from chatml import CHATML, CONVERSATION, MESSAGES, THOUGHTFUL, TOOLS, WITH_TOOLS, chatml, learned
+
+from saigakit.errors import SaigaError
+from saigakit.prompt import encoding, layout, template
+from saigakit.prompt.encoding import encode
+
+NATIVE = (
+    "{%- if tools -%}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{%- endif -%}"
+    "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{%- for call in m.tool_calls or [] -%}<think>{{ call.function | tojson }}{%- endfor -%}<|im_end|>\n{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+)
+
+
+def test_functions_and_calls_of_a_template_without_them_become_text():
+    tokenizer = chatml()
+    text = template.render(MESSAGES, tokenizer.chat_template, tools=TOOLS)
+    assert text.startswith("<|im_start|>system\nТебе доступны функции.")
+    assert '"name": "найти"' in text
+    assert '<|im_start|>assistant\n<tool_call>\n{"name": "найти", "arguments": {"<s>ключ": ["</s>", 1.5]}}' in text
+    assert '<|im_start|>user\n<tool_response>\n{"ok": "</s>"}\n</tool_response><|im_end|>' in text
+    assert tokenizer.decode(encode(MESSAGES, tokenizer, tools=TOOLS)["input_ids"]) == text.replace(
+        "<|im_start|>", ""
+    ).replace("<|im_end|>", "")
+
+
+def test_the_call_and_the_last_answer_are_learned_and_the_result_is_not():
+    tokenizer = chatml()
+    said = tokenizer.decode(learned(encode(MESSAGES, tokenizer, tools=TOOLS)))
+    assert said.startswith('<tool_call>\n{"name": "найти"')
+    assert said.endswith("</tool_call>Готово")
+    assert "tool_response" not in said
+
+
+def test_results_of_several_calls_are_one_turn_of_the_user():
+    results = [MESSAGES[2], {**MESSAGES[2], "content": "второй"}]
+    text = template.render([*MESSAGES[:2], *results, MESSAGES[3]], WITH_TOOLS, tools=TOOLS)
+    assert text.count("<|im_start|>user") == 2
+    assert text.count("<tool_response>") == 2
+
+
+def test_without_functions_the_added_template_changes_nothing():
+    assert template.render(CONVERSATION, WITH_TOOLS) == template.render(CONVERSATION, CHATML)
+
+
+def test_a_template_with_functions_of_its_own_stays_as_it_is():
+    assert template.with_tools(NATIVE) == NATIVE
+
+
+def test_a_special_token_that_the_template_spells_around_a_call_is_one_and_in_an_argument_it_is_text():
+    tokenizer = chatml(NATIVE)
+    think = tokenizer.special_tokens["<think>"]
+    call = {"type": "function", "function": {"name": "<think>", "arguments": {"<think>": "<|im_end|>"}}}
+    tools = [{"type": "function", "function": {"name": "<think>", "description": "<|im_end|>"}}]
+    messages = [MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    example = encode(messages, tokenizer, tools=tools)
+    assert example["input_ids"].count(think) == 1
+    assert example["labels"].count(think) == 1
+    assert example["input_ids"].count(tokenizer.special_tokens["<|im_end|>"]) == 3
+
+
+def test_a_template_that_leaves_functions_out_is_refused():
+    ignoring = "{%- if tools is defined -%}{%- endif -%}" + CHATML
+    with pytest.raises(SaigaError, match=r"leaves out tools\[0\]\.function\.name"):
+        encode([*CONVERSATION], chatml(ignoring), tools=TOOLS)
+    with pytest.raises(SaigaError, match=r"leaves out tools\[0\]\.function\.name"):
+        encode(CONVERSATION[:2], chatml(ignoring), tools=TOOLS, add_generation_prompt=True)
+
+
+def test_a_template_that_leaves_calls_out_is_refused():
+    ignoring = "{{ tools | tojson if tools }}" + CHATML
+    with pytest.raises(SaigaError, match=r"leaves out messages\[1\]\.tool_calls\[0\]\.function\.name"):
+        encode(MESSAGES, chatml(ignoring), tools=TOOLS)
+
+
+@pytest.mark.parametrize("messages", [MESSAGES[:2], [MESSAGES[0], {"role": "tool", "content": "б"}]])
+def test_calls_without_functions_are_refused_with_their_number(messages):
+    with pytest.raises(SaigaError, match="Message 2 is of a call of a function, and there are no tools"):
+        encode(messages, chatml())
+
+
+def test_a_template_that_says_a_text_twice_and_in_another_order_is_followed():
+    swapped = (
+        "{%- for m in messages -%}{%- if m.role == 'user' -%}{{ m.content }}<think>{%- endif -%}{%- endfor -%}" + CHATML
+    )
+    tokenizer = chatml(swapped)
+    one = [{"role": "user", "content": "а<think>"}, {"role": "assistant", "content": "б"}]
+    ids = encode(one, tokenizer)["input_ids"]
+    assert tokenizer.decode(ids) == "а<think>user\nа<think>\nassistant\nб\n"
+    assert ids.count(tokenizer.special_tokens["<think>"]) == 1
+    with pytest.raises(SaigaError, match="turn by turn"):
+        encode([*one, *one], tokenizer)
+    ((first, last),) = encoding.encode_rows([{"messages": [*one, *one]}], tokenizer)
+    assert first["input_ids"] == ids
+    assert tokenizer.decode(last["input_ids"]).startswith("а<think>а<think>user\nа<think>\nassistant\nб\nuser")
+    assert tokenizer.decode(learned(last)) == "б"
+
+
+def test_marks_that_agree_with_what_is_learned_are_accepted_and_others_are_refused():
+    answer = "{{ '<|im_start|>assistant\n' }}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    other = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
+    marked = (
+        "{%- for message in messages -%}{% if message['role'] == 'assistant' %}" + answer + "{% else %}" + other + ""
+        "{% endif %}{{ '\n' }}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+    )
+    assert encode(CONVERSATION, chatml(marked)) == encode(CONVERSATION, chatml(CHATML))
+    header_too = marked.replace(
+        answer, answer.replace("{% generation %}", "", 1).replace("{{", "{% generation %}{{", 1)
+    )
+    twice = marked.replace("+ '<|im_end|>' }}", "}}{% endgeneration %}!{% generation %}{{ '<|im_end|>' }}", 1)
+    users_too = marked.replace(other, "{% generation %}" + other + "{% endgeneration %}")
+    for broken in (header_too, twice, users_too):
+        assert broken != marked
+        with pytest.raises(SaigaError, match="generation prompt ends at"):
+            encode(CONVERSATION, chatml(broken))
+    last_alone = marked.replace("== 'assistant' %}", "== 'assistant' and loop.last %}")
+    for conversation in (CONVERSATION, [*TWICE[:2], {**TWICE[2], "weight": 0}, *TWICE[3:]]):
+        assert encode(conversation, chatml(last_alone)) == encode(conversation, chatml(CHATML))
+    unmarked = template.for_inference(marked)
+    assert "generation %}" not in unmarked.replace("add_generation_prompt", "")
+    assert template.render(CONVERSATION, unmarked) == template.render(CONVERSATION, marked)
+
+
+def test_one_rendering_serves_all_conversations_of_a_shape(monkeypatch):
+    tokenizer = chatml()
+    rendered = []
+    render = template.render
+    monkeypatch.setattr(layout.template, "render", lambda *a, **k: rendered.append(k.get("masked")) or render(*a, **k))
+    for text in ("а", "б </s>", "в"):
+        encode([CONVERSATION[0], {"role": "user", "content": text}, CONVERSATION[2]], tokenizer)
+    assert rendered.count(None) == 3
+    assert rendered.count(True) == 3  # the whole, a prompt, a turn: of the first alone
+
+
+def test_many_at_once_are_what_they_are_alone_and_a_bad_one_has_its_place():
+    tokenizer = chatml()
+    conversations = [{"messages": CONVERSATION}, {"messages": MESSAGES, "tools": TOOLS}, {"messages": CONVERSATION[1:]}]
+    alone = [[encode(each["messages"], tokenizer, tools=each.get("tools"))] for each in conversations]
+    assert encoding.encode_rows(conversations, tokenizer) == alone
+    with pytest.raises(SaigaError, match=r"records:12: Message 2 is of a call"):
+        encoding.encode_rows(
+            [{"messages": CONVERSATION}, {"messages": MESSAGES}], tokenizer, named=lambda index: f"records:{index + 11}"
+        )
+
+
+TWICE = [*CONVERSATION, {"role": "user", "content": "А ещё?"}, {"role": "assistant", "content": "И ещё."}]
+
+
+def test_an_answer_of_weight_0_is_only_read_and_templates_do_not_see_the_weight():
+    told = CHATML.replace("+ message['content'] +", "+ message['content'] + ('!' if 'weight' in message else '') +")
+    assert told != CHATML
+    for tokenizer in (chatml(), chatml(told)):
+        whole = encode(TWICE, tokenizer)
+        made = encode([*TWICE[:2], {**TWICE[2], "weight": 0}, *TWICE[3:]], tokenizer)
+        assert made["input_ids"] == whole["input_ids"]
+        assert learned(made) == learned(whole)[len(learned(encode(TWICE[:3], tokenizer))) :]
+    assert encode(TWICE, chatml()) == whole  # the shape with a weight is another one
+
+
+def test_where_the_last_answer_is_rendered_otherwise_each_answer_is_a_row():
+    tokenizer = chatml(THOUGHTFUL)
+    assert THOUGHTFUL != CHATML
+    with pytest.raises(SaigaError, match="turn by turn"):
+        encode(TWICE, tokenizer)
+    ((first, last),) = encoding.encode_rows([{"messages": TWICE}], tokenizer)
+    assert first == encode(TWICE[:3], tokenizer)
+    think = tokenizer.special_tokens["<think>"]
+    for row, count in ((first, 3), (last, 5)):
+        asked = encode(TWICE[: count - 1], tokenizer, add_generation_prompt=True)["input_ids"]
+        assert row["input_ids"][: len(asked)] == asked
+        assert row["labels"][len(asked)] == think
+        assert row["input_ids"].count(think) == 1
+    assert tokenizer.decode(learned(last)) == "И ещё."
+
+
+def test_an_answer_that_is_only_read_has_the_ids_that_it_has_in_a_prompt():
+    """Its text begins with a line end, which would merge with the one before it."""
+    tokenizer = chatml()
+    messages = [*TWICE[:2], {**TWICE[2], "content": "\n\nДа"}, *TWICE[3:]]
+    asked = encode(messages[:4], tokenizer, add_generation_prompt=True)["input_ids"]
+    for weight in (0, 1):
+        made = encode([*messages[:2], {**messages[2], "weight": weight}, *messages[3:]], tokenizer)
+        assert made["input_ids"][: len(asked)] == asked
+    assert encode([{**each, "weight": 0} for each in messages[:4]], tokenizer, add_generation_prompt=True) == encode(
+        messages[:4], tokenizer, add_generation_prompt=True
+    )
+
+
+def test_a_refusal_that_is_kept_for_a_shape_keeps_no_conversation():
+    class Text(str):
+        pass
+
+    content = Text("слово")
+    alive = weakref.ref(content)
+    messages = [{**TWICE[0], "content": content}, *TWICE[1:]]
+    tokenizer = chatml(THOUGHTFUL)
+    for _ in range(2):
+        with pytest.raises(SaigaError, match="turn by turn"):
+            encode(messages, tokenizer)
+    del content, messages
+    gc.collect()
+    assert alive() is None
+
+
+def test_rows_over_the_limit_are_not_made_but_for_the_last(monkeypatch):
+    tokenizer, encoded = chatml(THOUGHTFUL), []
+    turns = [turn for _ in range(30) for turn in TWICE[3:]]
+    ((first, second, *_),) = encoding.encode_rows([{"messages": turns}], tokenizer)
+    limit = len(second["input_ids"])
+    whole = encoding.encode
+    monkeypatch.setattr(encoding, "encode", lambda *a, **k: encoded.append(1) or whole(*a, **k))
+    (made,) = encoding.encode_rows([{"messages": turns}], tokenizer, limit=limit)
+    assert made[:-1] == [first, second]
+    assert len(made[-1]["input_ids"]) > 10 * limit
+    assert len(encoded) == 4
+
+
+def test_a_template_whose_prompt_is_never_the_beginning_is_refused_with_the_place():
+    other_prompt = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>bot\n' }}")
+    with pytest.raises(SaigaError, match=r"conversation 1: .*turn by turn: what it makes of messages\[2\] is not"):
+        encoding.encode_rows([{"messages": TWICE}], chatml(other_prompt))

@@ -1,0 +1,23 @@
+"""Trainings of the tiny Saiga, and the loss that transformers finds."""
+
+import torch
+
+from saigakit.config import TrainConfig
+from saigakit.prompt import encoding
+
+
+def config_for(records, directory, **settings):
+    files = {"train_file": str(records), "eval_file": str(records), "output_dir": str(directory / "02_train")}
+    return TrainConfig(**({"model": "saiga_tiny", "epochs": 1} | files | settings))
+
+
+def mean_loss(model, rows):
+    """Over the learned tokens, each conversation alone."""
+    total = count = 0
+    for row in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        count += int((labels != encoding.IGNORE_INDEX).sum())
+    return total / count

@@ -1,0 +1,226 @@
+"""Checkpoints: whole or absent, known to be damaged, of one run alone, and the best adapter with each."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from saigakit.errors import SaigaError
+from saigakit.train import checkpoints
+from saigakit.train.checkpoints import MARK, Store
+
+IDENTITY = checkpoints.identity({"epochs": 3, "max_hours": 9}, {"train": {"train.jsonl": "abc"}})
+STATE = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+def fill(directory, text="state"):
+    (directory / "state").mkdir()
+    for name in (*STATE, "rng_state.pth"):
+        (directory / "state" / name).write_text(f"{text} {name}", encoding="utf-8")
+    (directory / "log.jsonl").write_text("{}\n", encoding="utf-8")
+
+
+def adapter(text):
+    return lambda directory: (directory / "adapter_model.safetensors").write_text(text, encoding="utf-8")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "02_train.checkpoints", IDENTITY)
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def keeping_both(store, monkeypatch):
+    """Steps 1 and 2: as after a kill between the rename of the second and the end of the first."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.shutil, "rmtree", lambda *_, **__: None)
+        return store.write(1, fill, needed=1), store.write(2, fill, needed=1)
+
+
+def test_only_the_newest_is_kept(store):
+    for step in (5, 10, 100):
+        store.write(step, fill, needed=1)
+    assert names(store.directory) == ["step-00000100"]
+    assert store.newest() == store.directory / "step-00000100"
+
+
+def test_the_mark_lists_every_file_with_its_hash_and_size(store):
+    made = store.write(5, fill, needed=1)
+    files = json.loads((made / MARK).read_text(encoding="utf-8"))["files"]
+    assert {f"state/{name}" for name in STATE} | {"log.jsonl", "state/rng_state.pth"} == set(files)
+    assert files["log.jsonl"]["bytes"] == 3
+
+
+def test_one_that_is_being_written_is_not_seen(store):
+    store.write(5, fill, needed=1)
+
+    def cut_off(directory):
+        fill(directory)
+        assert store.newest() == store.directory / "step-00000005"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.write(6, cut_off, needed=1)
+    assert names(store.directory) == [".step-00000006.partial", "step-00000005"]
+    assert store.newest() == store.directory / "step-00000005"
+
+
+@pytest.mark.parametrize("name", [*(f"state/{name}" for name in (*STATE, "rng_state.pth")), "log.jsonl", MARK])
+@pytest.mark.parametrize("how", ["lost", "cut", "changed"])
+def test_a_damaged_one_is_named_and_the_one_before_it_is_taken(store, monkeypatch, capsys, name, how):
+    first, second = keeping_both(store, monkeypatch)
+    file = second / name
+    content = file.read_bytes()
+    if how == "lost":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-1] if how == "cut" else b"#" + content[1:])
+    assert store.newest() == first
+    printed = capsys.readouterr().out
+    assert str(second) in printed and "is not used" in printed and name in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("optimizer.pt", "the optimizer's state"),
+        ("scheduler.pt", "the schedule's state"),
+        ("rng_state.pth", "random numbers"),
+    ],
+)
+def test_one_that_was_saved_without_what_resuming_needs_is_refused_by_name(store, capsys, name, what):
+    def fill_in_part(directory):
+        fill(directory)
+        (directory / "state" / name).unlink()
+
+    store.write(5, fill_in_part, needed=1)
+    assert store.newest() is None
+    assert f"it lacks {what}" in capsys.readouterr().out.replace("the state of the random", "random")
+
+
+def test_one_of_another_run_is_refused_with_what_differs(store):
+    made = store.write(5, fill, needed=1)
+    other = Store(store.directory, checkpoints.identity({"epochs": 4}, {"train": {"train.jsonl": "abd"}}))
+    with pytest.raises(SaigaError, match=r"another run \(epochs: 3 there, 4 now; train: .*abc.* there, .*abd.* now\)"):
+        other.newest()
+    assert made.is_dir()
+
+
+def test_the_runner_goes_over_one_of_another_run_aloud(store, monkeypatch, capsys):
+    store.write(5, fill, needed=1)
+    monkeypatch.setenv("SAIGAKIT_REPLACE", "1")
+    assert Store(store.directory, checkpoints.identity({"epochs": 4}, {})).newest() is None
+    assert "epochs: 3 there, 4 now" in capsys.readouterr().out
+
+
+def test_time_places_and_processes_do_not_make_another_run():
+    longer = checkpoints.identity(
+        {"epochs": 3, "max_hours": 5, "processes": 2, "save_minutes": 1, "resume_from": "x"}, {}
+    )
+    assert longer == checkpoints.identity({"epochs": 3, "base_source": "y"}, {})
+
+
+def test_the_best_adapter_is_in_each_checkpoint_and_comes_back_with_it(store):
+    store.keep_best(adapter("of step 3"), needed=1)
+    made = store.write(5, fill, needed=1)
+    store.keep_best(adapter("of step 6"), needed=1)
+    assert (made / "best" / "adapter_model.safetensors").read_text(encoding="utf-8") == "of step 3"
+    store.bring(made)
+    assert (store.best_dir / "adapter_model.safetensors").read_text(encoding="utf-8") == "of step 3"
+    assert checkpoints.problem_of(made) is None
+
+
+def test_a_best_adapter_of_a_later_step_does_not_outlive_going_back(store):
+    made = store.write(5, fill, needed=1)
+    store.keep_best(adapter("of step 6"), needed=1)
+    store.bring(made)
+    assert not store.best_dir.exists()
+
+
+def test_a_read_only_copy_is_brought_over_and_not_touched(store, tmp_path):
+    made = store.write(5, fill, needed=1)
+    attached = tmp_path / "input" / "02_train" / "checkpoint"
+    attached.parent.mkdir(parents=True)
+    made.rename(attached)
+    for path in (attached.parent, attached, *attached.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = {path: path.stat().st_mtime_ns for path in attached.rglob("*")}
+    here = store.bring(store.newest(attached.parent))
+    assert here == store.directory / "step-00000005"
+    assert checkpoints.problem_of(here) is None
+    assert os.access(here / "log.jsonl", os.W_OK)
+    assert {path: path.stat().st_mtime_ns for path in attached.rglob("*")} == before
+
+
+def test_the_highest_step_of_all_sources_is_taken(store, tmp_path):
+    elsewhere = Store(tmp_path / "other.checkpoints", IDENTITY)
+    later = elsewhere.write(7, fill, needed=1)
+    store.write(5, fill, needed=1)
+    assert store.newest(elsewhere.directory) == later
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import torch
+from saigakit.train import checkpoints
+from saigakit.errors import SaigaError
+sys.path[:0] = [sys.argv[2], f"{sys.argv[2]}/../support"]
+import test_checkpoints
+def fill(directory):
+    test_checkpoints.fill(directory)
+    WRITE
+try:
+    checkpoints.Store(Path(sys.argv[1]), test_checkpoints.IDENTITY).write(6, fill, needed=123_456)
+except SaigaError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        "torch.save({'state': torch.zeros(200_000)}, directory / 'state' / 'optimizer.pt')",
+        "import safetensors.torch; safetensors.torch.save_file({'a': torch.zeros(200_000)}, directory / 'state' / 'a')",
+        "(directory / 'state' / 'a').write_bytes(bytes(800_000))",
+    ],
+    ids=["torch", "safetensors", "python"],
+)
+def test_a_disk_that_is_full_leaves_the_checkpoint_before_it_whole(store, write):
+    before = store.write(5, fill, needed=1)
+    command = [sys.executable, "-c", FULL.replace("WRITE", write), str(store.directory), str(Path(__file__).parent)]
+    limit = 500_000  # bytes of a file
+    made = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert "checkpoint of step 6 cannot be written" in made.stdout
+    assert "it needs 123,456 bytes, and " in made.stdout
+    assert names(store.directory) == ["step-00000005"]
+    assert store.newest() == before
+
+
+def test_a_store_is_of_one_run_at_a_time(store):
+    with store.alone(0), pytest.raises(SaigaError, match="Another run is at work"), store.alone(0.2):
+        pass
+    with store.alone(0):
+        pass
+
+
+def test_a_store_of_a_refused_run_leaves_no_empty_directory(store):
+    with store.alone(0):
+        assert store.directory.is_dir()
+    assert not store.directory.exists()
+    with store.alone(0):
+        made = store.write(5, fill, needed=1)
+    assert store.newest() == made

@@ -1,0 +1,133 @@
+"""A base in parts over several processes. No GPUs are here: accelerate takes two CPU processes for two XPUs."""
+
+import os
+import sys
+import time
+
+import pytest
+from small_trainings import config_for
+
+from saigakit import train
+from saigakit.config import TrainConfig
+from saigakit.core import launch
+from saigakit.core.workspace import Gpu
+from saigakit.data.rows import Rows
+from saigakit.errors import SaigaError
+from saigakit.registry import Lora
+from saigakit.train import curve, preflight, sharding
+from saigakit.train.steps import Plan
+
+CHILD = """
+import sys
+from pathlib import Path
+
+import accelerate.state
+from accelerate.utils import DistributedType
+
+made = accelerate.state.PartialState.__init__
+
+
+def init(self, *arguments, **options):
+    made(self, *arguments, **options)
+    if self.__dict__.get("distributed_type") == DistributedType.MULTI_CPU:
+        self._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+
+
+accelerate.state.PartialState.__init__ = init
+from saigakit.train import worker; from saigakit.core import launch
+
+with launch.child():
+    worker.main(Path(sys.argv[1]))
+    import torch
+
+    sharded = DistributedType.FSDP in accelerate.state.PartialState._shared_state.values()
+    sys.stdout.write(f"weights sharded: {sharded}\\n")  # one write, for two processes share the pipe
+"""
+
+
+def losses(stage):
+    return [entry.get("loss", entry.get("held_out_loss")) for entry in curve.read(stage)]
+
+
+@pytest.mark.slow
+def test_two_sharded_processes_learn_and_go_on_as_one(tiny, tmp_path, monkeypatch, capfd):
+    """nf4, 128 tokens a pack: one process has more of them than the other, and the last step one conversation."""
+    records = tiny / "records.jsonl"
+    settings = {"quantization": "nf4", "adapter": None, "lora": Lora(rank=4, alpha=8, dropout=0.0), "batch_size": 7}
+    settings |= {"max_seq_length": 128}
+    alone = train.train_adapter(config_for(records, tmp_path / "alone", **settings))
+    (tmp_path / "sharded_child.py").write_text(CHILD, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    distributed = launch.distributed
+    monkeypatch.setattr(launch, "distributed", lambda _, *given, **named: distributed("sharded_child", *given, **named))
+    monkeypatch.setattr(preflight, "sharding", lambda *_: None)  # which asks for GPUs
+    together = config_for(records, tmp_path / "together", processes=2, sharding="fsdp", **settings)
+    monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 11 * 3600))
+    train.train_adapter(together)  # no time is left: a step, a checkpoint
+    monkeypatch.delenv("SAIGAKIT_SESSION_START")
+    made = train.train_adapter(together)
+    printed = capfd.readouterr().out
+    assert printed.count("weights sharded: True") == 4
+    assert "Training goes on from step 1" in printed
+    assert losses(made) == pytest.approx(losses(alone), abs=1e-6)
+    assert not (made / "samples.md").exists() and "is not written with sharding='fsdp'" in printed
+
+
+def test_the_options_are_those_of_the_libraries(tmp_path):
+    import torch
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from transformers import BitsAndBytesConfig, TrainingArguments
+
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **sharding.options("LlamaDecoderLayer"))
+    sharding.complete(arguments)
+    plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
+    plugin.set_mixed_precision("fp16")
+    assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
+    assert plugin.mixed_precision_policy.param_dtype is None  # else 4-bit weights would be cast as numbers
+    assert plugin.transformer_cls_names_to_wrap == ["LlamaDecoderLayer"]
+    stored = BitsAndBytesConfig(load_in_4bit=True, **sharding.storage(torch.float16)).bnb_4bit_quant_storage
+    assert stored == torch.float16
+
+
+def test_sharded_processes_have_equally_many_packs():
+    rows = Rows()
+    for length in (90, 80, 70, 10, 10, 10, 60):
+        rows.append({"input_ids": [1] * length, "labels": [1] * length})
+
+    def counts(kind):
+        config = TrainConfig(
+            model="saiga_tiny", train_file="", output_dir="", batch_size=5, epochs=1, max_seq_length=100, sharding=kind
+        )
+        plans = [Plan(config, rows, processes=2, process=number) for number in range(2)]
+        return [[(len(plan[step].packs), plan[step].counted) for plan in plans] for step in range(2)]
+
+    plain, sharded = counts("none"), counts("fsdp")
+    assert any(len({packs for packs, _ in step}) > 1 for step in plain)
+    assert all(len({packs for packs, _ in step}) == 1 for step in sharded)
+    assert [[counted for _, counted in step] for step in sharded] == [
+        [counted for _, counted in step] for step in plain
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "message"),
+    [
+        (0, {}, "here are none for 1 processes"),
+        (1, {}, "here is 1 for 1 processes"),
+        (2, {"processes": 1}, "here are 2 for 1 processes"),
+        (2, {"quantization": "int8"}, "cannot split int8 weights"),
+        (2, {"lora": Lora(dora=True)}, "DoRA and modules_to_save need the base's own matrices"),
+        (2, {"lora": Lora(modules_to_save=("lm_head",))}, "DoRA and modules_to_save need the base's own matrices"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(gpus, settings, message):
+    config = TrainConfig(model="saiga_llama3_8b", train_file="", output_dir="", sharding="fsdp", **settings)
+    gpu = Gpu(name="A100", memory=40 * 10**9, free=40 * 10**9, capability=(8, 0))
+    with pytest.raises(SaigaError, match=message):
+        preflight.sharding(config, [gpu] * gpus, machines=1)
+        preflight.sharded_lora(config, config.new_lora)
+
+
+def test_memory_of_one_process_is_its_part_two_layers_and_the_embeddings():
+    parts = sharding.memory({"weights": 3600, "logits": 5}, processes=4, layers=32, embeddings=400)
+    assert parts == {"weights": 900 + 200 + 400, "logits": 5}

@@ -1,0 +1,274 @@
+"""02_train on the tiny Saiga: real child processes, real bitsandbytes; what it writes, keeps and refuses."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import kill_resume
+import pytest
+import torch
+from matrix import matrix
+from safetensors import safe_open
+from small_trainings import config_for, mean_loss
+
+from saigakit import data, registry, train
+from saigakit.config import TrainConfig
+from saigakit.core import launch, manifest, workspace
+from saigakit.core.workspace import Gpu
+from saigakit.errors import SaigaError
+from saigakit.prompt import encoding
+from saigakit.registry import Lora
+from saigakit.train import checkpoints, curve, evaluation, samples, worker
+from saigakit.weights import load
+
+NEW = Lora(rank=4, alpha=8)
+
+
+@pytest.fixture(scope="module")
+def records(tiny):
+    return tiny / "records.jsonl"
+
+
+@pytest.fixture(scope="module")
+def continued(records, tmp_path_factory):
+    """The released adapter trained on in nf4, as on Kaggle."""
+    return train.train_adapter(
+        config_for(records, tmp_path_factory.mktemp("run"), adapter="released", quantization="nf4", epochs=3)
+    )
+
+
+def test_the_released_adapter_is_continued(continued, tiny):
+    released = torch.load(tiny / "adapter" / "adapter_model.bin", weights_only=True)
+    assert set(load.adapter_shapes(continued)) == set(released)
+    config = json.loads((continued / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    assert manifest.require_stage(continued, "02_train", model="saiga_tiny")["inputs"]["adapter"]
+
+
+def test_it_learns(continued):
+    held_out = [entry["held_out_loss"] for entry in curve.read(continued) if "held_out_loss" in entry]
+    assert held_out[-1] < held_out[0]
+    assert len(held_out) >= 4
+
+
+def test_every_step_is_in_the_log(continued):
+    steps = [entry["step"] for entry in curve.read(continued) if "loss" in entry]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_nothing_that_it_writes_names_a_place_on_this_machine(continued):
+    texts = [file.read_text(encoding="utf-8") for file in continued.iterdir() if file.suffix in (".json", ".jsonl")]
+    assert len(texts) == 4  # manifest, config, adapter config, log
+    assert not any(str(continued.parent) in text for text in texts[1:] if "train_file" not in text)
+
+
+def test_a_second_call_keeps_what_is_finished(continued, records, capfd):
+    before = manifest.hashes(continued)
+    config = config_for(records, continued.parent, adapter="released", quantization="nf4", epochs=3)
+    assert train.train_adapter(config) == continued
+    assert "kept" in capfd.readouterr().out
+    assert manifest.hashes(continued) == before
+
+
+def test_other_parameters_do_not_overwrite_it(continued, records):
+    with pytest.raises(SaigaError, match=r"made differently .*epochs: 3 there, 2 now"):
+        train.train_adapter(config_for(records, continued.parent, adapter="released", quantization="nf4", epochs=2))
+
+
+@pytest.mark.parametrize("quantization", matrix(["none", "nf4"], ["nf4"]))
+def test_two_processes_learn_what_one_learns(tmp_path, quantization):
+    """Packs of 128 tokens: one process has more of them than the other; the last step has one conversation."""
+    lora = Lora(rank=4, alpha=8, dropout=0.0)
+    settings = {"max_seq_length": 128, "batch_size": 7, "epochs": 1.25, "quantization": quantization, "lora": lora}
+    logs = []
+    for processes in (1, 2):
+        config = kill_resume.config_for(tmp_path / str(processes), processes=processes, **settings)
+        kill_resume.finished(config)
+        log = curve.read(Path(config.output_dir))
+        logs.append([entry.get("loss", entry.get("held_out_loss")) for entry in log])
+    assert len(logs[0]) == 1 + 11 + 3
+    assert logs[0] == pytest.approx(logs[1], abs=1e-6, rel=0)
+
+
+def test_the_held_out_loss_is_the_mean_over_learned_tokens(continued, records, tiny):
+    tokenizer = encoding.load_tokenizer("saiga_tiny")
+    rows = data.spread([encoding.encode(row["messages"], tokenizer) for row in data.read_conversations(records)],
+                        evaluation.AT_LEAST)  # fmt: skip
+    model = load.base_model(tiny / "base", "nf4", torch.float32, "cpu")
+    model = load.with_adapter(model, tiny / "adapter", NEW).eval()
+    assert curve.read(continued)[0]["held_out_loss"] == pytest.approx(mean_loss(model, rows), rel=1e-4)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_session_that_has_no_time_left_still_gives_an_adapter(records, tmp_path, monkeypatch, capfd, processes):
+    monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 11 * 3600))
+    made = train.train_adapter(
+        config_for(records, tmp_path, adapter=None, quantization="none", epochs=5, processes=processes)
+    )
+    assert "max_hours=10.5 end training at step 1 of 19, which is saved" in capfd.readouterr().out
+    assert load.adapter_shapes(made)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_seq_length": 8}, "no conversation has an answer within max_seq_length=8"),
+        ({"learning_rate": 1e30, "adapter": None, "quantization": "none", "epochs": 20}, "smaller learning_rate"),
+    ],
+)
+def test_a_childs_failure_is_one_sentence_and_leaves_no_stage(records, tmp_path, settings, message):
+    with pytest.raises(SaigaError, match=message) as caught:
+        train.train_adapter(config_for(records, tmp_path, **settings))
+    assert "Traceback" not in str(caught.value)
+    assert not (tmp_path / "02_train").exists()
+
+
+def refused_before_a_child_starts(monkeypatch, config, match):
+    monkeypatch.setattr(launch, "run", lambda *_, **__: pytest.fail("a child was started"))
+    with pytest.raises(SaigaError, match=match):
+        train.train_adapter(config)
+
+
+def test_too_little_memory_is_told_with_both_numbers(records, tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace, "available_memory", lambda: 5_000_000)
+    refused_before_a_child_starts(
+        monkeypatch, config_for(records, tmp_path), r"needs about 0\.0 GB of memory, and 0\.0 GB are free"
+    )
+
+
+def test_a_gpu_that_is_too_small_is_told_with_both_numbers(records, tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace, "gpus", lambda: [Gpu("Tesla T4", (7, 5), 16 * 10**9, 1_000_000)])
+    refused_before_a_child_starts(monkeypatch, config_for(records, tmp_path), r"on Tesla T4 .*of its 16\.0 GB are free")
+
+
+def test_gemma_on_a_t4_is_refused_before_anything_is_fetched(records, tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace, "gpus", lambda: [Gpu("Tesla T4", (7, 5), 16 * 10**9, 15 * 10**9)])
+    config = config_for(records, tmp_path, model="saiga_gemma3_12b")
+    refused_before_a_child_starts(monkeypatch, config, "overflow float16")
+
+
+def test_records_that_were_formatted_for_another_model_are_refused(records, tmp_path, monkeypatch):
+    with manifest.making(
+        tmp_path / "01_format", stage="01_format", parameters={"model": "saiga2_7b"}, inputs={}
+    ) as made:
+        (made / "train.jsonl").write_bytes(records.read_bytes())
+    config = TrainConfig(model="saiga_tiny", train_file="01_format/train.jsonl", output_dir=str(tmp_path / "02_train"))
+    refused_before_a_child_starts(monkeypatch, config, "made for model='saiga2_7b', and this run is of .*saiga_tiny")
+
+
+def test_a_stage_that_was_not_run_is_named(tmp_path, monkeypatch):
+    config = TrainConfig(model="saiga_tiny", train_file="01_format/train.jsonl", output_dir=str(tmp_path / "02_train"))
+    refused_before_a_child_starts(monkeypatch, config, r"01_format/train\.jsonl.*is not there")
+
+
+def in_this_process(monkeypatch, on_evaluation=None):
+    """The child's work; `on_evaluation` in place of the samples."""
+    monkeypatch.setattr(launch, "distributed", lambda _, arguments, **__: worker.main(Path(arguments[0])))
+    if on_evaluation is not None:
+        monkeypatch.setattr(samples.Samples, "write", lambda _, *about: on_evaluation(*about))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Step -> (held-out loss, a trained matrix), by the hook of evaluations."""
+    found = {}
+
+    def hook(step, loss, model):
+        torch.rand(7)  # which changes nothing
+        found[step] = (loss, next(p for n, p in model.named_parameters() if MATRIX in n).detach().clone())
+
+    in_this_process(monkeypatch, hook)
+    return found
+
+
+MATRIX = "layers.0.self_attn.q_proj.lora_B"
+# The first step of a warmup has a learning rate of 0, so that the second is worse.
+WORSENS = {
+    "adapter": None,
+    "quantization": "none",
+    "learning_rate": 30.0,
+    "epochs": 2,
+    "batch_size": 5,
+    "eval_steps": 1,
+}
+
+
+def test_the_adapter_with_the_best_held_out_loss_is_what_the_stage_returns(seen, records, tmp_path, capfd):
+    made = train.train_adapter(config_for(records, tmp_path, early_stopping=1, **WORSENS))
+    losses = {step: loss for step, (loss, _) in seen.items()}
+    assert losses == {e["step"]: e["held_out_loss"] for e in curve.read(made) if "held_out_loss" in e}
+    assert min(losses) == 0
+    best = min((loss, step) for step, loss in losses.items() if step > 0)[1]
+    assert best < max(losses)
+    with safe_open(made / "adapter_model.safetensors", "pt") as file:
+        kept = next(file.get_tensor(name) for name in file.keys() if MATRIX in name)  # noqa: SIM118
+    assert torch.equal(kept, seen[best][1])
+    assert not torch.equal(kept, seen[max(losses)][1])
+    assert manifest.read(made)["training"]["best_step"] == best
+    assert f"The adapter is that of step {best}, with the best held-out loss" in capfd.readouterr().out
+
+
+def test_training_stops_when_the_held_out_loss_does_not_become_better(seen, records, tmp_path, capfd):
+    made = train.train_adapter(config_for(records, tmp_path, early_stopping=1, **WORSENS))
+    training = manifest.read(made)["training"]
+    assert (training["ended"], training["step"]) == ("early_stopping", training["best_step"] + 1)
+    assert f"early_stopping=1: the held-out loss was best at step {training['best_step']}" in capfd.readouterr().out
+    assert not (made / "checkpoint").exists()
+    train.train_adapter(config_for(records, tmp_path, early_stopping=1, **WORSENS))
+    assert "kept" in capfd.readouterr().out
+
+
+def test_the_hook_of_evaluations_leaves_no_trace_in_the_losses(seen, records, tmp_path, monkeypatch):
+    """With dropout: it draws from the same random numbers."""
+    settings = {"adapter": None, "quantization": "none", "lora": Lora(rank=4, alpha=8, dropout=0.2), "eval_steps": 1}
+    with_hook = train.train_adapter(config_for(records, tmp_path / "with", **settings))
+    in_this_process(monkeypatch)
+    without = train.train_adapter(config_for(records, tmp_path / "without", **settings))
+    assert seen
+    assert manifest.sha256(with_hook / "adapter_model.safetensors") == manifest.sha256(
+        without / "adapter_model.safetensors"
+    )
+
+
+def test_a_broken_loss_names_the_step_the_conversations_and_the_checkpoint_that_is_kept(records, tmp_path, monkeypatch):
+    in_this_process(monkeypatch)
+    broken = {**WORSENS, "learning_rate": 1e30, "batch_size": 3, "eval_steps": 100}
+    said = (
+        r"at step (\d+), whose conversations are \d+, \d+, \d+ of records\.jsonl; the checkpoint of step (\d+) is kept"
+    )
+    with pytest.raises(SaigaError, match=said) as caught:
+        train.train_adapter(config_for(records, tmp_path, save_steps=1, **broken))
+    step, saved = (int(number) for number in re.search(said, str(caught.value)).groups())
+    assert saved == step - 1
+    store = checkpoints.beside(tmp_path / "02_train")
+    assert checkpoints.problem_of(store / f"step-{saved:08d}") is None
+    with safe_open(store / f"step-{saved:08d}" / "state" / "adapter_model.safetensors", "pt") as file:
+        assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
+
+
+def test_a_broken_held_out_loss_ends_training_too(records, tmp_path, monkeypatch):
+    in_this_process(monkeypatch)
+    broken = {**WORSENS, "learning_rate": 1e30}
+    with pytest.raises(
+        SaigaError, match=r"The held-out loss is nan after step \d+, whose conversations are \d+, .*no check"
+    ):
+        train.train_adapter(config_for(records, tmp_path, **broken))
+
+
+def test_noise_on_the_embeddings_changes_training_and_not_evaluation(records, tmp_path, monkeypatch):
+    in_this_process(monkeypatch)
+    logs = []
+    for alpha in (None, 5.0):
+        settings = {"adapter": None, "quantization": "none", "neftune_alpha": alpha}
+        logs.append(curve.read(train.train_adapter(config_for(records, tmp_path / str(alpha), **settings))))
+    assert logs[0][0] == logs[1][0]
+    assert logs[0][1]["loss"] != logs[1][1]["loss"]
+
+
+def test_every_model_of_the_registry_has_a_config():
+    for name in registry.MODELS:
+        assert (
+            TrainConfig(model=name, train_file="x", output_dir="y").sequence_budget
+            <= registry.find(name).context_length
+        )
