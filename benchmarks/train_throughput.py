@@ -33,7 +33,7 @@ from saigakit.core.display import Table
 from saigakit.data import rows
 from saigakit.prompt.encoding import IGNORE_INDEX
 from saigakit.registry import ATTENTION
-from saigakit.train import attention, checkpoints, evaluation, packing, steps, trainer, training_log, training_run
+from saigakit.train import checkpoints, layers, run_state, steps, trainer
 
 WAYS = ("tutorial", "grouped", "TRL", "saigakit")
 VOCABULARY, WIDTH_7B, PACK_7B = 32_000, 4096, 3584
@@ -140,7 +140,7 @@ def with_trl(model, made, directory: str, budget: int):
     settings = SFTConfig(
         **_settings(directory),
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=len(packing.best_fit(lengths, budget)),
+        gradient_accumulation_steps=len(steps.best_fit(lengths, budget)),
         packing=True,
         packing_strategy="bfd",
         max_length=budget,
@@ -153,7 +153,7 @@ def with_trl(model, made, directory: str, budget: int):
 
 
 def with_saigakit(model, made, directory: str, budget: int):
-    attention.use(model.get_base_model())
+    layers.use_packed_attention(model.get_base_model())
     stored = rows.Rows()
     for row in made:
         stored.append(row)
@@ -161,12 +161,12 @@ def with_saigakit(model, made, directory: str, budget: int):
         model=directory, train_file="", output_dir=directory, batch_size=len(made), max_seq_length=budget, epochs=1
     )
     place = Path(directory)
-    run = training_run.Run(
+    run = run_state.Run(
         config,
         steps.Plan(config, stored),
-        evaluation.HeldOut(stored, 0),
+        run_state.HeldOut(stored, 0),
         checkpoints.Store(place / "checkpoints", {}),
-        training_log.Log(place / "log.jsonl", quiet=True),
+        run_state.Log(place / "log.jsonl", quiet=True),
     )
     return trainer.build(run, model, resumed=False)
 

@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from saigakit.registry import ALL_LINEAR, ATTENTION, MODELS, Lora
-from saigakit.train import attention, head, packing
+from saigakit.train import layers, steps
 from saigakit.weights import load, memory
 
 CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -99,7 +99,7 @@ def build(case: Case) -> tuple[torch.nn.Module, memory.Shape]:
         base = load.base_model(Path(directory), case.quantization, dtype, "cpu")
         shape = memory.Shape.of(Path(directory))
     base.config.use_cache = False
-    attention.use(base)
+    layers.use_packed_attention(base)
     if case.autocast:
         base.set_attn_implementation("sdpa")  # fused, for a pack of one document
         for parameter in base.parameters():
@@ -110,7 +110,7 @@ def build(case: Case) -> tuple[torch.nn.Module, memory.Shape]:
         base.enable_input_require_grads()
     model = load.with_adapter(base, None, case.lora).train()
     if case.chunked:
-        head.use(model)
+        layers.use_chunked_loss(model)
     return model, shape
 
 
@@ -119,7 +119,7 @@ def batch_of(pack: memory.Pack, vocabulary: int) -> dict[str, torch.Tensor]:
     for size in pack.documents:
         ids = [number * 7 % vocabulary for number in range(size)]
         rows.append({"input_ids": ids, "labels": [-100] * (size - size // 2) + ids[size - size // 2 :]})
-    return packing.collate(rows)
+    return steps.collate(rows)
 
 
 def loss_of(model: torch.nn.Module, batch: dict[str, torch.Tensor], case: Case) -> torch.Tensor:

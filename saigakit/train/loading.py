@@ -1,6 +1,8 @@
-"""A training config into the model that learns, where its memory is enough, and a trial of it on its largest pack."""
+"""Load the model to train where its memory fits, and try it on its largest pack."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,11 +10,12 @@ from typing import TYPE_CHECKING, Self
 
 from saigakit.config import TrainConfig
 from saigakit.core import workspace
+from saigakit.errors import SaigaError
 from saigakit.prompt.encoding import Example
 from saigakit.registry import Lora
-from saigakit.train import attention, head, packing, preflight, sharding, trial
+from saigakit.train import distributed, layers, preflight, steps
+from saigakit.train.run_state import Log
 from saigakit.train.steps import Plan
-from saigakit.train.training_log import Log
 from saigakit.weights import find, fold, load, memory
 from saigakit.weights.load import NumberFormat
 from saigakit.weights.memory import Pack, Shape
@@ -45,7 +48,7 @@ def memory_needed(
         pack=pack,
     )
     return (
-        sharding.memory(parts, processes, shape.layers, itemsize * shape.embedding_parameters)
+        distributed.fsdp_memory(parts, processes, shape.layers, itemsize * shape.embedding_parameters)
         if config.is_sharded
         else parts
     )
@@ -75,24 +78,24 @@ class Loaded:
         lora = preflight.model(config, base_dir, None if config.start_adapter is None else adapter_dir(config))
         shape = Shape.of(base_dir)
         needed = partial(memory_needed, config, shape, lora, number_format, processes=plan.processes)
-        pack, foreseen = _largest(plan, lambda pack: needed(pack=pack))
+        pack, foreseen = _largest_pack(plan, lambda pack: needed(pack=pack))
         if not log.quiet:
             preflight.fits(foreseen, gpus, plan.processes, pack="the largest pack")
         log.say(f"Loading {config.spec.base_model} …")
-        base = _base(config, base_dir, getattr(torch, number_format), "cpu" if config.is_sharded else device)
+        base = _load_base(config, base_dir, getattr(torch, number_format), "cpu" if config.is_sharded else device)
         model = load.with_adapter(base, adapter_dir(config) if _is_continued(config) else None, lora)
         name = config.spec.base_model  # of a directory its name alone, not a path of this machine
         model.peft_config["default"].base_model_name_or_path = Path(name).name if Path(name).is_dir() else name
-        if memory.head_in_chunks(shape, lora) and not head.use(model):
+        if memory.head_in_chunks(shape, lora) and not layers.use_chunked_loss(model):
             log.say("The logits of this model are scaled or capped, so they are not made in chunks.")
         load.require_formats(model, getattr(torch, number_format))
         return cls(model, pack, foreseen)
 
     def try_out(self, made: "Trainer", log: Log) -> None:
         """Three steps on the largest pack: memory runs out now or never."""
-        found = trial.run(
+        found = try_steps(
             self.model,
-            packing.collate(self.pack),
+            steps.collate(self.pack),
             predicted=self.foreseen,
             autocast=made.accelerator.autocast,
             scaler=made.accelerator.scaler,
@@ -110,7 +113,7 @@ def _is_continued(config: TrainConfig) -> bool:
     return config.start_adapter is not None and not config.is_folded
 
 
-def _largest(plan: Plan, needed: Callable[[Pack], dict[str, int]]) -> tuple[list[Example], dict[str, int]]:
+def _largest_pack(plan: Plan, needed: Callable[[Pack], dict[str, int]]) -> tuple[list[Example], dict[str, int]]:
     """The pack of the run that needs the most memory, by the bytes that it needs."""
     packs = [pack for step in range(len(plan)) for packs in plan.layout(step) for pack in packs]
     lengths, learned = plan.rows.lengths, plan.rows.learned
@@ -131,16 +134,16 @@ def _largest(plan: Plan, needed: Callable[[Pack], dict[str, int]]) -> tuple[list
     return [plan.rows[row] for row in candidates[largest]], bytes_of[largest]
 
 
-def _base(config: TrainConfig, base_dir: Path, dtype: "torch.dtype", device: str) -> "PreTrainedModel":
+def _load_base(config: TrainConfig, base_dir: Path, dtype: "torch.dtype", device: str) -> "PreTrainedModel":
     import torch
 
-    nf4 = sharding.storage(dtype) if config.is_sharded else {}
+    nf4 = distributed.fsdp_storage(dtype) if config.is_sharded else {}
     base = load.base_model(base_dir, config.weights_as, dtype, device, **nf4)
     if config.is_folded:
         fold.into(base, base_dir, adapter_dir(config))
     base.config.use_cache = False
-    attention.use(base)
-    head.sum_exactly(base)
+    layers.use_packed_attention(base)
+    layers.sum_exactly(base)
     if dtype != torch.float32:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
@@ -148,3 +151,105 @@ def _base(config: TrainConfig, base_dir: Path, dtype: "torch.dtype", device: str
             if parameter.ndim == 1:  # norms, a few MB: their statistics overflow float16
                 parameter.data = parameter.data.float()
     return base
+
+
+_STEPS = 3  # the first one warms up, the better of the others counts
+_MOMENTS = 2  # of AdamW: numbers per trained parameter, made in the first real step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """`peak_bytes`: the most that torch had given out on the GPU; None on a CPU, where nobody counts."""
+
+    seconds_per_token: float
+    peak_bytes: int | None
+
+
+def try_steps(
+    model: "torch.nn.Module",
+    pack: "Mapping[str, torch.Tensor]",
+    *,
+    predicted: Mapping[str, int],
+    autocast: Callable[[], AbstractContextManager[object]],
+    scaler: "torch.amp.GradScaler | None" = None,
+) -> Trial:
+    """Forward and backward passes on `pack`, a batch of packing.collate, as training makes them.
+
+    Afterwards weights, gradients, random numbers and the mode are as before, so that training is bit for bit the
+    same. `predicted` is what memory.training gave. Raises SaigaError where memory runs out, and ValueError where the
+    model already has gradients.
+    """
+    import torch
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if any(parameter.grad is not None for parameter in trained):
+        raise ValueError("the model has gradients, which a trial would drop")
+    device = trained[0].device
+    batch = {name: value.to(device) for name, value in pack.items()}
+    tokens = batch["input_ids"].numel()
+    with _untouched(model, device), _memory_is_enough(tokens, predicted, device):
+        moments = [torch.zeros(_MOMENTS, *parameter.shape, device=device) for parameter in trained]
+        seconds = [_try_step(model, batch, autocast, scaler) for _ in range(_STEPS)]
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        del moments
+    return Trial(seconds_per_token=min(seconds[1:]) / tokens, peak_bytes=peak)
+
+
+def _try_step(
+    model: "torch.nn.Module",
+    batch: "Mapping[str, torch.Tensor]",
+    autocast: Callable[[], AbstractContextManager[object]],
+    scaler: "torch.amp.GradScaler | None",
+) -> float:
+    """Seconds of one. Gradients stay for the next one to add to, as they do when steps are accumulated."""
+    import torch
+
+    start = time.perf_counter()
+    with load.fast_products():
+        with autocast():
+            loss: torch.Tensor = model(**batch, use_cache=False).loss
+        (loss if scaler is None else scaler.scale(loss)).backward()
+    if loss.device.type == "cuda":
+        torch.cuda.synchronize(loss.device)
+    return time.perf_counter() - start
+
+
+@contextmanager
+def _untouched(model: "torch.nn.Module", device: "torch.device") -> Iterator[None]:
+    """In training mode; then the mode, random numbers and the absence of gradients are as before."""
+    import torch
+
+    on_gpu, was_training = device.type == "cuda", model.training
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        model.train()
+        try:
+            yield
+        finally:
+            model.zero_grad(set_to_none=True)
+            model.train(was_training)
+            if on_gpu:
+                torch.cuda.empty_cache()  # training begins with memory in one piece
+
+
+@contextmanager
+def _memory_is_enough(tokens: int, predicted: Mapping[str, int], device: "torch.device") -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        there = ""
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            held = torch.cuda.max_memory_allocated(device)
+            there = f" on {torch.cuda.get_device_name(device)} of {total / 1e9:.1f} GB, {held / 1e9:.1f} GB in use"
+        reason = str(error).strip().splitlines()[0][:200]
+        raise SaigaError(
+            f"Memory ran out in a trial step on the largest pack, {tokens} tokens{there}. Foreseen were "
+            f"{sum(predicted.values()) / 1e9:.1f} GB ({memory.in_words(predicted)}). Use a smaller max_seq_length than "
+            f"{tokens}. ({reason})"
+        ) from None

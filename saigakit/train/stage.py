@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,103 @@ from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest, workspace
 from saigakit.data import sources
 from saigakit.errors import SaigaError
-from saigakit.train import checkpoints, curve, loading, preflight, resuming, training_run
+from saigakit.train import checkpoints, curve, loading, preflight, run_state
 from saigakit.train.checkpoints import Store
 from saigakit.weights import base_files, find, memory
+
+STAGE = "02_train"
+_OF_A_SESSION = {*checkpoints.NOT_IDENTITY} - {"adapter"}  # may differ between two sessions of one training
+
+
+def with_resume_point(config: TrainConfig) -> TrainConfig:
+    """`config` with resume_from, where an attached 02_train of the same parameters and records ended by max_hours.
+
+    One that differs is named with what differs, and training begins anew. Raises SaigaError where there are two.
+    """
+    if config.resume_from is not None or Path(config.output_dir).exists():
+        return config
+    found = []
+    for root in workspace.input_roots():
+        for file in sorted(root.rglob(f"{STAGE}/{manifest.NAME}")):
+            content = manifest.read(file.parent)
+            if content["stage"] != STAGE or content.get("training", {}).get("ended") != "max_hours":
+                continue
+            if differing := _differing(content, config):
+                names = ", ".join(differing)
+                print(f"{file.parent} ended by max_hours and is not continued: other {names}.", flush=True)
+            else:
+                found.append(file.parent)
+    if len(found) > 1:
+        raise SaigaError(
+            f"More than one attached {STAGE} ended by max_hours: {', '.join(map(str, found))}. Detach all but the last "
+            "one, or give its directory as resume_from."
+        )
+    if not found:
+        return config
+    print(f"{found[0]} ended by max_hours: training goes on from there.", flush=True)
+    return replace(config, resume_from=str(found[0]))
+
+
+def _differing(content: dict[str, Any], config: TrainConfig) -> list[str]:
+    # A stage without "folded" is of a version that continued the adapter.
+    there = {"folded": False, **content["parameters"]}
+    now = json.loads(json.dumps(config.to_json() | config.start))
+    kept = (name for name in now if name in there and name not in _OF_A_SESSION)
+    # 01_format tells the longest conversation where the config leaves it open.
+    names = [name for name in kept if now[name] != there[name] and (name, now[name]) != ("max_seq_length", None)]
+    files = (("train", "training"), ("held_out", "held-out"), ("replay", "replay"))
+    for (part, name), file in zip(files, (config.train_file, config.eval_file, config.replay_file), strict=True):
+        found = sources.records_files(file, Path(config.output_dir).parent) if file else []
+        hashes = [manifest.sha256(path) for path in found]
+        if hashes != list((content["inputs"].get(part) or {}).values()):
+            names.append(f"{name} records")
+    return names
+
+
+def goes_on(final: Path, identity: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether a stage of the same identity is there that ended by max_hours, and there is time to go on."""
+    if not final.exists():
+        return False
+    try:
+        content = manifest.read(final)
+    except SaigaError:  # which manifest.is_kept tells, and what to do
+        return False
+    training = content.get("training", {})
+    if training.get("ended") != "max_hours" or content["stage"] != identity["stage"]:
+        return False
+    if manifest.differing(content, json.loads(json.dumps(identity, default=str))):
+        return False
+    where = f"{final} ended by max_hours at step {training['step']} of {training['steps']}"
+    left_s = workspace.session_start() + config.max_hours * 3600 - time.time()
+    if left_s < 2 * training["reserve_s"]:
+        print(f"{where}, and max_hours={config.max_hours:g} leave no time to go on in this session.", flush=True)
+        return False
+    print(f"{where}: it goes on.", flush=True)
+    return True
+
+
+def find_start(config: TrainConfig, store: Store, unfinished: Path | None) -> Path | None:
+    """The checkpoint to go on from, in the store; None for the beginning. What it will do differently is said."""
+    named = None if config.resume_from is None else workspace.find_input(config.resume_from)
+    found = store.newest(*(place for place in (unfinished, named) if place is not None))
+    if found is None:
+        if named is not None:
+            raise SaigaError(
+                f"resume_from={config.resume_from!r}: {named} holds no whole checkpoint. Name a 02_train that ended by "
+                "max_hours (its directory holds checkpoint/), or leave resume_from out to begin anew."
+            )
+        return None
+    print(f"Training goes on from step {checkpoints.step_of(found)}, saved in {found}.", flush=True)
+    now = manifest.versions()
+    others = [
+        f"{name} {was}, now {now.get(name)}"
+        for name, was in checkpoints.made_with(found).items()
+        if now.get(name) != was
+    ]
+    if others:
+        print(f"It was made with {'; '.join(others)}: numbers may differ in their last digits.", flush=True)
+    return store.bring(found)
+
 
 STAGE = "02_train"
 CONFIG_FILE = "train_config.json"
@@ -29,7 +124,7 @@ def train_adapter(config: TrainConfig) -> Path:
     Everything that can be known in the first minute is refused in it. On the machines of SAIGAKIT_NODES but the first
     it only lends its processes. Raises SaigaError.
     """
-    config = resuming.resumed(config)
+    config = with_resume_point(config)
     final = Path(config.output_dir)
     files = {"train": config.train_file, "held_out": config.eval_file}
     found = {name: workspace.find_input(file, run_dir=final.parent) for name, file in files.items() if file}
@@ -58,22 +153,22 @@ def train_adapter(config: TrainConfig) -> Path:
     inputs["adapter"] = None if adapter_dir is None else manifest.hashes(adapter_dir)
     identity: dict[str, Any] = {"stage": STAGE, "parameters": _parameters(config), "inputs": inputs}
     store = Store(checkpoints.beside(final), checkpoints.identity(identity["parameters"], inputs))
-    goes_on = resuming.goes_on(final, identity, config)
-    if not goes_on and manifest.is_kept(final, **identity):
+    continues = goes_on(final, identity, config)
+    if not continues and manifest.is_kept(final, **identity):
         if manifest.read(final).get("training", {}).get("ended") != "max_hours":
             store.delete()  # else a run that went on from it may have been killed
         return final
     with store.alone(launch.SAVING_PATIENCE_S):
-        start = resuming.start(config, store, final if goes_on else None)
+        start = find_start(config, store, final if continues else None)
     prompt = data.common_system_prompt(data.read_conversations(found["train"]))
     facts: dict[str, Any] = {"number_format": number_format, "system_prompt": prompt}
     if nodes is not None and nodes.rank > 0:
         with tempfile.TemporaryDirectory() as scratch:
             _run_child(config, found, store, start, Path(scratch), processes, nodes)
         return final
-    with manifest.making(final, **identity, facts=facts, goes_on=goes_on) as partial:
+    with manifest.making(final, **identity, facts=facts, goes_on=continues) as partial:
         _run_child(config, found, store, start, partial, processes, nodes)
-        result_file = partial / training_run.RESULT_FILE
+        result_file = partial / run_state.RESULT_FILE
         facts["training"] = json.loads(result_file.read_text(encoding="utf-8"))
         result_file.unlink()
         curve.plot(curve.read(partial)).savefig(partial / "curve.png", dpi=110)

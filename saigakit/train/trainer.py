@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from saigakit.core import launch, workspace
 from saigakit.errors import SaigaError
-from saigakit.train import checkpoints, evaluation, head, packing, ranks, sharding
-from saigakit.train.steps import Step
-from saigakit.train.training_run import OnEvaluation, Run
+from saigakit.train import checkpoints, distributed, layers, run_state
+from saigakit.train.run_state import OnEvaluation, Run
+from saigakit.train.steps import Step, best_fit, collate
 from saigakit.weights import load
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ def build(run: Run, model: "PeftModel", *, resumed: bool) -> "Trainer":
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
-        **(sharding.options(sharding.layer_class(model)) if config.is_sharded else {}),
+        **(distributed.fsdp_options(distributed.layer_class_name(model)) if config.is_sharded else {}),
     )
     if config.is_sharded:
-        sharding.complete(arguments)
+        distributed.complete_fsdp_options(arguments)
     trainer = _trainer_class(run)(
         model=model,
         args=arguments,
@@ -79,7 +79,7 @@ def _trainer_class(run: Run) -> type["Trainer"]:
     from torch.utils.data import DataLoader
     from transformers import Trainer
 
-    packs = packing.best_fit(run.held_out.lengths, run.config.sequence_budget)
+    packs = best_fit(run.held_out.lengths, run.config.sequence_budget)
     is_sharded = run.config.is_sharded
 
     class StepTrainer(Trainer):
@@ -104,7 +104,7 @@ def _trainer_class(run: Run) -> type["Trainer"]:
                     self.accelerator.backward(loss)
                 total += loss.detach()
             if is_sharded:
-                sharding.average_gradients(self.model)
+                distributed.average_gradients(self.model)
             run.step_loss = total.item()
             return total.float()
 
@@ -120,10 +120,10 @@ def _trainer_class(run: Run) -> type["Trainer"]:
             self.model.eval()
             start = time.monotonic()
             total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-            with head.deferred(self.model):
+            with layers.deferred(self.model):
                 last = math.ceil(len(packs) / self.args.world_size) * self.args.world_size if is_sharded else len(packs)
                 for number in range(self.args.process_index, last, self.args.world_size):
-                    pack = packing.collate([run.held_out[index] for index in packs[number % len(packs)]])
+                    pack = collate([run.held_out[index] for index in packs[number % len(packs)]])
                     loss_sum = self._loss_sum(self.model, pack).item()
                     counted = torch.tensor([loss_sum, pack["logits_to_keep"].numel()], device=total.device)
                     total += counted * (number < len(packs))
@@ -156,7 +156,7 @@ def _trainer_class(run: Run) -> type["Trainer"]:
             with tempfile.TemporaryDirectory() as scratch:  # each process its own: a machine may have a disk of its own
                 self._save_rng_state(scratch)
                 mine = {file.name: file.read_bytes() for file in Path(scratch).iterdir()}
-            everyones = ranks.gathered(mine, self.args)
+            everyones = distributed.gather(mine, self.args)
 
             def fill(directory: Path) -> None:
                 state = directory / checkpoints.STATE
@@ -172,7 +172,7 @@ def _trainer_class(run: Run) -> type["Trainer"]:
                     shutil.copyfile(file, directory / file.name)
 
             step, needed = self.state.global_step, 3 * _adapter_bytes(self.model)  # with two moments of AdamW
-            ranks.by_first(lambda: run.store.write(step, fill, needed=needed), self.args)
+            distributed.by_first(lambda: run.store.write(step, fill, needed=needed), self.args)
             run.saved, run.saved_step = time.monotonic(), step
             run.save_s = max(run.save_s, run.saved - start)
             run.log.say(f"step {step}: checkpoint saved in {run.saved - start:.1f} s")
@@ -198,7 +198,7 @@ def _watch(run: Run, model: "PeftModel") -> "TrainerCallback":
             run.log.seconds += took
             run.worst_step_s = max(run.worst_step_s, took)
             here = (run.is_time_over(), launch.is_asked_to_end(), run.is_save_due(step))
-            is_over, is_asked, control.should_save = ranks.any_of(here, args)
+            is_over, is_asked, control.should_save = distributed.any_process(here, args)
             control.should_save |= step == len(run.plan)  # what follows it may be interrupted, too
             if step < len(run.plan) and (is_over or is_asked):
                 run.ending = "asked" if is_asked else "max_hours"
@@ -219,7 +219,7 @@ def _watch(run: Run, model: "PeftModel") -> "TrainerCallback":
                 run.log.write(step=step, held_out_loss=logs["eval_loss"])
                 run.log.say(f"step {step}: held-out loss {logs['eval_loss']:.4f} per token")
             elif "loss" in logs:
-                loss = ranks.mean(run.step_loss, args)
+                loss = distributed.mean_of_processes(run.step_loss, args)
                 # With a GradScaler a gradient may overflow: that step is left out and the scale is halved.
                 if not math.isfinite(loss if args.fp16 else loss + logs.get("grad_norm", 0.0)):
                     what = "The gradient is not finite" if math.isfinite(loss) else f"The loss is {loss}"
@@ -238,12 +238,12 @@ def _watch(run: Run, model: "PeftModel") -> "TrainerCallback":
             **_: object,
         ) -> None:
             step, loss = state.global_step, (metrics or {})["eval_loss"]
-            best = evaluation.best(run.log.held_out)
+            best = run_state.best_evaluation(run.log.held_out)
             if best is not None and best.step == step:
                 needed = _adapter_bytes(model)
-                ranks.by_first(lambda: run.store.keep_best(partial(save_adapter, model), needed=needed), args)
+                distributed.by_first(lambda: run.store.keep_best(partial(save_adapter, model), needed=needed), args)
             began = time.monotonic()
-            ranks.by_first(lambda: _call(run.on_evaluation, step, loss, model), args)
+            distributed.by_first(lambda: _call(run.on_evaluation, step, loss, model), args)
             run.evaluation_s += time.monotonic() - began
             if step < len(run.plan) and run.ending == "finished" and is_stopped_early(run):
                 control.should_training_stop = True
@@ -253,7 +253,7 @@ def _watch(run: Run, model: "PeftModel") -> "TrainerCallback":
 
 def is_stopped_early(run: Run) -> bool:
     """Whether the held-out loss has not become better for early_stopping evaluations; it is then said and kept."""
-    best, patience = evaluation.best(run.log.held_out), run.config.early_stopping
+    best, patience = run_state.best_evaluation(run.log.held_out), run.config.early_stopping
     if best is None or patience is None or best.worse_since < patience:
         return False
     run.ending = "early_stopping"

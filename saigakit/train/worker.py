@@ -20,13 +20,11 @@ from saigakit.data import rows
 from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
-from saigakit.train import checkpoints, curve, evaluation, loading, preflight, ranks, replay, samples, sharding, trainer
+from saigakit.train import checkpoints, curve, distributed, loading, preflight, run_state, samples, steps, trainer
 from saigakit.train.checkpoints import Store
-from saigakit.train.evaluation import HeldOut
 from saigakit.train.loading import Loaded
+from saigakit.train.run_state import RESULT_FILE, HeldOut, Log, Run
 from saigakit.train.steps import Plan
-from saigakit.train.training_log import Log
-from saigakit.train.training_run import RESULT_FILE, Run
 from saigakit.weights import fold, load
 
 if TYPE_CHECKING:
@@ -71,7 +69,7 @@ def main(config_file: Path) -> None:
         step = _train(run, loaded, start)
         if rank == 0:
             _finish(run, loaded.model, step)
-    ranks.leave_together()
+    distributed.leave_together()
 
 
 def _train(run: Run, loaded: Loaded, start: Path | None) -> int:
@@ -81,7 +79,7 @@ def _train(run: Run, loaded: Loaded, start: Path | None) -> int:
         return run.saved_step
     made = trainer.build(run, loaded.model, resumed=start is not None)
     if run.config.is_sharded:
-        sharding.call_when_ready(made, lambda: loaded.try_out(made, run.log))
+        distributed.call_when_ready(made, lambda: loaded.try_out(made, run.log))
     else:
         loaded.try_out(made, run.log)
     made.train(resume_from_checkpoint=None if start is None else str(start / checkpoints.STATE))
@@ -103,7 +101,7 @@ def _train(run: Run, loaded: Loaded, start: Path | None) -> int:
 
 def _finish(run: Run, model: "PeftModel", step: int) -> None:
     """The best adapter by held-out loss, the last one where nothing was held out."""
-    directory, best, folded_rank = Path(run.config.output_dir), evaluation.best(run.log.held_out), 0
+    directory, best, folded_rank = Path(run.config.output_dir), run_state.best_evaluation(run.log.held_out), 0
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         trained = run.store.best_dir
         if best is None:
@@ -142,22 +140,22 @@ def _held_out(
     if asked is None:
         return HeldOut(rows.Rows(), 0)
     found = rows.store(asked, tokenizer, config.sequence_budget, name=Path(str(config.eval_file)).name)
-    count = evaluation.evaluated(found.lengths, steps=len(plan), tokens=plan.tokens, eval_steps=config.eval_steps)
+    count = run_state.count_evaluated(found.lengths, steps=len(plan), tokens=plan.tokens, eval_steps=config.eval_steps)
     log.say(f"{count} of {len(found)} held-out conversations are evaluated each time.")
     return HeldOut(found, count)
 
 
 def _training_rows(
     config: TrainConfig, tokenizer: encoding.Tokenizer, asked: Conversations | None, log: Log
-) -> rows.Rows | replay.Joined:
+) -> rows.Rows | steps.Joined:
     def stored(conversations: Conversations, file: str) -> rows.Rows:
         return rows.store(conversations, tokenizer, config.sequence_budget, name=Path(file).name)
 
     training = stored(data.read_conversations(config.train_file), config.train_file)
     if config.replay_file is None:
         return training
-    general = replay.read(config.replay_file, asked, Path(config.output_dir).parent)  # the stage's run_dir
-    joined = replay.Joined(training, stored(general, config.replay_file))
+    general = steps.read_replay(config.replay_file, asked, Path(config.output_dir).parent)  # the stage's run_dir
+    joined = steps.Joined(training, stored(general, config.replay_file))
     log.say(joined.in_words(config.replay_fraction))
     return joined
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saigakit.train import attention
+from saigakit.train import layers
 
 LENGTHS = (7, 1, 12, 5)
 
@@ -39,7 +39,7 @@ def test_logits_and_gradients_equal_those_of_each_document_alone(model, pack):
     alone.square().sum().backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    attention.use(model)
+    layers.use_packed_attention(model)
     packed = model(ids, position_ids=positions).logits
     packed.square().sum().backward()
     # 1e-6 of logits of about 10: positions are rotated in float32, in another order of additions.
@@ -50,7 +50,7 @@ def test_logits_and_gradients_equal_those_of_each_document_alone(model, pack):
 
 def test_activation_checkpointing_changes_nothing(model, pack):
     _, ids, positions = pack
-    attention.use(model)
+    layers.use_packed_attention(model)
     plain = model(ids, position_ids=positions).logits
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
@@ -61,7 +61,7 @@ def test_activation_checkpointing_changes_nothing(model, pack):
 @pytest.mark.parametrize("mixing", ["mask", "cache", "batch"])
 def test_what_would_mix_documents_is_refused(model, pack, mixing):
     _, ids, positions = pack
-    attention.use(model)
+    layers.use_packed_attention(model)
     settings = {"position_ids": positions}
     if mixing == "mask":
         mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
@@ -77,6 +77,6 @@ def test_what_would_mix_documents_is_refused(model, pack, mixing):
 def test_sdpa_can_be_had_back_for_generation(model, pack):
     documents, _, _ = pack
     before = model(documents[0]).logits
-    attention.use(model)
+    layers.use_packed_attention(model)
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(model(documents[0]).logits, before)

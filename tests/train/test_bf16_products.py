@@ -50,8 +50,8 @@ def digest(model):
 
 
 def test_bf16_products_leave_the_folded_base_as_it_is(records, tmp_path, monkeypatch):
-    bases, plain = [], loading._base
-    monkeypatch.setattr(loading, "_base", lambda *given: bases.append(digest(base := plain(*given))) or base)
+    bases, plain = [], loading._load_base
+    monkeypatch.setattr(loading, "_load_base", lambda *given: bases.append(digest(base := plain(*given))) or base)
     trained(records, tmp_path / "float32")
     _, rounded = in_bf16(monkeypatch, records, tmp_path / "bf16")
     assert rounded > 0

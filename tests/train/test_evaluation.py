@@ -2,8 +2,8 @@
 
 import pytest
 
-from saigakit.train import evaluation
-from saigakit.train.evaluation import Best
+from saigakit.train import run_state
+from saigakit.train.run_state import Best
 
 
 @pytest.mark.parametrize(
@@ -16,17 +16,17 @@ from saigakit.train.evaluation import Best
     ],
 )
 def test_all_evaluations_cost_about_a_twentieth_of_training(held_out, tokens, count):
-    assert evaluation.evaluated([100] * held_out, steps=100, tokens=tokens, eval_steps=None) == count
+    assert run_state.count_evaluated([100] * held_out, steps=100, tokens=tokens, eval_steps=None) == count
 
 
 def test_more_evaluations_are_of_fewer_conversations():
-    counts = [evaluation.evaluated([100] * 500, steps=100, tokens=10**6, eval_steps=steps) for steps in (5, 50)]
+    counts = [run_state.count_evaluated([100] * 500, steps=100, tokens=10**6, eval_steps=steps) for steps in (5, 50)]
     assert counts == [24, 166]
 
 
 def test_a_run_is_evaluated_four_times_unless_something_else_is_said():
-    assert [evaluation.steps_between(steps, None) for steps in (1, 4, 10, 100)] == [1, 1, 3, 25]
-    assert evaluation.steps_between(100, 7) == 7
+    assert [run_state.steps_between(steps, None) for steps in (1, 4, 10, 100)] == [1, 1, 3, 25]
+    assert run_state.steps_between(100, 7) == 7
 
 
 def log_of(*losses):
@@ -36,9 +36,9 @@ def log_of(*losses):
 
 
 def test_the_best_is_the_lowest_and_of_equal_ones_the_earlier():
-    assert evaluation.best(log_of(5.0, 3.0, 4.0, 3.0)) == Best(2, 3.0, worse_since=2)
+    assert run_state.best_evaluation(log_of(5.0, 3.0, 4.0, 3.0)) == Best(2, 3.0, worse_since=2)
 
 
 def test_before_the_first_step_nothing_is_best():
-    assert evaluation.best(log_of()) is None
-    assert evaluation.best(log_of(9.0)) == Best(1, 9.0, worse_since=0)
+    assert run_state.best_evaluation(log_of()) is None
+    assert run_state.best_evaluation(log_of(9.0)) == Best(1, 9.0, worse_since=0)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
-from saigakit.train import attention, head, packing
+from saigakit.train import layers, steps
 from saigakit.weights import load
 
 VOCABULARY = 768
@@ -21,7 +21,7 @@ CHUNK = 10 * VOCABULARY  # logits: the pack's 24 learned positions make three ch
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(head, "CHUNK_LOGITS", CHUNK)
+    monkeypatch.setattr(layers, "CHUNK_LOGITS", CHUNK)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -33,13 +33,13 @@ def pack():
     rows = [
         {"input_ids": [5 + 7 * n + i for i in range(n)], "labels": [-100] * (n - 8) + [9] * 8} for n in (20, 30, 11)
     ]
-    return packing.collate(rows)
+    return steps.collate(rows)
 
 
 def loaded(directory, *, quantization="none", checkpointing=False, lora=NO_DROPOUT):
     model = load.base_model(directory, quantization, torch.float32, "cpu")
     model.config.use_cache = False
-    attention.use(model)
+    layers.use_packed_attention(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -63,7 +63,7 @@ def loss_and_gradients(model, batch, **settings):
 def test_loss_and_gradients_are_those_of_the_plain_head(directory, quantization, checkpointing, settings):
     model = loaded(directory, quantization=quantization, checkpointing=checkpointing)
     loss, gradients = loss_and_gradients(model, pack(), **settings)
-    assert head.use(model)
+    assert layers.use_chunked_loss(model)
     in_chunks, their_gradients = loss_and_gradients(model, pack(), **settings)
     torch.testing.assert_close(in_chunks, loss, rtol=1e-6, atol=0)
     largest = max(gradient.abs().max() for gradient in gradients.values())
@@ -75,7 +75,7 @@ def test_loss_and_gradients_are_those_of_the_plain_head(directory, quantization,
 def test_an_exact_sum_is_the_plain_loss(directory, settings):
     model = loaded(directory)
     loss, gradients = loss_and_gradients(model, pack(), **settings)
-    head.sum_exactly(model.get_base_model())
+    layers.sum_exactly(model.get_base_model())
     exact, their_gradients = loss_and_gradients(model, pack(), **settings)
     torch.testing.assert_close(exact, loss, rtol=1e-6, atol=0)
     for name, gradient in gradients.items():
@@ -87,7 +87,7 @@ def test_labels_that_are_not_shifted_are_shifted_and_unlearned_positions_left_ou
     model = loaded(directory)
     batch = {name: value for name, value in pack().items() if name in ("input_ids", "position_ids", "labels")}
     loss, _ = loss_and_gradients(model, batch)
-    assert head.use(model)
+    assert layers.use_chunked_loss(model)
     torch.testing.assert_close(loss_and_gradients(model, batch)[0], loss, rtol=1e-6, atol=0)
 
 
@@ -108,7 +108,7 @@ class Largest(TorchDispatchMode):
 def test_all_logits_are_never_there_at_once(directory, in_chunks):
     model = loaded(directory)
     if in_chunks:
-        assert head.use(model)
+        assert layers.use_chunked_loss(model)
     with Largest() as seen:
         loss_and_gradients(model, pack())
     assert seen.logits == (CHUNK if in_chunks else 24 * VOCABULARY)
@@ -121,7 +121,7 @@ def test_in_evaluation_mode_the_model_answers_as_before(directory):
     with torch.no_grad():
         logits = model(ids).logits
         answer = model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=True)
-        assert head.use(model.train())
+        assert layers.use_chunked_loss(model.train())
         model.eval()
         assert torch.equal(model(ids).logits, logits)
         assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=True), answer)
@@ -131,23 +131,23 @@ def test_a_held_out_loss_can_be_had_in_chunks_too(directory):
     model = loaded(directory).eval()
     with torch.no_grad():
         loss = model(**pack(), num_items_in_batch=1).loss
-        assert head.use(model)
+        assert layers.use_chunked_loss(model)
         torch.testing.assert_close(model(**pack(), num_items_in_batch=1).loss.float(), loss)
-        with head.deferred(model), Largest() as seen:
+        with layers.deferred(model), Largest() as seen:
             torch.testing.assert_close(model(**pack(), num_items_in_batch=1).loss.float(), loss)
     assert seen.logits == CHUNK
 
 
 def test_deferred_does_nothing_to_a_plain_head(directory):
     model = loaded(directory).eval()
-    with head.deferred(model):
+    with layers.deferred(model):
         assert model(**pack()).logits.shape == (1, 24, VOCABULARY)
 
 
 def test_what_is_saved_has_the_same_names(directory, tmp_path):
     model = loaded(directory)
     model.save_pretrained(tmp_path / "plain", save_embedding_layers=False)
-    assert head.use(model)
+    assert layers.use_chunked_loss(model)
     model.save_pretrained(tmp_path / "chunks", save_embedding_layers=False)
     assert load.adapter_shapes(tmp_path / "chunks") == load.adapter_shapes(tmp_path / "plain")
 
@@ -155,7 +155,7 @@ def test_what_is_saved_has_the_same_names(directory, tmp_path):
 def test_a_head_that_is_trained_itself_is_refused(tiny):
     model = loaded(tiny / "base", lora=Lora(modules_to_save=("lm_head",)))
     with pytest.raises(SaigaError, match="lm_head is trained itself"):
-        head.use(model)
+        layers.use_chunked_loss(model)
 
 
 def test_a_model_that_caps_its_logits_keeps_its_plain_head(tmp_path):
@@ -175,7 +175,7 @@ def test_a_model_that_caps_its_logits_keeps_its_plain_head(tmp_path):
     model.requires_grad_(requires_grad=False)
     ids = torch.arange(9)[None]
     before = model(ids, labels=ids).loss
-    assert not head.use(model)
+    assert not layers.use_chunked_loss(model)
     assert torch.equal(model.train()(ids, labels=ids).loss, before)
 
 
@@ -186,7 +186,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/../support"]
 import test_head
-from saigakit.train import head
+from saigakit.train import layers as head
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
 head.CHUNK_LOGITS = test_head.CHUNK
@@ -195,7 +195,7 @@ batch["input_ids"] = batch["input_ids"] + rank
 found = []
 for in_chunks in (False, True):
     model = test_head.loaded(Path(sys.argv[2]), quantization="nf4", checkpointing=True)
-    assert not in_chunks or head.use(model)
+    assert not in_chunks or head.use_chunked_loss(model)
     found.append(test_head.loss_and_gradients(DistributedDataParallel(model), batch))
 (loss, gradients), (in_chunks, theirs) = found
 largest = max(gradient.abs().max() for gradient in gradients.values())

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from saigakit.prompt.encoding import IGNORE_INDEX
-from saigakit.train.packing import best_fit, collate, lay, order
+from saigakit.train.steps import best_fit, collate, lay_out, order_conversations
 
 torch = pytest.importorskip("torch")
 
@@ -61,25 +61,25 @@ def test_a_document_over_the_budget_is_refused_with_both_numbers():
 
 
 def test_every_epoch_shows_each_conversation_once():
-    shown = order([range(1200)] * 3, 3, seed=1)
+    shown = order_conversations([range(1200)] * 3, 3, seed=1)
     assert all(sorted(shown[start : start + 1200]) == list(range(1200)) for start in (0, 1200, 2400))
 
 
 def test_an_epoch_has_another_order_than_the_one_before():
-    shown = order([range(1200)] * 2, 2, seed=1)
+    shown = order_conversations([range(1200)] * 2, 2, seed=1)
     assert sum(a == b for a, b in zip(shown[:1200], shown[1200:], strict=True)) < 20
 
 
 @pytest.mark.parametrize(("epochs", "count"), [(1.5, 1800), (0.5, 600), (0.0001, 1), (0.1 + 0.2, 360)])
 def test_a_fractional_last_epoch_takes_its_share(epochs, count):
     assert (
-        list(order([range(1200)] * math.ceil(epochs), epochs, seed=1))
-        == list(order([range(1200)] * 2, 2, seed=1))[:count]
+        list(order_conversations([range(1200)] * math.ceil(epochs), epochs, seed=1))
+        == list(order_conversations([range(1200)] * 2, 2, seed=1))[:count]
     )
 
 
 def test_the_order_follows_from_the_seed():
-    orders = [list(order([range(1200)] * 1, 1, seed=seed)) for seed in (1, 1, 2)]
+    orders = [list(order_conversations([range(1200)] * 1, 1, seed=seed)) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
 
 
@@ -87,7 +87,7 @@ def test_the_order_follows_from_the_seed():
 @pytest.mark.parametrize("seed", range(5))
 def test_the_packs_of_all_processes_hold_each_document_once_and_none_is_over_the_budget(seed, processes):
     lengths = random_lengths(seed, count=16)
-    laid = lay(lengths, budget=64, processes=processes)
+    laid = lay_out(lengths, budget=64, processes=processes)
     assert len(laid) == processes
     assert sorted(index for packs in laid for pack in packs for index in pack) == list(range(16))
     assert all(0 < sum(lengths[index] for index in pack) <= 64 for packs in laid for pack in packs)
@@ -96,17 +96,19 @@ def test_the_packs_of_all_processes_hold_each_document_once_and_none_is_over_the
 @pytest.mark.parametrize("seed", range(5))
 def test_processes_have_nearly_the_same_number_of_tokens(seed):
     lengths = random_lengths(seed, count=32)
-    tokens = [sum(lengths[index] for pack in packs for index in pack) for packs in lay(lengths, budget=64, processes=2)]
+    tokens = [
+        sum(lengths[index] for pack in packs for index in pack) for packs in lay_out(lengths, budget=64, processes=2)
+    ]
     assert max(tokens) - min(tokens) <= min(lengths) + 2
 
 
 def test_one_process_has_the_fewest_packs_that_fit():
-    assert [len(pack) for pack in lay([30, 30, 30, 34, 34, 34], budget=64, processes=1)[0]] == [2, 2, 2]
+    assert [len(pack) for pack in lay_out([30, 30, 30, 34, 34, 34], budget=64, processes=1)[0]] == [2, 2, 2]
 
 
 def test_each_process_has_a_document_where_there_are_enough():
-    assert all(lay([60, 1, 1, 1], budget=64, processes=4))
-    assert [len(packs) for packs in lay([5, 5], budget=64, processes=3)] == [1, 1, 0]
+    assert all(lay_out([60, 1, 1, 1], budget=64, processes=4))
+    assert [len(packs) for packs in lay_out([5, 5], budget=64, processes=3)] == [1, 1, 0]
 
 
 def test_positions_restart_at_every_document(documents):

@@ -16,7 +16,7 @@ from saigakit import train
 from saigakit.core import launch, manifest, workspace
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
-from saigakit.train import checkpoints, curve, training_run, worker
+from saigakit.train import checkpoints, curve, run_state, worker
 from saigakit.train.checkpoints import Store
 
 DROPOUT = Lora(rank=4, alpha=8, dropout=0.2)
@@ -128,7 +128,7 @@ HOUR = 3600
 def is_over_after(monkeypatch, step):
     """Ends the time of a session in the step numbered `step`, for the child that runs in this process."""
     made = iter(range(1, 1000))
-    monkeypatch.setattr(training_run.Run, "is_time_over", lambda _: next(made) == step)
+    monkeypatch.setattr(run_state.Run, "is_time_over", lambda _: next(made) == step)
 
 
 @pytest.fixture
@@ -257,10 +257,10 @@ def test_a_run_killed_between_its_early_stop_and_its_end_does_not_train_on(tiny,
 
 
 def test_free_time_is_counted_from_the_start_of_the_session(monkeypatch):
-    run = training_run.Run(kill_resume.config_for("x", max_hours=1), [], [], None, None)
+    run = run_state.Run(kill_resume.config_for("x", max_hours=1), [], [], None, None)
     run.worst_step_s, run.save_s, run.evaluation_s = 100.0, 200.0, 40.0
     start = workspace.session_start()
-    reserve = 100 + 2 * 200 + 40 + training_run.MARGIN_S
+    reserve = 100 + 2 * 200 + 40 + run_state.MARGIN_S
     monkeypatch.setattr(time, "time", lambda: start + HOUR - reserve - 1)
     assert not run.is_time_over()
     monkeypatch.setattr(time, "time", lambda: start + HOUR - reserve + 1)

@@ -9,7 +9,7 @@ from saigakit.config import TrainConfig
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
-from saigakit.train import resuming
+from saigakit.train import stage
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def attached(place, name="one", *, ended="max_hours", stage="02_train", **change
 
 def test_a_training_that_ended_by_time_is_gone_on_with(place, capsys):
     directory = attached(place)
-    assert resuming.resumed(config_in(place)) == config_in(place, resume_from=str(directory))
+    assert stage.with_resume_point(config_in(place)) == config_in(place, resume_from=str(directory))
     assert "training goes on from there" in capsys.readouterr().out
 
 
@@ -50,12 +50,12 @@ def test_a_training_that_ended_by_time_is_gone_on_with(place, capsys):
 )
 def test_what_belongs_to_a_session_may_differ(place, settings):
     directory = attached(place)
-    assert resuming.resumed(config_in(place, **settings)).resume_from == str(directory)
+    assert stage.with_resume_point(config_in(place, **settings)).resume_from == str(directory)
 
 
 def test_one_that_continued_the_adapter_is_not_gone_on_with_by_folding_it(place, capsys):
     attached(place, folded=False)
-    assert resuming.resumed(config_in(place)).resume_from is None
+    assert stage.with_resume_point(config_in(place)).resume_from is None
     assert "is not continued: other folded" in capsys.readouterr().out
 
 
@@ -66,45 +66,45 @@ def test_one_that_continued_the_adapter_is_not_gone_on_with_by_folding_it(place,
 def test_a_training_of_other_parameters_is_named_and_not_continued(place, capsys, settings, named):
     attached(place)
     config = config_in(place, **settings)
-    assert resuming.resumed(config) is config
+    assert stage.with_resume_point(config) is config
     assert f"is not continued: other {named}." in capsys.readouterr().out
 
 
 def test_a_training_on_other_records_is_not_continued(place, capsys):
     attached(place)
     (place / "run" / "train.jsonl").write_text("{}\n{}\n", encoding="utf-8")
-    assert resuming.resumed(config_in(place)).resume_from is None
+    assert stage.with_resume_point(config_in(place)).resume_from is None
     assert "other training records." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", [{"ended": "all_steps"}, {"stage": "03_merge_gguf"}])
 def test_what_is_finished_or_no_training_is_left_alone_without_a_word(place, capsys, kind):
     attached(place, **kind)
-    assert resuming.resumed(config_in(place)).resume_from is None
+    assert stage.with_resume_point(config_in(place)).resume_from is None
     assert capsys.readouterr().out == ""
 
 
 def test_one_that_is_named_or_here_goes_first(place):
     attached(place)
-    assert resuming.resumed(config_in(place, resume_from="mine")).resume_from == "mine"
+    assert stage.with_resume_point(config_in(place, resume_from="mine")).resume_from == "mine"
     (place / "run" / "02_train").mkdir()
-    assert resuming.resumed(config_in(place)).resume_from is None
+    assert stage.with_resume_point(config_in(place)).resume_from is None
 
 
 def test_two_that_fit_are_a_question_for_the_user(place):
     attached(place, "one")
     attached(place, "two")
     with pytest.raises(SaigaError, match=r"More than one .*one/02_train, .*two/02_train"):
-        resuming.resumed(config_in(place))
+        stage.with_resume_point(config_in(place))
 
 
 def test_nothing_attached_is_a_new_training(place):
     config = config_in(place)
-    assert resuming.resumed(config) is config
+    assert stage.with_resume_point(config) is config
 
 
 def test_a_training_with_other_held_out_records_is_not_continued(place, capsys):
     attached(place)
     (place / "run" / "held_out.jsonl").write_text("{}\n", encoding="utf-8")
-    assert resuming.resumed(config_in(place, eval_file="held_out.jsonl")).resume_from is None
+    assert stage.with_resume_point(config_in(place, eval_file="held_out.jsonl")).resume_from is None
     assert "other held-out records." in capsys.readouterr().out

@@ -12,8 +12,9 @@ from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.registry import Lora
-from saigakit.train import attention, packing, samples
+from saigakit.train import layers, samples
 from saigakit.train.samples import Samples
+from saigakit.train.steps import collate
 from saigakit.weights import generate, load
 
 LORA = Lora(rank=4, alpha=8, dropout=0.3)
@@ -38,7 +39,7 @@ def in_training(tiny, quantization="none", *, on_gpu=True):
     torch.manual_seed(0)
     base = load.base_model(tiny / "base", quantization, torch.float32, "cpu")
     base.config.use_cache = False
-    attention.use(base)
+    layers.use_packed_attention(base)
     if on_gpu:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
@@ -56,7 +57,7 @@ def learn(model, rows, steps, between=lambda step: None):
     torch.manual_seed(5)
     for step in range(steps):
         between(step)
-        loss = model(**packing.collate(rows[3 * step : 3 * step + 3]), use_cache=False).loss
+        loss = model(**collate(rows[3 * step : 3 * step + 3]), use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -97,7 +98,7 @@ def test_everything_is_put_back(tiny, tokenizer, held_out, tmp_path):
     before = state(model)
     Samples(tokenizer, held_out, tmp_path / "samples.md").write(0, 1.0, model)
     assert state(model) == before
-    assert before[1][0] == attention.NAME
+    assert before[1][0] == layers.PACKED_ATTENTION
 
 
 def test_everything_is_put_back_when_generation_fails(tiny, tokenizer, held_out, tmp_path, monkeypatch):
@@ -159,7 +160,7 @@ def test_answers_are_those_of_generation_one_by_one(tiny, tokenizer, held_out, t
 
 def test_half_precision_with_float32_norms_and_adapter_generates(tiny, tokenizer, held_out, tmp_path):
     base = load.base_model(tiny / "base", "nf4", torch.bfloat16, "cpu")
-    attention.use(base)
+    layers.use_packed_attention(base)
     for parameter in base.parameters():
         if parameter.ndim == 1:
             parameter.data = parameter.data.float()

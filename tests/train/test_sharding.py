@@ -14,7 +14,7 @@ from saigakit.core.workspace import Gpu
 from saigakit.data.rows import Rows
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
-from saigakit.train import curve, preflight, sharding
+from saigakit.train import curve, distributed, preflight
 from saigakit.train.steps import Plan
 
 CHILD = """
@@ -78,14 +78,16 @@ def test_the_options_are_those_of_the_libraries(tmp_path):
     from accelerate.utils import FullyShardedDataParallelPlugin
     from transformers import BitsAndBytesConfig, TrainingArguments
 
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **sharding.options("LlamaDecoderLayer"))
-    sharding.complete(arguments)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, **distributed.fsdp_options("LlamaDecoderLayer")
+    )
+    distributed.complete_fsdp_options(arguments)
     plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
     plugin.set_mixed_precision("fp16")
     assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
     assert plugin.mixed_precision_policy.param_dtype is None  # else 4-bit weights would be cast as numbers
     assert plugin.transformer_cls_names_to_wrap == ["LlamaDecoderLayer"]
-    stored = BitsAndBytesConfig(load_in_4bit=True, **sharding.storage(torch.float16)).bnb_4bit_quant_storage
+    stored = BitsAndBytesConfig(load_in_4bit=True, **distributed.fsdp_storage(torch.float16)).bnb_4bit_quant_storage
     assert stored == torch.float16
 
 
@@ -129,5 +131,5 @@ def test_what_cannot_be_sharded_is_refused(gpus, settings, message):
 
 
 def test_memory_of_one_process_is_its_part_two_layers_and_the_embeddings():
-    parts = sharding.memory({"weights": 3600, "logits": 5}, processes=4, layers=32, embeddings=400)
+    parts = distributed.fsdp_memory({"weights": 3600, "logits": 5}, processes=4, layers=32, embeddings=400)
     assert parts == {"weights": 900 + 200 + 400, "logits": 5}

@@ -19,7 +19,7 @@ from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.registry import Lora
-from saigakit.train import checkpoints, curve, evaluation, samples, worker
+from saigakit.train import checkpoints, curve, run_state, samples, worker
 from saigakit.weights import load
 
 NEW = Lora(rank=4, alpha=8)
@@ -94,7 +94,7 @@ def test_two_processes_learn_what_one_learns(tmp_path, quantization):
 def test_the_held_out_loss_is_the_mean_over_learned_tokens(continued, records, tiny):
     tokenizer = encoding.load_tokenizer("saiga_tiny")
     rows = data.spread([encoding.encode(row["messages"], tokenizer) for row in data.read_conversations(records)],
-                        evaluation.AT_LEAST)  # fmt: skip
+                        run_state.AT_LEAST)  # fmt: skip
     model = load.base_model(tiny / "base", "nf4", torch.float32, "cpu")
     model = load.with_adapter(model, tiny / "adapter", NEW).eval()
     assert curve.read(continued)[0]["held_out_loss"] == pytest.approx(mean_loss(model, rows), rel=1e-4)

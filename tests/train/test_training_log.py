@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from saigakit.train import training_log
-from saigakit.train.training_log import Log
+from saigakit.train import run_state
+from saigakit.train.run_state import Log
 
 HOURS_12 = 12 * 3600
 
@@ -14,7 +14,7 @@ HOURS_12 = 12 * 3600
 @pytest.mark.parametrize("step_s", [0.5, 30, 300])
 def test_twelve_hours_print_at_most_a_few_hundred_lines_with_all_that_one_asks(monkeypatch, tmp_path, capsys, step_s):
     clock = [0.0]
-    monkeypatch.setattr(training_log.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run_state.time, "monotonic", lambda: clock[0])
     log, steps = Log(tmp_path / "log.jsonl", quiet=False), int(HOURS_12 / step_s)
     for step in range(1, steps + 1):
         clock[0] += step_s

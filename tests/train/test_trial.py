@@ -9,7 +9,8 @@ import torch
 
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
-from saigakit.train import attention, packing, trial
+from saigakit.train import layers, loading
+from saigakit.train.steps import collate
 from saigakit.weights import load
 
 PREDICTED = {"weights": 3_900_000_000, "logits": 200_000_000}
@@ -18,15 +19,13 @@ PREDICTED = {"weights": 3_900_000_000, "logits": 200_000_000}
 @pytest.fixture
 def model(tiny):
     base = load.base_model(tiny / "base", "nf4", torch.float32, "cpu")
-    attention.use(base)
+    layers.use_packed_attention(base)
     torch.manual_seed(3)
     return load.with_adapter(base, None, Lora(rank=4, dropout=0.3))
 
 
 def pack(tokens=60):
-    return packing.collate(
-        [{"input_ids": [5 + i % 90 for i in range(tokens)], "labels": [-100] * (tokens - 9) + [9] * 9}]
-    )
+    return collate([{"input_ids": [5 + i % 90 for i in range(tokens)], "labels": [-100] * (tokens - 9) + [9] * 9}])
 
 
 def trained(model, steps=3):
@@ -45,7 +44,7 @@ def trained(model, steps=3):
 
 
 def run(model, tokens=60, **settings):
-    return trial.run(model, pack(tokens), predicted=PREDICTED, autocast=contextlib.nullcontext, **settings)
+    return loading.try_steps(model, pack(tokens), predicted=PREDICTED, autocast=contextlib.nullcontext, **settings)
 
 
 def test_training_after_a_trial_is_bit_for_bit_training_without_one(model, tiny):
@@ -77,8 +76,8 @@ def test_the_mode_weights_random_numbers_and_gradients_are_as_before(model, trai
 
 def test_it_reports_seconds_per_token_and_no_peak_on_a_cpu(model, monkeypatch):
     seconds = iter([0.0, 1.0, 10.0, 13.0, 20.0, 22.0])  # steps of 1, 3 and 2 s
-    monkeypatch.setattr(trial.time, "perf_counter", lambda: next(seconds))
-    assert run(model) == trial.Trial(seconds_per_token=2.0 / 60, peak_bytes=None)
+    monkeypatch.setattr(loading.time, "perf_counter", lambda: next(seconds))
+    assert run(model) == loading.Trial(seconds_per_token=2.0 / 60, peak_bytes=None)
 
 
 def test_gradients_flow_as_in_training_through_autocast_and_a_scaler(model):
@@ -90,7 +89,7 @@ def test_gradients_flow_as_in_training_through_autocast_and_a_scaler(model):
     run(model, scaler=scaler)
     assert len(seen) == 6
     assert seen[3] == pytest.approx(1024 * seen[0], rel=1e-3)
-    trial.run(model, pack(), predicted=PREDICTED, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    loading.try_steps(model, pack(), predicted=PREDICTED, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
     assert seen[6] != seen[0]
 
 
@@ -127,7 +126,7 @@ def test_memory_that_runs_out_is_told_with_what_was_foreseen_and_what_to_change(
 
 def test_another_error_stays_what_it_is(model):
     with pytest.raises(ValueError, match="one row of whole documents"):
-        trial.run(
+        loading.try_steps(
             model,
             {"input_ids": torch.ones(2, 5, dtype=torch.long), "labels": torch.ones(2, 5, dtype=torch.long)},
             predicted=PREDICTED,

@@ -16,7 +16,7 @@ from saigakit.data.rows import Rows
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.registry import ALL_LINEAR, Lora
-from saigakit.train import checkpoints, curve, evaluation, loading, samples, trial, worker
+from saigakit.train import checkpoints, curve, loading, run_state, samples, worker
 from saigakit.train.steps import Plan
 from saigakit.weights import load, memory
 
@@ -99,7 +99,7 @@ def test_the_adapter_of_a_folded_training_gives_the_loss_that_was_measured(recor
     model = load.with_adapter(model, folded, Lora()).eval()
     tokenizer = encoding.load_tokenizer("saiga_tiny")
     stored = worker.rows.store(worker.data.read_conversations(records), tokenizer, 512, name="records")
-    chosen = evaluation.HeldOut(stored, min(len(stored), evaluation.AT_LEAST))
+    chosen = run_state.HeldOut(stored, min(len(stored), run_state.AT_LEAST))
     best = min(entry["held_out_loss"] for entry in curve.read(folded) if "held_out_loss" in entry and entry["step"])
     assert mean_loss(model, chosen) == pytest.approx(best, rel=1e-5)
 
@@ -116,7 +116,7 @@ def test_a_head_in_chunks_learns_the_same(records, tmp_path, monkeypatch):
 def test_a_trial_on_the_largest_pack_changes_nothing(records, tmp_path, monkeypatch, capsys):
     tried = trained(records, tmp_path / "tried")
     assert "Trial on the largest pack, " in capsys.readouterr().out
-    monkeypatch.setattr(trial, "run", lambda *_, **__: trial.Trial(seconds_per_token=1.0, peak_bytes=None))
+    monkeypatch.setattr(loading, "try_steps", lambda *_, **__: loading.Trial(seconds_per_token=1.0, peak_bytes=None))
     untried = trained(records, tmp_path / "untried")
     assert losses(tried) == losses(untried)
     assert (tried / "adapter_model.safetensors").read_bytes() == (untried / "adapter_model.safetensors").read_bytes()
@@ -127,7 +127,7 @@ def test_the_largest_pack_is_found_wherever_it_is():
     for length in (10, 30, 12, 25, 9, 30):
         stored.append({"input_ids": [1] * length, "labels": [1] * length})
     plan = Plan(TrainConfig(model="saiga_tiny", train_file="", output_dir="", batch_size=2, max_seq_length=60), stored)
-    pack, parts = loading._largest(plan, lambda pack: {"all": sum(pack.documents)})
+    pack, parts = loading._largest_pack(plan, lambda pack: {"all": sum(pack.documents)})
     packs = [pack for step in range(len(plan)) for packs in plan.layout(step) for pack in packs]
     assert sum(len(row["input_ids"]) for row in pack) == parts["all"]
     assert parts["all"] == max(sum(stored.lengths[row] for row in pack) for pack in packs)

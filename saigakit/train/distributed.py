@@ -1,20 +1,78 @@
-"""A frozen base over several GPUs (FSDP) and a LoRA that is whole on each: for models that no single GPU holds.
+"""Agree among the processes of a run, and shard a model over them with FSDP."""
 
-Each process holds a part of every layer and gathers the layer when it computes it, so that all of them must make the
-same number of forward and backward passes. Gradients of the LoRA are averaged here, once a step.
-"""
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from saigakit.errors import SaigaError
 
 if TYPE_CHECKING:
     import torch
     from transformers import Trainer, TrainingArguments
 
+T = TypeVar("T")
+
+
+def any_process(here: Sequence[bool], args: "TrainingArguments") -> list[bool]:
+    """Each answer is true where it is true in some process."""
+    if args.world_size == 1:
+        return list(here)
+    import torch
+
+    flags = torch.tensor([float(flag) for flag in here], device=args.device)
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
+
+
+def mean_of_processes(here: float, args: "TrainingArguments") -> float:
+    if args.world_size == 1:
+        return here
+    import torch
+
+    total = torch.tensor(here, dtype=torch.float64, device=args.device)
+    torch.distributed.all_reduce(total)
+    return float(total.item() / args.world_size)
+
+
+def gather(here: T, args: "TrainingArguments") -> list[T]:
+    """What each process has, in their order; the same list in all."""
+    if args.world_size == 1:
+        return [here]
+    import torch
+
+    there: list[T] = [here] * args.world_size
+    torch.distributed.all_gather_object(there, here)
+    return there
+
+
+def by_first(act: Callable[[], object], args: "TrainingArguments") -> None:
+    """The first process acts and the others wait. Its SaigaError is raised in all, and its other errors end it."""
+    problem: list[str | None] = [None]
+    if args.process_index == 0:
+        try:
+            act()
+        except SaigaError as error:
+            problem = [str(error)]
+    if args.world_size > 1:
+        import torch
+
+        torch.distributed.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise SaigaError(problem[0])
+
+
+def leave_together() -> None:
+    """At the very end: one that is gone first breaks the connections of the others, and gloo aborts them."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 _LORA = r".*\.lora_(A|B|dropout)(\..*)?"  # modules by name
 
 
-def options(layer_class: str) -> dict[str, Any]:
+def fsdp_options(layer_class_name: str) -> dict[str, Any]:
     """TrainingArguments of transformers, for FSDP2; `layer_class`: of a decoder layer, which is gathered as a whole."""
     return {
         "fsdp": "full_shard auto_wrap",
@@ -22,14 +80,14 @@ def options(layer_class: str) -> dict[str, Any]:
             "version": 2,
             "reshard_after_forward": True,
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "transformer_layer_cls_to_wrap": [layer_class],
+            "transformer_layer_cls_to_wrap": [layer_class_name],
             "cpu_ram_efficient_loading": False,  # accelerate cannot with 4-bit weights
             "state_dict_type": "FULL_STATE_DICT",
         },
     }
 
 
-def complete(arguments: "TrainingArguments") -> None:
+def complete_fsdp_options(arguments: "TrainingArguments") -> None:
     """What accelerate's plugin takes and transformers does not pass on: the LoRA stays whole, and nothing is cast.
 
     Casting would read 4-bit weights, which are stored as floats, for numbers; autocast does what is needed.
@@ -40,12 +98,12 @@ def complete(arguments: "TrainingArguments") -> None:
     plugin |= {"ignored_modules": _LORA, "mixed_precision_policy": MixedPrecisionPolicy()}
 
 
-def storage(dtype: "torch.dtype") -> "dict[str, torch.dtype]":
+def fsdp_storage(dtype: "torch.dtype") -> "dict[str, torch.dtype]":
     """Options of BitsAndBytesConfig: 4-bit weights kept as floats of the model's type, the only ones FSDP shards."""
     return {"bnb_4bit_quant_storage": dtype}
 
 
-def layer_class(model: "torch.nn.Module") -> str:
+def layer_class_name(model: "torch.nn.Module") -> str:
     """transformers names the class of a decoder layer."""
     names: Iterable[str] = getattr(model, "_no_split_modules", None) or ()
     return min(names)
@@ -75,7 +133,7 @@ def average_gradients(model: "torch.nn.Module") -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def memory(parts: dict[str, int], processes: int, layers: int, embeddings: int) -> dict[str, int]:
+def fsdp_memory(parts: dict[str, int], processes: int, layers: int, embeddings: int) -> dict[str, int]:
     """What memory.training gave, for one of so many processes, in bytes.
 
     Its part of the weights, and what it gathers: two layers, and the `embeddings` with the head, which accelerate puts
