@@ -149,7 +149,7 @@ class TrainConfig:
 
 def _require_lora(lora: object) -> None:
     if not isinstance(lora, Lora):
-        raise SaigaError(f"lora={lora!r}: give a Lora, for example saigakit.Lora(rank=32).")
+        raise SaigaError(f"lora={lora!r}: give a Lora, for example Lora(rank=32) of `from saigakit import Lora`.")
     for name in ("rank", "alpha"):
         value = getattr(lora, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
