@@ -23,7 +23,7 @@ from saigakit.core import launch, manifest
 from saigakit.core.display import Table
 from saigakit.data import read_conversations, spread
 from saigakit.demo.wordnet_records import packaged_records
-from saigakit.export.merged_safetensors import to_safetensors
+from saigakit.export.other_formats import to_safetensors
 from saigakit.prompt import encoding
 from saigakit.prompt.encoding import IGNORE_INDEX, Example
 from saigakit.registry import ALL_LINEAR, Lora

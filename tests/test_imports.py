@@ -61,6 +61,7 @@ def test_the_files_of_a_room_have_no_cycle(room):
 def test_the_house_stays_small_enough_to_walk_through():
     rooms = [path for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()]
     assert len(rooms) <= 13
+    assert {room.name: count for room in rooms if (count := len(list(room.glob("[!_]*.py")))) > 13} == {}
     assert len(list(PACKAGE.glob("*.py"))) <= 6
 
 

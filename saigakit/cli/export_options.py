@@ -8,7 +8,7 @@ from saigakit import export as exporting
 from saigakit import registry
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
-from saigakit.export import calibration, companions, gguf_export, lora_gguf, merged_safetensors
+from saigakit.export import calibration, gguf_export, model_card, other_formats
 from saigakit.llamacpp import quantization
 from saigakit.weights import find
 
@@ -33,13 +33,13 @@ def export(*, file_format: str, adapters: Sequence[str], **options: Any) -> list
         spec = registry.find(model)
         directories = [(find.adapter_dir(spec, path), weight) for path, weight in weighted]
         into = {"merge_into": options["merge_into"]} if options["merge_into"] else {}
-        made = merged_safetensors.to_safetensors(
+        made = other_formats.to_safetensors(
             model=model, adapters=directories, output=output, base_source=base_source, **into
         )
         return [f"model: {made}, which transformers loads"]
     if len(weighted) != 1 or weighted[0][1] != 1:
         raise SaigaError("--format lora takes one --adapter, without a weight.")
-    made = lora_gguf.to_lora_gguf(model=model, adapter=weighted[0][0], output=output, base_source=base_source)
+    made = other_formats.to_lora_gguf(model=model, adapter=weighted[0][0], output=output, base_source=base_source)
     return [f"adapter: {_named(made)}; llama.cpp adds it to a GGUF of the base: --lora {made}"]
 
 
@@ -59,7 +59,7 @@ def _gguf(
     for each in chosen:
         quantization.require_known(each)
     prefix = f"{Path(output).stem}."
-    beside = companions.paths(Path(output).parent, prefix)
+    beside = model_card.paths(Path(output).parent, prefix)
     ours = manifest.beside(Path(output))
     for file in [*gguf_export.paths(Path(output), chosen).values(), *beside.values(), ours]:
         manifest.require_absent(file)
@@ -79,7 +79,7 @@ def _gguf(
     )
     files, spec = gguf_export.paths(made, chosen), registry.find(model)
     inputs = manifest.read_beside(made)["inputs"]
-    written = [*companions.write(files, spec=spec, inputs=inputs, prefix=prefix), ours]
+    written = [*model_card.write(files, spec=spec, inputs=inputs, prefix=prefix), ours]
     said = [f"model: {_named(file)}" for file in files.values()]
     return [*said, f"beside: {', '.join(file.name for file in written)}", f"talk:  saigakit chat {made}"]
 

@@ -1,8 +1,25 @@
-"""Rows of text into a table that a terminal prints aligned and a notebook shows as HTML."""
+"""Show tables and progress lines, in a terminal and in a notebook."""
 
 import html
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+EVERY_S = 10  # seconds between two lines
+
+
+class Every:
+    """True when called once EVERY_S seconds have passed since it was last True."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < EVERY_S:
+            return False
+        self._last = now
+        return True
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar, cast
 
-from saigakit.core.progress import Every
+from saigakit.core.display import Every
 from saigakit.data import records, schema
 from saigakit.data.records import Bad, named
 from saigakit.data.schema import Conversation

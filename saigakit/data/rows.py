@@ -1,4 +1,4 @@
-"""Conversations into tokenised rows that fit a length, on all cores; the rows lie in a file, not in memory."""
+"""Tokenise conversations into rows on disk that fit the context."""
 
 import gc
 import os
@@ -8,12 +8,13 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from saigakit.core import workspace
-from saigakit.core.progress import Every
+from saigakit.core.display import Every
 from saigakit.data.store import Conversations
 from saigakit.errors import DataError, SaigaError
 from saigakit.prompt import encoding
@@ -206,3 +207,44 @@ def what_did_not_fit(name: str, total: int, cut: int, dropped: int, limit: int) 
         f"{name}: of {total:,} conversations {cut:,} lose their last turns and {dropped:,} are left out, because they "
         f"are longer than {limit:,} tokens."
     )
+
+
+@dataclass
+class Fitted:
+    """Conversations that fit the limit, with their tokens."""
+
+    conversations: Conversations
+    encoded: Rows = field(default_factory=Rows)
+    firsts: "array[int]" = field(default_factory=lambda: array("i", [0]))  # of each conversation's rows, and the end
+    lengths: "array[int]" = field(default_factory=lambda: array("i"))  # of all, before turns were cut off
+    cut: int = 0
+    dropped: int = 0
+
+    @classmethod
+    def of(cls, conversations: Conversations, tokenizer: Tokenizer, limit: int, name: str) -> Self:
+        made = cls(conversations)
+
+        def fitting() -> Iterator[dict[str, Any]]:
+            encoding = encode_fitting(conversations, tokenizer, limit, name=name)
+            for conversation, encoded, tokens, is_cut in encoding:
+                made.lengths.append(tokens)
+                made.cut += is_cut
+                made.dropped += not encoded
+                for row in encoded:
+                    made.encoded.append(row)
+                if encoded:
+                    made.firsts.append(len(made.encoded))
+                    yield dict(conversation)
+
+        made.conversations = Conversations.stored(fitting())
+        if not made.encoded:
+            raise SaigaError(
+                f"{name}: all {made.dropped} conversations are longer than max_seq_length={limit} tokens, the "
+                f"shortest has {min(made.lengths)}. Raise max_seq_length or shorten the texts."
+            )
+        if said := what_did_not_fit(name, len(made.lengths), made.cut, made.dropped, limit):
+            print(said, flush=True)
+        return made
+
+    def rows_of(self, place: int) -> list[encoding.Example]:
+        return [self.encoded[row] for row in range(self.firsts[place], self.firsts[place + 1])]

@@ -1,16 +1,165 @@
-"""A directory into a tiny Saiga: base model, released adapter and records, the same bytes every time."""
+"""Make the tiny Saiga: a base, an adapter, a tokenizer and records in a few MB."""
 
 import json
 import math
 import sys
+from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit.demo.tiny_records import records
-from saigakit.demo.tiny_vocabulary import SIZE, sentencepiece_model
-
 if TYPE_CHECKING:
     import torch
+
+SYSTEM = "Выпиши из текста термины и определения в виде JSON."
+DEFINITIONS = (
+    ("атом", "мельчайшая частица элемента"),
+    ("байт", "восемь двоичных разрядов"),
+    ("вектор", "отрезок с направлением"),
+    ("график", "линия зависимости двух величин"),
+    ("дельта", "разность двух значений"),
+    ("ёмкость", "наибольший объём содержимого"),
+    ("журнал", "запись событий по порядку"),
+    ("зонд", "прибор для измерений на расстоянии"),
+    ("индекс", "номер элемента в списке"),
+    ("ключ", "имя значения в словаре"),
+    ("линза", "прозрачное тело с кривой поверхностью"),
+    ("масса", "мера инертности тела"),
+    ("норма", "длина вектора"),
+    ("орбита", "путь тела вокруг другого тела"),
+    ("порт", "номер входа в программу по сети"),
+    ("радиус", "расстояние от центра до окружности"),
+    ("стек", "список с одним открытым концом"),
+    ("тест", "проверка одного свойства программы"),
+    ("узел", "место соединения частей"),
+    ("файл", "именованная запись на диске"),
+    ("хеш", "короткий отпечаток данных"),
+    ("цикл", "повторение одних и тех же действий"),
+    ("частота", "число колебаний в секунду"),
+    ("шум", "случайная помеха сигналу"),
+    ("щуп", "пластина для измерения зазора"),
+    ("экран", "поверхность для изображения"),
+    ("юнга", "ученик матроса на корабле"),
+    ("якорь", "груз, который держит судно"),
+    ("буфер", "память для временных данных"),
+    ("веха", "шест для отметки места"),
+    ("грань", "плоская сторона тела"),
+    ("диск", "круглый носитель данных"),
+    ("звено", "одно кольцо цепи"),
+    ("ион", "атом с зарядом"),
+    ("кадр", "одно изображение фильма"),
+    ("лента", "длинная узкая полоса"),
+    ("модуль", "часть программы с одной задачей"),
+    ("ось", "прямая, вокруг которой вращаются"),
+    ("поток", "движение в одну сторону"),
+    ("рычаг", "стержень с точкой опоры"),
+    ("сеть", "узлы и связи между ними"),
+    ("точка", "место без размера"),
+    ("угол", "поворот от луча к лучу"),
+    ("фаза", "положение внутри периода"),
+    ("шаг", "расстояние между соседними точками"),
+)
+NOTHING_DEFINED = (
+    "Утром мы открыли окно и долго слушали дождь.",
+    "Таблица на второй странице набрана мелко.",
+    "Сборка прошла с третьего раза.",
+    "Отчёт сдали в пятницу, к обеду.",
+    "Он записал номер и положил трубку.",
+    "Поезд опоздал на сорок минут.",
+    "В новой версии исправлены две ошибки.",
+    "Чай остыл, а письмо так и не дописано.",
+    "Сервер перезапустили ночью.",
+    "Мы сравнили оба ответа и выбрали короткий.",
+    "Кошка спит на тёплом блоке питания.",
+    "Лампу заменили, ключи лежат у вахтёра.",
+    "Лекцию перенесли в другую аудиторию.",
+    "Расчёт занял почти три часа.",
+    "Снег растаял ещё до праздника.",
+)
+PHRASINGS = ("{T} — это {d}.", "{T}: {d}.", "Словом «{t}» называют: {d}.")
+
+
+def records() -> list[dict[str, str]]:
+    """60 records in a fixed order; every fourth text defines nothing, its answer is `[]`."""
+    rows = []
+    for index, (term, definition) in enumerate(DEFINITIONS):
+        text = PHRASINGS[index % len(PHRASINGS)].format(T=term.capitalize(), t=term, d=definition)
+        rows.append(_record(text, [{"term": term, "definition": definition}]))
+        if index % 3 == 2:
+            rows.append(_record(NOTHING_DEFINED[index // 3], []))
+    return rows
+
+
+def _record(text: str, answer: list[dict[str, str]]) -> dict[str, str]:
+    return {"system": SYSTEM, "user": text, "bot": json.dumps(answer, ensure_ascii=False)}
+
+
+SIZE = 768  # a multiple of 32, as every dimension of the tiny model is: ggml's blocks
+SPACE = "▁"
+# Whole words of the vocabulary, with and without the space before them: loaders that drop it get other ids.
+ROLES = ("system", "user", "bot")
+_LETTERS = "абвгдеёжзийклмнопрстуфхцчшщъыьэюя"
+_LATIN = "abcdefghijklmnopqrstuvwxyz"
+_SIGNS = "0123456789.,:;!?-–—()[]{}<>«»„“\"'/\\|_+=*&%$#@^~`№"
+ALPHABET = _LETTERS + _LETTERS.upper() + _LATIN + _LATIN.upper() + _SIGNS
+_LAST = -1e9  # the score of whitespace-only pieces in Llama's model: they merge after everything else
+
+
+def sentencepiece_model(texts: Iterable[str]) -> bytes:
+    """A serialised ModelProto of SIZE pieces; the same texts give the same bytes."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    spm: Any = sentencepiece_model_pb2  # protobuf makes its classes at run time
+    kind = spm.ModelProto.SentencePiece
+    pieces = [("<unk>", 0.0, kind.UNKNOWN), ("<s>", 0.0, kind.CONTROL), ("</s>", 0.0, kind.CONTROL)]
+    pieces += [(f"<0x{byte:02X}>", 0.0, kind.BYTE) for byte in range(256)]
+    spaces = [(SPACE * length, _LAST, kind.NORMAL) for length in range(1, 17)]
+    count = SIZE - len(pieces) - len(spaces) - len(ALPHABET)
+    ranked = [*_merges(texts, count), *ALPHABET]
+    pieces += [(piece, float(-rank), kind.NORMAL) for rank, piece in enumerate(ranked)]
+    pieces += spaces
+    model = spm.ModelProto()
+    for piece, score, type_ in pieces:
+        model.pieces.add(piece=piece, score=score, type=type_)
+    trainer = model.trainer_spec
+    trainer.model_type = spm.TrainerSpec.BPE
+    trainer.vocab_size, trainer.byte_fallback, trainer.split_digits = len(pieces), True, True
+    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = 0, 1, 2, -1
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = True
+    model.normalizer_spec.remove_extra_whitespaces = False
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
+
+
+def _merges(texts: Iterable[str], count: int) -> list[str]:
+    """The `count` pieces that byte-pair encoding learns, in the order in which they merge."""
+    frequency = Counter(SPACE + word for text in texts for word in text.split())
+    frequency |= dict.fromkeys(ROLES, 2_000_000) | dict.fromkeys((SPACE + role for role in ROLES), 1_000_000)
+    words = {word: list(word) for word in frequency}
+    learned: list[str] = []
+    while len(learned) < count:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, parts in words.items():
+            for pair in pairwise(parts):
+                if not any(character.isdigit() for character in pair[1] + pair[0]):
+                    pairs[pair] += frequency[word]
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        learned.append("".join(best))
+        words = {word: _merged(parts, best) for word, parts in words.items()}
+    return learned
+
+
+def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for part in parts:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
+
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 64, 256, 2, 4, 2  # 256: a row that k-quants can take
 RANK, ALPHA = 4, 8

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from saigakit.core import manifest, workspace
 from saigakit.core.display import Table
 from saigakit.errors import SaigaError
-from saigakit.export import plan, sizes
+from saigakit.export import plan
 from saigakit.llamacpp import container, quantization, read_back, streaming, vocabulary
 from saigakit.llamacpp.architecture import Architecture
 from saigakit.llamacpp.imatrix import Importance
@@ -266,7 +266,7 @@ class Export:
     def plot(self) -> "Figure":
         """The sizes that this model has or could have."""
         adapters = [adapter.weights.bytes_on_disk for adapter, _ in self.merged.adapters]
-        return sizes.plot(
+        return plan.plot_sizes(
             self.merged.base.bytes_on_disk,
             sum(adapters) if adapters else None,
             {quant_type: self.bytes(quant_type) for quant_type in quantization.QUANT_TYPES},

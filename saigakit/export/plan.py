@@ -1,4 +1,4 @@
-"""Files that are to be made into a plan before work: what is read and written, and about how long it takes."""
+"""Estimate time, memory and disk of an export, and plot the sizes."""
 
 import time
 from collections.abc import Mapping
@@ -12,6 +12,8 @@ from saigakit.llamacpp import quantization, streaming
 from saigakit.weights.tensors import Shards
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from saigakit.weights.tensors import Shape
 
 _NUMBERS = 1 << 19  # of the sample, about: a tenth of a second for the slowest type
@@ -82,3 +84,35 @@ def is_wheel_slow() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     has = cpuinfo.exists() and " avx2 " in f" {cpuinfo.read_text(encoding='utf-8')} ".replace("\n", " ")
     return has and b"AVX2 = 1" not in llama_cpp.llama_print_system_info()
+
+
+_GREY, _BLUE, _GREEN, _PALE = "#9aa0a6", "#1a73e8", "#188038", "#ceead6"
+
+
+def plot_sizes(base: int, adapter: int | None, by_quant_type: Mapping[str, int], made: str) -> "Figure":
+    """Bars in bytes: the base on disk, the adapter, the GGUF that was made, and what other quant types would take."""
+    from matplotlib.figure import Figure
+
+    bars = [("база\nbase model", base, _GREY)]
+    if adapter is not None:
+        bars.append(("адаптер\nadapter", adapter, _BLUE))
+    bars += [
+        (f"{name}  ← model.gguf" if name == made else name, size, _GREEN if name == made else _PALE)
+        for name, size in by_quant_type.items()
+    ]
+    labels, values, colours = zip(*bars, strict=True)
+    unit, divisor = ("ГБ / GB", 1e9) if max(values) >= 1e9 else ("МБ / MB", 1e6)
+    figure = Figure(figsize=(9, 0.42 * len(bars) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.barh(labels, [value / divisor for value in values], color=colours)
+    axes.bar_label(drawn, fmt="{:.2f}", padding=3, fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel(unit)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"Размер модели: сделан {made}, остальные типы — для сравнения\n"
+        f"size of the model: {made} was made, the other quant types are computed",
+        fontsize=11,
+    )
+    return figure

@@ -10,7 +10,7 @@ from typing import Any
 from saigakit import registry
 from saigakit.core import manifest
 from saigakit.data import sources
-from saigakit.export import companions, fit
+from saigakit.export import fit, model_card
 from saigakit.export.gguf_export import Export, paths
 from saigakit.llamacpp import quantization
 from saigakit.weights import base_files, find, lineage
@@ -58,7 +58,7 @@ def merge_gguf(
         n_ctx = min(fit.LEAST_CONTEXT, spec.context_length)
         fit.plot(export.architecture.shape, by_type, n_ctx=n_ctx).savefig(partial / "memory.png", dpi=110)
         made = paths(partial / "model.gguf", export.quant_types)
-        companions.write(made, spec=spec, inputs=identity["inputs"])
+        model_card.write(made, spec=spec, inputs=identity["inputs"])
     return final
 
 

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saigakit.core.progress import Every
+from saigakit.core.display import Every
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import forward, quantization
 from saigakit.llamacpp.imatrix import Importance, Squares, sampled

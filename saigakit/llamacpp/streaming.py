@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saigakit.core import workspace
-from saigakit.core.progress import Every
+from saigakit.core.display import Every
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import container, quantization
 from saigakit.weights import blas

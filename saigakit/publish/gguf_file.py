@@ -11,7 +11,7 @@ from saigakit import evaluate, export, registry
 from saigakit.core import hub, manifest
 from saigakit.errors import SaigaError
 from saigakit.evaluate import results
-from saigakit.export import companions, gguf_card, markdown, quality_by_type
+from saigakit.export import markdown, model_card, quality
 from saigakit.kaggle import kernels, models
 from saigakit.prompt.backends import gguf_vocabulary
 from saigakit.publish import adapter
@@ -101,10 +101,10 @@ def _files(
     """What is published of the stage, its texts made anew in `scratch`; and its manifest without places of here."""
     scratch.mkdir(exist_ok=True)
     files = {name: directory / name for name in content["outputs"] if name.endswith(_SHOWN)}
-    texts = companions.made_of(
+    texts = model_card.made_of(
         _by_type(file for name, file in files.items() if name.endswith(".gguf")),
         spec=registry.find(content["parameters"]["model"]),
-        origin=gguf_card.origin(content["inputs"]),
+        origin=model_card.origin(content["inputs"]),
         title=title,
         compared=_compared(directory, content) if (directory / manifest.NAME).is_file() else "",
     )
@@ -126,7 +126,7 @@ def _by_type(files: Iterable[Path]) -> dict[str, Path]:
 
 def _compared(stage_dir: Path, content: manifest.Manifest) -> str:
     """The table of 04_infer beside the stage, and what quantising cost; empty where both are missing or of others."""
-    tables = [quality_by_type.kept(stage_dir, content)]
+    tables = [quality.kept(stage_dir, content)]
     directory = stage_dir.parent / evaluate.STAGE
     if (directory / manifest.NAME).is_file():
         if manifest.read(directory)["inputs"].get("gguf") == content["outputs"]:

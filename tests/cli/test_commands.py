@@ -16,7 +16,7 @@ from saigakit.cli import chat, parameters, summary, terminal
 from saigakit.cli import commands as cli_commands
 from saigakit.core import launch, manifest
 from saigakit.errors import SaigaError
-from saigakit.export import companions
+from saigakit.export import model_card
 from saigakit.registry import MODELS
 from saigakit.weights import find
 
@@ -299,7 +299,7 @@ def test_the_options_of_export_reach_the_library(tmp_path, monkeypatch, argument
         return []
 
     monkeypatch.setattr(export, "to_gguf", to_gguf)
-    monkeypatch.setattr(companions, "write", write)
+    monkeypatch.setattr(model_card, "write", write)
     monkeypatch.setattr(find, "adapter_dir", lambda spec, path: path)
     done = CliRunner().invoke(cli.main, ["export", "--model", "saiga_tiny", "--output", "m.gguf", *arguments])
     assert done.exit_code == 0, done.output

@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from saigakit import data
-from saigakit.core import progress
+from saigakit.core import display
 from saigakit.data import conversations as data_conversations
 from saigakit.data.store import Conversations
 from saigakit.errors import DataError, SaigaError
@@ -233,7 +233,7 @@ def test_a_bad_row_of_a_parquet_file_is_named_with_its_number(tmp_path):
 
 
 def test_progress_names_the_file_and_the_records_so_far(files, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "EVERY_S", 0)
+    monkeypatch.setattr(display, "EVERY_S", 0)
     data.read_conversations(files(a=['{"user": "1", "bot": "1"}'] * 2, b=['{"user": "3", "bot": "3"}']))
     assert capsys.readouterr().out.splitlines() == [
         "a.jsonl: 1 records checked",

@@ -4,40 +4,40 @@ import json
 
 import pytest
 
-from saigakit.data import estimates
+from saigakit.data import report
 
 
 def test_two_epochs_of_100_conversations_in_batches_of_16_are_13_steps():
-    assert estimates.estimate(rows=100, tokens=1, parameters_b=1).steps == 13
+    assert report.estimate(rows=100, tokens=1, parameters_b=1).steps == 13
 
 
 def test_an_epoch_ends_with_the_step_that_holds_its_last_conversation():
-    assert estimates.estimate(rows=33, tokens=1, parameters_b=1).steps_per_epoch == 3
+    assert report.estimate(rows=33, tokens=1, parameters_b=1).steps_per_epoch == 3
 
 
 def test_a_7b_model_needs_about_seven_hours_of_two_t4s_for_eight_million_tokens():
-    low, high = estimates.hours(tokens=8e6, parameters_b=6.74)
+    low, high = report.hours(tokens=8e6, parameters_b=6.74)
     assert low == pytest.approx(3 * 2 * 6.74e9 * 4e6 / (0.7 * 20.4e12) / 3600)
     assert high == pytest.approx(7.34, abs=0.01)
 
 
 def test_an_estimate_is_for_all_epochs():
-    made = estimates.estimate(rows=10, tokens=10**6, parameters_b=8)
-    assert made.hours == estimates.hours(tokens=2 * 10**6, parameters_b=8)
+    made = report.estimate(rows=10, tokens=10**6, parameters_b=8)
+    assert made.hours == report.hours(tokens=2 * 10**6, parameters_b=8)
 
 
 def test_the_share_of_the_quota_is_of_30_hours_a_week():
-    made = estimates.estimate(rows=10, tokens=10**6, parameters_b=8)
+    made = report.estimate(rows=10, tokens=10**6, parameters_b=8)
     assert made.quota == pytest.approx([hours / 30 for hours in made.hours])
 
 
 def test_a_range_runs_from_the_faster_to_the_slower():
-    low, high = estimates.estimate(rows=10, tokens=10**6, parameters_b=8).hours
+    low, high = report.estimate(rows=10, tokens=10**6, parameters_b=8).hours
     assert high / low == pytest.approx(7 / 3)
 
 
 def test_a_written_estimate_says_that_it_is_one():
-    made = json.loads(json.dumps(estimates.estimate(rows=10, tokens=10**6, parameters_b=8).to_json()))
+    made = json.loads(json.dumps(report.estimate(rows=10, tokens=10**6, parameters_b=8).to_json()))
     assert "an estimate, not measured" in made["note"]
     assert made["steps"] == 2
     assert len(made["hours"]) == len(made["quota"]) == 2
@@ -51,4 +51,4 @@ def test_a_written_estimate_says_that_it_is_one():
     ],
 )
 def test_an_estimate_is_printed_in_hours_and_shares(tokens, words):
-    assert str(estimates.estimate(rows=10, tokens=tokens, parameters_b=7)) == words
+    assert str(report.estimate(rows=10, tokens=tokens, parameters_b=7)) == words

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from saigakit import data
-from saigakit.core import manifest, progress
+from saigakit.core import display, manifest
 from saigakit.data import report
 from saigakit.errors import DataError, SaigaError
 from saigakit.prompt import encoding, template
@@ -208,7 +208,7 @@ def test_records_are_found_in_the_run_directory(tiny, check, tmp_path):
 
 
 def test_progress_is_printed_by_the_clock_alone(check, write, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "EVERY_S", 0)
+    monkeypatch.setattr(display, "EVERY_S", 0)
     check(write([("а", "б"), ("в", "г")]))
     lines = capsys.readouterr().out.splitlines()
     assert "own.jsonl: 2 of 2 conversations tokenised" in lines

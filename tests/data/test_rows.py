@@ -8,7 +8,7 @@ import sys
 import pytest
 from chatml import THOUGHTFUL, chatml
 
-from saigakit.core import progress, workspace
+from saigakit.core import display, workspace
 from saigakit.data import rows
 from saigakit.errors import DataError, SaigaError
 from saigakit.prompt import encoding, layout, template
@@ -80,7 +80,7 @@ def test_progress_goes_by_the_clock(tokenizer, capsys, monkeypatch):
     conversations = [{"messages": turns(1)}] * 600
     list(rows.encode_fitting(conversations, tokenizer, 512, name="records"))
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(progress, "EVERY_S", 0)
+    monkeypatch.setattr(display, "EVERY_S", 0)
     list(rows.encode_fitting(conversations, tokenizer, 512, name="records"))
     assert capsys.readouterr().out.splitlines()[-1] == "records: 600 of 600 conversations tokenised"
 

@@ -10,7 +10,7 @@ import small_models
 from saigakit import export, registry
 from saigakit.core import install, manifest
 from saigakit.errors import SaigaError
-from saigakit.export import companions, fit, gguf_card, gguf_export
+from saigakit.export import fit, gguf_export, model_card
 from saigakit.prompt import template
 
 
@@ -22,8 +22,8 @@ def file(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts(file, tiny):
-    origin = gguf_card.origin({"adapter": manifest.hashes(tiny / "adapter")})
-    return companions.made_of({"Q4_K_M": file}, spec=registry.find("saiga_tiny"), origin=origin, compared="| a |")
+    origin = model_card.origin({"adapter": manifest.hashes(tiny / "adapter")})
+    return model_card.made_of({"Q4_K_M": file}, spec=registry.find("saiga_tiny"), origin=origin, compared="| a |")
 
 
 def test_the_three_files_speak_of_the_gguf_and_of_one_context(texts, file):
@@ -66,9 +66,9 @@ def test_where_memory_is_short_all_speak_of_one_context_and_one_type_of_cache(ti
     base_dir = small_models.base(tmp_path / "base", tiny / "base", head_dim=32)
     file = export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "model.gguf")
     with closing(llama_cpp.Llama(str(file), vocab_only=True, verbose=False)) as llm:
-        needs = fit.Needs.of(companions._shape(llm), file.stat().st_size, 512, "q8_0")
+        needs = fit.Needs.of(model_card._shape(llm), file.stat().st_size, 512, "q8_0")
     monkeypatch.setattr(fit, "SYSTEM", 6 * fit.GIB - needs.resident)  # nothing else fits the smallest machine
-    made = companions.made_of({"Q4_K_M": file}, spec=registry.find(str(base_dir)))
+    made = model_card.made_of({"Q4_K_M": file}, spec=registry.find(str(base_dir)))
     assert "-c 512 " in made["llama-server.txt"]
     assert "--cache-type-k q8_0 --cache-type-v q8_0 --cache-ram 0" in made["llama-server.txt"]
     assert "OLLAMA_KV_CACHE_TYPE=q8_0" in made["Modelfile"] and "OLLAMA_KV_CACHE_TYPE=q8_0" in made["README.md"]
@@ -86,9 +86,9 @@ def test_nothing_is_overwritten(file, tmp_path):
     beside.write_bytes(file.read_bytes())
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(SaigaError, match=r"README\.md is there already"):
-        companions.write({"Q4_K_M": beside}, spec=registry.find("saiga_tiny"), inputs={})
+        model_card.write({"Q4_K_M": beside}, spec=registry.find("saiga_tiny"), inputs={})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "model.gguf"]
-    made = companions.write({"Q4_K_M": beside}, spec=registry.find("saiga_tiny"), inputs={}, prefix="mine.")
+    made = model_card.write({"Q4_K_M": beside}, spec=registry.find("saiga_tiny"), inputs={}, prefix="mine.")
     assert [path.name for path in made] == ["mine.Modelfile", "mine.llama-server.txt", "mine.README.md"]
 
 
@@ -96,7 +96,7 @@ def test_a_template_that_no_modelfile_can_hold_is_said_aloud_and_the_rest_is_mad
     lengths = "{% if messages | length > 4 %}Долго. {% endif %}"
     monkeypatch.setattr(gguf_export.template, "for_inference", lambda text: lengths + text)
     file = export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
-    made = companions.made_of({"Q4_K_M": file}, spec=registry.find("saiga_tiny"))
+    made = model_card.made_of({"Q4_K_M": file}, spec=registry.find("saiga_tiny"))
     assert list(made) == ["llama-server.txt", "README.md"]
     assert "no Modelfile for Ollama" in capsys.readouterr().out
     assert "ollama create" not in made["README.md"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from saigakit import export
 from saigakit.errors import SaigaError
-from saigakit.export import lora_gguf
+from saigakit.export import other_formats
 
 PROMPTS = ([1, 404, 505, 606, 7, 8, 9, 300], list(range(10, 60)))
 
@@ -51,7 +51,7 @@ def test_base_and_adapter_answer_as_the_merged_model(tiny, tmp_path, base_settin
     model = str(base_dir)
     base = export.to_gguf(model=model, adapter=None, output=tmp_path / "base.gguf", quant_type="F32")
     merged = export.to_gguf(model=model, adapter=adapter_dir, output=tmp_path / "merged.gguf", quant_type="F32")
-    lora = lora_gguf.to_lora_gguf(model=model, adapter=adapter_dir, output=tmp_path / "lora.gguf")
+    lora = other_formats.to_lora_gguf(model=model, adapter=adapter_dir, output=tmp_path / "lora.gguf")
     wanted, found = logits(merged), logits(base, lora_path=str(lora))
     np.testing.assert_allclose(found, wanted, atol=1e-4 * wanted.std())
     assert np.abs(wanted - logits(base)).max() > 0.1 * wanted.std()
@@ -60,7 +60,7 @@ def test_base_and_adapter_answer_as_the_merged_model(tiny, tmp_path, base_settin
 
 def test_the_file_says_what_it_is(base_dir, tmp_path):
     adapter_dir = small_models.adapter(tmp_path / "adapter", base_dir)
-    file = lora_gguf.to_lora_gguf(model=str(base_dir), adapter=adapter_dir, output=tmp_path / "lora.gguf")
+    file = other_formats.to_lora_gguf(model=str(base_dir), adapter=adapter_dir, output=tmp_path / "lora.gguf")
     reader = gguf.GGUFReader(file)
     said = {key: field.contents() for key, field in reader.fields.items()}
     assert said["general.type"] == "adapter"
@@ -80,7 +80,7 @@ def test_the_file_says_what_it_is(base_dir, tmp_path):
 def test_what_the_format_cannot_hold_is_refused_with_what_to_do(base_dir, tmp_path, settings, named):
     adapter_dir = small_models.adapter(tmp_path / "adapter", base_dir, **settings)
     with pytest.raises(SaigaError, match=f"{named}.*Merge it instead"):
-        lora_gguf.to_lora_gguf(model=str(base_dir), adapter=adapter_dir, output=tmp_path / "lora.gguf")
+        other_formats.to_lora_gguf(model=str(base_dir), adapter=adapter_dir, output=tmp_path / "lora.gguf")
     assert not (tmp_path / "lora.gguf").exists()
 
 
@@ -88,14 +88,14 @@ def test_lora_biases_are_refused(tiny, tmp_path):
     biased = small_models.base(tmp_path / "base", tiny / "base", attention_bias=True)
     adapter_dir = small_models.adapter(tmp_path / "adapter", biased, target_modules=["q_proj"], lora_bias=True)
     with pytest.raises(SaigaError, match="LoRA biases"):
-        lora_gguf.to_lora_gguf(model=str(biased), adapter=adapter_dir, output=tmp_path / "lora.gguf")
+        other_formats.to_lora_gguf(model=str(biased), adapter=adapter_dir, output=tmp_path / "lora.gguf")
 
 
 def test_a_tied_head_of_its_own_is_refused(tiny, tmp_path):
     tied = small_models.base(tmp_path / "base", tiny / "base", tie_word_embeddings=True)
     adapter_dir = small_models.adapter(tmp_path / "adapter", tied, target_modules=["lm_head"])
     with pytest.raises(SaigaError, match=r"tied.*Merge it instead"):
-        lora_gguf.to_lora_gguf(model=str(tied), adapter=adapter_dir, output=tmp_path / "lora.gguf")
+        other_formats.to_lora_gguf(model=str(tied), adapter=adapter_dir, output=tmp_path / "lora.gguf")
 
 
 @pytest.mark.parametrize(("shift", "refused"), [(0.5, True), (0, False)])
@@ -109,14 +109,14 @@ def test_embeddings_that_are_not_the_bases_are_refused(base_dir, tmp_path, shift
     save_file(tensors, file)
     settings = {"model": str(base_dir), "adapter": adapter_dir, "output": tmp_path / "lora.gguf"}
     if not refused:
-        assert lora_gguf.to_lora_gguf(**settings).is_file()
+        assert other_formats.to_lora_gguf(**settings).is_file()
         return
     with pytest.raises(SaigaError, match=r"another model\.embed_tokens\.weight than the base"):
-        lora_gguf.to_lora_gguf(**settings)
+        other_formats.to_lora_gguf(**settings)
 
 
 def test_a_file_that_is_there_is_not_overwritten(base_dir, tmp_path):
     (tmp_path / "lora.gguf").write_text("mine")
     with pytest.raises(SaigaError, match="is there already"):
-        lora_gguf.to_lora_gguf(model=str(base_dir), adapter="x", output=tmp_path / "lora.gguf")
+        other_formats.to_lora_gguf(model=str(base_dir), adapter="x", output=tmp_path / "lora.gguf")
     assert (tmp_path / "lora.gguf").read_text() == "mine"

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
-from saigakit.export import merged_safetensors
-from saigakit.export.merged_safetensors import to_safetensors
+from saigakit.export import other_formats
+from saigakit.export.other_formats import to_safetensors
 
 IDS = torch.tensor([[1, 404, 505, 606, 7, 8]])
 
@@ -40,7 +40,7 @@ def adapted(base_dir, adapter_dir):
     ids=["plain", "rslora", "dora", "whole modules", "embeddings and head"],
 )
 def test_transformers_computes_what_the_model_that_peft_merged_computes(base_dir, tmp_path, monkeypatch, settings):
-    monkeypatch.setattr(merged_safetensors, "_CHUNK", 1000)
+    monkeypatch.setattr(other_formats, "_CHUNK", 1000)
     adapter_dir = small_models.adapter(tmp_path / "adapter", base_dir, **settings)
     made = to_safetensors(model=str(base_dir), adapters=adapter_dir, output=tmp_path / "merged", shard_bytes=150_000)
     wanted = logits(adapted(base_dir, adapter_dir).merge_and_unload())

@@ -110,6 +110,6 @@ def test_a_damaged_file_is_refused(files, tmp_path):
 def test_the_table_has_a_row_for_each_type():
     sizes = {"Q4_0": 1_230_000_000}
     measured = {"Q4_0": quality.Quality(1234, 2.2, 2.0, 0.0512, 0.951)}
-    (row,) = quality.table(sizes, measured, "F16").rows
+    (row,) = quality.quality_table(sizes, measured, "F16").rows
     assert row[1:] == ("1.23", "2.200", "+10.0", "0.0512", "95.1")
-    assert "1,234" in quality.table(sizes, measured, "F16").note
+    assert "1,234" in quality.quality_table(sizes, measured, "F16").note

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from saigakit import export, infer, registry
 from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
-from saigakit.export import fit, lora_gguf, merged_safetensors
+from saigakit.export import fit, other_formats
 from saigakit.llamacpp import quantization
 from saigakit.registry import Sampling
 from saigakit.weights import lineage
@@ -291,7 +291,7 @@ def test_weights_that_the_adapter_was_not_trained_on_are_refused(trained):
     assert not (trained / "03_merge_gguf").exists()
 
 
-@pytest.mark.parametrize("into", [export.to_gguf, lora_gguf.to_lora_gguf, merged_safetensors.to_safetensors])
+@pytest.mark.parametrize("into", [export.to_gguf, other_formats.to_lora_gguf, other_formats.to_safetensors])
 @pytest.mark.parametrize(
     ("changed", "named"),
     [({"inputs": {"base": {"x.safetensors": "another"}}}, "other weights"), ({"parameters": {"model": "x"}}, "'x'")],
