@@ -101,7 +101,7 @@ def interrupted(code, *, saving, number=signal.SIGINT, times=1, after=""):
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True)\n"
 STUBBORN += "while True: time.sleep(1)"
 GENTLE = """
-import time
+import os, time
 from saigakit.core import launch
 from saigakit.errors import SaigaError
 with launch.child(), launch.ending_gently():
@@ -109,7 +109,7 @@ with launch.child(), launch.ending_gently():
     while not launch.is_asked_to_end():
         time.sleep(0.01)
     time.sleep(SAVING)
-    os.write(1, b"saved\n")  # in one piece: two processes write into one pipe
+    os.write(1, b"saved\\n")  # in one piece: two processes write into one pipe
     raise SaigaError("Call it again.")
 """
 
