@@ -197,7 +197,8 @@ def test_machines_that_are_named_wrongly_are_refused_with_an_example(monkeypatch
 
 def test_two_processes_know_their_ranks(tmp_path, capfd, monkeypatch):
     pytest.importorskip("torch")
-    (tmp_path / "ranks.py").write_text("import os; print('rank', os.environ['RANK'], os.environ['WORLD_SIZE'])")
+    code = "import os; os.write(1, 'rank {RANK} {WORLD_SIZE}\\n'.format(**os.environ).encode())"
+    (tmp_path / "ranks.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     launch.distributed("ranks", [], processes=2)
     assert {line for line in capfd.readouterr().out.splitlines() if "rank" in line} == {"rank 0 2", "rank 1 2"}
