@@ -1,9 +1,9 @@
 """A training log into a table, a picture and a verdict: the loss on training and held-out texts, step by step."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saigakit.core import manifest
 from saigakit.core.display import Table
@@ -34,6 +34,12 @@ _VERDICTS = {
         "({lowest} → {last}), а на обучении падает. Меньше epochs или больше данных. · "
         "It memorises: held-out loss was best at step {best_step} of {last_step} and has risen by {rise} since "
         "({lowest} → {last}), while training loss falls. Fewer epochs or more data."
+    ),
+    "never_better": (
+        "Лучше не стало: ошибка на отложенных до обучения была {first}, а лучшая — {lowest}, на шаге {best_step} из "
+        "{last_step}. Уменьшите learning_rate или добавьте данных. · "
+        "It did not improve: held-out loss was {first} before training and {lowest} at best, at step {best_step} of "
+        "{last_step}. Use a smaller learning_rate or more records."
     ),
     "worse": (
         "Портится: с шага {best_step} из {last_step} ошибка на отложенных выросла на {rise} ({lowest} → {last}), и на "
@@ -72,14 +78,26 @@ def read(directory: Path) -> list[Entry]:
     return [json.loads(line) for line in lines if line]
 
 
-def evaluations(log: Sequence[Entry]) -> list[tuple[int, float]]:
+def evaluations(log: Iterable[Entry]) -> list[tuple[int, float]]:
     """(step, held-out loss), in order."""
     return [(entry["step"], entry["held_out_loss"]) for entry in log if "held_out_loss" in entry]
 
 
-def best(log: Sequence[Entry]) -> tuple[int, float] | None:
-    """The evaluation with the lowest held-out loss, the earliest of equals; None without held-out texts."""
-    return min(evaluations(log), key=lambda evaluation: evaluation[1], default=None)
+class Best(NamedTuple):
+    """The evaluation whose adapter is kept; `worse_since`: how many evaluations followed it."""
+
+    step: int
+    loss: float
+    worse_since: int
+
+
+def best(log: Iterable[Entry]) -> Best | None:
+    """Find the lowest held-out loss after training began, the earliest of equals; None where there is none."""
+    found = [(step, loss) for step, loss in evaluations(log) if step > 0]
+    if not found:
+        return None
+    lowest = min(range(len(found)), key=lambda number: found[number][1])
+    return Best(*found[lowest], worse_since=len(found) - 1 - lowest)
 
 
 def summary(directory: Path) -> Table:
@@ -98,11 +116,11 @@ def summary(directory: Path) -> Table:
         ("время · time", f"{seconds / 60:.1f} min, {tokens / seconds:.0f} tokens/s"),
         ("ошибка на обучении · training loss", f"{steps[0]['loss']:.3f} → {last:.3f}"),
     ]
-    if (found := best(log)) is not None:
-        held_out = evaluations(log)
+    if held_out := evaluations(log):
         losses = f"{held_out[0][1]:.3f} → {held_out[-1][1]:.3f}"
         rows.append(("ошибка на отложенных · held-out loss", losses))
-        rows.append(("лучший шаг · best step", f"{found[0]}, {found[1]:.3f}"))
+    if (found := best(log)) is not None:
+        rows.append(("лучший шаг · best step", f"{found.step}, {found.loss:.3f}"))
     if facts.get("best_step") is not None:
         rows.append(("сохранён адаптер шага · adapter kept of step", f"{facts['best_step']}"))
     if facts.get("ended") in _ENDED:
@@ -117,12 +135,14 @@ def summary(directory: Path) -> Table:
 
 def verdict(log: Sequence[Entry]) -> str:
     """What the curve says of the run and what to change, in Russian and English."""
-    held_out = evaluations(log)
-    if len(held_out) < 3:
+    held_out, found = evaluations(log), best(log)
+    if found is None or len(held_out) < 3:
         return _VERDICTS["few"]
-    (best_step, lowest), (before_step, before) = min(held_out, key=lambda evaluation: evaluation[1]), held_out[-2]
-    (_, first), (last_step, last) = held_out[0], held_out[-1]
-    if _is_change(last, lowest):
+    best_step, lowest, _ = found
+    (_, first), (before_step, before), (last_step, last) = held_out[0], held_out[-2], held_out[-1]
+    if _is_change(lowest, first):
+        kind = "never_better"
+    elif _is_change(last, lowest):
         is_falling = _is_change(_training_loss(log, best_step), _training_loss(log, last_step))
         kind = "memorises" if is_falling else "worse"
     elif not _is_change(first, lowest):
@@ -183,16 +203,18 @@ def plot(log: Sequence[Entry]) -> "Figure":
     return figure
 
 
-def _plot_held_out(axes: "Axes", held_out: Sequence[tuple[int, float]], lowest: tuple[int, float] | None) -> None:
+def _plot_held_out(axes: "Axes", held_out: Sequence[tuple[int, float]], lowest: Best | None) -> None:
     """With the last loss as a number, and the best one where it is another."""
-    if lowest is None:
+    if not held_out:
         return
     last = held_out[-1]
     axes.plot(*zip(*held_out, strict=True), "o-", color=_BLUE, label="отложенные тексты (held-out texts)")
     _name_loss(axes, last, _BLUE)
-    if lowest != last:
-        axes.plot(*lowest, "o", color=_GREEN, markersize=10, label=f"лучший шаг: {lowest[0]} (best step)")
-        _name_loss(axes, lowest, _GREEN)
+    if lowest is not None and lowest.worse_since:
+        axes.plot(
+            lowest.step, lowest.loss, "o", color=_GREEN, markersize=10, label=f"лучший шаг: {lowest.step} (best step)"
+        )
+        _name_loss(axes, (lowest.step, lowest.loss), _GREEN)
 
 
 def _name_loss(axes: "Axes", place: tuple[int, float], colour: str) -> None:

@@ -5,11 +5,11 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from saigakit import data
 from saigakit.config import TrainConfig
@@ -51,26 +51,6 @@ def count_evaluated(lengths: Sequence[int], *, steps: int, tokens: int, eval_ste
     evaluations = 1 + math.ceil(steps / steps_between(steps, eval_steps))
     affordable = tokens / _SHARE / evaluations
     return min(len(lengths), max(AT_LEAST, int(affordable * len(lengths) / max(1, sum(lengths)))))
-
-
-class Best(NamedTuple):
-    """The evaluation with the lowest loss, the earlier of equal ones; that before the first step does not count."""
-
-    step: int
-    loss: float
-    worse_since: int  # evaluations after it
-
-
-def best_evaluation(log: Iterable[dict[str, Any]]) -> Best | None:
-    found: Best | None = None
-    for entry in log:
-        if "held_out_loss" not in entry or entry["step"] == 0:
-            continue
-        if found is None or entry["held_out_loss"] < found.loss:
-            found = Best(entry["step"], entry["held_out_loss"], 0)
-        else:
-            found = found._replace(worse_since=found.worse_since + 1)
-    return found
 
 
 REPORT_S = 15.0  # between two lines of progress, at least

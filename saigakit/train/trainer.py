@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from saigakit.core import launch, workspace
 from saigakit.errors import SaigaError
-from saigakit.train import checkpoints, distributed, layers, run_state
+from saigakit.train import checkpoints, curve, distributed, layers
 from saigakit.train.run_state import OnEvaluation, Run
 from saigakit.train.steps import Step, best_fit, collate
 from saigakit.weights import load
@@ -238,7 +238,7 @@ def _watch(run: Run, model: "PeftModel") -> "TrainerCallback":
             **_: object,
         ) -> None:
             step, loss = state.global_step, (metrics or {})["eval_loss"]
-            best = run_state.best_evaluation(run.log.held_out)
+            best = curve.best(run.log.held_out)
             if best is not None and best.step == step:
                 needed = _adapter_bytes(model)
                 distributed.by_first(lambda: run.store.keep_best(partial(save_adapter, model), needed=needed), args)
@@ -253,7 +253,7 @@ def _watch(run: Run, model: "PeftModel") -> "TrainerCallback":
 
 def is_stopped_early(run: Run) -> bool:
     """Whether the held-out loss has not become better for early_stopping evaluations; it is then said and kept."""
-    best, patience = run_state.best_evaluation(run.log.held_out), run.config.early_stopping
+    best, patience = curve.best(run.log.held_out), run.config.early_stopping
     if best is None or patience is None or best.worse_since < patience:
         return False
     run.ending = "early_stopping"

@@ -101,7 +101,7 @@ def _train(run: Run, loaded: Loaded, start: Path | None) -> int:
 
 def _finish(run: Run, model: "PeftModel", step: int) -> None:
     """The best adapter by held-out loss, the last one where nothing was held out."""
-    directory, best, folded_rank = Path(run.config.output_dir), run_state.best_evaluation(run.log.held_out), 0
+    directory, best, folded_rank = Path(run.config.output_dir), curve.best(run.log.held_out), 0
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         trained = run.store.best_dir
         if best is None:

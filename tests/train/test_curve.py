@@ -6,6 +6,7 @@ import pytest
 
 from saigakit.core import manifest
 from saigakit.train import curve
+from saigakit.train.curve import Best
 
 LOG = [
     {"step": 0, "held_out_loss": 2.5},
@@ -49,8 +50,23 @@ def test_the_table_has_steps_tokens_speed_both_losses_and_the_best_step(trained)
 
 def test_the_best_step_is_that_of_the_lowest_held_out_loss_and_the_first_of_equals(tmp_path):
     log = log_of([3.0, 1.0, 0.5, 0.5, 0.9], [3, 2, 1, 0.5, 0.1])
-    assert curve.best(log) == (40, 0.5)
+    assert curve.best(log) == Best(40, 0.5, worse_since=2)
     assert dict(curve.summary(write(tmp_path, log)).rows)["лучший шаг · best step"] == "40, 0.500"
+
+
+def test_the_loss_before_the_first_step_is_never_the_best(tmp_path):
+    """Nothing was trained by then, so there is no adapter to keep."""
+    log = log_of([1.0, 1.2, 1.5], [1, 0.5, 0.1])
+    assert curve.best(log) == Best(20, 1.2, worse_since=1)
+    assert dict(curve.summary(write(tmp_path, log)).rows)["лучший шаг · best step"] == "20, 1.200"
+    assert any("20 (best step)" in line.get_label() for line in curve.plot(log).axes[0].lines)
+    assert "1.000 before training and 1.200 at best, at step 20 of 40" in curve.verdict(log)
+
+
+def test_a_run_that_ended_before_its_second_evaluation_has_no_best_step(tmp_path):
+    assert curve.best(LOG[:-1]) is None
+    assert "лучший шаг · best step" not in dict(curve.summary(write(tmp_path, LOG[:-1])).rows)
+    assert len(curve.plot(LOG[:-1]).axes[0].lines) == 2
 
 
 def test_memory_is_told_where_the_log_has_it(tmp_path):
@@ -97,7 +113,9 @@ def test_the_picture_marks_the_best_step_where_it_is_not_the_last():
             [2, 1, 0.6, 0.3, 0.1],
             "was best at step 40 of 80 and has risen by 25 % since (0.800",
         ),
-        ([1.0, 1.2, 1.5], [1, 0.5, 0.1], "memorises: held-out loss was best at step 0 of 40 and has risen by 50 %"),
+        ([1.0, 1.2, 1.5], [1, 0.5, 0.1], "did not improve: held-out loss was 1.000 before training and 1.200 at"),
+        ([1.0, 1.2, 1.2], [1, 0.5, 0.1], "did not improve"),
+        ([2.0, 2.01, 2.0, 2.2], [2, 1, 0.5, 0.1], "memorises: held-out loss was best at step 40 of 60"),
         ([2.0, 1.0, 1.5, 2.5], [2, 1, 1.6, 2.6], "gets worse: since step 20 of 60 held-out loss has risen by 150 %"),
         ([2.0, 1.9, 2.0, 1.995], [2, 1, 0.5, 0.1], "memorises: held-out loss was best at step 20 of 60"),
         ([2.0, 1.995, 2.0], [2, 1, 0.5], "does not learn: held-out loss has hardly changed (2.000 → 2.000)"),

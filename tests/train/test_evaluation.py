@@ -1,9 +1,8 @@
-"""Evaluations: how many conversations they are worth, and which was the best."""
+"""Evaluations: how many conversations they are worth, and how often they come."""
 
 import pytest
 
 from saigakit.train import run_state
-from saigakit.train.run_state import Best
 
 
 @pytest.mark.parametrize(
@@ -27,18 +26,3 @@ def test_more_evaluations_are_of_fewer_conversations():
 def test_a_run_is_evaluated_four_times_unless_something_else_is_said():
     assert [run_state.steps_between(steps, None) for steps in (1, 4, 10, 100)] == [1, 1, 3, 25]
     assert run_state.steps_between(100, 7) == 7
-
-
-def log_of(*losses):
-    return [{"step": 0, "held_out_loss": 1.0}, {"step": 1, "loss": 0.1}] + [
-        {"step": step, "held_out_loss": loss} for step, loss in enumerate(losses, 1)
-    ]
-
-
-def test_the_best_is_the_lowest_and_of_equal_ones_the_earlier():
-    assert run_state.best_evaluation(log_of(5.0, 3.0, 4.0, 3.0)) == Best(2, 3.0, worse_since=2)
-
-
-def test_before_the_first_step_nothing_is_best():
-    assert run_state.best_evaluation(log_of()) is None
-    assert run_state.best_evaluation(log_of(9.0)) == Best(1, 9.0, worse_since=0)
