@@ -24,8 +24,9 @@ import psutil
 
 from saigakit import train
 from saigakit.config import TrainConfig
-from saigakit.core import launch, manifest
+from saigakit.core import launch
 from saigakit.core.display import Table
+from saigakit.core.files import sha256
 from saigakit.demo import packages
 from saigakit.errors import SaigaError
 from saigakit.train import checkpoints, curve, worker
@@ -105,7 +106,7 @@ def finished(config):
 def result(config):
     made = Path(config.output_dir)
     log = [{key: value for key, value in entry.items() if key != "seconds"} for entry in curve.read(made)]
-    return Result(manifest.sha256(made / "adapter_model.safetensors"), log)
+    return Result(sha256(made / "adapter_model.safetensors"), log)
 
 
 def planned(generator):

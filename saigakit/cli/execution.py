@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from saigakit.core import manifest
+from saigakit.core.files import write_text
 from saigakit.errors import DataError, SaigaError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def execute(notebook: Path, values: Mapping[str, Any], run_dir: Path, terminal: 
                 kernel_manager_class=_kernel_class(lock, log),
             )
         manifest.require_stage(run_dir / stage, stage)
-        manifest.write_text(run_dir / f"{stage}.html", _page(partial, stage))
+        write_text(run_dir / f"{stage}.html", _page(partial, stage))
         partial.replace(run_dir / f"{stage}.ipynb")
     except (PapermillExecutionError, SaigaError, RuntimeError) as error:  # RuntimeError: nbclient's for a dead kernel
         partial.replace(failed)

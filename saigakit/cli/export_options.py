@@ -7,6 +7,7 @@ from typing import Any
 from saigakit import export as exporting
 from saigakit import registry
 from saigakit.core import manifest
+from saigakit.core.files import require_absent
 from saigakit.errors import SaigaError
 from saigakit.export import calibration, gguf_export, model_card, other_formats
 from saigakit.llamacpp import quantization
@@ -62,7 +63,7 @@ def _gguf(
     beside = model_card.paths(Path(output).parent, prefix)
     ours = manifest.beside(Path(output))
     for file in [*gguf_export.paths(Path(output), chosen).values(), *beside.values(), ours]:
-        manifest.require_absent(file)
+        require_absent(file)
     adapter = weighted[0][0] if len(weighted) == 1 and weighted[0][1] == 1 else weighted or None
     if importance and Path(importance).suffix not in _MATRICES:
         importance = str(_matrix(importance, model, adapter, output, base_source, merge_into, chosen))

@@ -17,6 +17,7 @@ from saigakit import evaluate, registry
 from saigakit.cli import execution, summary
 from saigakit.cli.execution import Terminal
 from saigakit.core import launch, manifest
+from saigakit.core.files import sha256, write_text
 from saigakit.errors import SaigaError, suggestion
 from saigakit.evaluate import results
 from saigakit.llamacpp import quantization
@@ -54,7 +55,7 @@ def run(parameters: Mapping[str, Any], run_dir: str | Path, *, notebooks_dir: st
     with _only_run(run_dir) as lock, launch.signals_call(_interrupt), Terminal() as terminal:
         _finish_all(stages, run_dir, terminal, lock)
         report = summary.write_report(run_dir)
-        manifest.write_text(run_dir / results.FILE, (run_dir / evaluate.STAGE / results.FILE).read_text("utf-8"))
+        write_text(run_dir / results.FILE, (run_dir / evaluate.STAGE / results.FILE).read_text("utf-8"))
     gguf_file = run_dir / "03_merge_gguf" / "model.gguf"
     print(f"\n{results.table(results.read(run_dir / evaluate.STAGE))}\n")
     print(f"report: {report}\nmodel:  {gguf_file}\ntalk:   saigakit chat {gguf_file}", flush=True)
@@ -153,8 +154,8 @@ def _finish(stage: Stage, run_dir: Path, earlier: Sequence[str], terminal: Termi
     start = time.monotonic()
     execution.execute(stage.notebook, stage.given, run_dir, terminal, lock)
     seconds = time.monotonic() - start
-    manifest.write_text(times_file, json.dumps({**times, stage.name: round(seconds, 1)}))
-    manifest.write_text(made_file, json.dumps({"fingerprint": fingerprint}))
+    write_text(times_file, json.dumps({**times, stage.name: round(seconds, 1)}))
+    write_text(made_file, json.dumps({"fingerprint": fingerprint}))
     terminal.say(f"{label} {stage.name}: done in {seconds:.0f} s")
 
 
@@ -166,7 +167,7 @@ def _fingerprint(stage: Stage, run_dir: Path, earlier: Sequence[str]) -> str:
         "cells": [[cell["cell_type"], "".join(cell["source"])] for cell in cells],
         "values": stage.values,
         "files": {key: _content(value, run_dir) for key, value in stage.values.items() if isinstance(value, str)},
-        "earlier": {name: manifest.sha256(run_dir / name / manifest.NAME) for name in earlier},
+        "earlier": {name: sha256(run_dir / name / manifest.NAME) for name in earlier},
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
@@ -177,7 +178,7 @@ def _content(value: str, run_dir: Path) -> object:
     given = Path(os.path.expanduser(value))  # noqa: PTH111
     for path in (given, run_dir / given):
         if os.path.isfile(path):  # noqa: PTH113
-            return manifest.sha256(path)
+            return sha256(path)
     if not value or not os.path.isdir(given):  # noqa: PTH112
         return None
     here = given.resolve()
@@ -194,7 +195,7 @@ def _is_finished(directory: Path, made_file: Path, fingerprint: str) -> bool:
         outputs = manifest.require_stage(directory, directory.name)["outputs"]
     except SaigaError:  # it says to run the stage again, which is what happens
         return False
-    return all(manifest.sha256(directory / name) == digest for name, digest in outputs.items())
+    return all(sha256(directory / name) == digest for name, digest in outputs.items())
 
 
 def _interrupt() -> None:

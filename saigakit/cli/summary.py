@@ -8,6 +8,7 @@ from string import Template
 
 from saigakit import evaluate
 from saigakit.core import manifest
+from saigakit.core.files import write_text
 from saigakit.evaluate import results
 
 STAGES = ("01_format", "02_train", "03_merge_gguf", evaluate.STAGE)
@@ -50,7 +51,7 @@ def write_report(run_dir: str | Path) -> Path:
         stages="".join(_stage(run_dir, stage, times.get(stage)) for stage in STAGES),
         examples=results.examples_table(compared / "answers.jsonl", 8)._repr_html_(),
     )
-    return manifest.write_text(run_dir / "report.html", page)
+    return write_text(run_dir / "report.html", page)
 
 
 def _stage(run_dir: Path, stage: str, seconds: float | None) -> str:

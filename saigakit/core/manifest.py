@@ -1,6 +1,5 @@
 """A stage's directory with a manifest: made beside, renamed when complete, kept when nothing changed."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from saigakit.core.files import discard_partial, sha256
+from saigakit.core.files import write_text as write_text
 from saigakit.errors import SaigaError
 
 NAME = "saigakit.json"
@@ -25,11 +26,6 @@ _PACKAGES = (
     "llama-cpp-python",
 )
 Manifest = dict[str, Any]
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def hashes(path: Path) -> dict[str, str]:
@@ -172,13 +168,6 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def discard_partial(final: Path) -> Path:
-    """The directory beside `final` in which a stage is made, gone if a killed run left it."""
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    return partial
-
-
 @contextmanager
 def making(
     final: Path,
@@ -225,42 +214,3 @@ def write(
     """A manifest; `outputs`: SHA-256 of what was made, by name."""
     content = {**_identity(stage, parameters, inputs), **facts, "versions": versions(), "outputs": outputs}
     return write_text(file, json.dumps(content, ensure_ascii=False, indent=2, default=str))
-
-
-def write_text(file: Path, text: str) -> Path:
-    """Written beside, flushed to disk and renamed, so that `file` is whole or absent."""
-    beside = file.with_name(f".{file.name}.partial")
-    try:
-        with beside.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(file)
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-    return file
-
-
-def require_absent(file: Path) -> None:
-    """Raises SaigaError where it is there already."""
-    if file.exists():
-        raise SaigaError(f"{file} is there already; nothing was overwritten. Delete it or choose another name.")
-
-
-@contextmanager
-def whole_file(file: Path) -> Iterator[Path]:
-    """A place beside `file`, which gets its name when the block ends well, and goes otherwise.
-
-    Raises SaigaError where `file` is there already, or the disk does not take it.
-    """
-    require_absent(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        yield partial
-        partial.rename(file)
-    except OSError as error:
-        raise SaigaError(f"{file} could not be written: {error}.") from None
-    finally:
-        partial.unlink(missing_ok=True)

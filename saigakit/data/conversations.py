@@ -1,7 +1,6 @@
 """Files of records into checked conversations, and those into training and held-out."""
 
 import hashlib
-import os
 import random
 from array import array
 from collections import Counter
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar, cast
 
 from saigakit.core.display import Every
+from saigakit.core.files import replacing
 from saigakit.data import records, schema
 from saigakit.data.records import Bad, named
 from saigakit.data.schema import Conversation
@@ -244,12 +244,9 @@ def common_system_prompt(conversations: Iterable[Mapping[str, Any]]) -> str | No
 
 
 def write_conversations(conversations: Iterable[Mapping[str, Any]], file: str | Path) -> Path:
-    """JSONL, written beside and renamed. Only "\n" looks like a line's end in it, even to str.splitlines."""
+    """JSONL, complete or absent. Only "\n" looks like a line's end in it, even to str.splitlines."""
     path = Path(file)
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("wb") as stream:
+    with replacing(path) as partial, partial.open("wb") as stream:
         lines = conversations.lines() if isinstance(conversations, Conversations) else map(as_line, conversations)
         stream.writelines(lines)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return beside.replace(path)
+    return path

@@ -12,6 +12,7 @@ from saigakit import registry
 from saigakit.config import TrainConfig
 from saigakit.core import manifest
 from saigakit.core.display import Every, Table
+from saigakit.core.files import sha256, write_text
 from saigakit.data import audit, length_histogram, near_duplicates, sources
 from saigakit.data.conversations import (
     asking_alike,
@@ -143,7 +144,7 @@ def check_records(
         report["estimate"] = _estimate(report["train"], model).to_json()
         counted = [tokens for part in fitted.values() for tokens in part.lengths]
         report["lengths"] = length_histogram.histogram(counted, limit)
-        manifest.write_text(partial / "report.json", json.dumps(report, ensure_ascii=False, indent=2))
+        write_text(partial / "report.json", json.dumps(report, ensure_ascii=False, indent=2))
         length_histogram.plot(counted, limit).savefig(partial / "lengths.png", dpi=110)
     return final
 
@@ -164,7 +165,7 @@ def _of_all(parts: Iterable[str], make: Callable[[str], T]) -> dict[str, T]:
 
 
 def _hashes(files: Sequence[Path]) -> dict[str, str]:
-    return {label: manifest.sha256(file) for label, file in zip(labels(files), files, strict=True)}
+    return {label: sha256(file) for label, file in zip(labels(files), files, strict=True)}
 
 
 def _written(

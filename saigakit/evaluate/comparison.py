@@ -11,6 +11,7 @@ from typing import Any
 
 from saigakit import data, infer, registry
 from saigakit.core import manifest, workspace
+from saigakit.core.files import write_text
 from saigakit.data.questions import MARGIN, Example, read_examples
 from saigakit.errors import SaigaError
 from saigakit.evaluate import metrics, results
@@ -228,6 +229,6 @@ def _write(
         exact = {name: metrics.is_exact(text, reference) for name, text in said.items()}
         line = {"prompt": question, "reference": reference, "answers": said, "exact": exact}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    manifest.write_text(directory / "answers.jsonl", "".join(lines))
-    manifest.write_text(directory / results.FILE, json.dumps(rows, indent=2))
+    write_text(directory / "answers.jsonl", "".join(lines))
+    write_text(directory / results.FILE, json.dumps(rows, indent=2))
     results.plot(rows).savefig(directory / "comparison.png", dpi=110)

@@ -7,6 +7,7 @@ from typing import Any
 
 from saigakit import data, registry
 from saigakit.core import manifest, workspace
+from saigakit.core.files import require_absent, sha256
 from saigakit.data import rows, sources
 from saigakit.data.rows import Rows
 from saigakit.errors import SaigaError
@@ -39,7 +40,7 @@ def importance_of_records(
     `records`: as for 01_format. A Q8_0 GGUF is made in the scratch directory for it, and deleted. Raises SaigaError
     where there is no room for it or for files of `quant_types` beside `output`, or `output` is there already.
     """
-    manifest.require_absent(Path(output))
+    require_absent(Path(output))
     if quant_types:  # before hours of computing
         require_possible(model, adapter, base_source, quant_types, merge_into, Path(output).parent)
     ids = token_rows(records, model, base_source)
@@ -92,7 +93,7 @@ def matrix_for(
         "stage": STAGE,
         "parameters": {"model": model, "base_source": base_source, "max_tokens": max_tokens},
         "inputs": {
-            "records": manifest.sha256(records),
+            "records": sha256(records),
             "base": base_files.hashes(find.base_dir(spec, base_source)),
             "adapter": None if adapter_dir is None else manifest.hashes(adapter_dir),
         },

@@ -3,7 +3,7 @@
 import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from saigakit.core import manifest, workspace
 from saigakit.core.display import Table
-from saigakit.errors import SaigaError
+from saigakit.core.files import discard_partial, replacing, require_absent, sha256
 from saigakit.export import plan
 from saigakit.llamacpp import container, quantization, read_back, streaming, vocabulary
 from saigakit.llamacpp.architecture import Architecture
@@ -37,10 +37,6 @@ def paths(file: Path, quant_types: Sequence[str]) -> dict[str, Path]:
     """By quant type, each once: the first is `file`, and of every further one there is a file beside it."""
     first, *further = dict.fromkeys(quant_types)
     return {first: file} | {each: file.with_name(f"{file.stem}-{each}{file.suffix}") for each in further}
-
-
-def _partial(final: Path) -> Path:
-    return final.with_name(f".{final.name}.partial")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,33 +153,25 @@ class Export:
         return "The adapter is added to the weights that it was trained on: the base in nf4, dequantised."
 
     def write(self, file: Path, texts: Sequence[str] = (), identity: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Makes `file`, and one beside it of each further type; all are written beside and renamed when complete.
+        """Write `file` and one file for each further type; they get their names when all are complete.
 
         They are read back: llama.cpp must load them, and `texts` must give the ids of the training. Returns what a
-        manifest says of them; with `identity`, which it begins with, there is one beside `file`.
+        manifest says of them; with `identity`, which it begins with, there is one next to `file`.
         """
-        finals, partials = paths(file, self.quant_types), self.discard_partials(file)
-        renamed = {partials[each]: final for each, final in finals.items()}
+        finals, told = paths(file, self.quant_types), manifest.beside(file)
+        self.discard_partials(file)
         self.require_room(file.parent)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            written = self._fill(partials)
+        with ExitStack() as stack:
+            # Renamed in reverse: `file` first, the manifest last.
+            told_partial = stack.enter_context(replacing(told)) if identity else None
+            partials = {each: stack.enter_context(replacing(final)) for each, final in reversed(finals.items())}
+            written = self._fill({each: partials[each] for each in finals})
             said = [self._require_readable(each, partials[each], written[each], texts) for each in self.quant_types]
-            if identity:
-                told = manifest.beside(file)
-                renamed[_partial(told)] = told
-                outputs = {final.name: manifest.sha256(partials[each]) for each, final in finals.items()}
-                manifest.write(_partial(told), **identity, facts=self._facts_of(finals), outputs=outputs)
-            for final in renamed.values():
-                manifest.require_absent(final)
-            for partial, final in renamed.items():
-                partial.rename(final)
-        except OSError as error:
-            raise SaigaError(f"{file} could not be written: {error}.") from None
-        finally:
-            for partial in renamed:
-                with suppress(OSError):
-                    partial.unlink(missing_ok=True)
+            if identity and told_partial:
+                outputs = {final.name: sha256(partials[each]) for each, final in finals.items()}
+                manifest.write(told_partial, **identity, facts=self._facts_of(finals), outputs=outputs)
+            for final in [*finals.values(), *([told] if identity else [])]:
+                require_absent(final)
         for (each, final), sentence in zip(finals.items(), said, strict=True):
             print(f"{final.name}: {each}, {self.bytes(each) / workspace.GB:.2f} GB. {sentence}", flush=True)
         return self._facts_of(finals)
@@ -196,13 +184,10 @@ class Export:
             "chat_template_sha256": hashlib.sha256(self.tokenizer.chat_template.encode("utf-8")).hexdigest(),
         }
 
-    def discard_partials(self, file: Path) -> dict[str, Path]:
-        """By quant type, where `write` makes its files; gone if a killed run left them, for their room is needed."""
-        finals = paths(file, self.quant_types)
-        partials = {each: _partial(final) for each, final in finals.items()}
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
-        return partials
+    def discard_partials(self, file: Path) -> None:
+        """Remove what a killed run left of the files of `write`: the space is needed."""
+        for final in paths(file, self.quant_types).values():
+            discard_partial(final)
 
     def _fill(self, files: Mapping[str, Path]) -> dict[str, list[Written]]:
         targets = []

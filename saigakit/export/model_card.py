@@ -9,6 +9,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from saigakit.core import install, manifest
+from saigakit.core.files import require_absent, write_text
 from saigakit.errors import SaigaError
 from saigakit.export import fit, markdown, modelfile
 from saigakit.export.chat_format import ChatFormat
@@ -209,9 +210,9 @@ def write(
     """
     made = paths(next(iter(files.values())).parent, prefix)
     for file in made.values():
-        manifest.require_absent(file)
+        require_absent(file)
     texts = made_of(files, spec=spec, origin=origin(inputs))
-    return [manifest.write_text(made[name], text) for name, text in texts.items()]
+    return [write_text(made[name], text) for name, text in texts.items()]
 
 
 def made_of(

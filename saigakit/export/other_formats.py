@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from saigakit import registry
-from saigakit.core import manifest, workspace
+from saigakit.core import workspace
+from saigakit.core.files import discard_partial, replacing, require_absent
 from saigakit.errors import SaigaError
 from saigakit.llamacpp.architecture import Architecture
 from saigakit.prompt import encoding
@@ -33,7 +34,7 @@ def to_lora_gguf(*, model: str, adapter: str | Path, output: str | Path, base_so
     hold: that must be merged.
     """
     file, spec = Path(output), registry.find(model)
-    manifest.require_absent(file)
+    require_absent(file)
     base_dir, adapter_dir = find.base_dir(spec, base_source), find.adapter_dir(spec, str(adapter))
     architecture = Architecture.of(base_dir)
     Lineage.of(spec, [adapter_dir], "original")
@@ -45,7 +46,7 @@ def to_lora_gguf(*, model: str, adapter: str | Path, output: str | Path, base_so
     if lost := sorted(set(lora.updates) - set(places)):
         raise SaigaError(f"{adapter_dir} changes {lost[0]}, which a {architecture.kind.name} GGUF has no place for.")
     alpha, tensors = _tensors(lora, architecture, places)
-    with manifest.whole_file(file) as partial:
+    with replacing(file) as partial:
         _write_lora(partial, architecture.kind.name, adapter_dir.name, alpha, tensors)
         _require_whole_lora(partial, tensors)
     return file
@@ -161,7 +162,7 @@ def to_safetensors(
     is too small, the adapters do not fit, or a number is too large for float16.
     """
     directory, spec = Path(output), registry.find(model)
-    manifest.require_absent(directory)
+    require_absent(directory)
     base_dir = find.base_dir(spec, base_source)
     given = [adapters] if isinstance(adapters, Path) else [path for path, _ in adapters or ()]
     trained = Lineage.of(spec, given, merge_into)
@@ -172,8 +173,7 @@ def to_safetensors(
     shards = _planned(merged, number_format, shard_bytes)
     size = sum(tensor.bytes for shard in shards.values() for tensor in shard.values())
     workspace.require_disk(directory.parent, size, f"The merged {spec.name}")
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = discard_partial(directory)
     partial.mkdir(parents=True)
     try:
         for name, shard in shards.items():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from saigakit import data, registry
 from saigakit.core import manifest, workspace
 from saigakit.core.display import Every, Table
+from saigakit.core.files import sha256, write_text
 from saigakit.data import sources
 from saigakit.errors import SaigaError
 from saigakit.export import calibration, markdown, model_card
@@ -163,8 +164,8 @@ def of_stage(
         "parameters": {"max_tokens": max_tokens, "quant_types": list(quant_types)},
         "inputs": {
             "gguf": content["outputs"],
-            "held_out": None if records is None else manifest.sha256(records),
-            "importance": None if importance is None else manifest.sha256(importance),
+            "held_out": None if records is None else sha256(records),
+            "importance": None if importance is None else sha256(importance),
         },
     }
     if not max_tokens or records is None:
@@ -181,8 +182,8 @@ def of_stage(
             return None
         with manifest.making(final, **identity, is_derived=True) as partial:
             found = compared.measured(reference, records, max_tokens, n_gpu_layers)
-            manifest.write_text(partial / _MEASURED, json.dumps(found, indent=1))
-            manifest.write_text(partial / model_card.CARD, compared.card(content["inputs"], _table(found)))
+            write_text(partial / _MEASURED, json.dumps(found, indent=1))
+            write_text(partial / model_card.CARD, compared.card(content["inputs"], _table(found)))
     return kept(stage, content)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from saigakit import registry
 from saigakit.core import manifest
+from saigakit.core.files import discard_partial, require_absent, sha256
 from saigakit.data import sources
 from saigakit.export import fit, model_card
 from saigakit.export.gguf_export import Export, paths
@@ -69,14 +70,14 @@ def _identity(export: Export, adapter_dirs: Sequence[Path], **parameters: Any) -
     tokenizer = find.tokenizer_files(export.spec, parameters["base_source"])
     inputs: dict[str, Any] = {
         "base": base_files.hashes(export.base_dir),
-        "tokenizer": {file.name: manifest.sha256(file) for file in tokenizer},
+        "tokenizer": {file.name: sha256(file) for file in tokenizer},
         "adapter": _numbered([manifest.hashes(directory) for directory in adapter_dirs]),
         "train": _numbered([lineage.training_records(directory) for directory in adapter_dirs]),
     }
     if further:
         parameters["quant_types"] = further
     if export.importance_file is not None:
-        inputs["importance"] = manifest.sha256(export.importance_file)
+        inputs["importance"] = sha256(export.importance_file)
     for directory in adapter_dirs:
         lineage.require_same_base(directory, export.base_dir, inputs["base"])
     return {"stage": STAGE, "parameters": parameters, "inputs": inputs}
@@ -90,7 +91,7 @@ def _numbered(found: Sequence[dict[str, str]]) -> dict[str, str] | None:
 
 
 def _announce(export: Export, final: Path) -> None:
-    manifest.discard_partial(final)  # of a run that was killed: its room is needed
+    discard_partial(final)  # of a run that was killed: its room is needed
     _say_plan(export, final)
 
 
@@ -137,14 +138,14 @@ def to_gguf(
     """
     file, spec = Path(output), registry.find(model)
     for path in paths(file, [quant_type, *quant_types]).values():
-        manifest.require_absent(path)
+        require_absent(path)
     given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else adapter or ()
     adapters = [(find.adapter_dir(spec, str(one)), weight) for one, weight in given]
     export = Export.of(spec, adapters, base_source, quant_type, merge_into, importance, quant_types)
     adapter_dirs = [adapter_dir for adapter_dir, _ in adapters]
     identity = None
     if with_manifest:
-        manifest.require_absent(manifest.beside(file))
+        require_absent(manifest.beside(file))
         export.discard_partials(file)
         _say_plan(export, file.parent)  # before gigabytes are hashed
         named = [(str(one), weight) for one, weight in given] or None

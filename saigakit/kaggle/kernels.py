@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from saigakit.core import manifest
+from saigakit.core.files import discard_partial, require_absent
 from saigakit.errors import SaigaError
 
 METADATA = Path("kaggle-metadata")
@@ -104,10 +105,8 @@ def fetch(kernel: str, directory: str | Path) -> Path:
     Files that a stage's manifest lists are compared with it: the command line keeps an error page as a file.
     """
     final, reference = Path(directory), _reference(kernel)
-    if final.exists():
-        raise SaigaError(f"{final} exists; nothing was overwritten. Give another directory or delete it.")
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    require_absent(final)
+    partial = discard_partial(final)
     partial.mkdir(parents=True)
     kaggle("kernels", "output", reference, "-p", str(partial), echo=True)
     if not any(partial.rglob("*")):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from saigakit.core import manifest
+from saigakit.core.files import replacing, require_absent
 from saigakit.errors import SaigaError
 
 if TYPE_CHECKING:
@@ -91,9 +91,10 @@ class Importance(Mapping[str, "Array"]):
             writer.add_uint32("quantize.imatrix.chunks_count", self.chunks)
 
     def write(self, path: str | Path) -> Path:
-        """llama.cpp's GGUF form, written beside and renamed. Raises SaigaError where a file is there already."""
+        """llama.cpp's GGUF form. Raises SaigaError if the file exists already."""
         file = Path(path)
-        with manifest.whole_file(file) as partial:
+        require_absent(file)
+        with replacing(file) as partial:
             self._write(partial)
         return file
 

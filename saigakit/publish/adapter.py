@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from saigakit import train
 from saigakit.core import hub, manifest
+from saigakit.core.files import sha256, write_text
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.publish import card
@@ -46,7 +47,7 @@ def push_adapter(stage_dir: str | Path, repo_id: str, *, private: bool = True, r
 
 def written(directory: Path, published: manifest.Manifest, texts: Mapping[str, str]) -> dict[str, Path]:
     texts = {**texts, manifest.NAME: json.dumps(published, ensure_ascii=False, indent=2)}
-    return {name: manifest.write_text(directory / name, text) for name, text in texts.items()}
+    return {name: write_text(directory / name, text) for name, text in texts.items()}
 
 
 def require_whole(directory: Path, stage: str) -> manifest.Manifest:
@@ -157,7 +158,7 @@ class Push:
         for name, file in files.items():
             if name not in found:
                 raise SaigaError(f"{name} did not arrive in {self.repo_id}. Push it again.")
-            size, digest = file.stat().st_size, manifest.sha256(file)
+            size, digest = file.stat().st_size, sha256(file)
             if found[name].size != size:
                 problem = f"has {found[name].size:,} bytes in {self.repo_id} and {size:,} here"
             elif (lfs := found[name].lfs) is not None and lfs.sha256 != digest:

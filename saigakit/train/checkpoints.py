@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from saigakit.core import manifest, workspace
+from saigakit.core.files import discard_partial, sha256, write_text
 from saigakit.errors import SaigaError
 
 MARK = "checkpoint.json"
@@ -66,7 +67,7 @@ class Store:
     def for_child(self, directory: Path) -> Path:
         """The file by which the child process knows its store."""
         content = {"directory": str(self.directory.absolute()), "identity": self.identity}
-        return manifest.write_text(directory / _STORE_FILE, json.dumps(content))
+        return write_text(directory / _STORE_FILE, json.dumps(content))
 
     @classmethod
     def of_parent(cls, directory: Path) -> Self:
@@ -122,7 +123,7 @@ class Store:
             if self.best_dir.is_dir():
                 shutil.copytree(self.best_dir, partial / BEST, copy_function=_link)
             content = {"step": step, **self.identity, "versions": manifest.versions(), "files": _files(partial)}
-            manifest.write_text(partial / MARK, json.dumps(content, ensure_ascii=False, indent=1))
+            (partial / MARK).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
         made = _whole(self.directory / f"step-{step:08d}", fill_all, f"The checkpoint of step {step}", needed)
         for other in _in(self.directory):
@@ -200,7 +201,7 @@ def problem_of(checkpoint: Path) -> str | None:
             return f"it lost {name}"
         if file.stat().st_size != entry["bytes"]:
             return f"{name} has {file.stat().st_size:,} bytes and had {entry['bytes']:,}"
-        if manifest.sha256(file) != entry["sha256"]:
+        if sha256(file) != entry["sha256"]:
             return f"{name} is damaged: its content changed"
     return None
 
@@ -241,8 +242,7 @@ def _whole(final: Path, fill: Callable[[Path], None], what: str, needed: int) ->
     """Filled beside, flushed to disk, renamed. `needed`: bytes."""
     from safetensors import SafetensorError
 
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = discard_partial(final)
     try:
         partial.mkdir(parents=True)
         fill(partial)

@@ -12,6 +12,7 @@ from typing import Any
 from saigakit import data
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest, workspace
+from saigakit.core.files import sha256
 from saigakit.data import sources
 from saigakit.errors import SaigaError
 from saigakit.train import checkpoints, curve, loading, preflight, run_state
@@ -61,7 +62,7 @@ def _differing(content: dict[str, Any], config: TrainConfig) -> list[str]:
     files = (("train", "training"), ("held_out", "held-out"), ("replay", "replay"))
     for (part, name), file in zip(files, (config.train_file, config.eval_file, config.replay_file), strict=True):
         found = sources.records_files(file, Path(config.output_dir).parent) if file else []
-        hashes = [manifest.sha256(path) for path in found]
+        hashes = [sha256(path) for path in found]
         if hashes != list((content["inputs"].get(part) or {}).values()):
             names.append(f"{name} records")
     return names
@@ -147,7 +148,7 @@ def train_adapter(config: TrainConfig) -> Path:
     inputs: dict[str, Any] = {name: manifest.hashes(file) for name, file in found.items()}
     if config.replay_file is not None:
         general = sources.records_files(config.replay_file, final.parent)
-        inputs["replay"] = {str(number): manifest.sha256(file) for number, file in enumerate(general)}
+        inputs["replay"] = {str(number): sha256(file) for number, file in enumerate(general)}
         found |= {"replay": general[0]} if len(general) == 1 else {}  # several are looked up again by their name
     inputs["base"] = base_files.hashes(base_dir)
     inputs["adapter"] = None if adapter_dir is None else manifest.hashes(adapter_dir)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from saigakit.core import manifest
+from saigakit.core.files import sha256
 
 KINDS = (  # of weights: an index, and what the shards are called; the first that is there is read
     ("model.safetensors.index.json", "model*.safetensors"),
@@ -26,7 +27,7 @@ def hashes(directory: Path) -> dict[str, str]:
     """Name to SHA-256 of what comes of a base from the Hub: no second copy of the weights, no notes."""
     names = [file.name for file in directory.iterdir() if file.is_file()]
     besides = {name for pattern in BESIDES for name in fnmatch.filter(names, pattern)} - {manifest.NAME}
-    return {name: manifest.sha256(directory / name) for name in sorted({*weights(names), *besides})}
+    return {name: sha256(directory / name) for name in sorted({*weights(names), *besides})}
 
 
 def weight_bytes(directory: Path) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saigakit.core.files import replacing, write_text
 from saigakit.errors import SaigaError
 from saigakit.weights.adapter import Adapter
 from saigakit.weights.merge import Merged
@@ -102,10 +103,9 @@ def combined(released_dir: Path, new_dir: Path, out_dir: Path) -> Path:
     config |= {"r": sum(ranks), "lora_alpha": sum(ranks), "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     config |= {"target_modules": sorted({name.rpartition(".")[2] for name in names})}
     out_dir.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    save_file(matrices, partial, metadata={"format": "pt"})
-    config_file.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
-    partial.replace(file)
+    with replacing(file) as partial:
+        save_file(matrices, partial, metadata={"format": "pt"})
+        write_text(config_file, json.dumps(config, ensure_ascii=False, indent=2))
     return out_dir
 
 

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit.core import launch, manifest, workspace
+from saigakit.core import launch, workspace
+from saigakit.core.files import write_text
 from saigakit.registry import Quantization
 from saigakit.weights import load
 
@@ -223,7 +224,7 @@ def main(request_file: str, answer_file: str) -> None:
     request = Request(**json.loads(Path(request_file).read_text(encoding="utf-8")))
     with launch.child():
         found: Mapping[str, Generated] = answer(request)
-        manifest.write_text(Path(answer_file), json.dumps({name: asdict(made) for name, made in found.items()}))
+        write_text(Path(answer_file), json.dumps({name: asdict(made) for name, made in found.items()}))
 
 
 if __name__ == "__main__":

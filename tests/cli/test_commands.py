@@ -15,6 +15,7 @@ from saigakit import cli, export, infer, publish, train
 from saigakit.cli import chat, parameters, summary, terminal
 from saigakit.cli import commands as cli_commands
 from saigakit.core import launch, manifest
+from saigakit.core.files import sha256
 from saigakit.errors import SaigaError
 from saigakit.export import model_card
 from saigakit.registry import MODELS
@@ -201,7 +202,7 @@ def test_export_makes_a_file_that_chat_can_load(tiny, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == beside
     assert "together · всего" in done.stdout.split("model.gguf")[0]  # the plan comes first
     content = manifest.read_beside(output)
-    assert content["outputs"] == {"model.gguf": manifest.sha256(output)} and content["quant_type"] == "Q8_0"
+    assert content["outputs"] == {"model.gguf": sha256(output)} and content["quant_type"] == "Q8_0"
     assert content["inputs"]["base"] == manifest.hashes(tiny / "base")
     assert "FROM ./model.gguf" in (tmp_path / "model.Modelfile").read_text(encoding="utf-8")
     again = sentence("export", "--model", "saiga_tiny", "--output", output)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from saigakit.core import manifest
+from saigakit.core.files import sha256
 from saigakit.errors import SaigaError
 
 ROOT = Path(__file__).parents[2]
@@ -40,8 +41,8 @@ def test_a_finished_stage_says_what_it_was_made_of_and_what_it_holds(final):
     assert (content["stage"], content["parameters"], content["inputs"]) == (STAGE, PARAMETERS, INPUTS)
     assert content["golden"] == [1, 2]
     assert content["outputs"] == {
-        "adapter.txt": manifest.sha256(final / "adapter.txt"),
-        "checkpoints/one.txt": manifest.sha256(final / "checkpoints" / "one.txt"),
+        "adapter.txt": sha256(final / "adapter.txt"),
+        "checkpoints/one.txt": sha256(final / "checkpoints" / "one.txt"),
     }
 
 
@@ -53,7 +54,7 @@ def test_the_versions_of_what_made_it_are_written_down(final):
 
 def test_a_directory_is_hashed_without_its_manifest(final):
     assert set(manifest.hashes(make(final))) == {"adapter.txt", "checkpoints/one.txt"}
-    assert manifest.hashes(final / "adapter.txt") == {"adapter.txt": manifest.sha256(final / "adapter.txt")}
+    assert manifest.hashes(final / "adapter.txt") == {"adapter.txt": sha256(final / "adapter.txt")}
 
 
 def test_nothing_is_there_before_it_is_complete_and_nothing_else_after(final):
@@ -114,34 +115,6 @@ def test_a_run_killed_while_it_replaces_leaves_the_finished_stage(final):
     make(final)
     kill_in_the_middle(final, SAIGAKIT_REPLACE="1")
     assert is_kept(final)
-
-
-WRITING = """
-import itertools, sys
-from pathlib import Path
-from saigakit.core import manifest
-for letter in itertools.cycle("ab"):
-    manifest.write_text(Path(sys.argv[1]), letter * 10**6)
-    print(letter, flush=True)
-"""
-
-
-@pytest.mark.parametrize("rounds", [1, 4, 9])
-def test_a_text_file_is_whole_whenever_its_writer_is_killed(tmp_path, rounds):
-    file = tmp_path / "state.json"
-    child = subprocess.Popen(
-        [sys.executable, "-c", WRITING, str(file)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    with child:
-        assert child.stdout is not None
-        for _ in range(rounds):
-            child.stdout.readline()
-        child.send_signal(signal.SIGKILL)
-    text = file.read_text(encoding="utf-8")
-    assert text in ("a" * 10**6, "b" * 10**6)
 
 
 def test_a_stage_of_the_same_things_is_kept_and_that_is_said(final, capsys):
@@ -283,15 +256,3 @@ def test_the_manifest_is_readable_text(final):
     text = (final / manifest.NAME).read_text(encoding="utf-8")
     assert "сайга" in text
     assert json.loads(text)["parameters"] == {"model": "сайга"}
-
-
-def test_a_text_that_the_disk_does_not_take_leaves_what_was_there(tmp_path, monkeypatch):
-    file = manifest.write_text(tmp_path / "x.json", "before")
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(manifest.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        manifest.write_text(file, "after")
-    assert [item.name for item in tmp_path.iterdir()] == ["x.json"] and file.read_text() == "before"

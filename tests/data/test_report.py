@@ -10,6 +10,7 @@ import pytest
 
 from saigakit import data
 from saigakit.core import display, manifest
+from saigakit.core.files import sha256
 from saigakit.data import report
 from saigakit.errors import DataError, SaigaError
 from saigakit.prompt import encoding, template
@@ -71,7 +72,7 @@ def test_the_stage_has_its_files_and_a_manifest_that_the_next_stage_accepts(stag
         "seed": 42,
     }
     names = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
-    tokenizer_files = {name: manifest.sha256(tiny / "base" / name) for name in names}
+    tokenizer_files = {name: sha256(tiny / "base" / name) for name in names}
     assert made["inputs"] == {"records": manifest.hashes(tiny / "records.jsonl"), "tokenizer": tokenizer_files}
     assert made["chat_template_sha256"] == hashlib.sha256(tokenizer.chat_template.encode("utf-8")).hexdigest()
     assert (stage / "lengths.png").read_bytes().startswith(b"\x89PNG")

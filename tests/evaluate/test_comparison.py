@@ -5,6 +5,7 @@ import pytest
 
 from saigakit import data, evaluate, export, registry
 from saigakit.core import manifest, workspace
+from saigakit.core.files import sha256
 from saigakit.data import questions
 from saigakit.errors import SaigaError
 from saigakit.evaluate import comparison, results
@@ -171,7 +172,7 @@ def test_the_manifest_names_the_files_that_were_compared(compared, run_dir, tiny
     }
     assert content["inputs"]["base"] == manifest.hashes(tiny / "base")
     assert content["inputs"]["adapter"] == manifest.hashes(tiny / "adapter")
-    assert content["inputs"]["gguf"]["model.gguf"] == manifest.sha256(gguf_file)
+    assert content["inputs"]["gguf"]["model.gguf"] == sha256(gguf_file)
 
 
 def test_a_finished_comparison_is_kept(compared, run_dir, capsys):

@@ -15,6 +15,7 @@ from small_models import adapter, edit_json
 from saigakit import evaluate, publish, registry
 from saigakit.config import TrainConfig
 from saigakit.core import manifest
+from saigakit.core.files import sha256
 from saigakit.core.hub import explained
 from saigakit.errors import SaigaError
 from saigakit.evaluate import results
@@ -135,7 +136,7 @@ def test_a_later_training_of_the_same_model_takes_the_place_of_the_earlier_one(p
     push()
     later = stage_02(tmp_path / "later", tiny)
     edit_json(later / "adapter_config.json", lora_alpha=99)
-    outputs = {file.name: manifest.sha256(file) for file in later.iterdir() if file.name != manifest.NAME}
+    outputs = {file.name: sha256(file) for file in later.iterdir() if file.name != manifest.NAME}
     edit_json(later / manifest.NAME, outputs=outputs)
     hub.repositories[REPO]["adapter_model.bin"] = b"of an older format"
     assert push(directory=later).endswith(REPO)

@@ -14,6 +14,7 @@ from kaggle_stub import UPLOAD, KaggleStub
 from saigakit import evaluate, export
 from saigakit.cli import export_options
 from saigakit.core import manifest
+from saigakit.core.files import sha256
 from saigakit.errors import SaigaError
 from saigakit.kaggle import models
 from saigakit.publish import gguf_file
@@ -102,7 +103,7 @@ def test_a_gguf_of_the_terminal_is_published_as_a_stage_is(push, hub, tiny, tmp_
     content = json.loads(files["saigakit.json"])
     assert content["parameters"]["adapter"] == [["a", 0.5], ["b", 0.5]]
     for adapter in adapters:
-        assert manifest.sha256(adapter / "adapter_model.safetensors") in files["README.md"].decode()
+        assert sha256(adapter / "adapter_model.safetensors") in files["README.md"].decode()
     file.with_name("cats-Q8_0.gguf").write_bytes(b"GGUF")
     assert "cats-Q8_0.gguf changed since it was made; export it again" in push(file)
     manifest.beside(file).unlink()

@@ -14,6 +14,7 @@ from matrix import matrix
 
 from saigakit import train
 from saigakit.core import launch, manifest, workspace
+from saigakit.core.files import sha256
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
 from saigakit.train import checkpoints, curve, run_state, worker
@@ -56,7 +57,7 @@ class Child:
         assert checkpoints.step_of(newest.parent) == STEPS
         log = [{key: value for key, value in entry.items() if key != "seconds"} for entry in curve.read(self.directory)]
         files = (self.directory / "adapter_model.safetensors", newest / "optimizer.pt", newest / "scheduler.pt")
-        return [manifest.sha256(file) for file in files], log
+        return [sha256(file) for file in files], log
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def uninterrupted(tiny, tmp_path, in_this_process):
 
 def without_seconds(made):
     log = [{key: value for key, value in entry.items() if key != "seconds"} for entry in curve.read(made)]
-    return manifest.sha256(made / "adapter_model.safetensors"), log
+    return sha256(made / "adapter_model.safetensors"), log
 
 
 def test_a_stage_that_ended_by_time_is_whole_and_holds_its_checkpoint(ended):
@@ -246,12 +247,12 @@ def test_a_run_killed_between_its_early_stop_and_its_end_does_not_train_on(tiny,
     child = Child(tmp_path, monkeypatch, tiny / "records.jsonl", quantization="none", **worsens)
     child.run()
     adapter, log = child.directory / "adapter_model.safetensors", curve.read(child.directory)
-    before = manifest.sha256(adapter)
+    before = sha256(adapter)
     assert checkpoints.step_of(child.store.newest()) == log[-1]["step"] < 60
     adapter.unlink()
     child.run()
     assert curve.read(child.directory) == log
-    assert manifest.sha256(adapter) == before
+    assert sha256(adapter) == before
     result = json.loads((child.directory / "result.json").read_text(encoding="utf-8"))
     assert (result["ended"], result["step"]) == ("early_stopping", log[-1]["step"])
 

@@ -15,6 +15,7 @@ from small_trainings import config_for, mean_loss
 from saigakit import data, registry, train
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest, workspace
+from saigakit.core.files import sha256
 from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
@@ -226,9 +227,7 @@ def test_the_hook_of_evaluations_leaves_no_trace_in_the_losses(seen, records, tm
     in_this_process(monkeypatch)
     without = train.train_adapter(config_for(records, tmp_path / "without", **settings))
     assert seen
-    assert manifest.sha256(with_hook / "adapter_model.safetensors") == manifest.sha256(
-        without / "adapter_model.safetensors"
-    )
+    assert sha256(with_hook / "adapter_model.safetensors") == sha256(without / "adapter_model.safetensors")
 
 
 def test_a_broken_loss_names_the_step_the_conversations_and_the_checkpoint_that_is_kept(records, tmp_path, monkeypatch):

@@ -1,0 +1,97 @@
+"""A file is complete under its name, or what was there before stays."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from saigakit.core import files
+from saigakit.errors import SaigaError
+
+ROOT = Path(__file__).parents[2]
+
+WRITING = """
+import itertools, sys
+from pathlib import Path
+from saigakit.core.files import write_text
+for letter in itertools.cycle("ab"):
+    write_text(Path(sys.argv[1]), letter * 10**6)
+    print(letter, flush=True)
+"""
+
+
+@pytest.mark.parametrize("rounds", [1, 4, 9])
+def test_a_text_file_is_complete_whenever_its_writer_is_killed(tmp_path, rounds):
+    file = tmp_path / "state.json"
+    child = subprocess.Popen(
+        [sys.executable, "-c", WRITING, str(file)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    with child:
+        assert child.stdout is not None
+        for _ in range(rounds):
+            child.stdout.readline()
+        child.send_signal(signal.SIGKILL)
+    text = file.read_text(encoding="utf-8")
+    assert text in ("a" * 10**6, "b" * 10**6)
+
+
+def names(directory):
+    return sorted(item.name for item in directory.iterdir())
+
+
+def test_replaces_the_file_when_the_block_ends(tmp_path):
+    file = files.write_text(tmp_path / "new" / "x.txt", "before")
+    with files.replacing(file) as partial:
+        partial.write_text("after", encoding="utf-8")
+        assert partial == tmp_path / "new" / ".x.txt.partial" and file.read_text() == "before"
+    assert names(file.parent) == ["x.txt"] and file.read_text() == "after"
+
+
+@pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt])
+def test_an_error_in_the_block_keeps_the_old_file_and_removes_the_temporary_one(tmp_path, raised):
+    file = files.write_text(tmp_path / "x.txt", "before")
+    with pytest.raises(raised), files.replacing(file) as partial:
+        partial.write_text("half", encoding="utf-8")
+        raise raised
+    assert names(tmp_path) == ["x.txt"] and file.read_text() == "before"
+
+
+def test_starts_without_what_a_killed_writer_left(tmp_path):
+    (tmp_path / ".x.txt.partial").write_text("half of an earlier run", encoding="utf-8")
+    with files.replacing(tmp_path / "x.txt") as partial:
+        assert not partial.exists()
+        partial.touch()
+
+
+def test_a_full_disk_is_reported_with_the_file_and_leaves_what_was_there(tmp_path, monkeypatch):
+    file = files.write_text(tmp_path / "x.json", "before")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(SaigaError, match=r"x\.json could not be written: .*No space left"):
+        files.write_text(file, "after")
+    assert names(tmp_path) == ["x.json"] and file.read_text() == "before"
+
+
+def test_a_file_or_directory_that_exists_is_refused(tmp_path):
+    files.require_absent(tmp_path / "x")
+    with pytest.raises(SaigaError, match="is there already; nothing was overwritten"):
+        files.require_absent(tmp_path)
+
+
+def test_discards_a_partial_file_and_a_partial_directory(tmp_path):
+    for final in (tmp_path / "file", tmp_path / "directory"):
+        assert files.discard_partial(final) == files.partial_of(final)
+    (tmp_path / ".directory.partial" / "half").mkdir(parents=True)
+    (tmp_path / ".file.partial").touch()
+    for final in (tmp_path / "file", tmp_path / "directory"):
+        files.discard_partial(final)
+    assert names(tmp_path) == []
