@@ -1,11 +1,22 @@
 """Fine-tune a Saiga model on Kaggle's free GPUs and run it as a 4-bit GGUF."""
 
 from saigakit.config import TrainConfig
+from saigakit.core.workspace import describe, find_input
 from saigakit.errors import DataError, SaigaError
 from saigakit.registry import MODELS, Lora, ModelSpec
 
 __version__ = "0.1.0"
-__all__ = ["MODELS", "DataError", "Lora", "ModelSpec", "SaigaError", "TrainConfig", "__version__", "prepare"]
+__all__ = [
+    "MODELS",
+    "DataError",
+    "Lora",
+    "ModelSpec",
+    "SaigaError",
+    "TrainConfig",
+    "__version__",
+    "find_input",
+    "prepare",
+]
 
 
 def prepare(stage: str) -> None:
@@ -13,7 +24,7 @@ def prepare(stage: str) -> None:
 
     Raises SaigaError with pip's last lines where that fails, and off Kaggle with the command that installs.
     """
-    from saigakit.core import install, workspace
+    from saigakit.core import install  # here, so that `python -m saigakit.core.install` does not import it twice
 
     install.prepare(stage)
-    print(workspace.describe())
+    print(describe())

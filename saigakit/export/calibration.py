@@ -63,7 +63,7 @@ def importance_of_records(
     return made.write(output)
 
 
-def matrix_for(
+def importance_matrix(
     importance: str | None,
     *,
     model: str,

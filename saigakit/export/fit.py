@@ -158,7 +158,7 @@ def table(shape: Shape, by_type: Mapping[str, int], *, longest: int, contexts: S
     return Table(header, rows, note)
 
 
-def of_stage(stage_dir: Path) -> Table:
+def memory_table(stage_dir: Path) -> Table:
     """What each quant type of the model in a 03_merge_gguf would need, at 2048 and 4096 tokens of context."""
     memory = manifest.read(stage_dir)["memory"]
     return table(Shape(**memory["shape"]), memory["files"], longest=memory["longest"], contexts=CONTEXTS[:2])

@@ -142,7 +142,7 @@ STAGE, _MEASURED = "03_quality", "quality.json"
 _REFERENCES = ("F16", "Q8_0")
 
 
-def of_stage(
+def measure_quality(
     stage_dir: str | Path,
     *,
     quant_types: Sequence[str] = (),
@@ -270,7 +270,7 @@ class _Compared:
 
 
 def kept(stage_dir: Path, content: manifest.Manifest) -> Table | None:
-    """What `of_stage` has kept; None where it has not run, or for other files."""
+    """What `measure_quality` has kept; None where it has not run, or for other files."""
     directory = stage_dir.parent / STAGE
     if not (directory / manifest.NAME).is_file() or manifest.read(directory)["inputs"]["gguf"] != content["outputs"]:
         return None

@@ -6,7 +6,6 @@ import pytest
 
 from saigakit import export, registry
 from saigakit.core import manifest, workspace
-from saigakit.core.files import sha256
 from saigakit.data import report
 from saigakit.errors import SaigaError
 from saigakit.export import calibration, gguf_export, quality
@@ -22,7 +21,7 @@ def run_dir(tiny, tmp_path_factory):
     records = str(tiny / "records.jsonl")
     report.check_records(model=MODEL, records=records, held_out=records, run_dir=made)
     options = {"model": MODEL, "adapter": "released", "run_dir": made}
-    matrix = calibration.matrix_for("records", max_tokens=500, **options)
+    matrix = calibration.importance_matrix("records", max_tokens=500, **options)
     export.merge_gguf(**options, quant_type="Q4_K_M", importance=matrix)
     return made
 
@@ -38,12 +37,12 @@ def scratch():
 
 def test_a_stage_and_further_types_are_measured_once(stage, capsys):
     matrix = stage.parent / "03_importance" / "imatrix.gguf"
-    table = quality.of_stage(stage, quant_types=("Q2_K", "Q8_0", "Q4_K_M"), importance=matrix, max_tokens=300)
+    table = quality.measure_quality(stage, quant_types=("Q2_K", "Q8_0", "Q4_K_M"), importance=matrix, max_tokens=300)
     divergence = {row[0]: float(row[4]) for row in table.rows}
     assert list(divergence) == ["Q8_0", "Q4_K_M", "Q2_K"]  # the largest first
     assert 0 <= divergence["Q8_0"] < divergence["Q4_K_M"] < divergence["Q2_K"]
     assert not scratch()
-    again = quality.of_stage(stage, quant_types=("Q2_K", "Q8_0", "Q4_K_M"), importance=matrix, max_tokens=300)
+    again = quality.measure_quality(stage, quant_types=("Q2_K", "Q8_0", "Q4_K_M"), importance=matrix, max_tokens=300)
     assert again == table and "03_quality: " in capsys.readouterr().out
     content = manifest.read(stage)
     card = (stage.parent / "03_quality" / "README.md").read_text(encoding="utf-8")
@@ -62,9 +61,9 @@ def test_a_file_of_the_runs_adapter_is_read_back_with_the_runs_held_out_records(
 def test_what_was_measured_differently_is_measured_afresh_and_a_directory_of_the_users_stays(stage, tiny, capsys):
     run_dir, options = stage.parent, {"model": MODEL, "adapter": "released"}
     for tokens in (20, 30):
-        assert quality.of_stage(stage, max_tokens=tokens)
+        assert quality.measure_quality(stage, max_tokens=tokens)
         assert manifest.read(run_dir / "03_quality")["parameters"]["max_tokens"] == tokens
-        calibration.matrix_for("records", max_tokens=tokens, run_dir=run_dir, **options)
+        calibration.importance_matrix("records", max_tokens=tokens, run_dir=run_dir, **options)
         made = manifest.read(run_dir / "03_importance")
         assert made["parameters"]["max_tokens"] == tokens
         assert made["inputs"]["base"] == manifest.hashes(tiny / "base")
@@ -72,7 +71,7 @@ def test_what_was_measured_differently_is_measured_afresh_and_a_directory_of_the
     (run_dir / "03_quality" / manifest.NAME).unlink()
     (run_dir / "03_quality" / "mine.txt").write_text("mine")
     with pytest.raises(SaigaError, match=r"03_quality has no saigakit\.json.* Delete it"):
-        quality.of_stage(stage, max_tokens=30)
+        quality.measure_quality(stage, max_tokens=30)
     assert (run_dir / "03_quality" / "mine.txt").is_file()
 
 
@@ -83,7 +82,7 @@ def test_an_interrupted_measurement_leaves_the_stage_and_nothing_else(stage, mon
     monkeypatch.setattr(quality, "against", interrupted)
     before = manifest.hashes(stage)
     with pytest.raises(KeyboardInterrupt):
-        quality.of_stage(stage)
+        quality.measure_quality(stage)
     assert manifest.hashes(stage) == before
     assert not (stage.parent / "03_quality").exists() and not scratch()
 
@@ -94,7 +93,7 @@ def test_an_interrupted_measurement_leaves_the_stage_and_nothing_else(stage, mon
 def test_the_reference_is_the_best_that_the_disk_has_room_for(stage, monkeypatch, capsys, free, reference):
     monkeypatch.setattr(workspace, "free_disk", lambda _: free)
     monkeypatch.setattr(workspace, "require_disk", lambda *_: None)
-    table = quality.of_stage(stage, max_tokens=20)
+    table = quality.measure_quality(stage, max_tokens=20)
     said = capsys.readouterr().out
     assert (table is None) == (reference is None)
     assert ("is not measured: it takes 0.0 GB of disk at " in said) == (reference is None)
@@ -105,7 +104,7 @@ def test_the_reference_is_the_best_that_the_disk_has_room_for(stage, monkeypatch
 def test_the_reference_is_one_of_the_further_types_where_there_is_room_for_no_better_one(stage, monkeypatch):
     monkeypatch.setattr(workspace, "free_disk", lambda _: 700_000)  # for Q2_K, Q4_0 and Q8_0, each once
     monkeypatch.setattr(workspace, "require_disk", lambda *_: None)
-    table = quality.of_stage(stage, quant_types=("Q2_K", "Q4_0", "Q4_K_M", "Q8_0"), max_tokens=20)
+    table = quality.measure_quality(stage, quant_types=("Q2_K", "Q4_0", "Q4_K_M", "Q8_0"), max_tokens=20)
     assert [row[0] for row in table.rows] == ["Q4_K_M", "Q4_0", "Q2_K"]  # not the reference, of itself
     assert "эталон Q8_0" in table.note
 
@@ -113,7 +112,7 @@ def test_the_reference_is_one_of_the_further_types_where_there_is_room_for_no_be
 def test_a_file_alone_is_not_compared_with_itself(tiny, run_dir, tmp_path, monkeypatch, capsys):
     shutil.copytree(run_dir / "01_format", tmp_path / "01_format")
     stage = export.merge_gguf(model=MODEL, adapter=None, run_dir=tmp_path, quant_type="F16")
-    assert quality.of_stage(stage) is None
+    assert quality.measure_quality(stage) is None
     assert "there is no file but F16" in capsys.readouterr().out
     assert not (tmp_path / "03_quality").exists() and not scratch()
 
@@ -125,9 +124,9 @@ def test_reference_and_file_are_in_memory_together(stage, monkeypatch, capsys):
     }
     monkeypatch.setattr(workspace, "available_memory", lambda: sizes["F16"] + 1000)
     monkeypatch.setattr(workspace, "require_memory", lambda *_: None)
-    assert "эталон Q8_0" in quality.of_stage(stage, max_tokens=20).note
+    assert "эталон Q8_0" in quality.measure_quality(stage, max_tokens=20).note
     monkeypatch.setattr(workspace, "available_memory", lambda: sizes["Q8_0"] + 1000)
-    assert quality.of_stage(stage, max_tokens=21) is None
+    assert quality.measure_quality(stage, max_tokens=21) is None
     assert "GB of memory, of which" in capsys.readouterr().out
 
 
@@ -135,29 +134,29 @@ def test_what_cannot_be_made_is_told_before_its_matrix_is_computed(run_dir, monk
     monkeypatch.setattr(calibration.imatrix_compute, "measured", lambda *_, **__: pytest.fail("it is computed"))
     options = {"model": MODEL, "adapter": "released", "run_dir": run_dir, "max_tokens": 400}
     with pytest.raises(SaigaError, match="quant_type='Q4_KM' is unknown"):
-        calibration.matrix_for("records", quant_type="Q4_KM", **options)
+        calibration.importance_matrix("records", quant_type="Q4_KM", **options)
     monkeypatch.setattr(workspace, "free_disk", lambda _: 1000)
     with pytest.raises(SaigaError, match=r"The Q4_K_M GGUF of saiga_tiny needs 0\.00 GB of disk"):
-        calibration.matrix_for("records", quant_type="Q4_K_M", **options)
+        calibration.importance_matrix("records", quant_type="Q4_K_M", **options)
 
 
 @pytest.mark.parametrize(("tokens", "said"), [(0, "no tokens are asked for"), (10, "no 01_format/held_out.jsonl in ")])
 def test_what_is_missing_is_said(stage, capsys, tokens, said):
     if tokens:
         (stage.parent / "01_format" / "held_out.jsonl").unlink()
-    assert quality.of_stage(stage, max_tokens=tokens) is None
+    assert quality.measure_quality(stage, max_tokens=tokens) is None
     assert "What quantising cost is not measured: " in (printed := capsys.readouterr().out) and said in printed
 
 
 def test_a_matrix_of_the_records_is_made_once_and_a_file_is_taken_as_it_is(run_dir, tmp_path, capsys):
     options = {"model": MODEL, "adapter": "released"}
-    made = calibration.matrix_for("records", max_tokens=500, run_dir=run_dir, **options)
+    made = calibration.importance_matrix("records", max_tokens=500, run_dir=run_dir, **options)
     assert made == run_dir / "03_importance" / "imatrix.gguf" and "kept" in capsys.readouterr().out
     assert manifest.read(run_dir / "03_merge_gguf")["inputs"]["importance"] == sha256(made)
-    assert calibration.matrix_for(None, run_dir=tmp_path, **options) is None
-    assert calibration.matrix_for(str(made), run_dir=tmp_path, **options) == made
+    assert calibration.importance_matrix(None, run_dir=tmp_path, **options) is None
+    assert calibration.importance_matrix(str(made), run_dir=tmp_path, **options) == made
     with pytest.raises(SaigaError, match=r"needs 01_format/train\.jsonl, which is not in .*: run 01_format first"):
-        calibration.matrix_for("records", run_dir=tmp_path, **options)
+        calibration.importance_matrix("records", run_dir=tmp_path, **options)
 
 
 def test_records_and_a_matrix_that_are_attached_are_found(stage, monkeypatch, capsys):
@@ -168,9 +167,9 @@ def test_records_and_a_matrix_that_are_attached_are_found(stage, monkeypatch, ca
     shutil.copy(run_dir / "03_importance" / "imatrix.gguf", attached / "mine.gguf")
     monkeypatch.setenv("SAIGAKIT_INPUT_ROOT", str(run_dir.with_name("input")))
     assert export_stage._held_out_texts(run_dir) and not capsys.readouterr().out
-    assert quality.of_stage(stage, max_tokens=20)
-    made = calibration.matrix_for("records", max_tokens=500, run_dir=run_dir, **options)
+    assert quality.measure_quality(stage, max_tokens=20)
+    made = calibration.importance_matrix("records", max_tokens=500, run_dir=run_dir, **options)
     assert made == run_dir / "03_importance" / "imatrix.gguf" and "kept" in capsys.readouterr().out
-    assert calibration.matrix_for("mine.gguf", run_dir=run_dir, **options) == attached / "mine.gguf"
+    assert calibration.importance_matrix("mine.gguf", run_dir=run_dir, **options) == attached / "mine.gguf"
     with pytest.raises(SaigaError, match=r"'yours\.gguf' is not there"):
-        calibration.matrix_for("yours.gguf", run_dir=run_dir, **options)
+        calibration.importance_matrix("yours.gguf", run_dir=run_dir, **options)

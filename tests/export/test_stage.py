@@ -266,7 +266,7 @@ def test_a_stage_that_is_made_afresh_has_a_plan_too(trained, monkeypatch, capsys
 
 def test_the_memory_of_a_type_that_is_not_a_usual_one_is_shown_where_it_was_made(trained):
     made = export.merge_gguf(model="saiga_tiny", run_dir=trained, quant_type="F16")
-    found = [row[0] for row in fit.of_stage(made).rows]
+    found = [row[0] for row in fit.memory_table(made).rows]
     assert found[:2] == ["F16", "Q8_0"] and "BF16" not in found
 
 
