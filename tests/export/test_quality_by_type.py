@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from saigakit import export, registry
-from saigakit.core import manifest, workspace
+from saigakit.core import files, manifest, workspace
 from saigakit.data import report
 from saigakit.errors import SaigaError
 from saigakit.export import calibration, gguf_export, quality
@@ -152,7 +152,7 @@ def test_a_matrix_of_the_records_is_made_once_and_a_file_is_taken_as_it_is(run_d
     options = {"model": MODEL, "adapter": "released"}
     made = calibration.importance_matrix("records", max_tokens=500, run_dir=run_dir, **options)
     assert made == run_dir / "03_importance" / "imatrix.gguf" and "kept" in capsys.readouterr().out
-    assert manifest.read(run_dir / "03_merge_gguf")["inputs"]["importance"] == sha256(made)
+    assert manifest.read(run_dir / "03_merge_gguf")["inputs"]["importance"] == files.sha256(made)
     assert calibration.importance_matrix(None, run_dir=tmp_path, **options) is None
     assert calibration.importance_matrix(str(made), run_dir=tmp_path, **options) == made
     with pytest.raises(SaigaError, match=r"needs 01_format/train\.jsonl, which is not in .*: run 01_format first"):
