@@ -1,6 +1,7 @@
-"""What the README says is there: files, commands, links, figures."""
+"""What the documents say is there: files, headings, commands, options, variables, rooms, figures."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,37 +14,167 @@ import saigakit
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README.ru.md")
+BENCHMARKS, GUIDE = "benchmarks/README.md", "notebooks/README.md"
+DOCUMENTS = (*READMES, BENCHMARKS, GUIDE)
+PACKAGE = ROOT / "saigakit"
+ROOMS = sorted(f"{file.parent.name}/" for file in PACKAGE.glob("*/__init__.py"))
+SINGLE_FILES = sorted(file.name for file in PACKAGE.glob("*.py") if file.name != "__init__.py")
 
 
 def text(name):
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", READMES)
+def links(name):
+    """(path, heading) of every link that stays in the repository, the path relative to the document."""
+    return re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", text(name))
+
+
+def anchors(document):
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", document, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def code(name):
+    """The commands of a document: bash blocks and code in a line."""
+    blocks = re.findall(r"```bash\n(.*?)```", text(name), re.DOTALL)
+    inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text(name), flags=re.DOTALL))
+    return [line.split("  #")[0] for part in (*blocks, *inline) for line in part.splitlines()]
+
+
+def options(line):
+    return re.findall(r"(?<!\S)(--[a-z-]+|-[a-z])(?=\s|$)", line)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_path_that_it_links_to_exists(name):
-    links = re.findall(r"\]\((?!http|#)([^)#]+)", text(name))
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert links(name)
+    here = (ROOT / name).parent
+    assert [path for path, _ in links(name) if not (here / path).exists()] == []
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_heading_that_it_links_to_exists(name):
+    here = (ROOT / name).parent
+    targets = [(here / path if path else ROOT / name, heading) for path, heading in links(name) if heading]
+    assert [heading for file, heading in targets if heading not in anchors(file.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_path_that_it_names_exists(name):
+    paths = re.findall(r"(?<![\w/.])(?:benchmarks|notebooks|saigakit|tests|kaggle-metadata)/[\w./-]+\w", text(name))
+    assert paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_make_command_is_a_target(name):
-    targets = set(re.findall(r"^(\w+):", text("Makefile"), re.MULTILINE))
-    assert set(re.findall(r"`?make (\w+)", text(name))) <= targets
+    targets = set(re.findall(r"^([\w-]+):", text("Makefile"), re.MULTILINE))
+    used = {line.split()[-1] for line in code(name) if re.match(r"make \S", line)}
+    assert used <= targets
+    assert used >= ({"demo", "test", "test-all"} if name in READMES else set())
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_variable_of_make_is_in_the_makefile(name):
+    used = {found for line in code(name) if line.startswith("make ") for found in re.findall(r"(\w+)=", line)}
+    assert used <= set(re.findall(r"^(\w+) \?=", text("Makefile"), re.MULTILINE))
+    assert ("TORCH_INDEX" in used) == (name in READMES)
+
+
+def pip_installs(*variables):
+    """The lines by which make would install packages, without what the make around these tests was called with."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "TORCH"))
+    }
+    dry_run = ["make", "--dry-run", "--always-make", *variables, ".venv/ready"]
+    ended = subprocess.run(dry_run, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return [line for line in ended.stdout.splitlines() if "pip install" in line]
+
+
+def test_make_takes_torch_alone_from_the_index_that_is_named():
+    [index] = re.findall(r"TORCH_INDEX=(\S+) demo`", text("README.md"))
+    torch, others = pip_installs(f"TORCH_INDEX={index}")
+    assert f'--index-url "{index}" "torch==' in torch
+    assert "--index-url" not in others
+
+
+def test_make_names_no_index_by_default():
+    installs = pip_installs()
+    assert len(installs) == 2
+    assert [line for line in installs if "--index-url" in line] == []
+
+
+@pytest.mark.parametrize("name", (*READMES, GUIDE))
 def test_every_saigakit_command_exists_with_its_options(name):
-    commands = set(re.findall(r"saigakit (\w+)", "\n".join(re.findall(r"```bash\n(.*?)```", text(name), re.DOTALL))))
+    lines = [line for line in code(name) if re.match(r"saigakit [a-z]", line)]
+    commands = {line.split()[1] for line in lines}
     assert {"run", "chat", "push"} <= commands
-    for command in commands:
+    for command in sorted(commands):
         ended = subprocess.run(
             [sys.executable, "-m", "saigakit.cli", command, "--help"], capture_output=True, text=True
         )
         assert ended.returncode == 0, ended.stderr
-        for line in re.findall(rf"saigakit {command} (.*)", text(name)):
-            for option in re.findall(r"(?<!\S)(--[a-z-]+|-[a-z])(?=\s|$)", line):
+        for line in lines:
+            for option in options(line) if line.split()[1] == command else ():
                 assert option in ended.stdout, f"{command} {option}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_benchmark_that_it_calls_has_its_options(name):
+    for line in code(name):
+        if found := re.search(r"python (benchmarks/\w+\.py)(.*)", line):
+            script = text(found[1])
+            assert [option for option in options(found[2]) if f'"{option}"' not in script] == [], line
+
+
+def test_every_benchmark_is_in_the_table_of_claims():
+    scripts = [file.name for file in (ROOT / "benchmarks").glob("*.py")]
+    assert scripts
+    assert [name for name in scripts if f"python benchmarks/{name}" not in text(BENCHMARKS)] == []
+
+
+def test_every_claim_has_a_command_a_result_a_machine_and_a_date():
+    rows = [line.strip("| ").split(" | ") for line in text(BENCHMARKS).splitlines() if line.startswith("| ")]
+    claims = [row for row in rows if row[0] != "claim"]
+    assert len(claims) > 20
+    for row in claims:
+        assert len(row) == 5 and all(row), row
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d|not recorded", row[4]), row
+
+
+def test_every_model_of_the_registry_is_in_the_guide():
+    assert [name for name in saigakit.MODELS if f"`{name}`" not in text(GUIDE)] == []
+
+
+def test_the_guide_names_exactly_the_variables_that_the_package_has():
+    of_package = {
+        name
+        for file in PACKAGE.rglob("*.py")
+        for name in re.findall(r"SAIGAKIT_[A-Z_]+", file.read_text(encoding="utf-8"))
+    }
+    assert set(re.findall(r"^\| `(SAIGAKIT_[A-Z_]+)`", text(GUIDE), re.MULTILINE)) == of_package
+    for name in DOCUMENTS:
+        assert set(re.findall(r"SAIGAKIT_[A-Z_]+", text(name))) <= of_package
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_room_and_every_single_file_is_on_the_map(name):
+    assert len(ROOMS) == 13
+    rows = re.findall(r"^\| \d+ \| \[([\w./]+)\]\(saigakit/([\w./]+)\)", text(name), re.MULTILINE)
+    assert sorted(shown for shown, _ in rows) == sorted([*ROOMS, *SINGLE_FILES])
+    assert all(shown.rstrip("/") == target for shown, target in rows)
+
+
+def test_the_floors_of_the_map_are_those_of_both_languages():
+    floors = [re.findall(r"^\| (\d+) \| \[([\w./]+)\]", text(name), re.MULTILINE) for name in READMES]
+    assert floors[0] == floors[1]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_a_readme_is_short(name):
+    assert len(text(name).splitlines()) <= 120
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -55,14 +186,32 @@ def test_the_table_says_what_the_demo_measured(name):
         assert cells == [*shares, f"{row['tokens_per_s']:.0f}", f"{row['bytes'] / 1e6:.0f} MB"]
 
 
+def test_the_claims_say_what_the_demo_measured():
+    for row in json.loads((ROOT / "benchmarks" / "demo" / "results.json").read_text(encoding="utf-8")):
+        [line] = re.findall(rf"^\| [^|]*\(`{row['name']}`\).*$", text(BENCHMARKS), re.MULTILINE)
+        shares = [f"{name} {100 * row[share]:.1f} %" for name, share in
+                  (("valid JSON", "json_valid"), ("exact answers", "exact"), ("F1 of pairs", "f1"))]  # fmt: skip
+        speed, size = f"{row['tokens_per_s']:.0f} tokens/s", f"{row['bytes'] / 1e6:.0f} MB"
+        assert f"| {'; '.join([', '.join(shares), speed, size])} |" in line
+
+
 def test_both_languages_have_the_same_commands_and_the_same_table():
     blocks = [re.findall(r"```bash\n(.*?)```", text(name), re.DOTALL) for name in READMES]
+    assert text(READMES[0]).count("```") == text(READMES[1]).count("```") == 2 * len(blocks[0])
     assert [[line.split("#")[0].strip() for line in block.splitlines()] for block in blocks[0]] == [
         [line.split("#")[0].strip() for line in block.splitlines()] for block in blocks[1]
     ]
     tables = [re.findall(r"^\| `(?:before|after|Q4_K_M)`.*", text(name), re.MULTILINE) for name in READMES]
     figures = [[re.findall(r"[\d.]+", row) for row in table] for table in tables]
     assert figures[0] == figures[1] and len(figures[0]) == 3
+
+
+def test_both_languages_have_the_same_sections_and_links():
+    assert [line[: line.index(" ")] for line in re.findall(r"^#+ .*", text(READMES[0]), re.MULTILINE)] == [
+        line[: line.index(" ")] for line in re.findall(r"^#+ .*", text(READMES[1]), re.MULTILINE)
+    ]
+    own = [[link for link in links(name) if link[0] not in READMES] for name in READMES]
+    assert own[0] == own[1]
 
 
 def test_the_version_is_one():
