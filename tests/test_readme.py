@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -107,19 +108,23 @@ def test_make_names_no_index_by_default():
     assert [line for line in installs if "--index-url" in line] == []
 
 
+@cache
+def help_of(command):
+    ended = subprocess.run([sys.executable, "-m", "saigakit.cli", command, "--help"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
 @pytest.mark.parametrize("name", (*READMES, GUIDE))
 def test_every_saigakit_command_exists_with_its_options(name):
     lines = [line for line in code(name) if re.match(r"saigakit [a-z]", line)]
     commands = {line.split()[1] for line in lines}
     assert {"run", "chat", "push"} <= commands
     for command in sorted(commands):
-        ended = subprocess.run(
-            [sys.executable, "-m", "saigakit.cli", command, "--help"], capture_output=True, text=True
-        )
-        assert ended.returncode == 0, ended.stderr
+        shown = help_of(command)
         for line in lines:
             for option in options(line) if line.split()[1] == command else ():
-                assert option in ended.stdout, f"{command} {option}"
+                assert option in shown, f"{command} {option}"
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
