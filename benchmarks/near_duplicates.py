@@ -1,6 +1,6 @@
 """How well and how fast near-duplicates are found, beside datasketch where it is installed.
 
-PYTHONPATH=tests python benchmarks/near_duplicates.py [--records 100000]
+PYTHONPATH=tests/support python benchmarks/near_duplicates.py [--records 100000]
 """
 
 import argparse
