@@ -3,16 +3,14 @@
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
 from saigakit.core import install, manifest
 from saigakit.core.files import require_absent, write_text
-from saigakit.errors import SaigaError
 from saigakit.export import fit, markdown, modelfile
-from saigakit.export.chat_format import ChatFormat
 from saigakit.prompt import encoding
 from saigakit.prompt.backends import gguf_vocabulary
 from saigakit.registry import ModelSpec, Sampling
@@ -46,7 +44,7 @@ llama.cpp (the chat template inside the file is used):
 
 $server
 
-Ollama:
+Ollama $ollama_version or later (the chat template inside the file is used):
 
 $ollama
 
@@ -88,7 +86,6 @@ class Described:
     """What a GGUF says of itself, and how it is best loaded."""
 
     chat_template: str
-    variables: Mapping[str, str]  # bos_token and the like, as the template may name them
     end_of_turn: str
     stops: list[str]  # what ends an answer: the token that training taught and the file's EOS
     system_prompt: str | None
@@ -96,8 +93,6 @@ class Described:
     shape: Shape
     longest: int  # tokens of context that it was trained for
     choice: fit.Choice
-    server: str  # the command that serves it
-    has_modelfile: bool
 
 
 def card_text(
@@ -127,7 +122,8 @@ def card_text(
         files=_files_table(described, sizes),
         fits=fit.in_words(described.shape, by_type, longest=described.longest),
         compared=f"## Measured\n\n{compared.strip()}\n\n" if compared else "",
-        server=markdown.block(described.server, "bash"),
+        server=markdown.block(_server(described, name), "bash"),
+        ollama_version=modelfile.OLLAMA_VERSION,
         ollama=_ollama(described),
         without_amx=install.WITHOUT_AMX,
         python=markdown.block(_python(described, name), "python"),
@@ -150,10 +146,12 @@ def _files_table(described: Described, sizes: Mapping[str, tuple[str, int]]) -> 
 
 
 def _ollama(described: Described) -> str:
-    if described.has_modelfile:
-        commands = markdown.block("ollama create NAME -f Modelfile\nollama run NAME", "bash")
-        return "\n\n".join([commands, *modelfile.cache_notes(described.choice)])
-    return "This chat template cannot be written as one of Ollama's; use llama-server, which reads it from the file."
+    commands = markdown.block("ollama create NAME -f Modelfile\nollama run NAME", "bash")
+    return "\n\n".join([commands, *modelfile.ollama_notes(described.choice, described.system_prompt)])
+
+
+def _server(described: Described, name: str) -> str:
+    return modelfile.llama_server(name, sampling=described.sampling, choice=described.choice)
 
 
 def _python(described: Described, name: str) -> str:
@@ -202,11 +200,10 @@ def write(
     inputs: Mapping[str, Any],
     prefix: str = "",
 ) -> list[Path]:
-    """Beside the first of `files` (quant type to GGUF), whose names begin with `prefix`; for the one that fits best.
+    """Write the texts next to the first of `files` (quant type to GGUF), for the one that fits best.
 
-    `inputs`: those of the manifest, of which the files were made.
-    A chat template that no Modelfile can hold is said aloud, and there is none. Raises SaigaError where a file with
-    one of these names is there: nothing is overwritten.
+    `prefix` begins their names; `inputs` are those of the manifest. Raises SaigaError where a file with one of these
+    names exists: nothing is overwritten.
     """
     made = paths(next(iter(files.values())).parent, prefix)
     for file in made.values():
@@ -223,32 +220,22 @@ def made_of(
     title: str = "",
     compared: str = "",
 ) -> dict[str, str]:
-    """The texts by MODELFILE, SERVER and CARD; without the first where there can be none."""
+    """The texts by MODELFILE, SERVER and CARD."""
     by_type = {quant_type: file.stat().st_size for quant_type, file in files.items()}
     described = _described(next(iter(files.values())), spec, by_type)
     name = files[described.choice.quant_type].name
-    server = modelfile.llama_server(name, sampling=described.sampling, choice=described.choice)
-    texts = _modelfile(name, described)
-    described = replace(described, server=server, has_modelfile=bool(texts))
     sizes = {one: (file.name, by_type[one]) for one, file in files.items()}
-    card = card_text(spec, described, sizes, title=title, origin=origin, compared=compared)
-    return {**texts, SERVER: server, CARD: card}
-
-
-def _modelfile(name: str, described: Described) -> dict[str, str]:
-    try:
-        text = modelfile.modelfile(
+    return {
+        MODELFILE: modelfile.modelfile(
             name,
-            ChatFormat.of(described.chat_template, described.variables, described.end_of_turn),
             stops=described.stops,
             sampling=described.sampling,
             choice=described.choice,
             system_prompt=described.system_prompt,
-        )
-    except SaigaError as error:
-        print(f"There is no {MODELFILE} for Ollama: {error}", flush=True)
-        return {}
-    return {MODELFILE: text}
+        ),
+        SERVER: _server(described, name),
+        CARD: card_text(spec, described, sizes, title=title, origin=origin, compared=compared),
+    }
 
 
 def _described(file: Path, spec: ModelSpec, by_type: Mapping[str, int]) -> Described:
@@ -261,7 +248,6 @@ def _described(file: Path, spec: ModelSpec, by_type: Mapping[str, int]) -> Descr
         longest = min(spec.context_length, trained_for)
         return Described(
             chat_template=tokenizer.chat_template,
-            variables=tokenizer.variables,
             end_of_turn=names[end],
             stops=list(dict.fromkeys(names[number] for number in (end, llm.token_eos()) if number in names)),
             system_prompt=written.get(lineage.SYSTEM_PROMPT_KEY),
@@ -269,8 +255,6 @@ def _described(file: Path, spec: ModelSpec, by_type: Mapping[str, int]) -> Descr
             shape=shape,
             longest=longest,
             choice=fit.chosen(shape, by_type, longest=longest),
-            server="",
-            has_modelfile=False,
         )
 
 

@@ -1,4 +1,4 @@
-"""What stands beside a GGUF: made of the file itself."""
+"""The model card, the Modelfile and the server command are made from the GGUF itself."""
 
 import re
 from contextlib import closing
@@ -10,8 +10,7 @@ import small_models
 from saigakit import export, registry
 from saigakit.core import install, manifest
 from saigakit.errors import SaigaError
-from saigakit.export import fit, gguf_export, model_card
-from saigakit.prompt import template
+from saigakit.export import fit, model_card, modelfile
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def texts(file, tiny):
     return model_card.made_of({"Q4_K_M": file}, spec=registry.find("saiga_tiny"), origin=origin, compared="| a |")
 
 
-def test_the_three_files_speak_of_the_gguf_and_of_one_context(texts, file):
+def test_the_three_files_name_the_gguf_and_the_same_context(texts, file):
     assert list(texts) == ["Modelfile", "llama-server.txt", "README.md"]
     assert f"FROM ./{file.name}\n" in texts["Modelfile"]
     assert "PARAMETER num_ctx 1024" in texts["Modelfile"]
@@ -34,9 +33,29 @@ def test_the_three_files_speak_of_the_gguf_and_of_one_context(texts, file):
     assert texts["llama-server.txt"].strip() in texts["README.md"]
 
 
-def test_the_modelfile_stops_where_the_training_did_and_has_the_system_prompt(texts):
-    assert 'PARAMETER stop "</s>"' in texts["Modelfile"]
-    assert f'SYSTEM """{registry.SAIGA_SYSTEM_PROMPT}"""' in texts["Modelfile"]
+def test_the_modelfile_of_a_tiny_saiga_has_every_instruction_and_no_template(texts, file):
+    lines = [line for line in texts["Modelfile"].splitlines() if not line.startswith("#")]
+    assert lines == [
+        f"FROM ./{file.name}",
+        "REQUIRES 0.30.11",
+        f'SYSTEM """{registry.SAIGA_SYSTEM_PROMPT}"""',
+        'PARAMETER stop "</s>"',
+        "PARAMETER temperature 0.2",
+        "PARAMETER top_p 0.9",
+        "PARAMETER top_k 30",
+        "PARAMETER repeat_penalty 1.1",
+        "PARAMETER num_ctx 1024",
+    ]
+
+
+def test_the_gguf_has_a_chat_template_with_tools_which_ollama_keeps(file):
+    """For one without tools it may choose a Go template of its own."""
+    with closing(llama_cpp.Llama(str(file), vocab_only=True, verbose=False)) as llm:
+        assert "tools" in llm.metadata["tokenizer.chat_template"]
+
+
+def test_the_card_names_the_ollama_version_that_the_modelfile_requires(texts):
+    assert f"Ollama {modelfile.OLLAMA_VERSION} or later" in texts["README.md"]
 
 
 def test_the_card_says_what_it_was_made_of_and_nothing_of_this_machine(texts, file, tiny):
@@ -62,7 +81,7 @@ def test_the_card_says_how_to_compile_llama_cpp_where_it_would_crash(texts):
     assert f'CMAKE_ARGS="{install.WITHOUT_AMX}" pip install' in texts["README.md"]
 
 
-def test_where_memory_is_short_all_speak_of_one_context_and_one_type_of_cache(tiny, tmp_path, monkeypatch):
+def test_all_files_name_the_same_context_and_cache_type_where_memory_is_short(tiny, tmp_path, monkeypatch):
     base_dir = small_models.base(tmp_path / "base", tiny / "base", head_dim=32)
     file = export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "model.gguf")
     with closing(llama_cpp.Llama(str(file), vocab_only=True, verbose=False)) as llm:
@@ -90,14 +109,3 @@ def test_nothing_is_overwritten(file, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "model.gguf"]
     made = model_card.write({"Q4_K_M": beside}, spec=registry.find("saiga_tiny"), inputs={}, prefix="mine.")
     assert [path.name for path in made] == ["mine.Modelfile", "mine.llama-server.txt", "mine.README.md"]
-
-
-def test_a_template_that_no_modelfile_can_hold_is_said_aloud_and_the_rest_is_made(tiny, tmp_path, monkeypatch, capsys):
-    lengths = "{% if messages | length > 4 %}Долго. {% endif %}"
-    monkeypatch.setattr(gguf_export.template, "for_inference", lambda text: lengths + text)
-    file = export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
-    made = model_card.made_of({"Q4_K_M": file}, spec=registry.find("saiga_tiny"))
-    assert list(made) == ["llama-server.txt", "README.md"]
-    assert "no Modelfile for Ollama" in capsys.readouterr().out
-    assert "ollama create" not in made["README.md"]
-    assert template is gguf_export.template
