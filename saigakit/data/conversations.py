@@ -231,16 +231,31 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     return [items[index * len(items) // taken] for index in range(taken)]
 
 
+class CommonSystemPrompt:
+    """Finds the one system prompt of all conversations that are added."""
+
+    def __init__(self) -> None:
+        self._found: set[str] = set()
+
+    def add(self, conversation: Mapping[str, Any]) -> None:
+        if len(self._found) < 2:
+            first = conversation["messages"][0]
+            self._found.add(first["content"] if first["role"] == "system" else "")
+
+    @property
+    def value(self) -> str | None:
+        """An empty string if no conversation has a system prompt, None if they differ."""
+        return next(iter(self._found)) if len(self._found) == 1 else None
+
+
 def common_system_prompt(conversations: Iterable[Mapping[str, Any]]) -> str | None:
-    """The one that all conversations begin with, "" where none has any; None where they differ."""
-    common: str | None = None
+    """See `CommonSystemPrompt.value`; reads no further than to the first that differs."""
+    prompt = CommonSystemPrompt()
     for conversation in conversations:
-        first = conversation["messages"][0]
-        prompt = first["content"] if first["role"] == "system" else ""
-        if common is not None and prompt != common:
-            return None
-        common = prompt
-    return common
+        prompt.add(conversation)
+        if prompt.value is None:
+            break
+    return prompt.value
 
 
 def write_conversations(conversations: Iterable[Mapping[str, Any]], file: str | Path) -> Path:

@@ -15,6 +15,7 @@ from saigakit.core.display import Every, Table
 from saigakit.core.files import sha256, write_text
 from saigakit.data import audit, length_histogram, near_duplicates, sources
 from saigakit.data.conversations import (
+    CommonSystemPrompt,
     asking_alike,
     labels,
     read_conversations,
@@ -90,7 +91,7 @@ def _range(values: tuple[float, float], *, least: float, form: str) -> str:
 
 
 T = TypeVar("T")
-STAGE = "01_format"
+STAGE, TRAIN_FILE = "01_format", "train.jsonl"
 _SHOWN_PAIRS, _SHOWN_CHARACTERS = 5, 200  # of near-duplicates
 
 
@@ -137,10 +138,13 @@ def check_records(
     for part, found in read.items():
         print(f"{names[part]}: {len(found):,} conversations, each is well-formed.", flush=True)
     tokenizer = encoding.load_tokenizer(model, base_source)
-    facts = {"chat_template_sha256": hashlib.sha256(tokenizer.chat_template.encode("utf-8")).hexdigest()}
+    facts: dict[str, Any] = {
+        "chat_template_sha256": hashlib.sha256(tokenizer.chat_template.encode("utf-8")).hexdigest()
+    }
     with manifest.making(final, **identity(), facts=facts) as partial:
         fitted = _of_all(read, lambda part: Fitted.of(read[part], tokenizer, limit, str(names[part])))
-        report = {"model": model, "max_seq_length": limit, **_written(fitted, tokenizer, partial, eval_fraction, seed)}
+        written, facts["system_prompt"] = _written(fitted, tokenizer, partial, eval_fraction, seed)
+        report = {"model": model, "max_seq_length": limit, **written}
         report["estimate"] = _estimate(report["train"], model).to_json()
         counted = [tokens for part in fitted.values() for tokens in part.lengths]
         report["lengths"] = length_histogram.histogram(counted, limit)
@@ -170,18 +174,18 @@ def _hashes(files: Sequence[Path]) -> dict[str, str]:
 
 def _written(
     fitted: Mapping[str, Fitted], tokenizer: Tokenizer, directory: Path, eval_fraction: float, seed: int
-) -> dict[str, Any]:
-    """train.jsonl and held_out.jsonl, and what is stated about them."""
+) -> tuple[dict[str, Any], str | None]:
+    """Write train.jsonl and held_out.jsonl; return the report on them and the common system prompt of training."""
     training, held_out = fitted["records"], fitted.get("held_out", fitted["records"])
     sides = (training.conversations, held_out.conversations)
     if training is held_out:
         sides = split_conversations(training.conversations, eval_fraction=eval_fraction, seed=seed)
     sample = spread(sides[0], near_duplicates.SAMPLE)
     common = near_duplicates.boilerplate(near_duplicates.said_by_user(each["messages"]) for each in sample)
-    of_training, signed = _write_side(directory / "train.jsonl", sides[0], training, tokenizer, common)
-    of_held_out, held_out_signed = _write_side(directory / "held_out.jsonl", sides[1], held_out, tokenizer, common)
+    of_training, signed, system_prompt = _write_side(directory / TRAIN_FILE, sides[0], training, tokenizer, common)
+    of_held_out, held_out_signed, _ = _write_side(directory / "held_out.jsonl", sides[1], held_out, tokenizer, common)
     repeated, near = len(asking_alike(*sides)), _near(sides, (signed, held_out_signed))
-    return {
+    report = {
         "cut": {part: each.cut for part, each in fitted.items()},
         "dropped": {part: each.dropped for part, each in fitted.items()},
         "of": {part: len(each.lengths) for part, each in fitted.items()},
@@ -191,25 +195,27 @@ def _written(
         "near_duplicates": near,
         "warnings": audit.warnings(of_training, of_held_out, near_in_train=repeated + near["held_out_in_train"]),
     }
+    return report, system_prompt
 
 
 def _write_side(
     file: Path, side: Conversations, part: Fitted, tokenizer: Tokenizer, common: frozenset[str]
-) -> tuple[dict[str, Any], Signatures]:
+) -> tuple[dict[str, Any], Signatures, str | None]:
     facts = audit.Side(tokenizer.special_tokens, encoding.end_of_turn_ids(tokenizer))
-    signer = near_duplicates.Signer(common)
+    signer, prompt = near_duplicates.Signer(common), CommonSystemPrompt()
     is_due = Every()
 
     def looked_at() -> Iterator[Conversation]:
         for done, (place, conversation) in enumerate(zip(side.places, side, strict=True), start=1):
             facts.add(conversation, part.rows_of(place))
             signer.add(near_duplicates.said_by_user(conversation["messages"]))
+            prompt.add(conversation)
             if is_due():
                 print(f"{file.name}: {done:,} of {len(side):,} conversations looked at", flush=True)
             yield conversation
 
     write_conversations(looked_at(), file)
-    return facts.facts(), signer.finish()
+    return facts.facts(), signer.finish(), prompt.value
 
 
 def _near(sides: Sequence[Conversations], signed: Sequence[Signatures]) -> dict[str, Any]:
@@ -311,5 +317,5 @@ def near_pairs(directory: str | Path) -> str:
 def examples(directory: str | Path, tokenizer: Tokenizer, count: int = 3) -> token_view.Marked:
     """Conversations of training from the whole file, with what is learned of them marked."""
     manifest.require_stage(Path(directory), STAGE)
-    train = Conversations.of_file(Path(directory) / "train.jsonl")
+    train = Conversations.of_file(Path(directory) / TRAIN_FILE)
     return token_view.mark(spread(train, count), tokenizer)

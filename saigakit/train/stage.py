@@ -13,7 +13,7 @@ from saigakit import data
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest, workspace
 from saigakit.core.files import sha256
-from saigakit.data import sources
+from saigakit.data import report, sources
 from saigakit.errors import SaigaError
 from saigakit.train import checkpoints, curve, loading, preflight, run_state
 from saigakit.train.checkpoints import Store
@@ -161,7 +161,7 @@ def train_adapter(config: TrainConfig) -> Path:
         return final
     with store.alone(launch.SAVING_PATIENCE_S):
         start = find_start(config, store, final if continues else None)
-    prompt = data.common_system_prompt(data.read_conversations(found["train"]))
+    prompt = _system_prompt(found["train"], inputs["train"])
     facts: dict[str, Any] = {"number_format": number_format, "system_prompt": prompt}
     if nodes is not None and nodes.rank > 0:
         with tempfile.TemporaryDirectory() as scratch:
@@ -227,3 +227,14 @@ def _as_formatted(config: TrainConfig, directory: Path) -> TrainConfig:
         return config
     formatted = manifest.require_stage(directory, "01_format", model=config.model)
     return replace(config, max_seq_length=config.max_seq_length or formatted["parameters"]["max_seq_length"])
+
+
+def _system_prompt(train_file: Path, hashes: Mapping[str, str]) -> str | None:
+    """As 01_format noted it; a file that it did not write, or wrote without this note, is read."""
+    if (train_file.parent / manifest.NAME).is_file():
+        formatted = manifest.read(train_file.parent)
+        is_its = hashes == {report.TRAIN_FILE: formatted["outputs"].get(report.TRAIN_FILE)}
+        if is_its and "system_prompt" in formatted:
+            prompt: str | None = formatted["system_prompt"]
+            return prompt
+    return data.common_system_prompt(data.read_conversations(train_file))

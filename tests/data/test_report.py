@@ -78,6 +78,18 @@ def test_the_stage_has_its_files_and_a_manifest_that_the_next_stage_accepts(stag
     assert (stage / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("prompts", "common"), [(["Ты — Сайга."] * 8, "Ты — Сайга."), (["Ты — кот.", ""] * 4, None), ([""] * 8, "")]
+)
+def test_the_manifest_has_the_system_prompt_that_the_training_records_share(tmp_path, check, prompts, common):
+    rows = [{"user": f"{n}?", "bot": "б", **({"system": each} if each else {})} for n, each in enumerate(prompts)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    made = check(str(file))
+    assert manifest.read(made)["system_prompt"] == common
+    assert data.common_system_prompt(data.read_conversations(made / "train.jsonl")) == common
+
+
 def test_every_record_is_on_one_side(stage, tiny):
     sides = [messages_of(stage / name) for name in ("train.jsonl", "held_out.jsonl")]
     assert [len(side) for side in sides] == [51, 9]

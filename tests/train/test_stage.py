@@ -20,7 +20,7 @@ from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.registry import Lora
-from saigakit.train import checkpoints, curve, run_state, samples, worker
+from saigakit.train import checkpoints, curve, run_state, samples, stage, worker
 from saigakit.weights import load
 
 NEW = Lora(rank=4, alpha=8)
@@ -147,6 +147,31 @@ def test_gemma_on_a_t4_is_refused_before_anything_is_fetched(records, tmp_path, 
     monkeypatch.setattr(workspace, "gpus", lambda: [Gpu("Tesla T4", (7, 5), 16 * 10**9, 15 * 10**9)])
     config = config_for(records, tmp_path, model="saiga_gemma3_12b")
     refused_before_a_child_starts(monkeypatch, config, "overflow float16")
+
+
+def formatted(records, directory, **facts):
+    directory.mkdir()
+    identity = {"stage": "01_format", "parameters": {"model": "saiga_tiny"}, "inputs": {}}
+    with manifest.making(directory / "01_format", **identity, facts=facts) as made:
+        data.write_conversations(data.read_conversations(records), made / "train.jsonl")
+    return directory / "01_format" / "train.jsonl"
+
+
+def test_the_system_prompt_is_read_from_the_manifest_of_01_format(records, tmp_path, monkeypatch):
+    file = formatted(records, tmp_path / "run", system_prompt="noted")
+    monkeypatch.setattr(data, "read_conversations", lambda _: pytest.fail("the training file was read"))
+    assert stage._system_prompt(file, manifest.hashes(file)) == "noted"
+
+
+def test_records_without_a_noted_system_prompt_are_read(records, tmp_path):
+    older = formatted(records, tmp_path / "older")
+    edited = formatted(records, tmp_path / "edited", system_prompt="noted")
+    edited.write_bytes(edited.read_bytes() * 2)
+    beside = formatted(records, tmp_path / "beside", system_prompt="noted").with_name("mine.jsonl")
+    beside.write_bytes(older.read_bytes())
+    of_records = data.common_system_prompt(data.read_conversations(records))
+    for file in (Path(records), older, edited, beside):
+        assert stage._system_prompt(file, manifest.hashes(file)) == of_records != "noted"
 
 
 def test_records_that_were_formatted_for_another_model_are_refused(records, tmp_path, monkeypatch):
