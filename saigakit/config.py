@@ -11,6 +11,30 @@ from saigakit.errors import SaigaError
 from saigakit.registry import Lora, ModelSpec, Quantization
 
 
+def sequence_budget(spec: ModelSpec, max_seq_length: int | None) -> int:
+    """Tokens of the longest conversation and of one pack; without a `max_seq_length`, what the registry says.
+
+    Raises SaigaError if it is no count or exceeds the context length of the model.
+    """
+    _require_count("max_seq_length", max_seq_length)
+    if max_seq_length is not None and max_seq_length > spec.context_length:
+        raise SaigaError(
+            f"max_seq_length={max_seq_length} is over the context length of {spec.name}, {spec.context_length} tokens."
+        )
+    return max_seq_length or spec.max_seq_length
+
+
+def require_name(parameter: str, value: object, *, is_optional: bool = False) -> None:
+    """Raises SaigaError if the value is not text, as a path without quotes in YAML or a cell."""
+    if not isinstance(value, str) and not (is_optional and value is None):
+        raise SaigaError(f"{parameter}={value!r} is a {type(value).__name__}; give a path or a name in quotes.")
+
+
+def _require_count(parameter: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise SaigaError(f"{parameter}={value!r} must be a whole number of at least 1.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything a training run depends on. None means: what the model's registry row says.
@@ -64,16 +88,12 @@ class TrainConfig:
                 )
             if not 0 < value < math.inf:  # so that NaN is refused too
                 raise SaigaError(f"{name}={value!r} must be above 0.")
-        for name in ("batch_size", "max_seq_length", "eval_steps", "early_stopping", "save_steps", "processes"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise SaigaError(f"{name}={value!r} must be a whole number of at least 1.")
+        for name in ("batch_size", "eval_steps", "early_stopping", "save_steps", "processes"):
+            _require_count(name, getattr(self, name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise SaigaError(f"seed={self.seed!r} must be a whole number from 0 to {2**32 - 1}.")
         for name in ("train_file", "output_dir", "eval_file", "replay_file", "resume_from", "base_source", "adapter"):
-            value = getattr(self, name)
-            if not isinstance(value, str) and (value is not None or name in ("train_file", "output_dir")):
-                raise SaigaError(f"{name}={value!r} is a {type(value).__name__}; give a path or a name in quotes.")
+            require_name(name, getattr(self, name), is_optional=name not in ("train_file", "output_dir"))
         if self.lora is not None:
             _require_lora(self.lora)
         if self.replay_fraction >= 1:
@@ -82,11 +102,7 @@ class TrainConfig:
             raise SaigaError(f"quantization={self.quantization!r}: use 'nf4', 'int8' or 'none'.")
         if self.sharding not in ("none", "fsdp"):
             raise SaigaError(f"sharding={self.sharding!r}: use 'none' or 'fsdp'.")
-        if self.max_seq_length is not None and self.max_seq_length > spec.context_length:
-            raise SaigaError(
-                f"max_seq_length={self.max_seq_length} is over the context length of {spec.name}, "
-                f"{spec.context_length} tokens."
-            )
+        sequence_budget(spec, self.max_seq_length)
 
     @property
     def spec(self) -> ModelSpec:
@@ -95,7 +111,7 @@ class TrainConfig:
     @property
     def sequence_budget(self) -> int:
         """Tokens of the longest conversation and of one pack."""
-        return self.max_seq_length or self.spec.max_seq_length
+        return sequence_budget(self.spec, self.max_seq_length)
 
     @property
     def weights_as(self) -> Quantization:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from saigakit import registry
-from saigakit.config import TrainConfig
+from saigakit.config import TrainConfig, require_name, sequence_budget
 from saigakit.core import manifest
 from saigakit.core.display import Every, Table
 from saigakit.core.files import sha256, write_text
@@ -112,8 +112,10 @@ def check_records(
     any, `eval_fraction` of the records is held out. A conversation of more than `max_seq_length` tokens loses its
     last turns, or is left out where not even the first answer fits; both are printed.
     """
-    checked = TrainConfig(model=model, train_file=records, output_dir=str(run_dir), max_seq_length=max_seq_length)
-    limit = checked.sequence_budget
+    spec = registry.find(model)
+    limit = sequence_budget(spec, max_seq_length)
+    require_name("records", records)
+    require_name("held_out", held_out, is_optional=True)
     named = {"records": records, "held_out": held_out}
     names = {part: name and Path(name).absolute().name for part, name in named.items()}  # "." has a name, too
     files = {part: sources.records_files(name, run_dir) for part, name in named.items() if name is not None}
@@ -128,7 +130,7 @@ def check_records(
     hashes = {part: _hashes(found) for part, found in files.items()}
 
     def identity() -> dict[str, Any]:
-        tokenizer_files = _hashes(find.tokenizer_files(checked.spec, base_source))
+        tokenizer_files = _hashes(find.tokenizer_files(spec, base_source))
         return {"stage": STAGE, "parameters": parameters, "inputs": hashes | {"tokenizer": tokenizer_files}}
 
     final = Path(run_dir) / STAGE

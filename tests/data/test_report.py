@@ -204,6 +204,19 @@ def test_a_limit_over_the_context_of_the_model_is_refused(check, write):
         check(write([("а", "б"), ("в", "г")]), max_seq_length=4096)
 
 
+@pytest.mark.parametrize("given", [{"records": 5}, {"records": None}, {"records": "own.jsonl", "held_out": 7}])
+def test_records_that_are_no_text_are_refused_by_the_name_of_the_parameter(check, given):
+    name, value = list(given.items())[-1]
+    with pytest.raises(SaigaError, match=f"^{name}={value} is a .*; give a path or a name in quotes"):
+        check(**given)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, 1.5, "512"])
+def test_a_max_seq_length_that_is_no_count_is_refused(check, wrong):
+    with pytest.raises(SaigaError, match=f"max_seq_length={wrong!r} must be a whole number of at least 1"):
+        check("own.jsonl", max_seq_length=wrong)
+
+
 def test_records_are_found_in_an_attached_input(tiny, check, tmp_path, monkeypatch):
     attached = tmp_path / "input" / "datasets" / "me" / "example"
     attached.mkdir(parents=True)
