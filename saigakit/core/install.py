@@ -14,27 +14,7 @@ from pathlib import Path
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
 
-# The packages of each extra of pyproject.toml; "" is what saigakit itself depends on.
-_BASE = (
-    "click",
-    "pyyaml",
-    "jinja2",
-    "tokenizers",
-    "sentencepiece",
-    "protobuf",
-    "pyarrow",
-    "numpy",
-    "rensa",
-    "huggingface-hub",
-    "matplotlib",
-)
-_LLAMA = ("llama-cpp-python", "diskcache")  # diskcache: llama-cpp-python imports it, and --no-deps leaves it out
-EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "": _BASE,
-    "train": ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors"),
-    "export": ("torch", "safetensors", "bitsandbytes", "gguf", *_LLAMA),
-    "infer": _LLAMA,
-}
+# The extras of each stage; "" is what saigakit itself depends on.
 STAGES: Mapping[str, tuple[str, ...]] = {
     "01_format": ("",),
     "02_train": ("", "train"),
@@ -48,12 +28,15 @@ PINS: Mapping[str, tuple[str, str]] = {
     "llama-cpp-python": ("0.3.35", "llama_cpp"),
     "rensa": ("0.5.0", "rensa"),
 }
+# llama-cpp-python imports it, and pip's --no-deps leaves it out.
+_ALSO: Mapping[str, tuple[str, ...]] = {"llama-cpp-python": ("diskcache",)}
 # Also on Kaggle, in every stage: transformers reads the demo's model, smollm2_135m, from a GGUF file.
 _ON_KAGGLE = ("gguf",)
 # Wheels of llama-cpp-python; there is none for the image's CUDA 12.8, and one for 12.5 runs on it.
 _LLAMA_INDEX = "https://abetlen.github.io/llama-cpp-python/whl"
 WITHOUT_AMX = "-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"
 _FIRST_GOOD_GCC = 14
+_REQUIREMENT = re.compile(r"""([\w.-]+)[^;]*(?:;.*\bextra == ["']([\w-]+)["'])?""")
 _OLDEST_TORCHAO = (0, 16)  # peft 0.19 refuses a plain Linear beside an older one; the image has 0.10.0
 
 
@@ -89,8 +72,19 @@ def require_no_old_torchao() -> None:
 
 def needs(stage: str, *, kaggle: bool = False) -> list[str]:
     """The packages of a stage, each once."""
-    names = [name for extra in STAGES[stage] for name in EXTRAS[extra]]
-    return list(dict.fromkeys([*names, *(_ON_KAGGLE if kaggle else ())]))
+    names = [name for extra in STAGES[stage] for name in packages(extra)]
+    complete = [each for name in names for each in (name, *_ALSO.get(name, ()))]
+    return list(dict.fromkeys([*complete, *(_ON_KAGGLE if kaggle else ())]))
+
+
+def packages(extra: str) -> list[str]:
+    """Names that the metadata of saigakit lists for an extra; for "" those that it always needs."""
+    try:
+        requirements = metadata.requires("saigakit") or []
+    except metadata.PackageNotFoundError:
+        raise SaigaError("saigakit is imported from its sources and not installed. Run: pip install -e .") from None
+    found = [match for each in requirements if (match := _REQUIREMENT.match(each))]
+    return [match[1].lower() for match in found if (match[2] or "") == extra]
 
 
 def missing(names: Sequence[str]) -> list[str]:

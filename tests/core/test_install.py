@@ -8,6 +8,7 @@ import sys
 import tomllib
 import venv
 import zipfile
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -28,14 +29,40 @@ def declared(extra: str) -> dict[str, Requirement]:
     return {requirement.name: requirement for requirement in map(Requirement, lines)}
 
 
-@pytest.mark.parametrize("extra", install.EXTRAS)
-def test_the_packages_of_an_extra_are_those_of_pyproject(extra):
-    assert set(install.EXTRAS[extra]) - {"diskcache"} == set(declared(extra))
+EXTRAS = sorted({extra for extras in install.STAGES.values() for extra in extras})
+
+
+def test_the_packages_of_an_extra_are_read_from_the_metadata_of_the_package(monkeypatch):
+    lines = [
+        "click>=8.1",
+        "Tokenizers<0.24,>=0.22",
+        'llama-cpp-python[server]<0.4,>=0.3.35; extra == "infer"',
+        "torch; python_version >= '3.11' and extra == 'train'",
+        'saigakit[infer,train]; extra == "all"',
+    ]
+    monkeypatch.setattr(install.metadata, "requires", {"saigakit": lines}.get)
+    assert install.packages("") == ["click", "tokenizers"]
+    assert install.packages("infer") == ["llama-cpp-python"]
+    assert install.packages("train") == ["torch"]
+    assert install.needs("04_infer") == ["click", "tokenizers", "torch", "llama-cpp-python", "diskcache"]
+
+
+def test_every_extra_of_a_stage_is_in_the_metadata_and_in_pyproject():
+    assert all(install.packages(extra) and declared(extra) for extra in EXTRAS)
+
+
+def test_sources_that_are_not_installed_are_refused_with_the_command(monkeypatch):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(install.metadata, "requires", absent)
+    with pytest.raises(SaigaError, match=r"not installed\. Run: pip install -e \."):
+        install.packages("")
 
 
 @pytest.mark.parametrize("name", install.PINS)
 def test_a_pinned_version_is_one_that_pyproject_allows(name):
-    requirements = [declared(extra)[name] for extra in install.EXTRAS if name in declared(extra)]
+    requirements = [declared(extra)[name] for extra in EXTRAS if name in declared(extra)]
     assert requirements
     assert all(requirement.specifier.contains(install.PINS[name][0]) for requirement in requirements)
 
@@ -234,11 +261,18 @@ def installed(machine: Path) -> dict[str, str]:
     return {row["name"]: row["version"] for row in rows if row["name"] != "pip"}
 
 
-def prepare(machine: Path, stage: str, *, inputs: Path, kaggle: bool = True, **table) -> subprocess.CompletedProcess:
-    """prepare(stage) in that Python, the registry out of reach, with `table` in the place of the module's own."""
+def prepare(
+    machine: Path, stage: str, *, inputs: Path, kaggle: bool = True, extras: Mapping[str, list[str]], **table
+) -> subprocess.CompletedProcess:
+    """prepare(stage) in that Python, the registry out of reach, with the packages of `extras` alone.
+
+    `table` takes the place of the module's own values.
+    """
     code = "import sys, json; from saigakit.core import install\n"
     code += "for name, value in json.loads(sys.argv[2]).items(): setattr(install, name, value)\n"
+    code += "install.metadata.requires = lambda _: json.loads(sys.argv[3])\n"
     code += "install.prepare(sys.argv[1])"
+    requirements = [f'{name}; extra == "{extra}"' for extra, names in extras.items() for name in names]
     environment = {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(ROOT),
@@ -247,7 +281,7 @@ def prepare(machine: Path, stage: str, *, inputs: Path, kaggle: bool = True, **t
         **({"KAGGLE_KERNEL_RUN_TYPE": "Batch"} if kaggle else {}),
     }
     return subprocess.run(
-        [machine, "-c", code, stage, json.dumps(table)],
+        [machine, "-c", code, stage, json.dumps(table), json.dumps(requirements)],
         env=environment,
         capture_output=True,
         text=True,
@@ -264,7 +298,7 @@ def test_on_kaggle_the_missing_packages_come_from_the_attached_wheels_and_torch_
         machine,
         "02_train",
         inputs=tmp_path / "input",
-        EXTRAS={"": [], "train": ["torch", "bitsandbytes"]},
+        extras={"train": ["torch", "bitsandbytes"]},
         _ON_KAGGLE=[],
     )
     assert result.returncode == 0, result.stderr
@@ -274,14 +308,14 @@ def test_on_kaggle_the_missing_packages_come_from_the_attached_wheels_and_torch_
 
 def test_on_kaggle_nothing_is_asked_of_pip_when_nothing_is_missing(machine, tmp_path):
     install_wheels(machine, wheel(tmp_path / "image", "gguf", "0.17.0"))
-    result = prepare(machine, "01_format", inputs=tmp_path / "input", EXTRAS={"": []})
+    result = prepare(machine, "01_format", inputs=tmp_path / "input", extras={})
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert installed(machine) == {"gguf": "0.17.0"}
 
 
 def test_an_old_torchao_is_removed_aloud_where_peft_is_used(machine, tmp_path):
     install_wheels(machine, wheel(tmp_path / "image", "torchao", "0.10.0"))
-    empty = {"EXTRAS": {"": [], "train": [], "export": [], "infer": []}, "_ON_KAGGLE": []}
+    empty = {"extras": {}, "_ON_KAGGLE": []}
     for stage in ("01_format", "03_merge_gguf"):
         assert prepare(machine, stage, inputs=tmp_path / "input", **empty).stdout == ""
     assert installed(machine) == {"torchao": "0.10.0"}
@@ -291,13 +325,13 @@ def test_an_old_torchao_is_removed_aloud_where_peft_is_used(machine, tmp_path):
 
 def test_a_torchao_that_peft_accepts_stays(machine, tmp_path):
     install_wheels(machine, wheel(tmp_path / "image", "torchao", "0.16.0"))
-    result = prepare(machine, "02_train", inputs=tmp_path / "input", EXTRAS={"": [], "train": []}, _ON_KAGGLE=[])
+    result = prepare(machine, "02_train", inputs=tmp_path / "input", extras={}, _ON_KAGGLE=[])
     assert (result.returncode, result.stdout) == (0, "")
     assert installed(machine) == {"torchao": "0.16.0"}
 
 
 def test_what_pip_cannot_find_is_said_with_the_remedy_and_pips_last_lines(machine, tmp_path):
-    result = prepare(machine, "01_format", inputs=tmp_path / "input", EXTRAS={"": []})
+    result = prepare(machine, "01_format", inputs=tmp_path / "input", extras={})
     last = result.stderr.partition("SaigaError: ")[2]
     assert last.startswith("pip could not install gguf==0.19.0. In the notebook's settings switch Internet on")
     assert "No matching distribution found for gguf==0.19.0" in last
@@ -305,12 +339,13 @@ def test_what_pip_cannot_find_is_said_with_the_remedy_and_pips_last_lines(machin
 
 def test_a_wheel_that_installs_and_does_not_import_is_refused(machine, tmp_path):
     wheel(tmp_path / "input", "llama-cpp-python", "0.3.35", source="raise OSError('libcudart.so.12')")
+    wheel(tmp_path / "input", "diskcache", "5.6.3")
     result = prepare(
         machine,
         "04_infer",
         inputs=tmp_path / "input",
         _ON_KAGGLE=[],
-        EXTRAS={"": [], "train": [], "infer": ["llama-cpp-python"]},
+        extras={"infer": ["llama-cpp-python"]},
     )
     assert "llama_cpp was installed and cannot be imported" in result.stderr
     assert "libcudart.so.12" in result.stderr
@@ -318,16 +353,14 @@ def test_a_wheel_that_installs_and_does_not_import_is_refused(machine, tmp_path)
 
 def test_an_image_without_torch_is_refused_before_anything_is_installed(machine, tmp_path):
     wheel(tmp_path / "input", "bitsandbytes", "0.50.2")
-    result = prepare(
-        machine, "02_train", inputs=tmp_path / "input", EXTRAS={"": [], "train": ["bitsandbytes", "torch"]}
-    )
+    result = prepare(machine, "02_train", inputs=tmp_path / "input", extras={"train": ["bitsandbytes", "torch"]})
     assert "This image has no torch" in result.stderr
     assert installed(machine) == {}
 
 
 def test_at_home_nothing_is_installed_and_the_command_is_named(machine, tmp_path):
     wheel(tmp_path / "input", "bitsandbytes", "0.50.2")
-    table = {"EXTRAS": {"": [], "train": ["bitsandbytes"]}}
+    table = {"extras": {"train": ["bitsandbytes"]}}
     result = prepare(machine, "02_train", inputs=tmp_path / "input", kaggle=False, **table)
     assert result.stderr.endswith(
         'SaigaError: 02_train needs bitsandbytes, not installed here. Run: pip install "saigakit[train]"\n'
@@ -337,7 +370,7 @@ def test_at_home_nothing_is_installed_and_the_command_is_named(machine, tmp_path
 
 def test_at_home_an_old_torchao_is_named_and_left_alone(machine, tmp_path):
     install_wheels(machine, wheel(tmp_path / "image", "torchao", "0.10.0"))
-    result = prepare(machine, "02_train", inputs=tmp_path / "input", kaggle=False, EXTRAS={"": [], "train": []})
+    result = prepare(machine, "02_train", inputs=tmp_path / "input", kaggle=False, extras={})
     assert "Run: pip uninstall torchao" in result.stderr
     assert installed(machine) == {"torchao": "0.10.0"}
 
