@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
+from saigakit.llamacpp import forward
 from saigakit.prompt import encoding
 from saigakit.prompt.backends import piece
 from saigakit.prompt.template import Message
@@ -49,11 +50,11 @@ def load(
     layers = _gpu_layers(file) if n_gpu_layers == "auto" else n_gpu_layers
 
     class Llama(llama_cpp.Llama):
-        """Without the AMX kernels: gcc before 14 miscompiles them and they crash (ggml-org/llama.cpp#20824)."""
+        """Changes settings that the constructor of llama_cpp.Llama does not take."""
 
         def __setattr__(self, name: str, value: object) -> None:
-            if name == "model_params" and b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
-                value.use_extra_bufts = False  # type: ignore[attr-defined]
+            if name == "model_params":
+                forward.leave_out_amx(value)
             if name == "_model":  # beyond what it was trained for llama.cpp warns, and the answers are noise
                 self.context_params.n_ctx = min(self.context_params.n_ctx, value.n_ctx_train())  # type: ignore[attr-defined]
             super().__setattr__(name, value)

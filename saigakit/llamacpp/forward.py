@@ -60,6 +60,17 @@ class Forward:
         self._api.llama_free(self._context)
 
 
+def leave_out_amx(model_params: Any) -> None:  # noqa: ANN401  # a ctypes structure
+    """Turn off llama.cpp's AMX kernels if it was built with them: see `install.llama_cmake_args`.
+
+    The setting takes all repacked weights with them.
+    """
+    import llama_cpp
+
+    if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
+        model_params.use_extra_bufts = False
+
+
 @contextmanager
 def opened(
     gguf_file: Path,
@@ -75,7 +86,7 @@ def opened(
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # a thousand lines otherwise
     settings = llama_cpp.llama_model_default_params()
     settings.n_gpu_layers = n_gpu_layers
-    settings.use_extra_bufts = False  # gcc before 14 miscompiles the AMX kernels (ggml-org/llama.cpp#20824)
+    settings.use_extra_bufts = False  # repacked weights would be a second copy in memory; AMX is off with them
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, _BATCH, _BATCH, 1
     params.n_threads = params.n_threads_batch = n_threads or os.cpu_count() or 1

@@ -72,6 +72,13 @@ def one_by_one(llm, prompts, count=12):
     return answers
 
 
+@pytest.mark.parametrize(("built", "repacks"), [(b"AMX_INT8 = 1 |", False), (b"AVX2 = 1 |", True)])
+def test_a_model_is_loaded_without_amx(gguf_file, monkeypatch, built, repacks):
+    monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda: built)
+    with closing(infer.load(gguf_file, n_ctx=64, n_threads=1)) as loaded:
+        assert loaded.model_params.use_extra_bufts == repacks
+
+
 def resident_bytes():
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
