@@ -168,7 +168,7 @@ def with_saigakit(model, made, directory: str, budget: int):
         checkpoints.Store(place / "checkpoints", {}),
         run_state.Log(place / "log.jsonl", quiet=True),
     )
-    return trainer.build(run, model, resumed=False)
+    return trainer.build(run, model, "float32", resumed=False)
 
 
 def measured(way: str, given: argparse.Namespace) -> dict:

@@ -153,14 +153,22 @@ class TrainConfig:
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        return cls.of_json(json.loads(file.read_text(encoding="utf-8")), file)
+
+    @classmethod
+    def of_json(cls, values: dict[str, Any], file: Path) -> Self:
+        """`file`: where they are from, for the message of SaigaError."""
         unknown = set(values) - {item.name for item in fields(cls)}
         if unknown:
             raise SaigaError(f"{file}: unknown settings {', '.join(sorted(unknown))}.")
         if values.get("lora"):
-            lists = {name: tuple(value) for name, value in values["lora"].items() if isinstance(value, list)}
-            values["lora"] = Lora(**values["lora"] | lists)
+            values = values | {"lora": lora_of_json(values["lora"])}
         return cls(**values)
+
+
+def lora_of_json(values: dict[str, Any]) -> Lora:
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Lora(**values | lists)
 
 
 def _require_lora(lora: object) -> None:

@@ -4,21 +4,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from saigakit.config import TrainConfig
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
 from saigakit.prompt.encoding import Example
-from saigakit.registry import Lora
 from saigakit.train import distributed, layers, preflight, steps
+from saigakit.train.job import Job
 from saigakit.train.run_state import Log
 from saigakit.train.steps import Plan
-from saigakit.weights import find, fold, load, memory
-from saigakit.weights.load import NumberFormat
-from saigakit.weights.memory import Pack, Shape
+from saigakit.weights import fold, load, memory
+from saigakit.weights.memory import Pack
 
 if TYPE_CHECKING:
     import torch
@@ -26,22 +23,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
 
-def memory_needed(
-    config: TrainConfig,
-    shape: Shape,
-    lora: Lora,
-    number_format: NumberFormat,
-    *,
-    processes: int,
-    pack: Pack | None = None,
-) -> dict[str, int]:
+def memory_needed(job: Job, *, processes: int, pack: Pack | None = None) -> dict[str, int]:
     """Bytes of one process by what they are for; without `pack` for one document of the whole budget."""
-    on_gpu = number_format != "float32"
+    config, shape, on_gpu = job.config, job.shape, job.number_format != "float32"
     itemsize = 2 if on_gpu else 4
     parts = memory.training(
         shape,
         quantization=config.weights_as,
-        lora=lora,
+        lora=job.lora,
         pack_tokens=config.sequence_budget,
         itemsize=itemsize,
         checkpointing=on_gpu,
@@ -54,42 +43,34 @@ def memory_needed(
     )
 
 
-def adapter_dir(config: TrainConfig) -> Path:
-    assert config.start_adapter is not None
-    return find.adapter_dir(config.spec, config.start_adapter)
-
-
 @dataclass
 class Loaded:
     """The model with its adapter, the largest pack that it will see, and the memory that this was foreseen to take."""
 
+    job: Job
     model: "PeftModel"
     pack: list[Example]
     foreseen: dict[str, int]
 
     @classmethod
-    def of(cls, config: TrainConfig, plan: Plan, device: str, log: Log) -> Self:
+    def of(cls, job: Job, plan: Plan, device: str, log: Log) -> Self:
         """Raises SaigaError where the memory is too small, before anything is loaded."""
         import torch
 
-        gpus = workspace.gpus() if device != "cpu" else []
-        number_format = preflight.machine(config, gpus)
-        base_dir = find.base_dir(config.spec, config.base_source)
-        lora = preflight.model(config, base_dir, None if config.start_adapter is None else adapter_dir(config))
-        shape = Shape.of(base_dir)
-        needed = partial(memory_needed, config, shape, lora, number_format, processes=plan.processes)
-        pack, foreseen = _largest_pack(plan, lambda pack: needed(pack=pack))
+        config, dtype = job.config, getattr(torch, job.number_format)
+        pack, foreseen = _largest_pack(plan, lambda pack: memory_needed(job, processes=plan.processes, pack=pack))
         if not log.quiet:
+            gpus = workspace.gpus() if device != "cpu" else []
             preflight.fits(foreseen, gpus, plan.processes, pack="the largest pack")
         log.say(f"Loading {config.spec.base_model} …")
-        base = _load_base(config, base_dir, getattr(torch, number_format), "cpu" if config.is_sharded else device)
-        model = load.with_adapter(base, adapter_dir(config) if _is_continued(config) else None, lora)
+        base = _load_base(job, dtype, "cpu" if config.is_sharded else device)
+        model = load.with_adapter(base, None if config.is_folded else job.adapter_dir, job.lora)
         name = config.spec.base_model  # of a directory its name alone, not a path of this machine
         model.peft_config["default"].base_model_name_or_path = Path(name).name if Path(name).is_dir() else name
-        if memory.head_in_chunks(shape, lora) and not layers.use_chunked_loss(model):
+        if memory.head_in_chunks(job.shape, job.lora) and not layers.use_chunked_loss(model):
             log.say("The logits of this model are scaled or capped, so they are not made in chunks.")
-        load.require_formats(model, getattr(torch, number_format))
-        return cls(model, pack, foreseen)
+        load.require_formats(model, dtype)
+        return cls(job, model, pack, foreseen)
 
     def try_out(self, made: "Trainer", log: Log) -> None:
         """Three steps on the largest pack: memory runs out now or never."""
@@ -107,10 +88,6 @@ class Loaded:
             if not log.file.is_file():  # a run that goes on has it in its log
                 log.write(memory_predicted=sum(self.foreseen.values()), memory_peak=found.peak_bytes)
         log.say(f"Trial on the largest pack, {tokens} tokens: {1 / found.seconds_per_token:.0f} tokens/s{peak}.")
-
-
-def _is_continued(config: TrainConfig) -> bool:
-    return config.start_adapter is not None and not config.is_folded
 
 
 def _largest_pack(plan: Plan, needed: Callable[[Pack], dict[str, int]]) -> tuple[list[Example], dict[str, int]]:
@@ -134,13 +111,14 @@ def _largest_pack(plan: Plan, needed: Callable[[Pack], dict[str, int]]) -> tuple
     return [plan.rows[row] for row in candidates[largest]], bytes_of[largest]
 
 
-def _load_base(config: TrainConfig, base_dir: Path, dtype: "torch.dtype", device: str) -> "PreTrainedModel":
+def _load_base(job: Job, dtype: "torch.dtype", device: str) -> "PreTrainedModel":
     import torch
 
-    nf4 = distributed.fsdp_storage(dtype) if config.is_sharded else {}
-    base = load.base_model(base_dir, config.weights_as, dtype, device, **nf4)
-    if config.is_folded:
-        fold.into(base, base_dir, adapter_dir(config))
+    nf4 = distributed.fsdp_storage(dtype) if job.config.is_sharded else {}
+    base = load.base_model(job.base_dir, job.config.weights_as, dtype, device, **nf4)
+    if job.config.is_folded:
+        assert job.adapter_dir is not None
+        fold.into(base, job.base_dir, job.adapter_dir)
     base.config.use_cache = False
     layers.use_packed_attention(base)
     layers.sum_exactly(base)

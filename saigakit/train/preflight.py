@@ -66,8 +66,16 @@ def sharded_loading(config: TrainConfig, shape: memory.Shape, processes: int) ->
         workspace.require_memory(whole * processes, f"Loading the base in each of {processes} processes", remedy)
 
 
-def process(visible_gpus: int, processes: int) -> None:
-    """In a child. Raises SaigaError for one process that sees several GPUs: it would double loss and gradients."""
+def process(visible_gpus: int, processes: int, number_format: NumberFormat) -> None:
+    """In a child, where torch counts the GPUs. Raises SaigaError where the parent, which asked nvidia-smi, saw others.
+
+    One process that sees several would double loss and gradients.
+    """
+    if not visible_gpus and number_format != "float32":
+        raise SaigaError(
+            "torch sees no GPU, and nvidia-smi lists one. Install a torch that is built for CUDA, or set "
+            "CUDA_VISIBLE_DEVICES to nothing to train on the CPU."
+        )
     if processes == 1 and visible_gpus > 1:
         raise SaigaError(
             f"One process sees {visible_gpus} GPUs, and would give a quantised model twice its loss. Set "

@@ -17,9 +17,11 @@ from saigakit.data import report, sources
 from saigakit.errors import SaigaError
 from saigakit.train import checkpoints, curve, loading, preflight, run_state
 from saigakit.train.checkpoints import Store
-from saigakit.weights import base_files, find, memory
+from saigakit.train.job import Job
+from saigakit.weights import base_files
 
 STAGE = "02_train"
+CONFIG_FILE = "train_config.json"
 _OF_A_SESSION = {*checkpoints.NOT_IDENTITY} - {"adapter"}  # may differ between two sessions of one training
 
 
@@ -113,10 +115,6 @@ def find_start(config: TrainConfig, store: Store, unfinished: Path | None) -> Pa
     return store.bring(found)
 
 
-STAGE = "02_train"
-CONFIG_FILE = "train_config.json"
-
-
 def train_adapter(config: TrainConfig) -> Path:
     """The stage 02_train in `config.output_dir`: adapter, log.jsonl, curve.png, samples.md and the config.
 
@@ -130,28 +128,26 @@ def train_adapter(config: TrainConfig) -> Path:
     files = {"train": config.train_file, "held_out": config.eval_file}
     found = {name: workspace.find_input(file, run_dir=final.parent) for name, file in files.items() if file}
     config = _as_formatted(config, found["train"].parent)
-    number_format = preflight.machine(config, workspace.gpus())
-    gpus = workspace.gpus()[: config.processes]
+    gpus = workspace.gpus()
+    number_format = preflight.machine(config, gpus)
+    gpus = gpus[: config.processes]
     nodes = launch.Nodes.of_environment()
     machines = 1 if nodes is None else nodes.count
     preflight.sharding(config, gpus, machines)
     processes = config.processes or len(gpus) or 1
-    base_dir = find.base_dir(config.spec, config.base_source)
-    adapter_dir = None if config.start_adapter is None else find.adapter_dir(config.spec, config.start_adapter)
-    lora = preflight.model(config, base_dir, adapter_dir)
-    shape = memory.Shape.of(base_dir)
-    needed = loading.memory_needed(config, shape, lora, number_format, processes=processes * machines)
+    job = Job.of(config, number_format)
+    needed = loading.memory_needed(job, processes=processes * machines)
     preflight.fits(needed, gpus, processes, pack="one conversation of max_seq_length")
-    preflight.sharded_lora(config, lora)
-    preflight.sharded_loading(config, shape, processes)
-    preflight.disk(final, shape, lora)
+    preflight.sharded_lora(config, job.lora)
+    preflight.sharded_loading(config, job.shape, processes)
+    preflight.disk(final, job.shape, job.lora)
     inputs: dict[str, Any] = {name: manifest.hashes(file) for name, file in found.items()}
     if config.replay_file is not None:
         general = sources.records_files(config.replay_file, final.parent)
         inputs["replay"] = {str(number): sha256(file) for number, file in enumerate(general)}
         found |= {"replay": general[0]} if len(general) == 1 else {}  # several are looked up again by their name
-    inputs["base"] = base_files.hashes(base_dir)
-    inputs["adapter"] = None if adapter_dir is None else manifest.hashes(adapter_dir)
+    inputs["base"] = base_files.hashes(job.base_dir)
+    inputs["adapter"] = None if job.adapter_dir is None else manifest.hashes(job.adapter_dir)
     identity: dict[str, Any] = {"stage": STAGE, "parameters": _parameters(config), "inputs": inputs}
     store = Store(checkpoints.beside(final), checkpoints.identity(identity["parameters"], inputs))
     continues = goes_on(final, identity, config)
@@ -165,10 +161,10 @@ def train_adapter(config: TrainConfig) -> Path:
     facts: dict[str, Any] = {"number_format": number_format, "system_prompt": prompt}
     if nodes is not None and nodes.rank > 0:
         with tempfile.TemporaryDirectory() as scratch:
-            _run_child(config, found, store, start, Path(scratch), processes, nodes)
+            _run_child(job, found, store, start, Path(scratch), processes, nodes)
         return final
     with manifest.making(final, **identity, facts=facts, goes_on=continues) as partial:
-        _run_child(config, found, store, start, partial, processes, nodes)
+        _run_child(job, found, store, start, partial, processes, nodes)
         result_file = partial / run_state.RESULT_FILE
         facts["training"] = json.loads(result_file.read_text(encoding="utf-8"))
         result_file.unlink()
@@ -191,7 +187,7 @@ def _copy(checkpoint: Path, target: Path) -> None:
 
 
 def _run_child(
-    config: TrainConfig,
+    job: Job,
     found: Mapping[str, Path],
     store: Store,
     start: Path | None,
@@ -199,14 +195,15 @@ def _run_child(
     processes: int,
     nodes: launch.Nodes | None,
 ) -> None:
-    """Writes into `directory`; the config that it reads names the files that were found."""
+    """Writes into `directory`; the job that it reads names the files that were found."""
     paths: dict[str, Any] = {"output_dir": str(directory), "resume_from": start and str(start)}
     for key, name in (("train_file", "train"), ("eval_file", "held_out"), ("replay_file", "replay")):
         if name in found:
             paths[key] = str(found[name])
-    child_config = replace(config, **paths).write(directory / CONFIG_FILE)
+    job_file = replace(job, config=replace(job.config, **paths)).write(directory)
     store_file = store.for_child(directory)
-    launch.distributed("saigakit.train.worker", [str(child_config)], processes=processes, nodes=nodes)
+    launch.distributed("saigakit.train.worker", [str(job_file)], processes=processes, nodes=nodes)
+    job_file.unlink()
     store_file.unlink()
 
 

@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from saigakit.core import launch, workspace
+from saigakit.core import launch
 from saigakit.errors import SaigaError
 from saigakit.train import checkpoints, curve, distributed, layers
 from saigakit.train.run_state import OnEvaluation, Run
 from saigakit.train.steps import Step, best_fit, collate
 from saigakit.weights import load
+from saigakit.weights.load import NumberFormat
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,13 +24,12 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-def build(run: Run, model: "PeftModel", *, resumed: bool) -> "Trainer":
+def build(run: Run, model: "PeftModel", number_format: NumberFormat, *, resumed: bool) -> "Trainer":
     import torch
     from transformers import PrinterCallback, TrainingArguments
 
     config, steps = run.config, len(run.plan)
     on_gpu = torch.cuda.is_available()
-    number_format = load.number_format(config.spec, workspace.gpus() if on_gpu else [])
     arguments = TrainingArguments(
         output_dir=config.output_dir,
         per_device_train_batch_size=1,  # one step: its packs are looped over in training_step

@@ -11,7 +11,6 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from saigakit import data
 from saigakit.config import TrainConfig
@@ -20,29 +19,28 @@ from saigakit.data import rows
 from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
-from saigakit.train import checkpoints, curve, distributed, loading, preflight, run_state, samples, steps, trainer
+from saigakit.train import checkpoints, curve, distributed, preflight, run_state, samples, steps, trainer
 from saigakit.train.checkpoints import Store
+from saigakit.train.job import Job
 from saigakit.train.loading import Loaded
 from saigakit.train.run_state import RESULT_FILE, HeldOut, Log, Run
 from saigakit.train.steps import Plan
 from saigakit.weights import fold, load
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
 _LOCK_PATIENCE_S = 5.0
 
 
-def main(config_file: Path) -> None:
-    """Loads, trains, writes the adapter, the log, the samples and how it ended beside the config."""
+def main(job_file: Path) -> None:
+    """Loads, trains, writes the adapter, the log, the samples and how it ended next to the job."""
     import torch
     import transformers
 
     load.quiet()
-    config = TrainConfig.read(config_file)
+    job = Job.read(job_file)
+    config = job.config
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_gpu, device = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-    preflight.process(torch.cuda.device_count() if on_gpu else 0, processes)
+    preflight.process(torch.cuda.device_count() if on_gpu else 0, processes, job.number_format)
     if on_gpu:
         torch.cuda.set_device(device)
     start = None if config.resume_from is None else Path(config.resume_from)
@@ -55,8 +53,8 @@ def main(config_file: Path) -> None:
         log.say(f"{len(plan.rows)} rows, {plan.tokens:,} tokens in {config.epochs:g} epochs: {len(plan)} steps.")
         held_out = _held_out(config, asked, tokenizer, plan, log)
     transformers.set_seed(config.seed)  # a new adapter begins at random
-    loaded = Loaded.of(config, plan, "cpu" if not on_gpu else f"cuda:{device}", log)
-    run = Run(config, plan, held_out, Store.of_parent(config_file.parent), log)
+    loaded = Loaded.of(job, plan, "cpu" if not on_gpu else f"cuda:{device}", log)
+    run = Run(config, plan, held_out, Store.of_parent(job_file.parent), log)
     if start is not None:
         run.saved_step = checkpoints.step_of(start)
         if (wrote := checkpoints.processes_of(start)) != processes:
@@ -68,7 +66,7 @@ def main(config_file: Path) -> None:
     with run.store.alone(_LOCK_PATIENCE_S) if rank == 0 else contextlib.nullcontext(), launch.ending_gently():
         step = _train(run, loaded, start)
         if rank == 0:
-            _finish(run, loaded.model, step)
+            _finish(run, loaded, step)
     distributed.leave_together()
 
 
@@ -77,7 +75,7 @@ def _train(run: Run, loaded: Loaded, start: Path | None) -> int:
     # It may have been killed between that checkpoint and its end.
     if start is not None and run.saved_step < len(run.plan) and trainer.is_stopped_early(run):
         return run.saved_step
-    made = trainer.build(run, loaded.model, resumed=start is not None)
+    made = trainer.build(run, loaded.model, loaded.job.number_format, resumed=start is not None)
     if run.config.is_sharded:
         distributed.call_when_ready(made, lambda: loaded.try_out(made, run.log))
     else:
@@ -99,16 +97,17 @@ def _train(run: Run, loaded: Loaded, start: Path | None) -> int:
     return step
 
 
-def _finish(run: Run, model: "PeftModel", step: int) -> None:
+def _finish(run: Run, loaded: Loaded, step: int) -> None:
     """The best adapter by held-out loss, the last one where nothing was held out."""
     directory, best, folded_rank = Path(run.config.output_dir), curve.best(run.log.held_out), 0
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         trained = run.store.best_dir
         if best is None:
             trained = Path(scratch) / "last"
-            trainer.save_adapter(model, trained)
+            trainer.save_adapter(loaded.model, trained)
         if run.config.is_folded:
-            released = loading.adapter_dir(run.config)
+            released = loaded.job.adapter_dir
+            assert released is not None
             trained, folded_rank = fold.combined(released, trained, Path(scratch) / "both"), fold.rank_of(released)
         shutil.copytree(trained, directory, dirs_exist_ok=True)
     if best is not None:

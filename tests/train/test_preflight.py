@@ -61,9 +61,14 @@ def test_a_torchao_that_peft_refuses_is_named_with_the_command_that_mends_it(tmp
 
 def test_one_process_that_sees_two_gpus_is_refused():
     with pytest.raises(SaigaError, match=r"sees 2 GPUs.*CUDA_VISIBLE_DEVICES=0"):
-        preflight.process(visible_gpus=2, processes=1)
-    preflight.process(visible_gpus=2, processes=2)
-    preflight.process(visible_gpus=0, processes=1)
+        preflight.process(visible_gpus=2, processes=1, number_format="float16")
+    preflight.process(visible_gpus=2, processes=2, number_format="float16")
+    preflight.process(visible_gpus=0, processes=1, number_format="float32")
+
+
+def test_a_torch_that_sees_no_gpu_is_refused_where_nvidia_smi_lists_one():
+    with pytest.raises(SaigaError, match="torch sees no GPU"):
+        preflight.process(visible_gpus=0, processes=1, number_format="bfloat16")
 
 
 def test_the_adapter_that_is_continued_is_described_by_its_own_files(tiny):

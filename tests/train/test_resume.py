@@ -19,6 +19,7 @@ from saigakit.errors import SaigaError
 from saigakit.registry import Lora
 from saigakit.train import checkpoints, curve, run_state, worker
 from saigakit.train.checkpoints import Store
+from saigakit.train.job import Job
 
 DROPOUT = Lora(rank=4, alpha=8, dropout=0.2)
 STEPS = 12
@@ -39,7 +40,7 @@ class Child:
         """To the end, or until asked to end in the step numbered `until`; from its last checkpoint."""
         start = self.store.newest()
         config = replace(self.config, resume_from=start and str(self.store.bring(start)))
-        file = config.write(self.directory / train.CONFIG_FILE)
+        file = Job.of(config, "float32").write(self.directory)
         (self.directory / curve.LOG_FILE).unlink(missing_ok=True)
         steps = iter(range(1 if start is None else checkpoints.step_of(start) + 1, 1000))
         with self.monkeypatch.context() as patch:

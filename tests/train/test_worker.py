@@ -16,9 +16,9 @@ from saigakit.data.rows import Rows
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.registry import ALL_LINEAR, Lora
-from saigakit.train import checkpoints, curve, loading, run_state, samples, worker
+from saigakit.train import checkpoints, curve, loading, preflight, run_state, samples, worker
 from saigakit.train.steps import Plan
-from saigakit.weights import load, memory
+from saigakit.weights import find, load, memory
 
 
 @pytest.fixture
@@ -47,6 +47,17 @@ def test_the_answers_at_every_evaluation_are_in_the_stage(records, tmp_path):
     text = (stage / samples.FILE).read_text(encoding="utf-8")
     assert all(f"**Шаг {step}, " in text for step in evaluated)
     assert len(samples.table(stage).rows) == samples.COUNT
+
+
+def test_a_child_uses_what_its_parent_resolved(records, tmp_path, monkeypatch):
+    def child(_, arguments, **__):
+        for module, name in ((find, "adapter_dir"), (preflight, "model"), (load, "number_format")):
+            monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called again"))
+        worker.main(Path(arguments[0]))
+
+    monkeypatch.setattr(launch, "distributed", child)
+    stage = trained(records, tmp_path, adapter="folded")
+    assert "job.json" not in {file.name for file in stage.iterdir()}
 
 
 def test_general_dialogues_are_a_share_of_every_epoch(records, tmp_path, capsys):
