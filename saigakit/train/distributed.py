@@ -1,50 +1,44 @@
 """Agree among the processes of a run, and shard a model over them with FSDP."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import TrainerCallback, TrainingArguments
 
 from saigakit.errors import SaigaError
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import Trainer, TrainingArguments
 
 T = TypeVar("T")
 
 
-def any_process(here: Sequence[bool], args: "TrainingArguments") -> list[bool]:
+def any_process(here: Sequence[bool], args: TrainingArguments) -> list[bool]:
     """Each answer is true where it is true in some process."""
     if args.world_size == 1:
         return list(here)
-    import torch
-
     flags = torch.tensor([float(flag) for flag in here], device=args.device)
     torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
     return [bool(flag) for flag in flags.tolist()]
 
 
-def mean_of_processes(here: float, args: "TrainingArguments") -> float:
+def mean_of_processes(here: float, args: TrainingArguments) -> float:
     if args.world_size == 1:
         return here
-    import torch
-
     total = torch.tensor(here, dtype=torch.float64, device=args.device)
     torch.distributed.all_reduce(total)
     return float(total.item() / args.world_size)
 
 
-def gather(here: T, args: "TrainingArguments") -> list[T]:
+def gather(here: T, args: TrainingArguments) -> list[T]:
     """What each process has, in their order; the same list in all."""
     if args.world_size == 1:
         return [here]
-    import torch
-
     there: list[T] = [here] * args.world_size
     torch.distributed.all_gather_object(there, here)
     return there
 
 
-def by_first(act: Callable[[], object], args: "TrainingArguments") -> None:
+def by_first(act: Callable[[], object], args: TrainingArguments) -> None:
     """The first process acts and the others wait. Its SaigaError is raised in all, and its other errors end it."""
     problem: list[str | None] = [None]
     if args.process_index == 0:
@@ -53,8 +47,6 @@ def by_first(act: Callable[[], object], args: "TrainingArguments") -> None:
         except SaigaError as error:
             problem = [str(error)]
     if args.world_size > 1:
-        import torch
-
         torch.distributed.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
         raise SaigaError(problem[0])
@@ -62,8 +54,6 @@ def by_first(act: Callable[[], object], args: "TrainingArguments") -> None:
 
 def leave_together() -> None:
     """At the very end: one that is gone first breaks the connections of the others, and gloo aborts them."""
-    import torch
-
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -87,43 +77,38 @@ def fsdp_options(layer_class_name: str) -> dict[str, Any]:
     }
 
 
-def complete_fsdp_options(arguments: "TrainingArguments") -> None:
+def complete_fsdp_options(arguments: TrainingArguments) -> None:
     """What accelerate's plugin takes and transformers does not pass on: the LoRA stays whole, and nothing is cast.
 
     Casting would read 4-bit weights, which are stored as floats, for numbers; autocast does what is needed.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
     plugin: dict[str, Any] = arguments.fsdp_plugin_args
     plugin |= {"ignored_modules": _LORA, "mixed_precision_policy": MixedPrecisionPolicy()}
 
 
-def fsdp_storage(dtype: "torch.dtype") -> "dict[str, torch.dtype]":
+def fsdp_storage(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Options of BitsAndBytesConfig: 4-bit weights kept as floats of the model's type, the only ones FSDP shards."""
     return {"bnb_4bit_quant_storage": dtype}
 
 
-def layer_class_name(model: "torch.nn.Module") -> str:
+def layer_class_name(model: torch.nn.Module) -> str:
     """transformers names the class of a decoder layer."""
     names: Iterable[str] = getattr(model, "_no_split_modules", None) or ()
     return min(names)
 
 
-def call_when_ready(trainer: "Trainer", act: Callable[[], None]) -> None:
-    """Before the first step, when the model is in parts on the GPUs."""
-    from transformers import TrainerCallback
+class WhenReady(TrainerCallback):
+    """Acts before the first step, when the model is in parts on the GPUs."""
 
-    class Ready(TrainerCallback):
-        def on_train_begin(self, *_: object, **__: object) -> None:
-            act()
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act = act
 
-    trainer.add_callback(Ready())
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        self.act()
 
 
-def average_gradients(model: "torch.nn.Module") -> None:
+def average_gradients(model: torch.nn.Module) -> None:
     """Over all processes: to be called once, after the last backward pass of a step."""
-    import torch
-
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     together = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
     torch.distributed.all_reduce(together)
@@ -131,13 +116,3 @@ def average_gradients(model: "torch.nn.Module") -> None:
     for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients if g is not None]), strict=True):
         assert gradient is not None
         gradient.copy_(mean.view_as(gradient))
-
-
-def fsdp_memory(parts: dict[str, int], processes: int, layers: int, embeddings: int) -> dict[str, int]:
-    """What memory.training gave, for one of so many processes, in bytes.
-
-    Its part of the weights, and what it gathers: two layers, and the `embeddings` with the head, which accelerate puts
-    into one unit with what is left over.
-    """
-    whole = parts["weights"]
-    return {**parts, "weights": whole // processes + 2 * (whole - embeddings) // layers + embeddings}

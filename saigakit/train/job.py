@@ -8,9 +8,9 @@ from typing import Any, Self
 from saigakit.config import TrainConfig, lora_of_json
 from saigakit.registry import Lora
 from saigakit.train import preflight
-from saigakit.weights import find
+from saigakit.weights import find, memory
 from saigakit.weights.load import NumberFormat
-from saigakit.weights.memory import Shape
+from saigakit.weights.memory import Pack, Shape
 
 _FILE = "job.json"
 
@@ -40,6 +40,23 @@ class Job:
             number_format=number_format,
         )
 
+    def memory_needed(self, *, processes: int, pack: Pack | None = None) -> dict[str, int]:
+        """Bytes of one process by what they are for; without `pack` for one document of the whole budget."""
+        on_gpu = self.number_format != "float32"
+        itemsize = 2 if on_gpu else 4
+        parts = memory.training(
+            self.shape,
+            quantization=self.config.weights_as,
+            lora=self.lora,
+            pack_tokens=self.config.sequence_budget,
+            itemsize=itemsize,
+            checkpointing=on_gpu,
+            pack=pack,
+        )
+        if not self.config.is_sharded:
+            return parts
+        return sharded(parts, processes, self.shape.layers, itemsize * self.shape.embedding_parameters)
+
     def write(self, directory: Path) -> Path:
         file = directory / _FILE
         file.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2, default=str), encoding="utf-8")
@@ -57,3 +74,13 @@ class Job:
             shape=Shape(**content["shape"]),
             number_format=content["number_format"],
         )
+
+
+def sharded(parts: dict[str, int], processes: int, layers: int, embeddings: int) -> dict[str, int]:
+    """What `parts` are for one of so many processes with FSDP, in bytes.
+
+    Its part of the weights, and what it gathers: two layers, and the `embeddings` with the head, which accelerate puts
+    into one unit with what is left over.
+    """
+    whole = parts["weights"]
+    return {**parts, "weights": whole // processes + 2 * (whole - embeddings) // layers + embeddings}

@@ -5,7 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer
 
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
@@ -17,48 +21,21 @@ from saigakit.train.steps import Plan
 from saigakit.weights import fold, load, memory
 from saigakit.weights.memory import Pack
 
-if TYPE_CHECKING:
-    import torch
-    from peft import PeftModel
-    from transformers import PreTrainedModel, Trainer
-
-
-def memory_needed(job: Job, *, processes: int, pack: Pack | None = None) -> dict[str, int]:
-    """Bytes of one process by what they are for; without `pack` for one document of the whole budget."""
-    config, shape, on_gpu = job.config, job.shape, job.number_format != "float32"
-    itemsize = 2 if on_gpu else 4
-    parts = memory.training(
-        shape,
-        quantization=config.weights_as,
-        lora=job.lora,
-        pack_tokens=config.sequence_budget,
-        itemsize=itemsize,
-        checkpointing=on_gpu,
-        pack=pack,
-    )
-    return (
-        distributed.fsdp_memory(parts, processes, shape.layers, itemsize * shape.embedding_parameters)
-        if config.is_sharded
-        else parts
-    )
-
 
 @dataclass
 class Loaded:
     """The model with its adapter, the largest pack that it will see, and the memory that this was foreseen to take."""
 
     job: Job
-    model: "PeftModel"
+    model: PeftModel
     pack: list[Example]
     foreseen: dict[str, int]
 
     @classmethod
     def of(cls, job: Job, plan: Plan, device: str, log: Log) -> Self:
         """Raises SaigaError where the memory is too small, before anything is loaded."""
-        import torch
-
         config, dtype = job.config, getattr(torch, job.number_format)
-        pack, foreseen = _largest_pack(plan, lambda pack: memory_needed(job, processes=plan.processes, pack=pack))
+        pack, foreseen = _largest_pack(plan, lambda pack: job.memory_needed(processes=plan.processes, pack=pack))
         if not log.quiet:
             gpus = workspace.gpus() if device != "cpu" else []
             preflight.fits(foreseen, gpus, plan.processes, pack="the largest pack")
@@ -72,7 +49,7 @@ class Loaded:
         load.require_formats(model, dtype)
         return cls(job, model, pack, foreseen)
 
-    def try_out(self, made: "Trainer", log: Log) -> None:
+    def try_out(self, made: Trainer, log: Log) -> None:
         """Three steps on the largest pack: memory runs out now or never."""
         found = try_steps(
             self.model,
@@ -111,9 +88,7 @@ def _largest_pack(plan: Plan, needed: Callable[[Pack], dict[str, int]]) -> tuple
     return [plan.rows[row] for row in candidates[largest]], bytes_of[largest]
 
 
-def _load_base(job: Job, dtype: "torch.dtype", device: str) -> "PreTrainedModel":
-    import torch
-
+def _load_base(job: Job, dtype: torch.dtype, device: str) -> PreTrainedModel:
     nf4 = distributed.fsdp_storage(dtype) if job.config.is_sharded else {}
     base = load.base_model(job.base_dir, job.config.weights_as, dtype, device, **nf4)
     if job.config.is_folded:
@@ -144,12 +119,12 @@ class Trial:
 
 
 def try_steps(
-    model: "torch.nn.Module",
-    pack: "Mapping[str, torch.Tensor]",
+    model: torch.nn.Module,
+    pack: Mapping[str, torch.Tensor],
     *,
     predicted: Mapping[str, int],
     autocast: Callable[[], AbstractContextManager[object]],
-    scaler: "torch.amp.GradScaler | None" = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Trial:
     """Forward and backward passes on `pack`, a batch of packing.collate, as training makes them.
 
@@ -157,8 +132,6 @@ def try_steps(
     same. `predicted` is what memory.training gave. Raises SaigaError where memory runs out, and ValueError where the
     model already has gradients.
     """
-    import torch
-
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if any(parameter.grad is not None for parameter in trained):
         raise ValueError("the model has gradients, which a trial would drop")
@@ -174,14 +147,12 @@ def try_steps(
 
 
 def _try_step(
-    model: "torch.nn.Module",
-    batch: "Mapping[str, torch.Tensor]",
+    model: torch.nn.Module,
+    batch: Mapping[str, torch.Tensor],
     autocast: Callable[[], AbstractContextManager[object]],
-    scaler: "torch.amp.GradScaler | None",
+    scaler: torch.amp.GradScaler | None,
 ) -> float:
     """Seconds of one. Gradients stay for the next one to add to, as they do when steps are accumulated."""
-    import torch
-
     start = time.perf_counter()
     with load.fast_products():
         with autocast():
@@ -193,10 +164,8 @@ def _try_step(
 
 
 @contextmanager
-def _untouched(model: "torch.nn.Module", device: "torch.device") -> Iterator[None]:
+def _untouched(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
     """In training mode; then the mode, random numbers and the absence of gradients are as before."""
-    import torch
-
     on_gpu, was_training = device.type == "cuda", model.training
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
         if on_gpu:
@@ -212,9 +181,7 @@ def _untouched(model: "torch.nn.Module", device: "torch.device") -> Iterator[Non
 
 
 @contextmanager
-def _memory_is_enough(tokens: int, predicted: Mapping[str, int], device: "torch.device") -> Iterator[None]:
-    import torch
-
+def _memory_is_enough(tokens: int, predicted: Mapping[str, int], device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator has no class of its own

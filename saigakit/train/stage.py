@@ -1,4 +1,4 @@
-"""Train an adapter: the stage 02_train. Child processes do the work, one per GPU: see train.worker."""
+"""Train an adapter: the stage 02_train. Child processes do the work, one per GPU: see train.__main__."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from saigakit.core import launch, manifest, workspace
 from saigakit.core.files import sha256
 from saigakit.data import report, sources
 from saigakit.errors import SaigaError
-from saigakit.train import checkpoints, curve, loading, preflight, run_state
+from saigakit.train import checkpoints, curve, preflight, run_state
 from saigakit.train.checkpoints import Store
 from saigakit.train.job import Job
 from saigakit.weights import base_files
@@ -136,7 +136,7 @@ def train_adapter(config: TrainConfig) -> Path:
     preflight.sharding(config, gpus, machines)
     processes = config.processes or len(gpus) or 1
     job = Job.of(config, number_format)
-    needed = loading.memory_needed(job, processes=processes * machines)
+    needed = job.memory_needed(processes=processes * machines)
     preflight.fits(needed, gpus, processes, pack="one conversation of max_seq_length")
     preflight.sharded_lora(config, job.lora)
     preflight.sharded_loading(config, job.shape, processes)
@@ -202,7 +202,7 @@ def _run_child(
             paths[key] = str(found[name])
     job_file = replace(job, config=replace(job.config, **paths)).write(directory)
     store_file = store.for_child(directory)
-    launch.distributed("saigakit.train.worker", [str(job_file)], processes=processes, nodes=nodes)
+    launch.distributed("saigakit.train", [str(job_file)], processes=processes, nodes=nodes)
     job_file.unlink()
     store_file.unlink()
 

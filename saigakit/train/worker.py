@@ -8,9 +8,11 @@ import io
 import json
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
+
+import torch
+import transformers
 
 from saigakit import data
 from saigakit.config import TrainConfig
@@ -32,9 +34,6 @@ _LOCK_PATIENCE_S = 5.0
 
 def main(job_file: Path) -> None:
     """Loads, trains, writes the adapter, the log, the samples and how it ended next to the job."""
-    import torch
-    import transformers
-
     load.quiet()
     job = Job.read(job_file)
     config = job.config
@@ -77,7 +76,7 @@ def _train(run: Run, loaded: Loaded, start: Path | None) -> int:
         return run.saved_step
     made = trainer.build(run, loaded.model, loaded.job.number_format, resumed=start is not None)
     if run.config.is_sharded:
-        distributed.call_when_ready(made, lambda: loaded.try_out(made, run.log))
+        made.add_callback(distributed.WhenReady(lambda: loaded.try_out(made, run.log)))
     else:
         loaded.try_out(made, run.log)
     made.train(resume_from_checkpoint=None if start is None else str(start / checkpoints.STATE))
@@ -157,8 +156,3 @@ def _training_rows(
     joined = steps.Joined(training, stored(general, config.replay_file))
     log.say(joined.in_words(config.replay_fraction))
     return joined
-
-
-if __name__ == "__main__":
-    with launch.child():
-        main(Path(sys.argv[1]))

@@ -51,13 +51,25 @@ def packages(file: Path) -> set[str]:
 
 def imported_at_once(body: list[ast.stmt]) -> Iterator[tuple[int, str]]:
     """(line, top-level package) of what runs when the module is imported."""
-    for node in body:
+    for node in _imports_at_once(body):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             yield node.lineno, (node.module or "").split(".")[0]
-        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            yield from imported_at_once(node.orelse)
+
+
+def imported_at_the_top(file: Path) -> set[str]:
+    """The saigakit modules that are imported with a file, not those for annotations alone."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return imported_by(ast.Module(list(_imports_at_once(tree.body)), []))
+
+
+def _imports_at_once(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'"):
+            yield from _imports_at_once(node.orelse)
         elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             for name in ("body", "orelse", "finalbody", "handlers"):
-                yield from imported_at_once(getattr(node, name, []))
+                yield from _imports_at_once(getattr(node, name, []))

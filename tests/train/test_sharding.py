@@ -14,7 +14,7 @@ from saigakit.core.workspace import Gpu
 from saigakit.data.rows import Rows
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
-from saigakit.train import curve, distributed, preflight
+from saigakit.train import curve, distributed, job, preflight
 from saigakit.train.steps import Plan
 
 CHILD = """
@@ -131,5 +131,5 @@ def test_what_cannot_be_sharded_is_refused(gpus, settings, message):
 
 
 def test_memory_of_one_process_is_its_part_two_layers_and_the_embeddings():
-    parts = distributed.fsdp_memory({"weights": 3600, "logits": 5}, processes=4, layers=32, embeddings=400)
+    parts = job.sharded({"weights": 3600, "logits": 5}, processes=4, layers=32, embeddings=400)
     assert parts == {"weights": 900 + 200 + 400, "logits": 5}

@@ -107,7 +107,9 @@ def test_a_session_that_has_no_time_left_still_gives_an_adapter(records, tmp_pat
     made = train.train_adapter(
         config_for(records, tmp_path, adapter=None, quantization="none", epochs=5, processes=processes)
     )
-    assert "max_hours=10.5 end training at step 1 of 19, which is saved" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "max_hours=10.5 end training at step 1 of 19, which is saved" in printed
+    assert "kernels" not in printed  # what bitsandbytes says when it is imported
     assert load.adapter_shapes(made)
 
 

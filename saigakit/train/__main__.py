@@ -1,0 +1,14 @@
+"""Start a child process of 02_train: `python -m saigakit.train JOB_FILE`."""
+
+import sys
+from pathlib import Path
+
+from saigakit.core import launch
+from saigakit.weights import load
+
+if __name__ == "__main__":
+    with launch.child():
+        load.quiet()  # before the libraries that it quiets are imported
+        from saigakit.train import worker
+
+        worker.main(Path(sys.argv[1]))
