@@ -12,7 +12,7 @@ class Every:
     """True when called once EVERY_S seconds have passed since it was last True."""
 
     def __init__(self) -> None:
-        self._last = time.monotonic()
+        self._start = self._last = time.monotonic()
 
     def __call__(self) -> bool:
         now = time.monotonic()
@@ -20,6 +20,29 @@ class Every:
             return False
         self._last = now
         return True
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self._start
+
+    def left(self, done: float, total: float) -> float:
+        """Seconds that the rest takes at the speed so far."""
+        return self.spent * (total - done) / done
+
+
+class Progress:
+    """Prints now and then how many texts are done and how long the rest takes, and a line at the end."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self._is_due = what, Every()
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self._is_due() and done < total:
+            return
+        took = f"{self._is_due.spent:.0f} s"
+        left = f"about {self._is_due.left(done, total):.0f} s left" if done else f"{took} so far"
+        print(f"{self.what}: {done} of {total} texts, {left if done < total else took}", flush=True)
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,13 +11,14 @@ from typing import Any
 
 from saigakit import data, infer, registry
 from saigakit.core import manifest, workspace
+from saigakit.core.display import Progress
 from saigakit.core.files import write_text
 from saigakit.data.questions import MARGIN, Example, read_examples
 from saigakit.errors import SaigaError
 from saigakit.evaluate import metrics, results
 from saigakit.prompt import encoding
 from saigakit.weights import base_files, find, generate, lineage, memory
-from saigakit.weights.generate import Generated, Progress
+from saigakit.weights.generate import Generated
 
 STAGE = "04_infer"
 DISK = 100 * 10**6  # bytes; 240 answers and the plot are under 1 MB

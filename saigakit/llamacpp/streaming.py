@@ -4,7 +4,6 @@ import ctypes
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -249,7 +248,6 @@ class _Progress:
         self.types, self._lock, self._is_due = types, threading.Lock(), Every()
         self.total = sum(quantization.size(shape, each[name]) for each in types for name, shape in shapes.items())
         self.written = 0
-        self.start = time.monotonic()
 
     def add(self, chunk: _Chunk) -> None:
         rows = chunk.rows.stop - chunk.rows.start
@@ -257,7 +255,7 @@ class _Progress:
             self.written += sum(_row_bytes(chunk, each[chunk.name]) * rows for each in self.types)
             if not self._is_due():
                 return
-            left = (time.monotonic() - self.start) * (self.total - self.written) / self.written
+            left = self._is_due.left(self.written, self.total)
         print(
             f"{self.written / workspace.GB:.2f} of {self.total / workspace.GB:.2f} GB written, about {left:.0f} s left",
             flush=True,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saigakit.core import launch, workspace
+from saigakit.core.display import Progress
 from saigakit.core.files import write_text
 from saigakit.registry import Quantization
 from saigakit.weights import load
@@ -42,24 +43,6 @@ class Request:
     base_dir: str
     adapter_dir: str | None
     quantization: Quantization
-
-
-class Progress:
-    """A line every 15 s: how many are done, how long still."""
-
-    EVERY_S = 15
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.start = self.printed = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self.printed < self.EVERY_S and done < total:
-            return
-        self.printed, spent = now, now - self.start
-        left = f"about {spent / done * (total - done):.0f} s left" if done else f"{spent:.0f} s so far"
-        print(f"{self.what}: {done} of {total} texts, {left if done < total else f'{spent:.0f} s'}", flush=True)
 
 
 def in_child(request: Request, directory: Path) -> dict[str, Generated]:

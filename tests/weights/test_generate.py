@@ -3,8 +3,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saigakit.weights import generate
-from saigakit.weights.generate import HfModel, Progress, batches, until_stop
+from saigakit.weights.generate import HfModel, batches, until_stop
 
 PROMPTS = [[5, 9, 17], [8, 3, 40, 41, 42, 43, 44], [99], [12, 13, 14, 15, 16, 12, 13]]
 STOP = frozenset({7})
@@ -102,17 +101,3 @@ def test_a_prompt_over_the_budget_is_answered_alone():
 def test_what_follows_the_stop_id_is_cut_off_and_not_counted():
     assert until_stop([4, 5, 7, 7, 7], STOP) == ([4, 5], 3)
     assert until_stop([4, 5], STOP) == ([4, 5], 2)
-
-
-def test_progress_is_silent_between_its_lines(capsys):
-    progress = Progress("after")
-    for done in range(5):
-        progress(done, 4)
-    assert capsys.readouterr().out == "after: 4 of 4 texts, 0 s\n"
-
-
-def test_progress_says_how_long_still(capsys, monkeypatch):
-    progress = Progress("after")
-    monkeypatch.setattr(generate.time, "monotonic", lambda: progress.start + 30)
-    progress(60, 240)
-    assert capsys.readouterr().out == "after: 60 of 240 texts, about 90 s left\n"
