@@ -207,3 +207,13 @@ def test_two_processes_know_their_ranks(tmp_path, capfd, monkeypatch):
 def test_children_count_their_hours_from_the_sessions_start(capfd):
     launch.run(python("import os; print(os.environ['SAIGAKIT_SESSION_START'])"))
     assert float(capfd.readouterr().out) <= time.time()
+
+
+@pytest.mark.parametrize(("set_by_user", "seen"), [(None, "passive"), ("active", "active")])
+def test_threads_of_a_child_wait_passively_unless_the_user_says_otherwise(set_by_user, seen, capfd, monkeypatch):
+    if set_by_user is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    else:
+        monkeypatch.setenv("OMP_WAIT_POLICY", set_by_user)
+    launch.run(python("import os; print(os.environ['OMP_WAIT_POLICY'])"))
+    assert capfd.readouterr().out == f"{seen}\n"
