@@ -9,8 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from saigakit.core.files import discard_partial, sha256
-from saigakit.core.files import write_text as write_text
+from saigakit.core.files import discard_partial, sha256, write_text
 from saigakit.errors import SaigaError
 
 NAME = "saigakit.json"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saigakit import data
-from saigakit.core import manifest
 from saigakit.core.display import Table
+from saigakit.core.files import write_text
 from saigakit.data import questions
 from saigakit.data.questions import Example
 from saigakit.data.store import Conversations
@@ -84,7 +84,7 @@ class Samples:
             return
         made = Entry(step, f"{loss:.4f}", tuple(map(self._answer, self._rows(model))))
         self._entries = [entry for entry in self._entries if entry.step != step] + [made]
-        manifest.write_text(self.file, self._text())
+        write_text(self.file, self._text())
 
     def restart_at(self, step: int) -> None:
         """Takes up the file of an earlier session, entries after `step` cut off.
@@ -100,7 +100,7 @@ class Samples:
                 "session had, or train afresh without resume_from."
             )
         self._entries = [entry for entry in self._entries if entry.step <= step]
-        manifest.write_text(self.file, self._text())
+        write_text(self.file, self._text())
 
     def _rows(self, model: "PeftModel") -> list[list[int]]:
         """Ids of all answers; in one batch where the memory has room for it."""
