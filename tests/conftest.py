@@ -10,7 +10,7 @@ from pathlib import Path
 # One thread per worker: two workers share two cores, and torch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tests of equality must not depend on the CPU; test_bf16_products.py measures what bf16 costs.
+# Tests of equality must not depend on the CPU; test_trainer_bf16_products.py measures what bf16 costs.
 os.environ["SAIGAKIT_CPU_MATMUL"] = "float32"
 
 import llama_cpp_chain

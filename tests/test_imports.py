@@ -5,6 +5,7 @@ import graphlib
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from import_graph import FILES, PACKAGE, imported, imported_at_once, imported_at_the_top, name_of, room_of
@@ -103,3 +104,11 @@ def test_importing_every_module_of_the_parent_brings_in_nothing_heavy():
 
 def in_child_modules(statements: str) -> set[str]:
     return set(in_child(f"import sys; {statements}; print(*sys.modules)").split())
+
+
+@pytest.mark.parametrize("room", sorted(room for room in FLOORS if (PACKAGE / room).is_dir()))
+def test_the_tests_of_a_room_bear_the_names_of_its_files(room):
+    files = {file.stem for file in (PACKAGE / room).glob("*.py")}
+    tests = [file.stem.removeprefix("test_") for file in (Path(__file__).parent / room).glob("test_*.py")]
+    aspects = {name: [stem for stem in files if name == stem or name.startswith(f"{stem}_")] for name in tests}
+    assert tests and [name for name, found in aspects.items() if not found] == []

@@ -185,18 +185,18 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/../support"]
-import test_head
+import test_layers_loss
 from saigakit.train import layers as head
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
-head.CHUNK_LOGITS = test_head.CHUNK
-batch = test_head.pack()
+head.CHUNK_LOGITS = test_layers_loss.CHUNK
+batch = test_layers_loss.pack()
 batch["input_ids"] = batch["input_ids"] + rank
 found = []
 for in_chunks in (False, True):
-    model = test_head.loaded(Path(sys.argv[2]), quantization="nf4", checkpointing=True)
+    model = test_layers_loss.loaded(Path(sys.argv[2]), quantization="nf4", checkpointing=True)
     assert not in_chunks or head.use_chunked_loss(model)
-    found.append(test_head.loss_and_gradients(DistributedDataParallel(model), batch))
+    found.append(test_layers_loss.loss_and_gradients(DistributedDataParallel(model), batch))
 (loss, gradients), (in_chunks, theirs) = found
 largest = max(gradient.abs().max() for gradient in gradients.values())
 assert largest > 0
