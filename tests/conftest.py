@@ -24,6 +24,8 @@ from saigakit.demo import packages
 from saigakit.errors import SaigaError
 
 _SLOW = "slow: make test-all runs it"
+# Files of minutes begin first: one of them at the end would leave the other worker without work.
+_LONG = ("tests/test_pipeline.py", "tests/train/", "tests/prompt/test_encoding_same_ids.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     chosen = config.getoption("--slow")
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
     if chosen == "only":
         items[:] = [item for item in items if item.get_closest_marker("slow")]
     for item in items if chosen == "skip" else ():
