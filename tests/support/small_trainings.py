@@ -2,8 +2,10 @@
 
 import torch
 
+from saigakit import train
 from saigakit.config import TrainConfig
 from saigakit.prompt import encoding
+from saigakit.train import curve
 
 
 def config_for(records, directory, **settings):
@@ -21,3 +23,13 @@ def mean_loss(model, rows):
         total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         count += int((labels != encoding.IGNORE_INDEX).sum())
     return total / count
+
+
+def trained(records, directory, **settings):
+    """The stage of one unquantised epoch with a new LoRA, unless `settings` say otherwise."""
+    given = {"quantization": "none", "adapter": None} | settings
+    return train.train_adapter(config_for(records, directory, **given))
+
+
+def losses(stage):
+    return [entry.get("loss", entry.get("held_out_loss")) for entry in curve.read(stage)]

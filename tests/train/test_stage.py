@@ -27,11 +27,6 @@ NEW = Lora(rank=4, alpha=8)
 
 
 @pytest.fixture(scope="module")
-def records(tiny):
-    return tiny / "records.jsonl"
-
-
-@pytest.fixture(scope="module")
 def continued(records, tmp_path_factory):
     """The released adapter trained on in nf4, as on Kaggle."""
     return train.train_adapter(

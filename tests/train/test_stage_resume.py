@@ -134,11 +134,6 @@ def is_over_after(monkeypatch, step):
 
 
 @pytest.fixture
-def in_this_process(monkeypatch):
-    monkeypatch.setattr(launch, "distributed", lambda _, arguments, **__: worker.main(Path(arguments[0])))
-
-
-@pytest.fixture
 def ended(tiny, tmp_path, monkeypatch, in_this_process):
     """A stage that ended by max_hours at step 5, without an evaluation but the first and the last."""
     config = kill_resume.config_for(tmp_path / "first", save_steps=None, eval_steps=100, max_hours=100)

@@ -1,47 +1,30 @@
 """Products in bf16 make training faster on some CPUs: around forward and backward, and nowhere else."""
 
 import hashlib
-from pathlib import Path
 
 import pytest
 import torch
 from bf16_products import Bf16Products
 from safetensors.torch import load_file
+from small_trainings import losses, trained
 
-from saigakit import train
-from saigakit.config import TrainConfig
-from saigakit.core import launch, workspace
+from saigakit.core import workspace
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
-from saigakit.train import curve, loading, trainer, worker
+from saigakit.train import loading, trainer
 from saigakit.weights import fold, load
 
-
-@pytest.fixture
-def records(tiny):
-    return tiny / "records.jsonl"
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    monkeypatch.setattr(launch, "distributed", lambda _, arguments, **__: worker.main(Path(arguments[0])))
+FOLDED = {"adapter": "folded", "lora": Lora(rank=3, alpha=6, dropout=0.0)}
 
 
-def trained(records, directory, **settings):
-    files = {"train_file": str(records), "eval_file": str(records), "output_dir": str(directory / "02_train")}
-    given = {"model": "saiga_tiny", "epochs": 1, "quantization": "none", "adapter": "folded"} | files | settings
-    return train.train_adapter(TrainConfig(lora=Lora(rank=3, alpha=6, dropout=0.0), **given))
-
-
-def in_bf16(monkeypatch, records, directory, **settings):
+def in_bf16(monkeypatch, records, directory):
     """The stage, trained as on a CPU with fast bf16 products, and how many products were made so."""
     monkeypatch.setenv("SAIGAKIT_CPU_MATMUL", "bf16")
     with Bf16Products() as products:
-        return trained(records, directory, **settings), products.rounded
-
-
-def losses(stage):
-    return [entry.get("loss", entry.get("held_out_loss")) for entry in curve.read(stage)]
+        return trained(records, directory, **FOLDED), products.rounded
 
 
 def digest(model):
@@ -52,7 +35,7 @@ def digest(model):
 def test_bf16_products_leave_the_folded_base_as_it_is(records, tmp_path, monkeypatch):
     bases, plain = [], loading._load_base
     monkeypatch.setattr(loading, "_load_base", lambda *given: bases.append(digest(base := plain(*given))) or base)
-    trained(records, tmp_path / "float32")
+    trained(records, tmp_path / "float32", **FOLDED)
     _, rounded = in_bf16(monkeypatch, records, tmp_path / "bf16")
     assert rounded > 0
     assert bases[0] == bases[1]
@@ -94,7 +77,7 @@ def test_only_forward_and_backward_run_at_the_fast_precision(records, tmp_path, 
 
 def test_training_in_bf16_products_learns_as_well_as_in_float32(records, tmp_path, monkeypatch):
     """Each loss within 2 %, the last one within 1 %: eight bits of a product's operands, summed in float32."""
-    exact = losses(trained(records, tmp_path / "float32"))
+    exact = losses(trained(records, tmp_path / "float32", **FOLDED))
     stage, rounded = in_bf16(monkeypatch, records, tmp_path / "bf16")
     assert rounded > 0
     assert losses(stage) == pytest.approx(exact, rel=0.02)

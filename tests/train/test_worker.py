@@ -7,9 +7,8 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from small_trainings import mean_loss
+from small_trainings import losses, mean_loss, trained
 
-from saigakit import train
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest
 from saigakit.data.rows import Rows
@@ -20,25 +19,7 @@ from saigakit.train import checkpoints, curve, loading, preflight, run_state, sa
 from saigakit.train.steps import Plan
 from saigakit.weights import find, load, memory
 
-
-@pytest.fixture
-def records(tiny):
-    return tiny / "records.jsonl"
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    monkeypatch.setattr(launch, "distributed", lambda _, arguments, **__: worker.main(Path(arguments[0])))
-
-
-def trained(records, directory, **settings):
-    files = {"train_file": str(records), "eval_file": str(records), "output_dir": str(directory / "02_train")}
-    given = {"model": "saiga_tiny", "epochs": 1, "quantization": "none", "adapter": None} | files | settings
-    return train.train_adapter(TrainConfig(**given))
-
-
-def losses(stage):
-    return [entry.get("loss", entry.get("held_out_loss")) for entry in curve.read(stage)]
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 def test_the_answers_at_every_evaluation_are_in_the_stage(records, tmp_path):
