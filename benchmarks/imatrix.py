@@ -20,6 +20,7 @@ from pydoc_data.topics import topics
 
 from saigakit import data, export
 from saigakit.core.display import Table
+from saigakit.data.conversations import spread
 from saigakit.demo import packages, wordnet_records
 from saigakit.export import quality
 from saigakit.llamacpp import imatrix_compute, quantization
@@ -107,7 +108,7 @@ def main() -> None:
     half = len(sentences) // 2
     texts = rows_of(sentences[:half], tokenizer, LENGTH * options.sentences)
     held = {
-        "answers of held-out records": data.spread(held_out, options.records),
+        "answers of held-out records": spread(held_out, options.records),
         "Russian sentences": [{"input_ids": ids, "labels": ids} for ids in texts],
     }
     sources = {

@@ -219,7 +219,7 @@ def _parse_gpu(line: str) -> Gpu:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU has bf16 instructions. Whether they are faster is measured: weights.bf16_is_faster.
+    """Whether this CPU has bf16 instructions. Whether they are faster is measured: weights.load.bf16_is_faster.
 
     SAIGAKIT_CPU_MATMUL=float32 turns them off, where results must not depend on the CPU.
     """

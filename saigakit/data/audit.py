@@ -42,7 +42,7 @@ class Side:
 
     def __init__(self, special_tokens: Iterable[str], end_ids: frozenset[int]) -> None:
         self._special = _any_of(filter(str.strip, special_tokens))
-        self._end_ids = end_ids  # tokenization.end_of_turn_ids
+        self._end_ids = end_ids  # encoding.end_of_turn_ids
         self._counts: Counter[str] = Counter()
         self._longest = self._longest_answer = 0
         self._hashes = array("q")

@@ -23,7 +23,7 @@ KEPT_PROBLEMS = 1000  # of a million bad records; the others are counted
 
 
 def read_conversations(source: str | Path | Sequence[str | Path]) -> Conversations:
-    """The records of one file or of several: JSONL (.gz too), a JSON array or Parquet; see `shapes.conversation`.
+    """The records of one file or of several: JSONL (.gz too), a JSON array or Parquet; see `schema.conversation`.
 
     Keys beside a conversation ("id") are not read, which is printed with their number. Blank lines are skipped.
     Raises DataError with every problem of all files: no record is dropped.

@@ -28,7 +28,7 @@ _Encoding = Future[list[list[Example]]]
 
 
 class Encoded(NamedTuple):
-    """`conversation` and its rows (`tokenization.encode_rows`) after whole turns were cut off; no row: not even the
+    """`conversation` and its rows (`encoding.encode_rows`) after whole turns were cut off; no row: not even the
     first answer fits."""
 
     conversation: Conversation

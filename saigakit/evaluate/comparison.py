@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saigakit import data, infer, registry
+from saigakit import infer, registry
 from saigakit.core import manifest, workspace
 from saigakit.core.display import Progress
 from saigakit.core.files import write_text
+from saigakit.data.conversations import spread
 from saigakit.data.questions import MARGIN, Example, read_examples
 from saigakit.errors import SaigaError
 from saigakit.evaluate import metrics, results
@@ -52,7 +53,7 @@ def compare(
     }
     if manifest.is_kept(final, **identity):
         return final
-    examples = data.spread(read_examples(compared.held_out_file), max_examples)
+    examples = spread(read_examples(compared.held_out_file), max_examples)
     asked = Asked.of(examples, encoding.load_tokenizer(model, base_source))
     quantization = registry.find(model).quantization
     _require_memory(compared.base_dir, quantization, asked)

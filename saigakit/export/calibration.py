@@ -9,6 +9,7 @@ from saigakit import data, registry
 from saigakit.core import manifest, workspace
 from saigakit.core.files import require_absent, sha256
 from saigakit.data import rows, sources
+from saigakit.data.conversations import spread
 from saigakit.data.rows import Rows
 from saigakit.errors import SaigaError
 from saigakit.export.stage import require_possible, to_gguf
@@ -116,6 +117,6 @@ def importance_matrix(
 def token_rows(records: str | Path, model: str, base_source: str | None) -> Rows:
     """Conversations evenly spread over the records, as training has them."""
     spec = registry.find(model)
-    conversations = data.spread(data.read_conversations(sources.records_files(str(records))), _CONVERSATIONS)
+    conversations = spread(data.read_conversations(sources.records_files(str(records))), _CONVERSATIONS)
     tokenizer = encoding.load_tokenizer(spec.name, base_source)
     return rows.store(conversations, tokenizer, _LONGEST, name=Path(records).name)

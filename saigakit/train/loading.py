@@ -126,7 +126,7 @@ def try_steps(
     autocast: Callable[[], AbstractContextManager[object]],
     scaler: torch.amp.GradScaler | None = None,
 ) -> Trial:
-    """Forward and backward passes on `pack`, a batch of packing.collate, as training makes them.
+    """Forward and backward passes on `pack`, a batch of steps.collate, as training makes them.
 
     Afterwards weights, gradients, random numbers and the mode are as before, so that training is bit for bit the
     same. `predicted` is what memory.training gave. Raises SaigaError where memory runs out, and ValueError where the

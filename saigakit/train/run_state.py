@@ -11,9 +11,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from saigakit import data
 from saigakit.config import TrainConfig
 from saigakit.core import workspace
+from saigakit.data.conversations import spread
 from saigakit.data.rows import Rows
 from saigakit.prompt.encoding import Example
 from saigakit.train.checkpoints import Store
@@ -36,7 +36,7 @@ class HeldOut(Sequence[Example]):
     """`count` of the rows, evenly over them; read when one is asked for."""
 
     def __init__(self, rows: Rows, count: int) -> None:
-        self.rows, self.chosen = rows, data.spread(range(len(rows)), count) if count else []
+        self.rows, self.chosen = rows, spread(range(len(rows)), count) if count else []
         self.lengths = [rows.lengths[row] for row in self.chosen]
 
     def __len__(self) -> int:

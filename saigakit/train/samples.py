@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from saigakit import data
 from saigakit.core.display import Table
 from saigakit.core.files import write_text
 from saigakit.data import questions
+from saigakit.data.conversations import spread
 from saigakit.data.questions import Example
 from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
@@ -62,9 +62,9 @@ class Samples:
     def __init__(self, tokenizer: Tokenizer, conversations: Conversations, file: Path) -> None:
         self.file = file
         self._tokenizer = tokenizer
-        found = map(questions.of_conversation, data.spread(conversations, _LOOKED_AT))
+        found = map(questions.of_conversation, spread(conversations, _LOOKED_AT))
         asked = [(each, each.prompt(tokenizer)) for each in found if each is not None]
-        chosen = data.spread([pair for pair in asked if len(pair[1]) <= PROMPT_TOKENS], COUNT)
+        chosen = spread([pair for pair in asked if len(pair[1]) <= PROMPT_TOKENS], COUNT)
         self._examples: list[Example] = [example for example, _ in chosen]
         self._prompts = [prompt for _, prompt in chosen]
         self._references = [example.reference(tokenizer) for example in self._examples]

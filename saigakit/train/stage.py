@@ -14,6 +14,7 @@ from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest, workspace
 from saigakit.core.files import sha256
 from saigakit.data import report, sources
+from saigakit.data.conversations import common_system_prompt
 from saigakit.errors import SaigaError
 from saigakit.train import checkpoints, curve, preflight, run_state
 from saigakit.train.checkpoints import Store
@@ -234,4 +235,4 @@ def _system_prompt(train_file: Path, hashes: Mapping[str, str]) -> str | None:
         if is_its and "system_prompt" in formatted:
             prompt: str | None = formatted["system_prompt"]
             return prompt
-    return data.common_system_prompt(data.read_conversations(train_file))
+    return common_system_prompt(data.read_conversations(train_file))

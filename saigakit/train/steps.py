@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from saigakit import data
 from saigakit.config import TrainConfig
 from saigakit.data import sources
+from saigakit.data.conversations import asking_alike
 from saigakit.data.rows import Rows
 from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
@@ -137,7 +138,7 @@ def read_replay(name: str, held_out: Conversations | None, run_dir: str | Path |
     answers would mean nothing. How many is said. Raises SaigaError where none is left, DataError for bad records.
     """
     conversations = data.read_conversations(sources.records_files(name, run_dir))
-    leaking = set() if held_out is None else set(data.asking_alike(held_out, conversations))
+    leaking = set() if held_out is None else set(asking_alike(held_out, conversations))
     if not leaking:
         return conversations
     if len(leaking) == len(conversations):

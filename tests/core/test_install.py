@@ -209,8 +209,9 @@ def test_the_llama_cpp_of_this_environment_has_no_amx_kernels_that_crash():
     """What make installs: on a CPU with AMX, plain llama_cpp.Llama died of SIGSEGV."""
     import llama_cpp
 
-    if install.llama_cmake_args(install.workspace.cpu_flags(), install.gcc_version()):
-        assert b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
+    if not install.llama_cmake_args(install.workspace.cpu_flags(), install.gcc_version()):
+        pytest.skip("this CPU has no AMX, or its compiler builds the kernels well")
+    assert b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
 
 
 def test_an_unknown_stage_is_refused_with_the_names_of_all():

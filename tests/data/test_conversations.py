@@ -15,6 +15,7 @@ from pyarrow import parquet
 from saigakit import data
 from saigakit.core import display
 from saigakit.data import conversations as data_conversations
+from saigakit.data.conversations import asking_alike, common_system_prompt, labels
 from saigakit.data.store import Conversations
 from saigakit.errors import DataError, SaigaError
 
@@ -181,7 +182,7 @@ def test_files_of_the_same_name_are_told_apart_by_their_directory(files):
 
 def test_files_whose_directories_have_the_same_name_too_are_told_apart_by_their_path():
     paths = [Path("/a/ru/x.jsonl"), Path("/b/ru/x.jsonl"), Path("/b/y.jsonl")]
-    assert data.labels(paths) == ["/a/ru/x.jsonl", "/b/ru/x.jsonl", "y.jsonl"]
+    assert labels(paths) == ["/a/ru/x.jsonl", "/b/ru/x.jsonl", "y.jsonl"]
 
 
 def test_an_empty_file_among_others_is_a_problem(files):
@@ -283,7 +284,7 @@ def test_a_split_is_complete_and_no_prompt_is_on_both_sides(seed):
     assert sorted(map(json.dumps, train + held_out)) == sorted(map(json.dumps, turns))
     sides = [{m["content"] for messages in side for m in messages if m["role"] == "user"} for side in (train, held_out)]
     assert sides[0].isdisjoint(sides[1])
-    assert data.asking_alike(of_turns(train), of_turns(held_out)) == []
+    assert asking_alike(of_turns(train), of_turns(held_out)) == []
 
 
 def test_a_split_is_the_same_for_the_same_seed_and_another_for_another():
@@ -338,7 +339,7 @@ def test_a_short_text_that_many_say_unites_no_conversations():
     conversations = of_turns([*asked(f"вопрос {index}"), THANKS, YES] for index in range(30))
     train, held_out = data.split_conversations(conversations, eval_fraction=0.2, seed=1)
     assert (len(train), len(held_out)) == (24, 6)
-    assert data.asking_alike(train, held_out) == []
+    assert asking_alike(train, held_out) == []
 
 
 def test_an_instruction_that_all_have_unites_no_conversations_whose_texts_are_in_the_system_prompt():
@@ -351,14 +352,14 @@ def test_an_instruction_that_all_have_unites_no_conversations_whose_texts_are_in
     conversations = of_turns(turn(index) for index in range(30))
     train, held_out = data.split_conversations(conversations, eval_fraction=0.2, seed=1)
     assert (len(train), len(held_out)) == (24, 6)
-    assert data.asking_alike(train, held_out) == []
+    assert asking_alike(train, held_out) == []
 
 
 def test_a_question_of_training_is_counted_in_held_out_wherever_it_stands():
     question = asked("Почему небо над морем бывает зелёным?")
     training = of_turns([question, [*asked("Привет"), *question]])
     held_out = of_turns([[*asked("Здравствуй"), *question], asked("Совсем другой вопрос о море и о небе")])
-    assert len(data.asking_alike(training, held_out)) == 1
+    assert len(asking_alike(training, held_out)) == 1
 
 
 def test_a_prompt_shared_through_another_conversation_keeps_all_three_together():
@@ -405,7 +406,7 @@ def test_the_system_prompt_of_all_conversations_is_known_where_there_is_one(tmp_
         ]
         file = tmp_path / "records.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return data.common_system_prompt(data.read_conversations(file))
+        return common_system_prompt(data.read_conversations(file))
 
     assert common("Ты — Сайга.", "Ты — Сайга.") == "Ты — Сайга."
     assert common("Ты — Сайга.", "Ты — кот.") is None

@@ -12,6 +12,7 @@ from saigakit import data
 from saigakit.core import display, manifest
 from saigakit.core.files import sha256
 from saigakit.data import report
+from saigakit.data.conversations import common_system_prompt, spread
 from saigakit.errors import DataError, SaigaError
 from saigakit.prompt import encoding, template
 from saigakit.registry import MODELS
@@ -87,7 +88,7 @@ def test_the_manifest_has_the_system_prompt_that_the_training_records_share(tmp_
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     made = check(str(file))
     assert manifest.read(made)["system_prompt"] == common
-    assert data.common_system_prompt(data.read_conversations(made / "train.jsonl")) == common
+    assert common_system_prompt(data.read_conversations(made / "train.jsonl")) == common
 
 
 def test_every_record_is_on_one_side(stage, tiny):
@@ -384,7 +385,7 @@ def test_the_advice_ends_with_steps_and_hours(stage):
 
 def test_examples_are_marked_where_they_are_learned(stage, tokenizer):
     marked = report.examples(stage, tokenizer, count=2)
-    for prompt, conversation in zip(marked.prompts, data.spread(messages_of(stage / "train.jsonl"), 2), strict=True):
+    for prompt, conversation in zip(marked.prompts, spread(messages_of(stage / "train.jsonl"), 2), strict=True):
         assert f"⟦{conversation[-1]['content']}</s>⟧" in str(marked)
         assert "".join(piece.text for piece in prompt.pieces if piece.is_learned).endswith("</s>")
 

@@ -3,10 +3,11 @@ import shutil
 
 import pytest
 
-from saigakit import data, evaluate, export, registry
+from saigakit import evaluate, export, registry
 from saigakit.core import manifest, workspace
 from saigakit.core.files import sha256
 from saigakit.data import questions
+from saigakit.data.conversations import spread
 from saigakit.errors import SaigaError
 from saigakit.evaluate import comparison, results
 from saigakit.evaluate.comparison import Asked, Compared, Example
@@ -94,7 +95,7 @@ def test_a_file_without_answers_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("count", "taken"), [(3, [0, 3, 6]), (10, list(range(10))), (99, list(range(10))), (1, [0])])
 def test_examples_are_taken_evenly_over_the_file(count, taken):
-    assert [text for _, text in data.spread([([], index) for index in range(10)], count)] == taken
+    assert [text for _, text in spread([([], index) for index in range(10)], count)] == taken
 
 
 def test_the_limit_is_the_longest_reference_and_a_margin(tiny):
@@ -154,7 +155,7 @@ def test_the_stage_has_a_row_for_each_model_and_no_other_files(compared):
 def test_answers_stand_beside_the_reference_of_their_question(compared):
     made, examples = compared
     lines = [json.loads(line) for line in (made / "answers.jsonl").read_text(encoding="utf-8").split("\n") if line]
-    asked = data.spread(examples, 4)
+    asked = spread(examples, 4)
     assert [(line["prompt"], line["reference"]) for line in lines] == [
         (each.messages[-1]["content"], each.answer["content"]) for each in asked
     ]

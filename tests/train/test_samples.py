@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from saigakit import data
+from saigakit.data.conversations import spread
 from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
@@ -148,7 +149,7 @@ def test_answers_are_those_of_generation_one_by_one(tiny, tokenizer, held_out, t
     asked.write(0, 1.0, in_training(tiny))
     hf = generate.HfModel(tiny / "base", tiny / "adapter", "none")
     expected = []
-    for conversation in data.spread(held_out, 4):
+    for conversation in spread(held_out, 4):
         prompt = encoding.encode(conversation["messages"][:-1], tokenizer, add_generation_prompt=True)["input_ids"]
         made = hf.answers([prompt], adapted=True, stop_ids=encoding.end_of_turn_ids(tokenizer),
                           max_new_tokens=asked.max_new_tokens, on_progress=lambda *_: None)  # fmt: skip

@@ -17,6 +17,7 @@ from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest, workspace
 from saigakit.core.files import sha256
 from saigakit.core.workspace import Gpu
+from saigakit.data.conversations import common_system_prompt, spread
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.registry import Lora
@@ -89,7 +90,7 @@ def test_two_processes_learn_what_one_learns(tmp_path, quantization):
 
 def test_the_held_out_loss_is_the_mean_over_learned_tokens(continued, records, tiny):
     tokenizer = encoding.load_tokenizer("saiga_tiny")
-    rows = data.spread([encoding.encode(row["messages"], tokenizer) for row in data.read_conversations(records)],
+    rows = spread([encoding.encode(row["messages"], tokenizer) for row in data.read_conversations(records)],
                         run_state.AT_LEAST)  # fmt: skip
     model = load.base_model(tiny / "base", "nf4", torch.float32, "cpu")
     model = load.with_adapter(model, tiny / "adapter", NEW).eval()
@@ -166,7 +167,7 @@ def test_records_without_a_noted_system_prompt_are_read(records, tmp_path):
     edited.write_bytes(edited.read_bytes() * 2)
     beside = formatted(records, tmp_path / "beside", system_prompt="noted").with_name("mine.jsonl")
     beside.write_bytes(older.read_bytes())
-    of_records = data.common_system_prompt(data.read_conversations(records))
+    of_records = common_system_prompt(data.read_conversations(records))
     for file in (Path(records), older, edited, beside):
         assert stage._system_prompt(file, manifest.hashes(file)) == of_records != "noted"
 

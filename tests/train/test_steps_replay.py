@@ -6,7 +6,7 @@ from itertools import chain
 
 import pytest
 
-from saigakit import data
+from saigakit.data.conversations import asking_alike
 from saigakit.data.rows import Rows
 from saigakit.data.store import Conversations
 from saigakit.errors import DataError, SaigaError
@@ -84,7 +84,7 @@ def test_conversations_that_ask_held_out_questions_are_left_out_and_counted(tmp_
     name = file_of(tmp_path, ["Как дела сегодня у тебя?", "сколько  планет вокруг нашего солнца?", "Кто ты?", "Где?"])
     found = steps.read_replay(name, held_out)
     assert [each["messages"][0]["content"] for each in found] == ["Как дела сегодня у тебя?", "Где?"]
-    assert data.asking_alike(found, held_out) == []
+    assert asking_alike(found, held_out) == []
     assert "2 of 4 conversations ask held-out questions and are left out" in capsys.readouterr().out
 
 
