@@ -115,12 +115,11 @@ def whole_way(file: Path, tokenizer_model: str | None):
 
     ours = step("loading the tokenizer", lambda: loaded(tokenizer_model)[1])
     conversations = step("reading and checking", lambda: data.read_conversations(file))
-    stored = step("tokenising", lambda: rows.store(conversations, ours, CONTEXT, name=file.name))
-    packs = step("packing", lambda: packs_of_steps(stored.lengths))
-    filled = sum(stored.lengths) / len(packs) / CONTEXT
-    note = (
-        f"{len(stored):,} rows, {sum(stored.lengths):,} tokens, {len(packs):,} packs of {CONTEXT}, {filled:.1%} full."
-    )
+    stored = step("tokenising", lambda: rows.tokenise(conversations, ours, CONTEXT, name=file.name))
+    lengths = rows.column(stored, "length")
+    packs = step("packing", lambda: packs_of_steps(lengths))
+    filled = sum(lengths) / len(packs) / CONTEXT
+    note = f"{len(stored):,} rows, {sum(lengths):,} tokens, {len(packs):,} packs of {CONTEXT}, {filled:.1%} full."
     return done, note
 
 

@@ -154,9 +154,7 @@ def with_trl(model, made, directory: str, budget: int):
 
 def with_saigakit(model, made, directory: str, budget: int):
     layers.use_packed_attention(model.get_base_model())
-    stored = rows.Rows()
-    for row in made:
-        stored.append(row)
+    stored = rows.as_dataset(enumerate(made, start=1))
     config = TrainConfig(
         model=directory, train_file="", output_dir=directory, batch_size=len(made), max_seq_length=budget, epochs=1
     )

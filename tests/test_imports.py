@@ -33,6 +33,7 @@ HEAVY = {
     "numpy",
     "papermill",
     "peft",
+    "datasets",
     "pyarrow",
     "safetensors",
     "sentencepiece",

@@ -23,7 +23,7 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def snapshot(repo: str, patterns: tuple[str, ...], repo_type: str = "model") -> Path:
+def snapshot(repo: str, patterns: tuple[str, ...], repo_type: str = "model", revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     return asking(
@@ -32,6 +32,7 @@ def snapshot(repo: str, patterns: tuple[str, ...], repo_type: str = "model") -> 
             snapshot_download(
                 repo,
                 repo_type=repo_type,
+                revision=revision,
                 allow_patterns=list(patterns),
                 cache_dir=cache_dir(),
                 token=workspace.secret("HF_TOKEN"),

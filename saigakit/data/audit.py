@@ -5,7 +5,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from saigakit.prompt.encoding import IGNORE_INDEX
 
@@ -37,22 +37,46 @@ _COUNTS = (
 _Tree = dict[str, Any]
 
 
+class Counts(NamedTuple):
+    """Of the tokens of one conversation, over all rows that it is trained as."""
+
+    rows: int
+    tokens: int
+    learned: int
+    longest: int  # row
+    longest_answer: int
+    answers_without_end: int
+
+
+def count_tokens(rows: Sequence[Mapping[str, Sequence[int]]], end_ids: frozenset[int]) -> Counts:
+    """`end_ids`: those of `encoding.end_of_turn_ids`."""
+    tokens = learned = longest_answer = without_end = 0
+    for row in rows:
+        labels = row["labels"]
+        is_learned = bytes([label != IGNORE_INDEX for label in labels])
+        tokens += len(labels)
+        learned += is_learned.count(1)
+        for run in _RUN.finditer(is_learned):  # one turn of the assistant
+            without_end += labels[run.end() - 1] not in end_ids
+            longest_answer = max(longest_answer, run.end() - run.start())
+    longest = max((len(row["labels"]) for row in rows), default=0)
+    return Counts(len(rows), tokens, learned, longest, longest_answer, without_end)
+
+
 class Side:
     """What is stated about training or about held-out; 8 bytes of a conversation are held, and no text."""
 
-    def __init__(self, special_tokens: Iterable[str], end_ids: frozenset[int]) -> None:
+    def __init__(self, special_tokens: Iterable[str]) -> None:
         self._special = _any_of(filter(str.strip, special_tokens))
-        self._end_ids = end_ids  # encoding.end_of_turn_ids
         self._counts: Counter[str] = Counter()
         self._longest = self._longest_answer = 0
         self._hashes = array("q")
         self._special_records: Counter[str] = Counter()
         self._special_where: Counter[tuple[str, str]] = Counter()
 
-    def add(self, conversation: Mapping[str, Any], rows: Sequence[Mapping[str, Sequence[int]]]) -> None:
-        """`rows`: the input_ids and labels that the conversation is trained as."""
+    def add(self, conversation: Mapping[str, Any], counts: Counts) -> None:
         messages = conversation["messages"]
-        tools = _JSON(conversation["tools"]) if conversation.get("tools") else ""
+        tools = conversation.get("tools") or ""
         calls = [_JSON(_called(message)) if message.get("tool_calls") else "" for message in messages]
         said = [(message["role"], message["content"], made) for message, made in zip(messages, calls, strict=True)]
         is_learned = [each["role"] == "assistant" and each.get("weight") != 0 for each in messages]
@@ -60,8 +84,13 @@ class Side:
         self._hashes.append(hash((tools, tuple(learned), *said)))
         self._counts["conversations"] += 1
         self._counts["turns"] += len(learned)
-        self._counts["rows"] += len(rows)
-        self._counts["without_learned_tokens"] += sum(map(self._add_tokens, rows)) == 0
+        self._counts["rows"] += counts.rows
+        self._counts["tokens"] += counts.tokens
+        self._counts["learned_tokens"] += counts.learned
+        self._counts["without_learned_tokens"] += counts.learned == 0
+        self._counts["answers_without_end"] += counts.answers_without_end
+        self._longest = max(self._longest, counts.longest)
+        self._longest_answer = max(self._longest_answer, counts.longest_answer)
         self._add_answer(messages[learned[-1]]["content"] if learned else "")
         if tools:
             self._counts["with_tools"] += 1
@@ -85,19 +114,6 @@ class Side:
             "special_tokens_as_text": dict(self._special_records.most_common()),
             "special_tokens_where": where,
         }
-
-    def _add_tokens(self, row: Mapping[str, Sequence[int]]) -> int:
-        """How many of them are learned."""
-        labels = row["labels"]
-        is_learned = bytes([label != IGNORE_INDEX for label in labels])
-        learned = is_learned.count(1)
-        self._counts["tokens"] += len(labels)
-        self._counts["learned_tokens"] += learned
-        self._longest = max(self._longest, len(labels))
-        for run in _RUN.finditer(is_learned):  # one turn of the assistant
-            self._counts["answers_without_end"] += labels[run.end() - 1] not in self._end_ids
-            self._longest_answer = max(self._longest_answer, run.end() - run.start())
-        return learned
 
     def _add_answer(self, answer: str) -> None:
         """The last that is learned; where it is a call alone there is none."""

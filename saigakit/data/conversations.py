@@ -5,27 +5,31 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
 
 from saigakit.core.display import Every
 from saigakit.core.files import replacing
-from saigakit.data import records, schema
+from saigakit.data import records, schema, store
 from saigakit.data.records import Bad, named
 from saigakit.data.schema import Conversation
-from saigakit.data.store import Conversations, Origins, as_line
+from saigakit.data.store import as_line
 from saigakit.errors import DataError, SaigaError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 T = TypeVar("T")
 _SHORT = 3  # blanks in a text that says too little to be a question of its own
 KEPT_PROBLEMS = 1000  # of a million bad records; the others are counted
 
 
-def read_conversations(source: str | Path | Sequence[str | Path]) -> Conversations:
+def read_conversations(source: str | Path | Sequence[str | Path]) -> "Dataset":
     """The records of one file or of several: JSONL (.gz too), a JSON array or Parquet; see `schema.conversation`.
 
-    Keys beside a conversation ("id") are not read, which is printed with their number. Blank lines are skipped.
+    A row has "messages" and, where there are any, "tools"; tools and the arguments of calls are JSON text. Other keys
+    of a record ("id") are not read, which is printed with their number. Blank lines are skipped.
     Raises DataError with every problem of all files: no record is dropped.
     """
     files = [Path(file) for file in ([source] if isinstance(source, str | Path) else source)]
@@ -34,8 +38,7 @@ def read_conversations(source: str | Path | Sequence[str | Path]) -> Conversatio
             what = "is a directory; name the files in it" if file.is_dir() else "is not there"
             raise SaigaError(f"{file} {what}.")
     checking = _Checking(files)
-    expected = sum(file.stat().st_size for file in files)
-    made = Conversations.stored(checking.conversations(), expected=expected, origins=checking.origins)
+    made = store.as_dataset(checking.conversations(), expected=sum(file.stat().st_size for file in files))
     checking.conclude()
     return made
 
@@ -50,6 +53,13 @@ def labels(files: Sequence[Path]) -> list[str]:
     ]
 
 
+def place_of(files: Sequence[Path], index: int) -> str:
+    """Where `read_conversations` read a conversation: "records.jsonl:17"."""
+    places = ((label, line) for file, label in zip(files, labels(files), strict=True) for line, _ in records.read(file))
+    label, line = next(islice(places, index, None))
+    return f"{label}:{line}"
+
+
 class _Checking:
     """One reading of files, and what was found on the way."""
 
@@ -59,14 +69,12 @@ class _Checking:
         self.problems: list[str] = []
         self.ignored: Counter[str] = Counter()
         self.labels = labels(files)
-        self.origins = Origins(self.labels)
         self.is_due = Every()
 
     def conversations(self) -> Iterator[Conversation]:
         """Those that are good; after the first bad one none, for they will not be used."""
-        for number, (file, label) in enumerate(zip(self.files, self.labels, strict=True)):
+        for file, label in zip(self.files, self.labels, strict=True):
             before = self.records
-            self.origins.begin(number)
             for line, record in records.read(file):
                 self.records += 1
                 made = record if isinstance(record, Bad) else schema.conversation(record)
@@ -75,7 +83,6 @@ class _Checking:
                     self._add(f"{label}:{line}: {problem}" for problem in made.problems)
                 elif not self.problems:
                     self.ignored.update(schema.keys_not_read(cast(dict[str, Any], record)))
-                    self.origins.add(line)
                     yield made
                 if self.is_due():
                     print(f"{label}: {self.records - before:,} records checked", flush=True)
@@ -132,16 +139,16 @@ def _many(total: int) -> int:
     return max(10, total // 5)
 
 
-def asking_alike(these: Conversations, those: Conversations) -> list[int]:
+def asking_alike(these: "Dataset", those: "Dataset") -> list[int]:
     """The indices of `those` that ask what one of `these` asks."""
     wholes: set[int] = set()
     texts: Counter[int] = Counter()
-    for each in these:
+    for each in store.conversations(these):
         asked = Asked.of(each["messages"])
         wholes.add(asked.whole)
         texts.update(asked.texts)
     most = _many(len(these))
-    found = (Asked.of(each["messages"]) for each in those)
+    found = (Asked.of(each["messages"]) for each in store.conversations(those))
     return [
         index
         for index, asked in enumerate(found)
@@ -149,9 +156,13 @@ def asking_alike(these: Conversations, those: Conversations) -> list[int]:
     ]
 
 
-def split_conversations(
-    conversations: Conversations, *, eval_fraction: float, seed: int
-) -> tuple[Conversations, Conversations]:
+def split_conversations(conversations: "Dataset", *, eval_fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:
+    """(train, held_out): the parts of `split_indices`."""
+    train, held_out = split_indices(conversations, eval_fraction=eval_fraction, seed=seed)
+    return store.select(conversations, train), store.select(conversations, held_out)
+
+
+def split_indices(conversations: "Dataset", *, eval_fraction: float, seed: int) -> tuple["array[int]", "array[int]"]:
     """(train, held_out): shuffled once, at least one held out, no question on both sides.
 
     Conversations with a user's text in common go to the same side, but for short ones ("Спасибо") and for those that
@@ -169,13 +180,11 @@ def split_conversations(
             "with no text of the user in common. Add records or give a held_out file."
         )
     is_held_out = _held_out(order, group_of, min(len(order) - 1, max(1, round(eval_fraction * len(order)))))
-    return (
-        conversations.select(index for index in order if not is_held_out[group_of[index]]),
-        conversations.select(index for index in order if is_held_out[group_of[index]]),
-    )
+    train = array("q", (index for index in order if not is_held_out[group_of[index]]))
+    return train, array("q", (index for index in order if is_held_out[group_of[index]]))
 
 
-def _groups(conversations: Conversations) -> "array[int]":
+def _groups(conversations: "Dataset") -> "array[int]":
     """For each conversation the first of those that share a text with it, directly or through others."""
     parent = array("q", range(len(conversations)))
 
@@ -193,7 +202,7 @@ def _groups(conversations: Conversations) -> "array[int]":
                 parent[second] = first
 
     wholes, digests, owners = array("Q"), array("Q"), array("q")
-    for index, conversation in enumerate(conversations):
+    for index, conversation in enumerate(store.conversations(conversations)):
         asked = Asked.of(conversation["messages"])
         wholes.append(asked.whole)
         for digest in asked.texts:
@@ -251,7 +260,7 @@ class CommonSystemPrompt:
 def common_system_prompt(conversations: Iterable[Mapping[str, Any]]) -> str | None:
     """See `CommonSystemPrompt.value`; reads no further than to the first that differs."""
     prompt = CommonSystemPrompt()
-    for conversation in conversations:
+    for conversation in store.conversations(conversations):
         prompt.add(conversation)
         if prompt.value is None:
             break
@@ -262,6 +271,5 @@ def write_conversations(conversations: Iterable[Mapping[str, Any]], file: str | 
     """JSONL, complete or absent. Only "\n" looks like a line's end in it, even to str.splitlines."""
     path = Path(file)
     with replacing(path) as partial, partial.open("wb") as stream:
-        lines = conversations.lines() if isinstance(conversations, Conversations) else map(as_line, conversations)
-        stream.writelines(lines)
+        stream.writelines(map(as_line, store.conversations(conversations)))
     return path

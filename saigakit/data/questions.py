@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from saigakit.data.store import without_nulls
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.prompt.template import Message
@@ -17,7 +18,7 @@ class Example(NamedTuple):
 
     messages: list[Message]
     answer: Message
-    tools: list[dict[str, Any]] | None = None
+    tools: str | None = None  # JSON text
 
     def prompt(self, tokenizer: encoding.Tokenizer) -> list[int]:
         return encoding.encode(self.messages, tokenizer, tools=self.tools, add_generation_prompt=True)["input_ids"]
@@ -34,6 +35,7 @@ class Example(NamedTuple):
 
 def of_conversation(conversation: Mapping[str, Any]) -> Example | None:
     """Up to its last answer that is not of weight 0, and that answer; None where the assistant never answers."""
+    conversation = without_nulls(conversation)
     messages = conversation["messages"]
     answers = [i for i, each in enumerate(messages) if each["role"] == "assistant" and each.get("weight") != 0]
     last = max(answers, default=0)

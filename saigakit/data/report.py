@@ -6,31 +6,33 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from saigakit import registry
 from saigakit.config import TrainConfig, require_name, sequence_budget
 from saigakit.core import manifest
 from saigakit.core.display import Every, Table
 from saigakit.core.files import sha256, write_text
-from saigakit.data import audit, length_histogram, near_duplicates, sources
+from saigakit.data import audit, length_histogram, near_duplicates, sources, store
 from saigakit.data.conversations import (
     CommonSystemPrompt,
     asking_alike,
     labels,
     read_conversations,
-    split_conversations,
+    split_indices,
     spread,
     write_conversations,
 )
 from saigakit.data.near_duplicates import Signatures
 from saigakit.data.rows import Fitted
 from saigakit.data.schema import Conversation
-from saigakit.data.store import Conversations
 from saigakit.errors import DataError
 from saigakit.prompt import encoding, token_view
 from saigakit.prompt.encoding import Tokenizer
 from saigakit.weights import find
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 NOTE = "оценка, не измерение · an estimate, not measured"
 T4_FLOPS = 20.4e12  # float16, measured for 4096³ on Kaggle's T4 by unsloth_zoo
@@ -144,7 +146,7 @@ def check_records(
         "chat_template_sha256": hashlib.sha256(tokenizer.chat_template.encode("utf-8")).hexdigest()
     }
     with manifest.making(final, **identity(), facts=facts) as partial:
-        fitted = _of_all(read, lambda part: Fitted.of(read[part], tokenizer, limit, str(names[part])))
+        fitted = _of_all(read, lambda part: Fitted(read[part], tokenizer, limit, files[part], name=str(names[part])))
         written, facts["system_prompt"] = _written(fitted, tokenizer, partial, eval_fraction, seed)
         report = {"model": model, "max_seq_length": limit, **written}
         report["estimate"] = _estimate(report["train"], model).to_json()
@@ -179,13 +181,19 @@ def _written(
 ) -> tuple[dict[str, Any], str | None]:
     """Write train.jsonl and held_out.jsonl; return the report on them and the common system prompt of training."""
     training, held_out = fitted["records"], fitted.get("held_out", fitted["records"])
-    sides = (training.conversations, held_out.conversations)
+    parts: tuple[Sequence[int], Sequence[int]] = (
+        range(len(training.conversations)),
+        range(len(held_out.conversations)),
+    )
     if training is held_out:
-        sides = split_conversations(training.conversations, eval_fraction=eval_fraction, seed=seed)
+        parts = split_indices(training.conversations, eval_fraction=eval_fraction, seed=seed)
+    sides = store.select(training.conversations, parts[0]), store.select(held_out.conversations, parts[1])
+    counts = map(training.counts, parts[0]), map(held_out.counts, parts[1])
     sample = spread(sides[0], near_duplicates.SAMPLE)
     common = near_duplicates.boilerplate(near_duplicates.said_by_user(each["messages"]) for each in sample)
-    of_training, signed, system_prompt = _write_side(directory / TRAIN_FILE, sides[0], training, tokenizer, common)
-    of_held_out, held_out_signed, _ = _write_side(directory / "held_out.jsonl", sides[1], held_out, tokenizer, common)
+    special, train_file = tokenizer.special_tokens, directory / TRAIN_FILE
+    of_training, signed, system_prompt = _write_side(train_file, sides[0], counts[0], special, common)
+    of_held_out, held_out_signed, _ = _write_side(directory / "held_out.jsonl", sides[1], counts[1], special, common)
     repeated, near = len(asking_alike(*sides)), _near(sides, (signed, held_out_signed))
     report = {
         "cut": {part: each.cut for part, each in fitted.items()},
@@ -201,26 +209,25 @@ def _written(
 
 
 def _write_side(
-    file: Path, side: Conversations, part: Fitted, tokenizer: Tokenizer, common: frozenset[str]
+    file: Path, side: "Dataset", counts: Iterable[audit.Counts], special_tokens: Iterable[str], common: frozenset[str]
 ) -> tuple[dict[str, Any], Signatures, str | None]:
-    facts = audit.Side(tokenizer.special_tokens, encoding.end_of_turn_ids(tokenizer))
-    signer, prompt = near_duplicates.Signer(common), CommonSystemPrompt()
+    facts, signer, prompt = audit.Side(special_tokens), near_duplicates.Signer(common), CommonSystemPrompt()
     is_due = Every()
 
     def looked_at() -> Iterator[Conversation]:
-        for done, (place, conversation) in enumerate(zip(side.places, side, strict=True), start=1):
-            facts.add(conversation, part.rows_of(place))
+        for done, (conversation, counted) in enumerate(zip(store.conversations(side), counts, strict=True), start=1):
+            facts.add(conversation, counted)
             signer.add(near_duplicates.said_by_user(conversation["messages"]))
             prompt.add(conversation)
             if is_due():
-                print(f"{file.name}: {done:,} of {len(side):,} conversations looked at", flush=True)
+                print(f"{file.name}: {done:,} of {len(side):,} conversations checked", flush=True)
             yield conversation
 
     write_conversations(looked_at(), file)
     return facts.facts(), signer.finish(), prompt.value
 
 
-def _near(sides: Sequence[Conversations], signed: Sequence[Signatures]) -> dict[str, Any]:
+def _near(sides: Sequence["Dataset"], signed: Sequence[Signatures]) -> dict[str, Any]:
     """Counts, and the beginnings of a few pairs (held-out, training)."""
     within = [near_duplicates.within(side) for side in signed]
     across = near_duplicates.across(signed[1], signed[0])
@@ -319,5 +326,5 @@ def near_pairs(directory: str | Path) -> str:
 def examples(directory: str | Path, tokenizer: Tokenizer, count: int = 3) -> token_view.Marked:
     """Conversations of training from the whole file, with what is learned of them marked."""
     manifest.require_stage(Path(directory), STAGE)
-    train = Conversations.of_file(Path(directory) / TRAIN_FILE)
+    train = read_conversations(Path(directory) / TRAIN_FILE)
     return token_view.mark(spread(train, count), tokenizer)

@@ -1,24 +1,26 @@
 """Tokenise conversations into rows on disk that fit the context."""
 
 import gc
-import os
-import tempfile
 from array import array
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
-from typing import Any, NamedTuple, Self
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from saigakit.core import workspace
 from saigakit.core.display import Every
-from saigakit.data.store import Conversations
+from saigakit.data import audit, store
+from saigakit.data.conversations import place_of
 from saigakit.errors import DataError, SaigaError
 from saigakit.prompt import encoding
 from saigakit.prompt.encoding import IGNORE_INDEX, Example, Tokenizer
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset
 
 _BATCH, _BATCH_MESSAGES = 256, 2048  # conversations, and their messages together, at most
 WHY_MORE_ROWS = "one for each answer: the chat template renders the last one otherwise than those before it."
@@ -38,16 +40,23 @@ class Encoded(NamedTuple):
 
 
 def encode_fitting(
-    conversations: Sequence[Conversation], tokenizer: Tokenizer, limit: int, *, name: str
+    conversations: "Dataset | Sequence[Conversation]",
+    tokenizer: Tokenizer,
+    limit: int,
+    *,
+    name: str,
+    place: Callable[[int], str] | None = None,
 ) -> Iterator[Encoded]:
     """Each conversation with at most `limit` tokens a row, in order; progress by the clock.
 
-    Raises DataError with the place of each conversation that cannot be tokenised; after the first none is given out.
+    `place`: where the conversation of an index was read, for messages. Raises DataError with the place of each
+    conversation that cannot be tokenised; after the first none is given out.
     """
+    named = place or (lambda index: f"{name}, conversation {index + 1}")
     is_due = Every()
     done = 0
     problems: list[str] = []
-    for batch, encoded in _batches(conversations, tokenizer, limit, name):
+    for batch, encoded in _batches(conversations, tokenizer, limit, named):
         try:
             made = encoded.result()
         except DataError as error:
@@ -63,15 +72,15 @@ def encode_fitting(
 
 
 def _batches(
-    conversations: Sequence[Conversation], tokenizer: Tokenizer, limit: int, name: str
+    conversations: "Dataset | Sequence[Conversation]", tokenizer: Tokenizer, limit: int, place: Callable[[int], str]
 ) -> Iterator[tuple[list[Conversation], _Encoding]]:
-    source = iter(conversations)
+    source = store.conversations(conversations)
     waiting: deque[tuple[list[Conversation], _Encoding]] = deque()
     first = 0
     with ThreadPoolExecutor(_THREADS) as pool, _rare_collections():
         while True:
             while len(waiting) < _THREADS and (batch := _next_batch(source)):
-                named = partial(_place, conversations, name, first)
+                named = partial(_shifted, place, first)
                 encoded = pool.submit(encoding.encode_rows, batch, tokenizer, limit=limit, named=named)
                 waiting.append((batch, encoded))
                 first += len(batch)
@@ -90,10 +99,8 @@ def _next_batch(source: Iterator[Conversation]) -> list[Conversation]:
     return batch
 
 
-def _place(conversations: Sequence[Conversation], name: str, first: int, index: int) -> str:
-    if isinstance(conversations, Conversations) and (place := conversations.origin(first + index)):
-        return place
-    return f"{name}, conversation {first + index + 1}"
+def _shifted(place: Callable[[int], str], first: int, index: int) -> str:
+    return place(first + index)
 
 
 @contextmanager
@@ -138,62 +145,67 @@ def _fewer_rows(conversation: Conversation, fitting: int, tokens: int, tokenizer
     return Encoded(shorter, encoding.encode_rows([shorter], tokenizer)[0], tokens, is_cut=True)
 
 
-class Rows(Sequence[Example]):
-    """Tokenised conversations in a temporary file without a name: whoever dies leaves nothing behind."""
+def as_dataset(examples: Iterable[tuple[int, Example]]) -> "Dataset":
+    """Columns input_ids, labels, length, learned (tokens of the row) and conversation (its number in its file).
 
-    def __init__(self) -> None:
-        self.lengths, self.learned = array("i"), array("i")  # tokens of each row
-        self.numbers = array("i")  # of each row's conversation in its file, from 1
-        self._ends = array("q", [0])  # in tokens
-        self._file = tempfile.TemporaryFile(dir=workspace.scratch_dir(), buffering=1 << 20)  # noqa: SIM115
+    Raises SaigaError if the disk has no room for them.
+    """
+    import pyarrow
 
-    def append(self, example: Example, number: int | None = None) -> None:
-        """`number` is that of the conversation in its file. Raises SaigaError where the disk has no room for it."""
-        ids, labels = example["input_ids"], example["labels"]
-        try:
-            self._file.write(array("i", ids).tobytes() + array("i", labels).tobytes())
-        except OSError as error:
-            raise (self._full() if workspace.is_full(error) else error) from None
-        self.lengths.append(len(ids))
-        self.learned.append(len(labels) - labels.count(IGNORE_INDEX))
-        self.numbers.append(len(self) if number is None else number)
-        self._ends.append(self._ends[-1] + len(ids))
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
-        index = range(len(self))[index]
-        try:
-            self._file.flush()
-        except OSError as error:
-            raise (self._full() if workspace.is_full(error) else error) from None
-        itemsize = self.lengths.itemsize
-        size = 2 * itemsize * self.lengths[index]
-        found = array("i", os.pread(self._file.fileno(), size, 2 * itemsize * self._ends[index])).tolist()
-        return {"input_ids": found[: self.lengths[index]], "labels": found[self.lengths[index] :]}
-
-    def _full(self) -> SaigaError:
-        return workspace.scratch_full("The tokenised copy of the records", 2 * self.lengths.itemsize * self._ends[-1])
+    number = pyarrow.int32()
+    kinds = {"input_ids": pyarrow.list_(number), "labels": pyarrow.list_(number)}
+    schema = pyarrow.schema(kinds | dict.fromkeys(("length", "learned", "conversation"), number))
+    batches = (_record_batch(batch, schema) for batch in store.batched(examples))
+    return store.dataset_of(store.map_into_memory(batches, schema, "The tokenised copy of the records"))
 
 
-def store(conversations: Sequence[Conversation], tokenizer: Tokenizer, limit: int, *, name: str) -> Rows:
+def _record_batch(examples: Sequence[tuple[int, Example]], schema: "pyarrow.Schema") -> "pyarrow.RecordBatch":
+    import numpy as np
+    import pyarrow
+
+    lengths = [len(example["input_ids"]) for _, example in examples]
+    ends = np.cumsum([0, *lengths], dtype=np.int32)
+
+    def lists(key: str) -> "pyarrow.ListArray":
+        joined = array("i", chain.from_iterable(example[key] for _, example in examples))
+        return pyarrow.ListArray.from_arrays(ends, np.frombuffer(joined, np.int32))
+
+    learned = [len(example["labels"]) - example["labels"].count(IGNORE_INDEX) for _, example in examples]
+    numbers = [number for number, _ in examples]
+    return pyarrow.record_batch([lists("input_ids"), lists("labels"), lengths, learned, numbers], schema=schema)
+
+
+def column(rows: "Dataset", name: str) -> "array[int]":
+    """One of the columns of numbers of `as_dataset`."""
+    import numpy as np
+
+    values = rows.with_format("arrow")[name][:]
+    return array("i", values.to_numpy().astype(np.int32).tobytes())
+
+
+def tokenise(
+    conversations: "Dataset | Sequence[Conversation]", tokenizer: Tokenizer, limit: int, *, name: str
+) -> "Dataset":
     """The rows that have something to learn; what is cut off or left out is counted aloud."""
-    rows = Rows()
-    cut = dropped = unlearned = 0
-    fitting = encode_fitting(conversations, tokenizer, limit, name=name)
-    for number, (_, encoded, _, is_cut) in enumerate(fitting, start=1):
-        learned = [row for row in encoded if set(row["labels"][1:]) != {IGNORE_INDEX}]
-        dropped += not encoded
-        unlearned += bool(encoded) and not learned
-        cut += is_cut and bool(learned)
-        for row in learned:
-            rows.append(row, number)
-    if not rows:
+    cut = dropped = unlearned = kept = 0
+
+    def learned() -> Iterator[tuple[int, Example]]:
+        nonlocal cut, dropped, unlearned, kept
+        fitting = encode_fitting(conversations, tokenizer, limit, name=name)
+        for number, (_, encoded, _, is_cut) in enumerate(fitting, start=1):
+            found = [row for row in encoded if set(row["labels"][1:]) != {IGNORE_INDEX}]
+            dropped += not encoded
+            unlearned += bool(encoded) and not found
+            kept += bool(found)
+            cut += is_cut and bool(found)
+            yield from ((number, row) for row in found)
+
+    rows = as_dataset(learned())
+    if not len(rows):
         raise SaigaError(f"{name}: no conversation has an answer within max_seq_length={limit} tokens.")
     if unlearned:
         print(f"{name}: {unlearned:,} conversations have nothing to learn and are left out.", flush=True)
-    if len(rows) > (kept := len(conversations) - dropped - unlearned):
+    if len(rows) > kept:
         print(f"{name}: {kept:,} conversations are {len(rows):,} rows, {WHY_MORE_ROWS}", flush=True)
     if said := what_did_not_fit(name, len(conversations), cut, dropped, limit):
         print(said, flush=True)
@@ -209,42 +221,34 @@ def what_did_not_fit(name: str, total: int, cut: int, dropped: int, limit: int) 
     )
 
 
-@dataclass
 class Fitted:
-    """Conversations that fit the limit, with their tokens."""
+    """Conversations of `files` that fit the limit, with what is counted of their tokens."""
 
-    conversations: Conversations
-    encoded: Rows = field(default_factory=Rows)
-    firsts: "array[int]" = field(default_factory=lambda: array("i", [0]))  # of each conversation's rows, and the end
-    lengths: "array[int]" = field(default_factory=lambda: array("i"))  # of all, before turns were cut off
-    cut: int = 0
-    dropped: int = 0
-
-    @classmethod
-    def of(cls, conversations: Conversations, tokenizer: Tokenizer, limit: int, name: str) -> Self:
-        made = cls(conversations)
-
-        def fitting() -> Iterator[dict[str, Any]]:
-            encoding = encode_fitting(conversations, tokenizer, limit, name=name)
-            for conversation, encoded, tokens, is_cut in encoding:
-                made.lengths.append(tokens)
-                made.cut += is_cut
-                made.dropped += not encoded
-                for row in encoded:
-                    made.encoded.append(row)
-                if encoded:
-                    made.firsts.append(len(made.encoded))
-                    yield dict(conversation)
-
-        made.conversations = Conversations.stored(fitting())
-        if not made.encoded:
+    def __init__(
+        self, conversations: "Dataset", tokenizer: Tokenizer, limit: int, files: Sequence[Path], *, name: str
+    ) -> None:
+        self.lengths = array("i")  # tokens of all conversations, before turns were cut off
+        self.cut = self.dropped = 0
+        self._counts = array("i")  # audit.Counts of each that fits
+        encoded = encode_fitting(conversations, tokenizer, limit, name=name, place=partial(place_of, files))
+        self.conversations = store.as_dataset(self._fitting(encoded, encoding.end_of_turn_ids(tokenizer)))
+        if not len(self.conversations):
             raise SaigaError(
-                f"{name}: all {made.dropped} conversations are longer than max_seq_length={limit} tokens, the "
-                f"shortest has {min(made.lengths)}. Raise max_seq_length or shorten the texts."
+                f"{name}: all {self.dropped} conversations are longer than max_seq_length={limit} tokens, the "
+                f"shortest has {min(self.lengths)}. Raise max_seq_length or shorten the texts."
             )
-        if said := what_did_not_fit(name, len(made.lengths), made.cut, made.dropped, limit):
+        if said := what_did_not_fit(name, len(self.lengths), self.cut, self.dropped, limit):
             print(said, flush=True)
-        return made
 
-    def rows_of(self, place: int) -> list[encoding.Example]:
-        return [self.encoded[row] for row in range(self.firsts[place], self.firsts[place + 1])]
+    def _fitting(self, encoded: Iterable[Encoded], end_ids: frozenset[int]) -> Iterator[dict[str, Any]]:
+        for each in encoded:
+            self.lengths.append(each.tokens)
+            self.cut += each.is_cut
+            self.dropped += not each.rows
+            if each.rows:
+                self._counts.extend(audit.count_tokens(each.rows, end_ids))
+                yield dict(each.conversation)
+
+    def counts(self, index: int) -> audit.Counts:
+        size = len(audit.Counts._fields)
+        return audit.Counts(*self._counts[size * index : size * (index + 1)])

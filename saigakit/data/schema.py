@@ -41,8 +41,9 @@ _TOOL_ORDER = f"{_ORDER}, and tool after an assistant's tool_calls, then assista
 def conversation(record: object) -> Conversation | Bad:
     """Of {"messages": [{"role", "content"}]}, of {"system"?, "user", "bot"} or of ShareGPT's {"conversations"}.
 
-    A "system" beside a list becomes its first message. "tools" and calls of them become OpenAI's, the arguments
-    decoded. An unknown key of a message, which could change what is learned, is a problem.
+    A "system" beside a list becomes its first message. "tools" and calls of them become OpenAI's; tools and
+    arguments are JSON text, so that any of them fits one column of a Dataset. An unknown key of a message, which
+    could change what is learned, is a problem.
     """
     if not isinstance(record, dict):
         return Bad((f"record: is {kind(record)}; it must be an object",))
@@ -65,7 +66,7 @@ def conversation(record: object) -> Conversation | Bad:
         problems += _order_problems(turns) or _answer_problems(turns) or _weight_problems(turns)
     if problems:
         return Bad(tuple(problems))
-    return {"messages": [message for _, message in turns], **({"tools": tools} if tools else {})}
+    return {"messages": [message for _, message in turns], **({"tools": tool_calls.as_text(tools)} if tools else {})}
 
 
 def _shape(record: Mapping[str, Any]) -> str | Bad:

@@ -14,7 +14,7 @@ Tool = dict[str, Any]
 T = TypeVar("T")
 NESTED = 100  # levels of lists and objects in tools or arguments: what is decoded later has room below Python's limit
 _ABSENT: tuple[Any, ...] = (None, [], {}, "", "[]", "{}", "null")
-_STRICT = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+as_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def kind(value: object) -> str:
@@ -153,7 +153,7 @@ def _call(field: str, item: object, names: Collection[str] | None, problems: lis
     return {
         "type": "function",
         **({"id": call_id} if call_id else {}),
-        "function": {"name": name, "arguments": arguments},
+        "function": {"name": name, "arguments": as_text(arguments)},
     }
 
 
@@ -189,7 +189,7 @@ def _decoded(field: str, value: object, expected: type[T], what: str, problems: 
 def value_problems(field: str, value: object) -> list[str]:
     """What in a value, however deep, JSON cannot say."""
     try:
-        text = _STRICT.encode(value)
+        text = as_text(value)
         text.encode("utf-8")
     except (ValueError, TypeError):
         return list(_located(field, value))

@@ -3,20 +3,22 @@
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saigakit import data, registry
 from saigakit.core import manifest, workspace
 from saigakit.core.files import require_absent, sha256
 from saigakit.data import rows, sources
 from saigakit.data.conversations import spread
-from saigakit.data.rows import Rows
 from saigakit.errors import SaigaError
 from saigakit.export.stage import require_possible, to_gguf
 from saigakit.llamacpp import imatrix_compute
 from saigakit.prompt import encoding
 from saigakit.weights import base_files, find
 from saigakit.weights.lineage import MergeInto
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 OF_RECORDS = "records"  # for `importance`: a matrix of the records that the model was trained on
 STAGE, _MATRIX = "03_importance", "imatrix.gguf"
@@ -114,9 +116,9 @@ def importance_matrix(
     return final / _MATRIX
 
 
-def token_rows(records: str | Path, model: str, base_source: str | None) -> Rows:
+def token_rows(records: str | Path, model: str, base_source: str | None) -> "Dataset":
     """Conversations evenly spread over the records, as training has them."""
     spec = registry.find(model)
     conversations = spread(data.read_conversations(sources.records_files(str(records))), _CONVERSATIONS)
     tokenizer = encoding.load_tokenizer(spec.name, base_source)
-    return rows.store(conversations, tokenizer, _LONGEST, name=Path(records).name)
+    return rows.tokenise(conversations, tokenizer, _LONGEST, name=Path(records).name)

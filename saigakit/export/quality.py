@@ -13,7 +13,7 @@ from saigakit import registry
 from saigakit.core import manifest, workspace
 from saigakit.core.display import Every, Table
 from saigakit.core.files import sha256, write_text
-from saigakit.data import sources
+from saigakit.data import rows, sources
 from saigakit.data.conversations import spread
 from saigakit.errors import SaigaError
 from saigakit.export import calibration, markdown, model_card
@@ -257,7 +257,7 @@ class _Compared:
             by_size = sorted(self.others(reference), key=lambda each: -files[each].stat().st_size)
             files = {each: files[each] for each in by_size}
             held_out = calibration.token_rows(records, model, self.options["base_source"])
-            chosen = spread(held_out, len(held_out) * max_tokens // max(1, sum(held_out.learned)) + 1)
+            chosen = spread(held_out, len(held_out) * max_tokens // max(1, sum(rows.column(held_out, "learned"))) + 1)
             for each, file in files.items():
                 found[each] = asdict(against(whole, file, chosen, max_tokens=max_tokens, n_gpu_layers=n_gpu_layers))
             sizes = {each: file.stat().st_size for each, file in files.items()}

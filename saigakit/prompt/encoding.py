@@ -106,16 +106,17 @@ def encode(
     messages: Sequence[Message],
     tokenizer: Tokenizer,
     *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, Any]] | str | None = None,
     add_generation_prompt: bool = False,
 ) -> Example:
     """{"input_ids", "labels"} of a conversation; labels are IGNORE_INDEX but for what the assistant says.
 
     The template is rendered with a placeholder for each text of the user and split at the special tokens that it
     spells; then the texts are put back into the runs between them. So a `</s>` in a text stays text.
-    `tools` are OpenAI's descriptions of functions; an answer with "weight": 0 is only read, as in OpenAI's files for
-    fine-tuning. Raises SaigaError where the result would not be what the template renders, and where the template
-    cannot be trained on: it must end each turn and, for more than one answer, render turn by turn (see `encode_rows`).
+    `tools` are OpenAI's descriptions of functions, as objects or as JSON text; an answer with "weight": 0 is only
+    read, as in OpenAI's files for fine-tuning. Raises SaigaError where the result would not be what the template
+    renders, and where the template cannot be trained on: it must end each turn and, for more than one answer, render
+    turn by turn (see `encode_rows`).
     """
     layout = layout_of(messages, tools, tokenizer, add_generation_prompt)
     return _assembled([layout], tokenizer)[0]
@@ -154,7 +155,10 @@ def encode_rows(
 
 
 def _one_by_one(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, tokenizer: Tokenizer, limit: int | None
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | str | None,
+    tokenizer: Tokenizer,
+    limit: int | None,
 ) -> list[Example]:
     made: list[Example] = []
     *before, whole = one_answer_each(messages)

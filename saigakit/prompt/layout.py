@@ -62,7 +62,7 @@ _shapes: WeakKeyDictionary[Tokenizer, dict[_Key, _Shape]] = WeakKeyDictionary()
 
 def of(
     messages: Sequence[Message],
-    tools: Sequence[Mapping[str, Any]] | None,
+    tools: Sequence[Mapping[str, Any]] | str | None,
     tokenizer: Tokenizer,
     add_generation_prompt: bool,
 ) -> Layout:
@@ -71,6 +71,7 @@ def of(
     Raises NotTurnByTurnError where one that is learned has other ids than in a prompt, SaigaError for messages of
     another shape and where the filled parts are not what the template renders.
     """
+    messages, tools = template.decoded(messages, tools)
     _require_messages(messages, tools)
     messages, only_read = _without_weights(messages)
     masked = None if _is_plain(messages, tools) else placeholders.mask(messages, tools)

@@ -107,6 +107,36 @@ def render(
         raise SaigaError(f"The chat template cannot render this conversation: {error}") from None
 
 
+def decoded(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | str | None
+) -> tuple[Sequence[Message], Sequence[Mapping[str, Any]] | None]:
+    """What a template gets of a row of a Dataset: no key that is null, and JSON text of tools and arguments as objects.
+
+    Raises SaigaError for a text that is no JSON.
+    """
+    tools = _from_json("tools", tools) if isinstance(tools, str) else tools
+    if not any(None in message.values() or message.get("tool_calls") for message in messages):
+        return messages, tools
+    kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    return [
+        {**each, "tool_calls": [*map(_call, each["tool_calls"])]} if each.get("tool_calls") else each for each in kept
+    ], tools
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = dict(call["function"])
+    if isinstance(function.get("arguments"), str):
+        function["arguments"] = _from_json("arguments", function["arguments"])
+    return {key: value for key, value in call.items() if value is not None} | {"function": function}
+
+
+def _from_json(name: str, text: str) -> Any:  # noqa: ANN401  # JSON of any kind
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SaigaError(f"{name} is text that is not JSON ({error}): {text[:80]!r}.") from None
+
+
 def for_inference(chat_template: str) -> str:
     """The same template in the words that programs which only run models know.
 

@@ -70,7 +70,7 @@ class Loaded:
 def _largest_pack(plan: Plan, needed: Callable[[Pack], dict[str, int]]) -> tuple[list[Example], dict[str, int]]:
     """The pack of the run that needs the most memory, by the bytes that it needs."""
     packs = [pack for step in range(len(plan)) for packs in plan.layout(step) for pack in packs]
-    lengths, learned = plan.rows.lengths, plan.rows.learned
+    lengths, learned = plan.lengths, plan.learned
 
     def tokens(pack: Sequence[int]) -> int:
         return sum(lengths[row] for row in pack)

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from saigakit.config import TrainConfig
 from saigakit.core import workspace
 from saigakit.data.conversations import spread
-from saigakit.data.rows import Rows
+from saigakit.data.rows import column
 from saigakit.prompt.encoding import Example
 from saigakit.train.checkpoints import Store
 from saigakit.train.steps import Plan
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from peft import PeftModel
 
 AT_LEAST = 24  # conversations: enough for a curve
@@ -35,15 +36,19 @@ def steps_between(steps: int, eval_steps: int | None) -> int:
 class HeldOut(Sequence[Example]):
     """`count` of the rows, evenly over them; read when one is asked for."""
 
-    def __init__(self, rows: Rows, count: int) -> None:
-        self.rows, self.chosen = rows, spread(range(len(rows)), count) if count else []
-        self.lengths = [rows.lengths[row] for row in self.chosen]
+    def __init__(self, rows: "Dataset | None", count: int) -> None:
+        self.rows = rows
+        self.chosen = [] if rows is None else spread(range(len(rows)), count)
+        lengths = [] if rows is None else column(rows, "length")
+        self.lengths = [lengths[row] for row in self.chosen]
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
-        return self.rows[self.chosen[index]]
+        assert self.rows is not None  # or nothing is chosen
+        made: Example = self.rows[self.chosen[index]]
+        return made
 
 
 def count_evaluated(lengths: Sequence[int], *, steps: int, tokens: int, eval_steps: int | None) -> int:

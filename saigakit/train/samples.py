@@ -12,13 +12,13 @@ from saigakit.core.files import write_text
 from saigakit.data import questions
 from saigakit.data.conversations import spread
 from saigakit.data.questions import Example
-from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.prompt.encoding import Tokenizer
 from saigakit.weights import generate, load
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from peft import PeftModel
 
 FILE = "samples.md"
@@ -59,7 +59,7 @@ class Samples:
     Where no question has at most PROMPT_TOKENS, or there is none, nothing is written, which is said.
     """
 
-    def __init__(self, tokenizer: Tokenizer, conversations: Conversations, file: Path) -> None:
+    def __init__(self, tokenizer: Tokenizer, conversations: "Dataset", file: Path) -> None:
         self.file = file
         self._tokenizer = tokenizer
         found = map(questions.of_conversation, spread(conversations, _LOOKED_AT))

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saigakit import data
 from saigakit.config import TrainConfig
-from saigakit.data import sources
+from saigakit.data import sources, store
 from saigakit.data.conversations import asking_alike
-from saigakit.data.rows import Rows
-from saigakit.data.store import Conversations
+from saigakit.data.rows import column
 from saigakit.errors import SaigaError
-from saigakit.prompt.encoding import IGNORE_INDEX, Example
+from saigakit.prompt.encoding import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
 
 
 def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -131,7 +131,7 @@ def choose_replay(count_train: int, count_replay: int, fraction: float, epochs: 
     return made
 
 
-def read_replay(name: str, held_out: Conversations | None, run_dir: str | Path | None = None) -> Conversations:
+def read_replay(name: str, held_out: "Dataset | None", run_dir: str | Path | None = None) -> "Dataset":
     """The conversations that `sources.records_files` finds under `name`, without those that ask a held-out question.
 
     These are left out, not refused: a public collection is not the user's to mend, and a held-out loss of learned
@@ -150,37 +150,32 @@ def read_replay(name: str, held_out: Conversations | None, run_dir: str | Path |
         f"{name}: {len(leaking):,} of {len(conversations):,} conversations ask held-out questions and are left out.",
         flush=True,
     )
-    return conversations.select(index for index in range(len(conversations)) if index not in leaking)
+    return store.select(conversations, [index for index in range(len(conversations)) if index not in leaking])
 
 
-class Joined(Sequence[Example]):
-    """The rows of training, and after them those of replay: as one they are planned and packed."""
+def join(training: "Dataset", replay: "Dataset") -> "Dataset":
+    """The rows of training, and after them those of replay, whose conversations have numbers below 0."""
+    import pyarrow
+    from datasets import concatenate_datasets
 
-    def __init__(self, training: Rows, replay: Rows) -> None:
-        self._parts = training, replay
-        self.lengths, self.learned = training.lengths + replay.lengths, training.learned + replay.learned
-        self.numbers = training.numbers + array("i", [-number for number in replay.numbers])  # below 0: of replay
+    table = replay.data.table
+    at = table.column_names.index("conversation")
+    table = table.set_column(at, "conversation", pyarrow.compute.negate(table.column(at)))
+    return concatenate_datasets([training, store.dataset_of(table)])
 
-    def __len__(self) -> int:
-        return len(self.lengths)
 
-    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
-        training, replay = self._parts
-        index = range(len(self))[index]
-        return training[index] if index < len(training) else replay[index - len(training)]
+def epochs_with_replay(numbers: Sequence[int], fraction: float, epochs: float, seed: int) -> "list[array[int]]":
+    """Indices of the rows of each epoch, not yet shuffled; see `choose_replay`. `numbers`: of the conversations."""
+    training = sum(number > 0 for number in numbers)
+    drawn = choose_replay(training, len(numbers) - training, fraction, epochs, seed)
+    return [array("i", [*range(training), *(training + index for index in indices)]) for indices in drawn]
 
-    def epochs(self, fraction: float, epochs: float, seed: int) -> "list[array[int]]":
-        """Indices into these rows of all conversations of each epoch, not yet shuffled; see `chosen`."""
-        training, replay = map(len, self._parts)
-        drawn = choose_replay(training, replay, fraction, epochs, seed)
-        return [array("i", [*range(training), *(training + index for index in indices)]) for indices in drawn]
 
-    def in_words(self, fraction: float) -> str:
-        """What is mixed in, for the log of a run."""
-        training, replay = map(len, self._parts)
-        needed = replay_count(training, fraction)
-        again = "" if needed <= replay else f", some more than once: there are {replay:,}"
-        return f"In each epoch {needed:,} general conversations beside {training:,} of training{again}."
+def replay_in_words(training: int, replay: int, fraction: float) -> str:
+    """What is mixed in, for the log of a run."""
+    needed = replay_count(training, fraction)
+    again = "" if needed <= replay else f", some more than once: there are {replay:,}"
+    return f"In each epoch {needed:,} general conversations beside {training:,} of training{again}."
 
 
 class Step(NamedTuple):
@@ -197,20 +192,20 @@ class Plan(Sequence[Step]):
     The conversations of a step and their order do not depend on the number of processes.
     """
 
-    def __init__(self, config: TrainConfig, rows: Rows | Joined, *, processes: int = 1, process: int = 0) -> None:
+    def __init__(self, config: TrainConfig, rows: "Dataset", *, processes: int = 1, process: int = 0) -> None:
         self.rows, self.processes, self.process = rows, processes, process
+        self.lengths, self.learned = column(rows, "length"), column(rows, "learned")
+        self._numbers = column(rows, "conversation")
         self.budget, self.batch_size, self.is_sharded = config.sequence_budget, config.batch_size, config.is_sharded
-        epochs = (
-            rows.epochs(config.replay_fraction, config.epochs, config.seed)
-            if isinstance(rows, Joined)
-            else [range(len(rows))] * math.ceil(config.epochs)
-        )
+        epochs: Sequence[Sequence[int]] = [range(len(rows))] * math.ceil(config.epochs)
+        if config.replay_file is not None:
+            epochs = epochs_with_replay(self._numbers, config.replay_fraction, config.epochs, config.seed)
         self.order = order_conversations(epochs, config.epochs, config.seed)
         self.tokens_until, self.learned_until = array("q", [0]), array("q", [0])  # after each number of steps
         for step in range(math.ceil(len(self.order) / self.batch_size)):
             taken = self._rows_of(step)
-            self.tokens_until.append(self.tokens_until[-1] + sum(rows.lengths[row] for row in taken))
-            self.learned_until.append(self.learned_until[-1] + sum(rows.learned[row] for row in taken))
+            self.tokens_until.append(self.tokens_until[-1] + sum(self.lengths[row] for row in taken))
+            self.learned_until.append(self.learned_until[-1] + sum(self.learned[row] for row in taken))
 
     def __len__(self) -> int:
         return len(self.tokens_until) - 1
@@ -225,12 +220,12 @@ class Plan(Sequence[Step]):
 
     def numbers(self, step: int) -> list[int]:
         """The numbers, in their file, of the conversations of a step; steps count from 0 here."""
-        return sorted(self.rows.numbers[row] for row in self._rows_of(step))
+        return sorted(self._numbers[row] for row in self._rows_of(step))
 
     def layout(self, step: int) -> list[list[list[int]]]:
         """Rows by pack by process."""
         taken = self._rows_of(step)
-        lengths = [self.rows.lengths[row] for row in taken]
+        lengths = [self.lengths[row] for row in taken]
         laid = lay_out(lengths, budget=self.budget, processes=self.processes)
         return [[[taken[index] for index in pack] for pack in packs] for packs in laid]
 

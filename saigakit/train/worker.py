@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from datasets import Dataset
 
 from saigakit import data
 from saigakit.config import TrainConfig
 from saigakit.core import launch
 from saigakit.data import rows
-from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.train import checkpoints, curve, distributed, preflight, run_state, samples, steps, trainer
@@ -133,26 +133,26 @@ def _write_samples(run: Run, written: samples.Samples, start: Path | None) -> No
 
 
 def _held_out(
-    config: TrainConfig, asked: Conversations | None, tokenizer: encoding.Tokenizer, plan: Plan, log: Log
+    config: TrainConfig, asked: Dataset | None, tokenizer: encoding.Tokenizer, plan: Plan, log: Log
 ) -> HeldOut:
     if asked is None:
-        return HeldOut(rows.Rows(), 0)
-    found = rows.store(asked, tokenizer, config.sequence_budget, name=Path(str(config.eval_file)).name)
-    count = run_state.count_evaluated(found.lengths, steps=len(plan), tokens=plan.tokens, eval_steps=config.eval_steps)
+        return HeldOut(None, 0)
+    found = rows.tokenise(asked, tokenizer, config.sequence_budget, name=Path(str(config.eval_file)).name)
+    count = run_state.count_evaluated(
+        rows.column(found, "length"), steps=len(plan), tokens=plan.tokens, eval_steps=config.eval_steps
+    )
     log.say(f"{count} of {len(found)} held-out conversations are evaluated each time.")
     return HeldOut(found, count)
 
 
-def _training_rows(
-    config: TrainConfig, tokenizer: encoding.Tokenizer, asked: Conversations | None, log: Log
-) -> rows.Rows | steps.Joined:
-    def stored(conversations: Conversations, file: str) -> rows.Rows:
-        return rows.store(conversations, tokenizer, config.sequence_budget, name=Path(file).name)
+def _training_rows(config: TrainConfig, tokenizer: encoding.Tokenizer, asked: Dataset | None, log: Log) -> Dataset:
+    def stored(conversations: Dataset, file: str) -> Dataset:
+        return rows.tokenise(conversations, tokenizer, config.sequence_budget, name=Path(file).name)
 
     training = stored(data.read_conversations(config.train_file), config.train_file)
     if config.replay_file is None:
         return training
     general = steps.read_replay(config.replay_file, asked, Path(config.output_dir).parent)  # the stage's run_dir
-    joined = steps.Joined(training, stored(general, config.replay_file))
-    log.say(joined.in_words(config.replay_fraction))
-    return joined
+    replay = stored(general, config.replay_file)
+    log.say(steps.replay_in_words(len(training), len(replay), config.replay_fraction))
+    return steps.join(training, replay)

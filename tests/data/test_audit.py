@@ -13,6 +13,7 @@ END = 2
 SPECIAL = ("<s>", "</s>", "</s>x", "[INST]", " ")
 LEARNED = {"input_ids": [1, 5, 6, END], "labels": [IGNORE_INDEX, IGNORE_INDEX, 6, END]}
 TOOL = {"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}
+TOOLS = json.dumps([TOOL])
 
 
 def dialogue(question="а", answer="б"):
@@ -20,7 +21,8 @@ def dialogue(question="а", answer="б"):
 
 
 def calling(arguments, call_id="1"):
-    called = {"id": call_id, "type": "function", "function": {"name": "search", "arguments": arguments}}
+    function = {"name": "search", "arguments": json.dumps(arguments, ensure_ascii=False)}
+    called = {"id": call_id, "type": "function", "function": function}
     return [
         {"role": "user", "content": "а"},
         {"role": "assistant", "content": "", "tool_calls": [called]},
@@ -29,10 +31,14 @@ def calling(arguments, call_id="1"):
     ]
 
 
+def counted(example):
+    return audit.count_tokens([example], frozenset({END}))
+
+
 def facts_of(*conversations, example=LEARNED):
-    side = Side(SPECIAL, frozenset({END}))
+    side = Side(SPECIAL)
     for conversation in conversations:
-        side.add(conversation if isinstance(conversation, dict) else {"messages": conversation}, [example])
+        side.add(conversation if isinstance(conversation, dict) else {"messages": conversation}, counted(example))
     return side.facts()
 
 
@@ -51,10 +57,10 @@ def warned(train, held_out, near=0):
 def test_tokens_are_those_of_the_examples(tiny):
     tokenizer = encoding.load_tokenizer("saiga_tiny")
     conversations = [dialogue("Что это?", "Атом."), [*dialogue("Да?", "Да."), *dialogue("Точно?", "Точно, да.")]]
-    side = Side(tokenizer.special_tokens, encoding.end_of_turn_ids(tokenizer))
+    side = Side(tokenizer.special_tokens)
     examples = [encoding.encode(messages, tokenizer) for messages in conversations]
     for messages, example in zip(conversations, examples, strict=True):
-        side.add({"messages": messages}, [example])
+        side.add({"messages": messages}, audit.count_tokens([example], encoding.end_of_turn_ids(tokenizer)))
     facts = side.facts()
     assert facts["conversations"] == 2
     assert facts["turns"] == 3
@@ -76,16 +82,16 @@ def test_an_empty_side_has_its_facts_too():
 
 
 def test_facts_can_be_asked_for_while_conversations_come_in():
-    side = Side(SPECIAL, frozenset({END}))
+    side = Side(SPECIAL)
     for count in (1, 2):
-        side.add({"messages": dialogue()}, [LEARNED])
+        side.add({"messages": dialogue()}, counted(LEARNED))
         assert side.facts()["conversations"] == count
 
 
 def test_an_exact_duplicate_has_the_same_roles_contents_calls_and_tools():
     same = facts_of(dialogue(), dialogue(), calling({"q": 1}), calling({"q": 1}, call_id="2"))
     assert same["duplicates"] == 2
-    tooled = {"messages": dialogue(), "tools": [TOOL]}
+    tooled = {"messages": dialogue(), "tools": TOOLS}
     other = facts_of(dialogue(), dialogue("а "), dialogue("аб", ""), calling({"q": 1}), calling({"q": 2}), tooled)
     assert other["duplicates"] == 0
 
@@ -140,12 +146,12 @@ def test_the_last_answer_alone_is_judged():
 
 
 def test_a_call_in_the_end_is_no_answer():
-    facts = facts_of({"messages": calling({})[:2], "tools": [TOOL]})
+    facts = facts_of({"messages": calling({})[:2], "tools": TOOLS})
     assert (facts["answers"], facts["nothing_found"], facts["structured"]) == (0, 0, 0)
 
 
 def test_a_conversation_with_tools_and_no_call_is_counted():
-    made = [{"messages": calling({}), "tools": [TOOL]}, {"messages": dialogue(), "tools": [TOOL]}, dialogue()]
+    made = [{"messages": calling({}), "tools": TOOLS}, {"messages": dialogue(), "tools": TOOLS}, dialogue()]
     facts = facts_of(*made)
     assert (facts["with_tools"], facts["no_call"]) == (2, 1)
 
@@ -162,7 +168,7 @@ def test_a_special_token_is_counted_once_a_conversation_and_by_place():
 
 
 def test_special_tokens_are_found_in_tools_arguments_and_results():
-    tools = [{"type": "function", "function": {"name": "search", "description": "до </s>"}}]
+    tools = json.dumps([{"type": "function", "function": {"name": "search", "description": "до </s>"}}])
     messages = calling({"q": ["<s>"]})
     messages[2]["content"] = "[INST]"
     where = facts_of({"messages": messages, "tools": tools})["special_tokens_where"]
@@ -170,14 +176,14 @@ def test_special_tokens_are_found_in_tools_arguments_and_results():
 
 
 def test_of_a_thousand_reserved_tokens_the_right_one_is_found():
-    side = Side([f"<SPECIAL_{number}>" for number in range(1000)], frozenset({END}))
-    side.add({"messages": dialogue("<SPECIAL_7> <SPECIAL_777> <SPECIAL_1000> <SPECIAL_")}, [LEARNED])
+    side = Side([f"<SPECIAL_{number}>" for number in range(1000)])
+    side.add({"messages": dialogue("<SPECIAL_7> <SPECIAL_777> <SPECIAL_1000> <SPECIAL_")}, counted(LEARNED))
     assert side.facts()["special_tokens_as_text"].keys() == {"<SPECIAL_7>", "<SPECIAL_777>"}
 
 
 def test_without_special_tokens_none_is_found():
-    side = Side([], frozenset({END}))
-    side.add({"messages": dialogue("<s>")}, [LEARNED])
+    side = Side([])
+    side.add({"messages": dialogue("<s>")}, counted(LEARNED))
     assert side.facts()["special_tokens_as_text"] == {}
 
 
@@ -248,21 +254,24 @@ def test_a_warning_is_a_russian_sentence_and_an_english_one(facts):
 
 def test_answers_that_are_only_read_are_not_counted_and_tell_conversations_apart():
     said = [{"role": "user", "content": "а"}, {"role": "assistant", "content": "[1]"}]
-    side = Side(SPECIAL, frozenset({END}))
+    side = Side(SPECIAL)
     talks = ([*said, said[0], {**said[1], "content": "[]", "weight": 0}], [said[0], {**said[1], "weight": 0}, *said])
     for messages in talks:
-        side.add({"messages": messages}, [LEARNED])
+        side.add({"messages": messages}, counted(LEARNED))
     facts = side.facts()
     assert (facts["turns"], facts["nothing_found"], facts["structured"]) == (2, 0, 2)
-    side.add({"messages": [*said, *said]}, [LEARNED])
-    side.add({"messages": [said[0], {**said[1], "weight": 0}, *said]}, [LEARNED])
+    side.add({"messages": [*said, *said]}, counted(LEARNED))
+    side.add({"messages": [said[0], {**said[1], "weight": 0}, *said]}, counted(LEARNED))
     assert side.facts()["duplicates"] == 1
     tool = {"type": "function", "function": {"name": "f"}}
     call = {
         "role": "assistant",
         "content": "",
-        "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
+        "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
         "weight": 0,
     }
-    side.add({"messages": [said[0], call, {"role": "tool", "content": "1"}, said[1]], "tools": [tool]}, [LEARNED])
+    side.add(
+        {"messages": [said[0], call, {"role": "tool", "content": "1"}, said[1]], "tools": json.dumps([tool])},
+        counted(LEARNED),
+    )
     assert side.facts()["no_call"] == 1

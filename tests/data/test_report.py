@@ -239,7 +239,7 @@ def test_progress_is_printed_by_the_clock_alone(check, write, capsys, monkeypatc
     check(write([("а", "б"), ("в", "г")]))
     lines = capsys.readouterr().out.splitlines()
     assert "own.jsonl: 2 of 2 conversations tokenised" in lines
-    assert "train.jsonl: 1 of 1 conversations looked at" in lines
+    assert "train.jsonl: 1 of 1 conversations checked" in lines
 
 
 def test_a_conversation_that_the_template_refuses_is_named_with_its_file_and_line(tiny, tmp_path):
@@ -353,8 +353,8 @@ def test_functions_and_calls_go_through_the_stage(check, tmp_path):
     file.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in rows), encoding="utf-8")
     made = check(str(file), eval_fraction=0.5)
     written = data.read_conversations(made / "train.jsonl")[0]
-    assert written["tools"] == tools
-    assert written["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"что": "</s>"}
+    assert json.loads(written["tools"]) == tools
+    assert written["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"что": "</s>"}'
     counts = counts_of(made)["train"]
     assert (counts["with_tools"], counts["no_call"]) == (2, 0)
     assert counts["special_tokens_where"] == {"</s>": {"arguments": 2}}

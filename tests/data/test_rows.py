@@ -27,6 +27,10 @@ def turns(count: int, words: int = 5) -> list[dict[str, str]]:
     return made
 
 
+def ids_and_labels(row):
+    return {key: row[key] for key in ("input_ids", "labels")}
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
     return encoding.load_tokenizer("saiga_tiny")
@@ -88,20 +92,21 @@ def test_progress_goes_by_the_clock(tokenizer, capsys, monkeypatch):
 def test_stored_rows_are_read_back_in_any_order_and_leave_no_file(tokenizer):
     before = set(workspace.scratch_dir().iterdir())
     conversations = [{"messages": turns(1 + index % 4, words=index)} for index in range(40)]
-    stored = rows.store(conversations, tokenizer, 2000, name="records")
+    stored = rows.tokenise(conversations, tokenizer, 2000, name="records")
     expected = [encode(each["messages"], tokenizer) for each in conversations]
     assert set(workspace.scratch_dir().iterdir()) == before
-    assert [stored[index] for index in (39, 0, 17, -1)] == [expected[index] for index in (39, 0, 17, -1)]
-    assert list(stored) == expected
-    assert list(stored.lengths) == [len(each["input_ids"]) for each in expected]
+    assert [ids_and_labels(stored[index]) for index in (39, 0, 17, -1)] == [expected[i] for i in (39, 0, 17, -1)]
+    assert list(map(ids_and_labels, stored)) == expected
+    assert list(rows.column(stored, "length")) == [len(each["input_ids"]) for each in expected]
     learned = [sum(label != IGNORE_INDEX for label in each["labels"]) for each in expected]
-    assert list(stored.learned) == learned
+    assert list(rows.column(stored, "learned")) == learned
+    assert list(rows.column(stored, "conversation")) == list(range(1, 41))
 
 
 def test_what_is_cut_and_left_out_is_counted_aloud(tokenizer, capsys):
     fits = len(encode(turns(1), tokenizer)["input_ids"])
     conversations = [{"messages": turns(1)}, {"messages": turns(3)}, {"messages": turns(1, words=90)}]
-    assert len(rows.store(conversations, tokenizer, fits, name="records")) == 2
+    assert len(rows.tokenise(conversations, tokenizer, fits, name="records")) == 2
     said = capsys.readouterr().out
     assert "records: of 3 conversations 1 lose their last turns and 1 are left out" in said
     assert f"longer than {fits} tokens" in said
@@ -109,7 +114,7 @@ def test_what_is_cut_and_left_out_is_counted_aloud(tokenizer, capsys):
 
 def test_nothing_that_fits_is_an_error_with_the_limit(tokenizer):
     with pytest.raises(SaigaError, match=r"records: no conversation has an answer within max_seq_length=10 tokens"):
-        rows.store([{"messages": turns(1)}], tokenizer, 10, name="records")
+        rows.tokenise([{"messages": turns(1)}], tokenizer, 10, name="records")
 
 
 def test_a_disk_that_is_full_is_an_error_with_what_is_needed(tiny, tmp_path):
@@ -118,10 +123,8 @@ def test_a_disk_that_is_full_is_an_error_with_what_is_needed(tiny, tmp_path):
 import resource
 from saigakit.data import rows
 resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
-stored = rows.Rows()
 try:
-    for _ in range(10_000):
-        stored.append({"input_ids": [1] * 100, "labels": [1] * 100})
+    rows.as_dataset((number, {"input_ids": [1] * 100, "labels": [1] * 100}) for number in range(10_000))
 except rows.SaigaError as error:
     print(error)
 """
@@ -144,12 +147,13 @@ def test_a_very_long_conversation_is_cut_with_few_renderings(tokenizer, monkeypa
 def test_rows_of_a_template_that_renders_the_last_answer_otherwise_are_one_for_each_answer(capsys):
     split = chatml(THOUGHTFUL)
     conversations = [{"messages": turns(2)}, {"messages": turns(1)}]
-    stored = rows.store(conversations, split, 500, name="records")
+    stored = rows.tokenise(conversations, split, 500, name="records")
     ends = [encoding.encode_rows([{"messages": turns(count)}], split)[0][-1] for count in (1, 2, 1)]
-    assert list(stored) == ends
+    assert list(map(ids_and_labels, stored)) == ends
     assert "records: 2 conversations are 3 rows, one for each answer" in capsys.readouterr().out
     shorter = len(ends[1]["input_ids"]) - 1
-    assert list(rows.store(conversations, split, shorter, name="records")) == [ends[0], ends[2]]
+    stored = rows.tokenise(conversations, split, shorter, name="records")
+    assert list(map(ids_and_labels, stored)) == [ends[0], ends[2]]
     assert "1 lose their last turns" in capsys.readouterr().out
     (item, _) = rows.encode_fitting(conversations, split, shorter, name="records")
     assert item.conversation["messages"] == turns(1)
@@ -182,7 +186,7 @@ def test_what_is_cut_to_a_single_row_is_that_row(capsys):
 
 def test_conversations_without_anything_to_learn_are_not_said_to_be_long(tokenizer, capsys):
     silent = [{**each, "weight": 0} if each["role"] == "assistant" else each for each in turns(1)]
-    assert len(rows.store([{"messages": silent}, {"messages": turns(1)}], tokenizer, 500, name="records")) == 1
+    assert len(rows.tokenise([{"messages": silent}, {"messages": turns(1)}], tokenizer, 500, name="records")) == 1
     said = capsys.readouterr().out
     assert "records: 1 conversations have nothing to learn" in said
     assert "longer than" not in said

@@ -1,5 +1,7 @@
 """Records of every shape into normalised conversations, and bad ones into their problems."""
 
+import json
+
 import pytest
 
 from saigakit.data import schema
@@ -9,7 +11,8 @@ TALK = [{"role": "user", "content": "Кто ты?"}, {"role": "assistant", "cont
 WITH_SYSTEM = [{"role": "system", "content": "Отвечай кратко."}, *TALK]
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 ASK = {"role": "user", "content": "Какая погода в Томске?"}
-ARGUMENTS = {"city": "Томск"}
+TOOLS = json.dumps([WEATHER], ensure_ascii=False)  # as they are kept
+ARGUMENTS = '{"city": "Томск"}'
 CALL = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": ARGUMENTS}}
 ANSWER = {"role": "tool", "content": "-5", "tool_call_id": "1"}
 SAID = {"role": "assistant", "content": "Минус пять."}
@@ -73,12 +76,12 @@ def test_every_shape_becomes_the_same_messages(record, messages):
          '"properties": {}}}}]'},
         {"messages": WITH_TOOL, "tools": [WEATHER["function"]]},
         {"messages": WITH_TOOL, "functions": [WEATHER["function"]]},
-        calling(tool_calls=[{**CALL, "function": {"name": "weather", "arguments": '{"city": "Томск"}'}}]),
+        calling(tool_calls=[{**CALL, "function": {"name": "weather", "arguments": {"city": "Томск"}}}]),
         calling(tool_calls=[{"id": "1", **PLAIN_CALL}]),
     ],
 )  # fmt: skip
 def test_tools_and_calls_in_every_spelling_become_the_same(record):
-    assert schema.conversation(record) == {"messages": WITH_TOOL, "tools": [WEATHER]}
+    assert schema.conversation(record) == {"messages": WITH_TOOL, "tools": TOOLS}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,7 @@ def test_tools_and_calls_in_every_spelling_become_the_same(record):
     ],
 )
 def test_older_calls_and_those_of_sharegpt_become_the_same(record):
-    assert schema.conversation({**record, "tools": [WEATHER]}) == {"messages": TOOL_TURNS, "tools": [WEATHER]}
+    assert schema.conversation({**record, "tools": [WEATHER]}) == {"messages": TOOL_TURNS, "tools": TOOLS}
 
 
 def test_a_function_message_is_a_tools_and_keeps_its_name():
@@ -125,7 +128,7 @@ def test_two_calls_have_two_answers_and_a_call_may_be_the_last_word():
 
 
 def test_tools_that_are_not_called_are_kept():
-    assert schema.conversation({"user": "а", "bot": "б", "tools": [WEATHER]})["tools"] == [WEATHER]
+    assert schema.conversation({"user": "а", "bot": "б", "tools": [WEATHER]})["tools"] == TOOLS
 
 
 def test_texts_are_kept_to_the_letter():

@@ -24,15 +24,19 @@ BASE = {
 }
 ADAPTER = {"adapter_config.json": b"{}", "adapter_model.bin": b"weights", "tokenizer.model": b"pieces", "a.png": b""}
 OLD = {"someone/old": {name: content for name, content in BASE.items() if not name.endswith(".safetensors")}}
+CARD = b"---\nconfigs:\n- {config_name: en, data_files: en/*.jsonl}\n- {config_name: ru, data_files: ru/*.jsonl}\n---\n"
 DATA_SETS = {
     "datasets/someone/talks": {
         "data/train-00000-of-00002.parquet": b"first",
         "data/train-00001-of-00002.parquet": b"second",
-        "data/test [x].jsonl": b"third",
+        "data/test-00000-of-00001.parquet": b"third",
         "README.md": b"#",
     },
-    "datasets/someone/languages": {"en/train.jsonl": b"{}", "ru/train.jsonl": b"[]"},
+    "datasets/someone/letters": {"data/train.jsonl": b"first", "data/test [x].jsonl": b"third"},
+    "datasets/someone/languages": {"en/train.jsonl": b"{}", "ru/train.jsonl": b"[]", "README.md": CARD},
+    "datasets/someone/named": {"data/train_sft-00000-of-00001.jsonl": b"1", "data/ru-00000-of-00001.jsonl": b"2"},
 }
+DATA_SETS["datasets/someone/pictures"] = {"train/a.png": b"picture"}
 REPOSITORIES = {SAIGA.base_model: BASE, SAIGA.released_adapter: ADAPTER, **OLD, **DATA_SETS}
 ASK = """
 import sys
@@ -291,7 +295,7 @@ def test_a_directory_below_a_hidden_one_is_read(tmp_path):
 
 def test_a_directory_without_records_is_refused(tmp_path):
     made = directory_with(tmp_path / "talks", "a.csv")
-    with pytest.raises(SaigaError, match="talks holds no file of records"):
+    with pytest.raises(SaigaError, match="talks has no file of records"):
         sources.records_files(str(made))
 
 
@@ -337,7 +341,11 @@ def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path):
     ("name", "files"),
     [
         ("someone/talks", ["train-00000-of-00002.parquet: first", "train-00001-of-00002.parquet: second"]),
-        ("someone/talks:test", ["test [x].jsonl: third"]),
+        ("someone/talks:test", ["test-00000-of-00001.parquet: third"]),
+        ("someone/letters:test", ["test [x].jsonl: third"]),
+        ("someone/named:train_sft", ["train_sft-00000-of-00001.jsonl: 1"]),
+        ("someone/named:ru", ["ru-00000-of-00001.jsonl: 2"]),
+        (f"someone/named@{hub_stub.COMMIT}:ru", ["ru-00000-of-00001.jsonl: 2"]),
         ("someone/languages:ru", ["train.jsonl: []"]),
         ("someone/languages:en/train", ["train.jsonl: {}"]),
     ],
@@ -349,14 +357,37 @@ def test_a_data_set_of_the_hub_is_the_files_of_its_split(hub, tmp_path, name, fi
 def test_of_a_data_set_only_the_files_of_the_split_are_fetched(hub, tmp_path):
     before = len(hub[1])
     asked("sources.records_files('someone/languages:ru')", hub[0], tmp_path)
-    fetched = [call for call in hub[1][before:] if "/resolve/" in call]
+    fetched = [call for call in hub[1][before:] if "/resolve/" in call and call.endswith(".jsonl")]
     assert fetched and all("ru/train.jsonl" in call for call in fetched)
 
 
 def test_a_data_set_with_several_configurations_is_refused_with_their_names(hub, tmp_path):
     kind, sentence = asked("sources.records_files('someone/languages')", hub[0], tmp_path)
     assert kind == "SaigaError"
-    assert "more than one configuration: en, ru" in sentence
+    assert "someone/languages has more than one configuration. Name one of en, ru" in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("someone/named", "has no split 'train'. Its splits: ru, train_sft"),
+        ("someone/talks:dev", "has no split 'dev'. Its splits: train, test"),
+        ("someone/languages:ru/test", "has no split 'test'. Its splits: train"),
+        ("someone/languages:de/train", "has no configuration 'de'. Name one of en, ru"),
+        ("someone/pictures", "has no file of records (.jsonl, .ndjson, .json, "),
+    ],
+)
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(hub, tmp_path, name, said):
+    kind, sentence = asked(f"sources.records_files({name!r})", hub[0], tmp_path)
+    assert kind == "SaigaError"
+    assert said in sentence
+
+
+def test_a_card_says_which_files_of_a_copy_are_of_which_split(tmp_path):
+    made = directory_with(tmp_path / "set", "ru.jsonl", "en.jsonl")
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: ru.jsonl}\n---\n"
+    (made / "README.md").write_text(card, encoding="utf-8")
+    assert sources.records_files(str(made)) == [made / "ru.jsonl"]
 
 
 def test_a_disk_too_small_for_a_data_set_is_told_before_it_is_fetched(hub, tmp_path):

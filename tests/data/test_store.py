@@ -10,28 +10,37 @@ import pytest
 
 from saigakit import data
 from saigakit.data import store
-from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
 
 FULL = """
 import os, resource, sys
 from saigakit.core import workspace
-from saigakit.data.store import Conversations
+from saigakit.data import store
 from saigakit.errors import SaigaError
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 try:
-    Conversations.stored({"messages": [{"role": "user", "content": "x" * 1000}]} for _ in range(int(sys.argv[1])))
+    store.as_dataset({"messages": [{"role": "user", "content": "x" * 1000}]} for _ in range(int(sys.argv[1])))
 except SaigaError as error:
     print(error)
 """
 LARGE = """
-import re
+import datasets, pyarrow, re
 from pathlib import Path
-from saigakit.data.store import Conversations
-text = "ё" * 10_000
-stored = Conversations.stored({"messages": [{"role": "user", "content": text}]} for _ in range(5000))  # 100 MB
-assert sum(len(row["messages"]) for row in stored) == 5000
-print(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])  # the most that it ever had
+from saigakit.data import store
+
+def held():  # KB, without the pages of files, which the system takes back when it needs them
+    return int(re.search(r"RssAnon:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+def rows(most):
+    for _ in range(5000):  # 100 MB
+        most.append(held())
+        yield {"messages": [{"role": "user", "content": text}]}
+
+text, before, most = "ё" * 10_000, held(), []
+stored = store.as_dataset(rows(most))
+for row in store.conversations(stored):
+    most.append(held())
+print(max(most) - before)
 """
 
 
@@ -44,13 +53,13 @@ def many():
     """Conversations of very different lengths, and themselves as dictionaries."""
     rng = random.Random(1)
     rows = [asking(f"{index} " + "ё\u2028" * rng.choice((0, 1, 50, 5000))) for index in range(500)]
-    return Conversations.stored(rows), rows
+    return store.as_dataset(rows), rows
 
 
 def test_what_is_stored_is_read_in_its_order_as_often_as_one_likes(many):
     stored, rows = many
     assert len(stored) == 500
-    assert list(stored) == rows == list(stored)
+    assert list(stored) == rows == list(stored) == list(store.conversations(stored))
 
 
 def test_each_is_read_by_its_number_also_from_the_end(many):
@@ -75,13 +84,14 @@ def test_a_selection_of_a_selection_is_read_in_the_order_asked_for(many):
 
 def test_a_slice_is_a_selection(many):
     stored, rows = many
-    assert list(stored[10:400:7]) == rows[10:400:7]
-    assert list(stored.select(range(100))[-3:]) == rows[97:100]
+    assert stored[10:400:7] == {"messages": [row["messages"] for row in rows[10:400:7]]}
+    assert list(stored.select(range(100)).select(range(97, 100))) == rows[97:100]
 
 
 def test_two_readings_at_once_do_not_disturb_each_other(many):
     stored, rows = many
-    assert list(zip(stored, stored[250:], strict=False)) == list(zip(rows, rows[250:], strict=False))
+    second = stored.select(range(250, 500))
+    assert list(zip(stored, second, strict=False)) == list(zip(rows, rows[250:], strict=False))
 
 
 def test_a_child_process_and_its_parent_read_the_same_file(many):
@@ -100,20 +110,20 @@ def test_what_is_read_can_be_changed_without_changing_what_is_stored(many):
 
 
 def test_none_are_no_conversations():
-    stored = Conversations.stored([])
+    stored = store.as_dataset([])
     assert (len(stored), list(stored), list(stored.select([]))) == (0, [], [])
 
 
 def test_tools_are_stored_and_other_keys_are_not():
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    assert list(Conversations.stored([{**asking("а"), "tools": tools, "id": 1}])) == [{**asking("а"), "tools": tools}]
+    tools = '[{"type": "function", "function": {"name": "f"}}]'
+    assert list(store.as_dataset([{**asking("а"), "tools": tools, "id": 1}])) == [{**asking("а"), "tools": tools}]
 
 
 def test_a_written_file_is_opened_as_it_is(many, tmp_path):
     stored, rows = many
     file = data.write_conversations(rows, tmp_path / "records.jsonl")
-    assert list(Conversations.of_file(file)) == rows
-    assert b"".join(stored.lines()) == file.read_bytes()
+    assert list(data.read_conversations(file)) == rows
+    assert b"".join(map(store.as_line, stored)) == file.read_bytes()
 
 
 def test_a_line_has_no_other_end_and_is_the_same_json():
@@ -125,7 +135,7 @@ def test_a_line_has_no_other_end_and_is_the_same_json():
 
 def test_nothing_is_in_the_cache_while_the_conversations_are_read(many, monkeypatch, tmp_path):
     monkeypatch.setenv("SAIGAKIT_CACHE", str(tmp_path / "cache"))
-    stored = Conversations.stored([asking("а")])
+    stored = store.as_dataset([asking("а")])
     assert list((tmp_path / "cache").rglob("*")) == []
     assert len(list(stored)) == 1
 
@@ -144,7 +154,7 @@ def test_a_disk_that_is_full_is_a_sentence_with_the_bytes_and_the_directory(tmp_
 
 def test_what_cannot_fit_is_refused_before_a_byte_is_written():
     with pytest.raises(SaigaError, match=r"needs 9000000\.00 GB of disk or more"):
-        Conversations.stored(iter(lambda: pytest.fail("was read"), None), expected=9 * 10**15)
+        store.as_dataset(iter(lambda: pytest.fail("was read"), None), expected=9 * 10**15)
 
 
 def test_a_fault_of_the_source_is_not_taken_for_a_full_disk():
@@ -153,7 +163,7 @@ def test_a_fault_of_the_source_is_not_taken_for_a_full_disk():
         raise FileNotFoundError("gone")
 
     with pytest.raises(FileNotFoundError, match="gone"):
-        Conversations.stored(failing())
+        store.as_dataset(failing())
 
 
 def test_memory_does_not_grow_with_the_texts():

@@ -31,7 +31,11 @@ class _Answers(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(with_body=True)
 
-    def _answer(self, *, with_body: bool) -> None:
+    def do_POST(self) -> None:
+        asked = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self._answer(with_body=True, asked=urllib.parse.parse_qs(asked.decode()).get("paths", []))
+
+    def _answer(self, *, with_body: bool, asked: list[str] | None = None) -> None:
         type(self).calls.append(self.path)
         path = self.path.split("?")[0].removeprefix("/api").removeprefix("/models")
         parts = 3 if path.startswith("/datasets/") else 2
@@ -40,23 +44,44 @@ class _Answers(http.server.BaseHTTPRequestHandler):
             status, code = REFUSALS[name]
             self._reply(status, b"{}", with_body, {"X-Error-Code": code} if code else {})
         elif repository in self.repositories:
-            self._serve(path, repository, with_body)
+            self._serve(path, repository, with_body, asked or [])
         else:
             self._reply(404, b"{}", with_body, {"X-Error-Code": "RepoNotFound"})
 
-    def _serve(self, path: str, repository: str, with_body: bool) -> None:
+    def _serve(self, path: str, repository: str, with_body: bool, asked: list[str]) -> None:
         files = self.repositories[repository]
+        listed: object
         if "/resolve/" in path:
-            content = files[urllib.parse.unquote(path.split("/resolve/")[1].split("/", 1)[1])]
-            etag = f'"{hashlib.sha1(content, usedforsecurity=False).hexdigest()}"'
-            self._reply(200, content, with_body, {"ETag": etag, "X-Repo-Commit": COMMIT})
-        elif "/tree/" in path:
-            rows = [{"type": "file", "path": name, "size": len(files[name]), "oid": COMMIT} for name in files]
-            self._reply(200, json.dumps(rows).encode(), with_body, {})
+            name = urllib.parse.unquote(path.split("/resolve/")[1].split("/", 1)[1])
+            if name not in files:
+                return self._reply(404, b"{}", with_body, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            etag = f'"{hashlib.sha1(files[name], usedforsecurity=False).hexdigest()}"'
+            return self._reply(200, files[name], with_body, {"ETag": etag, "X-Repo-Commit": COMMIT})
+        if "/tree/" in path:
+            below = urllib.parse.unquote(path.split("/tree/")[1].partition("/")[2])
+            if below and not any(name.startswith(f"{below}/") for name in files):
+                return self._reply(404, b"{}", with_body, {"X-Error-Code": "EntryNotFound"})
+            listed = self._entries(files, below, is_deep="recursive=true" in self.path.lower())
+        elif "/paths-info/" in path:
+            everything = [*self._entries(files, "", is_deep=True)]
+            listed = [entry for entry in everything if entry["path"] in asked]
         else:
             siblings = [{"rfilename": name, "size": len(files[name])} for name in files]
-            listed = {"id": repository, "sha": COMMIT, "siblings": siblings}
-            self._reply(200, json.dumps(listed).encode(), with_body, {})
+            listed = {"id": repository.removeprefix("datasets/"), "sha": COMMIT, "siblings": siblings}
+        return self._reply(200, json.dumps(listed).encode(), with_body, {})
+
+    @staticmethod
+    def _entries(files: Mapping[str, bytes], below: str, *, is_deep: bool) -> list[dict[str, object]]:
+        begin = f"{below}/" if below else ""
+        inside = [name.removeprefix(begin) for name in files if name.startswith(begin)]
+        shown = [name for name in inside if is_deep or "/" not in name]
+        parents = {"/".join(name.split("/")[:depth]) for name in inside for depth in range(1, name.count("/") + 1)}
+        folders = sorted(name for name in parents if is_deep or "/" not in name)
+        made: list[dict[str, object]] = [{"type": "directory", "path": begin + name, "oid": COMMIT} for name in folders]
+        made += [
+            {"type": "file", "path": begin + name, "size": len(files[begin + name]), "oid": COMMIT} for name in shown
+        ]
+        return made
 
     def _reply(self, status: int, body: bytes, with_body: bool, headers: Mapping[str, str]) -> None:
         self.send_response(status)

@@ -11,7 +11,7 @@ from saigakit import train
 from saigakit.config import TrainConfig
 from saigakit.core import launch
 from saigakit.core.workspace import Gpu
-from saigakit.data.rows import Rows
+from saigakit.data import rows
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
 from saigakit.train import curve, distributed, job, preflight
@@ -92,15 +92,14 @@ def test_the_options_are_those_of_the_libraries(tmp_path):
 
 
 def test_sharded_processes_have_equally_many_packs():
-    rows = Rows()
-    for length in (90, 80, 70, 10, 10, 10, 60):
-        rows.append({"input_ids": [1] * length, "labels": [1] * length})
+    lengths = (90, 80, 70, 10, 10, 10, 60)
+    stored = rows.as_dataset((1, {"input_ids": [1] * length, "labels": [1] * length}) for length in lengths)
 
     def counts(kind):
         config = TrainConfig(
             model="saiga_tiny", train_file="", output_dir="", batch_size=5, epochs=1, max_seq_length=100, sharding=kind
         )
-        plans = [Plan(config, rows, processes=2, process=number) for number in range(2)]
+        plans = [Plan(config, stored, processes=2, process=number) for number in range(2)]
         return [[(len(plan[step].packs), plan[step].counted) for plan in plans] for step in range(2)]
 
     plain, sharded = counts("none"), counts("fsdp")

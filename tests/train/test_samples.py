@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from saigakit import data
+from saigakit.data import store
 from saigakit.data.conversations import spread
-from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.registry import Lora
@@ -71,7 +71,7 @@ def learn(model, rows, steps, between=lambda step: None):
 def test_training_with_samples_is_training_without_them_bit_for_bit(
     tiny, tokenizer, held_out, tmp_path, quantization, on_gpu
 ):
-    rows = [encoding.encode(row["messages"], tokenizer) for row in held_out[:12]]
+    rows = [encoding.encode(row["messages"], tokenizer) for row in held_out.select(range(12))]
     asked = Samples(tokenizer, held_out, tmp_path / "samples.md")
     without = learn(in_training(tiny, quantization, on_gpu=on_gpu), rows, 4)
     model = in_training(tiny, quantization, on_gpu=on_gpu)
@@ -194,7 +194,7 @@ def model(tiny):
 
 def test_the_file_reads_as_question_right_answer_and_answers_by_step(script, model, tokenizer, tmp_path):
     file = tmp_path / "samples.md"
-    asked = Samples(tokenizer, Conversations.stored([talk("Что такое азот?", "Газ.")]), file)
+    asked = Samples(tokenizer, store.as_dataset([talk("Что такое азот?", "Газ.")]), file)
     asked.write(0, 2.34567, model)
     script.texts = ["Это газ.\n## 2\n**жирный**"]
     asked.write(40, 0.5, model)
@@ -212,7 +212,7 @@ def test_the_file_reads_as_question_right_answer_and_answers_by_step(script, mod
 )
 def test_whatever_is_asked_and_answered_is_read_back_as_it_was(script, model, tokenizer, tmp_path, text):
     script.texts = [text]
-    asked = Samples(tokenizer, Conversations.stored([talk(f"1{text}"), talk("Два?", f"{text}2")]), tmp_path / "s.md")
+    asked = Samples(tokenizer, store.as_dataset([talk(f"1{text}"), talk("Два?", f"{text}2")]), tmp_path / "s.md")
     asked.write(0, 1.0, model)
     sections, [entry] = samples._parsed(tmp_path / "s.md")
     assert sections == [(f"1{text}", "Да."), ("Два?", f"{text}2")]
@@ -229,7 +229,7 @@ def test_an_answer_that_did_not_end_is_marked(tokenizer, tiny, held_out, tmp_pat
 
 
 def test_a_resumed_run_writes_the_file_of_an_uninterrupted_one(script, model, tokenizer, tmp_path):
-    held_out = Conversations.stored(talk(f"Вопрос {number}?") for number in range(9))
+    held_out = store.as_dataset(talk(f"Вопрос {number}?") for number in range(9))
     whole, resumed = tmp_path / "whole.md", tmp_path / "resumed.md"
 
     def go(asked, steps):
@@ -247,7 +247,7 @@ def test_a_resumed_run_writes_the_file_of_an_uninterrupted_one(script, model, to
 
 
 def test_a_run_that_resumes_without_a_file_begins_one(script, model, tokenizer, tmp_path):
-    asked = Samples(tokenizer, Conversations.stored([talk("А?")]), tmp_path / "s.md")
+    asked = Samples(tokenizer, store.as_dataset([talk("А?")]), tmp_path / "s.md")
     asked.restart_at(5)
     asked.write(10, 1.0, model)
     assert "step 10" in (tmp_path / "s.md").read_text(encoding="utf-8")
@@ -255,10 +255,10 @@ def test_a_run_that_resumes_without_a_file_begins_one(script, model, tokenizer, 
 
 def test_a_file_of_other_questions_is_not_taken_up(script, model, tokenizer, tmp_path):
     file = tmp_path / "s.md"
-    Samples(tokenizer, Conversations.stored([talk("А?")]), file).write(0, 1.0, model)
+    Samples(tokenizer, store.as_dataset([talk("А?")]), file).write(0, 1.0, model)
     before = file.read_bytes()
     with pytest.raises(SaigaError, match="other held-out questions"):
-        Samples(tokenizer, Conversations.stored([talk("Б?")]), file).restart_at(5)
+        Samples(tokenizer, store.as_dataset([talk("Б?")]), file).restart_at(5)
     assert file.read_bytes() == before
 
 
@@ -269,12 +269,12 @@ def test_a_damaged_file_is_one_sentence(tokenizer, tmp_path, content):
     file = tmp_path / "s.md"
     file.write_text(content, encoding="utf-8")
     with pytest.raises(SaigaError, match=r"s\.md is damaged"):
-        Samples(tokenizer, Conversations.stored([talk("А?")]), file).restart_at(5)
+        Samples(tokenizer, store.as_dataset([talk("А?")]), file).restart_at(5)
 
 
 def test_four_questions_spread_over_the_file_are_asked_each_up_to_its_last_answer(script, model, tokenizer, tmp_path):
     longer = {"messages": [*talk("Раз?")["messages"], *talk("Два?", "Третий.")["messages"]]}
-    held_out = Conversations.stored([longer, *(talk(f"Вопрос {number}?") for number in range(1, 100))])
+    held_out = store.as_dataset([longer, *(talk(f"Вопрос {number}?") for number in range(1, 100))])
     Samples(tokenizer, held_out, tmp_path / "s.md").write(0, 1.0, model)
     sections, _ = samples._parsed(tmp_path / "s.md")
     assert sections[0] == ("Два?", "Третий.")
@@ -284,16 +284,16 @@ def test_four_questions_spread_over_the_file_are_asked_each_up_to_its_last_answe
 
 def test_a_question_that_is_too_long_is_not_asked_and_none_at_all_is_said(model, tokenizer, tmp_path, script, capsys):
     long = talk("азот " * samples.PROMPT_TOKENS)
-    Samples(tokenizer, Conversations.stored([long, talk("А?")]), tmp_path / "s.md").write(0, 1.0, model)
+    Samples(tokenizer, store.as_dataset([long, talk("А?")]), tmp_path / "s.md").write(0, 1.0, model)
     assert samples._parsed(tmp_path / "s.md")[0] == [("А?", "Да.")]
     assert capsys.readouterr().out == ""
-    Samples(tokenizer, Conversations.stored([long]), tmp_path / "none.md").write(0, 1.0, model)
+    Samples(tokenizer, store.as_dataset([long]), tmp_path / "none.md").write(0, 1.0, model)
     assert "No held-out question of at most 1024 tokens" in capsys.readouterr().out
     assert not (tmp_path / "none.md").exists()
 
 
 def test_the_table_shows_before_and_after(script, model, tokenizer, tmp_path):
-    asked = Samples(tokenizer, Conversations.stored([talk("А?"), talk("Б?")]), tmp_path / samples.FILE)
+    asked = Samples(tokenizer, store.as_dataset([talk("А?"), talk("Б?")]), tmp_path / samples.FILE)
     for step, text in ((0, "не знаю"), (10, "может быть"), (20, "да")):
         script.texts = [text]
         asked.write(step, 1 / (step + 1), model)

@@ -6,9 +6,8 @@ from itertools import chain
 
 import pytest
 
+from saigakit.data import rows, store
 from saigakit.data.conversations import asking_alike
-from saigakit.data.rows import Rows
-from saigakit.data.store import Conversations
 from saigakit.errors import DataError, SaigaError
 from saigakit.train import steps
 
@@ -80,7 +79,7 @@ def test_replay_without_conversations_is_refused():
 
 
 def test_conversations_that_ask_held_out_questions_are_left_out_and_counted(tmp_path, capsys):
-    held_out = Conversations.stored([talk("Сколько планет вокруг нашего Солнца?"), talk("Кто ты?")])
+    held_out = store.as_dataset([talk("Сколько планет вокруг нашего Солнца?"), talk("Кто ты?")])
     name = file_of(tmp_path, ["Как дела сегодня у тебя?", "сколько  планет вокруг нашего солнца?", "Кто ты?", "Где?"])
     found = steps.read_replay(name, held_out)
     assert [each["messages"][0]["content"] for each in found] == ["Как дела сегодня у тебя?", "Где?"]
@@ -90,12 +89,12 @@ def test_conversations_that_ask_held_out_questions_are_left_out_and_counted(tmp_
 
 def test_nothing_is_said_where_nothing_is_left_out(tmp_path, capsys):
     name = file_of(tmp_path, ["Раз?", "Два?"])
-    assert len(steps.read_replay(name, Conversations.stored([talk("Три?")]))) == len(steps.read_replay(name, None)) == 2
+    assert len(steps.read_replay(name, store.as_dataset([talk("Три?")]))) == len(steps.read_replay(name, None)) == 2
     assert capsys.readouterr().out == ""
 
 
 def test_only_held_out_questions_are_refused(tmp_path):
-    held_out = Conversations.stored([talk("Раз?"), talk("Два?")])
+    held_out = store.as_dataset([talk("Раз?"), talk("Два?")])
     with pytest.raises(SaigaError, match="all 2 conversations ask held-out questions"):
         steps.read_replay(file_of(tmp_path, ["Раз?", "Два?"]), held_out)
 
@@ -107,29 +106,29 @@ def test_bad_records_are_named_as_everywhere(tmp_path):
 
 
 def stored(texts):
-    made = Rows()
-    for ids in texts:
-        made.append({"input_ids": ids, "labels": [-100, *ids[1:]]})
-    return made
+    examples = ({"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in texts)
+    return rows.as_dataset(enumerate(examples, start=1))
 
 
 def test_joined_rows_are_training_and_then_replay():
-    joined = steps.Joined(stored([[1, 2], [3, 4, 5]]), stored([[6], [7, 8]]))
+    joined = steps.join(stored([[1, 2], [3, 4, 5]]), stored([[6], [7, 8]]))
     assert [row["input_ids"] for row in joined] == [[1, 2], [3, 4, 5], [6], [7, 8]]
-    assert list(joined.lengths) == [2, 3, 1, 2] and list(joined.learned) == [1, 2, 0, 1]
+    assert list(rows.column(joined, "length")) == [2, 3, 1, 2]
+    assert list(rows.column(joined, "learned")) == [1, 2, 0, 1]
+    assert list(rows.column(joined, "conversation")) == [1, 2, -1, -2]
     with pytest.raises(IndexError):
         joined[4]
 
 
 def test_an_epoch_of_joined_rows_has_all_of_training_and_what_is_drawn():
-    joined = steps.Joined(stored([[1, 2]] * 18), stored([[3, 4]] * 5))
-    first, second = (list(epoch) for epoch in joined.epochs(0.1, 2, seed=3))
+    joined = steps.join(stored([[1, 2]] * 18), stored([[3, 4]] * 5))
+    numbers = rows.column(joined, "conversation")
+    first, second = (list(epoch) for epoch in steps.epochs_with_replay(numbers, 0.1, 2, seed=3))
     assert first[:18] == second[:18] == list(range(18))
     assert (len(first), len(second)) == (20, 20)
     assert len({*first[18:], *second[18:]}) == 4 and {*first[18:], *second[18:]} <= set(range(18, 23))
 
 
 def test_what_is_mixed_in_is_told_in_words():
-    joined = steps.Joined(stored([[1, 2]] * 18), stored([[3, 4]] * 5))
-    assert joined.in_words(0.1) == "In each epoch 2 general conversations beside 18 of training."
-    assert joined.in_words(0.5).endswith("some more than once: there are 5.")
+    assert steps.replay_in_words(18, 5, 0.1) == "In each epoch 2 general conversations beside 18 of training."
+    assert steps.replay_in_words(18, 5, 0.5).endswith("some more than once: there are 5.")

@@ -11,7 +11,7 @@ from small_trainings import losses, mean_loss, trained
 
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest
-from saigakit.data.rows import Rows
+from saigakit.data import rows
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.registry import ALL_LINEAR, Lora
@@ -90,7 +90,7 @@ def test_the_adapter_of_a_folded_training_gives_the_loss_that_was_measured(recor
     model = load.base_model(tiny / "base", "none", torch.float32, "cpu")
     model = load.with_adapter(model, folded, Lora()).eval()
     tokenizer = encoding.load_tokenizer("saiga_tiny")
-    stored = worker.rows.store(worker.data.read_conversations(records), tokenizer, 512, name="records")
+    stored = worker.rows.tokenise(worker.data.read_conversations(records), tokenizer, 512, name="records")
     chosen = run_state.HeldOut(stored, min(len(stored), run_state.AT_LEAST))
     best = min(entry["held_out_loss"] for entry in curve.read(folded) if "held_out_loss" in entry and entry["step"])
     assert mean_loss(model, chosen) == pytest.approx(best, rel=1e-5)
@@ -115,14 +115,13 @@ def test_a_trial_on_the_largest_pack_changes_nothing(records, tmp_path, monkeypa
 
 
 def test_the_largest_pack_is_found_wherever_it_is():
-    stored = Rows()
-    for length in (10, 30, 12, 25, 9, 30):
-        stored.append({"input_ids": [1] * length, "labels": [1] * length})
+    lengths = (10, 30, 12, 25, 9, 30)
+    stored = rows.as_dataset((1, {"input_ids": [1] * length, "labels": [1] * length}) for length in lengths)
     plan = Plan(TrainConfig(model="saiga_tiny", train_file="", output_dir="", batch_size=2, max_seq_length=60), stored)
     pack, parts = loading._largest_pack(plan, lambda pack: {"all": sum(pack.documents)})
     packs = [pack for step in range(len(plan)) for packs in plan.layout(step) for pack in packs]
     assert sum(len(row["input_ids"]) for row in pack) == parts["all"]
-    assert parts["all"] == max(sum(stored.lengths[row] for row in pack) for pack in packs)
+    assert parts["all"] == max(sum(lengths[row] for row in pack) for pack in packs)
 
 
 def test_a_folded_training_does_not_go_on_from_a_continued_one(records, tmp_path, monkeypatch):
