@@ -180,7 +180,7 @@ def evaluate(**options: Any) -> None:  # noqa: ANN401
     from saigakit.evaluate import results
 
     made = evaluation.compare(**options)
-    click.echo(f"{results.table(results.read(made))}\n\nresults: {made}")
+    click.echo(f"{results.show_table(results.read(made))}\n\nresults: {made}")
 
 
 @main.command()

@@ -57,7 +57,7 @@ def run(parameters: Mapping[str, Any], run_dir: str | Path, *, notebooks_dir: st
         report = summary.write_report(run_dir)
         write_text(run_dir / results.FILE, (run_dir / evaluate.STAGE / results.FILE).read_text("utf-8"))
     gguf_file = run_dir / "03_merge_gguf" / "model.gguf"
-    print(f"\n{results.table(results.read(run_dir / evaluate.STAGE))}\n")
+    print(f"\n{results.show_table(results.read(run_dir / evaluate.STAGE))}\n")
     print(f"report: {report}\nmodel:  {gguf_file}\ntalk:   saigakit chat {gguf_file}", flush=True)
     return report
 

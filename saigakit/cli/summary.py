@@ -46,7 +46,7 @@ def write_report(run_dir: str | Path) -> Path:
     page = _PAGE.substitute(
         title=html.escape(f"saigakit: {parameters['model']}"),
         table=results.show_table(rows)._repr_html_(),
-        alt=html.escape(results.table(rows)),
+        alt=html.escape(str(results.show_table(rows))),
         picture=base64.b64encode((compared / "comparison.png").read_bytes()).decode("ascii"),
         stages="".join(_stage(run_dir, stage, times.get(stage)) for stage in STAGES),
         examples=results.examples_table(compared / "answers.jsonl", 8)._repr_html_(),

@@ -1,4 +1,4 @@
-"""Held-out questions to the base model, its adapter and the GGUF: numbers, and what each answered."""
+"""Ask the base model, the adapter and the GGUF the questions of the evaluation set, and score their answers."""
 
 import json
 import re
@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from saigakit import infer, registry
 from saigakit.core import manifest, workspace
-from saigakit.core.display import Progress
+from saigakit.core.display import Progress, Table
 from saigakit.core.files import write_text
 from saigakit.data.conversations import spread
 from saigakit.data.questions import MARGIN, Example, read_examples
@@ -23,8 +23,7 @@ from saigakit.weights.generate import Generated
 
 STAGE = "04_infer"
 DISK = 100 * 10**6  # bytes; 240 answers and the plot are under 1 MB
-OVERHEAD = 10**9  # bytes; torch, transformers and peft in the child
-__all__ = ["Asked", "Compared", "Example", "compare", "read_examples"]
+OVERHEAD = 10**9  # bytes; torch, transformers and peft in the child process
 Answers = tuple[list[str], Generated]
 
 
@@ -36,38 +35,38 @@ def compare(
     base_source: str | None = None,
     max_examples: int = 240,
 ) -> Path:
-    """The stage 04_infer: results.json, answers.jsonl and comparison.png in `run_dir`/04_infer.
+    """Run the stage 04_infer: results.json, answers.jsonl and comparison.png in `run_dir`/04_infer.
 
-    Every held-out conversation is asked up to its last answer, which is the reference; the three models get the
-    same ids and the same limit on the answer's length. Raises SaigaError before a model is loaded where the GGUF
-    was made of other files, or the memory is too small.
+    The last answer of each conversation is the reference. All models get the same ids and the same limit on the length
+    of an answer. Raises SaigaError before a model is loaded if the GGUF was made from other files or the memory is too
+    small.
     """
     if isinstance(max_examples, bool) or not isinstance(max_examples, int) or max_examples < 1:
-        raise SaigaError(f"max_examples={max_examples!r} must be a whole number of at least 1.")
-    compared = Compared.of(model, run_dir, adapter, base_source)
+        raise SaigaError(f"max_examples={max_examples!r} must be an integer of at least 1.")
+    models = Models.of(model, run_dir, adapter, base_source)
     final = Path(run_dir) / STAGE
     identity: dict[str, Any] = {
         "stage": STAGE,
         "parameters": {"model": model, "base_source": base_source, "adapter": adapter, "max_examples": max_examples},
-        "inputs": compared.inputs,
+        "inputs": models.inputs,
     }
     if manifest.is_kept(final, **identity):
         return final
-    examples = spread(read_examples(compared.held_out_file), max_examples)
-    asked = Asked.of(examples, encoding.load_tokenizer(model, base_source))
+    examples = spread(read_examples(models.held_out_file), max_examples)
+    questions = Questions.of(examples, encoding.load_tokenizer(model, base_source))
     quantization = registry.find(model).quantization
-    _require_memory(compared.base_dir, quantization, asked)
+    _require_memory(models.base_dir, quantization, questions)
     workspace.require_disk(final, DISK, STAGE)
-    with manifest.making(final, facts={"compared": compared.files}, **identity) as partial:
-        answers = _ask_transformers(asked, compared, quantization)
-        answers[compared.quant_type] = _ask_gguf(asked, compared.gguf_file)
-        _write(partial, asked.pairs, answers, compared.sizes)
+    with manifest.making(final, facts={"compared": models.files}, **identity) as partial:
+        answers = _ask_transformers(questions, models, quantization)
+        answers[models.quant_type] = _ask_gguf(questions, models.gguf_file)
+        _write(partial, questions.pairs, answers, models.sizes)
     return final
 
 
 @dataclass(frozen=True)
-class Compared:
-    """The files of the models that answer, known to belong together."""
+class Models:
+    """The files of the models to compare, which belong together."""
 
     held_out_file: Path
     base_dir: Path
@@ -77,7 +76,8 @@ class Compared:
     inputs: dict[str, Any]  # hashes of all of them
 
     @classmethod
-    def of(cls, model: str, run_dir: str | Path, adapter: str | None, base_source: str | None) -> "Compared":
+    def of(cls, model: str, run_dir: str | Path, adapter: str | None, base_source: str | None) -> Self:
+        """Raises SaigaError if the GGUF was made from another base or adapter."""
         spec = registry.find(model)
         format_dir = workspace.find_input("01_format", run_dir=run_dir)
         gguf_dir = workspace.find_input("03_merge_gguf", run_dir=run_dir)
@@ -94,42 +94,39 @@ class Compared:
         for name, directory in (("base", base_dir), ("adapter", adapter_dir)):
             if _weights(made["inputs"][name]) != _weights(inputs[name]):
                 raise SaigaError(
-                    f"{gguf_dir} was made of another {name} than the one to compare it with, "
-                    f"{directory or 'none'}: give {name} as in 03_merge_gguf, or run 03_merge_gguf again."
+                    f"{gguf_dir} was made from another {name} than {directory or 'none'}, which it would be compared "
+                    f"with. Give the {name} of 03_merge_gguf, or run 03_merge_gguf again."
                 )
         quant_type = made["parameters"]["quant_type"]
         return cls(format_dir / "held_out.jsonl", base_dir, adapter_dir, gguf_dir / "model.gguf", quant_type, inputs)
 
     @property
     def files(self) -> dict[str, list[str]]:
-        """What each row of results.json was answered by."""
+        """Names in results.json to the paths that the model was loaded from."""
         before = [str(self.base_dir)]
         after = {} if self.adapter_dir is None else {"after": [*before, str(self.adapter_dir)]}
         return {"before": before, **after, self.quant_type: [str(self.gguf_file)]}
 
     @property
     def sizes(self) -> list[int]:
-        """Bytes that each model loads, in the order of the answers."""
-        base = base_files.weight_bytes(self.base_dir)
-        adapted = [] if self.adapter_dir is None else [base + _total(self.adapter_dir, "adapter_model.*")]
-        return [base, *adapted, self.gguf_file.stat().st_size]
+        """Bytes of weights, in the order of `files`."""
+        base, gguf = base_files.weight_bytes(self.base_dir), self.gguf_file.stat().st_size
+        if self.adapter_dir is None:
+            return [base, gguf]
+        return [base, base + sum(file.stat().st_size for file in self.adapter_dir.glob("adapter_model.*")), gguf]
 
 
 def _weights(hashes: Mapping[str, str] | None) -> set[str] | None:
-    """Of what a directory holds, the hashes that the numbers depend on."""
+    """The hashes of those files in a directory that the logits depend on."""
     if hashes is None:
         return None
     kept = re.compile(r"adapter_model\.(?:safetensors|bin)|(?:adapter_)?config\.json")
     return lineage.weights_of(hashes) | {digest for name, digest in hashes.items() if kept.fullmatch(name)}
 
 
-def _total(directory: Path, pattern: str) -> int:
-    return sum(file.stat().st_size for file in directory.glob(pattern))
-
-
 @dataclass(frozen=True)
-class Asked:
-    """The questions as ids: one prompt for all models."""
+class Questions:
+    """The questions as ids, the same for all models."""
 
     examples: list[Example]
     references: list[str]
@@ -139,33 +136,38 @@ class Asked:
     max_new_tokens: int
 
     @classmethod
-    def of(cls, examples: list[Example], tokenizer: encoding.Tokenizer) -> "Asked":
+    def of(cls, examples: list[Example], tokenizer: encoding.Tokenizer) -> Self:
         references = [example.reference(tokenizer) for example in examples]
+        prompts = [example.prompt(tokenizer) for example in examples]
         longest = max(len(tokenizer.encode_text(reference)) for reference in references)
-        return cls(
-            examples,
-            references,
-            tokenizer,
-            _prompts(examples, tokenizer),
-            encoding.end_of_turn_ids(tokenizer),
-            longest + MARGIN,
-        )
+        stop_ids = encoding.end_of_turn_ids(tokenizer)
+        return cls(examples, references, tokenizer, prompts, stop_ids, longest + MARGIN)
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """Of each example what was asked last, and the reference."""
+        """The last message of each prompt, and the reference."""
         return [(each.messages[-1]["content"], text) for each, text in zip(self.examples, self.references, strict=True)]
 
 
-def _prompts(examples: Sequence[Example], tokenizer: encoding.Tokenizer) -> list[list[int]]:
-    return [each.prompt(tokenizer) for each in examples]
+def table_about(stage_dir: Path, name: str, hashes: Mapping[str, str]) -> Table | None:
+    """The table of the 04_infer next to `stage_dir` if it compared the files with these hashes, else None.
+
+    `name` is "adapter" or "gguf".
+    """
+    directory = stage_dir.parent / STAGE
+    if not (directory / manifest.NAME).is_file():
+        return None
+    if manifest.read(directory)["inputs"].get(name) != hashes:
+        print(f"{directory} compared another {name}: its results are not in the model card.", flush=True)
+        return None
+    return results.show_table(results.read(directory))
 
 
-def _require_memory(base_dir: Path, quantization: registry.Quantization, asked: Asked) -> None:
-    """For the base and one text at a time; more memory answers more texts at once."""
+def _require_memory(base_dir: Path, quantization: registry.Quantization, questions: Questions) -> None:
+    """Raises SaigaError if the base and one question do not fit; with more memory, more are answered at once."""
     gpus = workspace.gpus()
     itemsize = 2 if gpus or workspace.cpu_has_bf16() else 4  # at least: the child measures which is faster
-    tokens = max(map(len, asked.prompts)) + asked.max_new_tokens
+    tokens = max(map(len, questions.prompts)) + questions.max_new_tokens
     parts = memory.inference(memory.Shape.of(base_dir), quantization, itemsize, tokens)
     what = f"Answering with {base_dir.name} ({memory.in_words(parts)}, {OVERHEAD / workspace.GB:.1f} GB of libraries)"
     needed = sum(parts.values()) + OVERHEAD
@@ -174,62 +176,61 @@ def _require_memory(base_dir: Path, quantization: registry.Quantization, asked: 
     elif gpus[0].free < needed:
         raise SaigaError(
             f"{what} needs about {needed / workspace.GB:.1f} GB of GPU memory, and "
-            f"{gpus[0].free / workspace.GB:.1f} GB of {gpus[0].name} are free. End what else runs on it."
+            f"{gpus[0].free / workspace.GB:.1f} GB of {gpus[0].name} are free. Stop other programs that use it."
         )
 
 
-def _ask_transformers(asked: Asked, compared: Compared, quantization: registry.Quantization) -> dict[str, Answers]:
+def _ask_transformers(questions: Questions, models: Models, quantization: registry.Quantization) -> dict[str, Answers]:
     request = generate.Request(
-        prompts=asked.prompts,
-        stop_ids=sorted(asked.stop_ids),
-        max_new_tokens=asked.max_new_tokens,
-        base_dir=str(compared.base_dir),
-        adapter_dir=None if compared.adapter_dir is None else str(compared.adapter_dir),
+        prompts=questions.prompts,
+        stop_ids=sorted(questions.stop_ids),
+        max_new_tokens=questions.max_new_tokens,
+        base_dir=str(models.base_dir),
+        adapter_dir=None if models.adapter_dir is None else str(models.adapter_dir),
         quantization=quantization,
     )
     with tempfile.TemporaryDirectory() as scratch:
-        made = generate.in_child(request, Path(scratch))
-    return {name: ([asked.tokenizer.decode(ids) for ids in found.ids], found) for name, found in made.items()}
+        generated = generate.in_child(request, Path(scratch))
+    return {name: ([questions.tokenizer.decode(ids) for ids in each.ids], each) for name, each in generated.items()}
 
 
-def _ask_gguf(asked: Asked, gguf_file: Path) -> Answers:
+def _ask_gguf(questions: Questions, gguf_file: Path) -> Answers:
     with closing(infer.load(gguf_file, n_ctx=256)) as llm:  # `greedy` makes its own context
         tokenizer = encoding.load_gguf_tokenizer(llm)
-        if _prompts(asked.examples, tokenizer) != asked.prompts:
+        if [example.prompt(tokenizer) for example in questions.examples] != questions.prompts:
             raise SaigaError(
-                f"{gguf_file} and the base model give different ids for the same prompt: the file was made of "
+                f"{gguf_file} and the base model give different ids for the same prompt: the file was made from "
                 "another model or with another chat template. Run 03_merge_gguf again with this model."
             )
-        made = infer.greedy(
+        generated = infer.greedy(
             llm,
-            asked.prompts,
-            stop_ids=asked.stop_ids,
-            max_new_tokens=asked.max_new_tokens,
+            questions.prompts,
+            stop_ids=questions.stop_ids,
+            max_new_tokens=questions.max_new_tokens,
             on_progress=Progress(gguf_file.name),
         )
-        return [tokenizer.decode(ids) for ids in made.ids], made
+        return [tokenizer.decode(ids) for ids in generated.ids], generated
 
 
 def _write(
     directory: Path, pairs: Sequence[tuple[str, str]], answers: Mapping[str, Answers], sizes: Sequence[int]
 ) -> None:
-    """`pairs`: what was asked last, and the reference."""
     references = [reference for _, reference in pairs]
     rows = [
         {
             "name": name,
             "n": len(texts),
             **metrics.shares(texts, references),
-            "tokens_per_s": made.tokens / made.seconds,
+            "tokens_per_s": generated.tokens / generated.seconds,
             "bytes": size,
         }
-        for (name, (texts, made)), size in zip(answers.items(), sizes, strict=True)
+        for (name, (texts, generated)), size in zip(answers.items(), sizes, strict=True)
     ]
     lines = []
     for index, (question, reference) in enumerate(pairs):
-        said = {name: texts[index] for name, (texts, _) in answers.items()}
-        exact = {name: metrics.is_exact(text, reference) for name, text in said.items()}
-        line = {"prompt": question, "reference": reference, "answers": said, "exact": exact}
+        by_model = {name: texts[index] for name, (texts, _) in answers.items()}
+        exact = {name: metrics.is_exact(text, reference) for name, text in by_model.items()}
+        line = {"prompt": question, "reference": reference, "answers": by_model, "exact": exact}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(directory / "answers.jsonl", "".join(lines))
     write_text(directory / results.FILE, json.dumps(rows, indent=2))

@@ -1,4 +1,4 @@
-"""Answers and references into shares: exact, valid JSON, F1. No model is needed, and nothing is forgiven."""
+"""Score answers against references: exact match, valid JSON and F1 of list items."""
 
 import json
 from collections import Counter
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 _NOT_JSON = object()
 
 
-def parse(text: str) -> object:
-    """The JSON value that the whole text is, or a mark that is no JSON value."""
+def parse_json(text: str) -> object:
+    """The JSON value that the complete text is, or a mark that equals no JSON value."""
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
@@ -20,31 +20,31 @@ def parse(text: str) -> object:
 
 
 def is_json(text: str) -> bool:
-    return parse(text) is not _NOT_JSON
+    return parse_json(text) is not _NOT_JSON
 
 
 def is_exact(answer: str, reference: str) -> bool:
-    """The same JSON value; the same text where the reference is not JSON."""
+    """The same JSON value, or the same text if the reference is not JSON."""
     return _canonical(answer) == _canonical(reference)
 
 
 def _canonical(text: str) -> str:
-    value = parse(text)
+    value = parse_json(text)
     return text.strip() if value is _NOT_JSON else json.dumps(value, sort_keys=True)
 
 
 def _items(text: str) -> Counter[str]:
-    """The items of a JSON list, or the one thing that the text is; what cannot be read is one wrong item."""
-    value = parse(text)
-    if value is _NOT_JSON:
-        return Counter([text.strip()])
-    return Counter(json.dumps(item, sort_keys=True) for item in (value if isinstance(value, list) else [value]))
+    """The items of a JSON list; any other text counts as one item."""
+    value = parse_json(text)
+    if isinstance(value, list):
+        return Counter(json.dumps(item, sort_keys=True) for item in value)
+    return Counter([_canonical(text)])
 
 
 def f1(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Over all items of all lists together (micro); 1 where there is nothing to find and nothing was found.
+    """Micro-averaged over the items of all lists; 1 if nothing was to be found and nothing was.
 
-    An item counts when it is equal as a whole: a right term with a wrong definition is wrong.
+    Items must be equal: a right term with a wrong definition is wrong.
     """
     found = [_items(answer) for answer in answers]
     wanted = [_items(reference) for reference in references]
@@ -54,7 +54,7 @@ def f1(answers: Sequence[str], references: Sequence[str]) -> float:
 
 
 def shares(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """From 0 to 1, in the names of results.json."""
+    """The three metrics from 0 to 1, by their names in results.json."""
     pairs = list(zip(answers, references, strict=True))
     return {
         "exact": sum(is_exact(answer, reference) for answer, reference in pairs) / len(pairs),

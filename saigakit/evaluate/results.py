@@ -1,4 +1,4 @@
-"""Rows of results.json into a table and a picture that need no explanation."""
+"""Show the results of a comparison as tables and a plot."""
 
 import json
 from collections.abc import Sequence
@@ -27,18 +27,12 @@ _SHARES = {
 
 
 def read(directory: Path) -> list[Result]:
-    """The rows that a finished 04_infer wrote."""
+    """The rows of results.json in a finished 04_infer."""
     rows: list[Result] = json.loads((directory / FILE).read_text(encoding="utf-8"))
     return rows
 
 
-def table(results: Sequence[Result]) -> str:
-    """For a terminal."""
-    return str(show_table(results))
-
-
 def show_table(results: Sequence[Result]) -> Table:
-    """For a notebook or a page."""
     rows = [
         (
             f"{row['name']} ({_meaning(row['name'])[1]})",
@@ -49,7 +43,8 @@ def show_table(results: Sequence[Result]) -> Table:
         for row in results
     ]
     header = ("model", *(english for _, english in _SHARES.values()), "tokens/s", "size")
-    return Table(header, rows, f"{results[0]['n']} held-out texts, greedy answers, no grammar; many texts at once.")
+    note = f"{results[0]['n']} records of the evaluation set, greedy answers without a grammar, in large batches."
+    return Table(header, rows, note)
 
 
 def _meaning(name: str) -> tuple[str, str]:
@@ -57,7 +52,7 @@ def _meaning(name: str) -> tuple[str, str]:
 
 
 def plot(results: Sequence[Result]) -> "Figure":
-    """Shares on the left; size and speed on the right."""
+    """The metrics on the left, size and speed on the right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
@@ -66,7 +61,7 @@ def plot(results: Sequence[Result]) -> "Figure":
     names = [row["name"] for row in results]
     for axes, title, values in (
         (sizes, "размер, МБ\nsize, MB", [row["bytes"] / 1e6 for row in results]),
-        (speeds, "токенов в секунду\ntokens/s, many texts at once", [row["tokens_per_s"] for row in results]),
+        (speeds, "токенов в секунду\ntokens/s, in large batches", [row["tokens_per_s"] for row in results]),
     ):
         bars = axes.bar(names, values, color=_COLOURS[: len(names)])
         axes.bar_label(bars, fmt="{:,.0f}", padding=2)
@@ -75,8 +70,8 @@ def plot(results: Sequence[Result]) -> "Figure":
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.set_yticks([])
     figure.suptitle(
-        f"{results[0]['n']} текстов, которых модель не видела: что она отвечает\n"
-        "held-out texts, greedy answers, no grammar",
+        f"Ответы на {results[0]['n']} записей валидационной выборки, которых модель не видела\n"
+        "greedy answers to the evaluation set, without a grammar",
         fontsize=12,
     )
     return figure
@@ -98,13 +93,13 @@ def _plot_shares(axes: "Axes", results: Sequence[Result]) -> None:
     labels = [f"{russian}\n{english}" for russian, english in _SHARES.values()]
     axes.set_xticks([place + middle for place in range(len(_SHARES))], labels)
     axes.set_ylim(0, 112)
-    axes.set_ylabel("% текстов / of texts")
+    axes.set_ylabel("% записей / of records")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False, fontsize=9)
 
 
 def examples_table(answers_file: Path, count: int = 6) -> Table:
-    """Texts with the answers of each model; where the trained ones are wrong comes first."""
+    """Records with the answer of each model; those that the trained models answer wrong come first."""
     rows = [json.loads(line) for line in answers_file.read_text(encoding="utf-8").split("\n") if line]
     names = list(rows[0]["answers"])
     trained = [name for name in names if name != "before"]
@@ -118,5 +113,5 @@ def examples_table(answers_file: Path, count: int = 6) -> Table:
         for row in rows[:count]
     ]
     wrong = sum(not all(row["exact"][name] for name in trained) for row in rows)
-    note = f"{wrong} of {len(rows)} texts have a wrong answer after training; they are shown first."
+    note = f"{wrong} of {len(rows)} records have a wrong answer after training; they come first."
     return Table(("text", "reference", *names), shown, note)

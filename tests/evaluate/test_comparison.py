@@ -1,3 +1,5 @@
+"""The stage 04_infer on the tiny Saiga."""
+
 import json
 import shutil
 
@@ -8,9 +10,10 @@ from saigakit.core import manifest, workspace
 from saigakit.core.files import sha256
 from saigakit.data import questions
 from saigakit.data.conversations import spread
+from saigakit.data.questions import Example
 from saigakit.errors import SaigaError
 from saigakit.evaluate import comparison, results
-from saigakit.evaluate.comparison import Asked, Compared, Example
+from saigakit.evaluate.comparison import Models, Questions
 from saigakit.prompt import encoding
 from saigakit.weights import find, memory
 from saigakit.weights.generate import Generated
@@ -37,7 +40,7 @@ def stage_01(run_dir, conversations):
 
 @pytest.fixture(scope="module")
 def run_dir(tiny, tmp_path_factory):
-    """The stages that 04 needs, of the tiny Saiga."""
+    """The stages that 04_infer needs, for the tiny Saiga."""
     directory = tmp_path_factory.mktemp("run")
     records = (tiny / "records.jsonl").read_text(encoding="utf-8").splitlines()
     roles = {"system": "system", "user": "user", "bot": "assistant"}
@@ -51,20 +54,20 @@ def run_dir(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(run_dir):
-    """The whole stage, and the conversations that it asked."""
+    """The finished stage, and its questions."""
     made = evaluate.compare(model="saiga_tiny", run_dir=run_dir, adapter="released", max_examples=4)
     return made, evaluate.read_examples(run_dir / "01_format" / "held_out.jsonl")
 
 
 @pytest.fixture
 def copied(run_dir, tmp_path):
-    """Stages to spoil."""
+    """A copy of the stages, to change."""
     for name in ("01_format", "03_merge_gguf"):
         shutil.copytree(run_dir / name, tmp_path / name)
     return tmp_path
 
 
-def test_a_conversation_is_asked_up_to_its_last_answer(tmp_path):
+def test_the_prompt_is_the_conversation_up_to_its_last_answer(tmp_path):
     longer = [*TURN, {"role": "user", "content": "А я?"}, {"role": "assistant", "content": "Человек."}]
     file = write_conversations(tmp_path / "held_out.jsonl", [TURN, [*longer, {"role": "user", "content": "Да?"}]])
     assert evaluate.read_examples(file) == [
@@ -73,11 +76,11 @@ def test_a_conversation_is_asked_up_to_its_last_answer(tmp_path):
     ]
 
 
-def test_the_reference_of_a_call_is_the_call_as_the_model_writes_it(tiny):
+def test_the_reference_of_a_tool_call_is_the_text_that_the_model_writes(tiny):
     tools = [{"type": "function", "function": {"name": "найти"}}]
     call = {"type": "function", "function": {"name": "найти", "arguments": {"что": "азот"}}}
     example = Example(TURN[:1], {"role": "assistant", "content": "", "tool_calls": [call]}, tools)
-    asked = Asked.of([example], encoding.load_tokenizer("saiga_tiny"))
+    asked = Questions.of([example], encoding.load_tokenizer("saiga_tiny"))
     assert asked.references == ['<tool_call>\n{"name": "найти", "arguments": {"что": "азот"}}\n</tool_call>']
 
 
@@ -94,19 +97,19 @@ def test_a_file_without_answers_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("count", "taken"), [(3, [0, 3, 6]), (10, list(range(10))), (99, list(range(10))), (1, [0])])
-def test_examples_are_taken_evenly_over_the_file(count, taken):
+def test_examples_are_spread_evenly_over_the_file(count, taken):
     assert [text for _, text in spread([([], index) for index in range(10)], count)] == taken
 
 
-def test_the_limit_is_the_longest_reference_and_a_margin(tiny):
+def test_the_length_limit_is_the_longest_reference_plus_a_margin(tiny):
     tokenizer = encoding.load_tokenizer("saiga_tiny")
-    asked = Asked.of([asking("Сайга."), asking("Да.")], tokenizer)
+    asked = Questions.of([asking("Сайга."), asking("Да.")], tokenizer)
     assert asked.max_new_tokens == len(tokenizer.encode_text("Сайга.")) + questions.MARGIN
     assert asked.prompts == [encoding.encode(TURN[:1], tokenizer, add_generation_prompt=True)["input_ids"]] * 2
     assert asked.stop_ids == {tokenizer.special_tokens["</s>"]}
 
 
-def test_what_is_written_has_the_names_that_readers_expect(tmp_path):
+def test_the_written_files_have_the_expected_keys(tmp_path):
     examples = [("Кто ты?", ITEMS), ("Кто ты?", "[]")]
     answers = {
         "before": (["не знаю", "[]"], Generated([[1], [2]], seconds=2.0, tokens=50)),
@@ -152,7 +155,7 @@ def test_the_stage_has_a_row_for_each_model_and_no_other_files(compared):
     assert names == ["answers.jsonl", "comparison.png", "results.json", "saigakit.json"]
 
 
-def test_answers_stand_beside_the_reference_of_their_question(compared):
+def test_answers_are_written_next_to_the_reference_of_their_question(compared):
     made, examples = compared
     lines = [json.loads(line) for line in (made / "answers.jsonl").read_text(encoding="utf-8").split("\n") if line]
     asked = spread(examples, 4)
@@ -176,39 +179,39 @@ def test_the_manifest_names_the_files_that_were_compared(compared, run_dir, tiny
     assert content["inputs"]["gguf"]["model.gguf"] == sha256(gguf_file)
 
 
-def test_a_finished_comparison_is_kept(compared, run_dir, capsys):
+def test_a_finished_comparison_is_reused(compared, run_dir, capsys):
     again = evaluate.compare(model="saiga_tiny", run_dir=run_dir, adapter="released", max_examples=4)
     assert again == compared[0]
     assert "kept" in capsys.readouterr().out
 
 
-def test_an_adapter_that_the_gguf_was_not_made_of_is_refused(copied, tiny):
+def test_an_adapter_that_is_not_in_the_gguf_is_refused(copied, tiny):
     adapter = shutil.copytree(tiny / "adapter", copied / "other")
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 9}), encoding="utf-8")
-    with pytest.raises(SaigaError, match=r"was made of another adapter .*other"):
+    with pytest.raises(SaigaError, match=r"was made from another adapter .*other"):
         evaluate.compare(model="saiga_tiny", run_dir=copied, adapter="other")
 
 
-def test_no_adapter_is_refused_where_the_gguf_has_one(copied):
-    with pytest.raises(SaigaError, match="was made of another adapter than the one to compare it with, none"):
+def test_comparing_without_the_adapter_of_the_gguf_is_refused(copied):
+    with pytest.raises(SaigaError, match="was made from another adapter than none"):
         evaluate.compare(model="saiga_tiny", run_dir=copied, adapter=None)
 
 
-def test_a_base_that_the_gguf_was_not_made_of_is_refused(copied, tiny):
+def test_another_base_than_that_of_the_gguf_is_refused(copied, tiny):
     base = shutil.copytree(tiny / "base", copied / "base")
     (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-1] + b"\x01")
-    with pytest.raises(SaigaError, match="was made of another base"):
+    with pytest.raises(SaigaError, match="was made from another base"):
         evaluate.compare(model="saiga_tiny", run_dir=copied, adapter="released", base_source=str(base))
 
 
-def test_a_copy_of_the_base_with_other_notes_is_the_same_base(copied, tiny):
+def test_a_copy_of_the_base_with_another_readme_is_the_same_base(copied, tiny):
     base = shutil.copytree(tiny / "base", copied / "base")
     (base / "README.md").write_text("a copy", encoding="utf-8")
-    assert Compared.of("saiga_tiny", copied, "released", str(base)).base_dir == base
+    assert Models.of("saiga_tiny", copied, "released", str(base)).base_dir == base
 
 
-def test_a_gguf_of_another_model_is_refused(copied):
+def test_the_gguf_of_another_model_is_refused(copied):
     file = copied / "03_merge_gguf" / "saigakit.json"
     content = manifest.read(copied / "03_merge_gguf")
     content["parameters"]["model"] = "saiga2_7b"
@@ -218,7 +221,7 @@ def test_a_gguf_of_another_model_is_refused(copied):
 
 
 @pytest.mark.parametrize("missing", ["01_format", "03_merge_gguf"])
-def test_a_stage_that_was_not_run_is_named(copied, missing):
+def test_a_missing_stage_is_named(copied, missing):
     shutil.rmtree(copied / missing)
     with pytest.raises(SaigaError, match=f"Run {missing} first"):
         evaluate.compare(model="saiga_tiny", run_dir=copied, adapter="released")
@@ -226,28 +229,28 @@ def test_a_stage_that_was_not_run_is_named(copied, missing):
 
 def test_a_gguf_with_another_chat_template_is_refused(run_dir, monkeypatch):
     tokenizer = encoding.load_tokenizer("saiga_tiny")
-    asked = Asked.of([asking("Да.")], tokenizer)
-    other = Asked(asked.examples, asked.references, tokenizer, [[1, *asked.prompts[0]]], asked.stop_ids, 20)
+    asked = Questions.of([asking("Да.")], tokenizer)
+    other = Questions(asked.examples, asked.references, tokenizer, [[1, *asked.prompts[0]]], asked.stop_ids, 20)
     with pytest.raises(SaigaError, match="give different ids for the same prompt"):
         comparison._ask_gguf(other, run_dir / "03_merge_gguf" / "model.gguf")
 
 
-def test_memory_that_is_too_small_is_known_before_anything_is_loaded(copied, monkeypatch):
+def test_too_little_memory_is_reported_before_anything_is_loaded(copied, monkeypatch):
     monkeypatch.setattr(workspace, "available_memory", lambda: 10**9)
     with pytest.raises(SaigaError, match=r"Answering with base .* needs about 1\.0 GB of memory, and 1\.0 GB are free"):
         evaluate.compare(model="saiga_tiny", run_dir=copied, adapter="released")
     assert not (copied / "04_infer").exists()
 
 
-def test_the_memory_of_a_gpu_counts_where_there_is_one(copied, monkeypatch):
+def test_with_a_gpu_its_memory_is_checked(copied, monkeypatch):
     monkeypatch.setattr(workspace, "gpus", lambda: [workspace.Gpu("Tesla T4", (7, 5), 16 * 10**9, 5 * 10**8)])
     with pytest.raises(SaigaError, match=r"1\.0 GB of GPU memory, and 0\.5 GB of Tesla T4 are free"):
         evaluate.compare(model="saiga_tiny", run_dir=copied, adapter="released")
 
 
-def test_the_memory_needed_is_that_of_weights_one_text_and_the_libraries(tiny, monkeypatch):
+def test_the_needed_memory_is_that_of_weights_one_question_and_the_libraries(tiny, monkeypatch):
     tokenizer = encoding.load_tokenizer("saiga_tiny")
-    asked = Asked.of([asking("Да.")], tokenizer)
+    asked = Questions.of([asking("Да.")], tokenizer)
     needed = []
     monkeypatch.setattr(workspace, "gpus", list)
     monkeypatch.setattr(workspace, "require_memory", lambda size, what, remedy: needed.append(size))
@@ -257,13 +260,13 @@ def test_the_memory_needed_is_that_of_weights_one_text_and_the_libraries(tiny, m
     assert needed == [comparison.OVERHEAD + sum(memory.inference(shape, "none", 4, tokens).values())]
 
 
-def test_a_full_disk_is_known_before_anything_is_loaded(copied, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_loaded(copied, monkeypatch):
     monkeypatch.setattr(workspace, "free_disk", lambda path: 10**6)
     with pytest.raises(SaigaError, match=r"04_infer needs 0\.10 GB of disk"):
         evaluate.compare(model="saiga_tiny", run_dir=copied, adapter="released")
 
 
 @pytest.mark.parametrize("count", [0, "240", True])
-def test_a_number_of_examples_that_is_none_is_refused(tmp_path, count):
-    with pytest.raises(SaigaError, match=r"max_examples=.* must be a whole number"):
+def test_max_examples_must_be_a_positive_integer(tmp_path, count):
+    with pytest.raises(SaigaError, match=r"max_examples=.* must be an integer"):
         evaluate.compare(model="saiga_tiny", run_dir=tmp_path, max_examples=count)

@@ -1,3 +1,5 @@
+"""Exact match, valid JSON and F1."""
+
 import json
 
 import pytest
@@ -15,7 +17,7 @@ def text(*items):
 @pytest.mark.parametrize(
     "answer", ["", "[", "[{]", "Вот: []", "[] []", "[NaN]", "{'term': 1}", "[" * 100_000, "\ud800"]
 )
-def test_text_that_is_not_one_json_value_is_invalid(answer):
+def test_text_that_is_not_exactly_one_json_value_is_invalid(answer):
     assert not metrics.is_json(answer)
 
 
@@ -24,43 +26,43 @@ def test_any_json_value_is_valid(answer):
     assert metrics.is_json(answer)
 
 
-def test_spaces_and_the_order_of_keys_do_not_matter_to_exactness():
+def test_whitespace_and_key_order_do_not_matter_for_an_exact_match():
     assert metrics.is_exact('[{"definition":"домашнее животное",  "term":"кот"}]', text(PAIR))
 
 
-def test_the_order_of_items_matters_to_exactness():
+def test_item_order_matters_for_an_exact_match():
     assert not metrics.is_exact(text(PAIR, OTHER), text(OTHER, PAIR))
 
 
 @pytest.mark.parametrize(
     ("answer", "reference"), [("[]", text(PAIR)), ("[1]", "[true]"), ("кот", '"кот"'), ("", "[]"), ("не JSON", "[]")]
 )
-def test_other_values_are_not_exact(answer, reference):
+def test_different_values_do_not_match_exactly(answer, reference):
     assert not metrics.is_exact(answer, reference)
 
 
-def test_a_reference_that_is_no_json_is_compared_as_text():
+def test_a_reference_that_is_not_json_is_compared_as_text():
     assert metrics.is_exact(" Привет!\n", "Привет!")
 
 
-def test_f1_counts_pairs_over_all_texts_together():
+def test_f1_is_computed_over_the_items_of_all_answers():
     answers = [text(PAIR), text(OTHER, {**PAIR, "definition": "животное"})]
     assert metrics.f1(answers, [text(PAIR, OTHER), text(OTHER)]) == pytest.approx(2 * 2 / (3 + 3))
 
 
-def test_f1_does_not_depend_on_the_order_of_items():
+def test_f1_does_not_depend_on_item_order():
     assert metrics.f1([text(PAIR, OTHER)], [text(OTHER, PAIR)]) == 1
 
 
-def test_nothing_found_where_nothing_is_defined_is_perfect():
+def test_f1_is_1_if_there_is_nothing_to_find_and_nothing_is_found():
     assert metrics.f1(["[]", "[]"], ["[]", "[]"]) == 1
 
 
-def test_an_unreadable_answer_is_one_wrong_item_even_where_nothing_is_defined():
+def test_an_answer_that_is_not_json_counts_as_one_wrong_item():
     assert metrics.f1(["что?", text(PAIR)], ["[]", text(PAIR)]) == pytest.approx(2 / 3)
 
 
-def test_an_item_said_twice_counts_once():
+def test_a_repeated_item_counts_as_found_once():
     assert metrics.f1([text(PAIR, PAIR)], [text(PAIR)]) == pytest.approx(2 / 3)
 
 

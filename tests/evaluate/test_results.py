@@ -1,3 +1,5 @@
+"""Tables and the plot of results.json."""
+
 import json
 
 import pytest
@@ -27,8 +29,8 @@ def answers_file(tmp_path):
     return file
 
 
-def test_the_table_is_aligned_and_speaks_in_percent_and_megabytes():
-    text = results.table(ROWS)
+def test_the_table_is_aligned_and_has_percent_and_megabytes():
+    text = str(results.show_table(ROWS))
     lines = text.splitlines()
     assert len({len(line) for line in lines[:-1]}) == 1
     assert "95.4 %" in lines[3]
@@ -36,24 +38,24 @@ def test_the_table_is_aligned_and_speaks_in_percent_and_megabytes():
     assert "240" in lines[-1]
 
 
-def test_the_notebooks_table_says_the_same_as_the_terminals():
+def test_the_notebooks_table_has_the_cells_of_the_terminals():
     page = results.show_table(ROWS)._repr_html_()
     assert all(cell in page for row in results.show_table(ROWS).rows for cell in row)
 
 
-def test_the_picture_names_every_model_and_every_share():
+def test_the_plot_names_every_model_and_every_metric():
     figure = results.plot(ROWS)
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert [line.split(":")[0] for line in legend] == ["before", "after", "Q4_K_M"]
     assert len(figure.axes[0].get_xticklabels()) == 3
 
 
-def test_the_picture_can_be_drawn_without_the_adapter(tmp_path):
+def test_the_plot_can_be_saved_without_the_adapter(tmp_path):
     results.plot([ROWS[0], ROWS[2]]).savefig(tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
-def test_examples_show_the_mistakes_first(answers_file):
+def test_examples_show_mistakes_first(answers_file):
     rows = results.examples_table(answers_file, 2).rows
     assert rows[0] == ("Текст 0 <b>", "[]", "✗ что?", "✓ []", "✗ [")
     assert len(rows) == 2
