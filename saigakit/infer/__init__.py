@@ -1,5 +1,5 @@
-"""Answer with a GGUF file: what 04_infer and the terminal chat use."""
+"""Load a GGUF file and answer with it."""
 
-from saigakit.infer.engine import MAX_SEQUENCES, greedy, load, stream
+from saigakit.infer.engine import greedy, load, stream
 
-__all__ = ["MAX_SEQUENCES", "greedy", "load", "stream"]
+__all__ = ["greedy", "load", "stream"]

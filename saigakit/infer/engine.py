@@ -1,4 +1,4 @@
-"""A GGUF file into answers: streamed to a reader, or greedy for many prompts at once."""
+"""Load a GGUF file and answer with it: streamed to a reader, or greedily for many prompts at once."""
 
 import codecs
 import os
@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,26 +37,25 @@ def load(
     n_threads: int | None = None,
     cache_type: CacheType = "f16",
 ) -> "llama_cpp.Llama":
-    """Close it when done: `llm.close()`, or `with contextlib.closing(load(…)) as llm`.
+    """Load the model; close it with `llm.close()` or `with contextlib.closing(load(…)) as llm`.
 
-    `cache_type`: of the context's numbers; "q8_0" takes about half the memory of "f16".
-    "auto" puts all layers on the GPU where llama.cpp was built for one and the file fits into its free memory.
-    Raises SaigaError for a file that is missing, no GGUF or damaged.
+    `n_gpu_layers="auto"` puts all layers on the GPU if llama.cpp was built for one and the file fits into its free
+    memory. `cache_type="q8_0"` halves the memory of the context. Raises SaigaError for a missing or damaged file.
     """
     import llama_cpp
 
     file = Path(gguf_file)
-    _check(file)
+    _require_gguf(file)
     threads = n_threads or os.cpu_count() or 1
     layers = _gpu_layers(file) if n_gpu_layers == "auto" else n_gpu_layers
 
     class Llama(llama_cpp.Llama):
-        """Changes settings that the constructor of llama_cpp.Llama does not take."""
+        """Change settings that the constructor of llama_cpp.Llama does not take."""
 
         def __setattr__(self, name: str, value: object) -> None:
             if name == "model_params":
                 forward.leave_out_amx(value)
-            if name == "_model":  # beyond what it was trained for llama.cpp warns, and the answers are noise
+            if name == "_model":  # beyond its training length a model answers with noise, and llama.cpp warns
                 self.context_params.n_ctx = min(self.context_params.n_ctx, value.n_ctx_train())  # type: ignore[attr-defined]
             super().__setattr__(name, value)
 
@@ -66,27 +66,26 @@ def load(
             n_gpu_layers=layers,
             n_threads=threads,
             n_threads_batch=threads,
-            flash_attn=True,  # which a q8_0 cache needs
+            flash_attn=True,  # needed by a q8_0 cache
             type_k=_CACHE_TYPES[cache_type],
             type_v=_CACHE_TYPES[cache_type],
             verbose=False,
         )
     except ValueError as error:
-        heads = "" if cache_type == "f16" else " A q8_0 cache is for heads of 32, 64, … numbers: try cache_type='f16'."
+        remedy = "" if cache_type == "f16" else " A q8_0 cache needs a head_dim of 32, 64, …; try cache_type='f16'."
         raise SaigaError(
-            f"{file} cannot be loaded by llama.cpp {llama_cpp.__version__} ({error}): it is cut short or damaged, "
-            f"of an architecture that this version does not know, or {n_ctx} tokens of context do not fit the memory."
-            + heads
+            f"llama.cpp {llama_cpp.__version__} cannot load {file} ({error}): it is cut short or damaged, its "
+            f"architecture is too new for this version, or {n_ctx} tokens of context do not fit into memory.{remedy}"
         ) from None
 
 
-def _check(file: Path) -> None:
+def _require_gguf(file: Path) -> None:
     if not file.is_file():
-        raise SaigaError(f"{file} is not there. Give a .gguf file, or run 03_merge_gguf first.")
+        raise SaigaError(f"{file} does not exist. Give a .gguf file, or run 03_merge_gguf first.")
     with file.open("rb") as stream:
         magic = stream.read(4)
     if magic != b"GGUF":
-        raise SaigaError(f"{file} is no GGUF file: it begins with {magic!r}.")
+        raise SaigaError(f"{file} is not a GGUF file: it begins with {magic!r}.")
 
 
 def _gpu_layers(file: Path) -> int:
@@ -97,7 +96,7 @@ def _gpu_layers(file: Path) -> int:
 
 
 def _gpu_memory() -> int:
-    """Free bytes; a Mac's GPU may take about two thirds of the machine's own memory."""
+    """Free bytes; on a Mac the GPU may take about two thirds of the machine's memory."""
     if sys.platform == "darwin":
         return workspace.available_memory() * 2 // 3
     return sum(gpu.free for gpu in workspace.gpus())
@@ -111,27 +110,27 @@ def stream(
     sampling: Sampling | None = None,
     max_new_tokens: int | None = None,
 ) -> Iterator[str]:
-    """The answer piece by piece; a character that spans several tokens comes whole.
+    """Yield the answer piece by piece, never a part of a character.
 
-    Raises SaigaError when the conversation fills the context.
+    Raises SaigaError if the conversation fills the context.
     """
     tokenizer = encoding.load_gguf_tokenizer(llm)
     prompt = encoding.encode(messages, tokenizer, tools=tools, add_generation_prompt=True)["input_ids"]
     room = llm.n_ctx() - len(prompt)
     if room < 1:
         raise SaigaError(
-            f"The conversation has {len(prompt)} tokens and the context holds {llm.n_ctx()}: "
-            "load the model with a larger n_ctx or start a new conversation."
+            f"The conversation has {len(prompt)} tokens, but the context holds {llm.n_ctx()}. Load the model with a "
+            "larger n_ctx or start a new conversation."
         )
     stop_ids = encoding.end_of_turn_ids(tokenizer) | {llm.token_eos()}
-    drawn = sampling or Sampling.of_gguf(llm.metadata)
+    sampling = sampling or Sampling.of_gguf(llm.metadata)
     tokens = llm.generate(
         prompt,
-        temp=drawn.temperature,
-        top_p=drawn.top_p,
-        top_k=drawn.top_k,
+        temp=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
         min_p=0.0,
-        repeat_penalty=drawn.repeat_penalty,
+        repeat_penalty=sampling.repeat_penalty,
     )
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for _, token in zip(range(min(room, max_new_tokens or room)), tokens, strict=False):
@@ -151,9 +150,9 @@ def greedy(
     max_new_tokens: int,
     on_progress: OnProgress,
 ) -> Generated:
-    """The likeliest token each time, several sequences at once; what all prompts begin with is computed once."""
+    """Take the most likely token each time, for several sequences at once; the common prefix is computed once."""
     head = _common_prefix(prompts)
-    length = -(-(max(map(len, prompts)) + max_new_tokens) // 256) * 256  # llama.cpp gives cells by 256
+    length = -(-(max(map(len, prompts)) + max_new_tokens) // 256) * 256  # llama.cpp allocates cells in steps of 256
     slots = max(1, min(MAX_SEQUENCES, _tokens_in_memory(llm) // length - 1, len(prompts)))
     rows: list[list[int]] = [[] for _ in prompts]
     waiting = deque(range(len(prompts)))
@@ -179,7 +178,7 @@ def greedy(
 
 
 def _tokens_in_memory(llm: "llama_cpp.Llama") -> int:
-    """Tokens of all sequences together: BATCH_TOKENS, or as many as fit in half of the free memory."""
+    """Tokens of all sequences together: BATCH_TOKENS, or as many as fit into half of the free memory."""
     import llama_cpp
 
     width = llama_cpp.llama_model_n_embd(llm.model) // llama_cpp.llama_model_n_head(llm.model)
@@ -196,15 +195,13 @@ def _on_gpu(llm: "llama_cpp.Llama") -> bool:
 
 
 def _common_prefix(prompts: Sequence[list[int]]) -> list[int]:
-    """What all begin with, at least one token short of the shortest: its last token must be computed anew."""
-    first, last = min(prompts), max(prompts)
-    shortest = min(map(len, prompts)) - 1
-    differs = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    return first[: min(next(differs, shortest), shortest)]
+    """At least one token shorter than the shortest prompt, whose last token must be computed for its logits."""
+    equal = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    return [tokens[0] for tokens in equal][: min(map(len, prompts)) - 1]
 
 
 class _Sequences:
-    """Sequences side by side in one llama.cpp context; each forks from the common head."""
+    """Several sequences in one llama.cpp context, each a fork of the common head."""
 
     def __init__(self, llm: "llama_cpp.Llama", head: list[int], slots: int, length: int) -> None:
         import llama_cpp
@@ -214,8 +211,8 @@ class _Sequences:
         self._head, self._head_slot = head, slots
         self._size = max(512, length + slots)
         params = llama_cpp.llama_context_default_params()
-        # A stream of its own for each sequence, and on a CPU no flash attention: attention to the cells of all
-        # sequences, masked, took half of a step of 16 (measured: 174 ms, of its own 130 ms).
+        # A separate stream for each sequence, and on a CPU no flash attention: masked attention over the cells of all
+        # sequences takes longer (measured for 16 of them: 174 ms a step, 130 ms with streams).
         params.n_seq_max, params.kv_unified, params.n_ctx = slots + 1, False, (slots + 1) * length
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO if _on_gpu(llm) else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -225,12 +222,12 @@ class _Sequences:
         self._context = llama_cpp.llama_init_from_model(llm.model, params)
         if self._context is None:
             raise SaigaError(
-                f"{slots} sequences of {length} tokens do not fit into the memory, of which "
+                f"{slots} sequences of {length} tokens do not fit into memory: "
                 f"{workspace.available_memory() / workspace.GB:.1f} GB are free. Close other programs."
             )
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = llama_cpp.llama_batch_init(self._size, 0, 1)
-        self._ends: dict[int, int] = {}  # slot to the row of the batch whose logits it needs
+        self._ends: dict[int, int] = {}  # slot to its last row in the batch, which needs logits
         self._positions = {slots: 0}
         if head:
             self.add(self._head_slot, head)
@@ -241,7 +238,7 @@ class _Sequences:
 
     def begin(self, slot: int, tokens: Sequence[int]) -> None:
         self._api.llama_memory_seq_rm(self._memory, slot, -1, -1)
-        if self._head:  # whole: between streams nothing less can be copied
+        if self._head:  # all of it: a part cannot be copied between streams
             self._api.llama_memory_seq_cp(self._memory, self._head_slot, slot, -1, -1)
         self._positions[slot] = len(self._head)
         self.add(slot, tokens)
@@ -258,7 +255,7 @@ class _Sequences:
         batch.logits[batch.n_tokens - 1] = True
 
     def decode(self) -> dict[int, int]:
-        """The next token of every sequence that was added to."""
+        """The next token of every sequence that got tokens since the last call."""
         import numpy as np
 
         if code := self._api.llama_decode(self._context, self._batch):

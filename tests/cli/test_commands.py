@@ -399,7 +399,7 @@ def test_ctrl_c_at_the_prompt_ends_with_130(monkeypatch):
 
 def test_chat_with_what_is_no_gguf_is_a_sentence(tmp_path):
     (tmp_path / "model.gguf").write_text("text")
-    assert "is no GGUF file" in sentence("chat", tmp_path / "model.gguf")
+    assert "is not a GGUF file" in sentence("chat", tmp_path / "model.gguf")
 
 
 def test_evaluate_says_which_stage_is_missing(tmp_path):
@@ -428,7 +428,7 @@ def test_what_windows_lacks_is_said_and_what_it_can_do_is_done(tmp_path, monkeyp
     done = CliRunner().invoke(cli.main, ["doctor"])
     assert done.exit_code == 1 and "doctor needs Linux or macOS. On Windows run it in WSL" in done.output
     done = CliRunner().invoke(cli.main, ["chat", "nothing.gguf"])
-    assert done.exit_code == 1 and "nothing.gguf is not there" in done.output
+    assert done.exit_code == 1 and "nothing.gguf does not exist" in done.output
 
 
 def test_chat_and_publish_load_without_what_windows_lacks():
