@@ -33,6 +33,7 @@ from typing import Any
 from saigakit import export, registry
 from saigakit.core.display import Table
 from saigakit.export import gguf_export
+from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp import quantization, streaming
 from saigakit.registry import ALL_LINEAR
 from saigakit.weights import find
@@ -185,7 +186,7 @@ def step_limit(base: str, adapter: str, output: str, _: str, quant_type: str) ->
     import gguf
     import numpy as np
 
-    made = gguf_export.Export.of(registry.find(base), Path(adapter), None, quant_type)
+    made = gguf_export.Export.of(MergePlan.of(base, adapter), [quant_type])
     types, whole_rows = made.types(quant_type), made.architecture.shape.head_dim
     largest = max(chunk.numbers for chunk in streaming._chunks(made.shapes, whole_rows))
     numbers = np.random.default_rng(2).normal(0, 0.02, largest).astype(np.float32)

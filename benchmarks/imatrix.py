@@ -129,7 +129,7 @@ def main() -> None:
             for name, matrix in matrices.items():
                 file = exported(directory, options.adapter, quant_type, name, matrix)
                 for title, rows in held.items():
-                    measured[title][quant_type, name] = quality.against(reference, file, rows)
+                    measured[title][quant_type, name] = quality.compare_files(reference, file, rows)
                     print(f"{quant_type:7} {name:8} {title}: {measured[title][quant_type, name]}", flush=True)
                 types[quant_type, name], gigabytes[quant_type, name] = got(file), file.stat().st_size / 1e6
                 file.unlink()

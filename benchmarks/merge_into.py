@@ -23,13 +23,14 @@ from saigakit.core import launch, manifest
 from saigakit.core.display import Table
 from saigakit.data import read_conversations, spread
 from saigakit.demo.wordnet_records import packaged_records
-from saigakit.export.other_formats import to_safetensors
+from saigakit.export.merge_plan import MergePlan
+from saigakit.export.other_formats import write_merged
 from saigakit.prompt import encoding
 from saigakit.prompt.encoding import IGNORE_INDEX, Example
 from saigakit.registry import ALL_LINEAR, Lora
 from saigakit.train import worker
 from saigakit.weights import find, load
-from saigakit.weights.merge import Into
+from saigakit.weights.merge import Into, Merged
 
 MODEL, BATCH, LENGTH = "smollm2_135m", 4, 768
 RATE = 5e-4
@@ -123,14 +124,8 @@ def main() -> None:
     base_dir = find.base_dir(registry.find(MODEL), None)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        nf4_dir = to_safetensors(
-            model=MODEL,
-            adapters=None,
-            output=directory / "nf4",
-            number_format="float32",
-            merge_into="dequantized",
-            trained_in="float32",
-        )
+        dequantised = Merged.of(base_dir, None, into="dequantized", number_format="float32")
+        nf4_dir = write_merged(dequantised, MergePlan.of(MODEL, None), directory / "nf4", "float32")
         adapter_dir = learned(directory, nf4_dir, packaged / "train.jsonl", packaged / "held_out.jsonl", given.steps)
         few = examples[:CHECKED]
         real, same = (loss_of(base, adapter_dir, how, few) for base, how in ((base_dir, "nf4"), (nf4_dir, "none")))

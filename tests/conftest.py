@@ -101,14 +101,14 @@ def smollm2(callers_cache) -> Path:
 def converter(callers_cache) -> Path:
     """The directory of llama.cpp's convert_hf_to_gguf.py, kept in the caller's cache: 77 MB to download."""
     with _alone(callers_cache / "llama_cpp_source.lock"):
-        return llama_cpp_chain.source(callers_cache)
+        return llama_cpp_chain.download_source(callers_cache)
 
 
 @pytest.fixture(scope="session")
 def jinja_program(converter) -> Path:
     """Renders templates with llama.cpp's own Jinja; compiled once, beside its source."""
     with _alone(converter / "jinja.lock"):
-        return llama_cpp_chain.jinja(converter)
+        return llama_cpp_chain.compile_jinja(converter)
 
 
 @contextmanager

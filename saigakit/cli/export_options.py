@@ -10,8 +10,8 @@ from saigakit.core import manifest
 from saigakit.core.files import require_absent
 from saigakit.errors import SaigaError
 from saigakit.export import calibration, gguf_export, model_card, other_formats
+from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp import quantization
-from saigakit.weights import find
 
 _MATRICES = (".gguf", ".dat", ".imatrix")
 
@@ -31,12 +31,8 @@ def export(*, file_format: str, adapters: Sequence[str], **options: Any) -> list
         raise SaigaError(f"--format {file_format} does not take --{unused[0].rstrip('s').replace('_', '-')}.")
     model, output, base_source = (options[name] for name in ("model", "output", "base_source"))
     if file_format == "safetensors":
-        spec = registry.find(model)
-        directories = [(find.adapter_dir(spec, path), weight) for path, weight in weighted]
         into = {"merge_into": options["merge_into"]} if options["merge_into"] else {}
-        made = other_formats.to_safetensors(
-            model=model, adapters=directories, output=output, base_source=base_source, **into
-        )
+        made = other_formats.to_safetensors(MergePlan.of(model, weighted, base_source=base_source, **into), output)
         return [f"model: {made}, which transformers loads"]
     if len(weighted) != 1 or weighted[0][1] != 1:
         raise SaigaError("--format lora takes one --adapter, without a weight.")
@@ -60,9 +56,9 @@ def _gguf(
     for each in chosen:
         quantization.require_known(each)
     prefix = f"{Path(output).stem}."
-    beside = model_card.paths(Path(output).parent, prefix)
+    beside = model_card.companion_paths(Path(output).parent, prefix)
     ours = manifest.beside(Path(output))
-    for file in [*gguf_export.paths(Path(output), chosen).values(), *beside.values(), ours]:
+    for file in [*gguf_export.output_files(Path(output), chosen).values(), *beside.values(), ours]:
         require_absent(file)
     adapter = weighted[0][0] if len(weighted) == 1 and weighted[0][1] == 1 else weighted or None
     if importance and Path(importance).suffix not in _MATRICES:
@@ -78,9 +74,9 @@ def _gguf(
         with_manifest=True,
         **given,
     )
-    files, spec = gguf_export.paths(made, chosen), registry.find(model)
+    files, spec = gguf_export.output_files(made, chosen), registry.find(model)
     inputs = manifest.read_beside(made)["inputs"]
-    written = [*model_card.write(files, spec=spec, inputs=inputs, prefix=prefix), ours]
+    written = [*model_card.write_companions(files, spec=spec, inputs=inputs, prefix=prefix), ours]
     said = [f"model: {_named(file)}" for file in files.values()]
     return [*said, f"beside: {', '.join(file.name for file in written)}", f"talk:  saigakit chat {made}"]
 
@@ -97,11 +93,10 @@ def _matrix(
     """Of the records, as OUTPUT.imatrix.gguf."""
     if not isinstance(adapter, str | None):
         raise SaigaError("An importance matrix is made of records for one adapter without a weight, or none.")
-    file = Path(output).with_suffix(".imatrix.gguf")
     into: dict[str, Any] = {"merge_into": merge_into} if merge_into else {}
-    return calibration.importance_of_records(
-        records, model=model, adapter=adapter, output=file, base_source=base_source, quant_types=quant_types, **into
-    )
+    plan = MergePlan.of(model, adapter, base_source=base_source, **into)
+    file = Path(output).with_suffix(".imatrix.gguf")
+    return calibration.importance_of_records(records, plan, file, quant_types=quant_types)
 
 
 def _named(file: Path) -> str:

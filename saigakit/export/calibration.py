@@ -1,69 +1,60 @@
-"""A model and the user's records into an importance matrix before quantising."""
+"""Compute an importance matrix on the user's records, for quantising with it."""
 
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit import data, registry
+from saigakit import data
 from saigakit.core import manifest, workspace
 from saigakit.core.files import require_absent, sha256
 from saigakit.data import rows, sources
 from saigakit.data.conversations import spread
 from saigakit.errors import SaigaError
-from saigakit.export.stage import require_possible, to_gguf
+from saigakit.export.gguf_export import Export
+from saigakit.export.merge_plan import MergePlan
+from saigakit.export.stage import write_gguf
 from saigakit.llamacpp import imatrix_compute
 from saigakit.prompt import encoding
-from saigakit.weights import base_files, find
-from saigakit.weights.lineage import MergeInto
+from saigakit.weights import base_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-OF_RECORDS = "records"  # for `importance`: a matrix of the records that the model was trained on
+OF_RECORDS = "records"  # `importance` for a matrix computed on the training records
 STAGE, _MATRIX = "03_importance", "imatrix.gguf"
 _CONVERSATIONS = 2_000  # evenly spread over the file; more do not change a matrix
-_LONGEST = 2048  # tokens of one
+_LONGEST = 2048  # tokens of a conversation
 
 
 def importance_of_records(
     records: str | Path,
-    *,
-    model: str,
-    adapter: str | Path | None,
+    plan: MergePlan,
     output: str | Path,
-    base_source: str | None = None,
-    merge_into: MergeInto = "auto",
+    *,
+    quant_types: Sequence[str] = (),
     max_tokens: int = 50_000,
     n_gpu_layers: int = 0,
-    quant_types: Sequence[str] = (),
 ) -> Path:
-    """The importance matrix of the merged model on the ids that it was trained on, in llama.cpp's form, as `output`.
+    """Write llama.cpp's importance matrix of the merged model to `output`; `records` as for 01_format.
 
-    `records`: as for 01_format. A Q8_0 GGUF is made in the scratch directory for it, and deleted. Raises SaigaError
-    where there is no room for it or for files of `quant_types` beside `output`, or `output` is there already.
+    It is computed with a Q8_0 GGUF in the scratch directory. Raises SaigaError if `output` exists, or there is no room
+    for that GGUF or, next to `output`, for files of `quant_types`.
     """
-    require_absent(Path(output))
+    file = Path(output)
+    require_absent(file)
     if quant_types:  # before hours of computing
-        require_possible(model, adapter, base_source, quant_types, merge_into, Path(output).parent)
-    ids = token_rows(records, model, base_source)
+        Export.of(plan, quant_types).require_room(file.parent)
+    ids = token_rows(records, plan.spec.name, plan.base_source)
     with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
-        whole = to_gguf(
-            model=model,
-            adapter=adapter,
-            output=Path(scratch) / "q8_0.gguf",
-            quant_type="Q8_0",
-            base_source=base_source,
-            merge_into=merge_into,
-        )
-        made = imatrix_compute.measured(
-            whole,
+        matrix = imatrix_compute.measured(
+            write_gguf(Export.of(plan, ["Q8_0"]), Path(scratch) / "q8_0.gguf"),
             [ids[index]["input_ids"] for index in range(len(ids))],
             dataset=Path(records).name,
             max_tokens=max_tokens,
             n_gpu_layers=n_gpu_layers,
         )
-    return made.write(output)
+    return matrix.write(file)
 
 
 def importance_matrix(
@@ -77,48 +68,44 @@ def importance_matrix(
     n_gpu_layers: int = 0,
     quant_type: str | None = None,
 ) -> Path | None:
-    """What `export.merge_gguf` takes as importance: nothing, a file that is here or attached, or "records".
+    """Resolve `importance` for merge_gguf: None, a file here or attached, or "records".
 
-    Then it is a matrix of the training records of 01_format, made once and kept in `run_dir`/03_importance; where no
-    GGUF of `quant_type` can be made afterwards, that is said before.
+    "records" computes a matrix on the training records of 01_format, once, in `run_dir`/03_importance. Raises
+    SaigaError before that if no GGUF of `quant_type` could be made afterwards.
     """
     if importance != OF_RECORDS:
         return None if importance is None else workspace.find_input(importance, run_dir=run_dir)
-    spec, records = registry.find(model), sources.formatted_records("train", run_dir)
-    if records is None:
+    plan = MergePlan.of(model, adapter, run_dir=run_dir, base_source=base_source)
+    if (records := sources.formatted_records("train", run_dir)) is None:
         raise SaigaError(
-            f"importance={OF_RECORDS!r} needs 01_format/train.jsonl, which is not in {run_dir} or attached: run "
+            f"importance={OF_RECORDS!r} needs 01_format/train.jsonl, which is not in {run_dir} or attached. Run "
             "01_format first, or give a file."
         )
-    adapter_dir = None if adapter is None else find.adapter_dir(spec, adapter, run_dir)
     final = Path(run_dir) / STAGE
     identity: dict[str, Any] = {
         "stage": STAGE,
         "parameters": {"model": model, "base_source": base_source, "max_tokens": max_tokens},
         "inputs": {
             "records": sha256(records),
-            "base": base_files.hashes(find.base_dir(spec, base_source)),
-            "adapter": None if adapter_dir is None else manifest.hashes(adapter_dir),
+            "base": base_files.hashes(plan.base_dir),
+            "adapter": manifest.hashes(plan.adapter_dirs[0]) if plan.adapter_dirs else None,
         },
     }
     if not manifest.is_kept(final, **identity, is_derived=True):
         with manifest.making(final, **identity, is_derived=True) as partial:
             importance_of_records(
                 records,
-                model=model,
-                adapter=adapter_dir,
-                output=partial / _MATRIX,
-                base_source=base_source,
+                plan,
+                partial / _MATRIX,
+                quant_types=[quant_type] if quant_type else [],
                 max_tokens=max_tokens,
                 n_gpu_layers=n_gpu_layers,
-                quant_types=[quant_type] if quant_type else [],
             )
     return final / _MATRIX
 
 
 def token_rows(records: str | Path, model: str, base_source: str | None) -> "Dataset":
-    """Conversations evenly spread over the records, as training has them."""
-    spec = registry.find(model)
+    """Conversations evenly spread over the records, encoded as for training."""
     conversations = spread(data.read_conversations(sources.records_files(str(records))), _CONVERSATIONS)
-    tokenizer = encoding.load_tokenizer(spec.name, base_source)
+    tokenizer = encoding.load_tokenizer(model, base_source)
     return rows.tokenise(conversations, tokenizer, _LONGEST, name=Path(records).name)

@@ -1,12 +1,14 @@
-"""A model's shapes and the sizes of its files into an answer to: does it fit a machine of 6 GB?"""
+"""Estimate which quant type and context length fit into the memory of a small machine."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from saigakit.core import manifest
 from saigakit.core.display import Table
+from saigakit.core.workspace import GIB
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import quantization
 from saigakit.weights.memory import CacheType, Shape
@@ -14,37 +16,36 @@ from saigakit.weights.memory import CacheType, Shape
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-GIB = 2**30
 MACHINES = (6, 8, 16)  # GiB of RAM
 CONTEXTS = (2048, 4096, 8192, 16384, 32768)
-SHOWN = tuple(name for name in quantization.QUANT_TYPES if name not in ("F32", "BF16", "F16"))  # beside those made
-LEAST_CONTEXT = CONTEXTS[0]  # a conversation of some pages
-SYSTEM = 1536 * 2**20  # of the operating system and its desktop: an allowance, not measured
-_CACHE_BYTES: Mapping[CacheType, float] = {"f16": 2, "q8_0": 34 / 32}  # of a number; q8_0 has a scale for 32
-_BLOCK = 32  # numbers of a block of q8_0; llama.cpp refuses a cache whose heads are no whole blocks
+SHOWN = tuple(name for name in quantization.QUANT_TYPES if name not in ("F32", "BF16", "F16"))
+LEAST_CONTEXT = CONTEXTS[0]  # a conversation of a few pages
+SYSTEM = 1536 * 2**20  # bytes for the operating system and its desktop: an allowance, not measured
+_CACHE_BYTES: Mapping[CacheType, float] = {"f16": 2, "q8_0": 34 / 32}  # per number; q8_0 has a scale for every 32
+_BLOCK = 32  # numbers in a block of q8_0; llama.cpp refuses a cache whose head_dim is not a multiple
 _BATCH = 512  # tokens that llama.cpp computes at a time, its n_ubatch
-_TOKEN_BYTES = 170  # of a token's text in llama.cpp's tables: measured, 5 MB of 32,000 and 21 of 128,256
+_TOKEN_BYTES = 170  # of a token's text in llama.cpp's tables: measured, 5 MB for 32,000 tokens and 21 for 128,256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """Bytes of RAM of a process that answers, and of the system beside it."""
+    """Bytes of RAM that a process needs to answer; `total` includes the system."""
 
-    weights: int  # of the file, which is mapped; pages that llama.cpp has copied into another order are given back
-    cache: int  # keys and values of the whole context
-    buffers: int  # of one batch between layers, and the vocabulary
+    weights: int  # of the file, which is mapped; pages that llama.cpp has repacked are given back
+    cache: int  # keys and values of the complete context
+    buffers: int  # activations of one batch, and the vocabulary
 
     @classmethod
     def of(cls, shape: Shape, file_bytes: int, n_ctx: int, cache_type: CacheType = "f16") -> Self:
-        """On a CPU with flash attention, as `infer.load` sets it. Compared with llama.cpp in benchmarks/fit.py."""
+        """On a CPU with flash attention, as `infer.load` sets it. benchmarks/fit.py compares it with llama.cpp."""
         keys = shape.kv_heads * shape.head_dim
-        # Gate, up and their product; what goes around them and into them; new keys and values; the mask in float16.
-        of_a_token = 4 * (3 * shape.intermediate + 2 * shape.hidden + 2 * keys) + 2 * n_ctx
-        quantised = 1.14 * shape.intermediate  # the input of the widest product, as q8_K
+        # Gate, up and their product; the residual stream and its norm; new keys and values; the mask in float16.
+        bytes_per_token = 4 * (3 * shape.intermediate + 2 * shape.hidden + 2 * keys) + 2 * n_ctx
+        quantised_input = 1.14 * shape.intermediate  # of the widest product, as q8_K
         return cls(
             weights=file_bytes,
             cache=int(2 * shape.layers * keys * _CACHE_BYTES[cache_type] * n_ctx),
-            buffers=int(_BATCH * (of_a_token + quantised)) + _TOKEN_BYTES * shape.vocabulary,
+            buffers=int(_BATCH * (bytes_per_token + quantised_input)) + _TOKEN_BYTES * shape.vocabulary,
         )
 
     @property
@@ -61,7 +62,7 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A file and how to load it on a machine."""
+    """A quant type and how to load its file on a machine."""
 
     quant_type: str
     n_ctx: int
@@ -74,168 +75,150 @@ class Choice:
         return self.needs.fits(self.machine_gib)
 
     @property
-    def left_mib(self) -> int:
-        """What is free beside it and the system."""
+    def free_mib(self) -> int:
         return max(0, int((self.machine_gib * GIB - self.needs.total) / 2**20))
 
-    def in_words(self) -> str:
-        needed = f"{self.needs.total / GIB:.1f} GiB, {SYSTEM / GIB:.1f} of them for the system"
+    def describe(self) -> str:
+        needed = f"{self.needs.total / GIB:.1f} GiB, including {SYSTEM / GIB:.1f} GiB for the system"
         if self.fits:
-            return f"{self}: needs {needed}, and fits a machine of {self.machine_gib:g} GiB."
-        return f"{self}: DOES NOT FIT a machine of {self.machine_gib:g} GiB; needs {needed}."
+            return f"{self}: needs {needed}, and fits a machine with {self.machine_gib:g} GiB."
+        return f"{self}: DOES NOT FIT a machine with {self.machine_gib:g} GiB; it needs {needed}."
 
     def __str__(self) -> str:
-        cache = "" if self.cache_type == "f16" else f", keys and values in {self.cache_type}"
+        cache = "" if self.cache_type == "f16" else f", KV cache in {self.cache_type}"
         return f"{self.quant_type} with {self.n_ctx} tokens of context{cache}"
 
 
-def best(shape: Shape, by_type: Mapping[str, int], *, longest: int, machine_gib: float = MACHINES[0]) -> Choice:
-    """The quant type of highest quality that fits with LEAST_CONTEXT tokens, and its longest context there.
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """The size of a model's file in each quant type, and what else its memory depends on."""
 
-    `by_type`: bytes of the file in each type. Keys and values stay in float16 where that is enough for it. Where
-    nothing `fits`, it is what needs least.
-    """
-    least = min(LEAST_CONTEXT, longest)
-    for quant_type in filter(by_type.__contains__, quantization.QUANT_TYPES):
-        for cache_type in _cache_types(shape):
-            fitting = [
-                choice
-                for n_ctx in sorted({least, *(length for length in CONTEXTS if least <= length <= longest)})
-                if (choice := _choice(shape, by_type, quant_type, n_ctx, cache_type, machine_gib)).fits
-            ]
-            if fitting:
-                return fitting[-1]
-    smallest = min(by_type, key=lambda name: by_type[name])
-    return _choice(shape, by_type, smallest, least, _cache_types(shape)[-1], machine_gib)
+    shape: Shape
+    longest: int  # tokens of context that the model was trained for
+    files: Mapping[str, int]  # quant type to bytes
 
+    def __post_init__(self) -> None:
+        for quant_type in self.files:
+            quantization.require_known(quant_type)
+        if not self.files:
+            raise SaigaError("There is no quant type to estimate memory for; give at least one.")
 
-def _cache_types(shape: Shape) -> list[CacheType]:
-    return [name for name in _CACHE_BYTES if name == "f16" or shape.head_dim % _BLOCK == 0]
+    @property
+    def least_context(self) -> int:
+        return min(LEAST_CONTEXT, self.longest)
 
+    @property
+    def _cache_types(self) -> list[CacheType]:
+        return [name for name in _CACHE_BYTES if name == "f16" or self.shape.head_dim % _BLOCK == 0]
 
-def _choice(
-    shape: Shape, by_type: Mapping[str, int], quant_type: str, n_ctx: int, cache_type: CacheType, machine_gib: float
-) -> Choice:
-    needs = Needs.of(shape, by_type[quant_type], n_ctx, cache_type)
-    return Choice(quant_type=quant_type, n_ctx=n_ctx, cache_type=cache_type, needs=needs, machine_gib=machine_gib)
+    def needs(self, quant_type: str, n_ctx: int) -> dict[CacheType, Needs]:
+        """By type of KV cache; without q8_0 where llama.cpp refuses it."""
+        return {name: Needs.of(self.shape, self.files[quant_type], n_ctx, name) for name in self._cache_types}
 
+    def _choice(self, quant_type: str, cache_type: CacheType, n_ctx: int, machine_gib: float) -> Choice:
+        needs = self.needs(quant_type, n_ctx)[cache_type]
+        return Choice(quant_type=quant_type, n_ctx=n_ctx, cache_type=cache_type, needs=needs, machine_gib=machine_gib)
 
-def chosen(shape: Shape, by_type: Mapping[str, int], *, longest: int) -> Choice:
-    """The best on the smallest of MACHINES that anything fits; where nothing does, what needs least."""
-    found = [best(shape, by_type, longest=longest, machine_gib=machine) for machine in MACHINES]
-    return next((choice for choice in found if choice.fits), found[-1])
+    def best_on(self, machine_gib: float) -> Choice:
+        """The best quant type that fits with LEAST_CONTEXT tokens, and its longest context; else what needs least.
 
+        The cache is in q8_0 only if f16 does not fit.
+        """
+        by_quality = [name for name in quantization.QUANT_TYPES if name in self.files]
+        contexts = [length for length in reversed(CONTEXTS) if length <= self.longest] or [self.least_context]
+        for quant_type, cache_type, n_ctx in product(by_quality, self._cache_types, contexts):
+            if (choice := self._choice(quant_type, cache_type, n_ctx, machine_gib)).fits:
+                return choice
+        smallest = min(self.files, key=lambda name: self.files[name])
+        return self._choice(smallest, self._cache_types[-1], self.least_context, machine_gib)
 
-def in_words(shape: Shape, by_type: Mapping[str, int], *, longest: int, machine_gib: float = MACHINES[0]) -> str:
-    """One recommendation."""
-    choice = best(shape, by_type, longest=longest, machine_gib=machine_gib)
-    allowance = f"{SYSTEM / GIB:.1f} GiB are left to the system"
-    if choice.fits:
-        return f"On {machine_gib:g} GiB: {choice}: {choice.needs.resident / GIB:.2f} GiB resident; {allowance}."
-    larger = chosen(shape, by_type, longest=longest)
-    return (
-        f"Nothing of this model fits {machine_gib:g} GiB ({allowance}): even {choice} needs "
-        f"{choice.needs.total / GIB:.1f} GiB. "
-        + (f"On {larger.machine_gib:g} GiB: {larger}." if larger.fits else "Take a smaller model.")
-    )
+    def choose(self) -> Choice:
+        """The best on the smallest of MACHINES that any type fits; if none does, what needs least."""
+        best = [self.best_on(machine) for machine in MACHINES]
+        return next((choice for choice in best if choice.fits), best[-1])
 
+    def recommend(self) -> str:
+        smallest, reserve = MACHINES[0], f"{SYSTEM / GIB:.1f} GiB are left for the system"
+        best, choice = self.best_on(smallest), self.choose()
+        if best.fits:
+            return f"On {smallest} GiB: {best}: {best.needs.resident / GIB:.2f} GiB resident; {reserve}."
+        problem = f"Nothing fits {smallest} GiB ({reserve}): even {best} needs {best.needs.total / GIB:.1f} GiB."
+        remedy = f"On {choice.machine_gib:g} GiB: {choice}." if choice.fits else "Use a smaller model."
+        return f"{problem} {remedy}"
 
-def table(shape: Shape, by_type: Mapping[str, int], *, longest: int, contexts: Sequence[int] = CONTEXTS[:3]) -> Table:
-    """GiB of each quant type and context, part by part, with both types of cache; and the machine that it fits."""
-    require_sizes(by_type)
-    rows = []
-    for quant_type, size in by_type.items():
-        for n_ctx in [length for length in contexts if length <= longest] or [longest]:
-            found = _by_cache_type(shape, size, n_ctx)
-            both = [found.get(cache_type) for cache_type in _CACHE_BYTES]
-            caches = (_gib(needs.cache) if needs else "–" for needs in both)
-            totals = (_gib(needs.total) if needs else "–" for needs in both)
-            parts = (_gib(size), *caches, _gib(found["f16"].buffers), _gib(SYSTEM))
-            rows.append((quant_type, f"{n_ctx}", *parts, *totals, _said_of_machine(found)))
-    columns = ("weights", "KV f16", "KV q8_0", "buffers", "system")
-    header = ("type", "context", *columns, "all, KV f16", "all, KV q8_0", "fits")
-    note = "GiB; that for the system is an allowance. " + in_words(shape, by_type, longest=longest)
-    return Table(header, rows, note)
+    def table(self) -> Table:
+        """GiB by quant type and context, part by part, with both types of cache, and the smallest machine that fits."""
+        rows = []
+        contexts = [length for length in CONTEXTS[:2] if length <= self.longest] or [self.longest]
+        for (quant_type, size), n_ctx in product(self.files.items(), contexts):
+            needs = self.needs(quant_type, n_ctx)
+            by_cache = [needs.get(cache_type) for cache_type in _CACHE_BYTES]
+            caches = [_gib(each.cache) if each else "–" for each in by_cache]
+            totals = [_gib(each.total) if each else "–" for each in by_cache]
+            parts = (_gib(size), *caches, _gib(needs["f16"].buffers), _gib(SYSTEM))
+            machine, cache_type = _smallest_machine(needs)
+            fits = f"more than {MACHINES[-1]} GB" if machine is None else f"{machine} GB"
+            fits += "" if cache_type == "f16" else f" with KV {cache_type}"
+            rows.append((quant_type, f"{n_ctx}", *parts, *totals, fits))
+        columns = ("weights", "KV f16", "KV q8_0", "buffers", "system", "total, KV f16", "total, KV q8_0")
+        note = f"GiB; the system's share is an allowance. {self.recommend()}"
+        return Table(("type", "context", *columns, "fits"), rows, note)
+
+    def plot(self) -> "Figure":
+        """Bars of GiB by quant type against MACHINES; with a q8_0 cache too where that fits a smaller machine."""
+        from matplotlib.figure import Figure
+
+        bars = self._bars()
+        parts = {
+            "веса / weights": ([needs.weights for needs in bars.values()], "#1a73e8"),
+            "контекст / context": ([needs.cache for needs in bars.values()], "#188038"),
+            "буферы / buffers": ([needs.buffers for needs in bars.values()], "#9aa0a6"),
+            "система / system": ([SYSTEM for _ in bars], "#e8eaed"),
+        }
+        figure = Figure(figsize=(9, 0.42 * len(bars) + 2.0), layout="constrained")
+        axes, left = figure.subplots(), [0.0] * len(bars)
+        for label, (sizes, colour) in parts.items():
+            axes.barh(list(bars), [size / GIB for size in sizes], left=left, color=colour, label=label)
+            left = [before + size / GIB for before, size in zip(left, sizes, strict=True)]
+        for machine in MACHINES:
+            axes.axvline(machine, color="#d93025", linestyle="--", linewidth=1)
+            place = (machine, 1.0)
+            axes.annotate(f"{machine} GB", place, xycoords=("data", "axes fraction"), color="#d93025", fontsize=9)
+        axes.set_xlim(0, max(MACHINES[-1], *left) * 1.05)
+        axes.invert_yaxis()
+        axes.set_xlabel("ГиБ / GiB")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="lower right", fontsize=9)
+        n_ctx = self.least_context
+        title = (
+            f"Поместится ли? Память при контексте {n_ctx} токенов\nDoes it fit? Memory with {n_ctx} tokens of context"
+        )
+        figure.suptitle(title, fontsize=11)
+        return figure
+
+    def _bars(self) -> dict[str, Needs]:
+        bars = {}
+        for quant_type in self.files:
+            needs = self.needs(quant_type, self.least_context)
+            bars[quant_type] = needs["f16"]
+            if _smallest_machine(needs)[1] == "q8_0":
+                bars[f"{quant_type}, KV q8_0"] = needs["q8_0"]
+        return bars
 
 
 def memory_table(stage_dir: Path) -> Table:
-    """What each quant type of the model in a 03_merge_gguf would need, at 2048 and 4096 tokens of context."""
+    """What the model in a finished 03_merge_gguf needs in each quant type."""
     memory = manifest.read(stage_dir)["memory"]
-    return table(Shape(**memory["shape"]), memory["files"], longest=memory["longest"], contexts=CONTEXTS[:2])
+    return ModelFiles(shape=Shape(**memory["shape"]), longest=memory["longest"], files=memory["files"]).table()
 
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.2f}"
 
 
-def _by_cache_type(shape: Shape, file_bytes: int, n_ctx: int) -> dict[CacheType, Needs]:
-    return {cache_type: Needs.of(shape, file_bytes, n_ctx, cache_type) for cache_type in _cache_types(shape)}
-
-
-def _said_of_machine(found: Mapping[CacheType, Needs]) -> str:
-    machine, cache_type = _machine(found)
-    if machine is None:
-        return f"more than {MACHINES[-1]} GB"
-    return f"{machine} GB" + ("" if cache_type == "f16" else f" with KV {cache_type}")
-
-
-def _machine(found: Mapping[CacheType, Needs]) -> tuple[int | None, CacheType]:
-    """The smallest that it fits, and the type of cache with which it does."""
-    for machine in MACHINES:
-        for cache_type, needs in found.items():
-            if needs.fits(machine):
-                return machine, cache_type
+def _smallest_machine(needs: Mapping[CacheType, Needs]) -> tuple[int | None, CacheType]:
+    """The first of MACHINES that it fits, and with which type of cache."""
+    for machine, (cache_type, each) in product(MACHINES, needs.items()):
+        if each.fits(machine):
+            return machine, cache_type
     return None, "f16"
-
-
-def require_sizes(by_type: Mapping[str, int]) -> None:
-    """Raises SaigaError where a type is unknown or there is none."""
-    if unknown := set(by_type) - set(quantization.QUANT_TYPES):
-        raise SaigaError(f"quant_type={min(unknown)!r} is unknown; use some of {', '.join(quantization.QUANT_TYPES)}.")
-    if not by_type:
-        raise SaigaError("There is no quant type to look at; give one at least.")
-
-
-def plot(shape: Shape, by_type: Mapping[str, int], *, n_ctx: int = LEAST_CONTEXT) -> "Figure":
-    """Bars in GiB: what each quant type needs at `n_ctx` tokens, against machines of 6, 8 and 16 GB.
-
-    With keys and values in f16, and below it in q8_0 too where that fits a smaller machine.
-    """
-    from matplotlib.figure import Figure
-
-    require_sizes(by_type)
-    bars = _bars(shape, by_type, n_ctx)
-    parts = {
-        "веса / weights": ([needs.weights for needs in bars.values()], "#1a73e8"),
-        "контекст / context": ([needs.cache for needs in bars.values()], "#188038"),
-        "буферы / buffers": ([needs.buffers for needs in bars.values()], "#9aa0a6"),
-        "система / system": ([SYSTEM for _ in bars], "#e8eaed"),
-    }
-    figure = Figure(figsize=(9, 0.42 * len(bars) + 2.0), layout="constrained")
-    axes, left = figure.subplots(), [0.0] * len(bars)
-    for label, (sizes, colour) in parts.items():
-        axes.barh(list(bars), [size / GIB for size in sizes], left=left, color=colour, label=label)
-        left = [before + size / GIB for before, size in zip(left, sizes, strict=True)]
-    for machine in MACHINES:
-        axes.axvline(machine, color="#d93025", linestyle="--", linewidth=1)
-        axes.annotate(f"{machine} GB", (machine, 1.0), xycoords=("data", "axes fraction"), color="#d93025", fontsize=9)
-    axes.set_xlim(0, max(MACHINES[-1], *left) * 1.05)
-    axes.invert_yaxis()
-    axes.set_xlabel("ГиБ / GiB")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", fontsize=9)
-    figure.suptitle(
-        f"Поместится ли? Память при контексте {n_ctx} токенов\nwill it fit? memory with {n_ctx} tokens of context",
-        fontsize=11,
-    )
-    return figure
-
-
-def _bars(shape: Shape, by_type: Mapping[str, int], n_ctx: int) -> dict[str, Needs]:
-    bars = {}
-    for quant_type, size in by_type.items():
-        found = _by_cache_type(shape, size, n_ctx)
-        bars[quant_type] = found["f16"]
-        if _machine(found)[1] == "q8_0":
-            bars[f"{quant_type}, KV q8_0"] = found["q8_0"]
-    return bars

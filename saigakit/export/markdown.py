@@ -1,7 +1,9 @@
-"""Rows and texts into the Markdown of a model card, and a model into the metadata that the Hub reads there."""
+"""Build the model cards of adapters and GGUF files in Markdown, with the metadata that the Hub reads."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,53 @@ from saigakit.core import hub
 from saigakit.core.display import Table
 from saigakit.registry import ModelSpec
 
-# The names that the Hub has for licences: https://huggingface.co/docs/hub/repositories-licenses
+# The Hub's names for licences: https://huggingface.co/docs/hub/repositories-licenses
 _LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "gemma")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What the cards of adapters and of GGUF files have in common."""
+
+    spec: ModelSpec
+    title: str
+    library: str
+    tags: Sequence[str]
+    relation: str = ""  # to the base model, as the Hub names it
+    chat_template: str
+    system_prompt: str | None
+    versions: Mapping[str, str]
+
+    def text(self, english: str, russian: str, sections: Mapping[str, str]) -> str:
+        """The complete card: two introductions, `sections` by their headings, the prompt and the versions."""
+        licence, digest = self.spec.licence, hashlib.sha256(self.chat_template.encode("utf-8")).hexdigest()
+        prompt = [f"Chat template (SHA-256 `{digest}`):", block(self.chat_template, "jinja")]
+        if self.system_prompt:
+            prompt.append(f"System prompt: {code(self.system_prompt)}")
+        parts = [
+            f"---\n{metadata(self.spec, self.library, self.tags, self.relation)}\n---\n# {self.title}",
+            f"{english} The licence of the base model ({licence or 'see its page'}) applies.",
+            f"{russian} Всё измерено автором, независимой проверки не было. Модель может ошибаться. Действует лицензия "
+            f"базовой модели: {licence or 'см. её страницу'}.",
+            *(f"## {heading}\n\n{text.strip()}" for heading, text in sections.items()),
+            "## Prompt",
+            *prompt,
+            f"## Versions\n\n{table(('package', 'version'), self.versions.items())}",
+        ]
+        return "\n\n".join(parts) + "\n"
+
+
+def metadata(spec: ModelSpec, library: str, tags: Sequence[str], relation: str = "") -> str:
+    """YAML, of which JSON values are a part. The Hub refuses a base model that it does not have."""
+    values: dict[str, Any] = {"language": ["ru"], "library_name": library, "pipeline_tag": "text-generation"}
+    if spec.licence in _LICENCES:
+        values["license"] = spec.licence
+    elif spec.licence:
+        values |= {"license": "other", "license_name": spec.licence}
+    if hub.is_hub_id(spec.base_model):
+        values |= {"base_model": spec.base_model} | ({"base_model_relation": relation} if relation else {})
+    values["tags"] = tags
+    return "\n".join(f"{name}: {json.dumps(value)}" for name, value in values.items())
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -36,22 +83,5 @@ def block(text: str, language: str = "") -> str:
 
 
 def linked(name: str) -> str:
-    """A model by its page on the Hub, or by the name of its directory."""
+    """A model as a link to its page on the Hub, or the name of its directory."""
     return f"[{name}](https://huggingface.co/{name})" if hub.is_hub_id(name) else code(Path(name).name)
-
-
-def metadata(spec: ModelSpec, library: str, tags: Sequence[str], **of_base: str) -> str:
-    """YAML, which JSON is too; the Hub refuses a base model that is not there, and so `of_base` is left out with it."""
-    values: dict[str, Any] = {"language": ["ru"], "library_name": library, "pipeline_tag": "text-generation"}
-    values |= licence(spec.licence)
-    if hub.is_hub_id(spec.base_model):
-        values |= {"base_model": spec.base_model, **of_base}
-    values["tags"] = tags
-    return "\n".join(f"{name}: {json.dumps(value)}" for name, value in values.items())
-
-
-def licence(name: str) -> dict[str, str]:
-    """What the Hub's metadata say of a licence."""
-    if name in _LICENCES:
-        return {"license": name}
-    return {"license": "other", "license_name": name} if name else {}

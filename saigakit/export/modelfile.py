@@ -1,70 +1,98 @@
-"""Write the Modelfile for Ollama and the command for llama-server."""
+"""Write what other programs need to run a GGUF: Ollama's Modelfile, the llama-server command, Python code."""
+
+import json
+from dataclasses import dataclass
 
 from saigakit.export.fit import Choice
 from saigakit.registry import Sampling
 
 # The first version that renders a model without TEMPLATE by the chat template inside its GGUF on every endpoint.
 # `ollama create` adds a Go template of its own for a chat template that it recognises, but prefers the one in the GGUF
-# if only that one has tools (shouldPreferChatTemplate in server/images.go, August 2026). Those that we write have them.
+# if only that one has tools (shouldPreferChatTemplate in server/images.go, August 2026), as all of ours do.
 OLLAMA_VERSION = "0.30.11"
-_CACHE_RAM = 8192  # MiB of RAM that llama-server takes for earlier conversations, if nothing is said
+_CACHE_RAM = 8192  # MiB of RAM that llama-server takes for earlier conversations by default
+_PYTHON = """from llama_cpp import {imported}
+
+llm = Llama("{name}", n_ctx={n_ctx}, flash_attn=True{cache})
+messages = {messages}
+answer = llm.create_chat_completion(
+    messages, temperature={temperature:g}, top_p={top_p:g}, top_k={top_k}, min_p=0.0, repeat_penalty={penalty:g}
+)
+print(answer["choices"][0]["message"]["content"])"""
 
 
-def modelfile(
-    gguf_name: str, *, stops: list[str], sampling: Sampling, choice: Choice, system_prompt: str | None
-) -> str:
-    """Write the Modelfile that lies next to the GGUF; `stops` end an answer.
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How to load a GGUF and answer with it."""
 
-    Ollama only records REQUIRES and does not check it, so a comment names the version too.
-    """
-    notes = [
-        f"Needs Ollama {OLLAMA_VERSION} or later.",
-        f"Next to {gguf_name}: ollama create NAME -f Modelfile; then ollama run NAME",
-        choice.in_words(),
-        *ollama_notes(choice, system_prompt),
-    ]
-    lines = [*(f"# {note}" for note in notes), f"FROM ./{gguf_name}", f"REQUIRES {OLLAMA_VERSION}"]
-    if system_prompt and _unsupported(system_prompt) is None:
-        lines.append(f'SYSTEM """{system_prompt}"""')
-    values = [("stop", f'"{stop}"') for stop in stops]
-    values += [("temperature", f"{sampling.temperature:g}"), ("top_p", f"{sampling.top_p:g}")]
-    values += [("top_k", f"{sampling.top_k}"), ("repeat_penalty", f"{sampling.repeat_penalty:g}")]
-    lines += [f"PARAMETER {name} {value}" for name, value in [*values, ("num_ctx", f"{choice.n_ctx}")]]
-    return "\n".join(lines) + "\n"
+    name: str  # of the file
+    stops: list[str]  # what ends an answer: the token that training taught and the file's EOS
+    system_prompt: str | None
+    sampling: Sampling
+    choice: Choice
 
+    def modelfile(self) -> str:
+        """Ollama records REQUIRES without checking it, so a comment names the version too."""
+        notes = [
+            f"Needs Ollama {OLLAMA_VERSION} or later.",
+            f"Next to {self.name}: ollama create NAME -f Modelfile; then ollama run NAME",
+            self.choice.describe(),
+            *self.ollama_notes(),
+        ]
+        lines = [*(f"# {note}" for note in notes), f"FROM ./{self.name}", f"REQUIRES {OLLAMA_VERSION}"]
+        if self.system_prompt and _unsupported(self.system_prompt) is None:
+            lines.append(f'SYSTEM """{self.system_prompt}"""')
+        values = [("stop", f'"{stop}"') for stop in self.stops]
+        values += [("temperature", f"{self.sampling.temperature:g}"), ("top_p", f"{self.sampling.top_p:g}")]
+        values += [("top_k", f"{self.sampling.top_k}"), ("repeat_penalty", f"{self.sampling.repeat_penalty:g}")]
+        lines += [f"PARAMETER {name} {value}" for name, value in [*values, ("num_ctx", f"{self.choice.n_ctx}")]]
+        return "\n".join(lines) + "\n"
 
-def ollama_notes(choice: Choice, system_prompt: str | None) -> list[str]:
-    """List what the user must set, because the Modelfile cannot."""
-    notes = []
-    if choice.cache_type != "f16":
-        notes.append(
-            f"Start Ollama's server with OLLAMA_FLASH_ATTENTION=1 and OLLAMA_KV_CACHE_TYPE={choice.cache_type}: "
-            "otherwise keys and values are in f16 and take nearly twice the memory."
+    def ollama_notes(self) -> list[str]:
+        """What the user must do, because the Modelfile cannot."""
+        notes = []
+        if self.choice.cache_type != "f16":
+            notes.append(
+                f"Start Ollama's server with OLLAMA_FLASH_ATTENTION=1 and OLLAMA_KV_CACHE_TYPE={self.choice.cache_type}"
+                ": otherwise the KV cache is in f16 and takes nearly twice the memory."
+            )
+        if lost := _unsupported(self.system_prompt or ""):
+            notes.append(
+                f"The Modelfile has no SYSTEM, because it cannot hold {lost!r} of the system prompt: send the system "
+                "prompt as the first message."
+            )
+        return notes
+
+    def llama_server(self) -> str:
+        """The command that serves the model with the template in the GGUF and the sampling of saigakit."""
+        choice, sampling = self.choice, self.sampling
+        words = [f"llama-server -m {self.name} -c {choice.n_ctx} --jinja"]
+        words += [f"--temp {sampling.temperature:g} --top-p {sampling.top_p:g} --top-k {sampling.top_k} --min-p 0"]
+        words += [f"--repeat-penalty {sampling.repeat_penalty:g}"]
+        if choice.cache_type != "f16":
+            words.append(f"--flash-attn on --cache-type-k {choice.cache_type} --cache-type-v {choice.cache_type}")
+        if choice.free_mib < _CACHE_RAM:
+            words.append(f"--cache-ram {choice.free_mib}")
+        return f"# {choice.describe()}\n{' '.join(words)}\n"
+
+    def python(self) -> str:
+        """Code that answers one question with llama-cpp-python."""
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        is_f16 = self.choice.cache_type == "f16"
+        return _PYTHON.format(
+            name=self.name,
+            imported="Llama" if is_f16 else "GGML_TYPE_Q8_0, Llama",
+            cache="" if is_f16 else ", type_k=GGML_TYPE_Q8_0, type_v=GGML_TYPE_Q8_0",
+            n_ctx=self.choice.n_ctx,
+            messages=json.dumps([*system, {"role": "user", "content": "Привет!"}], ensure_ascii=False),
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            top_k=self.sampling.top_k,
+            penalty=self.sampling.repeat_penalty,
         )
-    if lost := _unsupported(system_prompt or ""):
-        notes.append(
-            f"The Modelfile has no SYSTEM, because it cannot hold {lost!r} of the system prompt: send the system "
-            "prompt as the first message."
-        )
-    return notes
 
 
 def _unsupported(text: str) -> str | None:
-    """Find the first thing that a Modelfile cannot hold.
-
-    Ollama drops characters that cannot be printed, such as a no-break space, and may end a text at three quotes.
-    """
-    lost = (sign for sign in text if not sign.isprintable() and sign not in "\n\t")
+    """The first text that a Modelfile cannot hold: Ollama drops unprintable characters and may stop at three quotes."""
+    lost = (character for character in text if not character.isprintable() and character not in "\n\t")
     return next(lost, '"""' if '"""' in text else None)
-
-
-def llama_server(gguf_name: str, *, sampling: Sampling, choice: Choice) -> str:
-    """Write the command that serves the model with the template inside the GGUF and the sampling of saigakit."""
-    words = [f"llama-server -m {gguf_name} -c {choice.n_ctx} --jinja"]
-    words += [f"--temp {sampling.temperature:g} --top-p {sampling.top_p:g} --top-k {sampling.top_k} --min-p 0"]
-    words += [f"--repeat-penalty {sampling.repeat_penalty:g}"]
-    if choice.cache_type != "f16":
-        words.append(f"--flash-attn on --cache-type-k {choice.cache_type} --cache-type-v {choice.cache_type}")
-    if choice.left_mib < _CACHE_RAM:
-        words.append(f"--cache-ram {choice.left_mib}")
-    return f"# {choice.in_words()}\n{' '.join(words)}\n"

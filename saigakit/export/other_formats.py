@@ -1,4 +1,4 @@
-"""Export the adapter alone as a GGUF, or the merged model as safetensors."""
+"""Export only the adapter as a GGUF, or the merged model as safetensors."""
 
 import json
 import shutil
@@ -8,69 +8,82 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from saigakit import registry
 from saigakit.core import workspace
 from saigakit.core.files import discard_partial, replacing, require_absent
 from saigakit.errors import SaigaError
+from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp.architecture import Architecture
 from saigakit.prompt import encoding
-from saigakit.weights import find, lineage
+from saigakit.weights import find
 from saigakit.weights.adapter import EMBEDDINGS, Adapter
-from saigakit.weights.lineage import Lineage, MergeInto
 from saigakit.weights.load import NumberFormat
-from saigakit.weights.merge import Adapters, Merged
+from saigakit.weights.merge import Merged
 
 if TYPE_CHECKING:
     from saigakit.weights.tensors import Array
 
-_ROWS = 4096  # of a stored copy that are compared at a time
-_ROUNDING = 2.0**-7  # of bfloat16, twice over: a copy may be of another number format than the base
+_ROWS = 4096  # of a stored copy, compared at a time
+_ROUNDING = 2.0**-7  # twice that of bfloat16: a copy may have another number format than the base
+_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_CHUNK = 1 << 24  # numbers merged at a time
+_SHARD = 5 * 10**9  # bytes of a file, at most
+_TOKENIZER_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 def to_lora_gguf(*, model: str, adapter: str | Path, output: str | Path, base_source: str | None = None) -> Path:
-    """The adapter in float32, for `lora_path` of llama-cpp-python and --lora of llama.cpp's programs.
+    """Write the adapter in float32, for `lora_path` of llama-cpp-python and --lora of llama.cpp's programs.
 
-    Raises SaigaError where `output` is there already, for the adapter of another base, and for what the format cannot
-    hold: that must be merged.
+    Raises SaigaError if `output` exists, for the adapter of another base, and for what the format cannot hold.
     """
-    file, spec = Path(output), registry.find(model)
+    file = Path(output)
     require_absent(file)
-    base_dir, adapter_dir = find.base_dir(spec, base_source), find.adapter_dir(spec, str(adapter))
-    architecture = Architecture.of(base_dir)
-    Lineage.of(spec, [adapter_dir], "original")
-    lineage.require_same_base(adapter_dir, base_dir)
-    merged = Merged.of(base_dir, adapter_dir)
+    plan = MergePlan.of(model, adapter, base_source=base_source, merge_into="original")
+    architecture = Architecture.of(plan.base_dir)
+    merged = plan.merge()
+    plan.require_same_base()
     (lora, _), *_ = merged.adapters
-    _require_holdable(merged, lora)
-    places = {source: name for name, source in architecture.sources(merged.shapes).items()}
-    if lost := sorted(set(lora.updates) - set(places)):
-        raise SaigaError(f"{adapter_dir} changes {lost[0]}, which a {architecture.kind.name} GGUF has no place for.")
-    alpha, tensors = _tensors(lora, architecture, places)
+    _require_low_rank(merged, lora)
+    names = {source: name for name, source in architecture.sources(merged.shapes).items()}
+    if lost := sorted(set(lora.updates) - set(names)):
+        raise SaigaError(f"{lora.directory} changes {lost[0]}, which a {architecture.kind.name} GGUF cannot hold.")
+    alpha, tensors = _lora_tensors(lora, architecture, names)
     with replacing(file) as partial:
-        _write_lora(partial, architecture.kind.name, adapter_dir.name, alpha, tensors)
-        _require_whole_lora(partial, tensors)
+        _write_lora(partial, architecture.kind.name, lora.directory.name, alpha, tensors)
+        _require_written(partial, tensors)
     return file
 
 
-def _require_holdable(merged: Merged, lora: Adapter) -> None:
-    remedy = "Merge it instead (03_merge_gguf, or to_gguf)."
+def _require_low_rank(merged: Merged, lora: Adapter) -> None:
     beyond = None
     if any(update.magnitude for update in lora.updates.values()):
         beyond = "DoRA (use_dora)"
     elif lora.trained:
-        beyond = f"whole trained modules (modules_to_save): {', '.join(sorted(lora.trained))}"
+        beyond = f"fully trained modules (modules_to_save): {', '.join(sorted(lora.trained))}"
     elif lora.biases:
         beyond = "LoRA biases (lora_bias)"
     elif merged.is_untied:
-        beyond = "LoRA on embeddings or head of a base that uses one matrix for both (tied)"
+        beyond = "LoRA on the embeddings or the head of a base that ties them"
     else:
         beyond = next((f"another {name} than the base" for name in lora.copies if _differs(merged, lora, name)), None)
     if beyond is not None:
-        raise SaigaError(f"{lora.directory} uses {beyond}, and a LoRA GGUF holds low-rank matrices alone. {remedy}")
+        raise SaigaError(
+            f"{lora.directory} uses {beyond}, and a LoRA GGUF can only hold low-rank matrices. Merge it instead "
+            "(03_merge_gguf, or to_gguf)."
+        )
 
 
 def _differs(merged: Merged, lora: Adapter, name: str) -> bool:
-    """Whether the copy of a base's tensor is another one, and not only rounded."""
+    """Whether the stored copy of a base tensor differs by more than rounding."""
     import numpy as np
 
     for first in range(0, merged.base.stored[name].shape[0], _ROWS):
@@ -81,8 +94,8 @@ def _differs(merged: Merged, lora: Adapter, name: str) -> bool:
     return False
 
 
-def _tensors(lora: Adapter, architecture: Architecture, places: dict[str, str]) -> "tuple[float, dict[str, Array]]":
-    """llama.cpp scales by alpha / rank with one alpha; where that is not the scale, B carries the rest."""
+def _lora_tensors(lora: Adapter, architecture: Architecture, names: dict[str, str]) -> "tuple[float, dict[str, Array]]":
+    """llama.cpp scales by alpha / rank with one alpha for all; what is left of a tensor's scale goes into its B."""
     import numpy as np
 
     ranks = {name: lora.weights.stored[update.a].shape[0] for name, update in lora.updates.items()}
@@ -93,12 +106,12 @@ def _tensors(lora: Adapter, architecture: Architecture, places: dict[str, str]) 
         a, b = lora.weights.read(update.a), lora.weights.read(update.b)
         rest = update.scale * ranks[name] / alpha
         b = b if abs(rest - 1) < 1e-12 else b * np.float32(rest)
-        # Of the embeddings llama.cpp takes rows of A, one per token.
-        a, b = (a.T, b) if name == EMBEDDINGS else (a, architecture.reordered(places[name], b))
+        # For embeddings llama.cpp takes rows of A, one per token.
+        a, b = (a.T, b) if name == EMBEDDINGS else (a, architecture.reordered(names[name], b))
         for letter, matrix in (("a", a), ("b", b)):
             if not np.isfinite(matrix).all():
-                raise SaigaError(f"{lora.directory} holds NaN or infinity in {name}: the training diverged.")
-            tensors[f"{places[name]}.lora_{letter}"] = np.ascontiguousarray(matrix)
+                raise SaigaError(f"{lora.directory} contains NaN or infinity in {name}: the training diverged.")
+            tensors[f"{names[name]}.lora_{letter}"] = np.ascontiguousarray(matrix)
     return alpha, tensors
 
 
@@ -120,72 +133,52 @@ def _write_lora(file: Path, architecture: str, name: str, alpha: float, tensors:
         writer.close()
 
 
-def _require_whole_lora(file: Path, tensors: "dict[str, Array]") -> None:
+def _require_written(file: Path, tensors: "dict[str, Array]") -> None:
     import gguf
     import numpy as np
 
     read = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
     if read.keys() != tensors.keys() or not all(np.array_equal(read[name], tensors[name]) for name in tensors):
-        raise SaigaError(f"{file} came out wrong: other tensors than written. The disk may be failing; run again.")
+        raise SaigaError(f"{file} does not contain what was written. The disk may be failing; run again.")
 
 
-_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-_CHUNK = 1 << 24  # numbers that are merged at a time
-_COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+def to_safetensors(plan: MergePlan, output: str | Path, number_format: NumberFormat | None = None) -> Path:
+    """Write the merged model as a directory that transformers loads; see `write_merged`."""
+    require_absent(Path(output))
+    merged = plan.merge()
+    plan.require_same_base()
+    return write_merged(merged, plan, Path(output), number_format)
 
 
-def to_safetensors(
-    *,
-    model: str,
-    adapters: Adapters,
-    output: str | Path,
-    base_source: str | None = None,
-    number_format: NumberFormat | None = None,
-    merge_into: MergeInto = "auto",
-    trained_in: NumberFormat | None = None,
-    shard_bytes: int = 5 * 10**9,
-) -> Path:
-    """A directory that transformers loads: weights, index, config and tokenizer.
+def write_merged(merged: Merged, plan: MergePlan, directory: Path, number_format: NumberFormat | None = None) -> Path:
+    """Write weights, index, config and tokenizer; without `number_format` each tensor keeps that of the base.
 
-    `number_format` is that of each tensor of the base where it is None; `trained_in` is what the adapter's manifest
-    tells, and matters for merge_into='dequantized' alone. Raises SaigaError where `output` is there already, the disk
-    is too small, the adapters do not fit, or a number is too large for float16.
+    Raises SaigaError if the disk is too small or a number too large for float16.
     """
-    directory, spec = Path(output), registry.find(model)
-    require_absent(directory)
-    base_dir = find.base_dir(spec, base_source)
-    given = [adapters] if isinstance(adapters, Path) else [path for path, _ in adapters or ()]
-    trained = Lineage.of(spec, given, merge_into)
-    for adapter_dir in given:
-        lineage.require_same_base(adapter_dir, base_dir)
-    settings = trained.merging | ({"number_format": trained_in} if trained_in else {})
-    merged = Merged.of(base_dir, adapters, **settings)
-    shards = _planned(merged, number_format, shard_bytes)
-    size = sum(tensor.bytes for shard in shards.values() for tensor in shard.values())
-    workspace.require_disk(directory.parent, size, f"The merged {spec.name}")
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    tensors = {}
+    for name, shape in merged.shapes.items():
+        stored = merged.base.float_stored(name if name in merged.base.stored else EMBEDDINGS)
+        tensors[name] = _Planned(shape, _TYPES[number_format] if number_format else stored.dtype)
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=_SHARD,
+    )
+    workspace.require_disk(directory.parent, split.metadata["total_size"], f"The merged {plan.spec.name}")
     partial = discard_partial(directory)
     partial.mkdir(parents=True)
     try:
-        for name, shard in shards.items():
-            _write_shard(partial / name, merged, shard)
-        if len(shards) > 1:
-            index = {tensor: name for name, shard in shards.items() for tensor in shard}
-            _write_json(
-                partial / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index}
-            )
-        _write_config(base_dir / "config.json", partial / "config.json", merged, number_format)
-        _copy_tokenizer(base_dir, find.tokenizer_dir(spec, base_source), partial)
-        template = encoding.load_tokenizer(spec.name, base_source).chat_template
+        for file_name, names in split.filename_to_tensors.items():
+            _write_shard(partial / file_name, merged, {name: tensors[name] for name in names})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            _write_json(partial / "model.safetensors.index.json", index)
+        _write_config(plan.base_dir / "config.json", partial / "config.json", merged, number_format)
+        _copy_tokenizer(plan.base_dir, find.tokenizer_dir(plan.spec, plan.base_source), partial)
+        template = encoding.load_tokenizer(plan.spec.name, plan.base_source).chat_template
         (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
         partial.rename(directory)
     except OSError as error:
@@ -197,7 +190,7 @@ def to_safetensors(
 
 @dataclass(frozen=True)
 class _Planned:
-    """A tensor of a shard."""
+    """A tensor that is to be written."""
 
     shape: tuple[int, ...]
     dtype: str  # as safetensors calls it
@@ -205,23 +198,6 @@ class _Planned:
     @property
     def bytes(self) -> int:
         return prod(self.shape) * _BYTES[self.dtype]
-
-
-def _planned(merged: Merged, number_format: NumberFormat | None, shard_bytes: int) -> dict[str, dict[str, _Planned]]:
-    """File name to its tensors, in the order of the base."""
-    shards: list[dict[str, _Planned]] = [{}]
-    room = shard_bytes
-    for name, shape in merged.shapes.items():
-        stored = merged.base.float_stored(name if name in merged.base.stored else EMBEDDINGS)
-        tensor = _Planned(shape, _TYPES[number_format] if number_format else stored.dtype)
-        if shards[-1] and tensor.bytes > room:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = tensor
-        room -= tensor.bytes
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{index:05d}-of-{len(shards):05d}.safetensors": shard for index, shard in enumerate(shards, 1)}
 
 
 def _write_shard(file: Path, merged: Merged, tensors: Mapping[str, _Planned]) -> None:
@@ -242,7 +218,7 @@ def _write_shard(file: Path, merged: Merged, tensors: Mapping[str, _Planned]) ->
 
 
 def _parts(merged: Merged, name: str, shape: tuple[int, ...]) -> "Iterator[Array]":
-    """The merged tensor, some rows at a time."""
+    """The merged tensor, _CHUNK numbers at a time."""
     if len(shape) < 2:
         yield merged.read(name)
         return
@@ -260,7 +236,7 @@ def _write_numbers(stream: BinaryIO, name: str, numbers: "Array", dtype: str) ->
         if not bool(made.isfinite().all()):
             raise SaigaError(
                 f"A number of {name} is too large for float16, in which the base is stored. Export a GGUF (--format "
-                "gguf), or in Python give to_safetensors number_format='bfloat16'."
+                "gguf), or call to_safetensors with number_format='bfloat16' in Python."
             )
         made = made.view(torch.int16)
     stream.write(made.contiguous().numpy().tobytes())
@@ -269,10 +245,8 @@ def _write_numbers(stream: BinaryIO, name: str, numbers: "Array", dtype: str) ->
 def _write_config(source: Path, target: Path, merged: Merged, number_format: NumberFormat | None) -> None:
     config = json.loads(source.read_text(encoding="utf-8"))
     if number_format is not None:
-        for key in ("dtype", "torch_dtype"):
-            if key in config:
-                config[key] = number_format
-        config.setdefault("torch_dtype" if "dtype" not in config else "dtype", number_format)
+        keys = {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}
+        config |= dict.fromkeys(keys, number_format)
     if merged.is_untied:
         config["tie_word_embeddings"] = False
     _write_json(target, config)
@@ -283,7 +257,7 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def _copy_tokenizer(base_dir: Path, tokenizer_dir: Path, target: Path) -> None:
-    for name in _COPIED:
+    for name in _TOKENIZER_FILES:
         for directory in (tokenizer_dir, base_dir):
             if (directory / name).is_file():
                 shutil.copyfile(directory / name, target / name)

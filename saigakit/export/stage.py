@@ -1,24 +1,24 @@
-"""A base model and an adapter into quantised GGUF files, chunk by chunk: no merged copy on the way."""
+"""Export a base model with its adapters as GGUF files: the stage 03_merge_gguf, and files on their own."""
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from saigakit import registry
 from saigakit.core import manifest
 from saigakit.core.files import discard_partial, require_absent, sha256
 from saigakit.data import sources
-from saigakit.export import fit, model_card
-from saigakit.export.gguf_export import Export, paths
+from saigakit.export import estimate, fit, model_card
+from saigakit.export.gguf_export import Export, output_files
+from saigakit.export.merge_plan import AdapterNames, MergePlan, weighted
 from saigakit.llamacpp import quantization
 from saigakit.weights import base_files, find, lineage
 from saigakit.weights.lineage import MergeInto
 
 STAGE = "03_merge_gguf"
-_RECORDS = 200  # held-out records whose ids are compared
+_RECORDS = 200  # of the evaluation set, whose ids are compared
 
 
 def merge_gguf(
@@ -32,93 +32,77 @@ def merge_gguf(
     merge_into: MergeInto = "auto",
     importance: str | Path | None = None,
 ) -> Path:
-    """The stage 03_merge_gguf: model.gguf and sizes.png in `run_dir`/03_merge_gguf.
+    """Run the stage 03_merge_gguf: `run_dir`/03_merge_gguf with model.gguf, pictures, a model card and a Modelfile.
 
-    Of every further type of `quant_types` there is a model-TYPE.gguf, made of the same read of the base. Raises
-    SaigaError in the first seconds where the files do not fit each other, the disk or the memory.
+    Further `quant_types` become model-TYPE.gguf, from the same read of the base. Raises SaigaError within seconds if
+    the files do not fit together, or the disk or memory is too small.
     """
-    spec = registry.find(model)
-    adapter_dir = None if adapter is None else find.adapter_dir(spec, adapter, run_dir)
-    export = Export.of(spec, adapter_dir, base_source, quant_type, merge_into, importance, quant_types)
+    plan = MergePlan.of(model, adapter, run_dir=run_dir, base_source=base_source, merge_into=merge_into)
+    export = Export.of(plan, [quant_type, *quant_types], importance)
     final = Path(run_dir) / STAGE
     if is_new := not final.exists():
         _announce(export, final)  # before gigabytes are hashed
-    adapter_dirs = [] if adapter_dir is None else [adapter_dir]
-    identity = _identity(export, adapter_dirs, base_source=base_source, adapter=adapter, merge_into=merge_into)
+    identity = _identity(export, adapter)
     if manifest.is_kept(final, **identity):
         return final
     if not is_new:
         _announce(export, final)
     facts: dict[str, Any] = {}
     with manifest.making(final, facts=facts, **identity) as partial:
-        facts |= export.write(partial / "model.gguf", _held_out_texts(Path(run_dir)))
-        export.plot().savefig(partial / "sizes.png", dpi=110)
-        shown = {*fit.SHOWN, *export.quant_types}
-        by_type = {each: export.bytes(each) for each in quantization.QUANT_TYPES if each in shown}
-        facts["memory"] = {"shape": asdict(export.architecture.shape), "longest": spec.context_length, "files": by_type}
-        n_ctx = min(fit.LEAST_CONTEXT, spec.context_length)
-        fit.plot(export.architecture.shape, by_type, n_ctx=n_ctx).savefig(partial / "memory.png", dpi=110)
-        made = paths(partial / "model.gguf", export.quant_types)
-        model_card.write(made, spec=spec, inputs=identity["inputs"])
+        facts |= export.write(partial / "model.gguf", _evaluation_texts(Path(run_dir)))
+        sizes = {each: export.bytes(each) for each in quantization.QUANT_TYPES}
+        adapter_bytes = sum(each.weights.bytes_on_disk for each, _ in export.merged.adapters) or None
+        sizes_plot = estimate.plot_sizes(export.merged.base.bytes_on_disk, adapter_bytes, sizes, quant_type)
+        sizes_plot.savefig(partial / "sizes.png", dpi=110)
+        shown = {each: size for each, size in sizes.items() if each in (*fit.SHOWN, *export.quant_types)}
+        files = fit.ModelFiles(shape=export.architecture.shape, longest=plan.spec.context_length, files=shown)
+        facts["memory"] = asdict(files)
+        files.plot().savefig(partial / "memory.png", dpi=110)
+        made = output_files(partial / "model.gguf", export.quant_types)
+        model_card.write_companions(made, spec=plan.spec, inputs=identity["inputs"])
     return final
 
 
-def _identity(export: Export, adapter_dirs: Sequence[Path], **parameters: Any) -> dict[str, Any]:  # noqa: ANN401
-    """What a manifest begins with. Raises SaigaError for an adapter that was trained on other weights."""
-    quant_type, *further = export.quant_types
-    parameters |= {"model": export.spec.name, "quant_type": quant_type}
-    tokenizer = find.tokenizer_files(export.spec, parameters["base_source"])
+def _announce(export: Export, final: Path) -> None:
+    discard_partial(final)  # a killed run may have left one, and its space is needed
+    _print_estimate(export, final)
+
+
+def _print_estimate(export: Export, directory: Path) -> None:
+    export.require_room(directory)
+    print(estimate.estimate_table(export), export.describe_base(), sep="\n", flush=True)
+
+
+def _identity(export: Export, adapter: object) -> dict[str, Any]:
+    """The identity for a manifest. Raises SaigaError for an adapter that was trained on other weights."""
+    plan, (quant_type, *further) = export.plan, export.quant_types
+    parameters: dict[str, Any] = {"base_source": plan.base_source, "adapter": adapter, "merge_into": plan.merge_into}
+    parameters |= {"model": plan.spec.name, "quant_type": quant_type}
     inputs: dict[str, Any] = {
-        "base": base_files.hashes(export.base_dir),
-        "tokenizer": {file.name: sha256(file) for file in tokenizer},
-        "adapter": _numbered([manifest.hashes(directory) for directory in adapter_dirs]),
-        "train": _numbered([lineage.training_records(directory) for directory in adapter_dirs]),
+        "base": base_files.hashes(plan.base_dir),
+        "tokenizer": {file.name: sha256(file) for file in find.tokenizer_files(plan.spec, plan.base_source)},
+        "adapter": _numbered([manifest.hashes(directory) for directory in plan.adapter_dirs]),
+        "train": _numbered([lineage.training_records(directory) for directory in plan.adapter_dirs]),
     }
     if further:
         parameters["quant_types"] = further
     if export.importance_file is not None:
         inputs["importance"] = sha256(export.importance_file)
-    for directory in adapter_dirs:
-        lineage.require_same_base(directory, export.base_dir, inputs["base"])
+    plan.require_same_base(inputs["base"])
     return {"stage": STAGE, "parameters": parameters, "inputs": inputs}
 
 
-def _numbered(found: Sequence[dict[str, str]]) -> dict[str, str] | None:
-    """Hashes of several directories in one; of more than one the names begin with a number."""
-    if len(found) < 2:
-        return found[0] if found else None
-    return {f"{at}/{name}": digest for at, files in enumerate(found, 1) for name, digest in files.items()}
-
-
-def _announce(export: Export, final: Path) -> None:
-    discard_partial(final)  # of a run that was killed: its room is needed
-    _say_plan(export, final)
-
-
-def _say_plan(export: Export, directory: Path) -> None:
-    export.require_room(directory)
-    print(export.plan(), export.said_of_base, sep="\n", flush=True)
-
-
-def require_possible(
-    model: str,
-    adapter: str | Path | None,
-    base_source: str | None,
-    quant_types: Sequence[str],
-    merge_into: MergeInto,
-    directory: Path,
-) -> None:
-    """Raises SaigaError where a file of `quant_types` cannot be made in `directory`, as far as headers tell."""
-    spec, (quant_type, *further) = registry.find(model), quant_types
-    adapter_dir = None if adapter is None else find.adapter_dir(spec, str(adapter))
-    made = Export.of(spec, adapter_dir, base_source, quant_type, merge_into, quant_types=further)
-    made.require_room(directory)
+def _numbered(hashes: Sequence[dict[str, str]]) -> dict[str, str] | None:
+    """Join the hashes of several directories; with more than one, each name begins with a number."""
+    if len(hashes) < 2:
+        return hashes[0] if hashes else None
+    return {f"{at}/{name}": digest for at, files in enumerate(hashes, 1) for name, digest in files.items()}
 
 
 def to_gguf(
     *,
     model: str,
-    adapter: str | Path | Sequence[tuple[str | Path, float]] | None,
+    adapter: AdapterNames,
     output: str | Path,
     quant_type: str = "Q4_K_M",
     quant_types: Sequence[str] = (),
@@ -127,47 +111,44 @@ def to_gguf(
     importance: str | Path | None = None,
     with_manifest: bool = False,
 ) -> Path:
-    """The GGUF alone, without a stage; several adapters come with their weights and are added up.
+    """Export GGUF files outside a stage; several adapters are added up by their weights.
 
-    Of every further type of `quant_types` there is a file beside `output`, with the type in its name. The ids of the
-    held-out records are compared where 01_format is beside the adapter.
-    `importance` is the file of an importance matrix, as llama.cpp writes them. `with_manifest`: the plan is printed,
-    and OUTPUT.saigakit.json has the hashes of what the files were made of and of themselves, as that of a stage.
-
-    Raises SaigaError where `output` is there already.
+    Further `quant_types` become OUTPUT-TYPE.gguf. `importance` is a file as llama.cpp writes it. `with_manifest`
+    prints an estimate and writes OUTPUT.saigakit.json. Raises SaigaError if a file exists already.
     """
-    file, spec = Path(output), registry.find(model)
-    for path in paths(file, [quant_type, *quant_types]).values():
+    file, chosen = Path(output), [quant_type, *quant_types]
+    for path in output_files(file, chosen).values():
         require_absent(path)
-    given = [(adapter, 1.0)] if isinstance(adapter, str | Path) else adapter or ()
-    adapters = [(find.adapter_dir(spec, str(one)), weight) for one, weight in given]
-    export = Export.of(spec, adapters, base_source, quant_type, merge_into, importance, quant_types)
-    adapter_dirs = [adapter_dir for adapter_dir, _ in adapters]
-    identity = None
-    if with_manifest:
-        require_absent(manifest.beside(file))
-        export.discard_partials(file)
-        _say_plan(export, file.parent)  # before gigabytes are hashed
-        named = [(str(one), weight) for one, weight in given] or None
-        identity = _identity(export, adapter_dirs, base_source=base_source, adapter=named, merge_into=merge_into)
-    else:
-        for adapter_dir in adapter_dirs:
-            lineage.require_same_base(adapter_dir, export.base_dir)
-    runs = [adapter_dir.parent for adapter_dir in adapter_dirs if (adapter_dir.parent / "01_format").is_dir()]
-    export.write(file, _held_out_texts(runs[0]) if runs else (), identity)
+    plan = MergePlan.of(model, adapter, base_source=base_source, merge_into=merge_into)
+    export = Export.of(plan, chosen, importance)
+    if not with_manifest:
+        return write_gguf(export, file)
+    require_absent(manifest.beside(file))
+    export.discard_partials(file)
+    _print_estimate(export, file.parent)  # before gigabytes are hashed
+    named = [(str(name), weight) for name, weight in weighted(adapter)] or None
+    return write_gguf(export, file, _identity(export, named))
+
+
+def write_gguf(export: Export, file: Path, identity: Mapping[str, Any] | None = None) -> Path:
+    """Write the files and compare ids on the evaluation set, if 01_format lies next to an adapter."""
+    if identity is None:
+        export.plan.require_same_base()
+    runs = [directory.parent for directory in export.plan.adapter_dirs if (directory.parent / "01_format").is_dir()]
+    export.write(file, _evaluation_texts(runs[0]) if runs else (), identity)
     return file
 
 
-def _held_out_texts(run_dir: Path) -> list[str]:
-    """What is said in the first held-out records; nothing, which is printed, where there are none."""
+def _evaluation_texts(run_dir: Path) -> list[str]:
+    """The messages of the first records of the evaluation set; prints that there are none."""
     if (file := sources.formatted_records("held_out", run_dir)) is None:
         print(
-            f"There are no held-out records of 01_format in {run_dir} or attached: llama.cpp's ids of them are not "
+            f"There is no 01_format/held_out.jsonl in {run_dir} or attached: the ids that llama.cpp gives are not "
             "compared with those of the training.",
             flush=True,
         )
         return []
     with file.open(encoding="utf-8") as stream:
         records = [json.loads(line) for line in itertools.islice(stream, _RECORDS)]
-    said = [message.get("content") for record in records for message in record["messages"]]
-    return [text for text in said if isinstance(text, str) and text]
+    contents = [message.get("content") for record in records for message in record["messages"]]
+    return [text for text in contents if isinstance(text, str) and text]

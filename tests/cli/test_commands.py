@@ -200,7 +200,7 @@ def test_export_makes_a_file_that_chat_can_load(tiny, tmp_path):
     assert output.read_bytes()[:4] == b"GGUF" and f"saigakit chat {output}" in done.stdout
     beside = {"model.Modelfile", "model.README.md", "model.gguf", "model.llama-server.txt", "model.saigakit.json"}
     assert {file.name for file in tmp_path.iterdir()} == beside
-    assert "together · всего" in done.stdout.split("model.gguf")[0]  # the plan comes first
+    assert "total · всего" in done.stdout.split("model.gguf")[0]  # the plan comes first
     content = manifest.read_beside(output)
     assert content["outputs"] == {"model.gguf": sha256(output)} and content["quant_type"] == "Q8_0"
     assert content["inputs"]["base"] == manifest.hashes(tiny / "base")
@@ -300,7 +300,7 @@ def test_the_options_of_export_reach_the_library(tmp_path, monkeypatch, argument
         return []
 
     monkeypatch.setattr(export, "to_gguf", to_gguf)
-    monkeypatch.setattr(model_card, "write", write)
+    monkeypatch.setattr(model_card, "write_companions", write)
     monkeypatch.setattr(find, "adapter_dir", lambda spec, path: path)
     done = CliRunner().invoke(cli.main, ["export", "--model", "saiga_tiny", "--output", "m.gguf", *arguments])
     assert done.exit_code == 0, done.output

@@ -1,4 +1,4 @@
-"""From the tiny Saiga's records to an importance matrix, to files quantised with it, to what they cost."""
+"""An importance matrix computed on the tiny Saiga's records, files quantised with it, and their quality."""
 
 import gguf
 import pytest
@@ -6,6 +6,7 @@ import pytest
 from saigakit import data, export
 from saigakit.core import workspace
 from saigakit.export import calibration, quality
+from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp.imatrix import Importance
 from saigakit.prompt import encoding
 
@@ -15,12 +16,11 @@ MODEL = "saiga_tiny"
 @pytest.fixture(scope="module")
 def matrix(tiny, tmp_path_factory):
     output = tmp_path_factory.mktemp("matrix") / "imatrix.gguf"
-    return calibration.importance_of_records(
-        tiny / "records.jsonl", model=MODEL, adapter="released", output=output, max_tokens=2_000
-    )
+    plan = MergePlan.of(MODEL, "released")
+    return calibration.importance_of_records(tiny / "records.jsonl", plan, output, max_tokens=2_000)
 
 
-def test_the_matrix_is_of_the_ids_of_training(tiny, matrix):
+def test_the_matrix_is_computed_on_the_ids_of_the_training(tiny, matrix):
     read = Importance.of_file(matrix)
     tokenizer = encoding.load_tokenizer(MODEL)
     rows = encoding.encode_rows(data.read_conversations(tiny / "records.jsonl"), tokenizer)
@@ -30,11 +30,11 @@ def test_the_matrix_is_of_the_ids_of_training(tiny, matrix):
     assert read.datasets == ("records.jsonl",)
 
 
-def test_the_scratch_directory_is_left_empty(matrix):
+def test_no_file_stays_in_the_scratch_directory(matrix):
     assert not list(workspace.scratch_dir().rglob("q8_0.gguf"))
 
 
-def test_files_with_and_without_it_are_compared_with_and_without_it(tiny, matrix, tmp_path):
+def test_files_quantised_with_and_without_a_matrix_are_compared(tiny, matrix, tmp_path):
     options = {"model": MODEL, "adapter": "released"}
     reference = export.to_gguf(**options, output=tmp_path / "f16.gguf", quant_type="F16")
     files = {
@@ -43,6 +43,6 @@ def test_files_with_and_without_it_are_compared_with_and_without_it(tiny, matrix
     }
     assert gguf.GGUFReader(files["Q4_0 weighed"]).get_field("quantize.imatrix.file").contents() == "imatrix.gguf"
     rows = calibration.token_rows(tiny / "records.jsonl", MODEL, None)
-    found = {name: quality.against(reference, file, rows, max_tokens=500) for name, file in files.items()}
+    found = {name: quality.compare_files(reference, file, rows, max_tokens=500) for name, file in files.items()}
     assert found["Q4_0 plain"].divergence != found["Q4_0 weighed"].divergence
     assert all(0 < one.divergence < 1 and one.tokens >= 500 for one in found.values())

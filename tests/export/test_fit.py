@@ -1,4 +1,4 @@
-"""What is said to fit, against the resident memory of a process in which llama.cpp has read a prompt."""
+"""The memory estimate against the resident memory of a process in which llama.cpp has read a prompt."""
 
 import importlib.util
 from dataclasses import replace
@@ -23,6 +23,10 @@ LLAMA2 = Shape(
 SIZES = {"Q8_0": 7_161_089_728, "Q4_K_M": 4_081_004_224, "IQ4_XS": 3_616_608_960, "Q4_0": 3_825_806_912}
 
 
+def model(sizes=SIZES, *, longest=4096, shape=LLAMA2):
+    return fit.ModelFiles(shape=shape, longest=longest, files=sizes)
+
+
 @pytest.fixture(scope="module")
 def benchmark():
     spec = importlib.util.spec_from_file_location("fit_benchmark", Path(__file__).parents[2] / "benchmarks" / "fit.py")
@@ -32,7 +36,7 @@ def benchmark():
 
 
 @pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
-def test_a_process_has_the_predicted_memory_within_a_tenth(benchmark, tmp_path, cache_type):
+def test_the_predicted_memory_is_within_a_tenth_of_the_resident_memory(benchmark, tmp_path, cache_type):
     shape = benchmark.SHAPES["Llama-2's, small"]
     file = benchmark.random_model(tmp_path / "model.gguf", shape)
     resident, _ = benchmark.measured(file, 512, cache_type, copies=False)
@@ -40,25 +44,25 @@ def test_a_process_has_the_predicted_memory_within_a_tenth(benchmark, tmp_path, 
     assert predicted == pytest.approx(resident, rel=0.1)
 
 
-def test_keys_and_values_are_those_of_llama_cpp():
-    """512 KiB a token in Llama-2-7B, 128 KiB with eight heads of 32; q8_0 has 34 bytes for 32 numbers."""
+def test_the_cache_has_the_size_of_llama_cpps():
+    """512 KiB per token in Llama-2-7B; q8_0 has 34 bytes for 32 numbers."""
     assert fit.Needs.of(LLAMA2, 0, 4096).cache == 4096 * 512 * 2**10
     assert fit.Needs.of(LLAMA2, 0, 4096, "q8_0").cache == 4096 * 512 * 2**10 * 34 // 64
 
 
-def test_the_best_is_the_highest_quality_that_fits_and_then_the_longest_context():
-    found = fit.best(LLAMA2, SIZES, longest=4096, machine_gib=6)
+def test_the_best_choice_is_the_highest_quality_that_fits_and_then_the_longest_context():
+    found = model().best_on(6)
     assert (found.quant_type, found.n_ctx, found.cache_type) == ("Q4_K_M", 2048, "q8_0")
-    assert fit.best(LLAMA2, SIZES, longest=4096, machine_gib=16).quant_type == "Q8_0"
-    assert fit.best(LLAMA2, SIZES, longest=4096, machine_gib=16).n_ctx == 4096
-    assert not fit.best(LLAMA2, SIZES, longest=4096, machine_gib=4).fits
+    assert model().best_on(16).quant_type == "Q8_0"
+    assert model().best_on(16).n_ctx == 4096
+    assert not model().best_on(4).fits
     larger_but_worse = {"Q4_0": SIZES["Q4_0"], "IQ4_XS": SIZES["IQ4_XS"]}
-    assert fit.best(LLAMA2, larger_but_worse, longest=4096).quant_type == "IQ4_XS"
+    assert model(larger_but_worse).best_on(6).quant_type == "IQ4_XS"
 
 
 @pytest.mark.parametrize("machine", [6, 8, 16])
-def test_what_is_recommended_fits_and_what_is_better_does_not(machine):
-    found = fit.best(LLAMA2, SIZES, longest=4096, machine_gib=machine)
+def test_the_choice_fits_and_no_better_quant_type_does(machine):
+    found = model().best_on(machine)
     assert found.needs.total <= machine * 2**30
     better = list(SIZES)[: list(SIZES).index(found.quant_type)]
     for quant_type in better:
@@ -66,14 +70,14 @@ def test_what_is_recommended_fits_and_what_is_better_does_not(machine):
 
 
 def test_the_recommendation_is_one_sentence_with_its_numbers():
-    text = fit.in_words(LLAMA2, SIZES, longest=4096)
-    assert text.startswith("On 6 GiB: Q4_K_M with 2048 tokens of context, keys and values in q8_0: 4.4")
-    assert "1.5 GiB are left to the system" in text
-    assert "Nothing of this model fits 2 GiB" in fit.in_words(LLAMA2, SIZES, longest=4096, machine_gib=2)
+    text = model().recommend()
+    assert text.startswith("On 6 GiB: Q4_K_M with 2048 tokens of context, KV cache in q8_0: 4.4")
+    assert "1.5 GiB are left for the system" in text
+    assert "Nothing fits 6 GiB" in model({"Q8_0": SIZES["Q8_0"]}).recommend()
 
 
-def test_the_table_has_each_type_and_context_and_the_smallest_machine():
-    table = fit.table(LLAMA2, SIZES, longest=4096)
+def test_the_table_has_every_type_and_context_with_the_smallest_machine():
+    table = model().table()
     assert [row[:2] for row in table.rows[:4]] == [
         ("Q8_0", "2048"),
         ("Q8_0", "4096"),
@@ -84,48 +88,47 @@ def test_the_table_has_each_type_and_context_and_the_smallest_machine():
     assert "On 6 GiB" in table.note
 
 
-def test_the_tables_parts_add_up_to_what_is_needed_in_all():
-    for row in fit.table(LLAMA2, SIZES, longest=4096).rows:
+def test_the_parts_in_the_table_add_up_to_the_totals():
+    for row in model().table().rows:
         weights, *caches, buffers, system, with_f16, with_q8_0 = map(float, row[2:-1])
         for cache, total in zip(caches, (with_f16, with_q8_0), strict=True):
             assert weights + cache + buffers + system == pytest.approx(total, abs=0.021)  # each is rounded
 
 
-def test_a_model_of_a_short_context_has_a_row_of_its_own_length():
-    assert [row[1] for row in fit.table(LLAMA2, {"Q4_0": 10}, longest=1024).rows] == ["1024"]
-    assert fit.best(LLAMA2, {"Q4_0": 10}, longest=1024).n_ctx == 1024
+def test_a_model_with_a_short_context_has_a_row_of_that_length():
+    assert [row[1] for row in model({"Q4_0": 10}, longest=1024).table().rows] == ["1024"]
+    assert model({"Q4_0": 10}, longest=1024).best_on(6).n_ctx == 1024
 
 
-def test_what_fits_no_small_machine_is_chosen_for_a_larger_one_and_what_fits_none_is_said_not_to():
-    found = fit.chosen(LLAMA2, {"Q8_0": SIZES["Q8_0"]}, longest=4096)
+def test_a_model_too_large_for_6_gib_is_chosen_for_a_larger_machine_or_reported_not_to_fit():
+    found = model({"Q8_0": SIZES["Q8_0"]}).choose()
     assert (found.machine_gib, found.n_ctx, found.cache_type) == (16, 4096, "f16")
-    assert fit.in_words(LLAMA2, {"Q8_0": SIZES["Q8_0"]}, longest=4096).endswith(
-        "On 16 GiB: Q8_0 with 4096 tokens of context."
-    )
-    found = fit.chosen(LLAMA2, {"F32": 27 * 10**9}, longest=4096)
-    assert not found.fits and found.left_mib == 0
-    assert "DOES NOT FIT a machine of 16 GiB; needs 27.3 GiB" in found.in_words()
+    recommendation = model({"Q8_0": SIZES["Q8_0"]}).recommend()
+    assert recommendation.endswith("On 16 GiB: Q8_0 with 4096 tokens of context.")
+    found = model({"F32": 27 * 10**9}).choose()
+    assert not found.fits and found.free_mib == 0
+    assert "DOES NOT FIT a machine with 16 GiB; it needs 27.3 GiB" in found.describe()
 
 
-def test_the_picture_has_a_bar_for_each_part_and_a_line_for_each_machine():
-    (axes,) = fit.plot(LLAMA2, SIZES).axes
+def test_the_plot_has_a_bar_for_every_part_and_a_line_for_every_machine():
+    (axes,) = model().plot().axes
     bars = ["Q8_0", "Q4_K_M", "Q4_K_M, KV q8_0", "IQ4_XS", "Q4_0", "Q4_0, KV q8_0"]  # q8_0 where 6 GB need it
     assert [text.get_text() for text in axes.get_yticklabels()] == bars
     assert len(axes.patches) == 4 * len(bars)
     assert [text.get_text() for text in axes.texts] == ["6 GB", "8 GB", "16 GB"]
 
 
-def test_heads_that_are_no_whole_blocks_of_q8_0_have_no_such_cache():
-    narrow = replace(LLAMA2, head_dim=80)  # as llama.cpp refuses it
-    assert fit.chosen(narrow, {"Q4_K_M": SIZES["Q4_K_M"]}, longest=4096).cache_type == "f16"
-    rows = fit.table(narrow, {"Q4_K_M": SIZES["Q4_K_M"]}, longest=2048).rows
+def test_a_head_dim_that_is_not_a_multiple_of_32_allows_no_q8_0_cache():
+    narrow = {"shape": replace(LLAMA2, head_dim=80), "sizes": {"Q4_K_M": SIZES["Q4_K_M"]}}  # as llama.cpp refuses it
+    assert model(**narrow).choose().cache_type == "f16"
+    rows = model(**narrow, longest=2048).table().rows
     assert [(row[4], row[8], row[9]) for row in rows] == [("–", "–", "8 GB")]
-    (axes,) = fit.plot(narrow, {"Q4_K_M": SIZES["Q4_K_M"]}).axes
+    (axes,) = model(**narrow).plot().axes
     assert len(axes.patches) == 4
 
 
-def test_an_unknown_type_is_refused():
+def test_an_unknown_quant_type_and_no_quant_type_are_refused():
     with pytest.raises(SaigaError, match="quant_type='Q9'"):
-        fit.table(LLAMA2, {"Q9": 1}, longest=2048)
+        model({"Q9": 1}).table()
     with pytest.raises(SaigaError, match="no quant type"):
-        fit.plot(LLAMA2, {})
+        model({}).plot()

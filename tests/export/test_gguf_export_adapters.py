@@ -1,4 +1,4 @@
-"""Adapters of every kind through the whole export: llama.cpp computes what the trained model computes."""
+"""Exported adapters of every kind: llama.cpp computes what the trained model computes."""
 
 from contextlib import closing
 
@@ -60,8 +60,7 @@ def test_llama_cpp_computes_what_the_trained_model_computes(tiny, tmp_path, sett
     require_near(logits_of_gguf(exported(base_dir, adapter_dir, tmp_path)), logits_of(model))
 
 
-def test_several_adapters_are_added_with_their_weights(base_dir, adapter_dir, tmp_path):
-    """Each half of it is the whole of it."""
+def test_several_adapters_are_added_up_by_their_weights(base_dir, adapter_dir, tmp_path):
     one = logits_of_gguf(exported(base_dir, adapter_dir, tmp_path))
     (tmp_path / "x.gguf").unlink()
     two = logits_of_gguf(exported(base_dir, [(adapter_dir, 0.25), (str(adapter_dir), 0.75)], tmp_path))
@@ -72,7 +71,9 @@ def test_several_adapters_are_added_with_their_weights(base_dir, adapter_dir, tm
 
 
 @pytest.mark.parametrize("number_format", ["float16", "float32"])
-def test_the_dequantised_base_gives_the_model_that_was_trained_in_nf4(base_dir, adapter_dir, tmp_path, number_format):
+def test_merging_into_the_dequantised_base_gives_the_model_trained_in_nf4(
+    base_dir, adapter_dir, tmp_path, number_format
+):
     parameters = {"model": str(base_dir), "quantization": "nf4"}
     facts = {"number_format": number_format}
     stage = tmp_path / "02_train"
@@ -90,8 +91,8 @@ def test_the_dequantised_base_gives_the_model_that_was_trained_in_nf4(base_dir, 
     assert error["dequantized"] < limit < 0.1 < error["original"]
 
 
-def test_an_adapter_on_a_folded_nf4_base_goes_into_what_it_was_trained_on(tiny, base_dir, adapter_dir, tmp_path):
-    """The released adapter was in the base when that was quantised, the new one beside it."""
+def test_an_adapter_trained_on_a_folded_nf4_base_is_merged_into_that_base(tiny, base_dir, adapter_dir, tmp_path):
+    """The released adapter was in the base when it was quantised, the new one was trained next to it."""
     released = small_models.adapter(tmp_path / "released", base_dir, r=2, target_modules=["q_proj", "v_proj"])
     base = load.base_model(base_dir, "nf4", torch.float32, "cpu")
     fold.into(base, base_dir, released)
@@ -114,7 +115,9 @@ def test_an_adapter_on_a_folded_nf4_base_goes_into_what_it_was_trained_on(tiny, 
     ("parameters", "named"),
     [({"quantization": "int8"}, "no nf4 base to dequantise"), ({"adapter": "folded"}, "folded base")],
 )
-def test_a_training_without_that_nf4_base_is_refused(base_dir, adapter_dir, tmp_path, parameters, named):
+def test_merging_into_the_dequantised_base_is_refused_without_such_a_training(
+    base_dir, adapter_dir, tmp_path, parameters, named
+):
     parameters = {"model": str(base_dir), "quantization": "nf4", **parameters}
     stage = tmp_path / "02_train"
     with manifest.making(stage, stage="02_train", parameters=parameters, inputs={}) as partial:

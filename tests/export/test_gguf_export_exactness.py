@@ -1,4 +1,4 @@
-"""Our file against llama.cpp's own chain on the merged model: convert_hf_to_gguf in float32, then its quantiser."""
+"""Our file against convert_hf_to_gguf in float32 and llama.cpp's quantiser, run on the merged model."""
 
 import json
 import shutil
@@ -16,14 +16,14 @@ from pytest import approx
 from safetensors.numpy import load_file, save_file
 
 from saigakit import registry
-from saigakit.export.gguf_export import Export, paths
+from saigakit.export.gguf_export import Export, output_files
+from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp import quantization
 from saigakit.prompt import template
-from saigakit.weights import find
 from saigakit.weights.merge import Merged
 
 EVERY = tuple(quant_type for quant_type in quantization.QUANT_TYPES if quant_type != "F32")
-BY_LAYER = ("Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "IQ4_XS")  # those whose types depend on a layer's place
+BY_LAYER = ("Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "IQ4_XS")  # their tensor types depend on the layer
 SOME = ("F16", "Q4_K_M")
 PROMISED = {"F16", "BF16", "Q8_0", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "Q2_K", "IQ4_XS"}
 assert set(EVERY) >= PROMISED
@@ -41,12 +41,12 @@ def tokenizer_json(base_dir):
     return json.dumps(json.loads((base_dir / "tokenizer.json").read_text(encoding="utf-8")), ensure_ascii=False)
 
 
-# Metadata that differs: what our file says, and what llama.cpp's chain says; a function makes it of the base. A case
-# fails where another key differs or another value is there, and where what is listed for it is equal.
+# Metadata that may differ: our value, and that of llama.cpp's chain; a function computes it from the base. A case fails
+# if any other key differs, a value is a different one, or a listed key does not differ.
 ABSENT = "(absent)"
-# The converter guesses it from the directory.
+# The converter derives it from the directory.
 NAMED = {"general.name": ("base", "Merged")}
-# The model's sampling, so that other programs answer as this one.
+# The model's sampling, so that other programs answer as this one does.
 SAMPLING = {
     "general.sampling.top_k": (30, ABSENT),
     "general.sampling.top_p": (approx(0.9), ABSENT),
@@ -54,25 +54,25 @@ SAMPLING = {
     "general.sampling.penalty_repeat": (approx(1.1), ABSENT),
 }
 USUAL = {**NAMED, **SAMPLING}
-# As the tokenizer names them; the converter looks in tokenizer.json alone, and these directories have none.
+# From the tokenizer; the converter reads only tokenizer.json, which these directories do not have.
 UNKNOWN = {"tokenizer.ggml.unknown_token_id": (0, ABSENT)}
 PADDING = {"tokenizer.ggml.padding_token_id": (0, ABSENT)}
-# Said where the converter leaves it to what llama.cpp takes for granted, which is the same.
+# Explicit where the converter relies on llama.cpp's default, which is the same.
 SPACE = {"tokenizer.ggml.add_space_prefix": (True, ABSENT)}
 NO_SPACE = {"tokenizer.ggml.add_space_prefix": (False, ABSENT)}
 NO_EOS = {"tokenizer.ggml.add_eos_token": (False, ABSENT)}
-# False where the template spells bos, or it would come twice; the converter says what tokenizer.json does.
+# False if the template spells bos, which would come twice; the converter copies what tokenizer.json does.
 NO_BOS = {"tokenizer.ggml.add_bos_token": (False, ABSENT)}
 BOS_IN_TEMPLATE = {"tokenizer.ggml.add_bos_token": (False, True)}
-# As the tokenizer does it, which training used: the converter says of every Gemma that it puts no space before a text.
+# As in training; the converter writes for every Gemma that no space is put before a text.
 GEMMA_SPACE = {"tokenizer.ggml.add_space_prefix": (True, False)}
-# Of the registry; a directory has none.
+# From the registry; a directory has none.
 LICENCE = {"general.license": ("apache-2.0", ABSENT)}
-# What ends a turn of the template, where that is not eos.
+# What ends a turn in the template, if that is not eos.
 END_OF_TURN = {"tokenizer.ggml.eot_token_id": (2, ABSENT)}
-# Without tags that only trainers know, and with tools.
+# Without tags that only training needs, and with tools.
 TEMPLATE = {"tokenizer.chat_template": (inference_template, own_template)}
-# llama.cpp never normalises a text, so the program that runs the file must.
+# llama.cpp never normalises text, so the program that runs the file must.
 NORMALIZED = {"saigakit.unicode_normalization": ("NFC", ABSENT)}
 TINY = {**USUAL, **UNKNOWN, **PADDING, **SPACE}
 TINY_GEMMA = {**USUAL, **UNKNOWN, **GEMMA_SPACE}
@@ -84,20 +84,20 @@ def head_dim(size):
 
 @dataclass(frozen=True)
 class Case:
-    """A small model of the shape of a real one, the types that it is compared in, and the metadata that differs."""
+    """A small model with the architecture of a real one, the compared quant types, and the differing metadata."""
 
     settings: Mapping[str, Any]
     quant_types: tuple[str, ...] = SOME
     different: Mapping[str, tuple[Any, Any]] = field(default_factory=lambda: TINY)
-    vocabulary: Callable[[Path, Path | None], None] | None = None  # else that of the tiny Saiga
-    change: Callable[[Path], None] | None = None  # of the made directory
+    vocabulary: Callable[[Path, Path | None], None] | None = None  # default: that of the tiny Saiga
+    change: Callable[[Path], None] | None = None  # applied to the directory
     has_adapter: bool = True
-    pre: str | None = None  # what the converter is told to call a pre-tokenizer
+    pre: str | None = None  # the name of the pre-tokenizer, given to the converter
 
 
 @dataclass(frozen=True)
 class Registered:
-    """A model of the registry as it is shipped, with its released adapter where it has one."""
+    """A packaged model of the registry, with its released adapter if it has one."""
 
     model: str
     different: Mapping[str, tuple[Any, Any]]
@@ -120,7 +120,7 @@ GEMMA3_ROPE = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_th
 
 
 def with_images(directory: Path) -> None:
-    """As Gemma 3 is published: the language model inside one that sees images, and what is usual left unsaid."""
+    """As Gemma 3 is published: inside a model with vision, and without the usual settings."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     del config["tie_word_embeddings"]
     config["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
@@ -133,8 +133,8 @@ def with_images(directory: Path) -> None:
     save_file(inner, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def ends_turns_otherwise(directory: Path) -> None:
-    """As Gemma is published: what ends a turn is another token than eos."""
+def ends_turns_with_another_token(directory: Path) -> None:
+    """As Gemma is published: a turn does not end with eos."""
     for name, changes in (("config.json", {"eos_token_id": 0}), ("tokenizer_config.json", {"eos_token": "<unk>"})):
         small_models.edit_json(directory / name, **changes)
 
@@ -154,9 +154,9 @@ SHAPES = {
     "qwen3": Case({**GROUPED, "kind": "qwen3", "head_dim": 64}),
     "gemma-2": Case(
         {**GEMMA, "kind": "gemma2"},
-        # llama.cpp takes the frequency for granted.
+        # The default of llama.cpp.
         different={**TINY_GEMMA, **END_OF_TURN, "gemma2.rope.freq_base": (10000.0, ABSENT)},
-        change=ends_turns_otherwise,
+        change=ends_turns_with_another_token,
     ),
     "gemma-3": Case({**GEMMA, "kind": "gemma3_text", "rope_parameters": GEMMA3_ROPE}, EVERY, TINY_GEMMA),
     "gemma-3 with images": Case(
@@ -190,12 +190,12 @@ REAL = {
     "nemo": Case(
         {**SMALL, "kind": "mistral", "head_dim": 32, "vocab_size": 131072},
         ("Q4_K_M",),
-        # llama.cpp splits some words otherwise than this tokenizer.
+        # llama.cpp splits some words differently from this tokenizer.
         {**USUAL, **BOS_IN_TEMPLATE, **NO_EOS, **NO_SPACE, "tokenizer.huggingface.json": (tokenizer_json, ABSENT)},
         vocabularies.nemo,
     ),
-    # The two below have SmolLM2's words in place of their own, which no package has: the converter knows a
-    # pre-tokenizer by the ids that the real vocabulary gives to a text, so it must be told.
+    # The two below have SmolLM2's words instead of their own, which no package has. The converter recognises a
+    # pre-tokenizer by the ids that the real vocabulary gives a text, so it needs the name.
     "llama-3": Case(
         {**SMALL, "vocab_size": 128256},
         ("Q4_K_M",),
@@ -230,9 +230,9 @@ REAL = {
             **UNKNOWN,
             **SPACE,
             "general.name": ("saiga_tiny", "Merged"),
-            # The converter takes the rest of the sampling, which is equal, of generation_config.json too.
+            # The converter reads the rest of the sampling, which is equal, from generation_config.json.
             "general.sampling.top_k": (30, 40),
-            # Of the registry, as what a conversation begins with by default.
+            # From the registry: the default beginning of a conversation.
             "tokenizer.chat_template": (template.for_inference(small_models.SAIGA2), ABSENT),
             "saigakit.system_prompt": (registry.SAIGA_SYSTEM_PROMPT, ABSENT),
         },
@@ -251,7 +251,7 @@ def real(request):
 
 
 def _made(request, cases):
-    """Of each case (what we export, llama.cpp's file in float32); the converter runs once for all."""
+    """(our export, llama.cpp's file in float32) by case; the converter runs once for all."""
     converter, directory = request.getfixturevalue("converter"), request.getfixturevalue("tmp_path_factory")
     exports, jobs = {}, []
     for name, case in cases.items():
@@ -266,16 +266,14 @@ def _made(request, cases):
 def _registered(request, _, case):
     if case.model == "smollm2_135m":
         request.getfixturevalue("smollm2")
-    spec = registry.find(case.model)
-    adapter_dir = find.adapter_dir(spec, "released") if spec.released_adapter else None
-    return Export.of(spec, adapter_dir, None, case.quant_types[0], quant_types=case.quant_types), None
+    adapter = "released" if registry.find(case.model).released_adapter else None
+    return Export.of(MergePlan.of(case.model, adapter), case.quant_types), None
 
 
 def _small(request, here, case):
     base_dir = _base(request, here / "base", case)
     adapter_dir = small_models.adapter(here / "adapter", base_dir) if case.has_adapter else None
-    spec = registry.find(str(base_dir))
-    return Export.of(spec, adapter_dir, None, case.quant_types[0], quant_types=case.quant_types), case.pre
+    return Export.of(MergePlan.of(str(base_dir), adapter_dir), case.quant_types), case.pre
 
 
 def _base(request, directory, case):
@@ -294,26 +292,26 @@ def _base(request, directory, case):
 
 
 def _merged(export: Export, directory: Path) -> Path:
-    """The merged model in float32 as a directory of Hugging Face's; the base itself where there is nothing to merge."""
+    """The merged model in float32 in Hugging Face's format; the base itself if there is nothing to merge."""
     merged: Merged = export.merged
     if not merged.adapters:
-        return export.base_dir
-    shutil.copytree(export.base_dir, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+        return export.plan.base_dir
+    shutil.copytree(export.plan.base_dir, directory, ignore=shutil.ignore_patterns("*.safetensors"))
     tensors = {name: merged.read(name) for name in merged.shapes}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 
-def require_that_of_llama_cpp(export, float_file, different, directory):
+def require_equal_to_llama_cpp(export, float_file, different, directory):
     export.write(directory / "ours.gguf")
-    for quant_type, ours_file in paths(directory / "ours.gguf", export.quant_types).items():
+    for quant_type, ours_file in output_files(directory / "ours.gguf", export.quant_types).items():
         theirs_file = llama_cpp_chain.quantise(float_file, quant_type, directory / "theirs.gguf")
         ours, theirs = llama_cpp_chain.File.of(ours_file), llama_cpp_chain.File.of(theirs_file)
         types = [{name: tensor.ggml_type for name, tensor in file.tensors.items()} for file in (ours, theirs)]
         assert types[0] == types[1], quant_type
         assert list(ours.tensors) == list(theirs.tensors), quant_type
         assert [name for name in ours.tensors if ours.tensors[name] != theirs.tensors[name]] == [], quant_type
-        assert differences(ours.metadata, theirs.metadata) == expected(different, export.base_dir), quant_type
+        assert differences(ours.metadata, theirs.metadata) == expected(different, export.plan.base_dir), quant_type
         ours_file.unlink()
 
 
@@ -327,10 +325,10 @@ def expected(different, base_dir):
 
 
 @pytest.mark.parametrize("name", matrix(SHAPES, ["llama-3", "gemma-3", "qwen3"]))
-def test_the_file_is_that_of_llama_cpps_own_chain(shapes, name, tmp_path):
-    require_that_of_llama_cpp(*shapes[name], SHAPES[name].different, tmp_path)
+def test_the_file_equals_the_output_of_llama_cpps_converter_and_quantiser(shapes, name, tmp_path):
+    require_equal_to_llama_cpp(*shapes[name], SHAPES[name].different, tmp_path)
 
 
 @pytest.mark.parametrize("name", matrix(REAL, ["llama-3"]))
-def test_a_file_with_a_real_vocabulary_is_that_of_llama_cpps_own_chain(real, name, tmp_path):
-    require_that_of_llama_cpp(*real[name], REAL[name].different, tmp_path)
+def test_a_file_with_a_real_vocabulary_equals_the_output_of_llama_cpp(real, name, tmp_path):
+    require_equal_to_llama_cpp(*real[name], REAL[name].different, tmp_path)

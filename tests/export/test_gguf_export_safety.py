@@ -1,4 +1,4 @@
-"""An export that is killed, or whose disk fills up, leaves nothing under the final name, and a rerun works."""
+"""A killed export or a full disk leaves nothing under the final name, and a rerun works."""
 
 import json
 import resource
@@ -12,11 +12,13 @@ import small_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from saigakit import export, registry
+from saigakit import export
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
-from saigakit.export import gguf_export
+from saigakit.export import estimate
 from saigakit.export import stage as export_stage
+from saigakit.export.gguf_export import Export
+from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp import read_back, streaming
 from saigakit.prompt import encoding
 from saigakit.weights.merge import Merged
@@ -53,7 +55,7 @@ for _ in range(kills):
     os.waitpid(child, 0)
     print("KILL", sorted(os.listdir(os.path.dirname(output))), flush=True)
     for name in os.listdir(os.path.dirname(output)):
-        if name in ("x.gguf", "x-Q8_0.gguf"):  # it was quicker than the kill
+        if name in ("x.gguf", "x-Q8_0.gguf"):  # it was faster than the kill
             whole = output + ".whole" if name == "x.gguf" else output.replace("x.gguf", "x.gguf-Q8_0.whole")
             assert open(os.path.join(os.path.dirname(output), name), "rb").read() == open(whole, "rb").read()
             os.rename(os.path.join(os.path.dirname(output), name), output + ".early" + name)
@@ -62,7 +64,7 @@ assert os.waitpid(started(output), 0)[1] == 0
 FULL = """
 import os, sys
 from saigakit import errors, export; from saigakit.core import workspace
-if sys.argv[4] == "unasked":  # as where another program takes the room a moment later
+if sys.argv[4] == "unasked":  # as if another program took the room a moment later
     workspace.require_disk = lambda *_: None
 try:
     export.to_gguf(model=sys.argv[1], adapter=sys.argv[2], output=sys.argv[3], quant_type="F32")
@@ -91,19 +93,19 @@ def run(program, *arguments, before=(), **options):
 
 
 @pytest.mark.slow
-def test_an_export_that_is_killed_at_random_moments_leaves_no_file_and_a_rerun_makes_it(made, tmp_path):
+def test_an_export_killed_at_random_leaves_no_file_and_can_be_rerun(made, tmp_path):
     output = tmp_path / "out" / "x.gguf"
     done = run(KILLED, *made, output, KILLS)
     assert done.returncode == 0, done.stdout + done.stderr
     kills = [line for line in done.stdout.splitlines() if line.startswith("KILL")]
     assert len(kills) == KILLS
-    assert any(".x.gguf.partial" in line for line in kills)  # some came while it was written
+    assert any(".x.gguf.partial" in line for line in kills)  # some came while it was being written
     assert output.read_bytes() == output.with_name("x.gguf.whole").read_bytes()
     assert output.with_name("x-Q8_0.gguf").read_bytes() == output.with_name("x.gguf-Q8_0.whole").read_bytes()
     assert not list(output.parent.glob(".*"))
 
 
-def test_a_file_that_may_not_grow_is_a_sentence_and_leaves_nothing(made, tmp_path):
+def test_a_file_size_limit_is_reported_and_leaves_nothing(made, tmp_path):
     limit = 1_000_000  # bytes of a file
     output, limits = tmp_path / "x.gguf", (limit, limit)
     done = run(FULL, *made, output, "asked", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
@@ -115,7 +117,7 @@ def test_a_file_that_may_not_grow_is_a_sentence_and_leaves_nothing(made, tmp_pat
     ("asked", "said"),
     [("asked", " GB of disk at "), ("unasked", "x.gguf could not be written: [Errno 28] No space left on device")],
 )
-def test_a_disk_that_is_too_small_is_a_sentence_and_leaves_nothing(made, tmp_path, asked, said):
+def test_a_full_disk_is_reported_and_leaves_nothing(made, tmp_path, asked, said):
     before = [*SMALL_DISK, str(tmp_path)]
     if subprocess.run([*before, "true"], capture_output=True, check=False).returncode:
         pytest.skip("This machine does not let a test mount a tmpfs (unshare --mount).")
@@ -124,7 +126,7 @@ def test_a_disk_that_is_too_small_is_a_sentence_and_leaves_nothing(made, tmp_pat
     assert "left: []" in done.stdout
 
 
-def test_several_types_from_one_read_in_small_chunks_are_the_files_made_one_by_one(made, tmp_path, monkeypatch):
+def test_several_types_from_one_read_equal_the_files_made_one_by_one(made, tmp_path, monkeypatch):
     base, adapter = made
     alone = {
         each: export.to_gguf(model=str(base), adapter=adapter, output=tmp_path / f"{each}.gguf", quant_type=each)
@@ -151,7 +153,7 @@ def test_several_types_from_one_read_in_small_chunks_are_the_files_made_one_by_o
 
 
 @pytest.mark.parametrize("left", [".x.gguf.partial", ".x-Q8_0.gguf.partial"])
-def test_what_a_killed_run_left_is_gone_before_the_disk_is_asked_for_room(made, tmp_path, monkeypatch, left):
+def test_the_leftovers_of_a_killed_export_are_removed_before_the_disk_is_checked(made, tmp_path, monkeypatch, left):
     (tmp_path / left).write_bytes(b"0" * 1000)
     seen = []
     monkeypatch.setattr(workspace, "require_disk", lambda *_: seen.append((tmp_path / left).exists()))
@@ -159,7 +161,7 @@ def test_what_a_killed_run_left_is_gone_before_the_disk_is_asked_for_room(made, 
     assert seen == [False]
 
 
-def test_what_a_killed_stage_left_is_gone_before_the_disk_is_asked_for_room(made, tmp_path, monkeypatch):
+def test_the_leftovers_of_a_killed_stage_are_removed_before_the_disk_is_checked(made, tmp_path, monkeypatch):
     left, seen = tmp_path / ".03_merge_gguf.partial", []
     left.mkdir()
 
@@ -171,14 +173,14 @@ def test_what_a_killed_stage_left_is_gone_before_the_disk_is_asked_for_room(made
     assert seen[0] is False
 
 
-def test_no_file_of_several_is_overwritten(made, tmp_path):
+def test_none_of_several_files_is_overwritten(made, tmp_path):
     (tmp_path / "x-Q8_0.gguf").write_text("mine")
     with pytest.raises(SaigaError, match=r"x-Q8_0\.gguf is there already"):
         export.to_gguf(model=str(made[0]), adapter=None, output=tmp_path / "x.gguf", quant_types=["Q8_0"])
     assert [file.name for file in tmp_path.iterdir()] == ["x-Q8_0.gguf"]
 
 
-def test_a_nan_in_the_base_is_refused_with_the_tensor_and_the_file(made, tmp_path):
+def test_nan_in_the_base_is_reported_with_tensor_and_file(made, tmp_path):
     base = shutil.copytree(made[0], tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][300, 7] = torch.nan
@@ -188,7 +190,7 @@ def test_a_nan_in_the_base_is_refused_with_the_tensor_and_the_file(made, tmp_pat
     assert [file.name for file in tmp_path.iterdir()] == ["base"]
 
 
-def test_a_header_with_a_flipped_byte_is_refused_by_file(made, tmp_path):
+def test_a_damaged_header_is_reported_with_the_file(made, tmp_path):
     base = shutil.copytree(made[0], tmp_path / "base")
     content = bytearray((base / "model.safetensors").read_bytes())
     content[9] ^= 0x80
@@ -197,15 +199,15 @@ def test_a_header_with_a_flipped_byte_is_refused_by_file(made, tmp_path):
         export.to_gguf(model=str(base), adapter=None, output=tmp_path / "x.gguf")
 
 
-def test_the_plan_says_what_is_read_and_written(made):
-    chosen = gguf_export.Export.of(registry.find(str(made[0])), made[1], None, "Q4_K_M", quant_types=["Q2_K"])
-    said = str(chosen.plan())
+def test_the_estimate_lists_every_file_that_is_written(made):
+    chosen = Export.of(MergePlan.of(str(made[0]), made[1]), ["Q4_K_M", "Q2_K"])
+    said = str(estimate.estimate_table(chosen))
     assert f"{chosen.bytes('Q2_K') / 1e9:.2f} GB" in said
     assert all(f"write {each}" in said for each in ("Q4_K_M", "Q2_K"))
 
 
-def test_held_out_records_are_compared_with_the_file(made, tmp_path, monkeypatch, capsys):
-    chosen = gguf_export.Export.of(registry.find(str(made[0])), made[1], None, "Q4_0")
+def test_ids_on_the_evaluation_set_are_compared_with_those_of_the_file(made, tmp_path, monkeypatch, capsys):
+    chosen = Export.of(MergePlan.of(str(made[0]), made[1]), ["Q4_0"])
     facts = chosen.write(tmp_path / "x.gguf", TEXTS)
     assert json.loads(json.dumps(facts))["files"]["x.gguf"]["quant_type"] == "Q4_0"
     assert "2 held-out texts have the ids of the training" in capsys.readouterr().out
@@ -217,8 +219,8 @@ def test_held_out_records_are_compared_with_the_file(made, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("damage", ["a byte", "metadata", "the end", "llama.cpp"])
-def test_what_came_out_wrong_gets_no_name(made, tmp_path, monkeypatch, damage):
-    chosen = gguf_export.Export.of(registry.find(str(made[0])), made[1], None, "Q8_0")
+def test_a_damaged_file_never_gets_its_final_name(made, tmp_path, monkeypatch, damage):
+    chosen = Export.of(MergePlan.of(str(made[0]), made[1]), ["Q8_0"])
     write_at, fill = streaming._write_at, streaming.fill
     if damage == "a byte":
 
@@ -226,7 +228,7 @@ def test_what_came_out_wrong_gets_no_name(made, tmp_path, monkeypatch, damage):
             write_at(file, memoryview(bytes([content[0] ^ 64, *content[1:]])), offset)
 
         monkeypatch.setattr(streaming, "_write_at", other_byte)
-    elif damage == "llama.cpp":  # as of a scale that overflowed: whole by all checksums
+    elif damage == "llama.cpp":  # as after an overflow in a scale: all checksums are right
         monkeypatch.setattr(read_back, "_require_loadable", lambda *_: refuse())
     else:
 
@@ -251,6 +253,6 @@ def test_what_came_out_wrong_gets_no_name(made, tmp_path, monkeypatch, damage):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_that_there_is_nothing_to_compare_is_said(tmp_path, capsys):
-    assert export_stage._held_out_texts(tmp_path) == []
-    assert capsys.readouterr().out.startswith(f"There are no held-out records of 01_format in {tmp_path} or attached: ")
+def test_a_missing_evaluation_set_is_reported(tmp_path, capsys):
+    assert export_stage._evaluation_texts(tmp_path) == []
+    assert capsys.readouterr().out.startswith(f"There is no 01_format/held_out.jsonl in {tmp_path} or attached: ")

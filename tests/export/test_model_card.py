@@ -1,4 +1,4 @@
-"""The model card, the Modelfile and the server command are made from the GGUF itself."""
+"""The model card, Modelfile and server command written from the GGUF itself."""
 
 import re
 from contextlib import closing
@@ -9,6 +9,7 @@ import small_models
 
 from saigakit import export, registry
 from saigakit.core import install, manifest
+from saigakit.core.workspace import GIB
 from saigakit.errors import SaigaError
 from saigakit.export import fit, model_card, modelfile
 
@@ -21,8 +22,10 @@ def file(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts(file, tiny):
-    origin = model_card.origin({"adapter": manifest.hashes(tiny / "adapter")})
-    return model_card.made_of({"Q4_K_M": file}, spec=registry.find("saiga_tiny"), origin=origin, compared="| a |")
+    inputs = {"adapter": manifest.hashes(tiny / "adapter")}
+    return model_card.companion_texts(
+        {"Q4_K_M": file}, spec=registry.find("saiga_tiny"), inputs=inputs, measured="| a |"
+    )
 
 
 def test_the_three_files_name_the_gguf_and_the_same_context(texts, file):
@@ -33,7 +36,7 @@ def test_the_three_files_name_the_gguf_and_the_same_context(texts, file):
     assert texts["llama-server.txt"].strip() in texts["README.md"]
 
 
-def test_the_modelfile_of_a_tiny_saiga_has_every_instruction_and_no_template(texts, file):
+def test_the_modelfile_of_the_tiny_saiga_has_every_instruction_and_no_template(texts, file):
     lines = [line for line in texts["Modelfile"].splitlines() if not line.startswith("#")]
     assert lines == [
         f"FROM ./{file.name}",
@@ -49,7 +52,7 @@ def test_the_modelfile_of_a_tiny_saiga_has_every_instruction_and_no_template(tex
 
 
 def test_the_gguf_has_a_chat_template_with_tools_which_ollama_keeps(file):
-    """For one without tools it may choose a Go template of its own."""
+    """For a template without tools it may choose a Go template of its own."""
     with closing(llama_cpp.Llama(str(file), vocab_only=True, verbose=False)) as llm:
         assert "tools" in llm.metadata["tokenizer.chat_template"]
 
@@ -58,7 +61,7 @@ def test_the_card_names_the_ollama_version_that_the_modelfile_requires(texts):
     assert f"Ollama {modelfile.OLLAMA_VERSION} or later" in texts["README.md"]
 
 
-def test_the_card_says_what_it_was_made_of_and_nothing_of_this_machine(texts, file, tiny):
+def test_the_card_lists_what_the_file_was_made_of_without_paths_of_this_machine(texts, file, tiny):
     card = texts["README.md"]
     assert re.search(r"adapter, SHA-256 \| `[0-9a-f]{64}`", card)
     assert "with a LoRA adapter merged in" in card
@@ -71,13 +74,13 @@ def python_of(card):
     return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
 
 
-def test_the_cards_python_is_python(texts):
+def test_the_python_snippet_in_the_card_compiles(texts):
     code = python_of(texts["README.md"])
     compile(code, "card", "exec")
     assert registry.SAIGA_SYSTEM_PROMPT in code
 
 
-def test_the_card_says_how_to_compile_llama_cpp_where_it_would_crash(texts):
+def test_the_card_explains_how_to_build_llama_cpp_where_it_would_crash(texts):
     assert f'CMAKE_ARGS="{install.WITHOUT_AMX}" pip install' in texts["README.md"]
 
 
@@ -86,8 +89,8 @@ def test_all_files_name_the_same_context_and_cache_type_where_memory_is_short(ti
     file = export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "model.gguf")
     with closing(llama_cpp.Llama(str(file), vocab_only=True, verbose=False)) as llm:
         needs = fit.Needs.of(model_card._shape(llm), file.stat().st_size, 512, "q8_0")
-    monkeypatch.setattr(fit, "SYSTEM", 6 * fit.GIB - needs.resident)  # nothing else fits the smallest machine
-    made = model_card.made_of({"Q4_K_M": file}, spec=registry.find(str(base_dir)))
+    monkeypatch.setattr(fit, "SYSTEM", 6 * GIB - needs.resident)  # nothing else fits the smallest machine
+    made = model_card.companion_texts({"Q4_K_M": file}, spec=registry.find(str(base_dir)), inputs={})
     assert "-c 512 " in made["llama-server.txt"]
     assert "--cache-type-k q8_0 --cache-type-v q8_0 --cache-ram 0" in made["llama-server.txt"]
     assert "OLLAMA_KV_CACHE_TYPE=q8_0" in made["Modelfile"] and "OLLAMA_KV_CACHE_TYPE=q8_0" in made["README.md"]
@@ -101,11 +104,11 @@ def test_all_files_name_the_same_context_and_cache_type_where_memory_is_short(ti
 
 
 def test_nothing_is_overwritten(file, tmp_path):
-    beside = tmp_path / file.name
-    beside.write_bytes(file.read_bytes())
+    copy = tmp_path / file.name
+    copy.write_bytes(file.read_bytes())
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(SaigaError, match=r"README\.md is there already"):
-        model_card.write({"Q4_K_M": beside}, spec=registry.find("saiga_tiny"), inputs={})
+        model_card.write_companions({"Q4_K_M": copy}, spec=registry.find("saiga_tiny"), inputs={})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "model.gguf"]
-    made = model_card.write({"Q4_K_M": beside}, spec=registry.find("saiga_tiny"), inputs={}, prefix="mine.")
+    made = model_card.write_companions({"Q4_K_M": copy}, spec=registry.find("saiga_tiny"), inputs={}, prefix="mine.")
     assert [path.name for path in made] == ["mine.Modelfile", "mine.llama-server.txt", "mine.README.md"]

@@ -1,4 +1,4 @@
-"""The Modelfile and the llama-server command hold what the model was trained with and what fits the machine."""
+"""The Modelfile and the llama-server command, with the settings of the training and of the machine."""
 
 import llama_cpp_chain
 import pytest
@@ -10,20 +10,30 @@ from saigakit.weights.memory import Shape
 LLAMA2 = Shape(
     hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, intermediate=11008, vocabulary=32000, tied=False
 )
-SMALL = fit.chosen(LLAMA2, {"Q4_K_M": 4_081_004_224}, longest=4096)  # on 6 GiB
-LARGE = fit.chosen(LLAMA2, {"Q8_0": 7_161_089_728}, longest=4096)  # on 16 GiB
+
+
+def choose(**sizes):
+    return fit.ModelFiles(shape=LLAMA2, longest=4096, files=sizes).choose()
+
+
+SMALL = choose(Q4_K_M=4_081_004_224)  # on 6 GiB
+LARGE = choose(Q8_0=7_161_089_728)  # on 16 GiB
+
+
+def settings(system_prompt=None, **changed):
+    given = {"name": "model.gguf", "stops": [], "sampling": Sampling(), "choice": SMALL, "system_prompt": system_prompt}
+    return modelfile.RunSettings(**given | changed)
 
 
 def made_with(system_prompt=None, **changed):
-    given = {"stops": [], "sampling": Sampling(), "choice": SMALL, "system_prompt": system_prompt}
-    return modelfile.modelfile("model.gguf", **given | changed)
+    return settings(system_prompt, **changed).modelfile()
 
 
 def instructions(text):
     return [line for line in text.splitlines() if not line.startswith("#")]
 
 
-def test_the_modelfile_has_what_the_model_was_trained_with():
+def test_the_modelfile_has_the_settings_that_the_model_was_trained_with():
     spec = MODELS["saiga2_7b"]
     made = made_with(spec.system_prompt, stops=["</s>", "<eos>"], sampling=spec.sampling)
     assert instructions(made) == [
@@ -50,7 +60,7 @@ def test_a_model_without_a_system_prompt_has_no_system_line():
     assert "SYSTEM" not in made_with(None) + made_with("")
 
 
-def test_a_system_prompt_of_several_lines_stays_as_it_is():
+def test_a_system_prompt_with_several_lines_is_unchanged():
     prompt = 'Ты — кот.\n\n\tОтвечай: «мяу» & "кавычки".'
     assert f'\nSYSTEM """{prompt}"""\n' in made_with(prompt)
 
@@ -67,35 +77,33 @@ def test_a_system_prompt_that_a_modelfile_cannot_hold_is_left_out_with_a_note(pr
 
 
 def test_the_server_command_uses_the_template_of_the_file_and_keeps_the_sampling():
-    made = modelfile.llama_server("m.gguf", sampling=MODELS["saiga2_7b"].sampling, choice=LARGE)
+    made = settings(name="m.gguf", sampling=MODELS["saiga2_7b"].sampling, choice=LARGE).llama_server()
     assert made.splitlines()[1] == (
         "llama-server -m m.gguf -c 4096 --jinja --temp 0.2 --top-p 0.9 --top-k 30 --min-p 0 --repeat-penalty 1.1 "
-        f"--cache-ram {LARGE.left_mib}"
+        f"--cache-ram {LARGE.free_mib}"
     )
 
 
-def test_short_memory_quantises_the_cache_and_limits_what_the_server_keeps():
-    made = modelfile.llama_server("m", sampling=Sampling(), choice=SMALL)
-    assert made.endswith(f"--cache-type-k q8_0 --cache-type-v q8_0 --cache-ram {SMALL.left_mib}\n")
-    assert SMALL.needs.total + SMALL.left_mib * 2**20 <= 6 * 2**30
+def test_with_little_memory_the_cache_is_quantised_and_the_servers_cache_limited():
+    made = settings().llama_server()
+    assert made.endswith(f"--cache-type-k q8_0 --cache-type-v q8_0 --cache-ram {SMALL.free_mib}\n")
+    assert SMALL.needs.total + SMALL.free_mib * 2**20 <= 6 * 2**30
     made = made_with(choice=SMALL)
     assert "OLLAMA_FLASH_ATTENTION=1 and OLLAMA_KV_CACHE_TYPE=q8_0" in made
     assert "PARAMETER num_ctx 2048" in made
 
 
 def test_llama_cpp_knows_every_option_of_the_server_command(callers_cache):
-    known = llama_cpp_chain.options(llama_cpp_chain.source(callers_cache))
-    made = modelfile.llama_server("m", sampling=Sampling(), choice=SMALL).splitlines()[-1].split()
+    known = llama_cpp_chain.server_options(llama_cpp_chain.download_source(callers_cache))
+    made = settings().llama_server().splitlines()[-1].split()
     given = {word for word in made if word.startswith("-") and not word[1:].isdecimal()}
     assert len(given) >= 10 and given <= known, given - known
 
 
 def test_a_model_that_fits_no_machine_is_reported():
-    choice = fit.chosen(LLAMA2, {"F32": 27 * 10**9}, longest=4096)
-    said = (
-        "# F32 with 2048 tokens of context, keys and values in q8_0: DOES NOT FIT a machine of 16 GiB; needs 27.3 GiB"
-    )
+    choice = choose(F32=27 * 10**9)
+    said = "# F32 with 2048 tokens of context, KV cache in q8_0: DOES NOT FIT a machine with 16 GiB; it needs 27.3 GiB"
     made = made_with(choice=choice)
-    server = modelfile.llama_server("m", sampling=Sampling(), choice=choice)
+    server = settings(choice=choice).llama_server()
     assert said in made and server.startswith(said)
     assert server.endswith("--cache-ram 0\n")

@@ -1,4 +1,4 @@
-"""The adapter's own GGUF beside the base's, against the merged model, both computed by llama.cpp."""
+"""The adapter as a GGUF on top of the base's, against the merged model, both run by llama.cpp."""
 
 from contextlib import closing
 from itertools import islice
@@ -45,7 +45,7 @@ def answer(file, **settings):
     ],
     ids=["plain", "scales", "embeddings and head", "qwen3", "tied"],
 )
-def test_base_and_adapter_answer_as_the_merged_model(tiny, tmp_path, base_settings, settings):
+def test_base_with_adapter_file_answers_as_the_merged_model(tiny, tmp_path, base_settings, settings):
     base_dir = small_models.base(tmp_path / "base", tiny / "base", **base_settings)
     adapter_dir = small_models.adapter(tmp_path / "adapter", base_dir, **settings)
     model = str(base_dir)
@@ -58,15 +58,15 @@ def test_base_and_adapter_answer_as_the_merged_model(tiny, tmp_path, base_settin
     assert answer(base, lora_path=str(lora)) == answer(merged)
 
 
-def test_the_file_says_what_it_is(base_dir, tmp_path):
+def test_the_metadata_identify_a_lora_adapter(base_dir, tmp_path):
     adapter_dir = small_models.adapter(tmp_path / "adapter", base_dir)
     file = other_formats.to_lora_gguf(model=str(base_dir), adapter=adapter_dir, output=tmp_path / "lora.gguf")
     reader = gguf.GGUFReader(file)
-    said = {key: field.contents() for key, field in reader.fields.items()}
-    assert said["general.type"] == "adapter"
-    assert said["adapter.type"] == "lora"
-    assert said["adapter.lora.alpha"] == 8
-    assert said["general.architecture"] == "llama"
+    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    assert metadata["general.type"] == "adapter"
+    assert metadata["adapter.type"] == "lora"
+    assert metadata["adapter.lora.alpha"] == 8
+    assert metadata["general.architecture"] == "llama"
     assert len(reader.tensors) == 2 * 7 * 3
 
 
@@ -77,7 +77,7 @@ def test_the_file_says_what_it_is(base_dir, tmp_path):
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save\): lm_head"),
     ],
 )
-def test_what_the_format_cannot_hold_is_refused_with_what_to_do(base_dir, tmp_path, settings, named):
+def test_what_the_format_cannot_hold_is_refused_with_a_remedy(base_dir, tmp_path, settings, named):
     adapter_dir = small_models.adapter(tmp_path / "adapter", base_dir, **settings)
     with pytest.raises(SaigaError, match=f"{named}.*Merge it instead"):
         other_formats.to_lora_gguf(model=str(base_dir), adapter=adapter_dir, output=tmp_path / "lora.gguf")
@@ -91,7 +91,7 @@ def test_lora_biases_are_refused(tiny, tmp_path):
         other_formats.to_lora_gguf(model=str(biased), adapter=adapter_dir, output=tmp_path / "lora.gguf")
 
 
-def test_a_tied_head_of_its_own_is_refused(tiny, tmp_path):
+def test_lora_on_a_tied_head_is_refused(tiny, tmp_path):
     tied = small_models.base(tmp_path / "base", tiny / "base", tie_word_embeddings=True)
     adapter_dir = small_models.adapter(tmp_path / "adapter", tied, target_modules=["lm_head"])
     with pytest.raises(SaigaError, match=r"tied.*Merge it instead"):
@@ -99,7 +99,7 @@ def test_a_tied_head_of_its_own_is_refused(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(("shift", "refused"), [(0.5, True), (0, False)])
-def test_embeddings_that_are_not_the_bases_are_refused(base_dir, tmp_path, shift, refused):
+def test_embeddings_that_differ_from_the_bases_are_refused(base_dir, tmp_path, shift, refused):
     adapter_dir = small_models.adapter(tmp_path / "adapter", base_dir, target_modules=["embed_tokens"])
     file = adapter_dir / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -115,7 +115,7 @@ def test_embeddings_that_are_not_the_bases_are_refused(base_dir, tmp_path, shift
         other_formats.to_lora_gguf(**settings)
 
 
-def test_a_file_that_is_there_is_not_overwritten(base_dir, tmp_path):
+def test_an_existing_file_is_not_overwritten(base_dir, tmp_path):
     (tmp_path / "lora.gguf").write_text("mine")
     with pytest.raises(SaigaError, match="is there already"):
         other_formats.to_lora_gguf(model=str(base_dir), adapter="x", output=tmp_path / "lora.gguf")

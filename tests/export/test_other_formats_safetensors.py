@@ -1,4 +1,4 @@
-"""The merged directory as transformers loads it, against peft's merge."""
+"""The merged directory, loaded by transformers, against peft's merge."""
 
 import json
 import shutil
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
 from saigakit.export import other_formats
+from saigakit.export.merge_plan import MergePlan
 from saigakit.export.other_formats import to_safetensors
 
 IDS = torch.tensor([[1, 404, 505, 606, 7, 8]])
@@ -37,12 +38,13 @@ def adapted(base_dir, adapter_dir):
         {"modules_to_save": ["embed_tokens", "lm_head"]},
         {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
     ],
-    ids=["plain", "rslora", "dora", "whole modules", "embeddings and head"],
+    ids=["plain", "rslora", "dora", "fully trained modules", "embeddings and head"],
 )
-def test_transformers_computes_what_the_model_that_peft_merged_computes(base_dir, tmp_path, monkeypatch, settings):
+def test_transformers_computes_the_same_as_with_pefts_merge(base_dir, tmp_path, monkeypatch, settings):
     monkeypatch.setattr(other_formats, "_CHUNK", 1000)
+    monkeypatch.setattr(other_formats, "_SHARD", 150_000)
     adapter_dir = small_models.adapter(tmp_path / "adapter", base_dir, **settings)
-    made = to_safetensors(model=str(base_dir), adapters=adapter_dir, output=tmp_path / "merged", shard_bytes=150_000)
+    made = to_safetensors(MergePlan.of(str(base_dir), adapter_dir), tmp_path / "merged")
     wanted = logits(adapted(base_dir, adapter_dir).merge_and_unload())
     found = logits(AutoModelForCausalLM.from_pretrained(made))
     assert (found - wanted).abs().max() <= 5e-6 * wanted.abs().max()
@@ -53,7 +55,7 @@ def test_transformers_computes_what_the_model_that_peft_merged_computes(base_dir
 def test_a_tied_base_with_a_trained_head_is_untied(tiny, tmp_path):
     tied = small_models.base(tmp_path / "base", tiny / "base", tie_word_embeddings=True)
     adapter_dir = small_models.adapter(tmp_path / "adapter", tied, target_modules=["q_proj", "lm_head"])
-    made = to_safetensors(model=str(tied), adapters=adapter_dir, output=tmp_path / "merged")
+    made = to_safetensors(MergePlan.of(str(tied), adapter_dir), tmp_path / "merged")
     wanted = logits(adapted(tied, adapter_dir))
     model = AutoModelForCausalLM.from_pretrained(made)
     assert not model.config.tie_word_embeddings
@@ -61,10 +63,8 @@ def test_a_tied_base_with_a_trained_head_is_untied(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(("number_format", "called"), [("float16", "F16"), ("bfloat16", "BF16")])
-def test_the_number_format_is_the_one_asked_for(base_dir, adapter_dir, tmp_path, number_format, called):
-    made = to_safetensors(
-        model=str(base_dir), adapters=adapter_dir, output=tmp_path / "merged", number_format=number_format
-    )
+def test_the_weights_have_the_requested_number_format(base_dir, adapter_dir, tmp_path, number_format, called):
+    made = to_safetensors(MergePlan.of(str(base_dir), adapter_dir), tmp_path / "merged", number_format=number_format)
     with safe_open(made / "model.safetensors", "pt") as opened:
         assert {opened.get_slice(name).get_dtype() for name in opened.keys()} == {called}  # noqa: SIM118
     model = AutoModelForCausalLM.from_pretrained(made)
@@ -75,36 +75,36 @@ def test_the_number_format_is_the_one_asked_for(base_dir, adapter_dir, tmp_path,
 
 
 def test_a_number_too_large_for_float16_is_refused(base_dir, adapter_dir, tmp_path):
-    settings = {"model": str(base_dir), "output": tmp_path / "merged", "number_format": "float16"}
+    plan = MergePlan.of(str(base_dir), [(adapter_dir, 1e6)])
     with pytest.raises(SaigaError, match=r"too large for float16.*--format gguf.*number_format='bfloat16'"):
-        to_safetensors(adapters=[(adapter_dir, 1e6)], **settings)
+        to_safetensors(plan, tmp_path / "merged", number_format="float16")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_quantised_base_is_refused_by_type(base_dir, tmp_path):
+def test_a_quantised_base_is_refused_with_its_type(base_dir, tmp_path):
     quantised = shutil.copytree(base_dir, tmp_path / "base")
     tensors = load_file(quantised / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(torch.uint8)
     save_file(tensors, quantised / "model.safetensors")
     with pytest.raises(SaigaError, match=r"up_proj\.weight is of type U8: quantised weights cannot be merged"):
-        to_safetensors(model=str(base_dir), base_source=str(quantised), adapters=None, output=tmp_path / "merged")
+        to_safetensors(MergePlan.of(str(base_dir), None, base_source=str(quantised)), tmp_path / "merged")
 
 
-def test_the_tokenizer_and_the_template_come_along(base_dir, adapter_dir, tmp_path):
-    made = to_safetensors(model=str(base_dir), adapters=adapter_dir, output=tmp_path / "merged")
+def test_tokenizer_and_template_are_copied(base_dir, adapter_dir, tmp_path):
+    made = to_safetensors(MergePlan.of(str(base_dir), adapter_dir), tmp_path / "merged")
     for name in ("tokenizer.model", "tokenizer_config.json"):
         assert (made / name).read_bytes() == (base_dir / name).read_bytes()
     assert AutoTokenizer.from_pretrained(made).chat_template == small_models.SAIGA2
 
 
-def test_a_directory_that_is_there_is_not_overwritten(base_dir, adapter_dir, tmp_path):
+def test_an_existing_directory_is_not_overwritten(base_dir, adapter_dir, tmp_path):
     with pytest.raises(SaigaError, match="is there already"):
-        to_safetensors(model=str(base_dir), adapters=adapter_dir, output=tmp_path)
+        to_safetensors(MergePlan.of(str(base_dir), adapter_dir), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(base_dir, adapter_dir, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before_the_first_byte(base_dir, adapter_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(workspace, "free_disk", lambda path: 10_000)
     with pytest.raises(SaigaError, match="of disk"):
-        to_safetensors(model=str(base_dir), adapters=adapter_dir, output=tmp_path / "merged")
+        to_safetensors(MergePlan.of(str(base_dir), adapter_dir), tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []

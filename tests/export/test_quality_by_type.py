@@ -1,22 +1,24 @@
-"""What quantising cost the files of a stage: measured once, kept beside it, never in its way."""
+"""The cost of quantising for the files of a stage: measured once and kept next to it."""
 
 import shutil
 
 import pytest
 
-from saigakit import export, registry
+from saigakit import export
 from saigakit.core import files, manifest, workspace
 from saigakit.data import report
 from saigakit.errors import SaigaError
-from saigakit.export import calibration, gguf_export, quality
+from saigakit.export import calibration, quality
 from saigakit.export import stage as export_stage
+from saigakit.export.gguf_export import Export
+from saigakit.export.merge_plan import MergePlan
 
 MODEL = "saiga_tiny"
 
 
 @pytest.fixture(scope="module")
 def run_dir(tiny, tmp_path_factory):
-    """A finished 01_format, and a finished 03_merge_gguf with a matrix of the records."""
+    """A finished 01_format, and a finished 03_merge_gguf with a matrix computed on the records."""
     made = tmp_path_factory.mktemp("run")
     records = str(tiny / "records.jsonl")
     report.check_records(model=MODEL, records=records, held_out=records, run_dir=made)
@@ -47,18 +49,18 @@ def test_a_stage_and_further_types_are_measured_once(stage, capsys):
     content = manifest.read(stage)
     card = (stage.parent / "03_quality" / "README.md").read_text(encoding="utf-8")
     assert "## Measured" in card and f"| Q4_K_M | {table.rows[1][1]} | " in card and table.note in card
-    assert quality.kept(stage, content) == table
-    assert quality.kept(stage, {**content, "outputs": {"model.gguf": "of another"}}) is None
+    assert quality.read_table(stage, content) == table
+    assert quality.read_table(stage, {**content, "outputs": {"model.gguf": "of another"}}) is None
 
 
-def test_a_file_of_the_runs_adapter_is_read_back_with_the_runs_held_out_records(tiny, run_dir, tmp_path, capsys):
+def test_an_export_of_the_runs_adapter_is_read_back_with_the_runs_evaluation_set(tiny, run_dir, tmp_path, capsys):
     run = shutil.copytree(run_dir, tmp_path / "run")
     shutil.copytree(tiny / "adapter", run / "02_train")
     export.to_gguf(model=MODEL, adapter=run / "02_train", output=tmp_path / "x.gguf")
     assert "texts" in capsys.readouterr().out
 
 
-def test_what_was_measured_differently_is_measured_afresh_and_a_directory_of_the_users_stays(stage, tiny, capsys):
+def test_changed_settings_are_measured_again_and_a_users_directory_stays(stage, tiny, capsys):
     run_dir, options = stage.parent, {"model": MODEL, "adapter": "released"}
     for tokens in (20, 30):
         assert quality.measure_quality(stage, max_tokens=tokens)
@@ -75,11 +77,11 @@ def test_what_was_measured_differently_is_measured_afresh_and_a_directory_of_the
     assert (run_dir / "03_quality" / "mine.txt").is_file()
 
 
-def test_an_interrupted_measurement_leaves_the_stage_and_nothing_else(stage, monkeypatch):
+def test_an_interrupted_measurement_leaves_nothing_but_the_stage(stage, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quality, "against", interrupted)
+    monkeypatch.setattr(quality, "compare_files", interrupted)
     before = manifest.hashes(stage)
     with pytest.raises(KeyboardInterrupt):
         quality.measure_quality(stage)
@@ -90,7 +92,7 @@ def test_an_interrupted_measurement_leaves_the_stage_and_nothing_else(stage, mon
 @pytest.mark.parametrize(
     ("free", "reference"), [(10**12, "F16"), (350_000, "Q8_0"), (1000, None)], ids=["room", "little", "none"]
 )
-def test_the_reference_is_the_best_that_the_disk_has_room_for(stage, monkeypatch, capsys, free, reference):
+def test_the_reference_is_the_best_type_that_the_disk_has_room_for(stage, monkeypatch, capsys, free, reference):
     monkeypatch.setattr(workspace, "free_disk", lambda _: free)
     monkeypatch.setattr(workspace, "require_disk", lambda *_: None)
     table = quality.measure_quality(stage, max_tokens=20)
@@ -101,7 +103,7 @@ def test_the_reference_is_the_best_that_the_disk_has_room_for(stage, monkeypatch
         assert f'"reference": "{reference}"' in (stage.parent / "03_quality" / "quality.json").read_text("utf-8")
 
 
-def test_the_reference_is_one_of_the_further_types_where_there_is_room_for_no_better_one(stage, monkeypatch):
+def test_the_reference_may_be_one_of_the_further_types(stage, monkeypatch):
     monkeypatch.setattr(workspace, "free_disk", lambda _: 700_000)  # for Q2_K, Q4_0 and Q8_0, each once
     monkeypatch.setattr(workspace, "require_disk", lambda *_: None)
     table = quality.measure_quality(stage, quant_types=("Q2_K", "Q4_0", "Q4_K_M", "Q8_0"), max_tokens=20)
@@ -109,19 +111,16 @@ def test_the_reference_is_one_of_the_further_types_where_there_is_room_for_no_be
     assert "эталон Q8_0" in table.note
 
 
-def test_a_file_alone_is_not_compared_with_itself(tiny, run_dir, tmp_path, monkeypatch, capsys):
+def test_a_single_file_is_not_compared_with_itself(tiny, run_dir, tmp_path, monkeypatch, capsys):
     shutil.copytree(run_dir / "01_format", tmp_path / "01_format")
     stage = export.merge_gguf(model=MODEL, adapter=None, run_dir=tmp_path, quant_type="F16")
     assert quality.measure_quality(stage) is None
-    assert "there is no file but F16" in capsys.readouterr().out
+    assert "there is no file other than F16" in capsys.readouterr().out
     assert not (tmp_path / "03_quality").exists() and not scratch()
 
 
-def test_reference_and_file_are_in_memory_together(stage, monkeypatch, capsys):
-    sizes = {
-        each: gguf_export.Export.of(registry.find(MODEL), None, None, each).bytes(each)
-        for each in ("F16", "Q8_0", "Q4_K_M")
-    }
+def test_reference_and_file_must_fit_into_memory_together(stage, monkeypatch, capsys):
+    sizes = {each: Export.of(MergePlan.of(MODEL, None), [each]).bytes(each) for each in ("F16", "Q8_0", "Q4_K_M")}
     monkeypatch.setattr(workspace, "available_memory", lambda: sizes["F16"] + 1000)
     monkeypatch.setattr(workspace, "require_memory", lambda *_: None)
     assert "эталон Q8_0" in quality.measure_quality(stage, max_tokens=20).note
@@ -130,7 +129,7 @@ def test_reference_and_file_are_in_memory_together(stage, monkeypatch, capsys):
     assert "GB of memory, of which" in capsys.readouterr().out
 
 
-def test_what_cannot_be_made_is_told_before_its_matrix_is_computed(run_dir, monkeypatch):
+def test_an_impossible_export_is_reported_before_its_matrix_is_computed(run_dir, monkeypatch):
     monkeypatch.setattr(calibration.imatrix_compute, "measured", lambda *_, **__: pytest.fail("it is computed"))
     options = {"model": MODEL, "adapter": "released", "run_dir": run_dir, "max_tokens": 400}
     with pytest.raises(SaigaError, match="quant_type='Q4_KM' is unknown"):
@@ -140,33 +139,33 @@ def test_what_cannot_be_made_is_told_before_its_matrix_is_computed(run_dir, monk
         calibration.importance_matrix("records", quant_type="Q4_K_M", **options)
 
 
-@pytest.mark.parametrize(("tokens", "said"), [(0, "no tokens are asked for"), (10, "no 01_format/held_out.jsonl in ")])
-def test_what_is_missing_is_said(stage, capsys, tokens, said):
+@pytest.mark.parametrize(("tokens", "said"), [(0, "max_tokens is 0"), (10, "no 01_format/held_out.jsonl in ")])
+def test_the_reason_for_not_measuring_is_printed(stage, capsys, tokens, said):
     if tokens:
         (stage.parent / "01_format" / "held_out.jsonl").unlink()
     assert quality.measure_quality(stage, max_tokens=tokens) is None
-    assert "What quantising cost is not measured: " in (printed := capsys.readouterr().out) and said in printed
+    assert "The cost of quantising is not measured: " in (printed := capsys.readouterr().out) and said in printed
 
 
-def test_a_matrix_of_the_records_is_made_once_and_a_file_is_taken_as_it_is(run_dir, tmp_path, capsys):
+def test_a_matrix_is_computed_once_and_an_existing_file_is_used_unchanged(run_dir, tmp_path, capsys):
     options = {"model": MODEL, "adapter": "released"}
     made = calibration.importance_matrix("records", max_tokens=500, run_dir=run_dir, **options)
     assert made == run_dir / "03_importance" / "imatrix.gguf" and "kept" in capsys.readouterr().out
     assert manifest.read(run_dir / "03_merge_gguf")["inputs"]["importance"] == files.sha256(made)
     assert calibration.importance_matrix(None, run_dir=tmp_path, **options) is None
     assert calibration.importance_matrix(str(made), run_dir=tmp_path, **options) == made
-    with pytest.raises(SaigaError, match=r"needs 01_format/train\.jsonl, which is not in .*: run 01_format first"):
+    with pytest.raises(SaigaError, match=r"needs 01_format/train\.jsonl, which is not in .*\. Run 01_format first"):
         calibration.importance_matrix("records", run_dir=tmp_path, **options)
 
 
-def test_records_and_a_matrix_that_are_attached_are_found(stage, monkeypatch, capsys):
+def test_attached_records_and_an_attached_matrix_are_found(stage, monkeypatch, capsys):
     run_dir, options = stage.parent, {"model": MODEL, "adapter": "released"}
     attached = run_dir.with_name("input") / "notebooks" / "earlier"
     attached.mkdir(parents=True)
     (run_dir / "01_format").rename(attached / "01_format")
     shutil.copy(run_dir / "03_importance" / "imatrix.gguf", attached / "mine.gguf")
     monkeypatch.setenv("SAIGAKIT_INPUT_ROOT", str(run_dir.with_name("input")))
-    assert export_stage._held_out_texts(run_dir) and not capsys.readouterr().out
+    assert export_stage._evaluation_texts(run_dir) and not capsys.readouterr().out
     assert quality.measure_quality(stage, max_tokens=20)
     made = calibration.importance_matrix("records", max_tokens=500, run_dir=run_dir, **options)
     assert made == run_dir / "03_importance" / "imatrix.gguf" and "kept" in capsys.readouterr().out

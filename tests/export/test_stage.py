@@ -1,4 +1,4 @@
-"""The exported file against llama.cpp's own quantiser, byte for byte, and against transformers, number by number."""
+"""The exported file against llama.cpp's quantiser byte for byte, and against the logits of transformers."""
 
 import ctypes
 import hashlib
@@ -22,13 +22,14 @@ from saigakit import export, infer, registry
 from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
 from saigakit.export import fit, other_formats
+from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp import quantization
 from saigakit.registry import Sampling
 from saigakit.weights import lineage
 from saigakit.weights.merge import Merged
 
 QUANT_TYPES = [quant_type for quant_type in quantization.QUANT_TYPES if quant_type != "F32"]
-# Rows that are no multiple of 256, tied embeddings, four queries to a key.
+# Rows that are not a multiple of 256, tied embeddings, four queries per key.
 TIED = {
     "hidden_size": 288,
     "intermediate_size": 256,
@@ -36,7 +37,7 @@ TIED = {
     "num_key_value_heads": 1,
     "tie_word_embeddings": True,
 }
-# Enough layers for eighths, sixteenths and every third.
+# Enough layers for eighths, sixteenths and every third layer.
 WIDE = {
     "hidden_size": 256,
     "intermediate_size": 256,
@@ -44,7 +45,7 @@ WIDE = {
     "num_attention_heads": 8,
     "rope_parameters": small_models.LLAMA3_ROPE,
 }
-ODD = {"hidden_size": 48, "intermediate_size": 80}  # no multiple of 32 either
+ODD = {"hidden_size": 48, "intermediate_size": 80}  # not a multiple of 32 either
 DEEP = {
     "hidden_size": 256,
     "intermediate_size": 256,
@@ -54,7 +55,7 @@ DEEP = {
 }
 NEMO = {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}  # wider heads than hidden
 LLAMA3 = {"head_dim": 64, "num_key_value_heads": 1, "rope_parameters": small_models.LLAMA3_ROPE}
-# A window that the longest prompt is beyond, layers that see all, and two bases of rotation.
+# A window shorter than the longest prompt, layers with full attention, and two RoPE bases.
 GEMMA = {"num_hidden_layers": 7, "query_pre_attn_scalar": 16, "head_dim": 16, "sliding_window": 24}
 GEMMA |= {"tie_word_embeddings": True}
 GEMMA3_ROPE = {
@@ -99,7 +100,7 @@ def quantised_by_llama_cpp(source, quant_type, made):
 
 @pytest.fixture(scope="module")
 def float_file(tmp_path_factory):
-    """Model and adapter to the merged model in float32, exported once."""
+    """Exports the merged model in float32, once for each model and adapter."""
 
     @cache
     def make(model, adapter):
@@ -122,12 +123,12 @@ def require_llama_cpps_bytes(float_file, model, adapter, quant_type, directory):
 
 @pytest.mark.parametrize("quant_type", matrix(QUANT_TYPES, ["Q4_0", "Q4_K_M", "Q8_0", "F16"]))
 @pytest.mark.parametrize("name", ["tied", "wide", "odd"])
-def test_the_file_is_the_one_that_llama_cpp_makes_of_the_merged_model(request, float_file, name, quant_type, tmp_path):
+def test_the_file_equals_the_one_that_llama_cpp_quantises(request, float_file, name, quant_type, tmp_path):
     require_llama_cpps_bytes(float_file, *request.getfixturevalue(name), quant_type, tmp_path)
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_the_tiny_saigas_file_is_the_one_that_llama_cpp_makes(float_file, quant_type, tmp_path):
+def test_the_tiny_saigas_file_equals_the_one_that_llama_cpp_quantises(float_file, quant_type, tmp_path):
     require_llama_cpps_bytes(float_file, "saiga_tiny", "released", quant_type, tmp_path)
 
 
@@ -136,7 +137,7 @@ def test_a_model_of_80_layers_is_quantised_as_llama_cpp_does(float_file, deep, t
 
 
 class LookedUpGelu(torch.nn.Module):
-    """As llama.cpp computes it: between -10 and 10 from a table of float16."""
+    """As llama.cpp computes it: from a table of float16 between -10 and 10."""
 
     def forward(self, x):
         found = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
@@ -144,7 +145,7 @@ class LookedUpGelu(torch.nn.Module):
 
 
 def beyond_the_table(base_dir):
-    """Gates so wide that what is looked up in the table weighs nothing."""
+    """Make the gates so large that values from the table do not matter."""
     file = base_dir / "model.safetensors"
     tensors = load_file(file)
     tensors |= {name: tensor * 1000 for name, tensor in tensors.items() if "gate_proj" in name}
@@ -152,7 +153,7 @@ def beyond_the_table(base_dir):
 
 
 def logits_of_both(model, base_dir, adapter_dir, tmp_path, activation=None):
-    """(llama.cpp's, transformers') of each prompt; llama.cpp keeps keys and values in float32 here."""
+    """(llama.cpp's, transformers') for each prompt, with llama.cpp's KV cache in float32."""
     file = export.to_gguf(model=model, adapter=adapter_dir, output=tmp_path / "float.gguf", quant_type="F32")
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     merged = PeftModel.from_pretrained(base, adapter_dir).merge_and_unload()
@@ -169,7 +170,6 @@ def logits_of_both(model, base_dir, adapter_dir, tmp_path, activation=None):
 
 
 def require_transformers_logits(model, base_dir, adapter_dir, tmp_path):
-    """At every position of every prompt."""
     for got, expected in logits_of_both(model, base_dir, adapter_dir, tmp_path):
         assert np.array_equal(got.argmax(-1), expected.argmax(-1))
         np.testing.assert_allclose(got, expected, atol=5e-4 * expected.std())
@@ -195,8 +195,8 @@ def test_llama_cpp_computes_what_transformers_computes(tiny, tmp_path, settings)
 
 
 @pytest.mark.parametrize("kind", [{"kind": "gemma2"}, {"kind": "gemma3_text", "rope_parameters": GEMMA3_ROPE}])
-def test_gemmas_gelu_differs_from_transformers_by_llama_cpps_table_alone(tiny, tmp_path, kind):
-    # A number that float16 parts from its neighbour by a hair may fall to either, and later positions see that.
+def test_gemmas_gelu_differs_from_transformers_only_by_llama_cpps_table(tiny, tmp_path, kind):
+    # A value near the boundary of two float16 numbers may be rounded to either, which affects later positions.
     base_dir, adapter_dir = make(tmp_path, tiny, **kind, **GEMMA)
     pairs = logits_of_both(str(base_dir), base_dir, adapter_dir, tmp_path, LookedUpGelu())
     errors = np.concatenate([np.abs(got - wanted).max(-1) / wanted.std() for got, wanted in pairs])
@@ -216,7 +216,7 @@ def test_the_quantised_file_answers(tiny, tmp_path):
         assert "".join(pieces)
 
 
-def test_the_file_recommends_the_models_sampling(tiny, tmp_path):
+def test_the_file_recommends_the_sampling_of_the_registry(tiny, tmp_path):
     file = export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
     with closing(infer.load(file, n_ctx=64)) as llm:
         assert Sampling.of_gguf(llm.metadata) == registry.find("saiga_tiny").sampling
@@ -233,7 +233,7 @@ def trained(tiny, tmp_path):
     return tmp_path
 
 
-def test_the_stage_has_the_file_the_picture_and_the_facts(trained):
+def test_the_stage_has_the_file_its_companions_and_the_facts(trained):
     made = export.merge_gguf(model="saiga_tiny", run_dir=trained)
     assert sorted(file.name for file in made.iterdir()) == [
         *("Modelfile", "README.md", "llama-server.txt", "memory.png", "model.gguf", "saigakit.json", "sizes.png")
@@ -248,7 +248,7 @@ def test_the_stage_has_the_file_the_picture_and_the_facts(trained):
     assert hashlib.sha256(text.encode()).hexdigest() == template_hash
 
 
-def test_a_finished_stage_is_kept(trained, capsys):
+def test_a_finished_stage_is_reused(trained, capsys):
     made = export.merge_gguf(model="saiga_tiny", run_dir=trained)
     before = (made / "model.gguf").stat().st_mtime_ns
     assert export.merge_gguf(model="saiga_tiny", run_dir=trained) == made
@@ -256,7 +256,7 @@ def test_a_finished_stage_is_kept(trained, capsys):
     assert "kept" in capsys.readouterr().out
 
 
-def test_a_stage_that_is_made_afresh_has_a_plan_too(trained, monkeypatch, capsys):
+def test_replacing_a_stage_prints_an_estimate_too(trained, monkeypatch, capsys):
     export.merge_gguf(model="saiga_tiny", run_dir=trained)
     monkeypatch.setenv("SAIGAKIT_REPLACE", "1")
     capsys.readouterr()
@@ -264,19 +264,19 @@ def test_a_stage_that_is_made_afresh_has_a_plan_too(trained, monkeypatch, capsys
     assert "write Q8_0" in capsys.readouterr().out
 
 
-def test_the_memory_of_a_type_that_is_not_a_usual_one_is_shown_where_it_was_made(trained):
+def test_the_memory_table_includes_an_unusual_type_that_was_made(trained):
     made = export.merge_gguf(model="saiga_tiny", run_dir=trained, quant_type="F16")
     found = [row[0] for row in fit.memory_table(made).rows]
     assert found[:2] == ["F16", "Q8_0"] and "BF16" not in found
 
 
-def test_a_stage_of_another_quant_type_is_not_overwritten(trained):
+def test_a_stage_with_another_quant_type_is_not_overwritten(trained):
     export.merge_gguf(model="saiga_tiny", run_dir=trained)
     with pytest.raises(SaigaError, match=r"quant_type: 'Q4_K_M' there, 'Q8_0' now"):
         export.merge_gguf(model="saiga_tiny", run_dir=trained, quant_type="Q8_0")
 
 
-def test_an_adapter_that_was_trained_for_another_model_is_refused(trained):
+def test_an_adapter_trained_for_another_model_is_refused(trained):
     file = trained / "02_train" / manifest.NAME
     small_models.edit_json(file, parameters={"model": "saiga2_7b"})
     with pytest.raises(SaigaError, match=r"made for model='saiga2_7b'.*'saiga_tiny'"):
@@ -291,20 +291,23 @@ def test_weights_that_the_adapter_was_not_trained_on_are_refused(trained):
     assert not (trained / "03_merge_gguf").exists()
 
 
-@pytest.mark.parametrize("into", [export.to_gguf, other_formats.to_lora_gguf, other_formats.to_safetensors])
+def to_safetensors(*, model, adapter, output):
+    return other_formats.to_safetensors(MergePlan.of(model, adapter), output)
+
+
+@pytest.mark.parametrize("into", [export.to_gguf, other_formats.to_lora_gguf, to_safetensors])
 @pytest.mark.parametrize(
     ("changed", "named"),
     [({"inputs": {"base": {"x.safetensors": "another"}}}, "other weights"), ({"parameters": {"model": "x"}}, "'x'")],
 )
-def test_every_format_looks_at_what_the_adapter_was_trained_on(trained, into, changed, named):
+def test_every_format_checks_what_the_adapter_was_trained_on(trained, into, changed, named):
     small_models.edit_json(trained / "02_train" / manifest.NAME, **changed)
-    given = {"adapters": trained / "02_train"} if "safetensors" in into.__name__ else {"adapter": trained / "02_train"}
     with pytest.raises(SaigaError, match=named):
-        into(model="saiga_tiny", output=trained / "made", **given)
+        into(model="saiga_tiny", adapter=trained / "02_train", output=trained / "made")
     assert [item.name for item in trained.iterdir()] == ["02_train"]
 
 
-def test_nothing_is_dequantised_without_an_adapter(tiny, tmp_path):
+def test_merging_into_the_dequantised_base_needs_an_adapter(tiny, tmp_path):
     with pytest.raises(SaigaError, match="merge_into='dequantized' needs an adapter"):
         export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf", merge_into="dequantized")
 
@@ -322,7 +325,7 @@ def test_the_system_prompt_of_the_training_records_is_in_the_file(trained, promp
     assert ("SYSTEM" in (made / "Modelfile").read_text(encoding="utf-8")) == (written is not None)
 
 
-def test_what_lies_beside_the_weights_makes_no_other_base(trained, tiny, tmp_path):
+def test_other_files_next_to_the_weights_do_not_change_the_base(trained, tiny, tmp_path):
     base = manifest.hashes(tiny / "base")
     small_models.edit_json(trained / "02_train" / manifest.NAME, inputs={"base": base})
     clone = shutil.copytree(tiny / "base", tmp_path / "clone")
@@ -345,27 +348,27 @@ def test_a_manifest_that_cannot_be_written_leaves_nothing(tiny, tmp_path, monkey
     assert {file.name for file in tmp_path.iterdir()} == {"x.gguf", "x.saigakit.json"}
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(trained, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before_the_first_byte(trained, monkeypatch):
     monkeypatch.setattr(workspace, "free_disk", lambda path: 10_000)
     with pytest.raises(SaigaError, match=r"needs 0\.00 GB of disk.*choose another place"):
         export.merge_gguf(model="saiga_tiny", run_dir=trained)
     assert [item.name for item in trained.iterdir()] == ["02_train"]
 
 
-def test_the_size_that_is_asked_of_the_disk_is_the_files(tiny, tmp_path, monkeypatch):
+def test_the_disk_is_checked_for_the_exact_size_of_the_file(tiny, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(workspace, "require_disk", lambda path, needed, what: asked.append(needed))
     file = export.to_gguf(model="saiga_tiny", adapter="released", output=tmp_path / "x.gguf")
     assert asked == [file.stat().st_size]
 
 
-def test_a_machine_without_memory_is_refused(trained, monkeypatch):
+def test_too_little_memory_is_reported(trained, monkeypatch):
     monkeypatch.setattr(workspace, "available_memory", lambda: 1000)
     with pytest.raises(SaigaError, match="The export needs about"):
         export.merge_gguf(model="saiga_tiny", run_dir=trained)
 
 
-def test_a_failure_in_mid_stream_leaves_nothing_and_a_rerun_works(trained, monkeypatch):
+def test_a_failure_while_writing_leaves_nothing_and_a_rerun_works(trained, monkeypatch):
     read = Merged.read
 
     def failing(self, name, rows=None):
@@ -381,7 +384,7 @@ def test_a_failure_in_mid_stream_leaves_nothing_and_a_rerun_works(trained, monke
     assert (export.merge_gguf(model="saiga_tiny", run_dir=trained) / "model.gguf").is_file()
 
 
-def test_an_interrupt_leaves_nothing_beside_the_output(tiny, tmp_path, monkeypatch):
+def test_an_interrupt_leaves_nothing(tiny, tmp_path, monkeypatch):
     def interrupted(self, name, rows=None):
         raise KeyboardInterrupt
 
@@ -391,20 +394,20 @@ def test_an_interrupt_leaves_nothing_beside_the_output(tiny, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_there_is_not_overwritten(tiny, tmp_path):
+def test_an_existing_file_is_not_overwritten(tiny, tmp_path):
     (tmp_path / "x.gguf").write_text("mine")
     with pytest.raises(SaigaError, match="is there already"):
         export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
     assert (tmp_path / "x.gguf").read_text() == "mine"
 
 
-def test_the_adapter_of_another_base_is_refused_in_the_first_seconds(tied, tmp_path):
+def test_the_adapter_of_another_base_is_refused_before_anything_is_written(tied, tmp_path):
     with pytest.raises(SaigaError, match=r"another base"):
         export.to_gguf(model="saiga_tiny", adapter=tied[1], output=tmp_path / "x.gguf")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_path_of_an_adapter_may_be_a_path_or_text(tiny, tmp_path):
+def test_an_adapter_may_be_given_as_a_path_or_as_text(tiny, tmp_path):
     files = [
         export.to_gguf(model="saiga_tiny", adapter=adapter, output=tmp_path / f"{i}.gguf")
         for i, adapter in enumerate((tiny / "adapter", str(tiny / "adapter"), "released"))
@@ -412,7 +415,7 @@ def test_a_path_of_an_adapter_may_be_a_path_or_text(tiny, tmp_path):
     assert len({file.read_bytes() for file in files}) == 1
 
 
-def test_the_metadata_says_what_the_config_says(wide, tmp_path):
+def test_the_metadata_have_the_values_of_the_config(wide, tmp_path):
     file = export.to_gguf(model=str(wide[0]), adapter=None, output=tmp_path / "x.gguf")
     config = json.loads((wide[0] / "config.json").read_text(encoding="utf-8"))
     with closing(infer.load(file, n_ctx=64)) as llm:

@@ -92,7 +92,7 @@ def llama_cpps(program, chat_template, messages, tools, add_generation_prompt):
     variables = {"messages": messages, **VARIABLES}
     variables |= {"tools": tools} if tools else {}
     variables |= {"add_generation_prompt": True} if add_generation_prompt else {}
-    return llama_cpp_chain.rendered(program, [{"template": chat_template, "variables": variables}])[0]
+    return llama_cpp_chain.render(program, [{"template": chat_template, "variables": variables}])[0]
 
 
 @pytest.mark.slow  # compiles llama.cpp's Jinja: half a minute

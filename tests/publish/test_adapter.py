@@ -1,4 +1,4 @@
-"""An adapter to the Hub: the real client against a loopback stand-in, in child processes."""
+"""Publishing an adapter: the real Hub client against a local stub, in child processes."""
 
 import hashlib
 import json
@@ -19,9 +19,11 @@ from saigakit.core.files import sha256
 from saigakit.core.hub import explained
 from saigakit.errors import SaigaError
 from saigakit.evaluate import results
-from saigakit.export import gguf_export, markdown
+from saigakit.export import markdown
+from saigakit.export.gguf_export import Export
+from saigakit.export.merge_plan import MergePlan
 from saigakit.prompt import encoding
-from saigakit.publish import card
+from saigakit.publish import adapter_card
 from saigakit.train import curve
 
 TOKEN = "hf_SecretOfTheTests"
@@ -46,7 +48,7 @@ LOG = [
 
 
 def stage_02(run_dir, tiny, *, model="saiga_tiny", base="hash of the base"):
-    """As 02_train leaves it, the adapter written by peft itself."""
+    """A finished 02_train whose adapter was written by peft."""
     inputs = {"train": {"train.jsonl": "hash of the records"}, "base": {"model.safetensors": base}, "adapter": None}
     parameters = {"model": model, "base_source": "/home/me/base", "adapter": "/home/me/older", "epochs": 2.0}
     facts = {"number_format": "float32", "system_prompt": "Ты — кот.", "training": {"best_step": 4}}
@@ -58,9 +60,9 @@ def stage_02(run_dir, tiny, *, model="saiga_tiny", base="hash of the base"):
         (made / curve.LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in LOG), encoding="utf-8")
         (made / "curve.png").write_bytes(b"\x89PNG\x00")
         (made / "samples.md").write_text("Мой секретный вопрос", encoding="utf-8")
-        places = {"train_file": "/home/me/train.jsonl", "output_dir": "/home/me/out", "base_source": str(tiny / "base")}
-        TrainConfig(**{"model": model, "adapter": None, "epochs": 2, **places}).write(made / "train_config.json")
-    # Only the stub is without a place: the tokenizer is looked up by base_source.
+        paths = {"train_file": "/home/me/train.jsonl", "output_dir": "/home/me/out", "base_source": str(tiny / "base")}
+        TrainConfig(**{"model": model, "adapter": None, "epochs": 2, **paths}).write(made / "train_config.json")
+    # The parameters in the manifest need a real base_source, where the tokenizer is read.
     edit_json(run_dir / "02_train" / manifest.NAME, parameters={**parameters, "base_source": str(tiny / "base")})
     return run_dir / "02_train"
 
@@ -78,7 +80,7 @@ def hub():
 
 @pytest.fixture
 def push(hub, stage, tmp_path):
-    """Pushes in a child process; nothing that it leaves or says holds the token."""
+    """Push in a child process; no file and no output contains the token."""
 
     def run(repo=REPO, *, directory=stage, token=TOKEN, endpoint=None, **settings):
         plain = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -111,28 +113,28 @@ def test_the_adapter_arrives_with_its_card_and_without_the_records(push, hub, st
     assert not any("секретный вопрос".encode() in content or b"/home/me" in content for content in files.values())
 
 
-def test_what_was_pushed_is_an_adapter_that_03_takes(push, hub, tiny, tmp_path):
+def test_a_pushed_adapter_can_be_exported_by_03(push, hub, tiny, tmp_path):
     push()
     fetched = tmp_path / "fetched"
     fetched.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors", "saigakit.json"):  # what sources fetches
         (fetched / name).write_bytes(hub.repositories[REPO][name])
-    made = gguf_export.Export.of(registry.find("saiga_tiny"), fetched, str(tiny / "base"), "Q8_0")
+    made = Export.of(MergePlan.of("saiga_tiny", fetched, base_source=str(tiny / "base")), ["Q8_0"])
     assert made.system_prompt == "Ты — кот."
 
 
-def test_a_public_repository_is_made_only_when_it_is_asked_for(push, hub):
+def test_a_repository_is_public_only_on_request(push, hub):
     push(private=False)
     assert REPO in hub.repositories and REPO not in hub.private
 
 
-def test_a_public_repository_that_is_there_is_not_taken_for_a_private_push(push, hub):
+def test_an_existing_public_repository_is_refused_for_a_private_push(push, hub):
     hub.repositories[REPO] = {}
-    assert "is there and public, and private=True" in push()
+    assert "exists and is public, but private=True" in push()
     assert hub.commits == 0
 
 
-def test_a_later_training_of_the_same_model_takes_the_place_of_the_earlier_one(push, hub, tiny, tmp_path):
+def test_a_later_training_of_the_same_model_replaces_the_earlier_one(push, hub, tiny, tmp_path):
     push()
     later = stage_02(tmp_path / "later", tiny)
     edit_json(later / "adapter_config.json", lora_alpha=99)
@@ -144,7 +146,7 @@ def test_a_later_training_of_the_same_model_takes_the_place_of_the_earlier_one(p
     assert "adapter_model.bin" not in hub.repositories[REPO]
 
 
-def test_pushing_the_same_again_is_no_error(push, hub):
+def test_pushing_the_same_adapter_again_is_allowed(push, hub):
     assert push() == push()
 
 
@@ -162,7 +164,7 @@ OTHER_BASE = {**OTHER, "parameters": {"model": "saiga_tiny"}}
         ({"saigakit.json": b"{"}, "holds 1 files (saigakit.json)"),
     ],
 )
-def test_a_repository_of_something_else_is_replaced_only_when_it_is_asked_for(push, hub, files, said):
+def test_a_repository_with_something_else_is_replaced_only_on_request(push, hub, files, said):
     hub.repositories[REPO] = {".gitattributes": b"", "README.md": b"#", **files}
     hub.private.add(REPO)
     before = dict(hub.repositories[REPO])
@@ -188,7 +190,7 @@ def test_an_empty_repository_is_filled(push, hub):
         ("hf_Секрет", "HF_TOKEN holds characters that no token has"),
     ],
 )
-def test_without_a_token_nothing_is_asked(stage, monkeypatch, token, said):
+def test_a_missing_or_bad_token_is_reported_before_any_request(stage, monkeypatch, token, said):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     if token is not None:
         monkeypatch.setenv("HF_TOKEN", token)
@@ -197,41 +199,41 @@ def test_without_a_token_nothing_is_asked(stage, monkeypatch, token, said):
     assert "OfTheTests" not in str(caught.value) and "Секрет" not in str(caught.value)
 
 
-def test_a_wrong_token_is_told(push, hub):
+def test_a_wrong_token_is_reported(push, hub):
     assert "does not know the token in HF_TOKEN" in push(token="hf_WrongToken")
     assert hub.repositories == {}
 
 
-def test_a_token_with_a_line_end_is_taken_without_it(push):
+def test_a_line_end_after_the_token_is_ignored(push):
     assert push(token=f"{TOKEN}\n").endswith(REPO)
 
 
 @pytest.mark.parametrize("fault", ["create", "commit"])
-def test_a_token_that_may_not_write_is_told(push, hub, fault):
+def test_a_token_without_write_access_is_reported(push, hub, fault):
     hub.faults[fault] = 403
     assert f"may not write to {REPO}" in push()
 
 
 @pytest.mark.parametrize("repo", ["cats", "a/b/c", "someone/кошки", "someone/a--b", "", "/abs/path", "someone/x.git/"])
-def test_a_bad_name_is_told_before_anything_is_asked(stage, monkeypatch, repo):
+def test_a_bad_name_is_reported_before_any_request(stage, monkeypatch, repo):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with pytest.raises(SaigaError, match="is no name of a repository") as caught:
+    with pytest.raises(SaigaError, match="is not the name of a repository") as caught:
         publish.push_adapter(stage, repo)
     assert repr(repo) in str(caught.value)
 
 
-def test_no_connection_is_told(push):
+def test_a_missing_connection_is_reported(push):
     assert "was interrupted: " in (message := push(endpoint="http://127.0.0.1:9")) and "switch Internet on" in message
 
 
-def test_an_upload_that_breaks_changes_nothing(push, hub):
+def test_a_failed_upload_changes_nothing(push, hub):
     hub.faults["put"] = 403
     message = push()
     assert "SaigaError" in message and REPO in message
     assert set(hub.repositories[REPO]) == {".gitattributes"}
 
 
-def test_an_upload_whose_connection_ends_changes_nothing_and_can_be_made_again(push, hub, stage):
+def test_an_interrupted_upload_changes_nothing_and_can_be_repeated(push, hub, stage):
     hub.faults["drop"] = True
     message = push()
     assert f"The upload to {REPO} was interrupted: " in message and "Try again" in message
@@ -247,15 +249,15 @@ def test_an_upload_whose_connection_ends_changes_nothing_and_can_be_made_again(p
         ({"cut": True}, f" bytes in {REPO} and "),
         ({"swap": True}, "adapter_model.safetensors has the SHA-256"),
         ({"lose": "saigakit.json"}, "saigakit.json did not arrive"),
-        ({"alter": "adapter_config.json"}, "adapter_config.json has another content"),
+        ({"alter": "adapter_config.json"}, "adapter_config.json has different content"),
     ],
 )
-def test_what_did_not_arrive_as_it_was_is_named(push, hub, faults, said):
+def test_a_file_damaged_in_transfer_is_named(push, hub, faults, said):
     hub.faults.update(faults)
     assert said in push()
 
 
-def test_a_stage_that_was_changed_is_not_pushed(push, hub, stage, tmp_path):
+def test_a_changed_stage_is_not_pushed(push, hub, stage, tmp_path):
     shutil.copytree(stage, tmp_path / "02_train")
     (tmp_path / "02_train" / "log.jsonl").write_text("", encoding="utf-8")
     assert "log.jsonl changed since it was made" in push(directory=tmp_path / "02_train")
@@ -268,18 +270,18 @@ def tokenizer(tiny):
     return encoding.load_tokenizer("saiga_tiny")
 
 
-def test_the_card_has_metadata_that_the_hub_takes(stage, tokenizer):
-    metadata = yaml.safe_load(card.write(stage, REPO, tokenizer).split("---\n")[1])
+def test_the_card_has_metadata_that_the_hub_accepts(stage, tokenizer):
+    metadata = yaml.safe_load(adapter_card.build_card(stage, REPO, tokenizer).split("---\n")[1])
     assert metadata["language"] == ["ru"] and metadata["license"] == "apache-2.0"
-    assert "base_model" not in metadata  # "package:saiga_tiny" is nothing of the Hub's
+    assert "base_model" not in metadata  # "package:saiga_tiny" is not on the Hub
     of_saiga = yaml.safe_load(markdown.metadata(registry.find("saiga2_7b"), "peft", []))
     assert (of_saiga["base_model"], of_saiga["license"]) == ("TheBloke/Llama-2-7B-fp16", "llama2")
     of_yandex = yaml.safe_load(markdown.metadata(registry.find("saiga_yandexgpt_8b"), "peft", []))
     assert (of_yandex["license"], of_yandex["license_name"]) == ("other", "yandexgpt-5-lite-8b")
 
 
-def test_the_card_tells_how_it_was_made_and_what_was_measured(stage, tokenizer):
-    text = card.write(stage, REPO, tokenizer)
+def test_the_card_describes_the_training_and_the_measurements(stage, tokenizer):
+    text = adapter_card.build_card(stage, REPO, tokenizer)
     for part in ("# saiga-cats\n", "Это адаптер LoRA", "| before training | 0 | 2.5000 |",
                  "| this adapter | 4 | 0.7500 |",
                  "| last | 8 | 0.8750 |", "`hash of the records`", "8, adapter of step 4", "| epochs | 2 |",
@@ -289,25 +291,24 @@ def test_the_card_tells_how_it_was_made_and_what_was_measured(stage, tokenizer):
     assert "$" not in text and str(stage.parent) not in text
 
 
-def test_the_card_of_an_unfinished_and_folded_training_says_so(stage, tokenizer, tmp_path):
+def test_the_card_reports_an_unfinished_and_folded_training(stage, tokenizer, tmp_path):
     changed = shutil.copytree(stage, tmp_path / "02_train")
     config = json.loads((changed / "train_config.json").read_text(encoding="utf-8")) | {"adapter": "folded"}
     (changed / "train_config.json").write_text(json.dumps(config), encoding="utf-8")
     content = manifest.read(changed) | {"training": {"ended": "max_hours", "step": 8, "steps": 50, "best_step": None}}
     (changed / manifest.NAME).write_text(json.dumps(content), encoding="utf-8")
-    text = card.write(changed, REPO, tokenizer)
+    text = adapter_card.build_card(changed, REPO, tokenizer)
     assert "8 of 50, ended by max_hours" in text
     assert "the released adapter's rank included" in text
-    assert "is a part of this adapter" in text and "it continues" not in text
+    assert "it includes another adapter" in text and "it continues" not in text
     assert "| this adapter |" not in text
 
 
 def test_the_card_names_the_adapter_that_was_continued():
-    started = card._started_from(TrainConfig(model="saiga2_7b", train_file="", output_dir=""))
-    assert started == "IlyaGusev/saiga2_7b_lora"
-    assert card._started_from(TrainConfig(model="saiga2_7b", adapter=None, train_file="", output_dir="")) is None
-    local = TrainConfig(model="saiga2_7b", adapter="/home/me/mine", train_file="", output_dir="")
-    assert card._started_from(local) == "another adapter"
+    files = {"model": "saiga2_7b", "train_file": "", "output_dir": ""}
+    assert adapter_card._started_from(TrainConfig(**files)) == "IlyaGusev/saiga2_7b_lora"
+    assert adapter_card._started_from(TrainConfig(**files, adapter=None)) is None
+    assert adapter_card._started_from(TrainConfig(**files, adapter="/home/me/mine")) == "another adapter"
 
 
 def compared(run_dir, adapter_hashes):
@@ -318,17 +319,18 @@ def compared(run_dir, adapter_hashes):
         (made / results.FILE).write_text(json.dumps(rows), encoding="utf-8")
 
 
-def test_results_of_04_are_in_the_card_where_they_are_of_this_adapter(stage, tokenizer, tmp_path, capsys):
+def test_the_card_has_the_results_of_04_only_for_this_adapter(stage, tokenizer, tmp_path, capsys):
     mine = shutil.copytree(stage, tmp_path / "02_train")
     compared(tmp_path, manifest.hashes(mine))
-    assert "| after (with the adapter, transformers) | 100.0 % | 50.0 % | 75.0 % |" in card.write(mine, REPO, tokenizer)
+    text = adapter_card.build_card(mine, REPO, tokenizer)
+    assert "| after (with the adapter, transformers) | 100.0 % | 50.0 % | 75.0 % |" in text
     shutil.rmtree(tmp_path / evaluate.STAGE)
     compared(tmp_path, {"adapter_model.safetensors": "another"})
-    assert "| after" not in card.write(mine, REPO, tokenizer)
+    assert "| after" not in adapter_card.build_card(mine, REPO, tokenizer)
     assert "compared another adapter" in capsys.readouterr().out
 
 
-def test_the_reason_of_a_failure_never_holds_the_token():
+def test_the_reason_for_a_failure_never_contains_the_token():
     error = RuntimeError("Error while uploading")
     error.__cause__ = ValueError(f"Illegal header value b'Bearer {TOKEN}'")
     with pytest.raises(SaigaError) as caught, explained(REPO, TOKEN):

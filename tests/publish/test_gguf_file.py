@@ -1,4 +1,4 @@
-"""A GGUF to the Hub by the real client, to Kaggle Models by the real command line; both against loopback stand-ins."""
+"""Publishing a GGUF: the real Hub client and the real kaggle command line against local stubs."""
 
 import json
 import os
@@ -14,8 +14,10 @@ from kaggle_stub import UPLOAD, KaggleStub
 from saigakit import evaluate, export
 from saigakit.cli import export_options
 from saigakit.core import manifest
+from saigakit.core.display import Table
 from saigakit.core.files import sha256
 from saigakit.errors import SaigaError
+from saigakit.evaluate import results
 from saigakit.kaggle import models
 from saigakit.publish import gguf_file
 
@@ -36,7 +38,7 @@ except SaigaError as error:
 
 @pytest.fixture(scope="module")
 def stage(tiny, tmp_path_factory):
-    """A finished 03_merge_gguf of a finished 02_train."""
+    """A finished 03_merge_gguf with the adapter of a finished 02_train."""
     run_dir = tmp_path_factory.mktemp("run")
     inputs = {"train": {"train.jsonl": "5ec2e7"}}
     parameters = {"model": "saiga_tiny", "base_source": "/home/me/base"}
@@ -66,7 +68,7 @@ def push(hub, stage, tmp_path):
     return run
 
 
-def test_the_gguf_arrives_with_all_that_runs_it_and_without_places_of_this_machine(push, hub, stage):
+def test_the_gguf_arrives_with_its_companions_and_without_paths_of_this_machine(push, hub, stage):
     assert push() == f"{hub.endpoint}/{REPO}"
     files = hub.repositories[REPO]
     assert set(files) == {".gitattributes", *SHOWN}
@@ -78,18 +80,18 @@ def test_the_gguf_arrives_with_all_that_runs_it_and_without_places_of_this_machi
     assert f"# {REPO.split('/')[1]}" in card
 
 
-def test_a_damaged_gguf_is_refused_before_and_after_the_way(push, hub, stage, tmp_path):
+def test_a_damaged_gguf_is_refused_before_and_after_the_upload(push, hub, stage, tmp_path):
     hub.faults["swap"] = True
-    assert "memory.png has the SHA-256" in push()  # the first of all that were swapped
+    assert "memory.png has the SHA-256" in push()  # the first of the swapped files
     damaged = tmp_path / "03_merge_gguf"
     damaged.mkdir()
     for file in stage.iterdir():
         (damaged / file.name).write_bytes(file.read_bytes())
     (damaged / "model.gguf").write_bytes((stage / "model.gguf").read_bytes()[:-1])
-    assert "model.gguf changed since it was made; run 03_merge_gguf again" in push(damaged)
+    assert "model.gguf changed since it was made. Run 03_merge_gguf again" in push(damaged)
 
 
-def test_a_gguf_of_the_terminal_is_published_as_a_stage_is(push, hub, tiny, tmp_path):
+def test_the_files_of_saigakit_export_are_published_like_a_stage(push, hub, tiny, tmp_path):
     adapters = [small_models.adapter(tmp_path / name, tiny / "base", r=rank) for name, rank in (("a", 4), ("b", 8))]
     file = tmp_path / "made" / "cats.gguf"
     options = {"quant_types": ["Q4_0", "Q8_0"], "merge_into": None, "importance": None, "base_source": None}
@@ -105,18 +107,18 @@ def test_a_gguf_of_the_terminal_is_published_as_a_stage_is(push, hub, tiny, tmp_
     for adapter in adapters:
         assert sha256(adapter / "adapter_model.safetensors") in files["README.md"].decode()
     file.with_name("cats-Q8_0.gguf").write_bytes(b"GGUF")
-    assert "cats-Q8_0.gguf changed since it was made; export it again" in push(file)
+    assert "cats-Q8_0.gguf changed since it was made. Export it again" in push(file)
     manifest.beside(file).unlink()
     assert "has no cats.saigakit.json beside it" in push(file)
-    assert "dogs.gguf is not there" in push(file.with_name("dogs.gguf"))
+    assert "dogs.gguf does not exist" in push(file.with_name("dogs.gguf"))
 
 
-def test_the_file_of_a_stage_is_published_as_the_stage_is(push, hub, stage):
+def test_the_file_of_a_stage_is_published_like_the_stage(push, hub, stage):
     assert push(stage / "model.gguf") == f"{hub.endpoint}/{REPO}"
     assert set(hub.repositories[REPO]) == {".gitattributes", *SHOWN}
 
 
-def test_an_export_among_a_stages_files_is_published_as_itself(push, hub, stage, tiny, tmp_path):
+def test_an_export_next_to_a_stages_files_is_published_by_itself(push, hub, stage, tiny, tmp_path):
     run_dir = shutil.copytree(stage.parent, tmp_path / "run")
     file = run_dir / "03_merge_gguf" / "small.gguf"
     options = {"quant_types": ["Q4_0"], "merge_into": None, "importance": None, "base_source": None}
@@ -137,19 +139,19 @@ def test_the_same_model_may_be_pushed_again_and_another_may_not(push, hub):
     assert "holds 02_train of model='x'; nothing was overwritten" in push()
 
 
-def test_the_card_has_the_table_of_04_infer_of_these_files_alone(stage, capsys, monkeypatch):
+def test_the_card_has_the_table_of_04_infer_only_for_these_files(stage, capsys, monkeypatch):
     content = manifest.read(stage)
-    monkeypatch.setattr(gguf_file.results, "read", lambda directory: None)
-    table = gguf_file.results.Table(("model", "F1"), [("GGUF", "0.5")], "Замечание")
-    monkeypatch.setattr(gguf_file.results, "show_table", lambda found: table)
+    monkeypatch.setattr(results, "read", lambda directory: None)
+    table = Table(("model", "F1"), [("GGUF", "0.5")], "Замечание")
+    monkeypatch.setattr(results, "show_table", lambda found: table)
     directory = stage.parent / evaluate.STAGE
     directory.mkdir(exist_ok=True)
     identity = {"stage": evaluate.STAGE, "parameters": {}, "outputs": {}}
     (directory / manifest.NAME).write_text(json.dumps({**identity, "inputs": {"gguf": content["outputs"]}}))
-    assert gguf_file._compared(stage, content) == "| model | F1 |\n| --- | --- |\n| GGUF | 0.5 |\n\nЗамечание\n"
+    assert gguf_file._measured(stage, content) == "| model | F1 |\n| --- | --- |\n| GGUF | 0.5 |\n\nЗамечание\n"
     (directory / manifest.NAME).write_text(json.dumps({**identity, "inputs": {"gguf": {"model.gguf": "another"}}}))
-    assert gguf_file._compared(stage, content) == ""
-    assert "compared another GGUF" in capsys.readouterr().out
+    assert gguf_file._measured(stage, content) == ""
+    assert "compared another gguf" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -174,13 +176,13 @@ def listed(stub, sizes):
 
 
 def sizes_of(stub):
-    """As Kaggle lists what was uploaded last."""
+    """By name, as Kaggle lists the last upload."""
     sent = stub.sent("blobs.BlobApiService/StartBlobUpload")
     return {blob["name"]: blob["contentLength"] for blob in sent}
 
 
 class Listing(dict):
-    """What is listed is what came, when it is asked for."""
+    """Lists what has been uploaded so far."""
 
     def __init__(self, stub):
         super().__init__(stub.answers)
@@ -192,7 +194,7 @@ class Listing(dict):
         return super().get(call, otherwise)
 
 
-def test_a_new_model_on_kaggle_is_made_with_its_first_version(kaggle, stage):
+def test_a_new_model_on_kaggle_is_created_with_its_first_version(kaggle, stage):
     kaggle.answers = Listing(kaggle)
     assert gguf_file.push_to_kaggle(stage, "saiga-cats") == f"{INSTANCE}/1"
     (model,) = kaggle.sent(SERVICE + "CreateModel")
@@ -205,7 +207,7 @@ def test_a_new_model_on_kaggle_is_made_with_its_first_version(kaggle, stage):
     assert (stage / "model.gguf").read_bytes() in kaggle.uploads
 
 
-def test_a_model_that_is_there_gets_a_further_version(kaggle, stage):
+def test_an_existing_model_on_kaggle_gets_a_new_version(kaggle, stage):
     kaggle.answer(SERVICE + "GetModel", {"id": 5, "ref": MODEL, "isPrivate": True})
     kaggle.answer(SERVICE + "GetModelInstance", {"id": 6, "slug": "q4-k-m", "versionNumber": 3})
     kaggle.answers = Listing(kaggle)
@@ -215,7 +217,7 @@ def test_a_model_that_is_there_gets_a_further_version(kaggle, stage):
     assert asked["versionNumber"] == 4
 
 
-def test_what_did_not_arrive_whole_on_kaggle_is_told(kaggle):
+def test_a_file_that_did_not_arrive_on_kaggle_is_reported(kaggle):
     listed(kaggle, {"model.gguf": 17})
     with pytest.raises(SaigaError, match=r"model\.gguf has 17 bytes in alice/saiga-cats/gguf/q4-k-m/1 and 18 here"):
         models.require_arrived(f"{INSTANCE}/1", {"model.gguf": 18})
@@ -223,20 +225,20 @@ def test_what_did_not_arrive_whole_on_kaggle_is_told(kaggle):
         models.require_arrived(f"{INSTANCE}/1", {"model.gguf": 17, "Modelfile": 3}, wait_s=0)
 
 
-def test_a_public_model_on_kaggle_gets_nothing_private(kaggle, stage):
+def test_an_existing_public_model_on_kaggle_is_refused_for_a_private_push(kaggle, stage):
     kaggle.answer(SERVICE + "GetModel", {"id": 5, "ref": MODEL, "isPrivate": False, "title": "x"})
     with pytest.raises(SaigaError, match=r"is there and public"):
         gguf_file.push_to_kaggle(stage, "saiga-cats")
     assert not kaggle.uploads
 
 
-def test_a_refusal_that_kaggle_only_prints_is_an_error(kaggle, stage):
+def test_an_error_that_kaggle_only_prints_is_raised(kaggle, stage):
     kaggle.answer(SERVICE + "CreateModel", {"error": "The requested title is taken"})
     with pytest.raises(SaigaError, match=r"Kaggle refused alice/saiga-cats: .*title is taken"):
         gguf_file.push_to_kaggle(stage, "saiga-cats")
 
 
 @pytest.mark.parametrize("name", ["Saiga", "saiga cats", "a", "alice/saiga-cats", "-saiga-"])
-def test_a_name_that_kaggle_has_not_is_refused(stage, name):
-    with pytest.raises(SaigaError, match="is no name of a Kaggle model"):
+def test_a_name_that_kaggle_does_not_allow_is_refused(stage, name):
+    with pytest.raises(SaigaError, match="is not the name of a Kaggle model"):
         gguf_file.push_to_kaggle(stage, name)

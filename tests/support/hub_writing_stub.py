@@ -1,7 +1,4 @@
-"""A loopback stand-in for the Hub's writing API: repositories that can be created, committed to, listed and read.
-
-`faults`: what goes wrong on the way, see `Hub`.
-"""
+"""A local stub of the Hub's API for creating, committing to, listing and reading repositories."""
 
 import base64
 import hashlib
@@ -14,19 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-OWNER = "someone"  # whose the one good token is
+OWNER = "someone"  # of the only valid token
 
 
 @dataclass
 class Hub:
-    """Files by repository; `private` ones; every request as "METHOD path"."""
+    """Repositories, every request as "METHOD path", and the `faults` that happen on the way."""
 
     token: str
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: set[str] = field(default_factory=set)
-    # "cut": large files lose their last byte; "lose", "alter": a file of the commit; "put": status of an upload;
-    # "create", "commit": status of these; "swap": another content of the same size in a large file; "drop": the
-    # connection ends in the middle of every large file.
+    # "cut": large files lose their last byte; "swap": large files get other content of the same size; "drop": the
+    # connection ends in the middle of every large file; "lose", "alter": the name of a committed file that is lost or
+    # altered; "put", "create", "commit": the status of such a request.
     faults: dict[str, object] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
@@ -65,9 +62,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         repo = "/".join(path.removeprefix("/api/models").strip("/").split("/")[:2]).removesuffix(".git")
         if repo not in hub.repositories:
             return self._reply(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-        return self._of_repository(repo, path, body)
+        return self._answer_about(repo, path, body)
 
-    def _of_repository(self, repo: str, path: str, body: bytes) -> None:
+    def _answer_about(self, repo: str, path: str, body: bytes) -> None:
         hub, files = self.hub, self.hub.repositories[repo]
         if "/preupload/" in path:
             names = [item["path"] for item in json.loads(body)["files"]]

@@ -1,7 +1,4 @@
-"""llama.cpp's own way to a quantised file: its converter, its quantiser, and what a GGUF holds, byte by byte.
-
-And its own Jinja, compiled of its source.
-"""
+"""Run llama.cpp's converter, quantiser and Jinja, and read GGUF files byte by byte."""
 
 import ctypes
 import hashlib
@@ -27,7 +24,7 @@ import pytest
 _CONVERTER = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/")
 _SERVER = ("common/arg.cpp",)
 _JINJA = ("common/jinja/", "common/json.", "common/unicode.", "vendor/nlohmann/", "ggml/include/ggml.h")
-# Of each template with its variables the text, or {"error": …}.
+# Prints the text of each template with its variables, or {"error": …}.
 _RENDERER = """
 #include <cstdlib>
 #include <iostream>
@@ -62,7 +59,7 @@ int main() {
     std::cout << made.dump();
 }
 """
-# Several models in one process. `pre`: what it shall call a pre-tokenizer whose vocabulary it cannot know.
+# Several models in one process. `pre`: the name of a pre-tokenizer whose vocabulary it does not know.
 _DRIVER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -77,67 +74,65 @@ for model, file, pre in jobs:
 """
 
 
-def source(cache_dir: Path) -> Path:
-    """llama.cpp's converter and its Jinja, from the source of the installed llama-cpp-python; 77 MB, once.
+def download_source(cache_dir: Path) -> Path:
+    """The converter and the Jinja sources of the installed llama-cpp-python, downloaded once (77 MB).
 
-    Skips where it is not to be had.
+    Skips the test if they are not available.
     """
     version = importlib.metadata.version("llama-cpp-python")
-    kept = cache_dir / f"llama_cpp_source_{version}_2"  # of what is kept of it, the second choice
+    kept = cache_dir / f"llama_cpp_source_{version}_2"  # changed when more files are kept
     if not kept.is_dir():
         with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-            archive = _source(version, Path(scratch))
+            archive = _download(version, Path(scratch))
             unpacked = Path(scratch) / "unpacked"
             _unpack(archive, unpacked)
             unpacked.rename(kept)
     return kept
 
 
-def jinja(source_dir: Path) -> Path:
-    """A program that renders templates with llama.cpp's Jinja; half a minute to compile, once.
+def compile_jinja(source_dir: Path) -> Path:
+    """A program that renders templates with llama.cpp's Jinja, compiled once (half a minute).
 
-    Skips where no C++ compiler is.
+    Skips the test without a C++ compiler.
     """
     made = source_dir / f"renderer_{hashlib.sha256(_RENDERER.encode()).hexdigest()[:12]}"
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if not made.is_file():
         if compiler is None:
-            pytest.skip("no C++ compiler (c++, g++, clang++) is here, and llama.cpp's Jinja must be compiled")
+            pytest.skip("no C++ compiler (c++, g++, clang++) was found to compile llama.cpp's Jinja")
         with tempfile.TemporaryDirectory(dir=source_dir) as scratch:
             program, written = Path(scratch) / "renderer", Path(scratch) / "renderer.cpp"
             written.write_text(_RENDERER, encoding="utf-8")
             common = source_dir / "common"
             files = [*common.glob("jinja/*.cpp"), common / "json.cpp", common / "unicode.cpp", written]
-            places = [f"-I{source_dir / place}" for place in ("common", "vendor", "ggml/include")]
-            command = [compiler, "-std=c++17", "-O0", *places, *map(str, files), "-o", str(program)]
+            includes = [f"-I{source_dir / directory}" for directory in ("common", "vendor", "ggml/include")]
+            command = [compiler, "-std=c++17", "-O0", *includes, *map(str, files), "-o", str(program)]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-3000:]
             program.rename(made)
     return made
 
 
-def options(source_dir: Path) -> set[str]:
-    """What its programs take on their command lines."""
+def server_options(source_dir: Path) -> set[str]:
+    """The command-line options of llama.cpp's programs."""
     return set(re.findall(r'"(--?[a-z][a-z0-9-]*)"', (source_dir / "common" / "arg.cpp").read_text(encoding="utf-8")))
 
 
-def rendered(program: Path, jobs: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Of each {"template": …, "variables": …} the text, or {"error": …}."""
+def render(program: Path, jobs: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The text for each {"template": …, "variables": …}, or {"error": …}."""
     done = subprocess.run([str(program)], input=json.dumps(jobs), capture_output=True, text=True, check=True)
     made: list[Any] = json.loads(done.stdout)
     return made
 
 
-def _source(version: str, directory: Path) -> Path:
+def _download(version: str, directory: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python"]
     command = [*pip, "--dest", str(directory), f"llama-cpp-python=={version}"]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        said = str(error.stderr or error).strip().splitlines()[-1]
-        pytest.skip(
-            f"the source of llama-cpp-python {version}, which has llama.cpp's converter, is not to be had: {said}"
-        )
+        reason = str(error.stderr or error).strip().splitlines()[-1]
+        pytest.skip(f"the source of llama-cpp-python {version}, with llama.cpp's converter, is not available: {reason}")
     return next(directory.glob("*.tar.gz"))
 
 
@@ -153,7 +148,7 @@ def _unpack(archive: Path, target: Path) -> None:
 
 
 def convert(converter_dir: Path, jobs: Sequence[tuple[Path, Path, str | None]]) -> None:
-    """(directory, GGUF in float32, name of the pre-tokenizer or None) of each model."""
+    """`jobs`: (directory, GGUF in float32 to write, name of the pre-tokenizer or None) for each model."""
     listed = json.dumps([(str(model), str(file), pre) for model, file, pre in jobs])
     done = subprocess.run(
         [sys.executable, "-c", _DRIVER, str(converter_dir), listed], capture_output=True, text=True, timeout=300
@@ -177,7 +172,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class File:
-    """What a GGUF holds, in its order. gguf's own reader takes half a minute for 128,000 tokens."""
+    """The content of a GGUF in its order. gguf's own reader takes half a minute for 128,000 tokens."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
@@ -197,7 +192,7 @@ class File:
             name = read.text()
             shape = read.numbers(f"<{read.numbers('<I')[0]}Q")
             table.append((name, shape, *read.numbers("<IQ")))
-        start = -(-read.place // 32) * 32
+        start = -(-read.offset // 32) * 32
         return cls(metadata, {name: cls._tensor(content, start + at, shape, n) for name, shape, n, at in table})
 
     @staticmethod
@@ -209,17 +204,17 @@ class File:
 
 class _Reader:
     def __init__(self, content: bytes) -> None:
-        self.content, self.place = content, 0
+        self.content, self.offset = content, 0
 
     def numbers(self, form: str) -> tuple[Any, ...]:
-        found = struct.unpack_from(form, self.content, self.place)
-        self.place += struct.calcsize(form)
+        found = struct.unpack_from(form, self.content, self.offset)
+        self.offset += struct.calcsize(form)
         return found
 
     def text(self) -> str:
         (length,) = self.numbers("<Q")
-        self.place += length
-        return self.content[self.place - length : self.place].decode("utf-8")
+        self.offset += length
+        return self.content[self.offset - length : self.offset].decode("utf-8")
 
     def value(self, kind: int) -> Any:
         if kind == gguf.GGUFValueType.STRING:

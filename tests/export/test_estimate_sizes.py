@@ -1,4 +1,4 @@
-from saigakit.export import plan
+from saigakit.export import estimate
 
 BY_TYPE = {"F32": 538 * 10**6, "Q8_0": 145 * 10**6, "Q4_K_M": 105 * 10**6}
 
@@ -8,8 +8,8 @@ def texts(figure):
     return [label.get_text() for label in axes.get_yticklabels()], [text.get_text() for text in axes.texts]
 
 
-def test_every_form_has_a_bar_and_its_size():
-    names, values = texts(plan.plot_sizes(538 * 10**6, 20 * 10**6, BY_TYPE, "Q4_K_M"))
+def test_base_adapter_and_every_quant_type_have_a_bar_with_the_size():
+    names, values = texts(estimate.plot_sizes(538 * 10**6, 20 * 10**6, BY_TYPE, "Q4_K_M"))
     assert [name.splitlines()[-1] for name in names] == [
         "base model",
         "adapter",
@@ -21,11 +21,11 @@ def test_every_form_has_a_bar_and_its_size():
 
 
 def test_large_models_are_shown_in_gigabytes():
-    figure = plan.plot_sizes(13_480_000_000, None, {"Q4_K_M": 4_080_000_000}, "Q4_K_M")
+    figure = estimate.plot_sizes(13_480_000_000, None, {"Q4_K_M": 4_080_000_000}, "Q4_K_M")
     assert texts(figure)[1] == ["13.48", "4.08"]
     assert "GB" in figure.axes[0].get_xlabel()
 
 
-def test_the_picture_can_be_drawn(tmp_path):
-    plan.plot_sizes(538 * 10**6, 20 * 10**6, BY_TYPE, "Q4_K_M").savefig(tmp_path / "sizes.png")
+def test_the_plot_can_be_saved(tmp_path):
+    estimate.plot_sizes(538 * 10**6, 20 * 10**6, BY_TYPE, "Q4_K_M").savefig(tmp_path / "sizes.png")
     assert (tmp_path / "sizes.png").stat().st_size > 10_000

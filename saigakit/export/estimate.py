@@ -1,4 +1,4 @@
-"""Estimate time, memory and disk of an export, and plot the sizes."""
+"""Estimate the time, memory and disk that an export takes, and plot the sizes."""
 
 import time
 from collections.abc import Mapping
@@ -8,53 +8,52 @@ from typing import TYPE_CHECKING
 
 from saigakit.core import workspace
 from saigakit.core.display import Table
+from saigakit.export.gguf_export import Export
 from saigakit.llamacpp import quantization, streaming
-from saigakit.weights.tensors import Shards
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from saigakit.weights.tensors import Shape
 
-_NUMBERS = 1 << 19  # of the sample, about: a tenth of a second for the slowest type
+_NUMBERS = 1 << 19  # in the sample, about: a tenth of a second for the slowest type
 _READ = 32 * 10**6  # bytes of the sample
 _SLOW = (
-    "This wheel of llama-cpp-python does not use AVX2, which this CPU has: quantising and answers are several times "
-    "slower than they could be. Install a wheel that was built with it."
+    "This build of llama-cpp-python does not use AVX2, which this CPU has: quantising and answering are several times "
+    "slower. Install a build with AVX2."
 )
+_GREY, _BLUE, _GREEN, _PALE = "#9aa0a6", "#1a73e8", "#188038", "#ceead6"
 
 
-def plan(
-    files: Mapping[str, tuple[Mapping[str, str], int]],
-    shapes: Mapping[str, "Shape"],
-    base: Shards,
-    memory: int,
-    read: streaming.Read,
-) -> Table:
-    """`files`: quant type to the types of its tensors and its bytes; `memory`: bytes that are held."""
-    seconds_per_number = _measured({ggml for types, _ in files.values() for ggml in types.values()}, shapes, read)
+def estimate_table(export: Export) -> Table:
+    """What is read and written, and about how long it takes, measured on a sample."""
+    base, shapes = export.merged.base, export.shapes
+    types = {quant_type: export.types(quant_type) for quant_type in export.quant_types}
+    ggml_types = {ggml_type for each in types.values() for ggml_type in each.values()}
+    seconds_per_number = _seconds_per_number(ggml_types, shapes, export.read)
     reading_s = base.bytes_on_disk / _read_speed(max(base.files, key=lambda file: file.stat().st_size))
     numbers = sum(map(prod, shapes.values()))
     cores = quantization.cores()
-    rows = [("read · читается", f"{base.bytes_on_disk / workspace.GB:.2f} GB", f"{reading_s:.0f} s")]
-    merging_s = numbers * seconds_per_number["read"] / cores
-    rows.append(("merge · слияние", f"{numbers / 1e9:.2f}·10⁹", f"{merging_s:.0f} s"))
-    computing_s = merging_s
-    for quant_type, (types, size) in files.items():
-        took = sum(prod(shape) * seconds_per_number[types[name]] for name, shape in shapes.items()) / cores
+    computing_s = numbers * seconds_per_number["read"] / cores
+    rows = [
+        ("read · читается", f"{base.bytes_on_disk / workspace.GB:.2f} GB", f"{reading_s:.0f} s"),
+        ("merge · слияние", f"{numbers / 1e9:.2f}·10⁹", f"{computing_s:.0f} s"),
+    ]
+    for quant_type, ggml_type_of in types.items():
+        took = sum(prod(shape) * seconds_per_number[ggml_type_of[name]] for name, shape in shapes.items()) / cores
         computing_s += took
-        rows.append((f"write {quant_type}", f"{size / workspace.GB:.2f} GB", f"{took:.0f} s"))
-    rows.append(("together · всего", f"{memory / workspace.GB:.1f} GB RAM", f"{max(computing_s, reading_s):.0f} s"))
-    note = f"Estimated on a sample; reading and computing on {cores} cores go on at once."
-    return Table(("03_merge_gguf", "how much", "about"), rows, f"{note} {_SLOW}" if is_wheel_slow() else note)
+        rows.append((f"write {quant_type}", f"{export.bytes(quant_type) / workspace.GB:.2f} GB", f"{took:.0f} s"))
+    rows.append(("total · всего", f"{export.memory / workspace.GB:.1f} GB RAM", f"{max(computing_s, reading_s):.0f} s"))
+    note = f"Estimated from a sample; reading overlaps with computing on {cores} cores."
+    return Table(("03_merge_gguf", "amount", "time, about"), rows, f"{note} {_SLOW}" if lacks_avx2() else note)
 
 
-def _measured(types: set[str], shapes: Mapping[str, "Shape"], read: streaming.Read) -> dict[str, float]:
-    """Seconds a number of each type takes on one core, and of "read": reading and merging it."""
+def _seconds_per_number(types: set[str], shapes: Mapping[str, "Shape"], read: streaming.Read) -> dict[str, float]:
+    """Quantising to each type on one core; "read" is reading and merging."""
     name, shape = max(shapes.items(), key=lambda item: (item[0].startswith("blk."), prod(item[1])))
     rows = slice(0, min(shape[0], max(1, _NUMBERS // prod(shape[1:]))))
     start = time.perf_counter()
-    read(name, slice(0, 1))  # where it goes into a dequantised base, this looks at the whole matrix
+    read(name, slice(0, 1))  # merging into a dequantised base reads the complete matrix first
     prepared = time.perf_counter()
     sample = read(name, rows)
     taken = {"read": (prepared - start) / prod(shape) + (time.perf_counter() - prepared) / sample.size}
@@ -69,7 +68,7 @@ def _measured(types: set[str], shapes: Mapping[str, "Shape"], read: streaming.Re
 
 
 def _read_speed(file: Path) -> float:
-    """Bytes a second, from the middle of a file; fast where it is in memory already."""
+    """Bytes per second in the middle of the file; high if it is in the page cache."""
     with file.open("rb", buffering=0) as stream:
         stream.seek(file.stat().st_size // 2)
         start = time.perf_counter()
@@ -77,20 +76,15 @@ def _read_speed(file: Path) -> float:
         return count / (time.perf_counter() - start)
 
 
-def is_wheel_slow() -> bool:
-    """Whether the CPU has AVX2 and llama.cpp's build does not use it."""
+def lacks_avx2() -> bool:
+    """Whether the CPU has AVX2 and this build of llama.cpp does not use it."""
     import llama_cpp
 
-    cpuinfo = Path("/proc/cpuinfo")
-    has = cpuinfo.exists() and " avx2 " in f" {cpuinfo.read_text(encoding='utf-8')} ".replace("\n", " ")
-    return has and b"AVX2 = 1" not in llama_cpp.llama_print_system_info()
-
-
-_GREY, _BLUE, _GREEN, _PALE = "#9aa0a6", "#1a73e8", "#188038", "#ceead6"
+    return "avx2" in workspace.cpu_flags() and b"AVX2 = 1" not in llama_cpp.llama_print_system_info()
 
 
 def plot_sizes(base: int, adapter: int | None, by_quant_type: Mapping[str, int], made: str) -> "Figure":
-    """Bars in bytes: the base on disk, the adapter, the GGUF that was made, and what other quant types would take."""
+    """Bars of bytes: the base, the adapter, the GGUF that was made and the other quant types."""
     from matplotlib.figure import Figure
 
     bars = [("база\nbase model", base, _GREY)]
@@ -112,7 +106,7 @@ def plot_sizes(base: int, adapter: int | None, by_quant_type: Mapping[str, int],
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
         f"Размер модели: сделан {made}, остальные типы — для сравнения\n"
-        f"size of the model: {made} was made, the other quant types are computed",
+        f"Size of the model: {made} was made, the other quant types are computed",
         fontsize=11,
     )
     return figure

@@ -1,0 +1,145 @@
+"""Upload files to a Hub repository in one commit and verify what arrived."""
+
+import json
+import tempfile
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+from saigakit.core import hub, manifest
+from saigakit.core.files import sha256, write_text
+from saigakit.errors import SaigaError
+from saigakit.weights import lineage
+
+_OF_THE_HUB = {".gitattributes", "README.md"}  # the Hub makes them itself
+
+
+def require_unchanged(directory: Path, stage: str) -> manifest.Manifest:
+    """The manifest of a finished stage. Raises SaigaError if one of its files has changed."""
+    content = manifest.require_stage(directory, stage)
+    if damaged := manifest.changed(directory, content):
+        raise SaigaError(f"{directory}: {', '.join(damaged)} changed since it was made. Run {stage} again.")
+    return content
+
+
+def public_manifest(content: Mapping[str, Any], kept: Container[str]) -> dict[str, Any]:
+    """The manifest as the next stage reads it, for the files `kept` and without paths of this machine."""
+    parameters = {name: _without_path(value) for name, value in content["parameters"].items() if name != "base_source"}
+    outputs = {name: digest for name, digest in content["outputs"].items() if name in kept}
+    return {**content, "parameters": parameters, "outputs": outputs}
+
+
+def _without_path(value: object) -> object:
+    if isinstance(value, list):
+        return [_without_path(each) for each in value]
+    is_path = isinstance(value, str) and (value.startswith(("/", ".", "~")) or Path(value).exists())
+    return Path(str(value)).name if is_path else value
+
+
+def write_texts(directory: Path, content: manifest.Manifest, texts: Mapping[str, str]) -> dict[str, Path]:
+    """Write `texts` and the manifest; returns the files by name."""
+    texts = {**texts, manifest.NAME: json.dumps(content, ensure_ascii=False, indent=2)}
+    return {name: write_text(directory / name, text) for name, text in texts.items()}
+
+
+class HubRepository:
+    """One repository, and the only holder of the token."""
+
+    def __init__(self, repo_id: str) -> None:
+        """Raises SaigaError for a bad name or without the secret HF_TOKEN."""
+        from huggingface_hub import HfApi
+
+        self.repo_id, self._token = repo_id, hub.writing_token()
+        self.api = HfApi(token=self._token)
+        if not hub.is_hub_id(repo_id):
+            raise SaigaError(
+                f"repo_id={repo_id!r} is not the name of a repository. Give 'owner/name', with Latin letters, digits, "
+                "'-', '_' and '.', where owner is your name on the Hub or that of your organisation."
+            )
+
+    def push(
+        self, files: Mapping[str, Path], content: Mapping[str, Any], message: str, *, private: bool, replace: bool
+    ) -> str:
+        """Replace what the repository holds by `files`, with the manifest `content`; returns its address."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        with hub.quietly(), hub.explained(self.repo_id, self._token):
+            names = self._open(content, private=private, replace=replace)
+            size = sum(file.stat().st_size for file in files.values())
+            print(f"Uploading {len(files)} files, {size / 1e6:,.1f} MB, to {self.repo_id} …", flush=True)
+            added = [CommitOperationAdd(name, str(file)) for name, file in files.items()]
+            removed = [CommitOperationDelete(name) for name in names if name not in files]
+            commit = self.api.create_commit(self.repo_id, [*added, *removed], commit_message=message)
+            self._require_arrived(files, commit.oid)
+        url = f"{self.api.endpoint}/{self.repo_id}"
+        print(f"All {len(files)} files arrived: {url}", flush=True)
+        return url
+
+    def _open(self, content: Mapping[str, Any], *, private: bool, replace: bool) -> list[str]:
+        """The names of our files in the repository, which is created if it does not exist."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        try:
+            info = self.api.model_info(self.repo_id)
+        except RepositoryNotFoundError:
+            self.api.create_repo(self.repo_id, private=private)
+            return []
+        if private and not info.private:
+            raise SaigaError(
+                f"{self.repo_id} exists and is public, but private=True. Make it private in its settings on the Hub, "
+                "push with private=False, or choose another repo_id."
+            )
+        names = [file.rfilename for file in info.siblings or [] if file.rfilename not in _OF_THE_HUB]
+        if names and not replace:
+            self._require_same_model(names, content)
+        return names
+
+    def _require_same_model(self, names: list[str], content: Mapping[str, Any]) -> None:
+        """Raises SaigaError if the repository holds something other than an earlier push of the same model."""
+        what = f"{len(names)} files ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
+        if manifest.NAME in names:
+            there, ours = _identity(self._fetch(manifest.NAME, None)), _identity(json.dumps(content))
+            if there == ours:
+                return
+            if there[0] is not None:
+                is_same_model = there[:2] == ours[:2]
+                what = f"{there[0]} of model={there[1]!r}" + (", on other base weights" if is_same_model else "")
+        raise SaigaError(
+            f"{self.repo_id} exists and holds {what}; nothing was overwritten. Choose another repo_id, or push with "
+            "replace=True to replace its files."
+        )
+
+    def _require_arrived(self, files: Mapping[str, Path], commit: str) -> None:
+        """Compare all sizes, the SHA-256 that the Hub has of large files, and small files byte by byte."""
+        from huggingface_hub.hf_api import RepoFile
+
+        tree = self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)
+        found = {item.path: item for item in tree if isinstance(item, RepoFile)}
+        for name, file in files.items():
+            if name not in found:
+                raise SaigaError(f"{name} did not arrive in {self.repo_id}. Push it again.")
+            size, digest = file.stat().st_size, sha256(file)
+            if found[name].size != size:
+                problem = f"has {found[name].size:,} bytes in {self.repo_id} and {size:,} here"
+            elif (lfs := found[name].lfs) is not None and lfs.sha256 != digest:
+                problem = f"has the SHA-256 {lfs.sha256} in {self.repo_id} and {digest} here"
+            elif lfs is None and self._fetch(name, commit) != file.read_bytes():
+                problem = f"has different content in {self.repo_id} than here"
+            else:
+                continue
+            raise SaigaError(f"{name} {problem}: it was damaged in transfer. Delete it there and push again.")
+
+    def _fetch(self, name: str, revision: str | None) -> bytes:
+        with tempfile.TemporaryDirectory() as scratch:
+            return Path(self.api.hf_hub_download(self.repo_id, name, revision=revision, cache_dir=scratch)).read_bytes()
+
+
+def _identity(text: str | bytes) -> tuple[Any, Any, Any]:
+    """Stage, model and hashes of the base's weights in a manifest; None for each if it is not a manifest."""
+    try:
+        content = json.loads(text)
+        base = content["inputs"]["base"]
+        weights = lineage.weights_of(base) if isinstance(base, dict) else base
+        return content["stage"], content["parameters"]["model"], weights
+    except (ValueError, KeyError, TypeError):
+        return None, None, None
