@@ -9,7 +9,8 @@ from saigakit.core import manifest
 from saigakit.core.display import Table
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import quantization
-from saigakit.weights.memory import CacheType, Shape
+from saigakit.weights.memory import CacheType
+from saigakit.weights.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +36,7 @@ class Needs:
     buffers: int  # of one batch between layers, and the vocabulary
 
     @classmethod
-    def of(cls, shape: Shape, file_bytes: int, n_ctx: int, cache_type: CacheType = "f16") -> Self:
+    def of(cls, shape: ModelShape, file_bytes: int, n_ctx: int, cache_type: CacheType = "f16") -> Self:
         """On a CPU with flash attention, as `infer.load` sets it. Compared with llama.cpp in benchmarks/fit.py."""
         keys = shape.kv_heads * shape.head_dim
         # Gate, up and their product; what goes around them and into them; new keys and values; the mask in float16.
@@ -89,7 +90,7 @@ class Choice:
         return f"{self.quant_type} with {self.n_ctx} tokens of context{cache}"
 
 
-def best(shape: Shape, by_type: Mapping[str, int], *, longest: int, machine_gib: float = MACHINES[0]) -> Choice:
+def best(shape: ModelShape, by_type: Mapping[str, int], *, longest: int, machine_gib: float = MACHINES[0]) -> Choice:
     """The quant type of highest quality that fits with LEAST_CONTEXT tokens, and its longest context there.
 
     `by_type`: bytes of the file in each type. Keys and values stay in float16 where that is enough for it. Where
@@ -109,24 +110,29 @@ def best(shape: Shape, by_type: Mapping[str, int], *, longest: int, machine_gib:
     return _choice(shape, by_type, smallest, least, _cache_types(shape)[-1], machine_gib)
 
 
-def _cache_types(shape: Shape) -> list[CacheType]:
+def _cache_types(shape: ModelShape) -> list[CacheType]:
     return [name for name in _CACHE_BYTES if name == "f16" or shape.head_dim % _BLOCK == 0]
 
 
 def _choice(
-    shape: Shape, by_type: Mapping[str, int], quant_type: str, n_ctx: int, cache_type: CacheType, machine_gib: float
+    shape: ModelShape,
+    by_type: Mapping[str, int],
+    quant_type: str,
+    n_ctx: int,
+    cache_type: CacheType,
+    machine_gib: float,
 ) -> Choice:
     needs = Needs.of(shape, by_type[quant_type], n_ctx, cache_type)
     return Choice(quant_type=quant_type, n_ctx=n_ctx, cache_type=cache_type, needs=needs, machine_gib=machine_gib)
 
 
-def chosen(shape: Shape, by_type: Mapping[str, int], *, longest: int) -> Choice:
+def chosen(shape: ModelShape, by_type: Mapping[str, int], *, longest: int) -> Choice:
     """The best on the smallest of MACHINES that anything fits; where nothing does, what needs least."""
     found = [best(shape, by_type, longest=longest, machine_gib=machine) for machine in MACHINES]
     return next((choice for choice in found if choice.fits), found[-1])
 
 
-def in_words(shape: Shape, by_type: Mapping[str, int], *, longest: int, machine_gib: float = MACHINES[0]) -> str:
+def in_words(shape: ModelShape, by_type: Mapping[str, int], *, longest: int, machine_gib: float = MACHINES[0]) -> str:
     """One recommendation."""
     choice = best(shape, by_type, longest=longest, machine_gib=machine_gib)
     allowance = f"{SYSTEM / GIB:.1f} GiB are left to the system"
@@ -140,7 +146,9 @@ def in_words(shape: Shape, by_type: Mapping[str, int], *, longest: int, machine_
     )
 
 
-def table(shape: Shape, by_type: Mapping[str, int], *, longest: int, contexts: Sequence[int] = CONTEXTS[:3]) -> Table:
+def table(
+    shape: ModelShape, by_type: Mapping[str, int], *, longest: int, contexts: Sequence[int] = CONTEXTS[:3]
+) -> Table:
     """GiB of each quant type and context, part by part, with both types of cache; and the machine that it fits."""
     require_sizes(by_type)
     rows = []
@@ -161,14 +169,14 @@ def table(shape: Shape, by_type: Mapping[str, int], *, longest: int, contexts: S
 def memory_table(stage_dir: Path) -> Table:
     """What each quant type of the model in a 03_merge_gguf would need, at 2048 and 4096 tokens of context."""
     memory = manifest.read(stage_dir)["memory"]
-    return table(Shape(**memory["shape"]), memory["files"], longest=memory["longest"], contexts=CONTEXTS[:2])
+    return table(ModelShape(**memory["shape"]), memory["files"], longest=memory["longest"], contexts=CONTEXTS[:2])
 
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.2f}"
 
 
-def _by_cache_type(shape: Shape, file_bytes: int, n_ctx: int) -> dict[CacheType, Needs]:
+def _by_cache_type(shape: ModelShape, file_bytes: int, n_ctx: int) -> dict[CacheType, Needs]:
     return {cache_type: Needs.of(shape, file_bytes, n_ctx, cache_type) for cache_type in _cache_types(shape)}
 
 
@@ -196,7 +204,7 @@ def require_sizes(by_type: Mapping[str, int]) -> None:
         raise SaigaError("There is no quant type to look at; give one at least.")
 
 
-def plot(shape: Shape, by_type: Mapping[str, int], *, n_ctx: int = LEAST_CONTEXT) -> "Figure":
+def plot(shape: ModelShape, by_type: Mapping[str, int], *, n_ctx: int = LEAST_CONTEXT) -> "Figure":
     """Bars in GiB: what each quant type needs at `n_ctx` tokens, against machines of 6, 8 and 16 GB.
 
     With keys and values in f16, and below it in q8_0 too where that fits a smaller machine.
@@ -231,7 +239,7 @@ def plot(shape: Shape, by_type: Mapping[str, int], *, n_ctx: int = LEAST_CONTEXT
     return figure
 
 
-def _bars(shape: Shape, by_type: Mapping[str, int], n_ctx: int) -> dict[str, Needs]:
+def _bars(shape: ModelShape, by_type: Mapping[str, int], n_ctx: int) -> dict[str, Needs]:
     bars = {}
     for quant_type, size in by_type.items():
         found = _by_cache_type(shape, size, n_ctx)

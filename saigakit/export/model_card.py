@@ -15,7 +15,7 @@ from saigakit.prompt import encoding
 from saigakit.prompt.backends import gguf_vocabulary
 from saigakit.registry import ModelSpec, Sampling
 from saigakit.weights import lineage
-from saigakit.weights.memory import Shape
+from saigakit.weights.model_shape import ModelShape
 
 if TYPE_CHECKING:
     import llama_cpp
@@ -90,7 +90,7 @@ class Described:
     stops: list[str]  # what ends an answer: the token that training taught and the file's EOS
     system_prompt: str | None
     sampling: Sampling
-    shape: Shape
+    shape: ModelShape
     longest: int  # tokens of context that it was trained for
     choice: fit.Choice
 
@@ -175,7 +175,7 @@ def _python(described: Described, name: str) -> str:
 def origin(inputs: Mapping[str, Any]) -> dict[str, str]:
     """SHA-256 of what a GGUF was made of and of what its adapter was trained on; `inputs`: those of its manifest."""
     rows: dict[str, Collection[str]] = {
-        "base": lineage.weights_of(inputs.get("base") or {}),
+        "base": lineage.weight_hashes(inputs.get("base") or {}),
         "adapter": [found for name, found in (inputs.get("adapter") or {}).items() if name.endswith(_WEIGHTS)],
         "training records": (inputs.get("train") or {}).values(),
     }
@@ -258,14 +258,14 @@ def _described(file: Path, spec: ModelSpec, by_type: Mapping[str, int]) -> Descr
         )
 
 
-def _shape(llm: "llama_cpp.Llama") -> Shape:
+def _shape(llm: "llama_cpp.Llama") -> ModelShape:
     kind = llm.metadata["general.architecture"]
 
     def number(key: str, otherwise: int = 0) -> int:
         return int(llm.metadata.get(f"{kind}.{key}", otherwise))
 
     hidden, heads = number("embedding_length"), number("attention.head_count")
-    return Shape(
+    return ModelShape(
         hidden=hidden,
         layers=number("block_count"),
         heads=heads,

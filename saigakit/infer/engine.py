@@ -17,7 +17,7 @@ from saigakit.prompt import encoding
 from saigakit.prompt.backends import piece
 from saigakit.prompt.template import Message
 from saigakit.registry import Sampling
-from saigakit.weights.generate import BATCH_TOKENS, Generated, OnProgress, until_stop
+from saigakit.weights.generate import BATCH_TOKENS, Generated, OnProgress, cut_at_stop
 from saigakit.weights.memory import CacheType
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def greedy(
                 if token in stop_ids or len(row) == max_new_tokens:
                     del running[slot]
                     on_progress(len(prompts) - len(waiting) - len(running), len(prompts))
-    ids = [until_stop(row, stop_ids)[0] for row in rows]
+    ids = [cut_at_stop(row, stop_ids)[0] for row in rows]
     return Generated(ids, time.perf_counter() - start, sum(map(len, rows)))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from saigakit.errors import SaigaError
-from saigakit.weights.memory import Shape as ModelShape
+from saigakit.weights.model_shape import ModelShape
 
 if TYPE_CHECKING:
     import gguf

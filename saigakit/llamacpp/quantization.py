@@ -10,7 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from saigakit.errors import SaigaError
-from saigakit.weights.memory import Shape as ModelShape
+from saigakit.weights.model_shape import ModelShape
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,6 @@ from saigakit.core import workspace
 from saigakit.core.display import Every
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import container, quantization
-from saigakit.weights import blas
 
 if TYPE_CHECKING:
     from saigakit.llamacpp.quantization import Bytes
@@ -189,13 +188,12 @@ def _one_thread_each() -> Iterator[None]:
     import torch
 
     _keep_freed_memory()
-    before, blas_before = torch.get_num_threads(), blas.set_threads(1)
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        blas.set_threads(blas_before)
 
 
 def _keep_freed_memory() -> None:

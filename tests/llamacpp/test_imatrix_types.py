@@ -11,7 +11,7 @@ from matrix import matrix
 
 from saigakit import export
 from saigakit.llamacpp import quantization
-from saigakit.weights.memory import Shape
+from saigakit.weights.model_shape import ModelShape
 
 SETTINGS = {
     "wide": {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8},
@@ -32,7 +32,7 @@ def source(request, tiny, tmp_path_factory):
         for tensor in gguf.GGUFReader(file).tensors
         if len(tensor.shape) == 2 and tensor.name != "token_embd.weight"
     }
-    return file, Shape.of(base_dir), importance
+    return file, ModelShape.of(base_dir), importance
 
 
 def quantised_by_llama_cpp(file, quant_type, importance, made):

@@ -4,10 +4,14 @@ import pytest
 
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import quantization
-from saigakit.weights.memory import Shape
+from saigakit.weights.model_shape import ModelShape
 
-MODEL = Shape(hidden=256, layers=16, heads=8, kv_heads=2, head_dim=32, intermediate=512, vocabulary=768, tied=False)
-DEEP = Shape(hidden=256, layers=80, heads=64, kv_heads=8, head_dim=32, intermediate=512, vocabulary=768, tied=False)
+MODEL = ModelShape(
+    hidden=256, layers=16, heads=8, kv_heads=2, head_dim=32, intermediate=512, vocabulary=768, tied=False
+)
+DEEP = ModelShape(
+    hidden=256, layers=80, heads=64, kv_heads=8, head_dim=32, intermediate=512, vocabulary=768, tied=False
+)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from saigakit.errors import SaigaError
 from saigakit.registry import ATTENTION, Lora
 from saigakit.train import preflight
 from saigakit.weights import load, memory
+from saigakit.weights.model_shape import ModelShape
 
 T4 = Gpu("Tesla T4", (7, 5), 16 * 10**9, 15 * 10**9)
 P100 = Gpu("Tesla P100", (6, 0), 16 * 10**9, 15 * 10**9)
@@ -134,7 +135,7 @@ def test_a_damaged_config_of_the_adapter_is_named(tiny, tmp_path):
 
 
 def test_a_disk_without_room_for_checkpoints_is_told_with_both_numbers(tiny, tmp_path, monkeypatch):
-    shape = memory.Shape.of(tiny / "base")
+    shape = ModelShape.of(tiny / "base")
     lora = Lora(rank=64)
     adapter_bytes = 4 * shape.adapter_parameters(lora)
     monkeypatch.setattr(workspace, "free_disk", lambda _: 12 * adapter_bytes + 10 * 10**6)
@@ -168,10 +169,8 @@ def test_an_adapter_that_cannot_be_folded_is_refused_before_weights_load(tiny, t
 
 
 def test_a_sharded_base_is_loaded_by_every_process(monkeypatch):
-    shape = memory.Shape(
-        hidden=8, layers=2, heads=2, kv_heads=2, head_dim=4, intermediate=16, vocabulary=100, tied=False
-    )
-    whole = memory.weights(shape, "nf4", 2)
+    shape = ModelShape(hidden=8, layers=2, heads=2, kv_heads=2, head_dim=4, intermediate=16, vocabulary=100, tied=False)
+    whole = memory.weight_bytes(shape, "nf4", 2)
     monkeypatch.setattr(workspace, "available_memory", lambda: 2 * whole - 1)
     sharded = config(sharding="fsdp", quantization="nf4")
     preflight.sharded_loading(sharded, shape, 1)
