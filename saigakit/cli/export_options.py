@@ -99,9 +99,8 @@ def _matrix(
         raise SaigaError("An importance matrix is made of records for one adapter without a weight, or none.")
     file = Path(output).with_suffix(".imatrix.gguf")
     into: dict[str, Any] = {"merge_into": merge_into} if merge_into else {}
-    return calibration.importance_of_records(
-        records, model=model, adapter=adapter, output=file, base_source=base_source, quant_types=quant_types, **into
-    )
+    merged = calibration.MergedModel(model=model, adapter=adapter, base_source=base_source, **into)
+    return calibration.importance_of_records(records, merged, file, quant_types=quant_types)
 
 
 def _named(file: Path) -> str:

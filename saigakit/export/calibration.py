@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +25,39 @@ _CONVERSATIONS = 2_000  # evenly spread over the file; more do not change a matr
 _LONGEST = 2048  # tokens of one
 
 
+@dataclass(frozen=True, kw_only=True)
+class MergedModel:
+    """The model to calibrate, with arguments as for `to_gguf`."""
+
+    model: str
+    adapter: str | Path | None
+    base_source: str | None = None
+    merge_into: MergeInto = "auto"
+
+
 def importance_of_records(
     records: str | Path,
-    *,
-    model: str,
-    adapter: str | Path | None,
+    merged: MergedModel,
     output: str | Path,
-    base_source: str | None = None,
-    merge_into: MergeInto = "auto",
+    *,
     max_tokens: int = 50_000,
     n_gpu_layers: int = 0,
     quant_types: Sequence[str] = (),
 ) -> Path:
-    """The importance matrix of the merged model on the ids that it was trained on, in llama.cpp's form, as `output`.
+    """Compute the importance matrix of the merged model on `records` and write it to `output`.
 
-    `records`: as for 01_format. A Q8_0 GGUF is made in the scratch directory for it, and deleted. Raises SaigaError
-    where there is no room for it or for files of `quant_types` beside `output`, or `output` is there already.
+    It is computed from a temporary Q8_0 GGUF. Raises SaigaError if `output` exists, or if there is no room for that
+    file or for GGUF files of `quant_types` next to `output`.
     """
     require_absent(Path(output))
     if quant_types:  # before hours of computing
-        require_possible(model, adapter, base_source, quant_types, merge_into, Path(output).parent)
-    ids = token_rows(records, model, base_source)
-    with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
-        whole = to_gguf(
-            model=model,
-            adapter=adapter,
-            output=Path(scratch) / "q8_0.gguf",
-            quant_type="Q8_0",
-            base_source=base_source,
-            merge_into=merge_into,
+        require_possible(
+            merged.model, merged.adapter, merged.base_source, quant_types, merged.merge_into, Path(output).parent
         )
-        made = imatrix_compute.measured(
+    ids = token_rows(records, merged.model, merged.base_source)
+    with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
+        whole = to_gguf(**vars(merged), output=Path(scratch) / "q8_0.gguf", quant_type="Q8_0")
+        made = imatrix_compute.compute_importance(
             whole,
             [ids[index]["input_ids"] for index in range(len(ids))],
             dataset=Path(records).name,
@@ -103,10 +106,8 @@ def importance_matrix(
         with manifest.making(final, **identity, is_derived=True) as partial:
             importance_of_records(
                 records,
-                model=model,
-                adapter=adapter_dir,
-                output=partial / _MATRIX,
-                base_source=base_source,
+                MergedModel(model=model, adapter=adapter_dir, base_source=base_source),
+                partial / _MATRIX,
                 max_tokens=max_tokens,
                 n_gpu_layers=n_gpu_layers,
                 quant_types=[quant_type] if quant_type else [],

@@ -77,11 +77,11 @@ class Export:
         architecture = Architecture.of(base_dir)
         merged = Merged.of(base_dir, adapters, **trained.merging)
         architecture = architecture.untied() if merged.is_untied else architecture
-        source_of = architecture.sources(merged.shapes)
+        source_of = architecture.source_names(merged.shapes)
         architecture.require_shapes(source_of, merged.shapes)
         shapes = {name: merged.shapes[source] for name, source in source_of.items()}
-        shapes |= {name: tensor.shape for name, tensor in architecture.computed().items()}
-        matrix = None if importance is None else Importance.of_file(importance)
+        shapes |= {name: tensor.shape for name, tensor in architecture.computed_tensors().items()}
+        matrix = None if importance is None else Importance.read(importance)
         if matrix is not None:
             matrix.require_fit(shapes, str(importance))
         tokenizer = encoding.load_tokenizer(spec.name, base_source)
@@ -94,7 +94,7 @@ class Export:
             architecture=architecture,
             vocabulary=Vocabulary.of(find.tokenizer_dir(spec, base_source), tokenizer, architecture.config),
             tokenizer=tokenizer,
-            shapes={name: shapes[name] for name in quantization.in_order(shapes)},
+            shapes={name: shapes[name] for name in quantization.sort_names(shapes)},
             source_of=source_of,
             importance=matrix,
             importance_file=None if importance is None else Path(importance),
@@ -132,7 +132,7 @@ class Export:
     @property
     def _memory(self) -> int:
         """Bytes that are held while the files are written."""
-        return streaming.memory(self.shapes, self.architecture.shape.head_dim, len(self.quant_types))
+        return streaming.memory_needed(self.shapes, self.architecture.shape.head_dim, len(self.quant_types))
 
     def plan(self) -> Table:
         """What is read and written, and about how long it takes, measured on a sample."""
@@ -196,12 +196,14 @@ class Export:
             start = container.write_header(self._writer(file, quant_type), self.shapes, types)
             targets.append(streaming.Target(file, types, start))
         head = self.architecture.shape.head_dim
-        written = streaming.fill(targets, self.shapes, self._read, whole_rows=head, importance=self.importance)
+        written = streaming.write_tensors(
+            targets, self.shapes, self._read, row_multiple=head, importance=self.importance
+        )
         return dict(zip(files, written, strict=True))
 
     def _require_readable(self, quant_type: str, file: Path, written: Sequence[Written], texts: Sequence[str]) -> str:
         types = self.types(quant_type)
-        container.require_whole(file, self.shapes, types, self.bytes(quant_type))
+        container.require_complete(file, self.shapes, types, self.bytes(quant_type))
         wanted = {key: value.value for key, value in self._writer(file, quant_type).kv_data[0].items()}
         read_back.require_tensors(file, wanted, self.shapes, types)
         read_back.require_written(file, written)
@@ -219,8 +221,8 @@ class Export:
     def _read(self, name: str, rows: slice) -> "Array":
         """Rows of whole heads, in llama.cpp's order."""
         if name not in self.source_of:
-            return self.architecture.computed()[name][rows]
-        return self.architecture.converted(name, self.merged.read(self.source_of[name], rows))
+            return self.architecture.computed_tensors()[name][rows]
+        return self.architecture.convert(name, self.merged.read(self.source_of[name], rows))
 
     def _writer(self, file: Path, quant_type: str) -> "gguf.GGUFWriter":
         """With all metadata; the two keys that llama.cpp's quantiser rewrites come last, where it leaves them."""
@@ -236,8 +238,8 @@ class Export:
         writer.add_sampling_top_p(sampling.top_p)
         writer.add_sampling_temp(sampling.temperature)
         writer.add_sampling_penalty_repeat(sampling.repeat_penalty)
-        self.architecture.describe(writer)
-        self.vocabulary.describe(writer)
+        self.architecture.write_metadata(writer)
+        self.vocabulary.write_metadata(writer)
         writer.add_chat_template(template.for_inference(self.tokenizer.chat_template))
         if self.system_prompt is not None:
             writer.add_string(lineage.SYSTEM_PROMPT_KEY, self.system_prompt)
@@ -245,7 +247,7 @@ class Export:
         named = "ALL_F32" if quant_type == "F32" else f"MOSTLY_{quant_type}"
         writer.add_file_type(gguf.LlamaFileType[named])
         if self.importance is not None and self.importance_file is not None:
-            self.importance.describe(writer, self.importance_file)
+            self.importance.write_metadata(writer, self.importance_file)
         return writer
 
     def plot(self) -> "Figure":

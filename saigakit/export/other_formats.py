@@ -42,7 +42,7 @@ def to_lora_gguf(*, model: str, adapter: str | Path, output: str | Path, base_so
     merged = Merged.of(base_dir, adapter_dir)
     (lora, _), *_ = merged.adapters
     _require_holdable(merged, lora)
-    places = {source: name for name, source in architecture.sources(merged.shapes).items()}
+    places = {source: name for name, source in architecture.source_names(merged.shapes).items()}
     if lost := sorted(set(lora.updates) - set(places)):
         raise SaigaError(f"{adapter_dir} changes {lost[0]}, which a {architecture.kind.name} GGUF has no place for.")
     alpha, tensors = _tensors(lora, architecture, places)
@@ -94,7 +94,7 @@ def _tensors(lora: Adapter, architecture: Architecture, places: dict[str, str]) 
         rest = update.scale * ranks[name] / alpha
         b = b if abs(rest - 1) < 1e-12 else b * np.float32(rest)
         # Of the embeddings llama.cpp takes rows of A, one per token.
-        a, b = (a.T, b) if name == EMBEDDINGS else (a, architecture.reordered(places[name], b))
+        a, b = (a.T, b) if name == EMBEDDINGS else (a, architecture.reorder(places[name], b))
         for letter, matrix in (("a", a), ("b", b)):
             if not np.isfinite(matrix).all():
                 raise SaigaError(f"{lora.directory} holds NaN or infinity in {name}: the training diverged.")

@@ -29,13 +29,13 @@ def plan(
     shapes: Mapping[str, "Shape"],
     base: Shards,
     memory: int,
-    read: streaming.Read,
+    read: streaming.ReadRows,
 ) -> Table:
     """`files`: quant type to the types of its tensors and its bytes; `memory`: bytes that are held."""
     seconds_per_number = _measured({ggml for types, _ in files.values() for ggml in types.values()}, shapes, read)
     reading_s = base.bytes_on_disk / _read_speed(max(base.files, key=lambda file: file.stat().st_size))
     numbers = sum(map(prod, shapes.values()))
-    cores = quantization.cores()
+    cores = quantization.usable_cores()
     rows = [("read · читается", f"{base.bytes_on_disk / workspace.GB:.2f} GB", f"{reading_s:.0f} s")]
     merging_s = numbers * seconds_per_number["read"] / cores
     rows.append(("merge · слияние", f"{numbers / 1e9:.2f}·10⁹", f"{merging_s:.0f} s"))
@@ -49,7 +49,7 @@ def plan(
     return Table(("03_merge_gguf", "how much", "about"), rows, f"{note} {_SLOW}" if is_wheel_slow() else note)
 
 
-def _measured(types: set[str], shapes: Mapping[str, "Shape"], read: streaming.Read) -> dict[str, float]:
+def _measured(types: set[str], shapes: Mapping[str, "Shape"], read: streaming.ReadRows) -> dict[str, float]:
     """Seconds a number of each type takes on one core, and of "read": reading and merging it."""
     name, shape = max(shapes.items(), key=lambda item: (item[0].startswith("blk."), prod(item[1])))
     rows = slice(0, min(shape[0], max(1, _NUMBERS // prod(shape[1:]))))

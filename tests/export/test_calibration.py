@@ -15,13 +15,12 @@ MODEL = "saiga_tiny"
 @pytest.fixture(scope="module")
 def matrix(tiny, tmp_path_factory):
     output = tmp_path_factory.mktemp("matrix") / "imatrix.gguf"
-    return calibration.importance_of_records(
-        tiny / "records.jsonl", model=MODEL, adapter="released", output=output, max_tokens=2_000
-    )
+    merged = calibration.MergedModel(model=MODEL, adapter="released")
+    return calibration.importance_of_records(tiny / "records.jsonl", merged, output, max_tokens=2_000)
 
 
 def test_the_matrix_is_of_the_ids_of_training(tiny, matrix):
-    read = Importance.of_file(matrix)
+    read = Importance.read(matrix)
     tokenizer = encoding.load_tokenizer(MODEL)
     rows = encoding.encode_rows(data.read_conversations(tiny / "records.jsonl"), tokenizer)
     tokens = sum(len(row["input_ids"]) for each in rows for row in each)

@@ -208,7 +208,7 @@ def test_held_out_records_are_compared_with_the_file(made, tmp_path, monkeypatch
     chosen = gguf_export.Export.of(registry.find(str(made[0])), made[1], None, "Q4_0")
     facts = chosen.write(tmp_path / "x.gguf", TEXTS)
     assert json.loads(json.dumps(facts))["files"]["x.gguf"]["quant_type"] == "Q4_0"
-    assert "2 held-out texts have the ids of the training" in capsys.readouterr().out
+    assert "2 evaluation texts have the token ids of the training" in capsys.readouterr().out
     encode = encoding.GgufTokenizer.encode_text
     monkeypatch.setattr(encoding.GgufTokenizer, "encode_text", lambda self, text: encode(self, text)[:-1])
     with pytest.raises(SaigaError):
@@ -219,7 +219,7 @@ def test_held_out_records_are_compared_with_the_file(made, tmp_path, monkeypatch
 @pytest.mark.parametrize("damage", ["a byte", "metadata", "the end", "llama.cpp"])
 def test_what_came_out_wrong_gets_no_name(made, tmp_path, monkeypatch, damage):
     chosen = gguf_export.Export.of(registry.find(str(made[0])), made[1], None, "Q8_0")
-    write_at, fill = streaming._write_at, streaming.fill
+    write_at, fill = streaming._write_at, streaming.write_tensors
     if damage == "a byte":
 
         def other_byte(file, content, offset):
@@ -241,7 +241,7 @@ def test_what_came_out_wrong_gets_no_name(made, tmp_path, monkeypatch, damage):
             targets[0].file.write_bytes(changed)
             return made
 
-        monkeypatch.setattr(streaming, "fill", filled)
+        monkeypatch.setattr(streaming, "write_tensors", filled)
 
     def refuse():
         raise SaigaError("llama.cpp cannot load it")

@@ -57,4 +57,4 @@ def test_a_wheel_without_avx2_is_told_in_the_plan(base_dir, monkeypatch):
 
 def test_what_an_export_holds_does_not_grow_with_a_matrix():
     few, many = ({"x": (rows, 4096)} for rows in (4096, 400_000))
-    assert streaming.memory(few, 128, 1) == streaming.memory(many, 128, 1)
+    assert streaming.memory_needed(few, 128, 1) == streaming.memory_needed(many, 128, 1)

@@ -253,7 +253,7 @@ def gguf_file(tokenizer_dir: Path, tokenizer: FastTokenizer) -> Path:
     writer.add_context_length(512)
     writer.add_head_count(1)
     writer.add_layer_norm_rms_eps(1e-6)
-    found.describe(writer)
+    found.write_metadata(writer)
     writer.add_chat_template(template.for_inference(tokenizer.chat_template))
     container.write_header(writer, {}, {})
     return file
