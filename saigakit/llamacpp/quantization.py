@@ -91,12 +91,10 @@ def _matrix_type(
     if name == "output.weight" or (name == "token_embd.weight" and "output.weight" not in names):
         return _fitting(_output_type(usual, columns), columns)
     role = name.split(".")[-2]
-    rule = {"attn_v": _attn_v_type, "ffn_down": _ffn_down_type, "attn_output": _attn_output_type}.get(role)
-    chosen = usual if rule is None else rule(usual, quant_type, _layer(name), model)
+    chosen = _role_type(role, quant_type, _layer(name), model)
     is_shared = architecture == "qwen2" or (architecture == "llama" and model.heads != model.kv_heads)
-    is_70b = model.layers == 80 and is_shared
-    if role == "attn_v" and is_70b and chosen in ("Q3_K", "Q4_K"):
-        chosen = "Q5_K"  # shared by eight heads, so more bits cost little
+    if role == "attn_v" and model.layers == 80 and is_shared and chosen in ("Q3_K", "Q4_K"):
+        chosen = "Q5_K"  # of a 70B model: shared by eight heads, so more bits cost little
     return _fitting(chosen, columns)
 
 
@@ -110,31 +108,28 @@ def _more_bits(layer: int, layers: int) -> bool:
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-def _attn_v_type(usual: str, quant_type: str, layer: int, model: ModelShape) -> str:
-    is_shared = model.heads // model.kv_heads >= 4  # so more bits cost little
-    if quant_type == "Q2_K":
-        return "Q4_K" if is_shared else "Q3_K"
-    if quant_type == "IQ4_XS":
-        return "Q5_K" if is_shared else usual
-    if quant_type == "Q3_K_M":
-        return "Q5_K" if layer < 2 else "Q4_K"
-    if quant_type == "Q4_K_S":
-        return "Q5_K" if layer < 4 else usual
-    return "Q6_K" if quant_type in ("Q4_K_M", "Q5_K_M") and _more_bits(layer, model.layers) else usual
-
-
-def _ffn_down_type(usual: str, quant_type: str, layer: int, model: ModelShape) -> str:
-    if quant_type == "Q2_K":
-        return "Q3_K"
-    if quant_type == "Q3_K_M":
-        return "Q5_K" if layer < model.layers // 16 else "Q4_K"
-    if quant_type in ("Q4_K_S", "IQ4_XS"):
-        return "Q5_K" if layer < model.layers // 8 else usual
-    return "Q6_K" if quant_type in ("Q4_K_M", "Q5_K_M") and _more_bits(layer, model.layers) else usual
-
-
-def _attn_output_type(usual: str, quant_type: str, layer: int, model: ModelShape) -> str:
-    return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K"}.get(quant_type, usual)
+def _role_type(role: str, quant_type: str, layer: int, model: ModelShape) -> str:
+    is_shared = model.heads // model.kv_heads >= 4  # so more bits for attn_v cost little
+    match role, quant_type:
+        case "attn_v" | "ffn_down", "Q4_K_M" | "Q5_K_M" if _more_bits(layer, model.layers):
+            return "Q6_K"
+        case "attn_v", "Q2_K":
+            return "Q4_K" if is_shared else "Q3_K"
+        case "attn_v", "Q3_K_M":
+            return "Q5_K" if layer < 2 else "Q4_K"
+        case ("attn_v", "IQ4_XS") if is_shared:
+            return "Q5_K"
+        case ("attn_v", "Q4_K_S") if layer < 4:
+            return "Q5_K"
+        case "ffn_down", "Q3_K_M":
+            return "Q5_K" if layer < model.layers // 16 else "Q4_K"
+        case "ffn_down", "Q4_K_S" | "IQ4_XS" if layer < model.layers // 8:
+            return "Q5_K"
+        case "ffn_down" | "attn_output", "Q2_K":
+            return "Q3_K"
+        case "attn_output", "Q3_K_M":
+            return "Q4_K"
+    return QUANT_TYPES[quant_type]
 
 
 def _fitting(chosen: str, columns: int) -> str:

@@ -4,7 +4,7 @@ import ctypes
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -84,39 +84,30 @@ def write_tensors(
 
     Returns the parts written to each file. Raises SaigaError that names the tensor if a number overflows its type.
     """
-    work = _Work(_chunks(shapes, row_multiple))
-    progress = _Progress(shapes, [target.types for target in targets])
     offsets = [container.tensor_offsets(shapes, target.types, target.start) for target in targets]
-    written: list[list[Written]] = [[] for _ in targets]
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(quantization.usable_cores()))
         row_pool = pool if quantization.usable_cores() > _READERS else None
         files = [stack.enter_context(_open_for_writing(target, shapes)) for target in targets]
 
-        def run() -> None:
-            for chunk in work:
-                try:
-                    tensor = read(chunk.name, chunk.rows)
-                    weights = (importance or {}).get(chunk.name)
-                    for file, target, starts, parts in zip(files, targets, offsets, written, strict=True):
-                        ggml_type = target.types[chunk.name]
-                        content = _encode(tensor, ggml_type, weights, chunk, row_pool)
-                        offset = starts[chunk.name] + _row_bytes(chunk, ggml_type) * chunk.rows.start
-                        parts.append(Written(chunk.name, offset, len(content), checksum(content)))
-                        _write_at(file, content, offset)
-                    progress.add(chunk)
-                except BaseException:
-                    work.stop()
-                    raise
+        def write_chunk(chunk: _Chunk) -> list[Written]:
+            tensor, weights, parts = read(chunk.name, chunk.rows), (importance or {}).get(chunk.name), []
+            for file, target, starts in zip(files, targets, offsets, strict=True):
+                ggml_type = target.types[chunk.name]
+                content = _encode(tensor, ggml_type, weights, chunk, row_pool)
+                offset = starts[chunk.name] + _row_bytes(chunk, ggml_type) * chunk.rows.start
+                parts.append(Written(chunk.name, offset, len(content), checksum(content)))
+                _write_at(file, content, offset)
+            return parts
 
         with _single_threaded_torch(), _flushing(files), ThreadPoolExecutor(workers()) as workers_pool:
             try:
-                for running in [workers_pool.submit(run) for _ in range(workers())]:
-                    running.result()
+                results = workers_pool.map(write_chunk, _chunks(shapes, row_multiple))
+                written = _collect(results, sum(container.data_bytes(shapes, target.types) for target in targets))
             except BaseException:
-                work.stop()
+                workers_pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    return written
+    return [[parts[index] for parts in written] for index in range(len(targets))]
 
 
 def _chunks(shapes: Mapping[str, "Shape"], row_multiple: int) -> Iterator[_Chunk]:
@@ -128,22 +119,17 @@ def _chunks(shapes: Mapping[str, "Shape"], row_multiple: int) -> Iterator[_Chunk
             yield _Chunk(name, slice(first, min(first + step, shape[0])), columns, len(shape) > 1)
 
 
-class _Work:
-    """Hands out chunks to threads in order, until one fails."""
-
-    def __init__(self, chunks: Iterator[_Chunk]) -> None:
-        self._chunks, self._lock, self._stopped = chunks, threading.Lock(), False
-
-    def __iter__(self) -> Iterator[_Chunk]:
-        while True:
-            with self._lock:
-                chunk = None if self._stopped else next(self._chunks, None)
-            if chunk is None:
-                return
-            yield chunk
-
-    def stop(self) -> None:
-        self._stopped = True
+def _collect(results: Iterable[list[Written]], total: int) -> list[list[Written]]:
+    """Wait for all chunks, reporting progress every few seconds."""
+    is_due, collected, done = Every(), [], 0
+    for parts in results:
+        collected.append(parts)
+        done += sum(part.size for part in parts)
+        if is_due():
+            left = is_due.left(done, total)
+            sizes = f"{done / workspace.GB:.2f} of {total / workspace.GB:.2f} GB"
+            print(f"{sizes} written, about {left:.0f} s left", flush=True)
+    return collected
 
 
 @contextmanager
@@ -233,26 +219,3 @@ def _write_at(file: int, content: memoryview, offset: int) -> None:
     while content:
         written = os.pwrite(file, content, offset)
         content, offset = content[written:], offset + written
-
-
-class _Progress:
-    """Prints a line every few seconds."""
-
-    def __init__(self, shapes: Mapping[str, "Shape"], types: Sequence[Mapping[str, str]]) -> None:
-        self.types, self._lock, self._is_due = types, threading.Lock(), Every()
-        self.total = sum(
-            quantization.tensor_bytes(shape, each[name]) for each in types for name, shape in shapes.items()
-        )
-        self.written = 0
-
-    def add(self, chunk: _Chunk) -> None:
-        rows = chunk.rows.stop - chunk.rows.start
-        with self._lock:
-            self.written += sum(_row_bytes(chunk, each[chunk.name]) * rows for each in self.types)
-            if not self._is_due():
-                return
-            left = self._is_due.left(self.written, self.total)
-        print(
-            f"{self.written / workspace.GB:.2f} of {self.total / workspace.GB:.2f} GB written, about {left:.0f} s left",
-            flush=True,
-        )

@@ -15,6 +15,7 @@ from saigakit.prompt.encoding import FastTokenizer
 if TYPE_CHECKING:
     import gguf
 
+Token = tuple[str, int, float]  # text, type, score
 # Token types; SentencePiece and llama.cpp use the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -45,11 +46,9 @@ class Vocabulary:
 
     model: str  # llama.cpp's "llama" (SentencePiece) or "gpt2" (byte-level BPE)
     pre: str
-    tokens: list[str]
-    types: list[int]
-    scores: list[float] | None = None
+    tokens: list[Token]  # byte-level BPE has no scores
     merges: list[str] | None = None
-    special_ids: Mapping[str, int] = field(default_factory=dict)  # some of bos, eos, unk, pad, eot
+    special_ids: Mapping[str, int] = field(default_factory=dict)  # by GGUF's names
     adds_bos: bool = False  # whether programs prepend it to a prompt
     has_prefix_space: bool = True  # SentencePiece: before text at the start and after a special token
     is_nfc: bool = False  # whether texts are normalised to Unicode's composed form
@@ -64,7 +63,7 @@ class Vocabulary:
         vocabulary = cls._read_files(tokenizer_dir, config["vocab_size"])
         return replace(
             vocabulary,
-            special_ids=_special_ids(vocabulary.tokens, tokenizer, config),
+            special_ids=_special_ids([text for text, _, _ in vocabulary.tokens], tokenizer, config),
             adds_bos=_adds_bos(tokenizer_dir, tokenizer),
             has_prefix_space=tokenizer.has_prefix_space,
             is_nfc=tokenizer.is_nfc,
@@ -94,7 +93,8 @@ class Vocabulary:
         # llama.cpp's converter makes user-defined pieces normal tokens too.
         rename = {USER_DEFINED: NORMAL}
         found = {i: (piece.piece, rename.get(piece.type, piece.type), piece.score) for i, piece in enumerate(pieces)}
-        return cls._scored(found, [*_not_control(found, saved), *_added_tokens(tokenizer_dir)], rows)
+        added = [*_not_control(found, saved), *_added_tokens(tokenizer_dir)]
+        return cls(model="llama", pre="default", tokens=_arrange(found, added, rows))
 
     @classmethod
     def _read_byte_fallback(cls, content: Mapping[str, Any], rows: int) -> Self:
@@ -108,34 +108,17 @@ class Vocabulary:
         }
         unknown = content["model"].get("unk_token")
         found = {i: (text, UNKNOWN if text == unknown else kind, score) for i, (text, kind, score) in found.items()}
-        return cls._scored(found, _not_control(found, content["added_tokens"]), rows)
-
-    @classmethod
-    def _scored(cls, found: dict[int, tuple[str, int, float]], added: Sequence[Mapping[str, Any]], rows: int) -> Self:
-        for token in added:
-            found[token["id"]] = (_text(token), _kind(token), -1000.0)
-        _require_rows(found, rows)
-        tokens = [found.get(i, (f"[PAD{i}]", UNUSED, -10000.0)) for i in range(rows)]
-        return cls(
-            model="llama",
-            pre="default",
-            tokens=[text for text, _, _ in tokens],
-            types=[kind for _, kind, _ in tokens],
-            scores=[score for _, _, score in tokens],
-        )
+        added = _not_control(found, content["added_tokens"])
+        return cls(model="llama", pre="default", tokens=_arrange(found, added, rows))
 
     @classmethod
     def _read_byte_level(cls, file: Path, content: Mapping[str, Any], rows: int) -> Self:
-        found = {index: (text, NORMAL) for text, index in content["model"]["vocab"].items()}
-        found |= {token["id"]: (_text(token), _kind(token)) for token in content["added_tokens"]}
-        _require_rows(found, rows)
-        tokens = [found.get(i, (f"[PAD{i}]", UNUSED)) for i in range(rows)]
+        found = {index: (text, NORMAL, 0.0) for text, index in content["model"]["vocab"].items()}
         pre = _pre_tokenizer(file, content.get("pre_tokenizer") or {})
         return cls(
             model="gpt2",
             pre=pre,
-            tokens=[text for text, _ in tokens],
-            types=[kind for _, kind in tokens],
+            tokens=_arrange(found, content["added_tokens"], rows),
             merges=[" ".join(_pair(merge)) for merge in content["model"]["merges"]],
             tokenizer_json=json.dumps(content, ensure_ascii=False) if pre in _INEXACT else None,
         )
@@ -144,14 +127,15 @@ class Vocabulary:
         """Write the keys that llama.cpp's own converter writes."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
-        writer.add_token_list(self.tokens)
-        if self.scores is not None:
-            writer.add_token_scores(self.scores)
-        writer.add_token_types(self.types)
+        texts, types, scores = map(list, zip(*self.tokens, strict=True))
+        writer.add_token_list(texts)
+        if self.model == "llama":
+            writer.add_token_scores(scores)
+        writer.add_token_types(types)
         if self.merges is not None:
             writer.add_token_merges(self.merges)
         for name, token_id in self.special_ids.items():
-            writer.add_uint32(f"tokenizer.ggml.{_KEYS[name]}", token_id)
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token_id)
         writer.add_add_bos_token(self.adds_bos)
         writer.add_add_eos_token(False)
         writer.add_add_space_prefix(self.model == "llama" and self.has_prefix_space)
@@ -161,33 +145,25 @@ class Vocabulary:
             writer.add_string(NORMALIZATION_KEY, "NFC")
 
 
-def _not_control(
-    found: Mapping[int, tuple[str, int, float]], added: Sequence[Mapping[str, Any]]
-) -> list[Mapping[str, Any]]:
+def _not_control(found: Mapping[int, Token], added: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The added tokens that are not control tokens of the vocabulary already."""
     return [token for token in added if found.get(token["id"], ("", UNUSED, 0.0))[1] not in (UNKNOWN, CONTROL)]
 
 
-_KEYS = {
-    "bos": "bos_token_id",
-    "eos": "eos_token_id",
-    "unk": "unknown_token_id",
-    "pad": "padding_token_id",
-    "eot": "eot_token_id",
-}
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # GGUF's names by Hugging Face's
 
 
-def _special_ids(tokens: Sequence[str], tokenizer: FastTokenizer, config: Mapping[str, Any]) -> dict[str, int]:
+def _special_ids(texts: Sequence[str], tokenizer: FastTokenizer, config: Mapping[str, Any]) -> dict[str, int]:
     """From the tokenizer, else from config.json; eot is what ends a turn, if that is not eos."""
     ids: dict[str, int] = {}
-    for name in ("bos", "eos", "unk", "pad"):
+    for name, gguf_name in _SPECIAL.items():
         number = config.get(f"{name}_token_id")
         number = number[0] if isinstance(number, list) else number
         text = tokenizer.variables.get(f"{name}_token")
-        if text in tokens:
-            ids[name] = tokens.index(text)
+        if text in texts:
+            ids[gguf_name] = texts.index(text)
         elif number is not None:
-            ids[name] = number
+            ids[gguf_name] = number
     (end_of_turn,) = encoding.end_of_turn_ids(tokenizer)
     return ids if ids.get("eos") == end_of_turn else {**ids, "eot": end_of_turn}
 
@@ -238,12 +214,15 @@ def _added_tokens(tokenizer_dir: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _require_rows(found: Mapping[int, object], rows: int) -> None:
+def _arrange(found: dict[int, Token], added: Sequence[Mapping[str, Any]], rows: int) -> list[Token]:
+    """All tokens by id, padded to `rows`. Raises SaigaError if there are more."""
+    found = found | {token["id"]: (_text(token), _kind(token), -1000.0) for token in added}
     if max(found) >= rows:
         raise SaigaError(
             f"The tokenizer has {max(found) + 1} tokens, but the embeddings of the base have {rows} rows: "
             "they belong to different models. Give the tokenizer of this base."
         )
+    return [found.get(i, (f"[PAD{i}]", UNUSED, -10000.0)) for i in range(rows)]
 
 
 def _pre_tokenizer(file: Path, content: Mapping[str, Any]) -> str:

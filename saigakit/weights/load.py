@@ -162,14 +162,15 @@ def require_fitting(adapter_dir: Path, base_dir: Path) -> None:
     """Raises SaigaError for the adapter of another base, comparing only headers."""
     shape = ModelShape.of(base_dir)
     for name, size in adapter_shapes(adapter_dir).items():
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")) and size != (shape.vocabulary, shape.hidden):
-            raise SaigaError(_other_base(adapter_dir, str(base_dir), f"{name} {tuple(size)} does not fit"))
         found = re.search(r"\.layers\.(\d+)\.\w+\.(\w+)\.lora_([AB])\.", name)
-        if found is None:  # LoRA on the head or DoRA magnitudes: checked when the model is loaded
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            fits = size == (shape.vocabulary, shape.hidden)
+        elif found is not None:
+            out, into = shape.linear.get(found[2], (0, 0))
+            fits = int(found[1]) < shape.layers and (size[1] == into if found[3] == "A" else size[0] == out)
+        else:  # LoRA on the head or DoRA magnitudes: checked when the model is loaded
             continue
-        out, into = shape.linear.get(found[2], (0, 0))
-        fits = size[1] == into if found[3] == "A" else size[0] == out
-        if not fits or int(found[1]) >= shape.layers:
+        if not fits:
             raise SaigaError(_other_base(adapter_dir, str(base_dir), f"{name} {tuple(size)} does not fit"))
 
 

@@ -95,7 +95,6 @@ class Merged:
 
     def read(self, name: str, rows: slice | None = None) -> "Array":
         """The merged tensor or some of its rows. Raises SaigaError if a number is not finite."""
-        import numpy as np
         import torch
 
         tensor = self._before_update(name, rows)
@@ -106,8 +105,8 @@ class Merged:
             if name in adapter.biases:
                 stored, scale = adapter.biases[name]
                 tensor = tensor + weight * scale * adapter.weights.read(stored, rows)
-        is_finite = torch.from_numpy(tensor).sum().isfinite()  # fast, but a sum of finite numbers may overflow
-        if not is_finite and not np.isfinite(tensor).all():
+        numbers = torch.from_numpy(tensor)
+        if not numbers.sum().isfinite() and not numbers.isfinite().all():  # a sum is fast, but may overflow
             base_file = self.base.stored[name if name in self.base.stored else EMBEDDINGS].file
             where = "".join(f" and {adapter.directory}" for adapter, _ in self.adapters if name in adapter.changed())
             raise SaigaError(
