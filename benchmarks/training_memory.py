@@ -97,7 +97,7 @@ def build(case: Case) -> tuple[torch.nn.Module, ModelShape]:
         AutoModelForCausalLM.from_config(config).save_pretrained(directory)
         dtype = torch.bfloat16 if case.autocast else torch.float32
         base = load.base_model(Path(directory), case.quantization, dtype, "cpu")
-        shape = ModelShape.of(Path(directory))
+        shape = ModelShape.from_config(Path(directory))
     base.config.use_cache = False
     layers.use_packed_attention(base)
     if case.autocast:
@@ -227,7 +227,7 @@ def models_table() -> None:
         spec = MODELS[name]
         with tempfile.TemporaryDirectory() as directory:
             (Path(directory) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-            shape = ModelShape.of(Path(directory))
+            shape = ModelShape.from_config(Path(directory))
         tokens = spec.max_seq_length
         parts = TrainingStep(
             shape=shape,

@@ -167,7 +167,7 @@ def _require_memory(base_dir: Path, quantization: registry.Quantization, asked: 
     gpus = workspace.gpus()
     itemsize = 2 if gpus or workspace.cpu_has_bf16() else 4  # at least: the child measures which is faster
     tokens = max(map(len, asked.prompts)) + asked.max_new_tokens
-    parts = memory.inference_memory(ModelShape.of(base_dir), quantization, itemsize, tokens)
+    parts = memory.inference_memory(ModelShape.from_config(base_dir), quantization, itemsize, tokens)
     what = (
         f"Answering with {base_dir.name} ({memory.format_parts(parts)}, {OVERHEAD / workspace.GB:.1f} GB of libraries)"
     )

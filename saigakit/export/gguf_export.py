@@ -72,10 +72,10 @@ class Export:
         for each in chosen:
             quantization.require_known(each)
         given = [adapters] if isinstance(adapters, Path) else [directory for directory, _ in adapters or ()]
-        trained = Lineage.of(spec, given, merge_into)
+        trained = Lineage.read(spec, given, merge_into)
         base_dir = find.base_dir(spec, base_source)
-        architecture = Architecture.of(base_dir)
-        merged = Merged.of(base_dir, adapters, **trained.merging)
+        architecture = Architecture.from_config(base_dir)
+        merged = Merged.open(base_dir, adapters, **trained.merging)
         architecture = architecture.untied() if merged.is_untied else architecture
         source_of = architecture.source_names(merged.shapes)
         architecture.require_shapes(source_of, merged.shapes)
@@ -92,7 +92,7 @@ class Export:
             base_dir=base_dir,
             merged=merged,
             architecture=architecture,
-            vocabulary=Vocabulary.of(find.tokenizer_dir(spec, base_source), tokenizer, architecture.config),
+            vocabulary=Vocabulary.from_tokenizer(find.tokenizer_dir(spec, base_source), tokenizer, architecture.config),
             tokenizer=tokenizer,
             shapes={name: shapes[name] for name in quantization.sort_names(shapes)},
             source_of=source_of,

@@ -36,10 +36,10 @@ def to_lora_gguf(*, model: str, adapter: str | Path, output: str | Path, base_so
     file, spec = Path(output), registry.find(model)
     require_absent(file)
     base_dir, adapter_dir = find.base_dir(spec, base_source), find.adapter_dir(spec, str(adapter))
-    architecture = Architecture.of(base_dir)
-    Lineage.of(spec, [adapter_dir], "original")
+    architecture = Architecture.from_config(base_dir)
+    Lineage.read(spec, [adapter_dir], "original")
     lineage.require_same_base(adapter_dir, base_dir)
-    merged = Merged.of(base_dir, adapter_dir)
+    merged = Merged.open(base_dir, adapter_dir)
     (lora, _), *_ = merged.adapters
     _require_holdable(merged, lora)
     places = {source: name for name, source in architecture.source_names(merged.shapes).items()}
@@ -165,11 +165,11 @@ def to_safetensors(
     require_absent(directory)
     base_dir = find.base_dir(spec, base_source)
     given = [adapters] if isinstance(adapters, Path) else [path for path, _ in adapters or ()]
-    trained = Lineage.of(spec, given, merge_into)
+    trained = Lineage.read(spec, given, merge_into)
     for adapter_dir in given:
         lineage.require_same_base(adapter_dir, base_dir)
     settings = trained.merging | ({"number_format": trained_in} if trained_in else {})
-    merged = Merged.of(base_dir, adapters, **settings)
+    merged = Merged.open(base_dir, adapters, **settings)
     shards = _planned(merged, number_format, shard_bytes)
     size = sum(tensor.bytes for shard in shards.values() for tensor in shard.values())
     workspace.require_disk(directory.parent, size, f"The merged {spec.name}")

@@ -112,9 +112,9 @@ class Architecture:
     config: Mapping[str, Any]
 
     @classmethod
-    def of(cls, base_dir: Path) -> Self:
+    def from_config(cls, base_dir: Path) -> Self:
         """Raises SaigaError for an unknown architecture or a setting that has no GGUF form."""
-        shape = ModelShape.of(base_dir)
+        shape = ModelShape.from_config(base_dir)
         config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
         named = (config.get("architectures") or ["none"])[0]
         if named not in KINDS:

@@ -55,7 +55,7 @@ class Vocabulary:
     tokenizer_json: str | None = None  # if llama.cpp splits text differently
 
     @classmethod
-    def of(cls, tokenizer_dir: Path, tokenizer: FastTokenizer, config: Mapping[str, Any]) -> Self:
+    def from_tokenizer(cls, tokenizer_dir: Path, tokenizer: FastTokenizer, config: Mapping[str, Any]) -> Self:
         """`config` is the base's config.json.
 
         Raises SaigaError for a kind of tokenizer that llama.cpp lacks, or with more tokens than the base has rows.

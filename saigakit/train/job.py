@@ -37,7 +37,7 @@ class Job:
             base_dir=base_dir,
             adapter_dir=adapter_dir,
             lora=preflight.model(config, base_dir, adapter_dir),
-            shape=ModelShape.of(base_dir),
+            shape=ModelShape.from_config(base_dir),
             number_format=number_format,
         )
 

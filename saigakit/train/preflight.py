@@ -150,7 +150,7 @@ def _require_modules(lora: Lora, stored: Iterable[str], base_dir: Path) -> None:
         )
     if strange := sorted(set(lora.modules_to_save) - set(_WHOLE)):
         raise SaigaError(f"lora.modules_to_save names {', '.join(strange)}; use {' or '.join(map(repr, _WHOLE))}.")
-    if lora.modules_to_save and ModelShape.of(base_dir).tied:
+    if lora.modules_to_save and ModelShape.from_config(base_dir).tied:
         raise SaigaError(
             f"lora.modules_to_save={lora.modules_to_save}: {base_dir} uses its embeddings as its head (tied), and one "
             "alone cannot be trained. Leave modules_to_save out."

@@ -100,7 +100,7 @@ class Adapter:
     _cache: "dict[str, Array]" = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, directory: Path) -> Self:
+    def open(cls, directory: Path) -> Self:
         """Raises SaigaError if it is damaged or of a kind that cannot be merged."""
         config = read_config(directory)
         _require_supported(directory, config)

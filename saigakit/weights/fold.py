@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def require_foldable(base_dir: Path, adapter_dir: Path) -> None:
     """Raises SaigaError if the adapter has more than plain LoRA or another base; reads only headers."""
     try:
-        Merged.of(base_dir, adapter_dir).adapters[0][0].require_linear_lora("folding")
+        Merged.open(base_dir, adapter_dir).adapters[0][0].require_linear_lora("folding")
     except SaigaError as error:
         raise SaigaError(
             f"{error} To continue training it unfolded, use adapter='released'; adapter=None starts without it."
@@ -34,7 +34,7 @@ def fold_adapter(model: "PreTrainedModel", base_dir: Path, adapter_dir: Path) ->
     """
     import torch
 
-    merged = Merged.of(base_dir, adapter_dir)
+    merged = Merged.open(base_dir, adapter_dir)
     adapter = merged.adapters[0][0]
     adapter.require_linear_lora("folding")
     for name in adapter.updates:
@@ -71,7 +71,7 @@ def _weight_like(module: "torch.nn.Module", matrix: "torch.Tensor", dtype: "torc
 
 def adapter_rank(adapter_dir: Path) -> int:
     """The largest rank of its matrices."""
-    return _rank(Adapter.of(adapter_dir))
+    return _rank(Adapter.open(adapter_dir))
 
 
 def _rank(adapter: Adapter) -> int:
@@ -89,7 +89,7 @@ def combine(released_dir: Path, new_dir: Path, out_dir: Path) -> Path:
     file, config_file = out_dir / "adapter_model.safetensors", out_dir / "adapter_config.json"
     if file.exists() or config_file.exists():
         raise SaigaError(f"{out_dir} already contains an adapter; give another output_dir.")
-    adapters = [Adapter.of(directory) for directory in (released_dir, new_dir)]
+    adapters = [Adapter.open(directory) for directory in (released_dir, new_dir)]
     for adapter in adapters:
         adapter.require_linear_lora("folding")
     ranks = list(map(_rank, adapters))

@@ -27,11 +27,11 @@ class Lineage:
 
     @property
     def merging(self) -> dict[str, Any]:
-        """Settings of `Merged.of`."""
+        """Settings of `Merged.open`."""
         return {"into": self.into, "number_format": self.number_format, "folded_rank": self.folded_rank}
 
     @classmethod
-    def of(cls, spec: ModelSpec, adapter_dirs: Sequence[Path], into: MergeInto) -> Self:
+    def read(cls, spec: ModelSpec, adapter_dirs: Sequence[Path], into: MergeInto) -> Self:
         """Resolve "auto" to what a single adapter was trained on: the dequantised base after nf4, else the original.
 
         Measured by benchmarks/merge_into.py. Raises SaigaError for an adapter of another model, or one without an nf4

@@ -160,7 +160,7 @@ def _require_all_used(adapted: "PeftModel", adapter_dir: Path) -> None:
 
 def require_fitting(adapter_dir: Path, base_dir: Path) -> None:
     """Raises SaigaError for the adapter of another base, comparing only headers."""
-    shape = ModelShape.of(base_dir)
+    shape = ModelShape.from_config(base_dir)
     for name, size in adapter_shapes(adapter_dir).items():
         found = re.search(r"\.layers\.(\d+)\.\w+\.(\w+)\.lora_([AB])\.", name)
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):

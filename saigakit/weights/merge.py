@@ -43,7 +43,7 @@ class Merged:
     _lock: threading.RLock = field(default_factory=threading.RLock, compare=False)  # many threads read rows
 
     @classmethod
-    def of(
+    def open(
         cls,
         base_dir: Path,
         adapters: Adapters,
@@ -62,10 +62,10 @@ class Merged:
             nf4.import_bitsandbytes()  # fails early if it is not installed
         base = tensors.open_base(base_dir)
         given = [(adapters, 1.0)] if isinstance(adapters, Path) else list(adapters or ())
-        opened = [(Adapter.of(directory), weight) for directory, weight in given]
+        opened = [(Adapter.open(directory), weight) for directory, weight in given]
         _require_addable(opened)
         changes_embeddings = any({EMBEDDINGS, HEAD} & adapter.changed().keys() for adapter, _ in opened)
-        is_tied = changes_embeddings and ModelShape.of(base_dir).tied
+        is_tied = changes_embeddings and ModelShape.from_config(base_dir).tied
         merged = cls(base, opened, into, number_format, is_tied)
         if folded_rank and into == "dequantized":
             ((adapter, weight),) = opened

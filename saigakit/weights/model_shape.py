@@ -34,7 +34,7 @@ class ModelShape:
     head_norms: bool = False  # queries and keys are normalised per head
 
     @classmethod
-    def of(cls, base_dir: Path) -> Self:
+    def from_config(cls, base_dir: Path) -> Self:
         """Raises SaigaError if config.json is missing, damaged or describes another kind of model."""
         file = base_dir / "config.json"
         try:

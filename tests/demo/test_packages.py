@@ -137,7 +137,7 @@ def test_the_tiny_saiga_is_made_once(cache):
 
 
 def test_smollm2_has_its_shape_and_its_tokenizer(smollm2):
-    shape = ModelShape.of(smollm2)
+    shape = ModelShape.from_config(smollm2)
     assert (shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.tied) == (576, 30, 9, 3, True)
     tokenizer = encoding.load_tokenizer("smollm2_135m")
     assert encoding.end_of_turn_ids(tokenizer) == {2}

@@ -253,7 +253,7 @@ def test_the_memory_needed_is_that_of_weights_one_text_and_the_libraries(tiny, m
     monkeypatch.setattr(workspace, "gpus", list)
     monkeypatch.setattr(workspace, "require_memory", lambda size, what, remedy: needed.append(size))
     comparison._require_memory(tiny / "base", "none", asked)
-    shape = ModelShape.of(find.base_dir(registry.find("saiga_tiny")))
+    shape = ModelShape.from_config(find.base_dir(registry.find("saiga_tiny")))
     tokens = len(asked.prompts[0]) + asked.max_new_tokens
     assert needed == [comparison.OVERHEAD + sum(memory.inference_memory(shape, "none", 4, tokens).values())]
 

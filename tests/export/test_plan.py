@@ -25,7 +25,7 @@ def base_dir(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("into", ["original", "dequantized"])
 def test_the_time_of_merging_is_about_what_it_then_takes(base_dir, tmp_path, into):
-    merged = Merged.of(base_dir, None, into=into)
+    merged = Merged.open(base_dir, None, into=into)
     name = "model.layers.0.mlp.gate_proj.weight"
     shapes = {"blk.0.ffn_gate.weight": (ROWS, COLUMNS)}
     types = {"blk.0.ffn_gate.weight": "Q8_0"}
@@ -48,7 +48,7 @@ def test_the_time_of_merging_is_about_what_it_then_takes(base_dir, tmp_path, int
 def test_a_wheel_without_avx2_is_told_in_the_plan(base_dir, monkeypatch):
     if " avx2 " not in Path("/proc/cpuinfo").read_text(encoding="utf-8").replace("\n", " "):
         pytest.skip("This CPU has no AVX2.")
-    base = Merged.of(base_dir, None).base
+    base = Merged.open(base_dir, None).base
     for built, is_slow in ((b"AVX = 1 | AVX2 = 1 | ", False), (b"AVX = 1 | ", True)):
         monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda built=built: built)
         table = plan.plan({}, {"x": (4, 256)}, base, 0, lambda _, rows: np.ones((4, 256), np.float32)[rows])

@@ -57,7 +57,9 @@ def by_transformers(base_dir, rows):
 
         return hook
 
-    names = {old: new for new, old in Architecture.of(base_dir).source_names(dict(model.named_parameters())).items()}
+    names = {
+        old: new for new, old in Architecture.from_config(base_dir).source_names(dict(model.named_parameters())).items()
+    }
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             module.register_forward_pre_hook(add(names[f"{name}.weight"]))

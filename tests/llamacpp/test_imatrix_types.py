@@ -32,7 +32,7 @@ def source(request, tiny, tmp_path_factory):
         for tensor in gguf.GGUFReader(file).tensors
         if len(tensor.shape) == 2 and tensor.name != "token_embd.weight"
     }
-    return file, ModelShape.of(base_dir), importance
+    return file, ModelShape.from_config(base_dir), importance
 
 
 def quantised_by_llama_cpp(file, quant_type, importance, made):

@@ -246,7 +246,7 @@ def pair(case: str, directory: Path, smollm2_dir: Path | None = None) -> Pair:
 def gguf_file(tokenizer_dir: Path, tokenizer: FastTokenizer) -> Path:
     """The vocabulary alone, written as 03_merge_gguf writes it."""
     file = tokenizer_dir / "vocabulary.gguf"
-    found = Vocabulary.of(tokenizer_dir, tokenizer, {"vocab_size": tokenizer._text_only.get_vocab_size()})
+    found = Vocabulary.from_tokenizer(tokenizer_dir, tokenizer, {"vocab_size": tokenizer._text_only.get_vocab_size()})
     writer = gguf.GGUFWriter(file, "llama")
     for add in (writer.add_block_count, writer.add_embedding_length, writer.add_feed_forward_length):
         add(1)

@@ -135,7 +135,7 @@ def test_a_damaged_config_of_the_adapter_is_named(tiny, tmp_path):
 
 
 def test_a_disk_without_room_for_checkpoints_is_told_with_both_numbers(tiny, tmp_path, monkeypatch):
-    shape = ModelShape.of(tiny / "base")
+    shape = ModelShape.from_config(tiny / "base")
     lora = Lora(rank=64)
     adapter_bytes = 4 * shape.adapter_parameters(lora)
     monkeypatch.setattr(workspace, "free_disk", lambda _: 12 * adapter_bytes + 10 * 10**6)

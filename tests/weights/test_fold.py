@@ -39,7 +39,7 @@ def merged_by_hand(base_dir, released, directory):
     model = loaded(base_dir)
     model.save_pretrained(directory)
     file = directory / "model.safetensors"
-    both = merge.Merged.of(base_dir, released)
+    both = merge.Merged.open(base_dir, released)
     save_file({name: torch.from_numpy(both.read(name)) for name in load_file(file)}, file, metadata={"format": "pt"})
     return directory
 

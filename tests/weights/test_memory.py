@@ -33,7 +33,7 @@ def benchmark():
 
 def shape_of(directory, config):
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return ModelShape.of(directory)
+    return ModelShape.from_config(directory)
 
 
 GQA = {"hidden": 512, "intermediate": 1376, "layers": 4, "kv_heads": 2, "documents": (256,)}

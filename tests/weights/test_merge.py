@@ -41,7 +41,7 @@ def require_equal(merged, expected):
 
 
 def require_as_peft(base_dir, adapter_dir):
-    merged = Merged.of(base_dir, adapter_dir)
+    merged = Merged.open(base_dir, adapter_dir)
     require_equal(merged, adapted(base_dir, adapter_dir).merge_and_unload().state_dict())
     stored = open_base(base_dir)
     changed = {name for name in merged.shapes if not np.array_equal(merged.read(name), stored.read(name))}
@@ -99,7 +99,7 @@ def test_merges_trained_biases_like_peft(tiny, tmp_path, settings):
 def test_refuses_a_lora_bias_on_a_base_without_biases_like_peft(base_dir, tmp_path):
     adapter_dir = trained(tmp_path, base_dir, lora_bias=True)
     with pytest.raises(SaigaError, match=r"proj\.bias .*has no such tensor"):
-        Merged.of(base_dir, adapter_dir)
+        Merged.open(base_dir, adapter_dir)
 
 
 def load_adapter(adapter_dir):
@@ -131,8 +131,8 @@ def renamed(adapter_dir, directory, pattern, new, *, as_bin=False):
     ],
 )
 def test_reads_the_tensor_names_of_other_peft_versions(base_dir, every_kind, tmp_path, pattern, new, as_bin):
-    other = Merged.of(base_dir, renamed(every_kind, tmp_path / "other", pattern, new, as_bin=as_bin))
-    merged = Merged.of(base_dir, every_kind)
+    other = Merged.open(base_dir, renamed(every_kind, tmp_path / "other", pattern, new, as_bin=as_bin))
+    merged = Merged.open(base_dir, every_kind)
     assert all(np.array_equal(other.read(name), merged.read(name)) for name in merged.shapes)
 
 
@@ -153,7 +153,7 @@ def test_merges_a_16_bit_base_in_float32(base_dir, adapter_dir, tmp_path, dtype,
     expected = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     expected.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     peft_model = PeftModel.from_pretrained(expected, adapter_dir)
-    require_equal(Merged.of(tmp_path, adapter_dir), peft_model.merge_and_unload().state_dict())
+    require_equal(Merged.open(tmp_path, adapter_dir), peft_model.merge_and_unload().state_dict())
 
 
 def test_adds_weighted_adapters_like_peft(base_dir, tmp_path):
@@ -165,12 +165,16 @@ def test_adds_weighted_adapters_like_peft(base_dir, tmp_path):
     load = {"default": 0.7, "two": -1.5}
     model.add_weighted_adapter(list(load), list(load.values()), "both", combination_type="cat")
     model.set_adapter("both")
-    merged = Merged.of(base_dir, [(one, 0.7), (two, -1.5)])
+    merged = Merged.open(base_dir, [(one, 0.7), (two, -1.5)])
     require_equal(merged, model.merge_and_unload().state_dict())
 
 
 def test_weights_a_single_adapter(base_dir, adapter_dir):
-    half, whole, base = Merged.of(base_dir, [(adapter_dir, 0.5)]), Merged.of(base_dir, adapter_dir), open_base(base_dir)
+    half, whole, base = (
+        Merged.open(base_dir, [(adapter_dir, 0.5)]),
+        Merged.open(base_dir, adapter_dir),
+        open_base(base_dir),
+    )
     found = half.read(Q_PROJ)
     np.testing.assert_allclose(found, (whole.read(Q_PROJ) + base.read(Q_PROJ)) / 2, atol=1e-5)
     assert not np.array_equal(found, base.read(Q_PROJ))
@@ -184,7 +188,7 @@ def test_refuses_to_add_or_weight_more_than_lora(base_dir, adapter_dir, tmp_path
     other = trained(tmp_path, base_dir, **settings)
     for adapters in ([(adapter_dir, 1.0), (other, 1.0)], [(other, 0.5)]):
         with pytest.raises(SaigaError, match=f"{named}.*Give it alone and with a weight of 1"):
-            Merged.of(base_dir, adapters)
+            Merged.open(base_dir, adapters)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +214,7 @@ def tied_dir(tiny, tmp_path_factory):
 def test_gives_a_tied_base_its_own_head_if_the_trained_model_has_one(tied_dir, tmp_path, settings, untied):
     """peft's merge adds both updates to the single matrix, but the trained model has two."""
     adapter_dir = trained(tmp_path, tied_dir, **settings)
-    model, merged = adapted(tied_dir, adapter_dir).eval(), Merged.of(tied_dir, adapter_dir)
+    model, merged = adapted(tied_dir, adapter_dir).eval(), Merged.open(tied_dir, adapter_dir)
     assert merged.is_untied == untied
     assert ("lm_head.weight" in merged.shapes) == untied
     plain = AutoModelForCausalLM.from_pretrained(tied_dir, dtype=torch.float32, tie_word_embeddings=not untied)
@@ -225,7 +229,7 @@ def test_gives_a_tied_base_its_own_head_if_the_trained_model_has_one(tied_dir, t
 @pytest.mark.parametrize("number_format", ["float16", "bfloat16", "float32"])
 def test_the_dequantised_base_is_what_nf4_training_computed_with(base_dir, adapter_dir, number_format):
     model = load.base_model(base_dir, "nf4", getattr(torch, number_format), "cpu")
-    merged = Merged.of(base_dir, None, into="dequantized", number_format=number_format)
+    merged = Merged.open(base_dir, None, into="dequantized", number_format=number_format)
     held = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
@@ -237,14 +241,14 @@ def test_the_dequantised_base_is_what_nf4_training_computed_with(base_dir, adapt
         assert np.array_equal(merged.read(name), wanted), name
         assert np.array_equal(merged.read(name, slice(3, 9)), wanted[3:9]), name
     assert not np.array_equal(merged.read(Q_PROJ), original.read(Q_PROJ))
-    both = Merged.of(base_dir, adapter_dir, into="dequantized", number_format=number_format)
-    delta = Merged.of(base_dir, adapter_dir).read(Q_PROJ) - original.read(Q_PROJ)
+    both = Merged.open(base_dir, adapter_dir, into="dequantized", number_format=number_format)
+    delta = Merged.open(base_dir, adapter_dir).read(Q_PROJ) - original.read(Q_PROJ)
     np.testing.assert_allclose(both.read(Q_PROJ), held[Q_PROJ].numpy() + delta, atol=1e-5)
 
 
 def test_refuses_an_unknown_merge_into(base_dir):
     with pytest.raises(SaigaError, match="merge_into='quantized' is unknown; use one of original, dequantized"):
-        Merged.of(base_dir, None, into="quantized")
+        Merged.open(base_dir, None, into="quantized")
 
 
 def test_merges_the_released_bin_adapter_of_2023_like_peft(tiny):
@@ -252,13 +256,13 @@ def test_merges_the_released_bin_adapter_of_2023_like_peft(tiny):
 
 
 def test_without_an_adapter_the_base_is_unchanged(base_dir):
-    merged, stored = Merged.of(base_dir, None), load_file(base_dir / "model.safetensors")
+    merged, stored = Merged.open(base_dir, None), load_file(base_dir / "model.safetensors")
     assert all(np.array_equal(merged.read(name), stored[name].numpy()) for name in merged.shapes)
 
 
 def test_merging_twice_does_not_change_a_memory_mapped_base(base_dir, adapter_dir, tmp_path):
     torch.save(load_file(base_dir / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    merged = Merged.of(tmp_path, adapter_dir)
+    merged = Merged.open(tmp_path, adapter_dir)
     first = merged.read(Q_PROJ).copy()
     assert np.array_equal(merged.read(Q_PROJ), first)
 
@@ -266,14 +270,14 @@ def test_merging_twice_does_not_change_a_memory_mapped_base(base_dir, adapter_di
 def test_refuses_the_adapter_of_a_deeper_base_naming_the_tensor(base_dir, tiny, tmp_path):
     deeper = small_models.base(tmp_path / "deeper", tiny / "base", num_hidden_layers=4)
     with pytest.raises(SaigaError, match=r"model\.layers\.3\..* has no such tensor: it is the adapter of another base"):
-        Merged.of(base_dir, small_models.adapter(tmp_path / "adapter", deeper))
+        Merged.open(base_dir, small_models.adapter(tmp_path / "adapter", deeper))
 
 
 def test_refuses_the_adapter_of_a_wider_base_naming_both_shapes(base_dir, tiny, tmp_path):
     wider = small_models.base(tmp_path / "wider", tiny / "base", intermediate_size=128)
     foreign = small_models.adapter(tmp_path / "adapter", wider, target_modules=["up_proj"])
     with pytest.raises(SaigaError, match=r"up_proj\.weight of shape \[128, 64\].*has the shape \[96, 64\]"):
-        Merged.of(base_dir, foreign)
+        Merged.open(base_dir, foreign)
 
 
 @pytest.mark.parametrize(
@@ -286,13 +290,13 @@ def test_refuses_the_adapter_of_a_wider_base_naming_both_shapes(base_dir, tiny, 
 def test_refuses_what_cannot_be_merged_by_name(base_dir, tmp_path, settings, named):
     unsupported = small_models.adapter(tmp_path, base_dir, **settings)
     with pytest.raises(SaigaError, match=named):
-        Merged.of(base_dir, unsupported)
+        Merged.open(base_dir, unsupported)
 
 
 def test_refuses_an_unknown_setting(base_dir, own_adapter):
     small_models.edit_json(own_adapter / "adapter_config.json", use_next_years_trick=True)
     with pytest.raises(SaigaError, match="use_next_years_trick"):
-        Merged.of(base_dir, own_adapter)
+        Merged.open(base_dir, own_adapter)
 
 
 @pytest.mark.parametrize(
@@ -314,19 +318,19 @@ def test_refuses_an_unknown_setting(base_dir, own_adapter):
 def test_refuses_an_invalid_scale_naming_file_and_field(base_dir, own_adapter, settings, message):
     small_models.edit_json(own_adapter / "adapter_config.json", **settings)
     with pytest.raises(SaigaError, match=message):
-        Merged.of(base_dir, own_adapter)
+        Merged.open(base_dir, own_adapter)
 
 
 def test_refuses_transposed_layers(base_dir, own_adapter):
     small_models.edit_json(own_adapter / "adapter_config.json", fan_in_fan_out=True)
     with pytest.raises(SaigaError, match="transposed layers"):
-        Merged.of(base_dir, own_adapter)
+        Merged.open(base_dir, own_adapter)
 
 
 def test_refuses_dora_without_magnitudes(base_dir, own_adapter):
     small_models.edit_json(own_adapter / "adapter_config.json", use_dora=True)
     with pytest.raises(SaigaError, match="has no lora_magnitude_vector"):
-        Merged.of(base_dir, own_adapter)
+        Merged.open(base_dir, own_adapter)
 
 
 def test_refuses_another_kind_of_adapter_by_name(base_dir, tmp_path):
@@ -334,14 +338,14 @@ def test_refuses_another_kind_of_adapter_by_name(base_dir, tmp_path):
     config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
     get_peft_model(model, config).save_pretrained(tmp_path)
     with pytest.raises(SaigaError, match="type IA3"):
-        Merged.of(base_dir, tmp_path)
+        Merged.open(base_dir, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
 def test_names_a_truncated_adapter_file(base_dir, own_adapter, name):
     small_models.cut(own_adapter / name)
     with pytest.raises(SaigaError, match=name):
-        Merged.of(base_dir, own_adapter)
+        Merged.open(base_dir, own_adapter)
 
 
 def test_names_a_truncated_bin_adapter(tiny, tmp_path):
@@ -349,13 +353,13 @@ def test_names_a_truncated_bin_adapter(tiny, tmp_path):
         (tmp_path / name).write_bytes((tiny / "adapter" / name).read_bytes())
     small_models.cut(tmp_path / "adapter_model.bin")
     with pytest.raises(SaigaError, match=r"adapter_model\.bin"):
-        Merged.of(tiny / "base", tmp_path)
+        Merged.open(tiny / "base", tmp_path)
 
 
 def test_refuses_an_adapter_without_weights(base_dir, own_adapter):
     (own_adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(SaigaError, match=r"adapter_model\.bin is missing"):
-        Merged.of(base_dir, own_adapter)
+        Merged.open(base_dir, own_adapter)
 
 
 def test_refuses_an_adapter_that_lacks_one_of_two_matrices(base_dir, own_adapter):
@@ -364,7 +368,7 @@ def test_refuses_an_adapter_that_lacks_one_of_two_matrices(base_dir, own_adapter
     del tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"]
     save_file(tensors, file)
     with pytest.raises(SaigaError, match=r"A and B of model\.layers\.1\.self_attn\.q_proj"):
-        Merged.of(base_dir, own_adapter)
+        Merged.open(base_dir, own_adapter)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -374,7 +378,7 @@ def test_refuses_a_diverged_adapter_naming_the_tensor(base_dir, own_adapter, val
     tensors[f"base_model.model.{Q_PROJ.removesuffix('.weight')}.lora_B.weight"][0, 0] = value
     save_file(tensors, file)
     elsewhere = small_models.adapter(tmp_path / "elsewhere", base_dir, target_modules=["v_proj"])
-    merged = Merged.of(base_dir, [(own_adapter, 1.0), (elsewhere, 1.0)])
+    merged = Merged.open(base_dir, [(own_adapter, 1.0), (elsewhere, 1.0)])
     with pytest.raises(SaigaError, match=f"{Q_PROJ} contains NaN or infinity.*{own_adapter.name}") as refused:
         merged.read(Q_PROJ)
     assert "elsewhere" not in str(refused.value)

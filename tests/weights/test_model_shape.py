@@ -20,7 +20,7 @@ def test_counts_the_parameters_of_the_real_model_except_for_its_norms(tmp_path, 
         tie_word_embeddings=tied,
     )
     config.save_pretrained(tmp_path)
-    shape = ModelShape.of(tmp_path)
+    shape = ModelShape.from_config(tmp_path)
     counted = shape.linear_parameters + shape.embedding_parameters
     model = LlamaForCausalLM(config)
     assert counted == sum(p.numel() for p in model.parameters() if p.ndim == 2)
@@ -33,16 +33,16 @@ def test_counts_the_parameters_of_the_real_model_except_for_its_norms(tmp_path, 
 def test_counts_the_adapter_parameters_that_peft_creates(tiny, lora):
     model = load.with_adapter(load.base_model(tiny / "base", "none", torch.float32, "cpu"), None, lora)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert ModelShape.of(tiny / "base").adapter_parameters(lora) == trained
+    assert ModelShape.from_config(tiny / "base").adapter_parameters(lora) == trained
 
 
 def test_names_a_damaged_config(tmp_path):
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(SaigaError, match=r"config\.json cannot be read"):
-        ModelShape.of(tmp_path)
+        ModelShape.from_config(tmp_path)
 
 
 def test_refuses_another_kind_of_model(tmp_path):
     (tmp_path / "config.json").write_text('{"hidden_size": 8, "num_attention_heads": 2}', encoding="utf-8")
     with pytest.raises(SaigaError, match="no num_hidden_layers, vocab_size"):
-        ModelShape.of(tmp_path)
+        ModelShape.from_config(tmp_path)
