@@ -126,7 +126,7 @@ class Architecture:
         return architecture
 
     def _require_supported(self, file: Path) -> None:
-        """Raises SaigaError for a setting that llama.cpp ignores or that no GGUF key expresses."""
+        """Raises SaigaError for a setting that llama.cpp computes differently or that no GGUF key expresses."""
         config, kind, shape = self.config, self.kind, self.shape
         has_wide_queries = shape.layers == kind.wide_queries
         scale = shape.hidden // shape.heads if has_wide_queries else shape.head_dim

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -92,17 +93,12 @@ class Importance(Mapping[str, "Array"]):
 
     def write(self, path: str | Path) -> Path:
         """Write llama.cpp's GGUF form. Raises SaigaError if the file exists."""
-        file = Path(path)
-        require_absent(file)
-        with replacing(file) as partial:
-            self._write(partial)
-        return file
-
-    def _write(self, file: Path) -> None:
         import gguf
         import numpy as np
 
-        writer = gguf.GGUFWriter(file, "imatrix")
+        file = Path(path)
+        require_absent(file)
+        writer = gguf.GGUFWriter(None, "imatrix")
         writer.kv_data[0].clear()  # llama.cpp's files have no general.architecture
         writer.add_string("general.type", "imatrix")
         writer.add_array(_DATASETS, list(self.datasets))
@@ -112,12 +108,11 @@ class Importance(Mapping[str, "Array"]):
             squares = self.squares[name]
             writer.add_tensor(name + _SUMS, squares.sums.reshape(1, -1))
             writer.add_tensor(name + _COUNTS, np.full((1, 1), squares.count, dtype=np.float32))
-        writer.write_header_to_file()
-        try:
+        with replacing(file) as partial, closing(writer):
+            writer.write_header_to_file(partial)
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
-        finally:
-            writer.close()
+        return file
 
 
 _Fields = tuple[dict[str, Squares], tuple[str, ...], int, int]
