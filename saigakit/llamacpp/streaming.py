@@ -91,7 +91,8 @@ def write_tensors(
         files = [stack.enter_context(_open_for_writing(target, shapes)) for target in targets]
 
         def write_chunk(chunk: _Chunk) -> list[Written]:
-            tensor, weights, parts = read(chunk.name, chunk.rows), (importance or {}).get(chunk.name), []
+            tensor, weights = read(chunk.name, chunk.rows), (importance or {}).get(chunk.name)
+            parts = []
             for file, target, starts in zip(files, targets, offsets, strict=True):
                 ggml_type = target.types[chunk.name]
                 content = _encode(tensor, ggml_type, weights, chunk, row_pool)

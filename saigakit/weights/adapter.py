@@ -110,15 +110,15 @@ class Adapter:
         trained: dict[str, str] = {}
         copies: dict[str, str] = {}
         for module, parts in _modules(directory, weights).items():
-            for name in parts.pop("whole", ()):
+            for name in parts.pop("full", ()):
                 is_trained = ".modules_to_save." in name or _is_saved(config, module)
                 (trained if is_trained else copies)[f"{module}.{name.rpartition('.')[2]}"] = name
             if not parts:
                 continue
-            made = _update(directory, weights, module, parts, config)
-            updates[f"{module}.weight"] = made
+            update = _update(directory, weights, module, parts, config)
+            updates[f"{module}.weight"] = update
             if "bias" in parts:
-                biases[f"{module}.bias"] = (parts["bias"], made.scale)
+                biases[f"{module}.bias"] = (parts["bias"], update.scale)
         tied = bool(config.get("ensure_weight_tying"))
         return cls(directory, config.get("base_model_name_or_path"), weights, updates, biases, trained, copies, tied)
 
@@ -126,8 +126,8 @@ class Adapter:
         """Base tensors that the adapter changes, with the shapes they must have."""
         shapes = {name: self.shape(name) for name in self.updates}
         stored = self.weights.stored
-        shapes |= {name: stored[there].shape for name, (there, _) in self.biases.items()}
-        return shapes | {name: stored[there].shape for name, there in {**self.trained, **self.copies}.items()}
+        shapes |= {name: stored[source].shape for name, (source, _) in self.biases.items()}
+        return shapes | {name: stored[source].shape for name, source in {**self.trained, **self.copies}.items()}
 
     def beyond_lora(self) -> str | None:
         """Names a feature that can be neither weighted nor added to another adapter, if there is one."""
@@ -232,7 +232,7 @@ def _require_supported(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 def _modules(directory: Path, weights: Shards) -> dict[str, dict[str, Any]]:
-    """Stored names by module and part; `whole` lists trained modules and copies."""
+    """Stored names by module and part; `full` lists trained modules and copies."""
     found: dict[str, dict[str, Any]] = {}
     has_matrices = False
     for name in weights.stored:
@@ -242,7 +242,7 @@ def _modules(directory: Path, weights: Shards) -> dict[str, dict[str, Any]]:
         part = next(part for part in _PARTS if match[part])
         parts = found.setdefault(match["module"], {})
         if part in ("trained", "copy"):
-            parts.setdefault("whole", []).append(name)
+            parts.setdefault("full", []).append(name)
         else:
             parts[part] = name
             has_matrices = True
