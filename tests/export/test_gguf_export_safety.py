@@ -183,7 +183,7 @@ def test_a_nan_in_the_base_is_refused_with_the_tensor_and_the_file(made, tmp_pat
     tensors = load_file(base / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][300, 7] = torch.nan
     save_file(tensors, base / "model.safetensors")
-    with pytest.raises(SaigaError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN .*model\.safetensors"):
+    with pytest.raises(SaigaError, match=r"model\.layers\.1\.mlp\.up_proj\.weight contains NaN .*model\.safetensors"):
         export.to_gguf(model=str(base), adapter=None, output=tmp_path / "x.gguf")
     assert [file.name for file in tmp_path.iterdir()] == ["base"]
 

@@ -88,7 +88,7 @@ def test_settings_of_a_new_lora_beside_a_continued_adapter_are_refused(tiny):
 
 def test_the_adapter_of_another_base_is_refused(tiny, tmp_path):
     other = base(tmp_path / "base", tiny / "base", hidden_size=32)
-    with pytest.raises(SaigaError, match="not one of this base model"):
+    with pytest.raises(SaigaError, match="belongs to another base model"):
         preflight.model(config(), tiny / "base", adapter(tmp_path / "adapter", other))
 
 
@@ -114,7 +114,7 @@ def test_tied_embeddings_cannot_be_trained_as_a_whole(tiny, tmp_path):
 
 def test_a_base_that_reads_images_is_refused(tiny, monkeypatch):
     stored = {"language_model.model.layers.0.self_attn.q_proj.weight": None}
-    monkeypatch.setattr(preflight.tensors, "of_base", lambda _: SimpleNamespace(stored=stored))
+    monkeypatch.setattr(preflight.tensors, "open_base", lambda _: SimpleNamespace(stored=stored))
     with pytest.raises(SaigaError, match=r"reads images too.*its text model alone"):
         preflight.model(config(), tiny / "base", None)
 
