@@ -34,7 +34,7 @@ from saigakit import export, registry
 from saigakit.core.display import Table
 from saigakit.export import gguf_export
 from saigakit.export.merge_plan import MergePlan
-from saigakit.llamacpp import quantization, streaming
+from saigakit.llamacpp import libggml, quantization, streaming
 from saigakit.registry import ALL_LINEAR
 from saigakit.weights import find
 
@@ -165,7 +165,7 @@ def make_adapter(directory: Path, base_dir: Path, shape: str) -> Path:
 
 
 def step_export(base: str, adapter: str, output: str, into: str, *quant_types: str) -> dict[str, float]:
-    fill, took = streaming.fill, {}
+    fill, took = streaming.write_tensors, {}
 
     def timed(*given: Any, **named: Any) -> Any:
         start = time.monotonic()
@@ -173,7 +173,7 @@ def step_export(base: str, adapter: str, output: str, into: str, *quant_types: s
         took["stream_s"] = time.monotonic() - start
         return made
 
-    streaming.fill = timed
+    streaming.write_tensors = timed
     export.to_gguf(
         model=base, adapter=adapter, output=output, quant_type=quant_types[0], quant_types=quant_types[1:],
         merge_into=into,
@@ -194,7 +194,7 @@ def step_limit(base: str, adapter: str, output: str, _: str, quant_type: str) ->
     sources = [os.open(file, os.O_RDONLY) for file in made.merged.base.files]
     ends = list(itertools.accumulate(os.fstat(source).st_size for source in sources))
     out, places = os.open(output, os.O_WRONLY | os.O_CREAT), {"read": 0, "written": 0}
-    ggml = quantization.library()
+    ggml = libggml.load()
 
     def advanced(which: str, size: int) -> int:
         with lock:
@@ -225,7 +225,7 @@ def step_limit(base: str, adapter: str, output: str, _: str, quant_type: str) ->
             streaming._write_at(out, content.data, advanced("written", content.nbytes))
 
     start = time.monotonic()
-    with streaming._flushed([out]), ThreadPoolExecutor(streaming.workers()) as pool:
+    with streaming._flushing([out]), ThreadPoolExecutor(streaming.workers()) as pool:
         for one in [pool.submit(run) for _ in range(streaming.workers())]:
             one.result()
     return {"stream_s": time.monotonic() - start}

@@ -21,16 +21,17 @@ from typing import get_args
 from saigakit.core import workspace
 from saigakit.export import fit
 from saigakit.llamacpp import quantization
-from saigakit.weights.memory import CacheType, Shape
+from saigakit.weights.memory import CacheType
+from saigakit.weights.model_shape import ModelShape
 
 SHAPES = {
-    "Llama-2's, small": Shape(
+    "Llama-2's, small": ModelShape(
         hidden=1024, layers=12, heads=16, kv_heads=16, head_dim=64, intermediate=2816, vocabulary=32000, tied=False
     ),
-    "Llama-3's, small": Shape(
+    "Llama-3's, small": ModelShape(
         hidden=1024, layers=12, heads=16, kv_heads=4, head_dim=64, intermediate=3584, vocabulary=128256, tied=False
     ),
-    "wide": Shape(
+    "wide": ModelShape(
         hidden=2048, layers=4, heads=16, kv_heads=8, head_dim=128, intermediate=8192, vocabulary=32000, tied=False
     ),
 }
@@ -67,7 +68,7 @@ print(json.dumps([mapped, resident() - before]))
 """
 
 
-def random_model(file: Path, shape: Shape, quant_type: str = "Q4_K_M") -> Path:
+def random_model(file: Path, shape: ModelShape, quant_type: str = "Q4_K_M") -> Path:
     """A GGUF of `shape`; rows repeat, for only their number counts."""
     import gguf
     import numpy as np

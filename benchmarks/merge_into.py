@@ -124,7 +124,7 @@ def main() -> None:
     base_dir = find.base_dir(registry.find(MODEL), None)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        dequantised = Merged.of(base_dir, None, into="dequantized", number_format="float32")
+        dequantised = Merged.open(base_dir, None, into="dequantized", number_format="float32")
         nf4_dir = write_merged(dequantised, MergePlan.of(MODEL, None), directory / "nf4", "float32")
         adapter_dir = learned(directory, nf4_dir, packaged / "train.jsonl", packaged / "held_out.jsonl", given.steps)
         few = examples[:CHECKED]

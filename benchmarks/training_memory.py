@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from saigakit.registry import ALL_LINEAR, ATTENTION, MODELS, Lora
 from saigakit.train import layers, steps
-from saigakit.weights import load, memory
+from saigakit.weights import load
+from saigakit.weights.memory import Pack, TrainingStep
+from saigakit.weights.model_shape import ModelShape
 
 CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 NO_DROPOUT = Lora(dropout=0.0)
@@ -60,20 +62,18 @@ class Bytes:
 def compare(case: Case) -> tuple[Bytes, Bytes]:
     """What autograd keeps, and the highest moment of a step."""
     model, shape = build(case)
-    pack = memory.Pack(documents=case.documents, learned=sum(size // 2 for size in case.documents))
+    pack = Pack(documents=case.documents, trained=sum(size // 2 for size in case.documents))
     batch = batch_of(pack, case.vocabulary)
-    step = memory.Step(shape, case.lora, pack, 2 if case.autocast else 4, case.quantization)
-    kept = step.kept(checkpointing=case.checkpointing) + step.kept_by_the_loss(chunked=case.chunked)
-    parts = memory.training(
-        shape,
-        quantization=case.quantization,
+    step = TrainingStep(
+        shape=shape,
         lora=case.lora,
-        pack_tokens=pack.tokens,
-        itemsize=step.itemsize,
-        checkpointing=case.checkpointing,
         pack=pack,
+        quantization=case.quantization,
+        itemsize=2 if case.autocast else 4,
+        checkpointing=case.checkpointing,
         chunked_head=case.chunked,
     )
+    kept, parts = step.activations + step.saved_by_loss, step.memory()
     step_bytes = sum(parts[name] for name in ("activations", "logits", "working buffers"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4  # gradients are made in the step
     return (
@@ -82,7 +82,7 @@ def compare(case: Case) -> tuple[Bytes, Bytes]:
     )
 
 
-def build(case: Case) -> tuple[torch.nn.Module, memory.Shape]:
+def build(case: Case) -> tuple[torch.nn.Module, ModelShape]:
     torch.manual_seed(0)
     config = CLASSES[case.kind](
         vocab_size=case.vocabulary,
@@ -97,7 +97,7 @@ def build(case: Case) -> tuple[torch.nn.Module, memory.Shape]:
         AutoModelForCausalLM.from_config(config).save_pretrained(directory)
         dtype = torch.bfloat16 if case.autocast else torch.float32
         base = load.base_model(Path(directory), case.quantization, dtype, "cpu")
-        shape = memory.Shape.of(Path(directory))
+        shape = ModelShape.from_config(Path(directory))
     base.config.use_cache = False
     layers.use_packed_attention(base)
     if case.autocast:
@@ -114,7 +114,7 @@ def build(case: Case) -> tuple[torch.nn.Module, memory.Shape]:
     return model, shape
 
 
-def batch_of(pack: memory.Pack, vocabulary: int) -> dict[str, torch.Tensor]:
+def batch_of(pack: Pack, vocabulary: int) -> dict[str, torch.Tensor]:
     rows = []
     for size in pack.documents:
         ids = [number * 7 % vocabulary for number in range(size)]
@@ -227,17 +227,16 @@ def models_table() -> None:
         spec = MODELS[name]
         with tempfile.TemporaryDirectory() as directory:
             (Path(directory) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-            shape = memory.Shape.of(Path(directory))
+            shape = ModelShape.from_config(Path(directory))
         tokens = spec.max_seq_length
-        parts = memory.training(
-            shape,
-            quantization="nf4",
+        parts = TrainingStep(
+            shape=shape,
             lora=spec.lora,
-            pack_tokens=tokens,
+            pack=Pack(documents=(tokens,), trained=int(tokens * learned)),
+            quantization="nf4",
             itemsize=2,
             checkpointing=True,
-            pack=memory.Pack(documents=(tokens,), learned=int(tokens * learned)),
-        )
+        ).memory()
         numbers = " ".join(f"{parts[part] / 1e9:21.2f}" for part in names)
         print(f"{name:18} {learned:4.0%} learned {tokens:6} {numbers} {sum(parts.values()) / 1e9:10.2f}")
 
@@ -245,7 +244,7 @@ def models_table() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", action="store_true")
-    load.quiet()
+    load.silence_libraries()
     if parser.parse_args().models:
         return models_table()
     print(f"{'':86}kept by autograd, MB          highest moment of a step, MB")

@@ -20,6 +20,7 @@ from saigakit.evaluate import metrics, results
 from saigakit.prompt import encoding
 from saigakit.weights import base_files, find, generate, lineage, memory
 from saigakit.weights.generate import Generated
+from saigakit.weights.model_shape import ModelShape
 
 STAGE = "04_infer"
 DISK = 100 * 10**6  # bytes; 240 answers and the plot are under 1 MB
@@ -121,7 +122,7 @@ def _weights(hashes: Mapping[str, str] | None) -> set[str] | None:
     if hashes is None:
         return None
     kept = re.compile(r"adapter_model\.(?:safetensors|bin)|(?:adapter_)?config\.json")
-    return lineage.weights_of(hashes) | {digest for name, digest in hashes.items() if kept.fullmatch(name)}
+    return lineage.weight_hashes(hashes) | {digest for name, digest in hashes.items() if kept.fullmatch(name)}
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,10 @@ def _require_memory(base_dir: Path, quantization: registry.Quantization, questio
     gpus = workspace.gpus()
     itemsize = 2 if gpus or workspace.cpu_has_bf16() else 4  # at least: the child measures which is faster
     tokens = max(map(len, questions.prompts)) + questions.max_new_tokens
-    parts = memory.inference(memory.Shape.of(base_dir), quantization, itemsize, tokens)
-    what = f"Answering with {base_dir.name} ({memory.in_words(parts)}, {OVERHEAD / workspace.GB:.1f} GB of libraries)"
+    parts = memory.inference_memory(ModelShape.from_config(base_dir), quantization, itemsize, tokens)
+    what = (
+        f"Answering with {base_dir.name} ({memory.format_parts(parts)}, {OVERHEAD / workspace.GB:.1f} GB of libraries)"
+    )
     needed = sum(parts.values()) + OVERHEAD
     if not gpus:
         workspace.require_memory(needed, what, "Close other programs or run 04_infer on a GPU.")

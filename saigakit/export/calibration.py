@@ -47,7 +47,7 @@ def importance_of_records(
         Export.of(plan, quant_types).require_room(file.parent)
     ids = token_rows(records, plan.spec.name, plan.base_source)
     with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
-        matrix = imatrix_compute.measured(
+        matrix = imatrix_compute.compute_importance(
             write_gguf(Export.of(plan, ["Q8_0"]), Path(scratch) / "q8_0.gguf"),
             [ids[index]["input_ids"] for index in range(len(ids))],
             dataset=Path(records).name,

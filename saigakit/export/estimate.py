@@ -33,7 +33,7 @@ def estimate_table(export: Export) -> Table:
     seconds_per_number = _seconds_per_number(ggml_types, shapes, export.read)
     reading_s = base.bytes_on_disk / _read_speed(max(base.files, key=lambda file: file.stat().st_size))
     numbers = sum(map(prod, shapes.values()))
-    cores = quantization.cores()
+    cores = quantization.usable_cores()
     computing_s = numbers * seconds_per_number["read"] / cores
     rows = [
         ("read · читается", f"{base.bytes_on_disk / workspace.GB:.2f} GB", f"{reading_s:.0f} s"),
@@ -48,7 +48,7 @@ def estimate_table(export: Export) -> Table:
     return Table(("03_merge_gguf", "amount", "time, about"), rows, f"{note} {_SLOW}" if lacks_avx2() else note)
 
 
-def _seconds_per_number(types: set[str], shapes: Mapping[str, "Shape"], read: streaming.Read) -> dict[str, float]:
+def _seconds_per_number(types: set[str], shapes: Mapping[str, "Shape"], read: streaming.ReadRows) -> dict[str, float]:
     """Quantising to each type on one core; "read" is reading and merging."""
     name, shape = max(shapes.items(), key=lambda item: (item[0].startswith("blk."), prod(item[1])))
     rows = slice(0, min(shape[0], max(1, _NUMBERS // prod(shape[1:]))))

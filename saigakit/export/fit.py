@@ -11,7 +11,8 @@ from saigakit.core.display import Table
 from saigakit.core.workspace import GIB
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import quantization
-from saigakit.weights.memory import CacheType, Shape
+from saigakit.weights.memory import CacheType
+from saigakit.weights.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +37,7 @@ class Needs:
     buffers: int  # activations of one batch, and the vocabulary
 
     @classmethod
-    def of(cls, shape: Shape, file_bytes: int, n_ctx: int, cache_type: CacheType = "f16") -> Self:
+    def of(cls, shape: ModelShape, file_bytes: int, n_ctx: int, cache_type: CacheType = "f16") -> Self:
         """On a CPU with flash attention, as `infer.load` sets it. benchmarks/fit.py compares it with llama.cpp."""
         keys = shape.kv_heads * shape.head_dim
         # Gate, up and their product; the residual stream and its norm; new keys and values; the mask in float16.
@@ -93,7 +94,7 @@ class Choice:
 class ModelFiles:
     """The size of a model's file in each quant type, and what else its memory depends on."""
 
-    shape: Shape
+    shape: ModelShape
     longest: int  # tokens of context that the model was trained for
     files: Mapping[str, int]  # quant type to bytes
 
@@ -209,7 +210,7 @@ class ModelFiles:
 def memory_table(stage_dir: Path) -> Table:
     """What the model in a finished 03_merge_gguf needs in each quant type."""
     memory = manifest.read(stage_dir)["memory"]
-    return ModelFiles(shape=Shape(**memory["shape"]), longest=memory["longest"], files=memory["files"]).table()
+    return ModelFiles(shape=ModelShape(**memory["shape"]), longest=memory["longest"], files=memory["files"]).table()
 
 
 def _gib(size: int) -> str:

@@ -57,14 +57,14 @@ class Export:
         for each in quant_types:
             quantization.require_known(each)
         system_prompt = plan.lineage.system_prompt  # checked before the base is fetched
-        architecture = Architecture.of(plan.base_dir)
+        architecture = Architecture.from_config(plan.base_dir)
         merged = plan.merge()
         architecture = architecture.untied() if merged.is_untied else architecture
-        source_of = architecture.sources(merged.shapes)
+        source_of = architecture.source_names(merged.shapes)
         architecture.require_shapes(source_of, merged.shapes)
         shapes = {name: merged.shapes[source] for name, source in source_of.items()}
-        shapes |= {name: tensor.shape for name, tensor in architecture.computed().items()}
-        matrix = None if importance is None else Importance.of_file(importance)
+        shapes |= {name: tensor.shape for name, tensor in architecture.computed_tensors().items()}
+        matrix = None if importance is None else Importance.read(importance)
         if matrix is not None:
             matrix.require_fit(shapes, str(importance))
         tokenizer = encoding.load_tokenizer(plan.spec.name, plan.base_source)
@@ -75,9 +75,9 @@ class Export:
             system_prompt=system_prompt,
             merged=merged,
             architecture=architecture,
-            vocabulary=Vocabulary.of(tokenizer_dir, tokenizer, architecture.config),
+            vocabulary=Vocabulary.from_tokenizer(tokenizer_dir, tokenizer, architecture.config),
             tokenizer=tokenizer,
-            shapes={name: shapes[name] for name in quantization.in_order(shapes)},
+            shapes={name: shapes[name] for name in quantization.sort_names(shapes)},
             source_of=source_of,
             importance=matrix,
             importance_file=None if importance is None else Path(importance),
@@ -116,7 +116,7 @@ class Export:
     @property
     def memory(self) -> int:
         """Bytes held while the files are written."""
-        return streaming.memory(self.shapes, self.architecture.shape.head_dim, len(self.quant_types))
+        return streaming.memory_needed(self.shapes, self.architecture.shape.head_dim, len(self.quant_types))
 
     def describe_base(self) -> str:
         if not self.merged.adapters:
@@ -161,12 +161,14 @@ class Export:
             start = container.write_header(self._writer(file, quant_type), self.shapes, types)
             targets.append(streaming.Target(file, types, start))
         head_dim = self.architecture.shape.head_dim
-        written = streaming.fill(targets, self.shapes, self.read, whole_rows=head_dim, importance=self.importance)
+        written = streaming.write_tensors(
+            targets, self.shapes, self.read, row_multiple=head_dim, importance=self.importance
+        )
         return dict(zip(files, written, strict=True))
 
     def _require_readable(self, quant_type: str, file: Path, written: Sequence[Written], texts: Sequence[str]) -> str:
         types = self.types(quant_type)
-        container.require_whole(file, self.shapes, types, self.bytes(quant_type))
+        container.require_complete(file, self.shapes, types, self.bytes(quant_type))
         wanted = {key: value.value for key, value in self._writer(file, quant_type).kv_data[0].items()}
         read_back.require_tensors(file, wanted, self.shapes, types)
         read_back.require_written(file, written)
@@ -189,8 +191,8 @@ class Export:
     def read(self, name: str, rows: slice) -> "Array":
         """`rows` must hold complete heads, which llama.cpp orders differently."""
         if name not in self.source_of:
-            return self.architecture.computed()[name][rows]
-        return self.architecture.converted(name, self.merged.read(self.source_of[name], rows))
+            return self.architecture.computed_tensors()[name][rows]
+        return self.architecture.convert(name, self.merged.read(self.source_of[name], rows))
 
     def _writer(self, file: Path, quant_type: str) -> "gguf.GGUFWriter":
         """With all metadata; the two keys that llama.cpp's quantiser rewrites come last, where it leaves them."""
@@ -205,8 +207,8 @@ class Export:
         writer.add_sampling_top_p(spec.sampling.top_p)
         writer.add_sampling_temp(spec.sampling.temperature)
         writer.add_sampling_penalty_repeat(spec.sampling.repeat_penalty)
-        self.architecture.describe(writer)
-        self.vocabulary.describe(writer)
+        self.architecture.write_metadata(writer)
+        self.vocabulary.write_metadata(writer)
         writer.add_chat_template(template.for_inference(self.tokenizer.chat_template))
         if self.system_prompt is not None:
             writer.add_string(lineage.SYSTEM_PROMPT_KEY, self.system_prompt)
@@ -214,5 +216,5 @@ class Export:
         named = "ALL_F32" if quant_type == "F32" else f"MOSTLY_{quant_type}"
         writer.add_file_type(gguf.LlamaFileType[named])
         if self.importance is not None and self.importance_file is not None:
-            self.importance.describe(writer, self.importance_file)
+            self.importance.write_metadata(writer, self.importance_file)
         return writer

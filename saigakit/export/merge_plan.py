@@ -51,12 +51,12 @@ class MergePlan:
     @cached_property
     def lineage(self) -> Lineage:
         """Raises SaigaError for the adapter of another model, or one that does not allow `merge_into`."""
-        return Lineage.of(self.spec, self.adapter_dirs, self.merge_into)
+        return Lineage.read(self.spec, self.adapter_dirs, self.merge_into)
 
     def merge(self) -> Merged:
         """Read the headers. Raises SaigaError for damaged files and adapters that do not fit."""
         merging = self.lineage.merging
-        return Merged.of(self.base_dir, self.adapters, **merging)
+        return Merged.open(self.base_dir, self.adapters, **merging)
 
     def require_same_base(self, base: Mapping[str, str] | None = None) -> None:
         """Raises SaigaError for an adapter trained on other weights; `base` is the base's hashes, if known."""

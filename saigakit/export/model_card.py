@@ -12,7 +12,7 @@ from saigakit.prompt import encoding
 from saigakit.prompt.backends import gguf_vocabulary
 from saigakit.registry import ModelSpec, Sampling
 from saigakit.weights import lineage
-from saigakit.weights.memory import Shape
+from saigakit.weights.model_shape import ModelShape
 
 if TYPE_CHECKING:
     import llama_cpp
@@ -131,7 +131,7 @@ def _run_section(settings: modelfile.RunSettings, end_of_turn: str) -> str:
 def _origin(inputs: Mapping[str, Any]) -> dict[str, str]:
     """SHA-256 of what the GGUF was made of and what its adapter was trained on."""
     rows: dict[str, Collection[str]] = {
-        "base": lineage.weights_of(inputs.get("base") or {}),
+        "base": lineage.weight_hashes(inputs.get("base") or {}),
         "adapter": [digest for name, digest in (inputs.get("adapter") or {}).items() if name.endswith(_WEIGHTS)],
         "training records": (inputs.get("train") or {}).values(),
     }
@@ -140,14 +140,14 @@ def _origin(inputs: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _shape(llm: "llama_cpp.Llama") -> Shape:
+def _shape(llm: "llama_cpp.Llama") -> ModelShape:
     architecture = llm.metadata["general.architecture"]
 
     def number(key: str, otherwise: int = 0) -> int:
         return int(llm.metadata.get(f"{architecture}.{key}", otherwise))
 
     hidden, heads = number("embedding_length"), number("attention.head_count")
-    return Shape(
+    return ModelShape(
         hidden=hidden,
         layers=number("block_count"),
         heads=heads,

@@ -48,12 +48,12 @@ def to_lora_gguf(*, model: str, adapter: str | Path, output: str | Path, base_so
     file = Path(output)
     require_absent(file)
     plan = MergePlan.of(model, adapter, base_source=base_source, merge_into="original")
-    architecture = Architecture.of(plan.base_dir)
+    architecture = Architecture.from_config(plan.base_dir)
     merged = plan.merge()
     plan.require_same_base()
     (lora, _), *_ = merged.adapters
     _require_low_rank(merged, lora)
-    names = {source: name for name, source in architecture.sources(merged.shapes).items()}
+    names = {source: name for name, source in architecture.source_names(merged.shapes).items()}
     if lost := sorted(set(lora.updates) - set(names)):
         raise SaigaError(f"{lora.directory} changes {lost[0]}, which a {architecture.kind.name} GGUF cannot hold.")
     alpha, tensors = _lora_tensors(lora, architecture, names)
@@ -107,7 +107,7 @@ def _lora_tensors(lora: Adapter, architecture: Architecture, names: dict[str, st
         rest = update.scale * ranks[name] / alpha
         b = b if abs(rest - 1) < 1e-12 else b * np.float32(rest)
         # For embeddings llama.cpp takes rows of A, one per token.
-        a, b = (a.T, b) if name == EMBEDDINGS else (a, architecture.reordered(names[name], b))
+        a, b = (a.T, b) if name == EMBEDDINGS else (a, architecture.reorder(names[name], b))
         for letter, matrix in (("a", a), ("b", b)):
             if not np.isfinite(matrix).all():
                 raise SaigaError(f"{lora.directory} contains NaN or infinity in {name}: the training diverged.")

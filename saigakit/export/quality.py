@@ -63,7 +63,7 @@ def compare_files(
     with ExitStack() as stack:
         expected, actual = (
             stack.enter_context(
-                forward.opened(Path(file), n_ctx=length, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+                forward.open_model(Path(file), n_ctx=length, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
             )
             for file in (reference, gguf_file)
         )

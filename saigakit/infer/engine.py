@@ -18,7 +18,7 @@ from saigakit.prompt import encoding
 from saigakit.prompt.backends import piece
 from saigakit.prompt.template import Message
 from saigakit.registry import Sampling
-from saigakit.weights.generate import BATCH_TOKENS, Generated, OnProgress, until_stop
+from saigakit.weights.generate import BATCH_TOKENS, Generated, OnProgress, cut_at_stop
 from saigakit.weights.memory import CacheType
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def load(
 
         def __setattr__(self, name: str, value: object) -> None:
             if name == "model_params":
-                forward.leave_out_amx(value)
+                forward.disable_amx(value)
             if name == "_model":  # beyond its training length a model answers with noise, and llama.cpp warns
                 self.context_params.n_ctx = min(self.context_params.n_ctx, value.n_ctx_train())  # type: ignore[attr-defined]
             super().__setattr__(name, value)
@@ -173,7 +173,7 @@ def greedy(
                 if token in stop_ids or len(row) == max_new_tokens:
                     del running[slot]
                     on_progress(len(prompts) - len(waiting) - len(running), len(prompts))
-    ids = [until_stop(row, stop_ids)[0] for row in rows]
+    ids = [cut_at_stop(row, stop_ids)[0] for row in rows]
     return Generated(ids, time.perf_counter() - start, sum(map(len, rows)))
 
 
@@ -226,15 +226,15 @@ class _Sequences:
                 f"{workspace.available_memory() / workspace.GB:.1f} GB are free. Close other programs."
             )
         self._memory = llama_cpp.llama_get_memory(self._context)
-        self._batch = llama_cpp.llama_batch_init(self._size, 0, 1)
-        self._ends: dict[int, int] = {}  # slot to its last row in the batch, which needs logits
+        self._batch = forward.Batch(self._size)
+        self._ends: dict[int, int] = {}  # slot to the row of the batch whose logits it needs
         self._positions = {slots: 0}
         if head:
             self.add(self._head_slot, head)
             self.decode()
 
     def has_room(self, count: int) -> bool:
-        return bool(self._batch.n_tokens + count <= self._size)
+        return len(self._batch) + count <= self._size
 
     def begin(self, slot: int, tokens: Sequence[int]) -> None:
         self._api.llama_memory_seq_rm(self._memory, slot, -1, -1)
@@ -244,28 +244,23 @@ class _Sequences:
         self.add(slot, tokens)
 
     def add(self, slot: int, tokens: Sequence[int]) -> None:
-        batch = self._batch
-        for token in tokens:
-            row = batch.n_tokens
-            batch.token[row], batch.pos[row], batch.logits[row] = token, self._positions[slot], False
-            batch.n_seq_id[row], batch.seq_id[row][0] = 1, slot
-            self._positions[slot] += 1
-            batch.n_tokens += 1
-        self._ends[slot] = batch.n_tokens - 1
-        batch.logits[batch.n_tokens - 1] = True
+        last = self._positions[slot] + len(tokens) - 1
+        for position, token in enumerate(tokens, self._positions[slot]):
+            self._batch.add(token, position, sequence=slot, has_logits=position == last)
+        self._positions[slot] += len(tokens)
+        self._ends[slot] = len(self._batch) - 1
 
     def decode(self) -> dict[int, int]:
         """The next token of every sequence that got tokens since the last call."""
         import numpy as np
 
-        if code := self._api.llama_decode(self._context, self._batch):
+        if code := self._batch.decode(self._context):
             raise RuntimeError(f"llama_decode returned {code}")
         logits = {slot: self._api.llama_get_logits_ith(self._context, row) for slot, row in self._ends.items()}
         found = {slot: int(np.ctypeslib.as_array(row, (self._n_vocab,)).argmax()) for slot, row in logits.items()}
         self._ends.clear()
-        self._batch.n_tokens = 0
         return found
 
     def close(self) -> None:
-        self._api.llama_batch_free(self._batch)
+        self._batch.close()
         self._api.llama_free(self._context)

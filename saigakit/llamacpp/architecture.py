@@ -1,4 +1,4 @@
-"""A base model's config.json into its GGUF form: tensor names, the order of rows, what the file says of the model."""
+"""Map a base model to its GGUF form: tensor names, the order of rows and metadata."""
 
 import json
 import math
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from saigakit.errors import SaigaError
-from saigakit.weights.memory import Shape as ModelShape
+from saigakit.weights.model_shape import ModelShape
 
 if TYPE_CHECKING:
     import gguf
 
     from saigakit.weights.tensors import Array, Shape
 
-# GGUF name to Hugging Face's, of what every layer has.
+# Hugging Face names by GGUF name, in every layer.
 _LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -28,20 +28,20 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Gemma's second norm of a layer stands before the feed-forward part, and each part has one after it too.
+# In Gemma the second norm of a layer precedes the feed-forward part, and each part is followed by one too.
 _NORMS_AROUND = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_WHOLE = {"token_embd": "embed_tokens", "output_norm": "norm"}
+_GLOBAL = {"token_embd": "embed_tokens", "output_norm": "norm"}
 _HEAD = "lm_head"
-# Where a checkpoint has its language model: alone, or beside what sees images, saved by transformers 4 and 5.
+# Prefix of the language model: alone, or next to a vision model, saved by transformers 4 and 5.
 _PREFIXES = ("model.", "language_model.model.", "model.language_model.")
-_IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+_VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 _ROPE_FREQS = "rope_freqs.weight"
-_ROPE_SETTINGS = {  # beside theta, by rope_type; others are refused
+_ROPE_SETTINGS = {  # by supported rope_type, in addition to theta
     "default": (),
     "llama3": ("low_freq_factor", "high_freq_factor", "factor", "original_max_position_embeddings"),
     "linear": ("factor",),
@@ -53,16 +53,16 @@ class Kind:
     """One of llama.cpp's architectures."""
 
     name: str
-    layer: Mapping[str, str] = field(default_factory=dict)  # GGUF name to Hugging Face's, beyond _LAYER
-    interleaved_rope: bool = False  # a pair that turns together lies side by side, not half a head apart
-    norms_from_one: bool = False  # a norm's weight is stored as its difference from 1
+    layer: Mapping[str, str] = field(default_factory=dict)  # Hugging Face names in addition to _LAYER
+    interleaved_rope: bool = False  # rotated pairs are adjacent, not half a head apart
+    norms_from_one: bool = False  # weights of norms are stored as differences from 1
     activation: str = "silu"
-    rope_theta: float = 10000.0  # where config.json has none
-    window_period: int = 0  # of so many layers the last sees the whole text, the others a window; 0 means all see it
-    lost_window: int = 0  # transformers' default of a window that llama.cpp does not compute
-    late_window: bool = False  # the last layers alone have it, from max_window_layers on, and where it is asked for
-    wide_queries: int = 0  # a model of so many layers scales queries by hidden / heads, the others by head_dim
-    keys: Mapping[str, str] = field(default_factory=dict)  # setting of config.json to the method of GGUFWriter
+    rope_theta: float = 10000.0  # if config.json has none
+    window_period: int = 0  # one layer in this many has full attention, the others a window; 0: all have it
+    lost_window: int = 0  # transformers' default of a window that llama.cpp ignores
+    late_window: bool = False  # only layers from max_window_layers on have it, if use_sliding_window
+    wide_queries: int = 0  # with this many layers queries are scaled by hidden / heads, else by head_dim
+    keys: Mapping[str, str] = field(default_factory=dict)  # method of GGUFWriter by setting of config.json
 
 
 _LLAMA = Kind(name="llama", interleaved_rope=True)
@@ -99,7 +99,7 @@ KINDS = {
     "Qwen3ForCausalLM": Kind(name="qwen3", layer=_HEAD_NORMS, lost_window=4096, late_window=True),
     "Gemma2ForCausalLM": _GEMMA2,
     "Gemma3ForCausalLM": _GEMMA3,
-    "Gemma3ForConditionalGeneration": _GEMMA3,  # its language model alone
+    "Gemma3ForConditionalGeneration": _GEMMA3,  # only its language model
 }
 
 
@@ -112,51 +112,51 @@ class Architecture:
     config: Mapping[str, Any]
 
     @classmethod
-    def of(cls, base_dir: Path) -> Self:
-        """Raises SaigaError that lists the known architectures, or names the setting that has no GGUF form."""
-        shape = ModelShape.of(base_dir)
+    def from_config(cls, base_dir: Path) -> Self:
+        """Raises SaigaError for an unknown architecture or a setting that has no GGUF form."""
+        shape = ModelShape.from_config(base_dir)
         config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
         named = (config.get("architectures") or ["none"])[0]
         if named not in KINDS:
             raise SaigaError(
-                f"{base_dir} is a {named}, which saigakit cannot export to GGUF; known are {', '.join(KINDS)}."
+                f"{base_dir} is a {named}, which saigakit cannot export to GGUF; supported are {', '.join(KINDS)}."
             )
-        made = cls(KINDS[named], shape, {**config, **config.get("text_config", {})})
-        made._require_expressible(base_dir / "config.json")
-        return made
+        architecture = cls(KINDS[named], shape, {**config, **config.get("text_config", {})})
+        architecture._require_supported(base_dir / "config.json")
+        return architecture
 
-    def _require_expressible(self, file: Path) -> None:
-        """Raises SaigaError for a setting that llama.cpp computes otherwise, or that no key of a GGUF says."""
+    def _require_supported(self, file: Path) -> None:
+        """Raises SaigaError for a setting that llama.cpp computes differently or that no GGUF key expresses."""
         config, kind, shape = self.config, self.kind, self.shape
-        heads_share = shape.layers == kind.wide_queries
-        scale = shape.hidden // shape.heads if heads_share else shape.head_dim
-        for key, value, possible in (
+        has_wide_queries = shape.layers == kind.wide_queries
+        scale = shape.hidden // shape.heads if has_wide_queries else shape.head_dim
+        for key, value, supported in (
             ("quantization_config", bool(config.get("quantization_config")), (False,)),
             ("hidden_act", self._activation, (kind.activation,)),
             ("rope_type", self._rope_type, tuple(_ROPE_SETTINGS)),
             ("query_pre_attn_scalar", config.get("query_pre_attn_scalar") or scale, (scale,)),
             ("layer_types", "usual" if self._has_usual_windows else "unusual", ("usual",)),
         ):
-            if value not in possible:
+            if value not in supported:
                 raise SaigaError(
-                    f"{file} has {key}={value!r}, and saigakit can export {' or '.join(map(repr, possible))} "
-                    "alone: give the original float16, bfloat16 or float32 model of a kind that it knows."
+                    f"{file} has {key}={value!r}, but saigakit can export only {' or '.join(map(repr, supported))}. "
+                    "Give the original float16, bfloat16 or float32 model of a supported kind."
                 )
         rope, needed = self._rope, _ROPE_SETTINGS[self._rope_type]
-        if lacking := [key for key in needed if not isinstance(rope.get(key), int | float)]:
+        if missing := [key for key in needed if not isinstance(rope.get(key), int | float)]:
             raise SaigaError(
-                f"{file}: rope_type={self._rope_type!r} lacks the number {', '.join(lacking)}; fetch it again."
+                f"{file}: rope_type={self._rope_type!r} needs a number for {', '.join(missing)}. Download it again."
             )
         self._require_windows(file)
 
     def _require_windows(self, file: Path) -> None:
-        """Raises SaigaError where some layers have a window; that all have it, as in Mistral 7B v0.1, is said."""
+        """Raises SaigaError if only some layers have a window; prints a note if all have it, as in Mistral 7B v0.1."""
         if not (window := self._lost_window):
             return
-        said = f"{file}: layers see the last {window} tokens alone, which llama.cpp cannot compute of this kind"
+        problem = f"{file}: layers see only the last {window} tokens, which llama.cpp does not support for this kind"
         if self.kind.late_window:
-            raise SaigaError(f"{said}. If no text is longer, write null for sliding_window and layer_types.")
-        print(f"{said}: it sees the whole text, so its answers to longer ones differ.", flush=True)
+            raise SaigaError(f"{problem}. If no text is longer, write null for sliding_window and layer_types.")
+        print(f"{problem}: it uses the full context, so answers to longer texts differ.", flush=True)
 
     @property
     def _activation(self) -> str:
@@ -165,7 +165,7 @@ class Architecture:
 
     @property
     def _has_usual_windows(self) -> bool:
-        """llama.cpp knows by the architecture which layers see a window."""
+        """Whether windows are in the layers where llama.cpp expects them in this architecture."""
         period = self.kind.window_period
         if not period:
             return True
@@ -175,7 +175,7 @@ class Architecture:
 
     @property
     def _lost_window(self) -> int:
-        """Tokens that layers of the base see, where llama.cpp computes with the whole text; 0 where all see that."""
+        """Window in tokens of layers for which llama.cpp uses the full context; 0 if there are none."""
         config, kind = self.config, self.kind
         window: int = (kind.lost_window and config.get("sliding_window", kind.lost_window)) or 0
         is_short = window < config.get("max_position_embeddings", window + 1)
@@ -185,12 +185,12 @@ class Architecture:
         return window if is_short and (is_late or not kind.late_window) else 0
 
     def untied(self) -> Self:
-        """With a head of its own beside the embeddings."""
+        """With a head separate from the embeddings."""
         return replace(self, shape=replace(self.shape, tied=False))
 
     @property
     def _rope(self) -> Mapping[str, Any]:
-        """transformers 5 writes rope_parameters, before it rope_scaling; that of layers that see the whole text."""
+        """Of layers with full attention; transformers 5 writes rope_parameters, earlier versions rope_scaling."""
         found: Mapping[str, Any] = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
         return found.get("full_attention") or found
 
@@ -202,60 +202,62 @@ class Architecture:
     def _rope_theta(self) -> float:
         return float(self._rope.get("rope_theta") or self.config.get("rope_theta") or self.kind.rope_theta)
 
-    def sources(self, names: Iterable[str]) -> dict[str, str]:
-        """GGUF name to the name in the base, of every tensor of the file; what the base has beyond is left out.
+    def source_names(self, names: Iterable[str]) -> dict[str, str]:
+        """Base names by GGUF name for every tensor of the file.
 
-        Raises SaigaError where the base lacks one, or has one that would be lost.
+        Raises SaigaError if the base lacks one, or has one that would be lost.
         """
-        there = set(names)
-        prefix = next((prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in there), _PREFIXES[0])
+        remaining = set(names)
+        prefix = next((prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in remaining), _PREFIXES[0])
         head = f"{prefix.removesuffix('model.')}{_HEAD}.weight" if prefix == _PREFIXES[1] else f"{_HEAD}.weight"
-        wanted = {f"{new}.weight": f"{prefix}{old}.weight" for new, old in _WHOLE.items()}
+        wanted = {f"{new}.weight": f"{prefix}{old}.weight" for new, old in _GLOBAL.items()}
         for index in range(self.shape.layers):
             for new, old in {**_LAYER, **self.kind.layer}.items():
                 wanted[f"blk.{index}.{new}.weight"] = f"{prefix}layers.{index}.{old}.weight"
         if self.shape.tied:
-            there.discard(head)
+            remaining.discard(head)
         else:
             wanted["output.weight"] = head
         biases = {new.replace(".weight", ".bias"): old.replace(".weight", ".bias") for new, old in wanted.items()}
-        wanted |= {new: old for new, old in biases.items() if old in there}
-        if absent := [old for old in wanted.values() if old not in there]:
-            raise SaigaError(f"The base has no {absent[0]} ({len(absent)} tensors are missing): a shard is not there.")
+        wanted |= {new: old for new, old in biases.items() if old in remaining}
+        if missing := [old for old in wanted.values() if old not in remaining]:
+            raise SaigaError(
+                f"The base has no {missing[0]} ({len(missing)} tensors are missing). Add the missing shard."
+            )
         if prefix != _PREFIXES[0]:
-            there = {name for name in there if not _IMAGES.match(name)}
-        there = {name for name in there - set(wanted.values()) if not name.endswith(".rotary_emb.inv_freq")}
-        if there:
-            raise SaigaError(f"The base has {min(there)}, which a {self.kind.name} GGUF has no place for.")
+            remaining = {name for name in remaining if not _VISION.match(name)}
+        remaining = {name for name in remaining - set(wanted.values()) if not name.endswith(".rotary_emb.inv_freq")}
+        if remaining:
+            raise SaigaError(f"The base has {min(remaining)}, which a {self.kind.name} GGUF has no place for.")
         return wanted
 
     def require_shapes(self, sources: Mapping[str, str], shapes: Mapping[str, "Shape"]) -> None:
-        """Raises SaigaError where a matrix is not of the size that config.json announces."""
+        """Raises SaigaError if a matrix has another size than config.json implies."""
         linear = self.shape.linear
         for name, source in sources.items():
             module = source.split(".")[-2]
             wanted = linear.get(module, (self.shape.vocabulary, self.shape.hidden))
             if name.endswith(".weight") and "norm" not in module and shapes[source] != wanted:
                 raise SaigaError(
-                    f"{source} of the base has the shape {list(shapes[source])}, and its config.json says "
+                    f"{source} of the base has the shape {list(shapes[source])}, but its config.json implies "
                     f"{list(wanted)}: files of two models were mixed, or the vocabulary was resized."
                 )
 
-    def converted(self, name: str, tensor: "Array") -> "Array":
-        """A tensor's numbers as llama.cpp computes with them."""
+    def convert(self, name: str, tensor: "Array") -> "Array":
+        """Numbers and order of rows as llama.cpp expects them."""
         if self.kind.norms_from_one and name.endswith("norm.weight"):
             return tensor + 1
-        return self.reordered(name, tensor)
+        return self.reorder(name, tensor)
 
-    def reordered(self, name: str, tensor: "Array") -> "Array":
-        """Rows of the query and key matrices, or of some whole heads, as llama.cpp's rotation wants them."""
+    def reorder(self, name: str, tensor: "Array") -> "Array":
+        """Reorder rows of complete query and key heads for llama.cpp's rotation."""
         if not self.kind.interleaved_rope or name.split(".")[-2] not in ("attn_q", "attn_k"):
             return tensor
         halves = tensor.reshape(-1, 2, self.shape.head_dim // 2, *tensor.shape[1:])  # of each head
         return halves.swapaxes(1, 2).reshape(tensor.shape)
 
-    def computed(self) -> dict[str, "Array"]:
-        """Tensors that no shard holds: Llama 3's frequency factors, 1 for short waves and `factor` for long ones."""
+    def computed_tensors(self) -> dict[str, "Array"]:
+        """Tensors that no shard contains: Llama 3's frequency factors, 1 for short waves and `factor` for long ones."""
         import torch
 
         if self._rope_type != "llama3":
@@ -267,11 +269,10 @@ class Architecture:
         factors = 1 / ((1 - smooth) / factor + smooth)
         factors[waves < original / high] = 1.0
         factors[waves > original / low] = factor
-        made: Array = factors.numpy()
-        return {_ROPE_FREQS: made}
+        return {_ROPE_FREQS: factors.numpy()}
 
-    def describe(self, writer: "gguf.GGUFWriter") -> None:
-        """The keys that llama.cpp's own converter writes."""
+    def write_metadata(self, writer: "gguf.GGUFWriter") -> None:
+        """Write the keys that llama.cpp's own converter writes."""
         import gguf
 
         shape, config = self.shape, self.config

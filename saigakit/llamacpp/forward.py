@@ -1,4 +1,4 @@
-"""A GGUF file and token ids into logits: each sequence from its beginning, one after another."""
+"""Run token ids through a GGUF model and return logits, one sequence after another."""
 
 import logging
 import os
@@ -14,12 +14,40 @@ if TYPE_CHECKING:
 
     Logits = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
-OnTensor = Callable[[int, bool], bool]  # llama.cpp's cb_eval: a node's address, whether it only asks
-_BATCH = 256  # tokens at once: their logits take 128 MB for a vocabulary of 128,000
+OnTensor = Callable[[int, bool], bool]  # llama.cpp's cb_eval: the address of a node, whether it only asks
+_BATCH = 256  # tokens at a time: their logits take 128 MB for a vocabulary of 128,000
+
+
+class Batch:
+    """A llama_batch with room for `size` tokens, each of one sequence."""
+
+    def __init__(self, size: int) -> None:
+        import llama_cpp
+
+        self._api, self._batch = llama_cpp, llama_cpp.llama_batch_init(size, 0, 1)
+
+    def __len__(self) -> int:
+        return int(self._batch.n_tokens)
+
+    def add(self, token: int, position: int, *, sequence: int = 0, has_logits: bool) -> None:
+        """`has_logits`: the model computes logits at this token."""
+        batch, row = self._batch, self._batch.n_tokens
+        batch.token[row], batch.pos[row], batch.logits[row] = token, position, has_logits
+        batch.n_seq_id[row], batch.seq_id[row][0] = 1, sequence
+        batch.n_tokens += 1
+
+    def decode(self, context: Any) -> int:  # noqa: ANN401  # a ctypes pointer
+        """Compute the added tokens and remove them; returns llama_decode's error code."""
+        code: int = self._api.llama_decode(context, self._batch)
+        self._batch.n_tokens = 0
+        return code
+
+    def close(self) -> None:
+        self._api.llama_batch_free(self._batch)
 
 
 class Forward:
-    """A model and a context; made by `opened`."""
+    """A model with its context; see `open_model`."""
 
     def __init__(self, file: Path, model: Any, context: Any, n_ctx: int) -> None:  # noqa: ANN401  # ctypes pointers
         import llama_cpp
@@ -27,43 +55,37 @@ class Forward:
         self.file, self.n_ctx = file, n_ctx
         self._api, self._context = llama_cpp, context
         self.vocabulary: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-        self._batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
+        self._batch = Batch(_BATCH)
 
     def logits(self, ids: Sequence[int], wanted: Sequence[bool]) -> Iterator["Logits"]:
-        """Blocks of rows of the vocabulary's length, one row for each wanted place; valid until the next block."""
+        """Blocks of logits with one row per wanted position; each is valid until the next one."""
         import numpy as np
 
         if len(ids) > self.n_ctx or not all(0 <= token < self.vocabulary for token in ids):
             raise SaigaError(
-                f"{self.file} cannot read a row of {len(ids)} tokens up to id {max(ids)}: it has room for {self.n_ctx} "
-                f"and a vocabulary of {self.vocabulary}. The ids are of another model's tokenizer, or the row is long."
+                f"{self.file} cannot read a row of {len(ids)} tokens up to id {max(ids)}: its context holds "
+                f"{self.n_ctx} tokens and it has a vocabulary of {self.vocabulary}. The ids belong to the tokenizer of "
+                "another model, or the row is too long."
             )
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
         for first in range(0, len(ids), _BATCH):
-            rows = self._fill(ids, wanted, first)
-            if code := self._api.llama_decode(self._context, self._batch):
+            positions = range(first, min(first + _BATCH, len(ids)))
+            for position in positions:
+                self._batch.add(ids[position], position, has_logits=bool(wanted[position]))
+            if code := self._batch.decode(self._context):
                 raise SaigaError(f"llama.cpp could not run {self.file} (llama_decode returned {code}).")
-            if rows:
+            if rows := sum(bool(wanted[position]) for position in positions):
                 yield np.ctypeslib.as_array(self._api.llama_get_logits(self._context), (rows, self.vocabulary))
 
-    def _fill(self, ids: Sequence[int], wanted: Sequence[bool], first: int) -> int:
-        batch = self._batch
-        batch.n_tokens = min(_BATCH, len(ids) - first)
-        for row in range(batch.n_tokens):
-            place = first + row
-            batch.token[row], batch.pos[row], batch.logits[row] = ids[place], place, bool(wanted[place])
-            batch.n_seq_id[row], batch.seq_id[row][0] = 1, 0
-        return sum(map(bool, wanted[first : first + batch.n_tokens]))
-
     def close(self) -> None:
-        self._api.llama_batch_free(self._batch)
+        self._batch.close()
         self._api.llama_free(self._context)
 
 
-def leave_out_amx(model_params: Any) -> None:  # noqa: ANN401  # a ctypes structure
+def disable_amx(model_params: Any) -> None:  # noqa: ANN401  # a ctypes structure
     """Turn off llama.cpp's AMX kernels if it was built with them: see `install.llama_cmake_args`.
 
-    The setting takes all repacked weights with them.
+    The setting turns off all repacking of weights.
     """
     import llama_cpp
 
@@ -72,7 +94,7 @@ def leave_out_amx(model_params: Any) -> None:  # noqa: ANN401  # a ctypes struct
 
 
 @contextmanager
-def opened(
+def open_model(
     gguf_file: Path,
     *,
     n_ctx: int,
@@ -80,19 +102,19 @@ def opened(
     n_gpu_layers: int = 0,
     on_tensor: OnTensor | None = None,
 ) -> Iterator[Forward]:
-    """Raises SaigaError for a file that llama.cpp cannot load. `on_tensor` is called for each node of the graph."""
+    """Raises SaigaError if llama.cpp cannot load the file. `on_tensor` is called for each node of the graph."""
     import llama_cpp
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # a thousand lines otherwise
     settings = llama_cpp.llama_model_default_params()
     settings.n_gpu_layers = n_gpu_layers
-    settings.use_extra_bufts = False  # repacked weights would be a second copy in memory; AMX is off with them
+    settings.use_extra_bufts = False  # repacked weights would be a second copy in memory; turns AMX off too
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, _BATCH, _BATCH, 1
     params.n_threads = params.n_threads_batch = n_threads or os.cpu_count() or 1
     if on_tensor is not None:
-        asked = on_tensor
-        params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(lambda node, ask, _: asked(node, ask))
+        callback = on_tensor
+        params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(lambda node, asks, _: callback(node, asks))
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(str(gguf_file).encode(), settings) if gguf_file.is_file() else None
     if not model:
@@ -100,7 +122,7 @@ def opened(
     try:
         context = llama_cpp.llama_init_from_model(model, params)
         if not context:
-            raise SaigaError(f"{n_ctx} tokens of context for {gguf_file} do not fit into the memory.")
+            raise SaigaError(f"There is not enough memory for a context of {n_ctx} tokens of {gguf_file}.")
         with closing(Forward(gguf_file, model, context, n_ctx)) as made:
             yield made
     finally:

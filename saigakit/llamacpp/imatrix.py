@@ -1,7 +1,8 @@
-"""Token ids of the user's records into an importance matrix: how much each column of a weight matters to quantising."""
+"""Read, check and write importance matrices: how much each column of a weight matters to quantisation."""
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -20,15 +21,15 @@ _DATASETS, _CHUNKS, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "im
 
 @dataclass(frozen=True)
 class Squares:
-    """Of the numbers that one column was multiplied with: their sum, and how many tokens they come from."""
+    """The squared inputs of a weight, summed over `count` tokens."""
 
-    sums: "Array"  # one for each column
+    sums: "Array"  # one per column
     count: float
 
 
 @dataclass(frozen=True, eq=False)
 class Importance(Mapping[str, "Array"]):
-    """GGUF name of a weight to the mean square of what each of its columns is multiplied with, in float32."""
+    """Mean squared input of each column in float32, by the GGUF name of the weight."""
 
     squares: Mapping[str, Squares]
     datasets: tuple[str, ...] = ()
@@ -49,40 +50,40 @@ class Importance(Mapping[str, "Array"]):
         return len(self.squares)
 
     @classmethod
-    def of_file(cls, path: str | Path) -> Self:
-        """llama.cpp's own file, GGUF or the older binary form. Raises SaigaError where it is damaged."""
+    def read(cls, path: str | Path) -> Self:
+        """Read a file of llama.cpp, GGUF or the older binary form. Raises SaigaError if it is damaged."""
         file = Path(path)
         try:
             with file.open("rb") as stream:
                 is_gguf = stream.read(4) == b"GGUF"
-            made = cls(*(_read_gguf(file) if is_gguf else _read_binary(file.read_bytes())))
+            matrix = cls(*(_read_gguf(file) if is_gguf else _read_binary(file.read_bytes())))
         except (OSError, ValueError, KeyError, IndexError, OverflowError, struct.error, MemoryError) as error:
             reason = str(error).strip() or type(error).__name__
             raise SaigaError(
-                f"{file} is no importance matrix of llama.cpp, or it is cut short or damaged ({reason[:200]}). "
-                "Fetch it again, or leave `importance` out."
+                f"{file} is not an importance matrix of llama.cpp, or it is cut short or damaged ({reason[:200]}). "
+                "Download it again, or leave `importance` out."
             ) from None
-        for name, squares in made.squares.items():
+        for name, squares in matrix.squares.items():
             _require_sound(file, name, squares)
-        return made
+        return matrix
 
     def require_fit(self, shapes: Mapping[str, "Shape"], origin: str | Path) -> None:
-        """`shapes` are those of the file to be quantised. Raises SaigaError that names a tensor where they differ."""
-        hint = "Make it of this model's records, fetch the one of this very model, or leave `importance` out."
+        """Raises SaigaError if it does not fit `shapes`, of the file to be quantised."""
+        hint = "Compute it from this model's records, download the one of this model, or leave `importance` out."
         for name in self:
             if name not in shapes:
-                raise SaigaError(f"{origin} is of another model: this one has no {name}. {hint}")
+                raise SaigaError(f"{origin} belongs to another model: this one has no {name}. {hint}")
             if (columns := len(self.squares[name].sums)) != shapes[name][-1]:
                 raise SaigaError(
-                    f"{origin} is of another model: {name} has {columns} columns there and {shapes[name][-1]} here. "
-                    f"{hint}"
+                    f"{origin} belongs to another model: {name} has {columns} columns there and {shapes[name][-1]} "
+                    f"here. {hint}"
                 )
         for name, shape in shapes.items():
             if len(shape) == 2 and name.startswith("blk.") and name not in self:
-                raise SaigaError(f"{origin} has nothing of {name}: it is incomplete or of another model. {hint}")
+                raise SaigaError(f"{origin} lacks {name}: it is incomplete or belongs to another model. {hint}")
 
-    def describe(self, writer: "gguf.GGUFWriter", file: Path) -> None:
-        """The keys that llama.cpp's tool writes into a quantised model; of the paths, names alone."""
+    def write_metadata(self, writer: "gguf.GGUFWriter", file: Path) -> None:
+        """The keys that llama.cpp's tool adds to a quantised model; of paths only the file names."""
         writer.add_string("quantize.imatrix.file", file.name)
         if self.datasets:
             writer.add_string("quantize.imatrix.dataset", Path(self.datasets[0]).name)
@@ -91,19 +92,14 @@ class Importance(Mapping[str, "Array"]):
             writer.add_uint32("quantize.imatrix.chunks_count", self.chunks)
 
     def write(self, path: str | Path) -> Path:
-        """llama.cpp's GGUF form. Raises SaigaError if the file exists already."""
-        file = Path(path)
-        require_absent(file)
-        with replacing(file) as partial:
-            self._write(partial)
-        return file
-
-    def _write(self, file: Path) -> None:
+        """Write llama.cpp's GGUF form. Raises SaigaError if the file exists."""
         import gguf
         import numpy as np
 
-        writer = gguf.GGUFWriter(file, "imatrix")
-        writer.kv_data[0].clear()  # llama.cpp's has no general.architecture
+        file = Path(path)
+        require_absent(file)
+        writer = gguf.GGUFWriter(None, "imatrix")
+        writer.kv_data[0].clear()  # llama.cpp's files have no general.architecture
         writer.add_string("general.type", "imatrix")
         writer.add_array(_DATASETS, list(self.datasets))
         writer.add_uint32(_CHUNKS, self.chunks)
@@ -112,24 +108,23 @@ class Importance(Mapping[str, "Array"]):
             squares = self.squares[name]
             writer.add_tensor(name + _SUMS, squares.sums.reshape(1, -1))
             writer.add_tensor(name + _COUNTS, np.full((1, 1), squares.count, dtype=np.float32))
-        writer.write_header_to_file()
-        try:
+        with replacing(file) as partial, closing(writer):
+            writer.write_header_to_file(partial)
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
-        finally:
-            writer.close()
+        return file
 
 
-_Read = tuple[dict[str, Squares], tuple[str, ...], int, int]
+_Fields = tuple[dict[str, Squares], tuple[str, ...], int, int]
 
 
-def _read_gguf(file: Path) -> _Read:
+def _read_gguf(file: Path) -> _Fields:
     import gguf
 
     reader = gguf.GGUFReader(file)
     if (kind := _value(reader, "general.type")) != "imatrix":
         raise ValueError(f"general.type is {kind!r}, expected 'imatrix'")
-    # Copies: the reader's are views of the file, which may change.
+    # Copies: the reader's arrays are views of the file, which may change.
     tensors = {tensor.name: tensor.data.astype("float32").ravel() for tensor in reader.tensors}
     found = {}
     for name in [name.removesuffix(_SUMS) for name in tensors if name.endswith(_SUMS)]:
@@ -139,44 +134,44 @@ def _read_gguf(file: Path) -> _Read:
         if len(counts) != 1:
             raise ValueError(f"{name} has {len(counts)} counts: a mixture of experts, which is not supported")
         found[name] = Squares(tensors[name + _SUMS], float(counts[0]))
-    if alone := [name for name in tensors if name.endswith(_COUNTS)]:
-        raise ValueError(f"{alone[0]} has no sums")
+    if unmatched := [name for name in tensors if name.endswith(_COUNTS)]:
+        raise ValueError(f"{unmatched[0]} has no sums")
     if not found:
-        raise ValueError("it holds no tensor")
+        raise ValueError("it contains no tensors")
     chunks, size = (int(_value(reader, key) or 0) for key in (_CHUNKS, _CHUNK_SIZE))
     return found, tuple(_value(reader, _DATASETS) or ()), chunks, size
 
 
-def _value(reader: "gguf.GGUFReader", key: str) -> Any:  # noqa: ANN401  # of any of GGUF's types
+def _value(reader: "gguf.GGUFReader", key: str) -> Any:  # noqa: ANN401  # of any GGUF type
     field = reader.get_field(key)
     return None if field is None else field.contents()
 
 
-def _read_binary(content: bytes) -> _Read:
-    """Entries of name, calls, and mean square times calls; then the calls of all, and the data set's name."""
+def _read_binary(content: bytes) -> _Fields:
+    """Entries of name, calls, and mean square times calls; then the total of calls and the dataset's name."""
     import numpy as np
 
-    place = 0
+    position = 0
 
-    def taken(size: int) -> bytes:
-        nonlocal place
-        if not 0 <= size <= len(content) - place:
-            raise ValueError(f"{size} bytes are announced at {place}, and {len(content) - place} are left")
-        place += size
-        return content[place - size : place]
+    def take(size: int) -> bytes:
+        nonlocal position
+        if not 0 <= size <= len(content) - position:
+            raise ValueError(f"{size} bytes are announced at {position}, but {len(content) - position} are left")
+        position += size
+        return content[position - size : position]
 
-    def number() -> int:
-        return int(struct.unpack("<i", taken(4))[0])
+    def take_int() -> int:
+        return int(struct.unpack("<i", take(4))[0])
 
     found = {}
-    for _ in range(number()):
-        name = taken(number()).decode("utf-8")
-        calls = number()
-        found[name] = Squares(np.frombuffer(taken(4 * number()), dtype="<f4").astype(np.float32), float(calls))
+    for _ in range(take_int()):
+        name = take(take_int()).decode("utf-8")
+        calls = take_int()
+        found[name] = Squares(np.frombuffer(take(4 * take_int()), dtype="<f4").astype(np.float32), float(calls))
     if not found:
-        raise ValueError("it holds no tensor")
-    chunks = number() if place < len(content) else 0
-    dataset = taken(number()).decode("utf-8", "replace") if place < len(content) else ""
+        raise ValueError("it contains no tensors")
+    chunks = take_int() if position < len(content) else 0
+    dataset = take(take_int()).decode("utf-8", "replace") if position < len(content) else ""
     return found, (dataset,) if dataset else (), chunks, 512
 
 
@@ -185,13 +180,13 @@ def _require_sound(file: Path, name: str, squares: Squares) -> None:
 
     if not (squares.count > 0 and squares.sums.size and np.isfinite(squares.sums).all() and (squares.sums >= 0).all()):
         raise SaigaError(
-            f"{file}: {name} is damaged: {squares.count:g} tokens, sums that are not all finite and positive. "
-            "Fetch or make it again."
+            f"{file}: {name} is damaged: it has {squares.count:g} tokens, or sums that are negative or not finite. "
+            "Download or compute it again."
         )
 
 
-def sampled(rows: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
-    """Rows evenly spread over all, of about so many tokens together."""
+def sample_rows(rows: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
+    """Rows evenly spread over all, with about this many tokens in total."""
     total = sum(map(len, rows))
     count = max(1, min(len(rows), len(rows) * tokens // max(1, total)))
     return [rows[index * len(rows) // count] for index in range(count)]

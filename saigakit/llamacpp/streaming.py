@@ -1,10 +1,10 @@
-"""Tensors of a model into several GGUF files at once: chunks of rows are read, quantised and written on all cores."""
+"""Read, quantise and write a model's tensors to several GGUF files at once, in chunks of rows on all cores."""
 
 import ctypes
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,25 +15,24 @@ from saigakit.core import workspace
 from saigakit.core.display import Every
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import container, quantization
-from saigakit.weights import blas
 
 if TYPE_CHECKING:
     from saigakit.llamacpp.quantization import Bytes
     from saigakit.weights.tensors import Array, Shape
 
-_NUMBERS = 1 << 20  # of a chunk, about: 4 MB in float32
-_ROWS = 128  # a chunk's rows are a multiple: an adapter's product is computed in such blocks
+_NUMBERS = 1 << 20  # per chunk, approximately: 4 MB in float32
+_ROWS = 128  # a chunk has a multiple of them: an adapter's product is computed in such blocks
 _FLUSH_S = 0.25
-_COPIES = 5  # float32 chunks that a worker holds at a time: the base's, the update, reordered, and one to spare
-_READERS = 4  # at most so many cores have a chunk of their own, which bounds the memory
-_to_disk = getattr(os, "fdatasync", os.fsync)  # macOS has the second one alone
+_COPIES = 5  # float32 chunks that a worker holds: base, update, reordered, and spare
+_READERS = 4  # most cores that work on chunks of their own, to bound the memory
+_to_disk = getattr(os, "fdatasync", os.fsync)  # macOS has only fsync
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-Read = Callable[[str, slice], "Array"]
+ReadRows = Callable[[str, slice], "Array"]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A file with its header written; its tensors' bytes begin at `start`."""
+    """A file with its header written; the bytes of its tensors begin at `start`."""
 
     file: Path
     types: Mapping[str, str]
@@ -42,19 +41,19 @@ class Target:
 
 @dataclass(frozen=True)
 class Written:
-    """Some rows of a tensor as they went into a file; `total` is their checksum."""
+    """Where rows of a tensor were written, with their checksum."""
 
     tensor: str
     offset: int
     size: int
-    total: int
+    checksum: int
 
 
 @dataclass(frozen=True)
 class _Chunk:
     name: str
     rows: slice
-    columns: int  # 1 of a vector
+    columns: int  # 1 for a vector
     is_matrix: bool
 
     @property
@@ -63,66 +62,57 @@ class _Chunk:
 
 
 def workers() -> int:
-    """One more than cores: while one waits for the disk, the others compute. More than a few share their rows out."""
-    return min(quantization.cores(), _READERS) + 1
+    """One more than the cores that read chunks: while one waits for the disk, the others compute."""
+    return min(quantization.usable_cores(), _READERS) + 1
 
 
-def memory(shapes: Mapping[str, "Shape"], whole_rows: int, files: int) -> int:
-    """Bytes that `fill` holds at once, beside the pages of the files that it reads."""
-    largest = max((chunk.numbers for chunk in _chunks(shapes, whole_rows)), default=0)
+def memory_needed(shapes: Mapping[str, "Shape"], row_multiple: int, files: int) -> int:
+    """Bytes that `write_tensors` allocates, without the page cache of the files that it reads."""
+    largest = max((chunk.numbers for chunk in _chunks(shapes, row_multiple)), default=0)
     return workers() * largest * 4 * (_COPIES + files)
 
 
-def fill(
+def write_tensors(
     targets: Sequence[Target],
     shapes: Mapping[str, "Shape"],
-    read: Read,
+    read: ReadRows,
     *,
-    whole_rows: int = 1,
+    row_multiple: int = 1,
     importance: Mapping[str, "Array"] | None = None,
 ) -> list[list[Written]]:
-    """Every tensor is read once, by chunks of a multiple of `whole_rows` rows, and goes into every file.
+    """Read every tensor once, in chunks of a multiple of `row_multiple` rows, and write it to every file.
 
-    Returns what went into each. Raises SaigaError that names the tensor where a number overflows its type.
+    Returns the parts written to each file. Raises SaigaError that names the tensor if a number overflows its type.
     """
-    work = _Work(_chunks(shapes, whole_rows))
-    progress = _Progress(shapes, [target.types for target in targets])
-    offsets = [container.offsets(shapes, target.types, target.start) for target in targets]
-    written: list[list[Written]] = [[] for _ in targets]
+    offsets = [container.tensor_offsets(shapes, target.types, target.start) for target in targets]
     with ExitStack() as stack:
-        spare = stack.enter_context(ThreadPoolExecutor(quantization.cores()))
-        pool_of_rows = spare if quantization.cores() > _READERS else None
-        files = [stack.enter_context(_opened(target, shapes)) for target in targets]
+        pool = stack.enter_context(ThreadPoolExecutor(quantization.usable_cores()))
+        row_pool = pool if quantization.usable_cores() > _READERS else None
+        files = [stack.enter_context(_open_for_writing(target, shapes)) for target in targets]
 
-        def run() -> None:
-            for chunk in work:
-                try:
-                    tensor = read(chunk.name, chunk.rows)
-                    weights = (importance or {}).get(chunk.name)
-                    for file, target, places, parts in zip(files, targets, offsets, written, strict=True):
-                        ggml_type = target.types[chunk.name]
-                        made = _bytes(tensor, ggml_type, weights, chunk, pool_of_rows)
-                        offset = places[chunk.name] + _row_bytes(chunk, ggml_type) * chunk.rows.start
-                        parts.append(Written(chunk.name, offset, len(made), checksum(made)))
-                        _write_at(file, made, offset)
-                    progress.add(chunk)
-                except BaseException:
-                    work.stop()
-                    raise
+        def write_chunk(chunk: _Chunk) -> list[Written]:
+            tensor, weights = read(chunk.name, chunk.rows), (importance or {}).get(chunk.name)
+            parts = []
+            for file, target, starts in zip(files, targets, offsets, strict=True):
+                ggml_type = target.types[chunk.name]
+                content = _encode(tensor, ggml_type, weights, chunk, row_pool)
+                offset = starts[chunk.name] + _row_bytes(chunk, ggml_type) * chunk.rows.start
+                parts.append(Written(chunk.name, offset, len(content), checksum(content)))
+                _write_at(file, content, offset)
+            return parts
 
-        with _one_thread_each(), _flushed(files), ThreadPoolExecutor(workers()) as pool:
+        with _single_threaded_torch(), _flushing(files), ThreadPoolExecutor(workers()) as workers_pool:
             try:
-                running = [pool.submit(run) for _ in range(workers())]
-                for one in running:
-                    one.result()
+                results = workers_pool.map(write_chunk, _chunks(shapes, row_multiple))
+                written = _collect(results, sum(container.data_bytes(shapes, target.types) for target in targets))
             except BaseException:
-                work.stop()
+                workers_pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    return written
+    return [[parts[index] for parts in written] for index in range(len(targets))]
 
 
-def _chunks(shapes: Mapping[str, "Shape"], whole_rows: int) -> Iterator[_Chunk]:
-    unit = math.lcm(_ROWS, whole_rows)
+def _chunks(shapes: Mapping[str, "Shape"], row_multiple: int) -> Iterator[_Chunk]:
+    unit = math.lcm(_ROWS, row_multiple)
     for name, shape in shapes.items():
         columns = math.prod(shape[1:])
         step = unit * max(1, _NUMBERS // (unit * columns))
@@ -130,38 +120,33 @@ def _chunks(shapes: Mapping[str, "Shape"], whole_rows: int) -> Iterator[_Chunk]:
             yield _Chunk(name, slice(first, min(first + step, shape[0])), columns, len(shape) > 1)
 
 
-class _Work:
-    """Chunks shared out among threads, in order, until one fails."""
-
-    def __init__(self, chunks: Iterator[_Chunk]) -> None:
-        self._chunks, self._lock, self._stopped = chunks, threading.Lock(), False
-
-    def __iter__(self) -> Iterator[_Chunk]:
-        while True:
-            with self._lock:
-                chunk = None if self._stopped else next(self._chunks, None)
-            if chunk is None:
-                return
-            yield chunk
-
-    def stop(self) -> None:
-        self._stopped = True
+def _collect(results: Iterable[list[Written]], total: int) -> list[list[Written]]:
+    """Wait for all chunks, reporting progress every few seconds."""
+    is_due, collected, done = Every(), [], 0
+    for parts in results:
+        collected.append(parts)
+        done += sum(part.size for part in parts)
+        if is_due():
+            left = is_due.left(done, total)
+            sizes = f"{done / workspace.GB:.2f} of {total / workspace.GB:.2f} GB"
+            print(f"{sizes} written, about {left:.0f} s left", flush=True)
+    return collected
 
 
 @contextmanager
-def _opened(target: Target, shapes: Mapping[str, "Shape"]) -> Iterator[int]:
-    """At its final length: what no tensor fills stays zero."""
+def _open_for_writing(target: Target, shapes: Mapping[str, "Shape"]) -> Iterator[int]:
+    """Open the file at its final length: padding stays zero."""
     file = os.open(target.file, os.O_WRONLY)
     try:
-        os.ftruncate(file, target.start + container.tensor_bytes(shapes, target.types))
+        os.ftruncate(file, target.start + container.data_bytes(shapes, target.types))
         yield file
     finally:
         os.close(file)
 
 
 @contextmanager
-def _flushed(files: Sequence[int]) -> Iterator[None]:
-    """What is written goes to the disk while the rest is computed, and all of it has at the end."""
+def _flushing(files: Sequence[int]) -> Iterator[None]:
+    """Flush the files to disk while the rest is computed, and once more at the end."""
     ended = threading.Event()
 
     def flush() -> None:
@@ -181,27 +166,23 @@ def _flushed(files: Sequence[int]) -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Every core has a worker already; threads of torch's and of numpy's products would stand in their way.
-
-    Measured: OpenBLAS's threads, which wait by spinning, took half of the processor time of an export.
-    """
+def _single_threaded_torch() -> Iterator[None]:
+    """Every core has a worker already, so further threads would only compete with them."""
     import torch
 
     _keep_freed_memory()
-    before, blas_before = torch.get_num_threads(), blas.set_threads(1)
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        blas.set_threads(blas_before)
 
 
 def _keep_freed_memory() -> None:
-    """A chunk that is freed is at hand for the next one, not given back to the system, which has to zero it anew.
+    """Make malloc reuse freed chunks instead of returning them to the system, which must zero new ones.
 
-    Measured: two threads that merge took half the time, or less where others were at work too.
+    Measured: two threads that merge took half the time, and less next to other processes.
     """
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:  # glibc's
         mallopt(_M_TRIM_THRESHOLD, 1 << 28)
@@ -209,10 +190,10 @@ def _keep_freed_memory() -> None:
 
 
 def _row_bytes(chunk: _Chunk, ggml_type: str) -> int:
-    return quantization.size((chunk.columns,), ggml_type) if chunk.is_matrix else 4
+    return quantization.tensor_bytes((chunk.columns,), ggml_type) if chunk.is_matrix else 4
 
 
-def _bytes(
+def _encode(
     tensor: "Array", ggml_type: str, importance: "Array | None", chunk: _Chunk, pool: Executor | None
 ) -> memoryview:
     import numpy as np
@@ -226,37 +207,16 @@ def _bytes(
 
 
 def checksum(content: "memoryview | Bytes") -> int:
-    """The sum of the 8-byte words and the bytes of the rest, modulo 2**64: as fast as memory is read."""
+    """The sum of 8-byte words and remaining bytes modulo 2**64, as fast as memory is read."""
     import numpy as np
 
     flat = np.frombuffer(content, np.uint8)
-    whole = flat.size // 8 * 8
-    words = np.add.reduce(flat[:whole].view(np.uint64), dtype=np.uint64)
-    return (int(words) + int(np.add.reduce(flat[whole:], dtype=np.uint64))) % 2**64
+    end = flat.size // 8 * 8
+    words = np.add.reduce(flat[:end].view(np.uint64), dtype=np.uint64)
+    return (int(words) + int(np.add.reduce(flat[end:], dtype=np.uint64))) % 2**64
 
 
 def _write_at(file: int, content: memoryview, offset: int) -> None:
     while content:
         written = os.pwrite(file, content, offset)
         content, offset = content[written:], offset + written
-
-
-class _Progress:
-    """A line now and then."""
-
-    def __init__(self, shapes: Mapping[str, "Shape"], types: Sequence[Mapping[str, str]]) -> None:
-        self.types, self._lock, self._is_due = types, threading.Lock(), Every()
-        self.total = sum(quantization.size(shape, each[name]) for each in types for name, shape in shapes.items())
-        self.written = 0
-
-    def add(self, chunk: _Chunk) -> None:
-        rows = chunk.rows.stop - chunk.rows.start
-        with self._lock:
-            self.written += sum(_row_bytes(chunk, each[chunk.name]) * rows for each in self.types)
-            if not self._is_due():
-                return
-            left = self._is_due.left(self.written, self.total)
-        print(
-            f"{self.written / workspace.GB:.2f} of {self.total / workspace.GB:.2f} GB written, about {left:.0f} s left",
-            flush=True,
-        )

@@ -1,4 +1,4 @@
-"""A tokenizer's files into the vocabulary of a GGUF, so that llama.cpp gives the same ids."""
+"""Convert a tokenizer's files to the vocabulary of a GGUF, so that llama.cpp gives the same token ids."""
 
 import json
 import re
@@ -15,7 +15,8 @@ from saigakit.prompt.encoding import FastTokenizer
 if TYPE_CHECKING:
     import gguf
 
-# The kinds of a token; SentencePiece's numbers and llama.cpp's are the same.
+Token = tuple[str, int, float]  # text, type, score
+# Token types; SentencePiece and llama.cpp use the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _SIGNS, _SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -23,7 +24,7 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _START = r"[^\r\n\p{L}\p{N}]?"
 _CASED = rf"{_START}{_UPPER}*{_LOWER}+|{_START}{_UPPER}+{_LOWER}*"
 _SIGNS_OR_SLASHES = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
-# How tokenizer.json splits text before the merges, to llama.cpp's name for it.
+# llama.cpp's name for how a tokenizer.json splits text before the merges.
 _PRE_TOKENIZERS = {
     (rf"{_WORDS}|\p{{N}}{{1,3}}|{_SIGNS}|{_SPACES}", "bytes"): "llama-bpe",
     (rf"{_WORDS}|\p{{N}}|{_SIGNS}|{_SPACES}", "bytes"): "qwen2",
@@ -31,7 +32,7 @@ _PRE_TOKENIZERS = {
     ("digits", "words and bytes"): "smollm",
     ("words and bytes",): "gpt-2",
 }
-# llama.cpp's pattern for it has no combining marks: "за́мок" with its stress is one word, and to llama.cpp three.
+# llama.cpp's pattern lacks combining marks: "за́мок" with its stress mark is one word, but three for llama.cpp.
 _INEXACT = frozenset({"tekken"})
 _PROBE = (
     "Привет! Ёлка — «съешь» ещё, и\u0306од: №5, 3,14 и 12345 ₽ 🙂 don't I'LL\n\n  два  пробела\tТаб \r\nКонец. "
@@ -45,60 +46,59 @@ class Vocabulary:
 
     model: str  # llama.cpp's "llama" (SentencePiece) or "gpt2" (byte-level BPE)
     pre: str
-    tokens: list[str]
-    types: list[int]
-    scores: list[float] | None = None
+    tokens: list[Token]  # byte-level BPE has no scores
     merges: list[str] | None = None
-    special_ids: Mapping[str, int] = field(default_factory=dict)  # bos, eos, unk, pad, eot: those that there are
-    adds_bos: bool = False  # whether programs put it before a prompt
-    has_prefix_space: bool = True  # SentencePiece: before the text at the beginning and after a special token
-    is_nfc: bool = False  # whether texts are brought to Unicode's composed form
-    tokenizer_json: str | None = None  # where llama.cpp's way to split text into words is not the tokenizer's
+    special_ids: Mapping[str, int] = field(default_factory=dict)  # by GGUF's names
+    adds_bos: bool = False  # whether programs prepend it to a prompt
+    has_prefix_space: bool = True  # SentencePiece: before text at the start and after a special token
+    is_nfc: bool = False  # whether texts are normalised to Unicode's composed form
+    tokenizer_json: str | None = None  # if llama.cpp splits text differently
 
     @classmethod
-    def of(cls, tokenizer_dir: Path, tokenizer: FastTokenizer, config: Mapping[str, Any]) -> Self:
+    def from_tokenizer(cls, tokenizer_dir: Path, tokenizer: FastTokenizer, config: Mapping[str, Any]) -> Self:
         """`config` is the base's config.json.
 
-        Raises SaigaError for a tokenizer of a kind that llama.cpp has not, or with more tokens than the base has rows.
+        Raises SaigaError for a kind of tokenizer that llama.cpp lacks, or with more tokens than the base has rows.
         """
-        made = cls._of_files(tokenizer_dir, config["vocab_size"])
+        vocabulary = cls._read_files(tokenizer_dir, config["vocab_size"])
         return replace(
-            made,
-            special_ids=_special_ids(made.tokens, tokenizer, config),
+            vocabulary,
+            special_ids=_special_ids([text for text, _, _ in vocabulary.tokens], tokenizer, config),
             adds_bos=_adds_bos(tokenizer_dir, tokenizer),
             has_prefix_space=tokenizer.has_prefix_space,
             is_nfc=tokenizer.is_nfc,
         )
 
     @classmethod
-    def _of_files(cls, tokenizer_dir: Path, rows: int) -> Self:
+    def _read_files(cls, tokenizer_dir: Path, rows: int) -> Self:
         file = tokenizer_dir / "tokenizer.json"
         if not file.is_file():
-            return cls._of_sentencepiece(tokenizer_dir, [], rows)
+            return cls._read_sentencepiece(tokenizer_dir, [], rows)
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["model"].get("type") != "BPE":
-            raise SaigaError(f"{file} is of type {content['model'].get('type')}, and only BPE can be exported to GGUF.")
+            raise SaigaError(f"{file} is of type {content['model'].get('type')}; only BPE can be exported to GGUF.")
         if not content["model"].get("byte_fallback"):
-            return cls._of_bytes(file, content, rows)
+            return cls._read_byte_level(file, content, rows)
         if (tokenizer_dir / "tokenizer.model").is_file():
-            return cls._of_sentencepiece(tokenizer_dir, content["added_tokens"], rows)
-        return cls._of_fallback(content, rows)
+            return cls._read_sentencepiece(tokenizer_dir, content["added_tokens"], rows)
+        return cls._read_byte_fallback(content, rows)
 
     @classmethod
-    def _of_sentencepiece(cls, tokenizer_dir: Path, saved: Sequence[Mapping[str, Any]], rows: int) -> Self:
-        """`saved`: the added tokens of a tokenizer.json, for those that the older files do not tell of."""
+    def _read_sentencepiece(cls, tokenizer_dir: Path, saved: Sequence[Mapping[str, Any]], rows: int) -> Self:
+        """`saved`: added tokens of a tokenizer.json, some of which the older files lack."""
         from sentencepiece import sentencepiece_model_pb2
 
-        spm: Any = sentencepiece_model_pb2  # protobuf makes its classes at run time
+        spm: Any = sentencepiece_model_pb2  # protobuf creates its classes at run time
         pieces = spm.ModelProto.FromString((tokenizer_dir / "tokenizer.model").read_bytes()).pieces
-        # Pieces of the user's own are no control tokens: llama.cpp's converter calls them normal too.
+        # llama.cpp's converter makes user-defined pieces normal tokens too.
         rename = {USER_DEFINED: NORMAL}
         found = {i: (piece.piece, rename.get(piece.type, piece.type), piece.score) for i, piece in enumerate(pieces)}
-        return cls._spelled(found, [*_unspoken(found, saved), *_added(tokenizer_dir)], rows)
+        added = [*_not_control(found, saved), *_added_tokens(tokenizer_dir)]
+        return cls(model="llama", pre="default", tokens=_arrange(found, added, rows))
 
     @classmethod
-    def _of_fallback(cls, content: Mapping[str, Any], rows: int) -> Self:
-        """SentencePiece saved as tokenizer.json: a piece's score is the rank of the merge that makes it."""
+    def _read_byte_fallback(cls, content: Mapping[str, Any], rows: int) -> Self:
+        """SentencePiece saved as tokenizer.json: the score of a piece is the rank of the merge that creates it."""
         ranks: dict[str, int] = {}
         for rank, merge in enumerate(content["model"]["merges"]):
             ranks.setdefault("".join(_pair(merge)), rank)
@@ -108,50 +108,34 @@ class Vocabulary:
         }
         unknown = content["model"].get("unk_token")
         found = {i: (text, UNKNOWN if text == unknown else kind, score) for i, (text, kind, score) in found.items()}
-        return cls._spelled(found, _unspoken(found, content["added_tokens"]), rows)
+        added = _not_control(found, content["added_tokens"])
+        return cls(model="llama", pre="default", tokens=_arrange(found, added, rows))
 
     @classmethod
-    def _spelled(cls, found: dict[int, tuple[str, int, float]], added: Sequence[Mapping[str, Any]], rows: int) -> Self:
-        for token in added:
-            found[token["id"]] = (_text(token), _kind(token), -1000.0)
-        _require_rows(found, rows)
-        tokens = [found.get(i, (f"[PAD{i}]", UNUSED, -10000.0)) for i in range(rows)]
-        return cls(
-            model="llama",
-            pre="default",
-            tokens=[text for text, _, _ in tokens],
-            types=[kind for _, kind, _ in tokens],
-            scores=[score for _, _, score in tokens],
-        )
-
-    @classmethod
-    def _of_bytes(cls, file: Path, content: Mapping[str, Any], rows: int) -> Self:
-        found = {index: (text, NORMAL) for text, index in content["model"]["vocab"].items()}
-        found |= {token["id"]: (_text(token), _kind(token)) for token in content["added_tokens"]}
-        _require_rows(found, rows)
-        tokens = [found.get(i, (f"[PAD{i}]", UNUSED)) for i in range(rows)]
+    def _read_byte_level(cls, file: Path, content: Mapping[str, Any], rows: int) -> Self:
+        found = {index: (text, NORMAL, 0.0) for text, index in content["model"]["vocab"].items()}
         pre = _pre_tokenizer(file, content.get("pre_tokenizer") or {})
         return cls(
             model="gpt2",
             pre=pre,
-            tokens=[text for text, _ in tokens],
-            types=[kind for _, kind in tokens],
+            tokens=_arrange(found, content["added_tokens"], rows),
             merges=[" ".join(_pair(merge)) for merge in content["model"]["merges"]],
             tokenizer_json=json.dumps(content, ensure_ascii=False) if pre in _INEXACT else None,
         )
 
-    def describe(self, writer: "gguf.GGUFWriter") -> None:
-        """The keys that llama.cpp's own converter writes."""
+    def write_metadata(self, writer: "gguf.GGUFWriter") -> None:
+        """Write the keys that llama.cpp's own converter writes."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
-        writer.add_token_list(self.tokens)
-        if self.scores is not None:
-            writer.add_token_scores(self.scores)
-        writer.add_token_types(self.types)
+        texts, types, scores = map(list, zip(*self.tokens, strict=True))
+        writer.add_token_list(texts)
+        if self.model == "llama":
+            writer.add_token_scores(scores)
+        writer.add_token_types(types)
         if self.merges is not None:
             writer.add_token_merges(self.merges)
         for name, token_id in self.special_ids.items():
-            writer.add_uint32(f"tokenizer.ggml.{_KEYS[name]}", token_id)
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token_id)
         writer.add_add_bos_token(self.adds_bos)
         writer.add_add_eos_token(False)
         writer.add_add_space_prefix(self.model == "llama" and self.has_prefix_space)
@@ -161,39 +145,31 @@ class Vocabulary:
             writer.add_string(NORMALIZATION_KEY, "NFC")
 
 
-def _unspoken(
-    found: Mapping[int, tuple[str, int, float]], added: Sequence[Mapping[str, Any]]
-) -> list[Mapping[str, Any]]:
-    """Of added tokens those that the vocabulary itself does not have as control tokens."""
+def _not_control(found: Mapping[int, Token], added: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The added tokens that are not control tokens of the vocabulary already."""
     return [token for token in added if found.get(token["id"], ("", UNUSED, 0.0))[1] not in (UNKNOWN, CONTROL)]
 
 
-_KEYS = {
-    "bos": "bos_token_id",
-    "eos": "eos_token_id",
-    "unk": "unknown_token_id",
-    "pad": "padding_token_id",
-    "eot": "eot_token_id",
-}
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # GGUF's names by Hugging Face's
 
 
-def _special_ids(tokens: Sequence[str], tokenizer: FastTokenizer, config: Mapping[str, Any]) -> dict[str, int]:
-    """As the tokenizer names them, else as config.json does; eot is what ends a turn where that is not eos."""
+def _special_ids(texts: Sequence[str], tokenizer: FastTokenizer, config: Mapping[str, Any]) -> dict[str, int]:
+    """From the tokenizer, else from config.json; eot is what ends a turn, if that is not eos."""
     ids: dict[str, int] = {}
-    for name in ("bos", "eos", "unk", "pad"):
+    for name, gguf_name in _SPECIAL.items():
         number = config.get(f"{name}_token_id")
         number = number[0] if isinstance(number, list) else number
         text = tokenizer.variables.get(f"{name}_token")
-        if text in tokens:
-            ids[name] = tokens.index(text)
+        if text in texts:
+            ids[gguf_name] = texts.index(text)
         elif number is not None:
-            ids[name] = number
+            ids[gguf_name] = number
     (end_of_turn,) = encoding.end_of_turn_ids(tokenizer)
     return ids if ids.get("eos") == end_of_turn else {**ids, "eot": end_of_turn}
 
 
 def _adds_bos(tokenizer_dir: Path, tokenizer: FastTokenizer) -> bool:
-    """Never where the template spells it, or it would come twice; else as tokenizer_config.json says."""
+    """As in tokenizer_config.json, unless the template writes it already."""
     turn = [{"role": "user", "content": "?"}]
     prompt = template.render(turn, tokenizer.chat_template, add_generation_prompt=True, variables=tokenizer.variables)
     if prompt.startswith(tokenizer.variables.get("bos_token", "")):
@@ -203,7 +179,7 @@ def _adds_bos(tokenizer_dir: Path, tokenizer: FastTokenizer) -> bool:
 
 
 def _pair(merge: str | Sequence[str]) -> Sequence[str]:
-    """Older tokenizer.json files spell a merge as one string."""
+    """Older tokenizer.json files store a merge as one string."""
     return merge.split(" ") if isinstance(merge, str) else merge
 
 
@@ -215,18 +191,17 @@ _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass
 
 
 def _kind(token: Mapping[str, Any]) -> int:
-    """Added tokens that look like control tokens are taken for such, as llama.cpp's converter does."""
+    """Like llama.cpp's converter, treat added tokens that look like control tokens as such."""
     return CONTROL if token.get("special") or _LOOKS_SPECIAL.fullmatch(token["content"]) else USER_DEFINED
 
 
 def _text(token: Mapping[str, Any]) -> str:
-    """llama.cpp looks for user-defined tokens in a text as it is, where a space is no `▁` yet."""
+    """llama.cpp searches for user-defined tokens in the raw text, where a space is not yet `▁`."""
     text: str = token["content"]
     return text if _kind(token) == CONTROL else text.replace("▁", " ")
 
 
-def _added(tokenizer_dir: Path) -> list[dict[str, Any]]:
-    """Tokens that were added to a SentencePiece vocabulary."""
+def _added_tokens(tokenizer_dir: Path) -> list[dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     file = tokenizer_dir / "added_tokens.json"
     if file.is_file():
@@ -239,20 +214,23 @@ def _added(tokenizer_dir: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _require_rows(found: Mapping[int, object], rows: int) -> None:
+def _arrange(found: dict[int, Token], added: Sequence[Mapping[str, Any]], rows: int) -> list[Token]:
+    """All tokens by id, padded to `rows`. Raises SaigaError if there are more."""
+    found = found | {token["id"]: (_text(token), _kind(token), -1000.0) for token in added}
     if max(found) >= rows:
         raise SaigaError(
-            f"The tokenizer has {max(found) + 1} tokens and the embeddings of the base have {rows} rows: "
-            "they belong to two models. Give the tokenizer of this base."
+            f"The tokenizer has {max(found) + 1} tokens, but the embeddings of the base have {rows} rows: "
+            "they belong to different models. Give the tokenizer of this base."
         )
+    return [found.get(i, (f"[PAD{i}]", UNUSED, -10000.0)) for i in range(rows)]
 
 
 def _pre_tokenizer(file: Path, content: Mapping[str, Any]) -> str:
     steps = tuple(_step(part) for part in content.get("pretokenizers", [content]))
     if steps not in _PRE_TOKENIZERS:
         raise SaigaError(
-            f"{file} splits text in a way that saigakit does not know ({steps}), so llama.cpp would give other ids. "
-            f"Known are the tokenizers of {', '.join(_PRE_TOKENIZERS.values())}."
+            f"{file} splits text in an unknown way ({steps}), so llama.cpp would give other token ids. "
+            f"Supported are the tokenizers of {', '.join(_PRE_TOKENIZERS.values())}."
         )
     return _PRE_TOKENIZERS[steps]
 
@@ -268,14 +246,26 @@ def _step(part: Mapping[str, Any]) -> str:
     return json.dumps(part, ensure_ascii=False)
 
 
-def require_same_ids(vocabulary_file: Path, tokenizer: FastTokenizer, texts: Sequence[str]) -> None:
-    """llama.cpp reads a GGUF's vocabulary and gives the ids of `tokenizer`. Raises SaigaError with the difference."""
-    with gguf_vocabulary(vocabulary_file) as llm:
-        theirs = GgufTokenizer(llm)
-        for text in (_PROBE, *texts):
-            wanted, got = tokenizer.encode_text(text), theirs.encode_text(text)
-            if got != wanted:
+def require_same_ids(gguf_file: Path, tokenizer: FastTokenizer, texts: Sequence[str]) -> None:
+    """Raises SaigaError for the first text, of `texts` and a probe, to which llama.cpp gives other ids or none."""
+    for refusal in compare_ids(gguf_file, tokenizer, [_PROBE, *texts]):
+        raise refusal
+
+
+def compare_ids(gguf_file: Path, tokenizer: FastTokenizer, texts: Sequence[str]) -> list[SaigaError]:
+    """Returns why llama.cpp cannot read some texts as text. Raises SaigaError if it gives other ids to one."""
+    refused = []
+    with gguf_vocabulary(gguf_file) as llm:
+        llama_cpp_tokenizer = GgufTokenizer(llm)
+        for text in texts:
+            try:
+                found = llama_cpp_tokenizer.encode_text(text)
+            except SaigaError as error:
+                refused.append(error)
+                continue
+            if found != (wanted := tokenizer.encode_text(text)):
                 raise SaigaError(
-                    f"llama.cpp would read {text!r} as {got}, and the model was trained on {wanted}: "
-                    "saigakit cannot export this tokenizer."
+                    f"llama.cpp reads {text!r} as {found}, but the model was trained on {wanted}: saigakit cannot "
+                    "export this tokenizer."
                 )
+    return refused

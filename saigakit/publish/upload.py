@@ -139,7 +139,7 @@ def _identity(text: str | bytes) -> tuple[Any, Any, Any]:
     try:
         content = json.loads(text)
         base = content["inputs"]["base"]
-        weights = lineage.weights_of(base) if isinstance(base, dict) else base
+        weights = lineage.weight_hashes(base) if isinstance(base, dict) else base
         return content["stage"], content["parameters"]["model"], weights
     except (ValueError, KeyError, TypeError):
         return None, None, None

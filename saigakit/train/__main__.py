@@ -8,7 +8,7 @@ from saigakit.weights import load
 
 if __name__ == "__main__":
     with launch.child():
-        load.quiet()  # before the libraries that it quiets are imported
+        load.silence_libraries()  # before those libraries are imported
         from saigakit.train import worker
 
         worker.main(Path(sys.argv[1]))

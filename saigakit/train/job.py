@@ -8,9 +8,10 @@ from typing import Any, Self
 from saigakit.config import TrainConfig, lora_of_json
 from saigakit.registry import Lora
 from saigakit.train import preflight
-from saigakit.weights import find, memory
+from saigakit.weights import find
 from saigakit.weights.load import NumberFormat
-from saigakit.weights.memory import Pack, Shape
+from saigakit.weights.memory import Pack, TrainingStep
+from saigakit.weights.model_shape import ModelShape
 
 _FILE = "job.json"
 
@@ -23,7 +24,7 @@ class Job:
     base_dir: Path
     adapter_dir: Path | None  # of the adapter to start with
     lora: Lora  # that is trained: the continued adapter's or the new one
-    shape: Shape
+    shape: ModelShape
     number_format: NumberFormat
 
     @classmethod
@@ -36,7 +37,7 @@ class Job:
             base_dir=base_dir,
             adapter_dir=adapter_dir,
             lora=preflight.model(config, base_dir, adapter_dir),
-            shape=Shape.of(base_dir),
+            shape=ModelShape.from_config(base_dir),
             number_format=number_format,
         )
 
@@ -44,15 +45,14 @@ class Job:
         """Bytes of one process by what they are for; without `pack` for one document of the whole budget."""
         on_gpu = self.number_format != "float32"
         itemsize = 2 if on_gpu else 4
-        parts = memory.training(
-            self.shape,
-            quantization=self.config.weights_as,
+        parts = TrainingStep(
+            shape=self.shape,
             lora=self.lora,
-            pack_tokens=self.config.sequence_budget,
+            pack=pack or Pack.one_document(self.config.sequence_budget),
+            quantization=self.config.weights_as,
             itemsize=itemsize,
             checkpointing=on_gpu,
-            pack=pack,
-        )
+        ).memory()
         if not self.config.is_sharded:
             return parts
         return sharded(parts, processes, self.shape.layers, itemsize * self.shape.embedding_parameters)
@@ -71,7 +71,7 @@ class Job:
             base_dir=Path(content["base_dir"]),
             adapter_dir=None if adapter_dir is None else Path(adapter_dir),
             lora=lora_of_json(content["lora"]),
-            shape=Shape(**content["shape"]),
+            shape=ModelShape(**content["shape"]),
             number_format=content["number_format"],
         )
 

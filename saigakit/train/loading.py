@@ -44,7 +44,7 @@ class Loaded:
         model = load.with_adapter(base, None if config.is_folded else job.adapter_dir, job.lora)
         name = config.spec.base_model  # of a directory its name alone, not a path of this machine
         model.peft_config["default"].base_model_name_or_path = Path(name).name if Path(name).is_dir() else name
-        if memory.head_in_chunks(job.shape, job.lora) and not layers.use_chunked_loss(model):
+        if memory.needs_chunked_head(job.shape, job.lora) and not layers.use_chunked_loss(model):
             log.say("The logits of this model are scaled or capped, so they are not made in chunks.")
         load.require_formats(model, dtype)
         return cls(job, model, pack, foreseen)
@@ -82,7 +82,7 @@ def _largest_pack(plan: Plan, needed: Callable[[Pack], dict[str, int]]) -> tuple
         return sum(learned[row] for row in pack)
 
     candidates = [max(packs, key=tokens), max(packs, key=squares), max(packs, key=answers)]
-    shapes = [Pack(documents=tuple(lengths[row] for row in pack), learned=answers(pack)) for pack in candidates]
+    shapes = [Pack(documents=tuple(lengths[row] for row in pack), trained=answers(pack)) for pack in candidates]
     bytes_of = [needed(shape) for shape in shapes]
     largest = max(range(len(candidates)), key=lambda index: sum(bytes_of[index].values()))
     return [plan.rows[row] for row in candidates[largest]], bytes_of[largest]
@@ -93,7 +93,7 @@ def _load_base(job: Job, dtype: torch.dtype, device: str) -> PreTrainedModel:
     base = load.base_model(job.base_dir, job.config.weights_as, dtype, device, **nf4)
     if job.config.is_folded:
         assert job.adapter_dir is not None
-        fold.into(base, job.base_dir, job.adapter_dir)
+        fold.fold_adapter(base, job.base_dir, job.adapter_dir)
     base.config.use_cache = False
     layers.use_packed_attention(base)
     layers.sum_exactly(base)
@@ -129,8 +129,8 @@ def try_steps(
     """Forward and backward passes on `pack`, a batch of steps.collate, as training makes them.
 
     Afterwards weights, gradients, random numbers and the mode are as before, so that training is bit for bit the
-    same. `predicted` is what memory.training gave. Raises SaigaError where memory runs out, and ValueError where the
-    model already has gradients.
+    same. `predicted` is from TrainingStep.memory. Raises SaigaError where memory runs out, ValueError where the model
+    already has gradients.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if any(parameter.grad is not None for parameter in trained):
@@ -154,7 +154,7 @@ def _try_step(
 ) -> float:
     """Seconds of one. Gradients stay for the next one to add to, as they do when steps are accumulated."""
     start = time.perf_counter()
-    with load.fast_products():
+    with load.fast_matmul():
         with autocast():
             loss: torch.Tensor = model(**batch, use_cache=False).loss
         (loss if scaler is None else scaler.scale(loss)).backward()
@@ -195,6 +195,6 @@ def _memory_is_enough(tokens: int, predicted: Mapping[str, int], device: torch.d
         reason = str(error).strip().splitlines()[0][:200]
         raise SaigaError(
             f"Memory ran out in a trial step on the largest pack, {tokens} tokens{there}. Foreseen were "
-            f"{sum(predicted.values()) / 1e9:.1f} GB ({memory.in_words(predicted)}). Use a smaller max_seq_length than "
-            f"{tokens}. ({reason})"
+            f"{sum(predicted.values()) / 1e9:.1f} GB ({memory.format_parts(predicted)}). Use a smaller "
+            f"max_seq_length than {tokens}. ({reason})"
         ) from None

@@ -12,6 +12,7 @@ from saigakit.errors import SaigaError
 from saigakit.registry import Lora
 from saigakit.weights import fold, load, memory, tensors
 from saigakit.weights.load import NumberFormat
+from saigakit.weights.model_shape import ModelShape
 
 _WEIGHT_BYTES = 4  # of a trained parameter
 _FILES = 12  # times the adapter: it, the best one, a checkpoint (it and AdamW's two moments) and the next, or its copy
@@ -58,10 +59,10 @@ def sharded_lora(config: TrainConfig, lora: Lora) -> None:
         )
 
 
-def sharded_loading(config: TrainConfig, shape: memory.Shape, processes: int) -> None:
+def sharded_loading(config: TrainConfig, shape: ModelShape, processes: int) -> None:
     """Raises SaigaError where the RAM is too small: each process of this machine loads the whole base there."""
     if config.is_sharded:
-        whole = memory.weights(shape, config.weights_as, itemsize=2)
+        whole = memory.weight_bytes(shape, config.weights_as, itemsize=2)
         remedy = "Use fewer processes on this machine, quantization='nf4' or a smaller model."
         workspace.require_memory(whole * processes, f"Loading the base in each of {processes} processes", remedy)
 
@@ -89,7 +90,7 @@ def model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -> Lora
     Raises SaigaError for weights that are incomplete, an adapter of another base, settings of a new LoRA beside an
     adapter that is continued, and modules that this base does not have.
     """
-    stored = tensors.of_base(base_dir).stored
+    stored = tensors.open_base(base_dir).stored
     if any("language_model." in name for name in stored):
         raise SaigaError(
             f"{base_dir} reads images too, and the adapter would be of that part as well, which no GGUF has. Give a "
@@ -149,14 +150,14 @@ def _require_modules(lora: Lora, stored: Iterable[str], base_dir: Path) -> None:
         )
     if strange := sorted(set(lora.modules_to_save) - set(_WHOLE)):
         raise SaigaError(f"lora.modules_to_save names {', '.join(strange)}; use {' or '.join(map(repr, _WHOLE))}.")
-    if lora.modules_to_save and memory.Shape.of(base_dir).tied:
+    if lora.modules_to_save and ModelShape.from_config(base_dir).tied:
         raise SaigaError(
             f"lora.modules_to_save={lora.modules_to_save}: {base_dir} uses its embeddings as its head (tied), and one "
             "alone cannot be trained. Leave modules_to_save out."
         )
 
 
-def disk(directory: Path, shape: memory.Shape, lora: Lora) -> None:
+def disk(directory: Path, shape: ModelShape, lora: Lora) -> None:
     """Raises SaigaError where the adapter and two of its checkpoints will not fit."""
     adapter = shape.adapter_parameters(lora) * _WEIGHT_BYTES
     workspace.require_disk(directory, _FILES * adapter + _BESIDES, "The adapter with its checkpoints")
@@ -165,10 +166,10 @@ def disk(directory: Path, shape: memory.Shape, lora: Lora) -> None:
 def fits(parts: dict[str, int], gpus: Sequence[Gpu], processes: int, *, pack: str) -> None:
     """Says what training needs. Raises SaigaError with that number and the one that is there.
 
-    `parts` is what memory.training gave for a pack, which `pack` names.
+    `parts` is what TrainingStep.memory gave for a pack, which `pack` names.
     """
     remedy = "Use a smaller max_seq_length, quantization='nf4' or a smaller model."
-    total, words = sum(parts.values()), memory.in_words(parts)
+    total, words = sum(parts.values()), memory.format_parts(parts)
     print(f"Memory for {pack}: about {total / 1e9:.1f} GB for each process ({words}).", flush=True)
     for gpu in gpus:
         if gpu.free < total:

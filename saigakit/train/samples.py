@@ -103,21 +103,11 @@ class Samples:
         write_text(self.file, self._text())
 
     def _rows(self, model: "PeftModel") -> list[list[int]]:
-        """Ids of all answers; in one batch where the memory has room for it."""
-        import torch
-
-        rows: list[list[int]] = [[] for _ in self._prompts]
-        with generating(model) as base, torch.no_grad():
-            budget = generate.tokens_in_memory(base)
-            for batch in generate.batches([len(prompt) for prompt in self._prompts], self.max_new_tokens, budget):
-                asked = [self._prompts[index] for index in batch]
-                made = generate.greedy(base, asked, self._stop_ids, self.max_new_tokens)
-                for index, row in zip(batch, made, strict=True):
-                    rows[index] = row
-        return rows
+        with generating(model) as base:
+            return generate.greedy_in_batches(base, self._prompts, self._stop_ids, self.max_new_tokens)
 
     def _answer(self, row: Sequence[int]) -> Answer:
-        ids, length = generate.until_stop(row, self._stop_ids)
+        ids, length = generate.cut_at_stop(row, self._stop_ids)
         return Answer(self._tokenizer.decode(ids), self.max_new_tokens if len(ids) == length else 0)
 
     def _sections(self) -> list[tuple[str, str]]:
@@ -152,7 +142,7 @@ def generating(model: "PeftModel") -> Iterator[Any]:
         base.generation_config = GenerationConfig()  # the model's own may hold a repetition penalty
         model.eval()
         _give_back_memory(device)
-        with torch.autocast(device, dtype=dtype) if dtype != torch.float32 else load.fast_products():
+        with torch.autocast(device, dtype=dtype) if dtype != torch.float32 else load.fast_matmul():
             yield base
     finally:
         base.generation_config = settings

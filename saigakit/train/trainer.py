@@ -93,7 +93,7 @@ class StepTrainer(Trainer):
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         for number, pack in enumerate(inputs.packs, 1):
             syncs = number == len(inputs.packs) or self.is_sharded
-            with contextlib.nullcontext() if syncs else self.accelerator.no_sync(model), load.fast_products():
+            with contextlib.nullcontext() if syncs else self.accelerator.no_sync(model), load.fast_matmul():
                 loss = self._loss_sum(model, pack) * (weight if number <= inputs.counted else 0.0)
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -103,7 +103,7 @@ class StepTrainer(Trainer):
         return total.float()
 
     def _loss_sum(self, model: torch.nn.Module, pack: dict[str, Any]) -> torch.Tensor:
-        with self.accelerator.autocast(), load.fast_products():
+        with self.accelerator.autocast(), load.fast_matmul():
             return model(**self._prepare_inputs(pack), use_cache=False, num_items_in_batch=1).loss  # type: ignore[no-any-return]
 
     def floating_point_ops(self, *_: object) -> int:

@@ -34,7 +34,7 @@ _LOCK_PATIENCE_S = 5.0
 
 def main(job_file: Path) -> None:
     """Loads, trains, writes the adapter, the log, the samples and how it ended next to the job."""
-    load.quiet()
+    load.silence_libraries()
     job = Job.read(job_file)
     config = job.config
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -107,7 +107,7 @@ def _finish(run: Run, loaded: Loaded, step: int) -> None:
         if run.config.is_folded:
             released = loaded.job.adapter_dir
             assert released is not None
-            trained, folded_rank = fold.combined(released, trained, Path(scratch) / "both"), fold.rank_of(released)
+            trained, folded_rank = fold.combine(released, trained, Path(scratch) / "both"), fold.adapter_rank(released)
         shutil.copytree(trained, directory, dirs_exist_ok=True)
     if best is not None:
         run.log.say(f"The adapter is that of step {best.step}, with the best held-out loss: {best.loss:.4f} per token.")

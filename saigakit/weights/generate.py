@@ -1,9 +1,9 @@
-"""Prompts to greedy answers by transformers; as a child process, so that the memory comes back."""
+"""Generate greedy answers with transformers, in a child process that returns its memory."""
 
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OnProgress = Callable[[int, int], None]  # texts done, of how many
-MAX_BATCH = 32  # measured: 135 and 148 tokens/s of one core with 16 and 48; all wait for the longest answer
-BATCH_TOKENS = 16_384  # prompt and answer, padding included
+MAX_BATCH = 32  # measured: 135 and 148 tokens/s on one core with 16 and 48; all wait for the longest answer
+BATCH_TOKENS = 16_384  # of prompts, answers and padding
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Answers without the id that ended them; `seconds` of generation alone, `tokens` with the ending ids."""
+    """Answers without their stop ids, which `tokens` counts too; `seconds` is the time of generation only."""
 
     ids: list[list[int]]
     seconds: float
@@ -35,7 +35,7 @@ class Generated:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the child process answers: with the base alone and, where there is an adapter, with it."""
+    """What the child process generates: answers of the base and, if there is an adapter, of both."""
 
     prompts: list[list[int]]
     stop_ids: list[int]
@@ -46,42 +46,32 @@ class Request:
 
 
 def in_child(request: Request, directory: Path) -> dict[str, Generated]:
-    """{"before": …} and, with an adapter, {"after": …}; the two files of the exchange stay in `directory`."""
+    """{"before": …} and, with an adapter, {"after": …}; request and answers are files in `directory`."""
     request_file, answer_file = directory / "request.json", directory / "generated.json"
     request_file.write_text(json.dumps(asdict(request)), encoding="utf-8")
     launch.run([sys.executable, "-m", "saigakit.weights.generate", str(request_file), str(answer_file)])
-    found = json.loads(answer_file.read_text(encoding="utf-8"))
-    return {name: Generated(**values) for name, values in found.items()}
-
-
-def answer(request: Request) -> dict[str, Generated]:
-    """The base is loaded once for both kinds of answers."""
-    adapter_dir = None if request.adapter_dir is None else Path(request.adapter_dir)
-    model = HfModel(Path(request.base_dir), adapter_dir, request.quantization)
-    return {
-        name: model.answers(
-            request.prompts,
-            adapted=name == "after",
-            stop_ids=frozenset(request.stop_ids),
-            max_new_tokens=request.max_new_tokens,
-            on_progress=Progress(name),
-        )
-        for name in (("before",) if adapter_dir is None else ("before", "after"))
-    }
+    answers = json.loads(answer_file.read_text(encoding="utf-8"))
+    return {name: Generated(**values) for name, values in answers.items()}
 
 
 class HfModel:
-    """A base model in memory, its adapter beside it."""
+    """A base model on the first GPU or the CPU, with an adapter that can be switched off."""
 
     def __init__(self, base_dir: Path, adapter_dir: Path | None, quantization: Quantization) -> None:
+        import torch
         from peft import PeftModel
         from transformers import GenerationConfig
 
-        self._model: Any = _load(base_dir, quantization)
-        self._model.generation_config = GenerationConfig()  # the file may hold a repetition penalty or sampling
+        if torch.cuda.is_available():
+            device, dtype = "cuda:0", torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+        else:
+            # Measured on 2 cores with AMX: bfloat16 generates 2.2 times as fast as float32 with bf16 products.
+            device, dtype = "cpu", torch.bfloat16 if load.bf16_is_faster() else torch.float32
+        self._model: Any = load.base_model(base_dir, quantization, dtype, device).eval()
+        self._model.generation_config = GenerationConfig()  # the model's own may set a repetition penalty or sampling
         self._adapted: Any = None
         if adapter_dir is not None:
-            # Not upcast: its matrices run in the type of the layers that they are added to.
+            # Without autocast its matrices keep the type of the layers that they are added to.
             self._adapted = PeftModel.from_pretrained(self._model, str(adapter_dir), autocast_adapter_dtype=False)
 
     def answers(
@@ -93,27 +83,38 @@ class HfModel:
         max_new_tokens: int,
         on_progress: OnProgress,
     ) -> Generated:
-        """Greedy, in left-padded batches of like lengths, the longest first."""
-        import torch
-
         bare = self._adapted is not None and not adapted
-        ids: list[list[int]] = [[] for _ in prompts]
-        done = tokens = 0
         start = time.perf_counter()
         on_progress(0, len(prompts))
-        budget = min(BATCH_TOKENS, tokens_in_memory(self._model))
         with self._adapted.disable_adapter() if bare else nullcontext():
-            for batch in batches([len(prompt) for prompt in prompts], max_new_tokens, budget):
-                asked, counting = [prompts[i] for i in batch], _counting_from(done, len(prompts), on_progress)
-                with torch.inference_mode():
-                    rows = greedy(self._model, asked, stop_ids, max_new_tokens, counting)
-                for index, row in zip(batch, rows, strict=True):
-                    ids[index], length = until_stop(row, stop_ids)
-                    tokens += length
-                done += len(batch)
+            rows = greedy_in_batches(self._model, prompts, stop_ids, max_new_tokens, on_progress)
         seconds = time.perf_counter() - start
-        on_progress(done, len(prompts))
-        return Generated(ids, seconds, tokens)
+        on_progress(len(prompts), len(prompts))
+        cut = [cut_at_stop(row, stop_ids) for row in rows]
+        return Generated([ids for ids, _ in cut], seconds, sum(length for _, length in cut))
+
+
+def greedy_in_batches(
+    model: "PreTrainedModel",
+    prompts: Sequence[list[int]],
+    stop_ids: frozenset[int],
+    max_new_tokens: int,
+    on_progress: OnProgress = lambda _done, _total: None,
+) -> list[list[int]]:
+    """Continue all prompts greedily, in batches that fit in memory; see `cut_at_stop`."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    done = 0
+
+    def report(ended: int) -> None:
+        on_progress(min(done + ended, len(prompts) - 1), len(prompts))  # the caller reports the last one
+
+    budget = min(BATCH_TOKENS, tokens_in_memory(model))
+    for batch in plan_batches([len(prompt) for prompt in prompts], max_new_tokens, budget):
+        generated = greedy(model, [prompts[i] for i in batch], stop_ids, max_new_tokens, report)
+        for index, row in zip(batch, generated, strict=True):
+            rows[index] = row
+        done += len(batch)
+    return rows
 
 
 def greedy(
@@ -123,12 +124,12 @@ def greedy(
     max_new_tokens: int,
     on_ended: Callable[[int], None] = lambda _: None,
 ) -> list[list[int]]:
-    """The likeliest continuations of one left-padded batch, as transformers gives them: see `until_stop`."""
+    """Continue a left-padded batch greedily; rows are padded after their stop id, see `cut_at_stop`."""
     import torch
     from transformers import GenerationConfig, StoppingCriteriaList
 
     width = max(map(len, prompts))
-    pad = min(stop_ids)  # never attended to; after a stop id it is cut off again
+    pad = min(stop_ids)  # masked before a prompt, cut off after a stop id
     device = model.device
     input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
@@ -155,43 +156,25 @@ def greedy(
     return rows
 
 
-def _counting_from(done: int, total: int, on_progress: OnProgress) -> Callable[[int], None]:
-    return lambda ended: on_progress(min(done + ended, total - 1), total)  # the last one is told at the end
-
-
-def batches(lengths: Sequence[int], max_new_tokens: int, budget: int) -> list[list[int]]:
-    """Indices in batches of like lengths, longest first, each within `budget` tokens and MAX_BATCH rows."""
+def plan_batches(lengths: Sequence[int], max_new_tokens: int, budget: int) -> list[list[int]]:
+    """Indices in batches of similar lengths, longest first, each within `budget` tokens and MAX_BATCH rows."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    found: list[list[int]] = []
+    batches: list[list[int]] = []
     while order:
         rows = max(1, min(MAX_BATCH, budget // (lengths[order[0]] + max_new_tokens)))
-        found.append(order[:rows])
+        batches.append(order[:rows])
         order = order[rows:]
-    return found
+    return batches
 
 
-def until_stop(row: Sequence[int], stop_ids: frozenset[int]) -> tuple[list[int], int]:
-    """The ids before the first stop id, and how many were generated, that one included."""
+def cut_at_stop(row: Sequence[int], stop_ids: frozenset[int]) -> tuple[list[int], int]:
+    """The ids before the first stop id, and the number generated including it."""
     end = next((i for i, token in enumerate(row) if token in stop_ids), None)
     return (list(row), len(row)) if end is None else (list(row[:end]), end + 1)
 
 
-def _load(base_dir: Path, quantization: Quantization) -> "PreTrainedModel":
-    """On the first GPU where there is one, in the fastest number type that the hardware computes in."""
-    import torch
-
-    if torch.cuda.is_available():
-        device, dtype = "cuda:0", torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-    else:
-        # Measured on 2 cores with AMX: bfloat16 generates 2.2 times as fast as float32 with bf16 products.
-        device, dtype = "cpu", torch.bfloat16 if load.bf16_is_faster() else torch.float32
-    model = load.base_model(base_dir, quantization, dtype, device)
-    model.eval()
-    return model
-
-
 def tokens_in_memory(model: "PreTrainedModel") -> int:
-    """Tokens whose keys and values fit in half of the free memory."""
+    """Tokens whose KV cache fits in half of the free memory."""
     import torch
 
     config = model.config.get_text_config()
@@ -203,11 +186,22 @@ def tokens_in_memory(model: "PreTrainedModel") -> int:
 
 
 def main(request_file: str, answer_file: str) -> None:
-    load.quiet()
+    load.silence_libraries()
     request = Request(**json.loads(Path(request_file).read_text(encoding="utf-8")))
     with launch.child():
-        found: Mapping[str, Generated] = answer(request)
-        write_text(Path(answer_file), json.dumps({name: asdict(made) for name, made in found.items()}))
+        adapter_dir = None if request.adapter_dir is None else Path(request.adapter_dir)
+        model = HfModel(Path(request.base_dir), adapter_dir, request.quantization)
+        answers = {
+            name: model.answers(
+                request.prompts,
+                adapted=name == "after",
+                stop_ids=frozenset(request.stop_ids),
+                max_new_tokens=request.max_new_tokens,
+                on_progress=Progress(name),
+            )
+            for name in (("before",) if adapter_dir is None else ("before", "after"))
+        }
+        write_text(Path(answer_file), json.dumps({name: asdict(generated) for name, generated in answers.items()}))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from saigakit.demo import packages
 from saigakit.demo.packages import PackageFile
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
-from saigakit.weights import memory
+from saigakit.weights.model_shape import ModelShape
 
 CONTENT = b"the file that is wanted" * 1000
 
@@ -137,7 +137,7 @@ def test_the_tiny_saiga_is_made_once(cache):
 
 
 def test_smollm2_has_its_shape_and_its_tokenizer(smollm2):
-    shape = memory.Shape.of(smollm2)
+    shape = ModelShape.from_config(smollm2)
     assert (shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.tied) == (576, 30, 9, 3, True)
     tokenizer = encoding.load_tokenizer("smollm2_135m")
     assert encoding.end_of_turn_ids(tokenizer) == {2}

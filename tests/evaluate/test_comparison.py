@@ -17,6 +17,7 @@ from saigakit.evaluate.comparison import Models, Questions
 from saigakit.prompt import encoding
 from saigakit.weights import find, memory
 from saigakit.weights.generate import Generated
+from saigakit.weights.model_shape import ModelShape
 
 TURN = [{"role": "user", "content": "Кто ты?"}, {"role": "assistant", "content": "Сайга."}]
 ITEMS = '[{"term": "азот", "definition": "газ"}]'
@@ -255,9 +256,9 @@ def test_the_needed_memory_is_that_of_weights_one_question_and_the_libraries(tin
     monkeypatch.setattr(workspace, "gpus", list)
     monkeypatch.setattr(workspace, "require_memory", lambda size, what, remedy: needed.append(size))
     comparison._require_memory(tiny / "base", "none", asked)
-    shape = memory.Shape.of(find.base_dir(registry.find("saiga_tiny")))
+    shape = ModelShape.from_config(find.base_dir(registry.find("saiga_tiny")))
     tokens = len(asked.prompts[0]) + asked.max_new_tokens
-    assert needed == [comparison.OVERHEAD + sum(memory.inference(shape, "none", 4, tokens).values())]
+    assert needed == [comparison.OVERHEAD + sum(memory.inference_memory(shape, "none", 4, tokens).values())]
 
 
 def test_a_full_disk_is_reported_before_anything_is_loaded(copied, monkeypatch):

@@ -21,7 +21,7 @@ def matrix(tiny, tmp_path_factory):
 
 
 def test_the_matrix_is_computed_on_the_ids_of_the_training(tiny, matrix):
-    read = Importance.of_file(matrix)
+    read = Importance.read(matrix)
     tokenizer = encoding.load_tokenizer(MODEL)
     rows = encoding.encode_rows(data.read_conversations(tiny / "records.jsonl"), tokenizer)
     tokens = sum(len(row["input_ids"]) for each in rows for row in each)

@@ -32,7 +32,7 @@ def export_of(base, shapes, read, **types):
 
 @pytest.mark.parametrize("into", ["original", "dequantized"])
 def test_the_estimated_time_of_merging_is_about_what_merging_takes(base_dir, tmp_path, into):
-    merged = Merged.of(base_dir, None, into=into)
+    merged = Merged.open(base_dir, None, into=into)
     name = "model.layers.0.mlp.gate_proj.weight"
     shapes = {"blk.0.ffn_gate.weight": (ROWS, COLUMNS)}
     types = {"blk.0.ffn_gate.weight": "Q8_0"}
@@ -55,7 +55,7 @@ def test_the_estimated_time_of_merging_is_about_what_merging_takes(base_dir, tmp
 def test_the_estimate_warns_of_a_build_without_avx2(base_dir, monkeypatch):
     if " avx2 " not in Path("/proc/cpuinfo").read_text(encoding="utf-8").replace("\n", " "):
         pytest.skip("This CPU has no AVX2.")
-    base = Merged.of(base_dir, None).base
+    base = Merged.open(base_dir, None).base
     for built, is_slow in ((b"AVX = 1 | AVX2 = 1 | ", False), (b"AVX = 1 | ", True)):
         monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda built=built: built)
         ones = np.ones((4, 256), np.float32)
@@ -65,4 +65,4 @@ def test_the_estimate_warns_of_a_build_without_avx2(base_dir, monkeypatch):
 
 def test_the_memory_of_an_export_does_not_grow_with_the_largest_matrix():
     few, many = ({"x": (rows, 4096)} for rows in (4096, 400_000))
-    assert streaming.memory(few, 128, 1) == streaming.memory(many, 128, 1)
+    assert streaming.memory_needed(few, 128, 1) == streaming.memory_needed(many, 128, 1)

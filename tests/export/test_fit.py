@@ -8,9 +8,9 @@ import pytest
 
 from saigakit.errors import SaigaError
 from saigakit.export import fit
-from saigakit.weights.memory import Shape
+from saigakit.weights.model_shape import ModelShape
 
-LLAMA2 = Shape(
+LLAMA2 = ModelShape(
     hidden=4096,
     layers=32,
     heads=32,

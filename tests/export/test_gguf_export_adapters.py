@@ -95,13 +95,13 @@ def test_an_adapter_trained_on_a_folded_nf4_base_is_merged_into_that_base(tiny, 
     """The released adapter was in the base when it was quantised, the new one was trained next to it."""
     released = small_models.adapter(tmp_path / "released", base_dir, r=2, target_modules=["q_proj", "v_proj"])
     base = load.base_model(base_dir, "nf4", torch.float32, "cpu")
-    fold.into(base, base_dir, released)
+    fold.fold_adapter(base, base_dir, released)
     trained = logits_of(load.with_adapter(base, adapter_dir, Lora()))
     parameters = {"model": str(base_dir), "quantization": "nf4", "adapter": "folded"}
-    facts = {"number_format": "float32", "training": {"folded_rank": fold.rank_of(released)}}
+    facts = {"number_format": "float32", "training": {"folded_rank": fold.adapter_rank(released)}}
     stage = tmp_path / "02_train"
     with manifest.making(stage, stage="02_train", parameters=parameters, inputs={}, facts=facts) as partial:
-        fold.combined(released, adapter_dir, partial)
+        fold.combine(released, adapter_dir, partial)
     found = {}
     for into in ("original", "dequantized", "auto"):
         found[into] = logits_of_gguf(exported(base_dir, stage, tmp_path, merge_into=into))

@@ -185,7 +185,7 @@ def test_nan_in_the_base_is_reported_with_tensor_and_file(made, tmp_path):
     tensors = load_file(base / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][300, 7] = torch.nan
     save_file(tensors, base / "model.safetensors")
-    with pytest.raises(SaigaError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN .*model\.safetensors"):
+    with pytest.raises(SaigaError, match=r"model\.layers\.1\.mlp\.up_proj\.weight contains NaN .*model\.safetensors"):
         export.to_gguf(model=str(base), adapter=None, output=tmp_path / "x.gguf")
     assert [file.name for file in tmp_path.iterdir()] == ["base"]
 
@@ -195,7 +195,7 @@ def test_a_damaged_header_is_reported_with_the_file(made, tmp_path):
     content = bytearray((base / "model.safetensors").read_bytes())
     content[9] ^= 0x80
     (base / "model.safetensors").write_bytes(content)
-    with pytest.raises(SaigaError, match=r"model\.safetensors is missing, cut short or damaged"):
+    with pytest.raises(SaigaError, match=r"model\.safetensors is missing or damaged"):
         export.to_gguf(model=str(base), adapter=None, output=tmp_path / "x.gguf")
 
 
@@ -210,7 +210,7 @@ def test_ids_on_the_evaluation_set_are_compared_with_those_of_the_file(made, tmp
     chosen = Export.of(MergePlan.of(str(made[0]), made[1]), ["Q4_0"])
     facts = chosen.write(tmp_path / "x.gguf", TEXTS)
     assert json.loads(json.dumps(facts))["files"]["x.gguf"]["quant_type"] == "Q4_0"
-    assert "2 held-out texts have the ids of the training" in capsys.readouterr().out
+    assert "2 evaluation texts have the token ids of the training" in capsys.readouterr().out
     encode = encoding.GgufTokenizer.encode_text
     monkeypatch.setattr(encoding.GgufTokenizer, "encode_text", lambda self, text: encode(self, text)[:-1])
     with pytest.raises(SaigaError):
@@ -243,7 +243,7 @@ def test_a_damaged_file_never_gets_its_final_name(made, tmp_path, monkeypatch, d
             targets[0].file.write_bytes(changed)
             return made
 
-        monkeypatch.setattr(streaming, "fill", filled)
+        monkeypatch.setattr(streaming, "write_tensors", filled)
 
     def refuse():
         raise SaigaError("llama.cpp cannot load it")

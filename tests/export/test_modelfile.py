@@ -5,9 +5,9 @@ import pytest
 
 from saigakit.export import fit, modelfile
 from saigakit.registry import MODELS, Sampling
-from saigakit.weights.memory import Shape
+from saigakit.weights.model_shape import ModelShape
 
-LLAMA2 = Shape(
+LLAMA2 = ModelShape(
     hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, intermediate=11008, vocabulary=32000, tied=False
 )
 

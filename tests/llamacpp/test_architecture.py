@@ -17,15 +17,15 @@ def base_dir(tiny, tmp_path):
     return small_models.base(tmp_path, tiny / "base")
 
 
-def test_every_tensor_of_the_base_has_a_name_in_the_file(base_dir):
-    names = Merged.of(base_dir, None).shapes
-    assert sorted(Architecture.of(base_dir).sources(names).values()) == sorted(names)
+def test_every_tensor_of_the_base_has_a_gguf_name(base_dir):
+    names = Merged.open(base_dir, None).shapes
+    assert sorted(Architecture.from_config(base_dir).source_names(names).values()) == sorted(names)
 
 
-def test_another_architecture_is_answered_with_the_known_ones(base_dir):
+def test_refuses_an_unknown_architecture_listing_the_supported_ones(base_dir):
     small_models.edit_json(base_dir / "config.json", architectures=["GemmaForCausalLM"])
-    with pytest.raises(SaigaError, match=r"GemmaForCausalLM.*known are LlamaForCausalLM, MistralForCausalLM"):
-        Architecture.of(base_dir)
+    with pytest.raises(SaigaError, match=r"GemmaForCausalLM.*supported are LlamaForCausalLM, MistralForCausalLM"):
+        Architecture.from_config(base_dir)
 
 
 @pytest.mark.parametrize(
@@ -35,19 +35,19 @@ def test_another_architecture_is_answered_with_the_known_ones(base_dir):
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         (
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-            "rope_type='yarn', and saigakit can export 'default' or 'llama3' or 'linear' alone",
+            "rope_type='yarn', but saigakit can export only 'default' or 'llama3' or 'linear'",
         ),
         (
             {"rope_parameters": {"rope_type": "llama3", "factor": None, "low_freq_factor": 1.0}},
-            r"config\.json: rope_type='llama3' lacks the number high_freq_factor, factor, original_max",
+            r"config\.json: rope_type='llama3' needs a number for high_freq_factor, factor, original_max",
         ),
-        ({"rope_parameters": {"rope_type": "linear"}}, "rope_type='linear' lacks the number factor"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_type='linear' needs a number for factor"),
     ],
 )
-def test_a_setting_that_would_be_lost_is_refused(base_dir, settings, named):
+def test_refuses_a_setting_that_gguf_cannot_express(base_dir, settings, named):
     small_models.edit_json(base_dir / "config.json", **settings)
     with pytest.raises(SaigaError, match=named):
-        Architecture.of(base_dir)
+        Architecture.from_config(base_dir)
 
 
 @pytest.mark.parametrize(
@@ -62,27 +62,27 @@ def test_a_setting_that_would_be_lost_is_refused(base_dir, settings, named):
 )
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("layer_types", ["named", "left out"])  # as transformers 5 writes them, and those before
-def test_a_qwen_whose_layers_see_a_window_is_refused(tiny, tmp_path, kind, settings, is_refused, layer_types):
+def test_refuses_a_qwen_whose_layers_have_a_window(tiny, tmp_path, kind, settings, is_refused, layer_types):
     base_dir = small_models.base(tmp_path, tiny / "base", kind=kind, **settings)
     if layer_types == "left out":
         small_models.edit_json(base_dir / "config.json", **settings, layer_types=None)
     if not is_refused:
-        Architecture.of(base_dir)
+        Architecture.from_config(base_dir)
         return
     with pytest.raises(
-        SaigaError, match=r"config\.json: layers see the last 16 tokens alone.*write null for sliding_window"
+        SaigaError, match=r"config\.json: layers see only the last 16 tokens.*write null for sliding_window"
     ):
-        Architecture.of(base_dir)
+        Architecture.from_config(base_dir)
 
 
-@pytest.mark.parametrize(("window", "is_said"), [(64, True), (512, False), (None, False)])
-def test_that_llama_cpp_has_no_window_of_mistrals_is_said(tiny, tmp_path, capsys, window, is_said):
+@pytest.mark.parametrize(("window", "is_reported"), [(64, True), (512, False), (None, False)])
+def test_reports_that_llama_cpp_ignores_mistrals_window(tiny, tmp_path, capsys, window, is_reported):
     base_dir = small_models.base(tmp_path, tiny / "base", kind="mistral", sliding_window=window)
     capsys.readouterr()
-    Architecture.of(base_dir)
+    Architecture.from_config(base_dir)
     assert (
-        "the last 64 tokens alone, which llama.cpp cannot compute of this kind: it sees" in capsys.readouterr().out
-    ) == is_said
+        "only the last 64 tokens, which llama.cpp does not support for this kind: it uses" in capsys.readouterr().out
+    ) == is_reported
 
 
 GEMMA3 = {"num_hidden_layers": 7, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}
@@ -97,61 +97,61 @@ GEMMA3 = {"num_hidden_layers": 7, "query_pre_attn_scalar": 16, "tie_word_embeddi
         ({"hidden_activation": "gelu"}, "hidden_act='gelu'"),
     ],
 )
-def test_a_gemma_that_llama_cpp_would_compute_otherwise_is_refused(tiny, tmp_path, settings, named):
+def test_refuses_a_gemma_that_llama_cpp_would_compute_differently(tiny, tmp_path, settings, named):
     base_dir = small_models.base(tmp_path, tiny / "base", kind="gemma3_text", head_dim=16, **GEMMA3)
-    Architecture.of(base_dir)
+    Architecture.from_config(base_dir)
     small_models.edit_json(base_dir / "config.json", **settings)
     with pytest.raises(SaigaError, match=named):
-        Architecture.of(base_dir)
+        Architecture.from_config(base_dir)
 
 
-def test_a_missing_tensor_is_named_and_counted(base_dir):
-    names = [name for name in Merged.of(base_dir, None).shapes if "layers.1." not in name]
+def test_names_and_counts_missing_tensors(base_dir):
+    names = [name for name in Merged.open(base_dir, None).shapes if "layers.1." not in name]
     with pytest.raises(SaigaError, match=r"model\.layers\.1\.input_layernorm\.weight \(9 tensors are missing\)"):
-        Architecture.of(base_dir).sources(names)
+        Architecture.from_config(base_dir).source_names(names)
 
 
-def test_a_tensor_that_would_be_lost_is_named(base_dir):
-    names = [*Merged.of(base_dir, None).shapes, "model.layers.0.mlp.router.weight"]
+def test_names_a_tensor_that_would_be_lost(base_dir):
+    names = [*Merged.open(base_dir, None).shapes, "model.layers.0.mlp.router.weight"]
     with pytest.raises(SaigaError, match=r"mlp\.router\.weight, which a llama GGUF has no place for"):
-        Architecture.of(base_dir).sources(names)
+        Architecture.from_config(base_dir).source_names(names)
 
 
-def test_buffers_that_old_checkpoints_carry_are_left_out(base_dir):
-    names = [*Merged.of(base_dir, None).shapes, "model.layers.0.self_attn.rotary_emb.inv_freq"]
-    assert len(Architecture.of(base_dir).sources(names)) == len(names) - 1
+def test_leaves_out_buffers_of_old_checkpoints(base_dir):
+    names = [*Merged.open(base_dir, None).shapes, "model.layers.0.self_attn.rotary_emb.inv_freq"]
+    assert len(Architecture.from_config(base_dir).source_names(names)) == len(names) - 1
 
 
-def test_a_copy_of_tied_embeddings_is_left_out(tiny, tmp_path):
+def test_leaves_out_a_copy_of_tied_embeddings(tiny, tmp_path):
     base_dir = small_models.base(tmp_path, tiny / "base", tie_word_embeddings=True)
-    names = Merged.of(base_dir, None).shapes
-    assert "output.weight" not in Architecture.of(base_dir).sources([*names, "lm_head.weight"])
+    names = Merged.open(base_dir, None).shapes
+    assert "output.weight" not in Architecture.from_config(base_dir).source_names([*names, "lm_head.weight"])
 
 
-def test_embeddings_of_another_size_than_the_config_says_are_refused(base_dir):
+def test_refuses_embeddings_of_another_size_than_in_the_config(base_dir):
     small_models.edit_json(base_dir / "config.json", vocab_size=770)
-    architecture, shapes = Architecture.of(base_dir), Merged.of(base_dir, None).shapes
+    architecture, shapes = Architecture.from_config(base_dir), Merged.open(base_dir, None).shapes
     with pytest.raises(SaigaError, match=r"embed_tokens\.weight.*\[768, 64\].*\[770, 64\]"):
-        architecture.require_shapes(architecture.sources(shapes), shapes)
+        architecture.require_shapes(architecture.source_names(shapes), shapes)
 
 
-def test_llama_3s_frequency_factors_are_those_of_transformers(tiny, tmp_path):
+def test_frequency_factors_of_llama_3_equal_those_of_transformers(tiny, tmp_path):
     base_dir = small_models.base(tmp_path, tiny / "base", rope_parameters=small_models.LLAMA3_ROPE, head_dim=64)
     config = LlamaConfig.from_pretrained(base_dir)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 1 / small_models.LLAMA3_ROPE["rope_theta"] ** (torch.arange(0, 64, 2) / 64)
-    (factors,) = Architecture.of(base_dir).computed().values()
+    (factors,) = Architecture.from_config(base_dir).computed_tensors().values()
     assert len(set(factors)) > 3
     np.testing.assert_allclose(factors, (plain / scaled).numpy(), rtol=1e-5)
 
 
-def test_a_config_of_transformers_4_means_the_same(tiny, tmp_path):
+def test_reads_the_config_of_transformers_4(tiny, tmp_path):
     base_dir = small_models.base(tmp_path, tiny / "base", rope_parameters=small_models.LLAMA3_ROPE)
-    new = Architecture.of(base_dir).computed()
+    new = Architecture.from_config(base_dir).computed_tensors()
     config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
     rope = config.pop("rope_parameters")
     config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     (base_dir / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    old = Architecture.of(base_dir).computed()
+    old = Architecture.from_config(base_dir).computed_tensors()
     assert list(old) == list(new)
     assert all(np.array_equal(old[name], new[name]) for name in new)

@@ -1,4 +1,4 @@
-"""Which of llama.cpp's kernels a model is loaded with."""
+"""Choosing the kernels that llama.cpp loads a model with."""
 
 import llama_cpp
 import pytest
@@ -11,5 +11,5 @@ def test_amx_is_turned_off_only_where_llama_cpp_was_built_with_it(monkeypatch, b
     monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda: built)
     params = llama_cpp.llama_model_default_params()
     assert params.use_extra_bufts
-    forward.leave_out_amx(params)
+    forward.disable_amx(params)
     assert params.use_extra_bufts == repacks

@@ -1,4 +1,4 @@
-"""Importance matrices as files: llama.cpp's two forms, what is damaged or of another model, what quantising makes."""
+"""Importance matrices as files: llama.cpp's two forms, damaged ones and those of another model."""
 
 import struct
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from saigakit.errors import SaigaError
-from saigakit.llamacpp.imatrix import Importance, Squares, sampled
+from saigakit.llamacpp.imatrix import Importance, Squares, sample_rows
 
 NAMES = ("blk.0.attn_q.weight", "blk.0.ffn_down.weight")
 SHAPES = {NAMES[0]: (8, 6), NAMES[1]: (6, 10), "token_embd.weight": (20, 6), "blk.0.attn_norm.weight": (6,)}
@@ -32,14 +32,14 @@ def same(one, other):
     return list(one) == list(other) and all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def test_what_is_written_is_read_back(tmp_path):
+def test_reads_what_it_writes(tmp_path):
     written = made()
-    read = Importance.of_file(written.write(tmp_path / "imatrix.gguf"))
+    read = Importance.read(written.write(tmp_path / "imatrix.gguf"))
     assert same(written, read)
     assert (read.datasets, read.chunks, read.chunk_size) == (("train.jsonl",), 3, 512)
 
 
-def test_the_file_has_what_llama_cpp_looks_for(tmp_path):
+def test_the_file_has_the_tensors_and_keys_of_llama_cpp(tmp_path):
     reader = gguf.GGUFReader(made().write(tmp_path / "imatrix.gguf"))
     assert [tensor.name for tensor in reader.tensors] == [
         f"{name}.{part}" for name in NAMES for part in ("in_sum2", "counts")
@@ -49,40 +49,40 @@ def test_the_file_has_what_llama_cpp_looks_for(tmp_path):
     assert keys == ["general.type", "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"]
 
 
-def test_the_older_binary_form_is_read(tmp_path):
+def test_reads_the_older_binary_form(tmp_path):
     file = tmp_path / "imatrix.dat"
     file.write_bytes(binary(made()))
-    read = Importance.of_file(file)
+    read = Importance.read(file)
     for name, mean in made().items():
         np.testing.assert_allclose(read[name], mean, rtol=1e-6)
     assert (read.datasets, read.chunks) == (("a.txt",), 4)
 
 
 @pytest.mark.parametrize("form", ["gguf", "binary"])
-def test_a_file_cut_short_anywhere_is_refused(tmp_path, form):
+def test_refuses_a_file_truncated_anywhere(tmp_path, form):
     whole = made().write(tmp_path / "whole").read_bytes() if form == "gguf" else binary(made())
     end = len(whole) if form == "gguf" else len(whole) - 13  # after the entries
     for size in {*range(0, end - 32, 7), end - 33}:
         file = tmp_path / "cut"
         file.write_bytes(whole[:size])
         with pytest.raises(SaigaError, match=r"cut short or damaged|is damaged"):
-            Importance.of_file(file)
+            Importance.read(file)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
-def test_a_number_that_cannot_be_is_refused_with_its_tensor(tmp_path, bad):
+def test_refuses_an_invalid_number_naming_its_tensor(tmp_path, bad):
     matrix = made()
     matrix.squares[NAMES[1]].sums[3] = bad
     with pytest.raises(SaigaError, match=f"{NAMES[1]} is damaged"):
-        Importance.of_file(matrix.write(tmp_path / "imatrix.gguf"))
+        Importance.read(matrix.write(tmp_path / "imatrix.gguf"))
 
 
-def test_a_count_of_zero_is_refused(tmp_path):
-    with pytest.raises(SaigaError, match=f"{NAMES[0]} is damaged: 0 tokens"):
-        Importance.of_file(made(count=0.0).write(tmp_path / "imatrix.gguf"))
+def test_refuses_a_count_of_zero(tmp_path):
+    with pytest.raises(SaigaError, match=f"{NAMES[0]} is damaged: it has 0 tokens"):
+        Importance.read(made(count=0.0).write(tmp_path / "imatrix.gguf"))
 
 
-def test_a_model_is_no_importance_matrix(tmp_path):
+def test_refuses_a_model(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_tensor("a", np.zeros(4, dtype=np.float32))
     writer.write_header_to_file()
@@ -90,7 +90,7 @@ def test_a_model_is_no_importance_matrix(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(SaigaError, match=r"general.type is None"):
-        Importance.of_file(tmp_path / "model.gguf")
+        Importance.read(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize(
@@ -99,10 +99,10 @@ def test_a_model_is_no_importance_matrix(tmp_path):
         ({"a.in_sum2": (1, 4)}, "a has no counts"),
         ({"a.counts": (1, 1)}, r"a.counts has no sums"),
         ({"a.in_sum2": (2, 4), "a.counts": (2, 1)}, "a has 2 counts: a mixture of experts"),
-        ({}, "it holds no tensor"),
+        ({}, "it contains no tensors"),
     ],
 )
-def test_sums_and_counts_belong_together(tmp_path, tensors, reason):
+def test_refuses_sums_without_matching_counts(tmp_path, tensors, reason):
     writer = gguf.GGUFWriter(tmp_path / "made.gguf", "none")
     writer.add_string("general.type", "imatrix")
     for name, shape in tensors.items():
@@ -112,12 +112,12 @@ def test_sums_and_counts_belong_together(tmp_path, tensors, reason):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(SaigaError, match=reason):
-        Importance.of_file(tmp_path / "made.gguf")
+        Importance.read(tmp_path / "made.gguf")
 
 
 @pytest.mark.parametrize("form", ["gguf", "binary"])
-def test_a_damaged_byte_is_refused_in_a_sentence_or_read(tmp_path, form):
-    """Never another error: floats that are merely other floats cannot be told."""
+def test_a_damaged_byte_raises_no_other_error(tmp_path, form):
+    """Only SaigaError, or none: a float that became another float cannot be recognised."""
     whole = made().write(tmp_path / "whole").read_bytes() if form == "gguf" else binary(made())
     rng, refused = np.random.default_rng(2), 0
     for _ in range(300):
@@ -125,13 +125,13 @@ def test_a_damaged_byte_is_refused_in_a_sentence_or_read(tmp_path, form):
         damaged[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
         (tmp_path / "damaged").write_bytes(damaged)
         try:
-            Importance.of_file(tmp_path / "damaged").require_fit(SHAPES, "damaged")
+            Importance.read(tmp_path / "damaged").require_fit(SHAPES, "damaged")
         except SaigaError:
             refused += 1
     assert refused > 50
 
 
-def test_that_of_this_model_fits():
+def test_accepts_the_matrix_of_this_model():
     made().require_fit(SHAPES, "imatrix.gguf")
 
 
@@ -140,23 +140,23 @@ def test_that_of_this_model_fits():
     [
         ({**SHAPES, NAMES[1]: (6, 12)}, f"{NAMES[1]} has 10 columns there and 12 here"),
         ({NAMES[0]: (8, 6)}, f"this one has no {NAMES[1]}"),
-        ({**SHAPES, "blk.1.attn_q.weight": (8, 6)}, "has nothing of blk.1.attn_q.weight"),
+        ({**SHAPES, "blk.1.attn_q.weight": (8, 6)}, "lacks blk.1.attn_q.weight"),
     ],
 )
-def test_that_of_another_model_is_refused_with_the_tensor(shapes, reason):
+def test_refuses_the_matrix_of_another_model_naming_the_tensor(shapes, reason):
     with pytest.raises(SaigaError, match=reason):
         made().require_fit(shapes, "imatrix.gguf")
 
 
-def test_nothing_is_overwritten(tmp_path):
+def test_does_not_overwrite_a_file(tmp_path):
     file = made().write(tmp_path / "imatrix.gguf")
     with pytest.raises(SaigaError, match="is there already"):
         made().write(file)
     assert [each.name for each in tmp_path.iterdir()] == ["imatrix.gguf"]
 
 
-def test_rows_are_taken_from_everywhere():
+def test_samples_rows_evenly():
     rows = [[index] * 10 for index in range(100)]
-    assert [row[0] for row in sampled(rows, 50)] == [0, 20, 40, 60, 80]
-    assert sampled(rows, 5000) == rows
-    assert sampled(rows[:3], 1) == rows[:1]
+    assert [row[0] for row in sample_rows(rows, 50)] == [0, 20, 40, 60, 80]
+    assert sample_rows(rows, 5000) == rows
+    assert sample_rows(rows[:3], 1) == rows[:1]

@@ -1,4 +1,4 @@
-"""The importance matrix that llama.cpp's graph gives against transformers' forward hooks on the same weights."""
+"""Compare the importance matrix from llama.cpp's graph with transformers' forward hooks on the same weights."""
 
 import ctypes
 import logging
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from saigakit import export
 from saigakit.errors import SaigaError
-from saigakit.llamacpp import imatrix_compute
+from saigakit.llamacpp import imatrix_compute, libggml
 from saigakit.llamacpp.architecture import Architecture
 
 ROWS = ([1, 404, 505, 606, 7, 8, 9, 300], [1, 5], list(range(10, 90)) * 4, [1, 260, 261, 700, 2, 13, 1, 300, 301])
@@ -33,7 +33,7 @@ def float_file(base_dir, tmp_path_factory):
 
 @pytest.fixture
 def exact_attention(monkeypatch):
-    """Keys, values and their products in float32, as in transformers; llama.cpp rounds to float16 by default."""
+    """Attention in float32 as in transformers; llama.cpp rounds to float16 by default."""
     usual = llama_cpp.llama_context_default_params
 
     def params():
@@ -46,7 +46,7 @@ def exact_attention(monkeypatch):
 
 
 def by_transformers(base_dir, rows):
-    """GGUF name of each weight to the mean square of each input, and the number of tokens."""
+    """Mean squared inputs by the GGUF name of the weight, and the number of tokens."""
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     sums = {}
 
@@ -57,7 +57,9 @@ def by_transformers(base_dir, rows):
 
         return hook
 
-    names = {old: new for new, old in Architecture.of(base_dir).sources(dict(model.named_parameters())).items()}
+    names = {
+        old: new for new, old in Architecture.from_config(base_dir).source_names(dict(model.named_parameters())).items()
+    }
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             module.register_forward_pre_hook(add(names[f"{name}.weight"]))
@@ -68,55 +70,50 @@ def by_transformers(base_dir, rows):
     return {name: total / tokens for name, total in sums.items()}, tokens
 
 
-def test_it_is_the_mean_square_of_what_each_column_is_multiplied_with(base_dir, float_file, exact_attention):
+def test_equals_the_mean_squared_input_of_each_column(base_dir, float_file, exact_attention):
     expected, tokens = by_transformers(base_dir, ROWS)
-    made = imatrix_compute.measured(float_file, ROWS, dataset="train.jsonl", n_threads=1)
+    made = imatrix_compute.compute_importance(float_file, ROWS, dataset="train.jsonl", n_threads=1)
     assert set(made) == set(expected) == {name for name in expected if name.startswith("blk.")}
     assert {squares.count for squares in made.squares.values()} == {tokens}
     for name, squares in expected.items():
         np.testing.assert_allclose(made[name], squares, rtol=1e-3, err_msg=name)
 
 
-def test_every_row_is_read_from_its_beginning(float_file):
-    alone = [imatrix_compute.measured(float_file, [row], dataset="one", n_threads=1) for row in ROWS[:2]]
-    both = imatrix_compute.measured(float_file, ROWS[:2], dataset="two", n_threads=1)
+def test_every_row_starts_a_new_sequence(float_file):
+    alone = [imatrix_compute.compute_importance(float_file, [row], dataset="one", n_threads=1) for row in ROWS[:2]]
+    both = imatrix_compute.compute_importance(float_file, ROWS[:2], dataset="two", n_threads=1)
     for name in both:
         sums = alone[0].squares[name].sums + alone[1].squares[name].sums
         np.testing.assert_allclose(both.squares[name].sums, sums, rtol=1e-5, err_msg=name)
 
 
-def test_few_tokens_are_rows_from_everywhere(float_file):
+def test_samples_rows_evenly_up_to_max_tokens(float_file):
     rows = [[1, 300 + index] for index in range(100)]
-    made = imatrix_compute.measured(float_file, rows, dataset="many", max_tokens=20, n_threads=1)
+    made = imatrix_compute.compute_importance(float_file, rows, dataset="many", max_tokens=20, n_threads=1)
     assert (made.chunks, made.datasets) == (10, ("many",))
     assert {squares.count for squares in made.squares.values()} == {20}
 
 
-def test_ids_of_another_tokenizer_are_refused(float_file):
+def test_refuses_the_ids_of_another_tokenizer(float_file):
     with pytest.raises(SaigaError, match=r"up to id 768.*vocabulary of 768"):
-        imatrix_compute.measured(float_file, [[1, 768]], dataset="other", n_threads=1)
+        imatrix_compute.compute_importance(float_file, [[1, 768]], dataset="other", n_threads=1)
 
 
-def test_llama_cpp_says_nothing(float_file, capfd):
-    logging.getLogger("llama-cpp-python").setLevel(logging.NOTSET)  # as it is before its class was used
-    imatrix_compute.measured(float_file, ROWS[:1], dataset="one", n_threads=1)
+def test_llama_cpp_prints_nothing(float_file, capfd):
+    logging.getLogger("llama-cpp-python").setLevel(logging.NOTSET)  # as before its class is used
+    imatrix_compute.compute_importance(float_file, ROWS[:1], dataset="one", n_threads=1)
     assert capfd.readouterr() == ("", "")
 
 
-def test_nothing_to_read_is_refused(float_file):
+def test_refuses_rows_without_tokens(float_file):
     with pytest.raises(SaigaError, match="no tokens"):
-        imatrix_compute.measured(float_file, [[]], dataset="empty", n_threads=1)
+        imatrix_compute.compute_importance(float_file, [[]], dataset="empty", n_threads=1)
 
 
-def test_another_layout_of_ggmls_tensors_is_noticed(monkeypatch):
+def test_refuses_an_unknown_layout_of_ggmls_tensors(monkeypatch):
     class Shifted(ctypes.Structure):
-        _fields_ = (
-            *imatrix_compute._Tensor._fields_[:-1],
-            ("new", ctypes.c_int64),
-            imatrix_compute._Tensor._fields_[-1],
-        )
+        _fields_ = (*libggml.Tensor._fields_[:-1], ("new", ctypes.c_int64), libggml.Tensor._fields_[-1])
 
-    ggml = imatrix_compute._ggml()
-    monkeypatch.setattr(imatrix_compute, "_Tensor", Shifted)
-    with pytest.raises(SaigaError, match="lays its tensors out otherwise"):
-        imatrix_compute._require_layout(ggml)
+    monkeypatch.setattr(libggml, "Tensor", Shifted)
+    with pytest.raises(SaigaError, match="has an unknown tensor layout"):
+        imatrix_compute._require_layout()

@@ -1,4 +1,4 @@
-"""Files quantised with an importance matrix against llama.cpp's own quantiser given the same one, byte for byte."""
+"""Compare files quantised with an importance matrix byte for byte with those of llama.cpp's own quantiser."""
 
 import ctypes
 
@@ -14,7 +14,7 @@ from saigakit.errors import SaigaError
 from saigakit.llamacpp import imatrix_compute
 from saigakit.llamacpp.imatrix import Importance, Squares
 
-# Enough layers for eighths; shared keys.
+# Enough layers for the rules about eighths, and shared keys.
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9, "num_attention_heads": 8}
 ODD = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 9, "num_key_value_heads": 1}
 ROWS = [[1, *range(300 + 10 * index, 360 + 10 * index)] for index in range(8)]
@@ -27,12 +27,14 @@ def made(request, tiny, tmp_path_factory):
     base_dir = small_models.base(directory / "base", tiny / "base", **request.param)
     adapter_dir = small_models.adapter(directory / "adapter", base_dir)
     whole = export.to_gguf(model=str(base_dir), adapter=adapter_dir, output=directory / "f32.gguf", quant_type="F32")
-    matrix = imatrix_compute.measured(whole, ROWS, dataset="train.jsonl", n_threads=1).write(directory / "imatrix.gguf")
+    matrix = imatrix_compute.compute_importance(whole, ROWS, dataset="train.jsonl", n_threads=1).write(
+        directory / "imatrix.gguf"
+    )
     return base_dir, adapter_dir, whole, matrix
 
 
 def quantised_by_llama_cpp(source, quant_type, matrix_file, output):
-    matrix = Importance.of_file(matrix_file)
+    matrix = Importance.read(matrix_file)
     arrays = {name: np.ascontiguousarray(mean) for name, mean in matrix.items()}
     pointer = ctypes.POINTER(ctypes.c_float)
     entries = (llama_cpp.llama_model_imatrix_data * (len(arrays) + 1))(
@@ -65,7 +67,7 @@ TYPES = ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q3_K_M
 
 
 @pytest.mark.parametrize("quant_type", matrix(TYPES, ["Q4_K_M"]))
-def test_the_file_is_the_one_that_llama_cpp_makes_with_the_same_matrix(made, quant_type, tmp_path):
+def test_the_file_equals_llama_cpps_with_the_same_matrix(made, quant_type, tmp_path):
     base_dir, adapter_dir, whole, matrix = made
     options = {"model": str(base_dir), "adapter": adapter_dir, "quant_type": quant_type}
     ours = export.to_gguf(**options, output=tmp_path / "ours.gguf", importance=matrix)
@@ -77,7 +79,7 @@ def test_the_file_is_the_one_that_llama_cpp_makes_with_the_same_matrix(made, qua
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_it_changes_what_is_quantised(made, tmp_path):
+def test_the_matrix_changes_only_layer_weights(made, tmp_path):
     base_dir, _, _, matrix = made
     options = {"model": str(base_dir), "adapter": None, "quant_type": "Q4_K_S"}
     plain = export.to_gguf(**options, output=tmp_path / "plain.gguf")
@@ -89,9 +91,9 @@ def test_it_changes_what_is_quantised(made, tmp_path):
     }
 
 
-def test_that_of_another_model_is_refused_before_anything_is_made(made, tmp_path):
+def test_refuses_the_matrix_of_another_model_before_writing(made, tmp_path):
     name = "blk.0.attn_q.weight"
     other = Importance({name: Squares(np.ones(7, dtype=np.float32), 1.0)}).write(tmp_path / "other.gguf")
-    with pytest.raises(SaigaError, match=rf"other.gguf is of another model: {name} has 7 columns"):
+    with pytest.raises(SaigaError, match=rf"other.gguf belongs to another model: {name} has 7 columns"):
         export.to_gguf(model=str(made[0]), adapter=None, output=tmp_path / "made.gguf", importance=other)
     assert not (tmp_path / "made.gguf").exists()

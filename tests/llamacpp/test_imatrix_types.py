@@ -1,4 +1,4 @@
-"""Types and bytes of a quantisation with an importance matrix, against llama.cpp's own quantiser with the same one."""
+"""Compare types and bytes of tensors quantised with an importance matrix with llama.cpp's own quantiser."""
 
 import ctypes
 
@@ -11,7 +11,7 @@ from matrix import matrix
 
 from saigakit import export
 from saigakit.llamacpp import quantization
-from saigakit.weights.memory import Shape
+from saigakit.weights.model_shape import ModelShape
 
 SETTINGS = {
     "wide": {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8},
@@ -22,7 +22,7 @@ QUANT_TYPES = [name for name in quantization.QUANT_TYPES if name not in ("F32", 
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def source(request, tiny, tmp_path_factory):
-    """(the model in float32 as GGUF, its sizes, an importance for each matrix of a layer)"""
+    """The model as a float32 GGUF, its shape, an importance for each matrix of a layer."""
     directory = tmp_path_factory.mktemp(request.param)
     base_dir = small_models.base(directory / "base", tiny / "base", **SETTINGS[request.param])
     file = export.to_gguf(model=str(base_dir), adapter=None, output=directory / "float.gguf", quant_type="F32")
@@ -32,7 +32,7 @@ def source(request, tiny, tmp_path_factory):
         for tensor in gguf.GGUFReader(file).tensors
         if len(tensor.shape) == 2 and tensor.name != "token_embd.weight"
     }
-    return file, Shape.of(base_dir), importance
+    return file, ModelShape.from_config(base_dir), importance
 
 
 def quantised_by_llama_cpp(file, quant_type, importance, made):
@@ -47,7 +47,7 @@ def quantised_by_llama_cpp(file, quant_type, importance, made):
 
 
 @pytest.mark.parametrize("quant_type", matrix(QUANT_TYPES, ["Q4_K_M", "Q2_K"]))
-def test_the_tensors_are_llama_cpps_with_the_same_importance(source, quant_type, tmp_path):
+def test_tensors_equal_llama_cpps_with_the_same_importance(source, quant_type, tmp_path):
     file, model, importance = source
     floats = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(file).tensors}
     shapes = {name: data.shape for name, data in floats.items()}

@@ -4,10 +4,14 @@ import pytest
 
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import quantization
-from saigakit.weights.memory import Shape
+from saigakit.weights.model_shape import ModelShape
 
-MODEL = Shape(hidden=256, layers=16, heads=8, kv_heads=2, head_dim=32, intermediate=512, vocabulary=768, tied=False)
-DEEP = Shape(hidden=256, layers=80, heads=64, kv_heads=8, head_dim=32, intermediate=512, vocabulary=768, tied=False)
+MODEL = ModelShape(
+    hidden=256, layers=16, heads=8, kv_heads=2, head_dim=32, intermediate=512, vocabulary=768, tied=False
+)
+DEEP = ModelShape(
+    hidden=256, layers=80, heads=64, kv_heads=8, head_dim=32, intermediate=512, vocabulary=768, tied=False
+)
 
 
 @pytest.fixture
@@ -20,13 +24,13 @@ def types(quant_type, shapes, model=MODEL, architecture="llama"):
 
 
 @pytest.mark.parametrize("ggml_type", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q5_1"])
-def test_the_bytes_are_those_of_gguf_where_it_can_quantise(matrix, ggml_type):
+def test_bytes_equal_those_of_gguf_for_types_it_can_quantise(matrix, ggml_type):
     expected = gguf.quants.quantize(matrix, gguf.GGMLQuantizationType[ggml_type])
     assert quantization.quantise(matrix, ggml_type).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(("ggml_type", "error"), [("Q6_K", 0.02), ("Q5_K", 0.04), ("Q4_K", 0.08), ("Q2_K", 0.35)])
-def test_what_a_k_quant_loses_is_known(matrix, ggml_type, error):
+def test_the_error_of_k_quants_is_within_bounds(matrix, ggml_type, error):
     rows = quantization.quantise(matrix, ggml_type)
     back = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[ggml_type])
     lost = np.sqrt(np.mean((back - matrix) ** 2))
@@ -34,33 +38,36 @@ def test_what_a_k_quant_loses_is_known(matrix, ggml_type, error):
 
 
 @pytest.mark.parametrize("ggml_type", ["Q4_K", "Q3_K", "Q4_0"])
-def test_the_bytes_do_not_depend_on_how_the_rows_are_shared_out(matrix, ggml_type):
+def test_the_bytes_do_not_depend_on_how_rows_are_split(matrix, ggml_type):
     parts = [quantization.quantise(matrix[first : first + 5], ggml_type).tobytes() for first in range(0, 37, 5)]
     assert b"".join(parts) == quantization.quantise(matrix, ggml_type).tobytes()
 
 
 @pytest.mark.parametrize("ggml_type", ["F32", "F16", "Q8_0", "Q6_K", "Q5_1", "Q2_K"])
-def test_the_size_is_known_before(matrix, ggml_type):
-    assert quantization.size(matrix.shape, ggml_type) == quantization.quantise(matrix, ggml_type).nbytes
+def test_tensor_bytes_is_the_size_of_the_quantised_matrix(matrix, ggml_type):
+    assert quantization.tensor_bytes(matrix.shape, ggml_type) == quantization.quantise(matrix, ggml_type).nbytes
 
 
-def test_a_view_with_its_rows_turned_is_quantised_as_its_copy(matrix):
-    turned = matrix.T[:256, :32]
-    assert quantization.quantise(turned, "Q8_0").tobytes() == quantization.quantise(turned.copy(), "Q8_0").tobytes()
+def test_quantises_a_transposed_view_like_its_copy(matrix):
+    transposed = matrix.T[:256, :32]
+    assert (
+        quantization.quantise(transposed, "Q8_0").tobytes()
+        == quantization.quantise(transposed.copy(), "Q8_0").tobytes()
+    )
 
 
-def test_a_number_that_float16_cannot_hold_is_refused(matrix):
+def test_refuses_a_number_that_overflows_float16(matrix):
     matrix[5, 5] = 1e6
     with pytest.raises(SaigaError, match="too large for F16"):
         quantization.quantise(matrix, "F16")
 
 
-def test_importance_has_one_number_for_each_column(matrix):
+def test_refuses_an_importance_of_another_length(matrix):
     with pytest.raises(ValueError, match=r"shape \(37,\) for 512 columns"):
         quantization.quantise(matrix, "Q4_K", np.ones(37, dtype=np.float32))
 
 
-def test_an_important_column_is_kept_better(matrix):
+def test_an_important_column_has_a_smaller_error(matrix):
     weights = np.ones(512, dtype=np.float32)
     weights[7] = 1e4
     lost = []
@@ -70,14 +77,14 @@ def test_an_important_column_is_kept_better(matrix):
     assert lost[1] < lost[0] / 2
 
 
-def test_an_unknown_quant_type_is_answered_with_the_known_ones():
+def test_an_unknown_quant_type_is_refused_listing_the_known_ones():
     with pytest.raises(SaigaError, match=r"'q4_k_m' is unknown.*Q4_K_M"):
         quantization.require_known("q4_k_m")
 
 
-def test_layers_are_counted_and_not_spelled():
+def test_sorts_layers_by_number_not_by_text():
     names = ["blk.10.a", "token_embd.weight", "blk.2.b", "output.weight", "blk.2.a"]
-    assert quantization.in_order(names) == ["output.weight", "token_embd.weight", "blk.2.a", "blk.2.b", "blk.10.a"]
+    assert quantization.sort_names(names) == ["output.weight", "token_embd.weight", "blk.2.a", "blk.2.b", "blk.10.a"]
 
 
 def test_vectors_stay_in_float32():
@@ -91,11 +98,11 @@ def test_tied_embeddings_have_the_type_of_the_output():
 
 
 @pytest.mark.parametrize(("columns", "expected"), [(512, "Q4_K"), (576, "Q5_0"), (48, "F16")])
-def test_a_row_that_is_no_multiple_of_256_gets_smaller_blocks(columns, expected):
+def test_rows_not_divisible_by_256_get_smaller_blocks(columns, expected):
     assert types("Q4_K_M", {"blk.4.ffn_up.weight": (256, columns)}) == {"blk.4.ffn_up.weight": expected}
 
 
-def test_the_values_of_a_70b_model_get_more_bits():
+def test_attn_v_of_a_70b_model_gets_more_bits():
     name = "blk.15.attn_v.weight"
     assert types("Q3_K_M", {name: (256, 256)})[name] == "Q4_K"
     assert types("Q3_K_M", {name: (256, 256)}, DEEP)[name] == "Q5_K"

@@ -1,4 +1,6 @@
-"""A file that is not what was written does not pass, wherever it differs."""
+"""Reading back finds every difference from what was written."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import gguf
 import numpy as np
@@ -37,11 +39,13 @@ def file(tmp_path):
 
 @pytest.fixture
 def written(file, monkeypatch):
-    """What was written, part by part: the matrix in two."""
+    """The parts that were written, two of them of the matrix."""
     monkeypatch.setattr(streaming, "_NUMBERS", 1)
     monkeypatch.setattr(streaming, "_ROWS", 512)
     start = container.write_header(writer_of(file), SHAPES, TYPES)
-    (parts,) = streaming.fill([streaming.Target(file, TYPES, start)], SHAPES, lambda name, rows: TENSORS[name][rows])
+    (parts,) = streaming.write_tensors(
+        [streaming.Target(file, TYPES, start)], SHAPES, lambda name, rows: TENSORS[name][rows]
+    )
     return parts
 
 
@@ -51,29 +55,29 @@ def flip(file, place):
     file.write_bytes(content)
 
 
-def test_a_file_as_it_was_written_passes(file, written):
+def test_accepts_a_file_as_it_was_written(file, written):
     assert [part.tensor for part in sorted(written, key=lambda part: part.offset)] == [*SHAPES, "blk.0.ffn_up.weight"]
     read_back.require_written(file, written)
     read_back.require_tensors(file, METADATA, SHAPES, TYPES)
 
 
-def test_a_flipped_bit_is_found_and_its_tensor_named(file, written):
+def test_finds_a_flipped_bit_and_names_its_tensor(file, written):
     for part in written:
         flip(file, part.offset + part.size - 1)
-        with pytest.raises(SaigaError, match=rf"came out wrong: {part.tensor} is not on the disk"):
+        with pytest.raises(SaigaError, match=rf"was not written correctly: {part.tensor} differs on disk"):
             read_back.require_written(file, written)
         flip(file, part.offset + part.size - 1)
 
 
-def test_a_file_that_was_cut_short_is_found(file, written):
+def test_finds_a_truncated_file(file, written):
     file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(SaigaError, match="is not on the disk"):
+    with pytest.raises(SaigaError, match="differs on disk"):
         read_back.require_written(file, written)
 
 
-def test_every_flipped_bit_of_the_head_is_found(file, written):
-    head = min(part.offset for part in written)
-    end, passed = len(file.read_bytes()[:head].rstrip(b"\0")), []
+def test_finds_every_flipped_bit_of_the_header(file, written):
+    header_end = min(part.offset for part in written)
+    end, passed = len(file.read_bytes()[:header_end].rstrip(b"\0")), []
     for place in range(end):
         flip(file, place)
         try:
@@ -85,9 +89,9 @@ def test_every_flipped_bit_of_the_head_is_found(file, written):
     assert [place for place in passed if place != 4] == []  # 4: version 2 is read like version 3
 
 
-def test_the_arrays_of_a_large_vocabulary_are_those_of_gguf_itself(tiny, tmp_path):
+def test_reads_the_same_arrays_as_gguf(tiny, tmp_path):
     made = export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
-    ours = read_back._metadata(*read_back._reader(made))
+    ours = read_back._metadata(*read_back._open_reader(made))
     plain = {key: field.contents() for key, field in gguf.GGUFReader(made).fields.items() if key in ours}
     assert {type(value) for value in plain.values()} >= {str, int, float, list}
     for key, value in plain.items():
@@ -97,7 +101,7 @@ def test_the_arrays_of_a_large_vocabulary_are_those_of_gguf_itself(tiny, tmp_pat
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 4096, 4099])
-def test_one_other_byte_changes_the_checksum(size):
+def test_a_single_changed_byte_changes_the_checksum(size):
     flat = np.random.default_rng(size).integers(0, 256, size, np.uint8)
     for place in {0, size // 2, size - 1} if size else ():
         other = flat.copy()
@@ -111,18 +115,19 @@ def exported(tiny, tmp_path_factory):
     return export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path_factory.mktemp("made") / "x.gguf")
 
 
-def test_ids_that_differ_name_the_text(exported, monkeypatch):
+def test_different_token_ids_are_refused_naming_the_text(exported, monkeypatch):
     tokenizer = encoding.load_tokenizer("saiga_tiny")
     assert (
-        read_back.said_of_ids(exported, tokenizer, ["Привет", "Ёж"]) == "2 held-out texts have the ids of the training"
+        read_back._check_ids(exported, tokenizer, ["Привет", "Ёж"])
+        == "2 evaluation texts have the token ids of the training"
     )
     encode = tokenizer.encode_text
     monkeypatch.setattr(tokenizer, "encode_text", lambda text: encode(text)[: -1 if text == "Ёж" else None])
     with pytest.raises(SaigaError, match="Ёж"):
-        read_back.said_of_ids(exported, tokenizer, ["Привет", "Ёж"])
+        read_back._check_ids(exported, tokenizer, ["Привет", "Ёж"])
 
 
-def test_a_text_that_llama_cpp_cannot_read_as_text_is_told_and_no_reason_to_lose_the_file(exported, monkeypatch):
+def test_a_text_that_llama_cpp_cannot_tokenise_is_reported_without_failing(exported, monkeypatch):
     encode = encoding.GgufTokenizer.encode_text
 
     def refusing(self, text):
@@ -131,23 +136,21 @@ def test_a_text_that_llama_cpp_cannot_read_as_text_is_told_and_no_reason_to_lose
         return encode(self, text)
 
     monkeypatch.setattr(encoding.GgufTokenizer, "encode_text", refusing)
-    said = read_back.said_of_ids(exported, encoding.load_tokenizer("saiga_tiny"), ["Привет", "a <tool> b"])
+    said = read_back._check_ids(exported, encoding.load_tokenizer("saiga_tiny"), ["Привет", "a <tool> b"])
     assert said.startswith(
-        "1 held-out texts have the ids of the training, and 1 cannot be read as text: llama.cpp would"
+        "1 evaluation texts have the token ids of the training, and 1 cannot be tokenised as text: llama.cpp would"
     )
 
 
-def test_many_cores_share_the_few_chunks_that_are_in_memory(monkeypatch):
+def test_memory_is_bounded_on_many_cores(monkeypatch):
     large = {"token_embd.weight": (128256, 4096), "blk.0.ffn_down.weight": (4096, 14336)}
     for cores in (1, 4, 96):
-        monkeypatch.setattr(quantization, "cores", lambda cores=cores: cores)
-        assert streaming.memory(large, 128, 1) < 1e9
+        monkeypatch.setattr(quantization, "usable_cores", lambda cores=cores: cores)
+        assert streaming.memory_needed(large, 128, 1) < 1e9
 
 
 @pytest.mark.parametrize("ggml_type", ["Q4_K", "Q4_0", "F16"])
-def test_rows_that_are_shared_out_give_the_same_bytes(ggml_type, monkeypatch):
-    from concurrent.futures import ThreadPoolExecutor
-
+def test_quantising_rows_in_a_pool_gives_the_same_bytes(ggml_type, monkeypatch):
     matrix = np.random.default_rng(4).normal(size=(77, 512)).astype(np.float32)
     whole = quantization.quantise(matrix, ggml_type)
     monkeypatch.setattr(quantization, "_SHARE", 512 * 5)

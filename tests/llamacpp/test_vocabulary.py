@@ -1,4 +1,4 @@
-"""llama.cpp's tokenizer against the one that the model was trained with, on vocabularies of every kind."""
+"""Compare llama.cpp's tokenizer with that of training on every kind of vocabulary."""
 
 import json
 import random
@@ -57,7 +57,7 @@ def splitter(name):
 
 
 def bpe_dir(tiny, directory, pre_tokenizer, vocab_size=764):
-    """A model whose vocabulary is byte-level BPE: 764 tokens and four special ones, one of them not flagged so."""
+    """A model with byte-level BPE: 764 tokens and four special ones, one of which is not flagged as special."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -78,7 +78,7 @@ def bpe_dir(tiny, directory, pre_tokenizer, vocab_size=764):
 
 
 def require_same(gguf_file, tokenizer):
-    """Ids of ordinary texts, and of a whole prompt."""
+    """Ids of ordinary texts and of a complete prompt."""
     with closing(infer.load(gguf_file, n_ctx=64)) as llm:
         found = encoding.load_gguf_tokenizer(llm)
         for text in texts():
@@ -88,7 +88,7 @@ def require_same(gguf_file, tokenizer):
         return llm.metadata
 
 
-def test_the_tiny_saigas_prompts_have_the_ids_of_its_training(tiny, tmp_path):
+def test_prompts_of_the_tiny_saiga_have_the_ids_of_training(tiny, tmp_path):
     file = export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf", quant_type="Q8_0")
     metadata = require_same(file, encoding.load_tokenizer("saiga_tiny"))
     assert metadata["tokenizer.ggml.add_bos_token"] == "false"
@@ -97,7 +97,7 @@ def test_the_tiny_saigas_prompts_have_the_ids_of_its_training(tiny, tmp_path):
     )
 
 
-def test_saiga_2s_prompts_have_the_ids_of_its_training(tiny, tmp_path):
+def test_prompts_of_saiga_2_have_the_ids_of_training(tiny, tmp_path):
     if not LLAMA2.is_file():
         pytest.skip(f"the Llama-2 vocabulary is not at {LLAMA2}")
     base_dir = small_models.base(tmp_path / "base", tiny / "base", vocab_size=32000, hidden_size=32)
@@ -107,7 +107,7 @@ def test_saiga_2s_prompts_have_the_ids_of_its_training(tiny, tmp_path):
     require_same(file, encoding.load_tokenizer("saiga2_7b", source))
 
 
-def test_a_sentencepiece_vocabulary_saved_as_json_gives_the_same_ids(tiny, tmp_path):
+def test_sentencepiece_saved_as_json_gives_the_same_ids(tiny, tmp_path):
     base_dir = small_models.base(tmp_path / "base", tiny / "base")
     encoding.from_sentencepiece(base_dir / "tokenizer.model").save(str(base_dir / "tokenizer.json"))
     (base_dir / "tokenizer.model").unlink()
@@ -116,7 +116,7 @@ def test_a_sentencepiece_vocabulary_saved_as_json_gives_the_same_ids(tiny, tmp_p
 
 
 @pytest.mark.parametrize("name", [*SPLITS, "smollm", "gpt-2"])
-def test_a_byte_level_vocabulary_is_recognised_and_gives_the_same_ids(tiny, tmp_path, name):
+def test_recognises_a_byte_level_vocabulary_and_gives_the_same_ids(tiny, tmp_path, name):
     base_dir = bpe_dir(tiny, tmp_path / "base", splitter(name))
     file = export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "x.gguf")
     metadata = require_same(file, encoding.load_tokenizer(str(base_dir)))
@@ -125,7 +125,7 @@ def test_a_byte_level_vocabulary_is_recognised_and_gives_the_same_ids(tiny, tmp_
     assert "tokenizer.ggml.eot_token_id" not in metadata
 
 
-def test_an_end_of_turn_that_is_not_the_end_of_text_is_written_too(tiny, tmp_path):
+def test_writes_an_end_of_turn_other_than_the_end_of_text(tiny, tmp_path):
     base_dir = bpe_dir(tiny, tmp_path / "base", splitter("qwen2"))
     small_models.edit_json(base_dir / "tokenizer_config.json", eos_token="<pad>")
     file = export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "x.gguf")
@@ -134,7 +134,7 @@ def test_an_end_of_turn_that_is_not_the_end_of_text_is_written_too(tiny, tmp_pat
     assert metadata["tokenizer.ggml.eot_token_id"] == "765"
 
 
-def test_the_bos_is_not_added_where_the_template_spells_it(tiny, tmp_path):
+def test_adds_no_bos_if_the_template_writes_it(tiny, tmp_path):
     base_dir = small_models.base(tmp_path / "base", tiny / "base")
     small_models.edit_json(base_dir / "tokenizer_config.json", add_bos_token=True)
     spelled = export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "1.gguf")
@@ -145,25 +145,25 @@ def test_the_bos_is_not_added_where_the_template_spells_it(tiny, tmp_path):
             assert llm.metadata["tokenizer.ggml.add_bos_token"] == added
 
 
-def test_rows_beyond_the_vocabulary_are_filled(tiny, tmp_path):
+def test_fills_rows_beyond_the_vocabulary(tiny, tmp_path):
     base_dir = small_models.base(tmp_path / "base", tiny / "base", vocab_size=800)
     file = export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "x.gguf")
     require_same(file, encoding.load_tokenizer(str(base_dir)))
 
 
-def test_an_unknown_way_to_split_text_is_refused(tiny, tmp_path):
+def test_refuses_an_unknown_pre_tokenizer(tiny, tmp_path):
     base_dir = bpe_dir(tiny, tmp_path, pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), splitter("gpt-2")]))
-    with pytest.raises(SaigaError, match=r"Punctuation.*Known are the tokenizers of llama-bpe"):
+    with pytest.raises(SaigaError, match=r"Punctuation.*Supported are the tokenizers of llama-bpe"):
         export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "x.gguf")
 
 
-def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tiny, tmp_path):
+def test_refuses_a_tokenizer_with_more_tokens_than_rows(tiny, tmp_path):
     base_dir = bpe_dir(tiny, tmp_path, splitter("gpt-2"), vocab_size=780)
     with pytest.raises(SaigaError, match=r"784 tokens.*768 rows"):
         export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "x.gguf")
 
 
-def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tiny, tmp_path):
+def test_refuses_a_tokenizer_to_which_llama_cpp_gives_other_ids(tiny, tmp_path):
     base_dir = bpe_dir(tiny, tmp_path, splitter("gpt-2"))
     content = json.loads((base_dir / "tokenizer.json").read_text(encoding="utf-8"))
     content["normalizer"] = {"type": "Lowercase"}

@@ -1,4 +1,4 @@
-"""Small random models and adapters that transformers and peft write themselves."""
+"""Create small random models and adapters with transformers and peft."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ LLAMA3_ROPE = {
 def base(
     directory: Path, tokenizer_dir: Path, *, kind: str = "llama", qwen3: bool = False, shards: str = "50GB", **settings
 ) -> Path:
-    """A model that is far from uniform, with the tokenizer of the tiny Saiga and the template of Saiga 2.
+    """A model with varied outputs, the tokenizer of the tiny Saiga and the template of Saiga 2.
 
     `kind`: transformers' model_type.
     """
@@ -69,12 +69,12 @@ def edit_json(file: Path, **changes) -> None:
 
 
 def cut(file: Path) -> None:
-    """As a broken download leaves it."""
+    """Truncate a file like an interrupted download."""
     file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
 
 
 def move(adapter_dir: Path, module: str) -> None:
-    """Changes a whole trained module, which peft starts as the base's copy."""
+    """Change a fully trained module, which peft initialises as a copy of the base's."""
     file = adapter_dir / "adapter_model.safetensors"
     tensors = load_file(file)
     name = f"base_model.model.{module}.weight"

@@ -1,4 +1,4 @@
-"""The real vocabularies, each as the tokenizer of training and as llama.cpp's over a GGUF that holds nothing else."""
+"""Load real vocabularies as the tokenizer of training and as llama.cpp's, from a GGUF with nothing else."""
 
 import base64
 import importlib.util
@@ -23,8 +23,8 @@ from saigakit.registry import MODELS
 
 LLAMA2 = Path(__file__).parents[3] / "shared" / "tokenizers" / "llama-2.model"
 _NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-# SmolLM2's words with the special tokens and the way to split of models whose vocabularies no package has:
-# its tokens of ids 0 to 8 renamed; those that Qwen does not flag as special are not flagged here.
+# SmolLM2's vocabulary with the special tokens and the pre-tokenizer of models that no package contains: its tokens of
+# ids 0 to 8 are renamed. Those that Qwen does not flag as special are not flagged here either.
 _LLAMA3 = ("<|end_of_text|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
 _GEMMA = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
 _QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -97,7 +97,7 @@ HERMES_TOOLS = r"""
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
-# After the last question of the user the answer that ends a conversation gets an empty thought; those before have none.
+# The answer that ends a conversation gets an empty thought; earlier ones have none.
 THINKING = (
     HERMES_TOOLS.replace("{%- generation %}", "", 1)
     .replace("{%- endgeneration %}", "", 1)
@@ -107,12 +107,12 @@ THINKING = (
         1,
     )
 )
-# The prompt begins the thought, and a line end stands on either side of where the answer begins.
+# The prompt opens the thought, and the answer starts between two newlines.
 THINKING_PROMPT = THINKING.replace(
     "{{- '<|im_start|>assistant\\n' }}{%- endif %}", "{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
 )
 assert HERMES_TOOLS != THINKING != THINKING_PROMPT
-# Gemma's turns, with the system turn that Saiga's have and stock Gemma has not.
+# Gemma's turns with a system turn, which Saiga's Gemma has and stock Gemma lacks.
 GEMMA = r"""
 {{- bos_token }}
 {%- for message in messages %}
@@ -145,10 +145,10 @@ class Pair:
 
     fast: FastTokenizer
     gguf: GgufTokenizer
-    own: Callable[[str], list[int]]  # ids of text by sentencepiece or by tokenizer.json with its added tokens
+    own: Callable[[str], list[int]]  # token ids from sentencepiece, or from tokenizer.json with its added tokens
     is_sentencepiece: bool
-    is_split: bool  # the last answer is rendered otherwise than those before it
-    always_found: Sequence[str]  # pieces that sentencepiece itself takes out of any text, and llama.cpp does not
+    is_split: bool  # the final answer is rendered differently
+    always_found: Sequence[str]  # pieces that sentencepiece, unlike llama.cpp, finds in any text
     tokenizer_dir: Path
 
 
@@ -196,7 +196,7 @@ def gemma_tokens(directory: Path, source: Path | None) -> None:
     _write(directory / "tokenizer_config.json", {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"})
 
 
-# Each vocabulary with each format whose tokens it has.
+# Each vocabulary with the templates whose special tokens it has.
 CASES = {
     "llama2-saiga2": (llama2, SAIGA2),
     "mistral_v1-saiga2": (mistral_v1, SAIGA2),
@@ -220,7 +220,7 @@ def needs_smollm2(case: str) -> bool:
 
 
 def pair(case: str, directory: Path, smollm2_dir: Path | None = None) -> Pair:
-    """`case` of CASES, its files in `directory`; skips where the vocabulary is not to be had."""
+    """Create `case` of CASES in `directory`; skips the test if the vocabulary is not available."""
     make, chat_template = CASES[case]
     made = directory / case
     made.mkdir()
@@ -231,7 +231,7 @@ def pair(case: str, directory: Path, smollm2_dir: Path | None = None) -> Pair:
     _write(made / "config.json", {})
     fast = encoding.load_tokenizer(str(made))
     llm = llama_cpp.Llama(str(gguf_file(made, fast)), vocab_only=True, n_ctx=512, verbose=False)
-    llm._model.n_ctx_train = lambda: 4096  # 0 in a vocabulary alone, and then each text is tokenised twice
+    llm._model.n_ctx_train = lambda: 4096  # 0 without weights, and then each text is tokenised twice
     return Pair(
         fast=fast,
         gguf=encoding.load_gguf_tokenizer(llm),
@@ -244,16 +244,16 @@ def pair(case: str, directory: Path, smollm2_dir: Path | None = None) -> Pair:
 
 
 def gguf_file(tokenizer_dir: Path, tokenizer: FastTokenizer) -> Path:
-    """The vocabulary alone, written as 03_merge_gguf writes it."""
+    """A GGUF with only the vocabulary, as 03_merge_gguf writes it."""
     file = tokenizer_dir / "vocabulary.gguf"
-    found = Vocabulary.of(tokenizer_dir, tokenizer, {"vocab_size": tokenizer._text_only.get_vocab_size()})
+    found = Vocabulary.from_tokenizer(tokenizer_dir, tokenizer, {"vocab_size": tokenizer._text_only.get_vocab_size()})
     writer = gguf.GGUFWriter(file, "llama")
     for add in (writer.add_block_count, writer.add_embedding_length, writer.add_feed_forward_length):
         add(1)
     writer.add_context_length(512)
     writer.add_head_count(1)
     writer.add_layer_norm_rms_eps(1e-6)
-    found.describe(writer)
+    found.write_metadata(writer)
     writer.add_chat_template(template.for_inference(tokenizer.chat_template))
     container.write_header(writer, {}, {})
     return file
@@ -267,7 +267,7 @@ def _own(directory: Path) -> Callable[[str], list[int]]:
 
 
 def mistral_file(name: str) -> Path:
-    """A vocabulary in the package mistral-common, which is not imported."""
+    """A vocabulary file of the package mistral-common, which is not imported."""
     found = importlib.util.find_spec("mistral_common")
     if found is None or found.origin is None:
         pytest.skip("the package mistral-common, which holds Mistral's vocabularies, is not installed")
@@ -279,7 +279,7 @@ def mistral_file(name: str) -> Path:
 
 @cache
 def from_tekken(file: Path) -> Tokenizer:
-    """As transformers makes it: special tokens first, then the words in the order of their ranks."""
+    """Like transformers: special tokens first, then the words by rank."""
     content = json.loads(file.read_text(encoding="utf-8"))
     config = content["config"]
     count = config["default_num_special_tokens"]
@@ -302,7 +302,7 @@ def from_tekken(file: Path) -> Tokenizer:
     return tokenizer
 
 
-# tekken_240718.json names none; these are mistral-common's for such files, before its <SPECIAL_20> and so on.
+# tekken_240718.json names none; mistral-common gives these to such files, followed by <SPECIAL_20> and so on.
 _TEKKEN_SPECIAL = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
     *("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]"),

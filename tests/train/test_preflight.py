@@ -13,6 +13,7 @@ from saigakit.errors import SaigaError
 from saigakit.registry import ATTENTION, Lora
 from saigakit.train import preflight
 from saigakit.weights import load, memory
+from saigakit.weights.model_shape import ModelShape
 
 T4 = Gpu("Tesla T4", (7, 5), 16 * 10**9, 15 * 10**9)
 P100 = Gpu("Tesla P100", (6, 0), 16 * 10**9, 15 * 10**9)
@@ -87,7 +88,7 @@ def test_settings_of_a_new_lora_beside_a_continued_adapter_are_refused(tiny):
 
 def test_the_adapter_of_another_base_is_refused(tiny, tmp_path):
     other = base(tmp_path / "base", tiny / "base", hidden_size=32)
-    with pytest.raises(SaigaError, match="not one of this base model"):
+    with pytest.raises(SaigaError, match="belongs to another base model"):
         preflight.model(config(), tiny / "base", adapter(tmp_path / "adapter", other))
 
 
@@ -113,7 +114,7 @@ def test_tied_embeddings_cannot_be_trained_as_a_whole(tiny, tmp_path):
 
 def test_a_base_that_reads_images_is_refused(tiny, monkeypatch):
     stored = {"language_model.model.layers.0.self_attn.q_proj.weight": None}
-    monkeypatch.setattr(preflight.tensors, "of_base", lambda _: SimpleNamespace(stored=stored))
+    monkeypatch.setattr(preflight.tensors, "open_base", lambda _: SimpleNamespace(stored=stored))
     with pytest.raises(SaigaError, match=r"reads images too.*its text model alone"):
         preflight.model(config(), tiny / "base", None)
 
@@ -134,7 +135,7 @@ def test_a_damaged_config_of_the_adapter_is_named(tiny, tmp_path):
 
 
 def test_a_disk_without_room_for_checkpoints_is_told_with_both_numbers(tiny, tmp_path, monkeypatch):
-    shape = memory.Shape.of(tiny / "base")
+    shape = ModelShape.from_config(tiny / "base")
     lora = Lora(rank=64)
     adapter_bytes = 4 * shape.adapter_parameters(lora)
     monkeypatch.setattr(workspace, "free_disk", lambda _: 12 * adapter_bytes + 10 * 10**6)
@@ -168,10 +169,8 @@ def test_an_adapter_that_cannot_be_folded_is_refused_before_weights_load(tiny, t
 
 
 def test_a_sharded_base_is_loaded_by_every_process(monkeypatch):
-    shape = memory.Shape(
-        hidden=8, layers=2, heads=2, kv_heads=2, head_dim=4, intermediate=16, vocabulary=100, tied=False
-    )
-    whole = memory.weights(shape, "nf4", 2)
+    shape = ModelShape(hidden=8, layers=2, heads=2, kv_heads=2, head_dim=4, intermediate=16, vocabulary=100, tied=False)
+    whole = memory.weight_bytes(shape, "nf4", 2)
     monkeypatch.setattr(workspace, "available_memory", lambda: 2 * whole - 1)
     sharded = config(sharding="fsdp", quantization="nf4")
     preflight.sharded_loading(sharded, shape, 1)

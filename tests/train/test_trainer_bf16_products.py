@@ -42,16 +42,16 @@ def test_bf16_products_leave_the_folded_base_as_it_is(records, tmp_path, monkeyp
 
 
 def test_bf16_products_leave_the_two_adapters_joined_exactly(records, tmp_path, tiny, monkeypatch):
-    kept, combined = {}, fold.combined
+    kept, combine = {}, fold.combine
 
     def keeping(released, new, out):
         kept.update(load_file(new / "adapter_model.safetensors"))
-        return combined(released, new, out)
+        return combine(released, new, out)
 
-    monkeypatch.setattr(fold, "combined", keeping)
+    monkeypatch.setattr(fold, "combine", keeping)
     stage, _ = in_bf16(monkeypatch, records, tmp_path)
     both = load_file(stage / "adapter_model.safetensors")
-    rank = fold.rank_of(tiny / "adapter")
+    rank = fold.adapter_rank(tiny / "adapter")
     for name, matrix in kept.items():
         joined, scale = (both[name][rank:], 1) if "lora_A" in name else (both[name][:, rank:], 2)
         assert torch.equal(joined, scale * matrix), name
@@ -65,8 +65,8 @@ def test_only_forward_and_backward_run_at_the_fast_precision(records, tmp_path, 
             seen.append((what, torch.get_float32_matmul_precision())) or function(*args, **kwargs)
         )
 
-    monkeypatch.setattr(fold, "into", noting("fold", fold.into))
-    monkeypatch.setattr(fold, "combined", noting("join", fold.combined))
+    monkeypatch.setattr(fold, "fold_adapter", noting("fold", fold.fold_adapter))
+    monkeypatch.setattr(fold, "combine", noting("join", fold.combine))
     monkeypatch.setattr(trainer, "save_adapter", noting("save", trainer.save_adapter))
     monkeypatch.setattr(torch.optim.AdamW, "step", noting("update", torch.optim.AdamW.step))
     in_bf16(monkeypatch, records, tmp_path)
@@ -90,7 +90,7 @@ def test_products_are_exact_unless_bf16_was_found_faster(monkeypatch):
     monkeypatch.setattr(workspace, "cpu_has_bf16", lambda: True)
     for speedup, precision in ((0.5, "highest"), (1.1, "highest"), (2.0, "medium")):
         monkeypatch.setattr(load, "_bf16_speedup", lambda speedup=speedup: speedup)
-        with load.fast_products():
+        with load.fast_matmul():
             assert torch.get_float32_matmul_precision() == precision
 
 
@@ -107,7 +107,7 @@ def test_the_measurement_gives_a_ratio_and_leaves_the_precision(monkeypatch):
 
 def test_a_failed_step_leaves_float32_behind(monkeypatch):
     monkeypatch.setenv("SAIGAKIT_CPU_MATMUL", "bf16")
-    with pytest.raises(RuntimeError, match="no memory"), load.fast_products():
+    with pytest.raises(RuntimeError, match="no memory"), load.fast_matmul():
         raise RuntimeError("no memory")
     assert torch.get_float32_matmul_precision() == "highest"
 

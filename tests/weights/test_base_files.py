@@ -1,4 +1,4 @@
-"""Of a base's directory what is read counts, and nothing that lies beside it."""
+"""Only the files that are read count, not others in the directory of a base."""
 
 import pytest
 
@@ -18,13 +18,13 @@ SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
         (["pytorch_model.bin", "models/model.safetensors", "training_args.bin"], ["pytorch_model.bin"]),
         (["weights.safetensors", "config.json"], []),
     ],
-    ids=["both kinds", "a second copy", "other names", "below", "none"],
+    ids=["both formats", "a second copy", "other names", "subdirectory", "none"],
 )
-def test_one_kind_of_weights_is_read(names, read):
-    assert base_files.weights(reversed(names)) == read
+def test_reads_one_format_of_weights(names, read):
+    assert base_files.weight_files(reversed(names)) == read
 
 
-def test_a_second_copy_of_the_weights_is_neither_hashed_nor_counted(tmp_path):
+def test_neither_hashes_nor_counts_a_second_copy_of_the_weights(tmp_path):
     for name in ("config.json", "model.safetensors", "consolidated.safetensors", "LICENSE.txt", manifest.NAME):
         (tmp_path / name).write_bytes(b"four")
     (tmp_path / "below").mkdir()

@@ -3,7 +3,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saigakit.weights.generate import HfModel, batches, until_stop
+from saigakit.weights.generate import HfModel, cut_at_stop, plan_batches
 
 PROMPTS = [[5, 9, 17], [8, 3, 40, 41, 42, 43, 44], [99], [12, 13, 14, 15, 16, 12, 13]]
 STOP = frozenset({7})
@@ -47,7 +47,7 @@ def ask(model, prompts, *, adapted=False, max_new_tokens=12):
     )
 
 
-def by_hand(base_dir, prompt, count):
+def greedy_by_hand(base_dir, prompt, count):
     model, ids = LlamaForCausalLM.from_pretrained(base_dir, dtype=torch.float32), list(prompt)
     for _ in range(count):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
@@ -61,11 +61,13 @@ def test_a_batch_answers_like_one_prompt_at_a_time(base_dir):
     assert ask(model, PROMPTS).ids == [ask(model, [prompt]).ids[0] for prompt in PROMPTS]
 
 
-def test_answers_are_the_likeliest_tokens_whatever_the_models_own_defaults_say(base_dir):
-    assert ask(HfModel(base_dir, None, "none"), PROMPTS).ids == [by_hand(base_dir, prompt, 12) for prompt in PROMPTS]
+def test_answers_are_greedy_whatever_the_models_own_defaults_are(base_dir):
+    assert ask(HfModel(base_dir, None, "none"), PROMPTS).ids == [
+        greedy_by_hand(base_dir, prompt, 12) for prompt in PROMPTS
+    ]
 
 
-def test_the_adapter_speaks_only_when_it_is_asked_for(base_dir, adapter_dir):
+def test_the_adapter_is_used_only_on_request(base_dir, adapter_dir):
     model = HfModel(base_dir, adapter_dir, "none")
     bare = ask(model, PROMPTS).ids
     assert ask(model, PROMPTS, adapted=True).ids != bare
@@ -87,17 +89,17 @@ def test_progress_counts_up_to_all_texts(base_dir):
     assert (seen[0], seen[-1]) == ((0, 4), (4, 4))
 
 
-def test_every_prompt_is_in_one_batch_and_no_batch_is_over_the_budget():
+def test_every_prompt_is_in_one_batch_and_no_batch_exceeds_the_budget():
     lengths = [10, 300, 20, 150, 151, 40] * 30
-    found = batches(lengths, max_new_tokens=50, budget=2000)
-    assert sorted(index for batch in found for index in batch) == list(range(len(lengths)))
-    assert all(len(batch) * (max(lengths[i] for i in batch) + 50) <= 2000 for batch in found)
+    batches = plan_batches(lengths, max_new_tokens=50, budget=2000)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    assert all(len(batch) * (max(lengths[i] for i in batch) + 50) <= 2000 for batch in batches)
 
 
-def test_a_prompt_over_the_budget_is_answered_alone():
-    assert batches([5000, 10], max_new_tokens=50, budget=1000) == [[0], [1]]
+def test_a_prompt_over_the_budget_is_a_batch_of_its_own():
+    assert plan_batches([5000, 10], max_new_tokens=50, budget=1000) == [[0], [1]]
 
 
-def test_what_follows_the_stop_id_is_cut_off_and_not_counted():
-    assert until_stop([4, 5, 7, 7, 7], STOP) == ([4, 5], 3)
-    assert until_stop([4, 5], STOP) == ([4, 5], 2)
+def test_tokens_after_the_stop_id_are_cut_off_and_not_counted():
+    assert cut_at_stop([4, 5, 7, 7, 7], STOP) == ([4, 5], 3)
+    assert cut_at_stop([4, 5], STOP) == ([4, 5], 2)

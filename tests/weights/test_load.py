@@ -1,4 +1,4 @@
-"""Number formats by hardware, a base as it is loaded, adapters new, continued and refused."""
+"""Number formats by hardware, loading a base, and adapters: new, continued and refused."""
 
 import json
 import shutil
@@ -30,18 +30,18 @@ def test_the_number_format_follows_the_oldest_gpu(gpus, expected):
     assert load.number_format(SAIGA, gpus) == expected
 
 
-def test_a_p100_is_refused():
+def test_refuses_a_p100():
     with pytest.raises(SaigaError, match=r"P100 \(sm_60\) is too old.*T4 x2"):
         load.number_format(SAIGA, [P100])
 
 
-def test_gemma_is_refused_on_a_t4_with_the_reason_and_taken_on_an_l4():
+def test_refuses_gemma_on_a_t4_and_accepts_it_on_an_l4():
     with pytest.raises(SaigaError, match=r"saiga_gemma3_12b .*sm_75.*overflow float16"):
         load.number_format(MODELS["saiga_gemma3_12b"], [T4])
     assert load.number_format(MODELS["saiga_gemma3_12b"], [L4]) == "bfloat16"
 
 
-def test_a_new_adapter_changes_nothing_yet_and_is_float32(tiny):
+def test_a_new_adapter_is_float32_and_does_not_change_the_output(tiny):
     ids = torch.tensor([[1, 400, 500]])
     base = loaded(tiny)
     before = base(ids).logits
@@ -50,7 +50,7 @@ def test_a_new_adapter_changes_nothing_yet_and_is_float32(tiny):
     assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_a_released_adapter_is_continued_bit_for_bit(tiny):
+def test_a_continued_adapter_is_loaded_bit_for_bit(tiny):
     adapted = load.with_adapter(loaded(tiny), tiny / "adapter", Lora())
     there = torch.load(tiny / "adapter" / "adapter_model.bin", weights_only=True)
     from peft import get_peft_model_state_dict
@@ -100,7 +100,7 @@ def test_dora_trains_magnitudes(tiny):
     ],
     ids=["rsLoRA", "DoRA", "modules_to_save"],
 )
-def test_what_was_saved_is_continued_bit_for_bit_and_trained(tiny, tmp_path, lora, quantization):
+def test_a_saved_adapter_is_continued_bit_for_bit_and_trained(tiny, tmp_path, lora, quantization):
     first = with_random_b(load.with_adapter(loaded(tiny, quantization), None, lora))
     before = logits(first)
     first.save_pretrained(tmp_path, save_embedding_layers=False)
@@ -120,7 +120,7 @@ def test_what_was_saved_is_continued_bit_for_bit_and_trained(tiny, tmp_path, lor
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_modules_that_train_as_a_whole_do_so_in_float32_new_and_continued(tiny, tmp_path, dtype):
+def test_fully_trained_modules_are_float32_whether_new_or_continued(tiny, tmp_path, dtype):
     for adapter_dir in (None, tmp_path):
         base = load.base_model(tiny / "base", "none", dtype, "cpu")
         adapted = load.with_adapter(base, adapter_dir, Lora(modules_to_save=("lm_head",)))
@@ -130,18 +130,18 @@ def test_modules_that_train_as_a_whole_do_so_in_float32_new_and_continued(tiny, 
         adapted.save_pretrained(tmp_path, save_embedding_layers=False)
 
 
-def test_number_formats_that_a_t4_cannot_train_in_are_refused(tiny):
+def test_refuses_number_formats_that_a_t4_cannot_train_in(tiny):
     adapted = load.with_adapter(load.base_model(tiny / "base", "nf4", torch.float16, "cpu"), None, Lora())
     load.require_formats(adapted, torch.float16)
     norm = adapted.get_base_model().model.norm.weight
     norm.data = norm.data.bfloat16()
     with pytest.raises(
-        TypeError, match=r"norm\.weight is torch\.bfloat16 and must be torch\.float16 or torch\.float32"
+        TypeError, match=r"norm\.weight is torch\.bfloat16, but must be torch\.float16 or torch\.float32"
     ):
         load.require_formats(adapted, torch.float16)
     norm.data = norm.data.float()
     next(p for p in adapted.parameters() if p.requires_grad).data = torch.zeros(4, 64, dtype=torch.float16)
-    with pytest.raises(TypeError, match=r"lora_A.* is torch\.float16 and must be torch\.float32"):
+    with pytest.raises(TypeError, match=r"lora_A.* is torch\.float16, but must be torch\.float32"):
         load.require_formats(adapted, torch.float16)
     adapted.requires_grad_(requires_grad=False)
     with pytest.raises(TypeError, match=r"no parameter .* trainable"):
@@ -149,7 +149,7 @@ def test_number_formats_that_a_t4_cannot_train_in_are_refused(tiny):
 
 
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
-def test_a_whole_module_of_another_vocabulary_is_refused_by_its_header(tiny, tmp_path, module):
+def test_refuses_a_fully_trained_module_of_another_vocabulary_by_its_header(tiny, tmp_path, module):
     first = load.with_adapter(loaded(tiny), None, Lora(rank=2, modules_to_save=(module,)))
     first.save_pretrained(tmp_path / "a", save_embedding_layers=False)
     load.require_fitting(tmp_path / "a", tiny / "base")
@@ -160,7 +160,7 @@ def test_a_whole_module_of_another_vocabulary_is_refused_by_its_header(tiny, tmp
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_quantised_base_keeps_its_gradients_after_an_evaluation(tiny, quantization):
-    """On a CPU with AVX512-BF16 one forward in eval mode would repack nf4 weights, without autograd."""
+    """On a CPU with AVX512-BF16 a forward pass in eval mode would repack nf4 weights, without autograd."""
     adapted = load.with_adapter(loaded(tiny, quantization), tiny / "adapter", Lora())
     ids = torch.tensor([[1, 400, 500, 600]])
 
@@ -185,13 +185,13 @@ def changed_adapter(tiny, directory, change):
     return directory
 
 
-def test_an_adapter_of_other_sizes_is_refused_with_its_base(tiny, tmp_path):
+def test_refuses_an_adapter_of_other_sizes_naming_its_base(tiny, tmp_path):
     adapter = changed_adapter(tiny, tmp_path / "a", lambda state: {k: torch.zeros(9, 9) for k in state})
-    with pytest.raises(SaigaError, match=r"not one of this base model.*trained on package:saiga_tiny"):
+    with pytest.raises(SaigaError, match=r"belongs to another base model.*trained on package:saiga_tiny"):
         load.with_adapter(loaded(tiny), adapter, Lora())
 
 
-def test_an_adapter_with_more_layers_than_the_base_is_refused(tiny, tmp_path):
+def test_refuses_an_adapter_with_more_layers_than_the_base(tiny, tmp_path):
     def deeper(state):
         return state | {name.replace("layers.1.", "layers.2."): value for name, value in state.items()}
 
@@ -200,11 +200,11 @@ def test_an_adapter_with_more_layers_than_the_base_is_refused(tiny, tmp_path):
         load.with_adapter(loaded(tiny), adapter, Lora())
 
 
-def test_an_adapter_whose_modules_the_base_lacks_is_refused(tiny, tmp_path):
+def test_refuses_an_adapter_whose_modules_the_base_lacks(tiny, tmp_path):
     adapter = changed_adapter(tiny, tmp_path / "a", lambda state: state)
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["c_attn"]}))
-    with pytest.raises(SaigaError, match="not one of this base model"):
+    with pytest.raises(SaigaError, match="belongs to another base model"):
         load.with_adapter(loaded(tiny), adapter, Lora())
 
 
@@ -217,15 +217,15 @@ def test_an_adapter_whose_modules_the_base_lacks_is_refused(tiny, tmp_path):
         lambda state: {name.replace("q_proj", "c_attn"): value for name, value in state.items()},
     ],
 )
-def test_the_adapter_of_another_base_is_known_by_its_header(tiny, tmp_path, change):
+def test_recognises_the_adapter_of_another_base_by_its_header(tiny, tmp_path, change):
     load.require_fitting(tiny / "adapter", tiny / "base")
     adapter = changed_adapter(tiny, tmp_path / "a", change)
-    with pytest.raises(SaigaError, match=r"not one of this base model.*does not fit"):
+    with pytest.raises(SaigaError, match=r"belongs to another base model.*does not fit"):
         load.require_fitting(adapter, tiny / "base")
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
-def test_a_truncated_adapter_is_named(tiny, tmp_path, name):
+def test_names_a_truncated_adapter_file(tiny, tmp_path, name):
     shutil.copytree(tiny / "adapter", tmp_path / "a")
     (tmp_path / "a" / "adapter_model.bin").rename(tmp_path / "a" / name)
     data = (tmp_path / "a" / name).read_bytes()
@@ -234,7 +234,7 @@ def test_a_truncated_adapter_is_named(tiny, tmp_path, name):
         load.adapter_shapes(tmp_path / "a")
 
 
-def test_a_truncated_base_is_named(tiny, tmp_path):
+def test_names_a_truncated_base(tiny, tmp_path):
     shutil.copytree(tiny / "base", tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

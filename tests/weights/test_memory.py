@@ -1,17 +1,16 @@
-"""Bytes known from shapes, against what the real libraries hold."""
+"""Compare estimated bytes with those that the real libraries allocate."""
 
 import importlib
 import json
 from pathlib import Path
 
 import pytest
-import torch
 from matrix import matrix
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from saigakit.errors import SaigaError
 from saigakit.registry import ALL_LINEAR, ATTENTION, MODELS, Lora
-from saigakit.weights import load, memory
+from saigakit.weights import memory
+from saigakit.weights.memory import Pack, TrainingStep
+from saigakit.weights.model_shape import ModelShape
 
 LLAMA2_7B = {
     "hidden_size": 4096,
@@ -34,35 +33,7 @@ def benchmark():
 
 def shape_of(directory, config):
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return memory.Shape.of(directory)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_counted_parameters_are_those_of_the_model_but_for_its_norms(tmp_path, tied):
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    config.save_pretrained(tmp_path)
-    shape = memory.Shape.of(tmp_path)
-    counted = shape.linear_parameters + shape.embedding_parameters
-    model = LlamaForCausalLM(config)
-    assert counted == sum(p.numel() for p in model.parameters() if p.ndim == 2)
-    assert memory.weights(shape, "none", 4) == counted * 4
-
-
-@pytest.mark.parametrize(
-    "lora", [Lora(rank=3), Lora(rank=3, dora=True), Lora(rank=3, modules_to_save=("embed_tokens", "lm_head"))]
-)
-def test_an_adapters_parameters_are_those_that_peft_makes(tiny, lora):
-    model = load.with_adapter(load.base_model(tiny / "base", "none", torch.float32, "cpu"), None, lora)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert memory.Shape.of(tiny / "base").adapter_parameters(lora) == trained
+    return ModelShape.from_config(directory)
 
 
 GQA = {"hidden": 512, "intermediate": 1376, "layers": 4, "kv_heads": 2, "documents": (256,)}
@@ -83,36 +54,36 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", matrix(CASES, ["MHA", "GQA, nf4, dropout", "head in chunks"]))
-def test_the_bytes_of_a_step_are_foreseen(benchmark, name):
-    """What autograd keeps to 10 % (the first layer keeps less); the highest moment within -5 % and +25 %."""
+def test_estimates_the_bytes_of_a_step(benchmark, name):
+    """What autograd saves within 10 % (the first layer saves less), the peak within -5 % and +25 %."""
     kept, highest = benchmark.compare(benchmark.Case(**CASES[name]))
     assert 0.98 <= kept.ratio <= 1.1
     assert 0.95 <= highest.ratio <= 1.25
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_int8_keeps_the_inputs_of_its_matrices_in_spite_of_checkpointing(benchmark, checkpointing):
-    """They hang on bitsandbytes' own context, where only the allocator sees them."""
+def test_int8_keeps_the_inputs_of_its_matrices_despite_checkpointing(benchmark, checkpointing):
+    """They belong to bitsandbytes' own context, where only the allocator sees them."""
     lora = Lora(target_modules=ATTENTION, dropout=0.0)
     case = benchmark.Case(layers=4, quantization="int8", lora=lora, checkpointing=checkpointing)
     _, highest = benchmark.compare(case)
     assert 0.95 <= highest.ratio <= 1.25
 
 
-def needed(directory, config, model, quantization="nf4", **settings):
+def needed(directory, config, model, quantization="nf4", pack=None, **settings):
     spec = MODELS[model]
-    return memory.training(
-        shape_of(directory, config),
+    return TrainingStep(
+        shape=shape_of(directory, config),
         quantization=quantization,
         lora=spec.lora,
-        pack_tokens=spec.max_seq_length,
+        pack=pack or Pack.one_document(spec.max_seq_length),
         itemsize=2,
         checkpointing=True,
         **settings,
-    )
+    ).memory()
 
 
-def test_on_a_t4_saiga2_7b_fits_in_nf4_and_13b_does_not_fit_unquantised(tmp_path):
+def test_a_t4_holds_saiga2_7b_in_nf4_but_not_13b_unquantised(tmp_path):
     parts = needed(tmp_path, LLAMA2_7B, "saiga2_7b")
     assert parts["weights"] == pytest.approx(3.9e9, rel=0.1)  # 3.3 GB, and 0.5 GB of embeddings
     assert 6e9 < sum(parts.values()) < 12e9
@@ -120,8 +91,8 @@ def test_on_a_t4_saiga2_7b_fits_in_nf4_and_13b_does_not_fit_unquantised(tmp_path
     assert sum(needed(tmp_path, llama2_13b, "saiga2_13b", quantization="none").values()) > T4
 
 
-def test_a_large_vocabulary_costs_little_with_the_head_in_chunks(tmp_path):
-    whole = memory.Pack(documents=(2048,), learned=2048)
+def test_a_large_vocabulary_costs_little_with_a_chunked_head(tmp_path):
+    whole = Pack(documents=(2048,), trained=2048)
     parts = needed(tmp_path, LLAMA3_8B, "saiga_llama3_8b", pack=whole)
     plain = needed(tmp_path, LLAMA3_8B, "saiga_llama3_8b", pack=whole, chunked_head=False)
     assert sum(parts.values()) < 14e9
@@ -129,39 +100,28 @@ def test_a_large_vocabulary_costs_little_with_the_head_in_chunks(tmp_path):
     assert parts["logits"] < plain["logits"] / 10
 
 
-def test_the_head_is_in_chunks_from_a_hundred_thousand_pieces_unless_it_is_trained(tmp_path):
+def test_the_head_is_chunked_from_100000_tokens_on_unless_it_is_trained(tmp_path):
     large, small = shape_of(tmp_path, LLAMA3_8B), shape_of(tmp_path, LLAMA2_7B)
-    assert memory.head_in_chunks(large, Lora())
-    assert not memory.head_in_chunks(small, Lora())
-    assert not memory.head_in_chunks(large, Lora(modules_to_save=("lm_head",)))
+    assert memory.needs_chunked_head(large, Lora())
+    assert not memory.needs_chunked_head(small, Lora())
+    assert not memory.needs_chunked_head(large, Lora(modules_to_save=("lm_head",)))
 
 
 def test_a_pack_of_short_documents_needs_less_on_a_cpu_than_one_long_document(tmp_path):
-    """Its math kernel keeps the probabilities of each document."""
+    """The CPU's attention kernel keeps the probabilities of each document."""
     shape = shape_of(tmp_path, LLAMA2_7B)
-    settings = {"quantization": "none", "lora": Lora(), "pack_tokens": 1024, "itemsize": 4, "checkpointing": False}
-    one = memory.training(shape, **settings, pack=memory.Pack(documents=(1024,), learned=512))
-    four = memory.training(shape, **settings, pack=memory.Pack(documents=(256,) * 4, learned=512))
+    settings = {"shape": shape, "quantization": "none", "lora": Lora(), "itemsize": 4, "checkpointing": False}
+    one = TrainingStep(**settings, pack=Pack(documents=(1024,), trained=512)).memory()
+    four = TrainingStep(**settings, pack=Pack(documents=(256,) * 4, trained=512)).memory()
     assert one["activations"] - four["activations"] == 32 * 32 * 4 * (1024**2 - 4 * 256**2)
-    assert memory.training(shape, **settings) == one
+    assert TrainingStep(**settings, pack=Pack.one_document(1024)).memory() == one
 
 
 def test_keys_and_values_of_llama_2_take_512_kib_per_token(tmp_path):
     shape = shape_of(tmp_path, LLAMA2_7B)
-    assert memory.inference(shape, "none", 2, tokens=3)["keys and values"] == 3 * 512 * 1024
+    assert memory.inference_memory(shape, "none", 2, tokens=3)["keys and values"] == 3 * 512 * 1024
 
 
-def test_a_broken_config_is_named(tmp_path):
-    (tmp_path / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(SaigaError, match=r"config\.json cannot be read"):
-        memory.Shape.of(tmp_path)
-
-
-def test_another_kind_of_model_is_refused(tmp_path):
-    with pytest.raises(SaigaError, match="no num_hidden_layers, vocab_size"):
-        shape_of(tmp_path, {"hidden_size": 8, "num_attention_heads": 2})
-
-
-def test_sizes_are_said_in_gigabytes():
-    assert memory.in_words({"weights": 3_900_000_000, "logits": 10}) == "weights 3.9 GB"
-    assert memory.in_words({"weights": 4_000_000}) == "4 MB in all"
+def test_sizes_are_formatted_in_gigabytes():
+    assert memory.format_parts({"weights": 3_900_000_000, "logits": 10}) == "weights 3.9 GB"
+    assert memory.format_parts({"weights": 4_000_000}) == "4 MB in total"

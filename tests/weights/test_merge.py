@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from saigakit.errors import SaigaError
 from saigakit.weights import load
 from saigakit.weights.merge import Merged
-from saigakit.weights.tensors import of_base
+from saigakit.weights.tensors import open_base
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -32,7 +32,7 @@ def adapted(base_dir, adapter_dir):
 
 
 def require_equal(merged, expected):
-    """To 1e-6 of each tensor's largest number, and by rows bit for bit as in the whole."""
+    """Within 1e-6 of each tensor's largest number; rows read alone are bit-equal."""
     for name, shape in merged.shapes.items():
         wanted, found = expected[name].numpy(), merged.read(name)
         assert np.abs(found - wanted).max() <= 1e-6 * np.abs(wanted).max(), name
@@ -41,15 +41,15 @@ def require_equal(merged, expected):
 
 
 def require_as_peft(base_dir, adapter_dir):
-    merged = Merged.of(base_dir, adapter_dir)
+    merged = Merged.open(base_dir, adapter_dir)
     require_equal(merged, adapted(base_dir, adapter_dir).merge_and_unload().state_dict())
-    stored = of_base(base_dir)
+    stored = open_base(base_dir)
     changed = {name for name in merged.shapes if not np.array_equal(merged.read(name), stored.read(name))}
     assert changed == set(merged.adapters[0][0].changed())
 
 
 def trained(directory, base_dir, **settings):
-    """As small_models.adapter, and all that peft would train is moved, with the whole modules and lengths of DoRA."""
+    """Like small_models.adapter, but fully trained modules and DoRA magnitudes are changed too."""
     torch.manual_seed(8)
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False} | settings
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
@@ -61,7 +61,7 @@ def trained(directory, base_dir, **settings):
     return directory
 
 
-EVERY = ["q_proj", "down_proj", "embed_tokens", "lm_head"]
+ALL_KINDS = ["q_proj", "down_proj", "embed_tokens", "lm_head"]
 
 
 @pytest.mark.parametrize(
@@ -77,29 +77,29 @@ EVERY = ["q_proj", "down_proj", "embed_tokens", "lm_head"]
         },
         {"layers_to_transform": [0, 2], "target_modules": ["k_proj"]},
         {"use_dora": True},
-        {"use_dora": True, "use_rslora": True, "target_modules": EVERY},
+        {"use_dora": True, "use_rslora": True, "target_modules": ALL_KINDS},
         {"modules_to_save": ["lm_head"]},
         {"modules_to_save": ["embed_tokens", "lm_head"], "use_dora": True},
         {"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]},
-        {"target_modules": EVERY, "rank_pattern": {"embed_tokens": 7}},
+        {"target_modules": ALL_KINDS, "rank_pattern": {"embed_tokens": 7}},
     ],
     ids=lambda settings: "-".join(settings) or "plain",
 )
-def test_a_merged_tensor_is_the_one_of_peft(base_dir, tmp_path, settings):
+def test_merges_like_peft(base_dir, tmp_path, settings):
     require_as_peft(base_dir, trained(tmp_path, base_dir, **settings))
 
 
 @pytest.mark.parametrize("settings", [{"bias": "all"}, {"lora_bias": True}, {"bias": "all", "lora_bias": True}])
-def test_trained_biases_are_those_of_peft(tiny, tmp_path, settings):
+def test_merges_trained_biases_like_peft(tiny, tmp_path, settings):
     base_dir = small_models.base(tmp_path / "base", tiny / "base", attention_bias=True)
     adapter_dir = trained(tmp_path / "adapter", base_dir, **{"target_modules": ["q_proj", "v_proj"], **settings})
     require_as_peft(base_dir, adapter_dir)
 
 
-def test_a_lora_bias_on_a_base_without_biases_is_refused_as_peft_does(base_dir, tmp_path):
+def test_refuses_a_lora_bias_on_a_base_without_biases_like_peft(base_dir, tmp_path):
     adapter_dir = trained(tmp_path, base_dir, lora_bias=True)
     with pytest.raises(SaigaError, match=r"proj\.bias .*has no such tensor"):
-        Merged.of(base_dir, adapter_dir)
+        Merged.open(base_dir, adapter_dir)
 
 
 def load_adapter(adapter_dir):
@@ -107,7 +107,7 @@ def load_adapter(adapter_dir):
 
 
 def renamed(adapter_dir, directory, pattern, new, *, as_bin=False):
-    """The adapter with other names of its tensors, as other versions of peft spell them."""
+    """The adapter with its tensors named as by another version of peft."""
     tensors = {re.sub(pattern, new, name): tensor for name, tensor in load_adapter(adapter_dir).items()}
     assert tensors.keys() != load_adapter(adapter_dir).keys()
     directory.mkdir()
@@ -130,9 +130,9 @@ def renamed(adapter_dir, directory, pattern, new, *, as_bin=False):
         (r"lm_head\.weight", "lm_head.modules_to_save.default.weight"),
     ],
 )
-def test_other_spellings_of_the_names_mean_the_same(base_dir, every_kind, tmp_path, pattern, new, as_bin):
-    other = Merged.of(base_dir, renamed(every_kind, tmp_path / "other", pattern, new, as_bin=as_bin))
-    merged = Merged.of(base_dir, every_kind)
+def test_reads_the_tensor_names_of_other_peft_versions(base_dir, every_kind, tmp_path, pattern, new, as_bin):
+    other = Merged.open(base_dir, renamed(every_kind, tmp_path / "other", pattern, new, as_bin=as_bin))
+    merged = Merged.open(base_dir, every_kind)
     assert all(np.array_equal(other.read(name), merged.read(name)) for name in merged.shapes)
 
 
@@ -144,7 +144,7 @@ def every_kind(base_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("as_bin", [False, True])
-def test_a_base_of_16_bits_is_merged_in_float32(base_dir, adapter_dir, tmp_path, dtype, as_bin):
+def test_merges_a_16_bit_base_in_float32(base_dir, adapter_dir, tmp_path, dtype, as_bin):
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(base_dir / "model.safetensors").items()}
     if as_bin:
         torch.save(tensors, tmp_path / "pytorch_model.bin")
@@ -153,11 +153,11 @@ def test_a_base_of_16_bits_is_merged_in_float32(base_dir, adapter_dir, tmp_path,
     expected = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     expected.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     peft_model = PeftModel.from_pretrained(expected, adapter_dir)
-    require_equal(Merged.of(tmp_path, adapter_dir), peft_model.merge_and_unload().state_dict())
+    require_equal(Merged.open(tmp_path, adapter_dir), peft_model.merge_and_unload().state_dict())
 
 
-def test_several_adapters_are_added_with_their_weights_as_in_peft(base_dir, tmp_path):
-    """peft's own way of adding them up, by concatenation."""
+def test_adds_weighted_adapters_like_peft(base_dir, tmp_path):
+    """peft adds them by concatenation."""
     one = trained(tmp_path / "one", base_dir, r=3)
     two = small_models.adapter(tmp_path / "two", base_dir, r=5, lora_alpha=7, target_modules=["q_proj", "up_proj"])
     model = adapted(base_dir, one)
@@ -165,12 +165,16 @@ def test_several_adapters_are_added_with_their_weights_as_in_peft(base_dir, tmp_
     load = {"default": 0.7, "two": -1.5}
     model.add_weighted_adapter(list(load), list(load.values()), "both", combination_type="cat")
     model.set_adapter("both")
-    merged = Merged.of(base_dir, [(one, 0.7), (two, -1.5)])
+    merged = Merged.open(base_dir, [(one, 0.7), (two, -1.5)])
     require_equal(merged, model.merge_and_unload().state_dict())
 
 
-def test_one_adapter_may_be_weighted(base_dir, adapter_dir):
-    half, whole, base = Merged.of(base_dir, [(adapter_dir, 0.5)]), Merged.of(base_dir, adapter_dir), of_base(base_dir)
+def test_weights_a_single_adapter(base_dir, adapter_dir):
+    half, whole, base = (
+        Merged.open(base_dir, [(adapter_dir, 0.5)]),
+        Merged.open(base_dir, adapter_dir),
+        open_base(base_dir),
+    )
     found = half.read(Q_PROJ)
     np.testing.assert_allclose(found, (whole.read(Q_PROJ) + base.read(Q_PROJ)) / 2, atol=1e-5)
     assert not np.array_equal(found, base.read(Q_PROJ))
@@ -180,13 +184,11 @@ def test_one_adapter_may_be_weighted(base_dir, adapter_dir):
     ("settings", "named"),
     [({"use_dora": True}, "DoRA"), ({"modules_to_save": ["lm_head"]}, r"modules_to_save\): lm_head\.weight")],
 )
-def test_what_cannot_be_added_up_is_refused_beside_another_or_weighted(
-    base_dir, adapter_dir, tmp_path, settings, named
-):
+def test_refuses_to_add_or_weight_more_than_lora(base_dir, adapter_dir, tmp_path, settings, named):
     other = trained(tmp_path, base_dir, **settings)
     for adapters in ([(adapter_dir, 1.0), (other, 1.0)], [(other, 0.5)]):
         with pytest.raises(SaigaError, match=f"{named}.*Give it alone and with a weight of 1"):
-            Merged.of(base_dir, adapters)
+            Merged.open(base_dir, adapters)
 
 
 @pytest.fixture(scope="module")
@@ -204,17 +206,15 @@ def tied_dir(tiny, tmp_path_factory):
         ({"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}, False),
         ({"target_modules": ["embed_tokens"]}, True),
         ({"target_modules": ["q_proj", "lm_head"]}, True),
-        ({"target_modules": EVERY, "use_dora": True}, True),
+        ({"target_modules": ALL_KINDS, "use_dora": True}, True),
         ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, True),
     ],
     ids=str,
 )
-def test_a_tied_base_becomes_the_trained_model_with_a_head_of_its_own_where_needed(
-    tied_dir, tmp_path, settings, untied
-):
-    """peft's merge adds both updates to the one matrix that is there; the model that was trained has two."""
+def test_gives_a_tied_base_its_own_head_if_the_trained_model_has_one(tied_dir, tmp_path, settings, untied):
+    """peft's merge adds both updates to the single matrix, but the trained model has two."""
     adapter_dir = trained(tmp_path, tied_dir, **settings)
-    model, merged = adapted(tied_dir, adapter_dir).eval(), Merged.of(tied_dir, adapter_dir)
+    model, merged = adapted(tied_dir, adapter_dir).eval(), Merged.open(tied_dir, adapter_dir)
     assert merged.is_untied == untied
     assert ("lm_head.weight" in merged.shapes) == untied
     plain = AutoModelForCausalLM.from_pretrained(tied_dir, dtype=torch.float32, tie_word_embeddings=not untied)
@@ -227,57 +227,57 @@ def test_a_tied_base_becomes_the_trained_model_with_a_head_of_its_own_where_need
 
 
 @pytest.mark.parametrize("number_format", ["float16", "bfloat16", "float32"])
-def test_the_dequantised_base_is_what_the_training_in_nf4_computed_with(base_dir, adapter_dir, number_format):
+def test_the_dequantised_base_is_what_nf4_training_computed_with(base_dir, adapter_dir, number_format):
     model = load.base_model(base_dir, "nf4", getattr(torch, number_format), "cpu")
-    merged = Merged.of(base_dir, None, into="dequantized", number_format=number_format)
+    merged = Merged.open(base_dir, None, into="dequantized", number_format=number_format)
     held = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
             held[f"{name}.weight"] = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
     assert len(held) == 21
-    original = of_base(base_dir)
+    original = open_base(base_dir)
     for name in merged.shapes:
         wanted = held[name].numpy() if name in held else original.read(name)
         assert np.array_equal(merged.read(name), wanted), name
         assert np.array_equal(merged.read(name, slice(3, 9)), wanted[3:9]), name
     assert not np.array_equal(merged.read(Q_PROJ), original.read(Q_PROJ))
-    both = Merged.of(base_dir, adapter_dir, into="dequantized", number_format=number_format)
-    delta = Merged.of(base_dir, adapter_dir).read(Q_PROJ) - original.read(Q_PROJ)
+    both = Merged.open(base_dir, adapter_dir, into="dequantized", number_format=number_format)
+    delta = Merged.open(base_dir, adapter_dir).read(Q_PROJ) - original.read(Q_PROJ)
     np.testing.assert_allclose(both.read(Q_PROJ), held[Q_PROJ].numpy() + delta, atol=1e-5)
 
 
-def test_another_word_for_what_is_merged_into_is_refused(base_dir):
+def test_refuses_an_unknown_merge_into(base_dir):
     with pytest.raises(SaigaError, match="merge_into='quantized' is unknown; use one of original, dequantized"):
-        Merged.of(base_dir, None, into="quantized")
+        Merged.open(base_dir, None, into="quantized")
 
 
-def test_the_released_adapters_bin_file_of_2023_merges_as_in_peft(tiny):
+def test_merges_the_released_bin_adapter_of_2023_like_peft(tiny):
     require_as_peft(tiny / "base", tiny / "adapter")
 
 
-def test_without_an_adapter_the_base_comes_out_as_it_is(base_dir):
-    merged, stored = Merged.of(base_dir, None), load_file(base_dir / "model.safetensors")
+def test_without_an_adapter_the_base_is_unchanged(base_dir):
+    merged, stored = Merged.open(base_dir, None), load_file(base_dir / "model.safetensors")
     assert all(np.array_equal(merged.read(name), stored[name].numpy()) for name in merged.shapes)
 
 
-def test_merging_twice_gives_the_same_where_the_base_is_mapped_into_memory(base_dir, adapter_dir, tmp_path):
+def test_merging_twice_does_not_change_a_memory_mapped_base(base_dir, adapter_dir, tmp_path):
     torch.save(load_file(base_dir / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    merged = Merged.of(tmp_path, adapter_dir)
+    merged = Merged.open(tmp_path, adapter_dir)
     first = merged.read(Q_PROJ).copy()
     assert np.array_equal(merged.read(Q_PROJ), first)
 
 
-def test_the_adapter_of_a_deeper_base_names_the_tensor(base_dir, tiny, tmp_path):
+def test_refuses_the_adapter_of_a_deeper_base_naming_the_tensor(base_dir, tiny, tmp_path):
     deeper = small_models.base(tmp_path / "deeper", tiny / "base", num_hidden_layers=4)
     with pytest.raises(SaigaError, match=r"model\.layers\.3\..* has no such tensor: it is the adapter of another base"):
-        Merged.of(base_dir, small_models.adapter(tmp_path / "adapter", deeper))
+        Merged.open(base_dir, small_models.adapter(tmp_path / "adapter", deeper))
 
 
-def test_the_adapter_of_a_wider_base_names_the_tensor_and_both_shapes(base_dir, tiny, tmp_path):
+def test_refuses_the_adapter_of_a_wider_base_naming_both_shapes(base_dir, tiny, tmp_path):
     wider = small_models.base(tmp_path / "wider", tiny / "base", intermediate_size=128)
     foreign = small_models.adapter(tmp_path / "adapter", wider, target_modules=["up_proj"])
-    with pytest.raises(SaigaError, match=r"up_proj\.weight of shape \[128, 64\].*its shape is \[96, 64\]"):
-        Merged.of(base_dir, foreign)
+    with pytest.raises(SaigaError, match=r"up_proj\.weight of shape \[128, 64\].*has the shape \[96, 64\]"):
+        Merged.open(base_dir, foreign)
 
 
 @pytest.mark.parametrize(
@@ -287,98 +287,98 @@ def test_the_adapter_of_a_wider_base_names_the_tensor_and_both_shapes(base_dir, 
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
     ],
 )
-def test_what_cannot_be_merged_is_refused_by_name(base_dir, tmp_path, settings, named):
+def test_refuses_what_cannot_be_merged_by_name(base_dir, tmp_path, settings, named):
     unsupported = small_models.adapter(tmp_path, base_dir, **settings)
     with pytest.raises(SaigaError, match=named):
-        Merged.of(base_dir, unsupported)
+        Merged.open(base_dir, unsupported)
 
 
-def test_a_setting_that_is_not_known_to_be_harmless_is_refused(base_dir, own_adapter):
+def test_refuses_an_unknown_setting(base_dir, own_adapter):
     small_models.edit_json(own_adapter / "adapter_config.json", use_next_years_trick=True)
     with pytest.raises(SaigaError, match="use_next_years_trick"):
-        Merged.of(base_dir, own_adapter)
+        Merged.open(base_dir, own_adapter)
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (
             {"lora_alpha": None},
-            r"adapter_config\.json has the lora_alpha None for model\.layers\.0.*which is no number",
+            r"adapter_config\.json has lora_alpha=None for model\.layers\.0.*which is not a number",
         ),
         ({"alpha_pattern": [8]}, r"adapter_config\.json .*alpha_pattern \[8\] is not a JSON object"),
-        ({"lora_alpha": "16"}, r"adapter_config\.json has the lora_alpha '16' for"),
-        ({"alpha_pattern": {"q_proj": None}}, r"has the lora_alpha None for model\.layers\.0\.self_attn\.q_proj"),
+        ({"lora_alpha": "16"}, r"adapter_config\.json has lora_alpha='16' for"),
+        ({"alpha_pattern": {"q_proj": None}}, r"has lora_alpha=None for model\.layers\.0\.self_attn\.q_proj"),
         (
             {"alpha_pattern": {"layers.(0": 8}},
-            r"adapter_config\.json has 'layers\.\(0' in alpha_pattern, which is no reg",
+            r"adapter_config\.json has 'layers\.\(0' in alpha_pattern, which is not a regular",
         ),
     ],
 )
-def test_a_scale_that_cannot_be_read_is_refused_by_file_and_field(base_dir, own_adapter, settings, said):
+def test_refuses_an_invalid_scale_naming_file_and_field(base_dir, own_adapter, settings, message):
     small_models.edit_json(own_adapter / "adapter_config.json", **settings)
-    with pytest.raises(SaigaError, match=said):
-        Merged.of(base_dir, own_adapter)
+    with pytest.raises(SaigaError, match=message):
+        Merged.open(base_dir, own_adapter)
 
 
-def test_transposed_layers_are_refused(base_dir, own_adapter):
+def test_refuses_transposed_layers(base_dir, own_adapter):
     small_models.edit_json(own_adapter / "adapter_config.json", fan_in_fan_out=True)
     with pytest.raises(SaigaError, match="transposed layers"):
-        Merged.of(base_dir, own_adapter)
+        Merged.open(base_dir, own_adapter)
 
 
-def test_dora_without_its_lengths_is_refused(base_dir, own_adapter):
+def test_refuses_dora_without_magnitudes(base_dir, own_adapter):
     small_models.edit_json(own_adapter / "adapter_config.json", use_dora=True)
     with pytest.raises(SaigaError, match="has no lora_magnitude_vector"):
-        Merged.of(base_dir, own_adapter)
+        Merged.open(base_dir, own_adapter)
 
 
-def test_another_kind_of_adapter_is_refused_by_name(base_dir, tmp_path):
+def test_refuses_another_kind_of_adapter_by_name(base_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base_dir)
     config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
     get_peft_model(model, config).save_pretrained(tmp_path)
     with pytest.raises(SaigaError, match="type IA3"):
-        Merged.of(base_dir, tmp_path)
+        Merged.open(base_dir, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
-def test_a_file_of_the_adapter_that_was_cut_short_is_named(base_dir, own_adapter, name):
+def test_names_a_truncated_adapter_file(base_dir, own_adapter, name):
     small_models.cut(own_adapter / name)
     with pytest.raises(SaigaError, match=name):
-        Merged.of(base_dir, own_adapter)
+        Merged.open(base_dir, own_adapter)
 
 
-def test_an_old_adapter_that_was_cut_short_is_named(tiny, tmp_path):
+def test_names_a_truncated_bin_adapter(tiny, tmp_path):
     for name in ("adapter_config.json", "adapter_model.bin"):
         (tmp_path / name).write_bytes((tiny / "adapter" / name).read_bytes())
     small_models.cut(tmp_path / "adapter_model.bin")
     with pytest.raises(SaigaError, match=r"adapter_model\.bin"):
-        Merged.of(tiny / "base", tmp_path)
+        Merged.open(tiny / "base", tmp_path)
 
 
-def test_an_adapter_without_its_weights_is_refused(base_dir, own_adapter):
+def test_refuses_an_adapter_without_weights(base_dir, own_adapter):
     (own_adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(SaigaError, match=r"adapter_model\.bin is missing"):
-        Merged.of(base_dir, own_adapter)
+        Merged.open(base_dir, own_adapter)
 
 
-def test_an_adapter_that_lost_one_of_two_matrices_is_refused(base_dir, own_adapter):
+def test_refuses_an_adapter_that_lacks_one_of_two_matrices(base_dir, own_adapter):
     file = own_adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     del tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"]
     save_file(tensors, file)
     with pytest.raises(SaigaError, match=r"A and B of model\.layers\.1\.self_attn\.q_proj"):
-        Merged.of(base_dir, own_adapter)
+        Merged.open(base_dir, own_adapter)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_diverged_adapter_is_refused_with_the_name_of_the_tensor(base_dir, own_adapter, value, tmp_path):
+def test_refuses_a_diverged_adapter_naming_the_tensor(base_dir, own_adapter, value, tmp_path):
     file = own_adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     tensors[f"base_model.model.{Q_PROJ.removesuffix('.weight')}.lora_B.weight"][0, 0] = value
     save_file(tensors, file)
     elsewhere = small_models.adapter(tmp_path / "elsewhere", base_dir, target_modules=["v_proj"])
-    merged = Merged.of(base_dir, [(own_adapter, 1.0), (elsewhere, 1.0)])
-    with pytest.raises(SaigaError, match=f"{Q_PROJ} holds NaN or infinity.*{own_adapter.name}") as refused:
+    merged = Merged.open(base_dir, [(own_adapter, 1.0), (elsewhere, 1.0)])
+    with pytest.raises(SaigaError, match=f"{Q_PROJ} contains NaN or infinity.*{own_adapter.name}") as refused:
         merged.read(Q_PROJ)
     assert "elsewhere" not in str(refused.value)

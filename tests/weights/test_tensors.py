@@ -28,16 +28,16 @@ def as_bin(base_dir, directory, parts):
     return directory
 
 
-def test_safetensors_shards_hold_what_one_file_holds(whole, tiny, tmp_path):
-    split = tensors.of_base(small_models.base(tmp_path, tiny / "base", shards="100KB"))
+def test_shards_hold_the_same_tensors_as_one_file(whole, tiny, tmp_path):
+    split = tensors.open_base(small_models.base(tmp_path, tiny / "base", shards="100KB"))
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    one = tensors.of_base(whole)
+    one = tensors.open_base(whole)
     assert set(split.stored) == set(one.stored)
     assert all(np.array_equal(split.read(name), one.read(name)) for name in one.stored)
 
 
-def test_bin_shards_hold_what_safetensors_hold(whole, tmp_path):
-    found, one = tensors.of_base(as_bin(whole, tmp_path, 3)), tensors.of_base(whole)
+def test_bin_shards_hold_the_same_tensors_as_safetensors(whole, tmp_path):
+    found, one = tensors.open_base(as_bin(whole, tmp_path, 3)), tensors.open_base(whole)
     assert {name: stored.shape for name, stored in found.stored.items()} == {
         name: stored.shape for name, stored in one.stored.items()
     }
@@ -46,76 +46,76 @@ def test_bin_shards_hold_what_safetensors_hold(whole, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_half_precision_becomes_float32_without_loss(tmp_path, dtype, suffix):
+def test_converts_16_bit_floats_to_float32_without_loss(tmp_path, dtype, suffix):
     tensor = torch.randn(8, 5).to(dtype)
     if suffix == "bin":
         torch.save({"x": tensor}, tmp_path / "pytorch_model.bin")
     else:
         save_file({"x": tensor}, tmp_path / "model.safetensors")
-    read = tensors.of_base(tmp_path).read("x")
+    read = tensors.open_base(tmp_path).read("x")
     assert read.dtype == np.float32
     assert np.array_equal(read, tensor.to(torch.float32).numpy())
 
 
-def test_a_shard_that_was_cut_short_is_named_before_anything_is_read(tiny, tmp_path):
+def test_names_a_truncated_shard_before_reading_tensors(tiny, tmp_path):
     small_models.base(tmp_path, tiny / "base", shards="100KB")
     victim = sorted(tmp_path.glob("*.safetensors"))[1]
     small_models.cut(victim)
     with pytest.raises(SaigaError, match=victim.name):
-        tensors.of_base(tmp_path)
+        tensors.open_base(tmp_path)
 
 
-def test_a_bin_shard_that_was_cut_short_is_named(whole, tmp_path):
+def test_names_a_truncated_bin_shard(whole, tmp_path):
     small_models.cut(as_bin(whole, tmp_path, 2) / "pytorch_model-00002-of-00002.bin")
     with pytest.raises(SaigaError, match=r"pytorch_model-00002-of-00002\.bin"):
-        tensors.of_base(tmp_path)
+        tensors.open_base(tmp_path)
 
 
-def test_a_shard_of_the_index_that_is_absent_is_named(tiny, tmp_path):
+def test_names_a_missing_shard_of_the_index(tiny, tmp_path):
     small_models.base(tmp_path, tiny / "base", shards="100KB")
     victim = sorted(tmp_path.glob("*.safetensors"))[-1]
     victim.unlink()
     with pytest.raises(SaigaError, match=victim.name):
-        tensors.of_base(tmp_path)
+        tensors.open_base(tmp_path)
 
 
-def test_a_tensor_of_the_index_that_no_shard_holds_is_named(tiny, tmp_path):
+def test_names_a_tensor_of_the_index_that_no_shard_holds(tiny, tmp_path):
     small_models.base(tmp_path, tiny / "base", shards="100KB")
     victim = sorted(tmp_path.glob("*.safetensors"))[0]
     stored = load_file(victim)
     lost = min(stored)
     save_file({name: stored[name] for name in stored if name != lost} | {"more": torch.ones(1)}, victim)
     with pytest.raises(SaigaError, match=lost):
-        tensors.of_base(tmp_path)
+        tensors.open_base(tmp_path)
 
 
-def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path):
+def test_refuses_a_pickle_with_code_without_running_it(tmp_path):
     class Evil:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "ran"),))
 
     torch.save({"x": Evil()}, tmp_path / "pytorch_model.bin", pickle_module=pickle)
     with pytest.raises(SaigaError, match=r"pytorch_model\.bin"):
-        tensors.of_base(tmp_path)
+        tensors.open_base(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
-def test_quantised_weights_are_refused_by_type(tmp_path):
+def test_refuses_quantised_weights_by_type(tmp_path):
     save_file({"x": torch.zeros(4, 4, dtype=torch.uint8)}, tmp_path / "model.safetensors")
     with pytest.raises(SaigaError, match="x is of type U8"):
-        tensors.of_base(tmp_path).read("x")
+        tensors.open_base(tmp_path).read("x")
 
 
-def test_a_directory_without_weights_says_what_was_looked_for(tmp_path):
+def test_names_the_expected_files_if_there_are_no_weights(tmp_path):
     with pytest.raises(SaigaError, match=r"model\*\.safetensors or pytorch_model\*\.bin"):
-        tensors.of_base(tmp_path)
+        tensors.open_base(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_is_read_of_a_bin_file_may_be_changed_and_lies_row_after_row(tmp_path, dtype):
+def test_rows_of_a_bin_file_are_writable_contiguous_copies(tmp_path, dtype):
     matrix = torch.arange(12, dtype=dtype).reshape(4, 3)
     torch.save({"x": matrix, "transposed": matrix.t()}, tmp_path / "pytorch_model.bin")
-    weights = tensors.of_base(tmp_path)
+    weights = tensors.open_base(tmp_path)
     for name, wanted in (("x", matrix), ("transposed", matrix.t())):
         found = weights.read(name, slice(1, 3))
         assert found.flags.c_contiguous
