@@ -68,7 +68,7 @@ def write(stage_dir: Path, repo_id: str, tokenizer: Tokenizer) -> str:
         base=markdown.linked(config.spec.base_model),
         continued=_continued(config),
         licence=config.spec.licence or "see there",
-        losses=_losses(config, curve.read(stage_dir), content.get("training", {}).get("best_step")),
+        losses=_losses(config, curve.read_log(stage_dir), content.get("training", {}).get("best_step")),
         compared=_compared(stage_dir),
         training=markdown.table(("setting", "value"), _settings(config, stage_dir, content)),
         data=", ".join(f"`{digest}`" for digest in content["inputs"]["train"].values()),
@@ -119,7 +119,7 @@ def _compared(stage_dir: Path) -> str:
 
 def _settings(config: TrainConfig, stage_dir: Path, content: Mapping[str, Any]) -> list[tuple[str, str]]:
     lora = json.loads((stage_dir / "adapter_config.json").read_text(encoding="utf-8"))
-    steps = [entry for entry in curve.read(stage_dir) if "loss" in entry]
+    steps = [entry for entry in curve.read_log(stage_dir) if "loss" in entry]
     training = content.get("training", {})
     kept = training.get("best_step")
     of = f" of {training['steps']}, ended by max_hours" if training.get("ended") == "max_hours" else ""
