@@ -12,17 +12,16 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from saigakit.core import manifest, workspace
-from saigakit.core.files import discard_partial, sha256, write_text
+from saigakit.core.files import discard_partial, sha256
 from saigakit.core.locks import lock_directory
 from saigakit.errors import SaigaError
 
 MARK = "checkpoint.json"
 STATE, BEST, LOG = "state", "best", "log.jsonl"
 IN_STAGE = "checkpoint"  # the last one, kept inside a stage that ran out of time
-_STORE_FILE = "checkpoints.json"
 _NAME = re.compile(r"step-(\d{8})")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _REQUIRED = {  # without these transformers resumes silently, with different results
@@ -63,16 +62,6 @@ class Store:
 
     directory: Path
     identity: Identity
-
-    def write_reference(self, directory: Path) -> Path:
-        """Write the file from which a child process opens this store."""
-        content = {"directory": str(self.directory.absolute()), "identity": self.identity}
-        return write_text(directory / _STORE_FILE, json.dumps(content))
-
-    @classmethod
-    def from_reference(cls, directory: Path) -> Self:
-        content = json.loads((directory / _STORE_FILE).read_text(encoding="utf-8"))
-        return cls(Path(content["directory"]), content["identity"])
 
     @property
     def best_dir(self) -> Path:

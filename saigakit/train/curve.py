@@ -203,19 +203,13 @@ def _plot_held_out(axes: "Axes", held_out: Sequence[tuple[int, float]], lowest: 
     """Write the last loss next to its point, and the best one if it differs."""
     if not held_out:
         return
-    last = held_out[-1]
     axes.plot(*zip(*held_out, strict=True), "o-", color=_BLUE, label="валидация (evaluation)")
-    _label_loss(axes, last, _BLUE)
+    marked = [(held_out[-1], _BLUE)]
     if lowest is not None and lowest.worse_since:
-        axes.plot(
-            lowest.step, lowest.loss, "o", color=_GREEN, markersize=10, label=f"лучший шаг: {lowest.step} (best step)"
-        )
-        _label_loss(axes, (lowest.step, lowest.loss), _GREEN)
-
-
-def _label_loss(axes: "Axes", place: tuple[int, float], colour: str) -> None:
-    """Write it above the point, where the training curve rarely is, on a white background."""
+        label = f"лучший шаг: {lowest.step} (best step)"
+        axes.plot(lowest.step, lowest.loss, "o", color=_GREEN, markersize=10, label=label)
+        marked.append(((lowest.step, lowest.loss), _GREEN))
     behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-    axes.annotate(
-        f"{place[1]:.3f}", place, xytext=(0, 9), textcoords="offset points", ha="center", color=colour, bbox=behind
-    )
+    for place, colour in marked:  # above the points, where the training curve rarely is
+        text, above = f"{place[1]:.3f}", (0, 9)
+        axes.annotate(text, place, above, textcoords="offset points", ha="center", color=colour, bbox=behind)

@@ -1,55 +1,27 @@
-"""Exchange values between the processes of a run, and shard a model over them with FSDP."""
+"""Coordinate the processes of a run, and shard a model over them with FSDP."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainerCallback, TrainingArguments
 
 from saigakit.errors import SaigaError
 
-T = TypeVar("T")
 
-
-def any_process(here: Sequence[bool], args: TrainingArguments) -> list[bool]:
-    """Make each flag true in every process if it is true in any."""
-    if args.world_size == 1:
-        return list(here)
-    flags = torch.tensor([float(flag) for flag in here], device=args.device)
-    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-    return [bool(flag) for flag in flags.tolist()]
-
-
-def mean_of_processes(here: float, args: TrainingArguments) -> float:
-    if args.world_size == 1:
-        return here
-    total = torch.tensor(here, dtype=torch.float64, device=args.device)
-    torch.distributed.all_reduce(total)
-    return float(total.item() / args.world_size)
-
-
-def gather(here: T, args: TrainingArguments) -> list[T]:
-    """Collect the value of each process, in order of rank, in every process."""
-    if args.world_size == 1:
-        return [here]
-    everywhere: list[T] = [here] * args.world_size
-    torch.distributed.all_gather_object(everywhere, here)
-    return everywhere
-
-
-def on_first_process(act: Callable[[], object], args: TrainingArguments) -> None:
+def on_first_process(act: Callable[[], object]) -> None:
     """Let the first process act while the others wait. Its SaigaError is raised in all of them."""
-    problem: list[str | None] = [None]
-    if args.process_index == 0:
+    problem = None
+    if PartialState().process_index == 0:
         try:
             act()
         except SaigaError as error:
-            problem = [str(error)]
-    if args.world_size > 1:
-        torch.distributed.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise SaigaError(problem[0])
+            problem = str(error)
+    if (problem := gather_object([problem])[0]) is not None:
+        raise SaigaError(problem)
 
 
 def shut_down() -> None:

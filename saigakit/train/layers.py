@@ -97,7 +97,7 @@ def use_chunked_loss(model: PreTrainedModel | PeftModel) -> bool:
     head = ChunkedHead(plain).train(base.training)
     before = _probe_loss(base)
     base.set_output_embeddings(head)
-    base.loss_function = functools.partial(_chunked_loss, head)
+    base.loss_function = functools.partial(_loss, head=head)
     with chunked_loss_in_eval(model):
         after = _probe_loss(base)
     if abs(after - before) <= 1e-5 * abs(before):
@@ -127,59 +127,43 @@ def _base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 def use_exact_loss(model: PreTrainedModel) -> None:
     """Patch the model to sum the losses of tokens in float64."""
-    model.loss_function = _plain_loss
+    model.loss_function = _loss
 
 
-def _plain_loss(
+def _loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
     vocab_size: int,
     num_items_in_batch: torch.Tensor | int | None = None,
     shift_labels: torch.Tensor | None = None,
-    **_: object,
-) -> torch.Tensor:
-    """The same loss as transformers' ForCausalLMLoss."""
-    targets = _next_tokens(labels, shift_labels).to(logits.device).flatten()
-    total = _loss_of_chunk(torch.nn.Identity(), logits.reshape(-1, vocab_size), targets)
-    return total / (int((targets != IGNORE_INDEX).sum()) if num_items_in_batch is None else num_items_in_batch)
-
-
-def _next_tokens(labels: torch.Tensor, shift_labels: torch.Tensor | None) -> torch.Tensor:
-    if shift_labels is not None:
-        return shift_labels
-    return torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
-
-
-def _chunked_loss(
-    head: ChunkedHead,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    vocab_size: int,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    shift_labels: torch.Tensor | None = None,
+    *,
+    head: ChunkedHead | None = None,
     **_: object,
 ) -> torch.Tensor:
     """The same loss as transformers' ForCausalLMLoss; `logits` are hidden states if `head` passed them through."""
-    apply = head.plain if head.training or head.in_eval else torch.nn.Identity()
-    targets = _next_tokens(labels, shift_labels).to(logits.device)
+    if shift_labels is None:
+        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+    targets = shift_labels.to(logits.device)
     trained = targets != IGNORE_INDEX
     targets = targets[trained]
     hidden = logits.flatten(0, 1) if bool(trained.all()) else logits[trained]
-    size = max(1, CHUNK_LOGITS // vocab_size)
-    chunks = zip(hidden.split(size), targets.split(size), strict=True)
-    # The backward pass computes the logits of a chunk again: about 1 % more arithmetic for an 8B model.
-    losses = [
-        checkpoint(_loss_of_chunk, apply, part, target, use_reentrant=False, preserve_rng_state=False)
-        for part, target in chunks
-    ]
-    return torch.stack(losses).sum() / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+    if head is None:
+        total = _loss_of_chunk(torch.nn.Identity(), hidden, targets)
+    else:
+        apply = head.plain if head.training or head.in_eval else torch.nn.Identity()
+        size = max(1, CHUNK_LOGITS // vocab_size)
+        # The backward pass computes the logits of a chunk again: about 1 % more arithmetic for an 8B model.
+        losses = [
+            checkpoint(_loss_of_chunk, apply, part, target, use_reentrant=False, preserve_rng_state=False)
+            for part, target in zip(hidden.split(size), targets.split(size), strict=True)
+        ]
+        total = torch.stack(losses).sum()
+    return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
 
 
 def _loss_of_chunk(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum in float64: a float32 sum over a few hundred tokens would depend on the order of the packs."""
-    losses = torch.nn.functional.cross_entropy(
-        head(hidden).float(), targets, ignore_index=IGNORE_INDEX, reduction="none"
-    )
+    losses = torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")
     return losses.sum(dtype=torch.float64)
 
 

@@ -13,6 +13,7 @@ from saigakit.core.workspace import Gpu
 from saigakit.data import sources
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
+from saigakit.train.checkpoints import Store
 from saigakit.weights import find, fold, load, memory, tensors
 from saigakit.weights.load import NumberFormat
 from saigakit.weights.memory import Pack, Shape
@@ -40,6 +41,7 @@ class Job:
     shape: Shape
     number_format: NumberFormat
     processes: int = 1  # on this machine
+    store: Store | None = None  # set once the inputs are hashed
 
     @classmethod
     def of(cls, config: TrainConfig, number_format: NumberFormat, processes: int = 1) -> Self:
@@ -96,6 +98,7 @@ class Job:
             "replay_files": tuple(map(Path, content["replay_files"])),
             "lora": lora_of_json(content["lora"]),
             "shape": Shape(**content["shape"]),
+            "store": Store(Path(content["store"]["directory"]), content["store"]["identity"]),
         }
         return cls(**content | resolved)
 

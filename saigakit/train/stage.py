@@ -190,10 +190,9 @@ def _run_children(job: Job, store: Store, checkpoint: Path | None, directory: Pa
     """Train in child processes, which write into `directory`."""
     resume_from = None if checkpoint is None else str(checkpoint)
     config = replace(job.config, output_dir=str(directory), resume_from=resume_from)
-    job_file, store_file = replace(job, config=config).write(directory), store.write_reference(directory)
+    job_file = replace(job, config=config, store=store).write(directory)
     launch.distributed("saigakit.train", [str(job_file)], processes=job.processes, nodes=nodes)
     job_file.unlink()
-    store_file.unlink()
 
 
 def _system_prompt(train_file: Path, hashes: Mapping[str, str]) -> str | None:

@@ -4,6 +4,7 @@ import contextlib
 import math
 import random
 import shutil
+import statistics
 import tempfile
 import time
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -30,7 +32,6 @@ def build(run: Run, model: PeftModel, number_format: NumberFormat, *, resumed: b
     arguments = TrainingArguments(
         output_dir=config.output_dir,
         per_device_train_batch_size=1,  # one step, whose packs training_step loops over
-        gradient_accumulation_steps=1,
         num_train_epochs=1,  # the plan has the steps of all epochs
         learning_rate=config.peak_learning_rate,
         lr_scheduler_type="linear",
@@ -121,8 +122,8 @@ class StepTrainer(Trainer):
         best = curve.find_best(run.log.held_out)
         if best is not None and best.step == step:
             fill, needed = partial(save_adapter, self.model), _adapter_bytes(self.model)
-            distributed.on_first_process(lambda: run.store.keep_best(fill, needed=needed), self.args)
-        distributed.on_first_process(lambda: self._call_hook(step, loss), self.args)
+            distributed.on_first_process(lambda: run.store.keep_best(fill, needed=needed))
+        distributed.on_first_process(lambda: self._call_hook(step, loss))
         run.evaluation_s = time.monotonic() - start
         self.control.should_evaluate = False
         if step < len(run.plan) and run.ending == "finished" and check_early_stopping(run):
@@ -164,22 +165,19 @@ class StepTrainer(Trainer):
         else:
             super()._load_from_checkpoint(checkpoint, model)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save the state of the LoRA, which is never sharded, in the first process."""
-        for part, name in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
-            torch.save(part.state_dict(), Path(output_dir) / name)  # type: ignore[union-attr]
-
     def _save_checkpoint(self, *_: object) -> None:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:  # processes may have different disks
             self._save_rng_state(scratch)
             mine = {file.name: file.read_bytes() for file in Path(scratch).iterdir()}
-        rng_states = distributed.gather(mine, self.args)
+        rng_states = gather_object([mine])
 
         def fill(directory: Path) -> None:
             state = directory / checkpoints.STATE
             save_adapter(self.model, state)
-            self._save_optimizer_and_scheduler(str(state))
+            # The LoRA is never sharded, so the first process has all of this.
+            torch.save(self.optimizer.state_dict(), state / "optimizer.pt")  # type: ignore[union-attr]
+            torch.save(self.lr_scheduler.state_dict(), state / "scheduler.pt")  # type: ignore[union-attr]
             self._save_scaler(str(state))
             for files in rng_states:
                 for name, content in files.items():
@@ -191,7 +189,7 @@ class StepTrainer(Trainer):
 
         step, run = self.state.global_step, self.run
         needed = 3 * _adapter_bytes(self.model)  # with AdamW's two moments
-        distributed.on_first_process(lambda: run.store.write(step, fill, needed=needed), self.args)
+        distributed.on_first_process(lambda: run.store.write(step, fill, needed=needed))
         run.saved_at, run.saved_step = time.monotonic(), step
         run.save_s = max(run.save_s, run.saved_at - start)
         run.log.print(f"step {step}: checkpoint saved in {run.saved_at - start:.1f} s")
@@ -212,19 +210,18 @@ class RunCallback(TrainerCallback):
         run.log.seconds += took
         run.slowest_step_s = max(run.slowest_step_s, took)
         here = (run.is_out_of_time(), launch.is_asked_to_end(), run.is_save_due(step))
-        is_over, is_asked, control.should_save = distributed.any_process(here, args)
+        is_over, is_asked, control.should_save = map(any, zip(*gather_object([here]), strict=True))
         control.should_save |= step == len(run.plan)  # what comes after it may be interrupted
         if step < len(run.plan) and (is_over or is_asked):
             run.ending = "interrupted" if is_asked else "max_hours"
             control.should_save = control.should_training_stop = True
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, *_: object, logs: dict[str, float], **__: object
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        logs = state.log_history[-1]
         if "loss" not in logs:
             return
         run, step, steps = self.run, state.global_step, len(self.run.plan)
-        loss = distributed.mean_of_processes(run.step_loss, args)
+        loss = statistics.fmean(gather_object([run.step_loss]))
         # A gradient may overflow with a GradScaler, which skips the step and halves the scale.
         if not math.isfinite(loss if args.fp16 else loss + logs.get("grad_norm", 0.0)):
             what = "The gradient is not finite" if math.isfinite(loss) else f"The loss is {loss}"

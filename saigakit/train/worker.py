@@ -18,7 +18,6 @@ from saigakit.data.store import Conversations
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.train import answers, checkpoints, curve, distributed, preflight, run_state, steps, trainer
-from saigakit.train.checkpoints import Store
 from saigakit.train.loading import Loaded
 from saigakit.train.preflight import Job
 from saigakit.train.run_state import HeldOut, Log, Run
@@ -32,7 +31,8 @@ _LOCK_PATIENCE_S = 5.0
 def main(job_file: Path) -> None:
     """Train, and write the adapter, log, samples and result next to the job file."""
     job = Job.read(job_file)
-    config = job.config
+    config, store = job.config, job.store
+    assert store is not None
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_gpu, device = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     preflight.check_visible_gpus(torch.cuda.device_count() if on_gpu else 0, processes, job.number_format)
@@ -50,7 +50,7 @@ def main(job_file: Path) -> None:
         held_out = _evaluation_rows(job, questions, tokenizer, plan, log)
     transformers.set_seed(config.seed)  # a new adapter is initialised at random
     loaded = Loaded.of(job, plan, "cpu" if not on_gpu else f"cuda:{device}", log)
-    run = Run(config, plan, held_out, Store.from_reference(job_file.parent), log)
+    run = Run(config, plan, held_out, store, log)
     if start is not None:
         run.saved_step = checkpoints.step_of(start)
         if (before := checkpoints.count_processes(start)) != processes:
@@ -59,7 +59,7 @@ def main(job_file: Path) -> None:
         log.print(f"{answers.FILE} is not written with sharding='fsdp', because no process has the complete model.")
     elif questions is not None and rank == 0:
         _write_samples(run, Samples(tokenizer, questions, directory / answers.FILE), start)
-    with run.store.lock(_LOCK_PATIENCE_S) if rank == 0 else contextlib.nullcontext(), launch.ending_gently():
+    with store.lock(_LOCK_PATIENCE_S) if rank == 0 else contextlib.nullcontext(), launch.ending_gently():
         step = _train(run, loaded, start)
         if rank == 0:
             _finish(run, loaded, step)

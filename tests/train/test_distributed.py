@@ -60,7 +60,7 @@ def test_two_sharded_processes_train_and_resume_like_one(tiny, tmp_path, monkeyp
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     distributed = launch.distributed
     monkeypatch.setattr(launch, "distributed", lambda _, *given, **named: distributed("sharded_child", *given, **named))
-    monkeypatch.setattr(preflight, "sharding", lambda *_: None)  # which asks for GPUs
+    monkeypatch.setattr(preflight, "check_sharding", lambda *_: None)  # which asks for GPUs
     together = config_for(records, tmp_path / "together", processes=2, sharding="fsdp", **settings)
     monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 11 * 3600))
     train.train_adapter(together)  # no time is left: one step and a checkpoint

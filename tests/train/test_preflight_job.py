@@ -1,7 +1,10 @@
 """The job that a parent resolves for its child processes."""
 
+from dataclasses import replace
+
 from saigakit.config import TrainConfig
 from saigakit.registry import Lora
+from saigakit.train.checkpoints import Store
 from saigakit.train.preflight import Job
 
 
@@ -12,6 +15,7 @@ def test_job_round_trip(tiny, tmp_path):
     files = {"train_file": str(tmp_path / "обучение.jsonl"), "output_dir": str(tmp_path), "replay_file": str(replay)}
     for settings in ({"adapter": "released"}, {"adapter": None, "lora": Lora(rank=3), "learning_rate": 1e-4 / 3}):
         job = Job.of(TrainConfig(model="saiga_tiny", **files, **settings), "float32")
+        job = replace(job, store=Store(tmp_path / "checkpoints", {"parameters": {"epochs": 2.0}}))
         assert len(job.replay_files) == 2
         assert Job.read(job.write(tmp_path)) == job
 

@@ -34,13 +34,12 @@ class Child:
         self.directory, self.monkeypatch = Path(self.config.output_dir), monkeypatch
         self.directory.mkdir(parents=True)
         self.store = Store(directory / "checkpoints", checkpoints.identity({"of": str(settings)}, {}))
-        self.store.write_reference(self.directory)
 
     def run(self, until=None):
         """Run from the last checkpoint to the end, or until interrupted in step `until`."""
         start = self.store.find_newest()
         config = replace(self.config, resume_from=start and str(self.store.adopt(start)))
-        file = Job.of(config, "float32").write(self.directory)
+        file = replace(Job.of(config, "float32"), store=self.store).write(self.directory)
         (self.directory / curve.LOG_FILE).unlink(missing_ok=True)
         steps = iter(range(1 if start is None else checkpoints.step_of(start) + 1, 1000))
         with self.monkeypatch.context() as patch:
