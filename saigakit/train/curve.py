@@ -146,13 +146,14 @@ def verdict(log: Sequence[Entry]) -> str:
     else:
         is_falling = before - last > max(STILL_FALLING * (first - last), CHANGE_NATS)
         kind = "falling" if is_falling else "learned"
+    fall = 100 * (1 - last / before)
     losses = {"first": first, "lowest": lowest, "before": before, "last": last}
     return _VERDICTS[kind].format(
         best_step=best_step,
         before_step=before_step,
         last_step=last_step,
         rise=f"{100 * (last / lowest - 1):.0f} %",
-        fall=f"{100 * (1 - last / before):.0f} %",
+        fall=f"{round(fall, 1 if fall < 1 else None)} %",
         **{name: f"{loss:.3f}" for name, loss in losses.items()},
     )
 

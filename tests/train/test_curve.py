@@ -127,6 +127,7 @@ def test_plot_marks_the_best_step_if_it_is_not_the_last():
         ([2.0, 1.0, 0.9, 0.895], [2, 1, 0.9, 0.9], "Converged: evaluation loss fell from 2.000 to 0.895"),
         ([2.0, 0.9, 0.815, 0.8], [2, 1, 0.9, 0.9], "Converged: evaluation loss fell from 2.000 to 0.800"),
         ([8.383, 8.229, 8.126, 8.064, 8.038], [8.5, 8.3, 8.1, 8, 7.9], "Still learning: from step 60 to 80"),
+        ([8.339, 7.89, 7.857], [8.3, 8.1, 8], "evaluation loss fell by 0.4 % (7.890 → 7.857)"),
         # A run of the demo: 7 % above the best, and 0.003 nats.
         ([0.765, 0.085, 0.087, 0.047, 0.0434, 0.0465], [0.7, 0.1, 0.05, 0.04, 0.03, 0.01], "Converged"),
         ([0.745, 0.05, 0.02, 0.0025, 0.0015], [0.7, 0.1, 0.05, 0.02, 0.01], "Converged"),
