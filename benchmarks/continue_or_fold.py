@@ -75,8 +75,8 @@ def main() -> None:
         rows = []
         for number, (name, settings) in enumerate(ways.items()):
             made = learned(directory, str(number), task, held_out, given.steps, **settings)
-            held = [entry["held_out_loss"] for entry in curve.read(made) if "held_out_loss" in entry]
-            seconds = [entry["seconds"] for entry in curve.read(made) if "seconds" in entry][-1]
+            held = [entry["held_out_loss"] for entry in curve.read_log(made) if "held_out_loss" in entry]
+            seconds = [entry["seconds"] for entry in curve.read_log(made) if "seconds" in entry][-1]
             size = (made / "adapter_model.safetensors").stat().st_size / 1e6
             rows.append((name, *(f"{loss:.4f}" for loss in (held[0], *held[1:])), f"{seconds:.0f}", f"{size:.1f}"))
     evaluations = [f"loss {index}/{len(rows[0]) - 4}" for index in range(len(rows[0]) - 3)]

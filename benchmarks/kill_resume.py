@@ -105,7 +105,7 @@ def finished(config):
 
 def result(config):
     made = Path(config.output_dir)
-    log = [{key: value for key, value in entry.items() if key != "seconds"} for entry in curve.read(made)]
+    log = [{key: value for key, value in entry.items() if key != "seconds"} for entry in curve.read_log(made)]
     return Result(sha256(made / "adapter_model.safetensors"), log)
 
 
@@ -118,7 +118,7 @@ def kill(config, moment):
     """Starts the run, ends all of it without a warning; says where that was."""
     began, stage = time.time(), Path(config.output_dir)
     process, _ = start(config)
-    store = checkpoints.beside(stage)
+    store = checkpoints.directory_for(stage)
     mark = store / f".step-{moment.step:08d}.partial"
     later, log = store / f"step-{moment.step:08d}", stage.with_name(f".{stage.name}.partial") / curve.LOG_FILE
     while process.is_alive():
@@ -170,7 +170,7 @@ def main():
             made, (where,), printed = survive(Path(scratch) / str(number), [moment], processes=wanted.processes)
             seen[where] += 1
             equal[where] += made == unkilled
-            resumed[where] += "goes on from step" in printed
+            resumed[where] += "Resuming from step" in printed
             print(f"{number + 1} of {wanted.kills}: {moment}, {where}: {'equal' if made == unkilled else 'DIFFERS'}")
     rows = [(where, f"{count}", f"{resumed[where]}", f"{equal[where]}") for where, count in sorted(seen.items())]
     header = ("killed", "times", "went on from a checkpoint", "adapter and losses equal, bit for bit")

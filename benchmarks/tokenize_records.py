@@ -30,7 +30,7 @@ from saigakit.data import report, rows
 from saigakit.demo import wordnet_records
 from saigakit.prompt import encoding, template
 from saigakit.registry import MODELS
-from saigakit.train.steps import lay_out
+from saigakit.train.steps import assign_packs
 from saigakit.weights import find
 
 COMPARED, ROUNDS = 20_000, 5
@@ -132,7 +132,7 @@ def whole_check(file: Path, directory: Path):
 
 def packs_of_steps(lengths, batch_size=16):
     batches = (lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size))
-    return [pack for step in batches for pack in lay_out(step, budget=CONTEXT, processes=1)[0]]
+    return [pack for step in batches for pack in assign_packs(step, budget=CONTEXT, processes=1)[0]]
 
 
 def alone(measure, *arguments):

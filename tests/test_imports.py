@@ -42,7 +42,10 @@ HEAVY = {
     "transformers",
 }
 # Imported in the child processes of a training alone, which need torch, transformers and peft anyway.
-CHILD_ONLY = {f"saigakit.train.{name}" for name in ("distributed", "layers", "loading", "trainer", "worker")}
+CHILD_ONLY = {
+    f"saigakit.train.{name}"
+    for name in ("distributed", "layers", "loading", "run_state", "samples", "steps", "trainer", "worker")
+}
 LIGHT = [file for file in FILES if name_of(file) not in CHILD_ONLY]
 
 

@@ -80,7 +80,8 @@ def test_a_second_run_keeps_every_stage_and_says_so(finished):
     before = {stage: (directory / "run" / stage).stat().st_mtime_ns for stage in summary.STAGES}
     ended = saigakit("run", "-f", directory / "params.yaml", "--run-dir", directory / "run", cwd=directory)
     assert ended.returncode == 0
-    assert [line.split()[1] for line in ended.stdout.splitlines() if ": kept" in line] == [f"{s}:" for s in before]
+    reused = [line.split()[1] for line in ended.stdout.splitlines() if line.endswith(": up to date, reusing it")]
+    assert reused == [f"{stage}:" for stage in before]
     assert before == {stage: (directory / "run" / stage).stat().st_mtime_ns for stage in summary.STAGES}
 
 

@@ -1,4 +1,4 @@
-"""The saigakit command: the four notebooks as one run, the terminal chat, and a command for each step."""
+"""The `saigakit` command, the runner of the four notebooks and the terminal chat."""
 
 from saigakit.cli.commands import main
 

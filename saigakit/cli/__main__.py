@@ -1,4 +1,4 @@
-"""Run `python -m saigakit.cli` as `saigakit`."""
+"""Let `python -m saigakit.cli` work like `saigakit`."""
 
 from saigakit.cli import main
 

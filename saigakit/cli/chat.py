@@ -1,4 +1,4 @@
-"""A GGUF file and lines of stdin into a conversation on the terminal."""
+"""Chat with a GGUF file in the terminal."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 from saigakit import infer
 from saigakit.errors import SaigaError
+from saigakit.prompt.template import Message
 from saigakit.registry import Sampling
 from saigakit.weights import lineage
 from saigakit.weights.memory import CacheType
 
 if TYPE_CHECKING:
     import llama_cpp
-
-    from saigakit.prompt.template import Message
 
 
 def talk(
@@ -27,9 +26,9 @@ def talk(
     n_ctx: int,
     cache_type: CacheType = "f16",
 ) -> None:
-    """Until an empty line or the end of stdin. Ctrl-C stops an answer; at the prompt it is a KeyboardInterrupt.
+    """Answer questions from stdin until an empty line or its end. Ctrl-C stops an answer, and at the prompt raises.
 
-    `system` None: the system prompt that the file was trained with, where it holds one; "": none.
+    `system`: None is the system prompt stored in the file, "" is none.
     """
     with closing(infer.load(gguf_file, n_ctx=n_ctx, cache_type=cache_type)) as llm:
         if system is None and (system := llm.metadata.get(lineage.SYSTEM_PROMPT_KEY)):
@@ -39,44 +38,44 @@ def talk(
         if temperature is not None:
             sampling = replace(sampling, temperature=temperature)
         history: list[Message] = []
-        for question in _questions():
+        for question in _read_questions():
             history = _ask(llm, beginning, history, question, sampling)
 
 
 def _ask(
-    llm: "llama_cpp.Llama", beginning: "list[Message]", history: "list[Message]", question: str, sampling: Sampling
-) -> "list[Message]":
-    """The history with this question and its answer; where the context has no room for it, without what was before."""
+    llm: "llama_cpp.Llama", beginning: list[Message], history: list[Message], question: str, sampling: Sampling
+) -> list[Message]:
+    """Return the new history; if the context is full, forget the earlier one and ask again."""
     asked: Message = {"role": "user", "content": question}
     try:
-        answer = _answer(llm, [*beginning, *history, asked], sampling)
+        answer = _stream_answer(llm, [*beginning, *history, asked], sampling)
     except SaigaError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if not history:
             return []
-        print("The conversation begins anew with this question.", file=sys.stderr, flush=True)
+        print("Starting a new conversation with this question.", file=sys.stderr, flush=True)
         return _ask(llm, beginning, [], question, sampling)
     return [*history, asked, {"role": "assistant", "content": answer}]
 
 
-def _answer(llm: "llama_cpp.Llama", messages: "Sequence[Message]", sampling: Sampling) -> str:
-    """Printed as it comes; after a Ctrl-C, what was said before it."""
-    said: list[str] = []
+def _stream_answer(llm: "llama_cpp.Llama", messages: Sequence[Message], sampling: Sampling) -> str:
+    """Print and return the answer, or its beginning if Ctrl-C stops it."""
+    pieces: list[str] = []
     try:
         for piece in infer.stream(llm, messages, sampling=sampling):
-            said.append(piece)
+            pieces.append(piece)
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         print(" …", end="")
     print(flush=True)
-    return "".join(said)
+    return "".join(pieces)
 
 
-def _questions() -> Iterator[str]:
-    """Lines of stdin until an empty one; the prompt is for people only."""
+def _read_questions() -> Iterator[str]:
+    """Yield lines until an empty one, with a prompt if stdin is a terminal."""
     if sys.stdin.isatty():
-        with suppress(ModuleNotFoundError):  # on Windows the terminal does it
-            import readline  # noqa: F401  # input() then edits the line
+        with suppress(ModuleNotFoundError):  # Windows terminals have line editing of their own
+            import readline  # noqa: F401  # enables line editing in input()
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     while True:
         try:

@@ -1,4 +1,4 @@
-"""One notebook and its values into an executed notebook and its page, by a kernel of this very interpreter."""
+"""Execute one notebook with given parameters, in a kernel of this Python interpreter."""
 
 import ast
 import contextlib
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from jupyter_client.manager import AsyncKernelManager
     from papermill.exceptions import PapermillExecutionError
 
-KERNEL_LOG = ".runner/kernel.log"  # what a kernel says outside of its notebook: of a crash, and of its own ending
-SILENT_S = 20.0  # after which a line says that the notebook still runs
+KERNEL_LOG = ".runner/kernel.log"  # what the kernel prints outside its notebook, such as a crash
+SILENT_S = 20.0  # of no output, after which a line says that the notebook is still running
 _LAST_LINES = 12
-# nbconvert's page without the scripts that it would load from the network.
+# nbconvert's page without the scripts that it loads from the network.
 _PAGE = """{%- extends 'index.html.j2' -%}
 {%- block html_head_js -%}{%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
@@ -28,34 +28,34 @@ _PAGE = """{%- extends 'index.html.j2' -%}
 """
 
 
-def parameters_of(notebook: Path) -> dict[str, Any]:
-    """Names and defaults, as the cell tagged `parameters` sets them."""
+def read_parameters(notebook: Path) -> dict[str, Any]:
+    """Read names and defaults from the cell tagged `parameters`."""
     if not notebook.is_file():
-        raise SaigaError(f"{notebook} is not there.")
+        raise SaigaError(f"{notebook} does not exist.")
     try:
         import papermill
     except ModuleNotFoundError as error:
-        raise SaigaError(f"{error.name} is not installed: pip install 'saigakit[run]'.") from None
+        raise SaigaError(f"{error.name} is not installed. Run: pip install 'saigakit[run]'") from None
     try:
-        inspected = papermill.inspect_notebook(_literal(notebook))
+        inspected = papermill.inspect_notebook(_escape_braces(notebook))
     except ValueError as error:
-        raise SaigaError(f"{notebook} is no notebook: {error}.") from None
+        raise SaigaError(f"{notebook} is not a notebook: {error}.") from None
     found = {}
     for key, parameter in inspected.items():
         try:
             found[key] = ast.literal_eval(parameter["default"])
         except (ValueError, SyntaxError):
             raise SaigaError(
-                f"{notebook}: the parameter {key} = {parameter['default']} is no literal; write a value there."
+                f"{notebook}: the parameter {key} = {parameter['default']} must be a literal value."
             ) from None
     return found
 
 
 def execute(notebook: Path, values: Mapping[str, Any], run_dir: Path, terminal: "Terminal", lock: int) -> None:
-    """`run_dir`/<stage>.ipynb and .html, which bear their names only when the stage's directory is complete.
+    """Write `run_dir`/<stage>.ipynb and .html once the stage is complete.
 
-    The kernel holds the file descriptor `lock` too, so that whoever waits for it waits for the kernel of a killed run.
-    Raises SaigaError with the sentence that the notebook itself raised, or with its last lines.
+    The kernel inherits the file descriptor `lock`, so that the next run also waits for the kernel of a killed one.
+    Raises SaigaError with the notebook's own message or its last lines.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -65,8 +65,8 @@ def execute(notebook: Path, values: Mapping[str, Any], run_dir: Path, terminal: 
     try:
         with (run_dir / KERNEL_LOG).open("w", encoding="utf-8") as log:
             papermill.execute_notebook(
-                _literal(notebook),
-                _literal(partial),
+                _escape_braces(notebook),
+                _escape_braces(partial),
                 parameters={**values, "run_dir": str(run_dir)},
                 kernel_name="python3",
                 progress_bar=False,
@@ -75,9 +75,9 @@ def execute(notebook: Path, values: Mapping[str, Any], run_dir: Path, terminal: 
                 kernel_manager_class=_kernel_class(lock, log),
             )
         manifest.require_stage(run_dir / stage, stage)
-        write_text(run_dir / f"{stage}.html", _page(partial, stage))
+        write_text(run_dir / f"{stage}.html", _render_page(partial, stage))
         partial.replace(run_dir / f"{stage}.ipynb")
-    except (PapermillExecutionError, SaigaError, RuntimeError) as error:  # RuntimeError: nbclient's for a dead kernel
+    except (PapermillExecutionError, SaigaError, RuntimeError) as error:  # RuntimeError: a dead kernel in nbclient
         partial.replace(failed)
         raise SaigaError(_failure(stage, error, failed)) from None
     finally:
@@ -88,13 +88,12 @@ def failed_file(run_dir: Path, stage: str) -> Path:
     return run_dir / f"{stage}.failed.ipynb"
 
 
-def _literal(path: Path) -> str:
-    """papermill formats paths; doubled braces stay braces."""
+def _escape_braces(path: Path) -> str:
+    """papermill applies str.format to paths."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def _page(notebook: Path, title: str) -> str:
-    """One file with everything in it."""
+def _render_page(notebook: Path, title: str) -> str:
     import nbformat
     from nbconvert import HTMLExporter
 
@@ -105,25 +104,25 @@ def _page(notebook: Path, title: str) -> str:
 
 
 def _failure(stage: str, error: "PapermillExecutionError | SaigaError | RuntimeError", failed: Path) -> str:
-    """What the notebook has to say to the user: its own sentence where it raised one."""
+    """The message for the user: the notebook's own if it raised a SaigaError."""
     from papermill.exceptions import PapermillExecutionError, strip_color
 
     if isinstance(error, SaigaError):
-        return f"{stage} ran to its end without a complete result: {error} See {failed}."
+        return f"{stage} finished without a complete result: {error} See {failed}."
     if not isinstance(error, PapermillExecutionError):
         return (
-            f"{stage}: the Python that ran the notebook was lost ({error}). The system kills one when memory runs "
-            f"out: close other programs or choose smaller parameters, and run the same command. See {failed} and, "
-            f"for a crash, {failed.parent / KERNEL_LOG}."
+            f"{stage}: the notebook's kernel was lost ({error}), often because memory ran out. Close other programs or "
+            f"choose smaller parameters, and run the same command again. See {failed} and, for a crash, "
+            f"{failed.parent / KERNEL_LOG}."
         )
     if error.ename in (SaigaError.__name__, DataError.__name__):
         return str(error.evalue)
     lines = strip_color("\n".join(error.traceback)).rstrip().splitlines() or [f"{error.ename}: {error.evalue}"]
-    return "\n".join([f"{stage} failed:", *lines[-_LAST_LINES:], f"The notebook as it stopped: {failed}"])
+    return "\n".join([f"{stage} failed:", *lines[-_LAST_LINES:], f"The notebook up to this error: {failed}"])
 
 
 def _kernel_class(lock: int, log: TextIO) -> "type[AsyncKernelManager]":
-    """Kernels of this interpreter: a kernelspec `python3` that somebody installed may be of another one."""
+    """Kernels of this interpreter: an installed kernelspec `python3` may belong to another one."""
     import psutil
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
@@ -132,20 +131,20 @@ def _kernel_class(lock: int, log: TextIO) -> "type[AsyncKernelManager]":
     class Kernel(AsyncKernelManager):
         @property
         def kernel_spec(self) -> KernelSpec:
-            # A stage that was made differently is replaced when the new one is complete.
+            # Outdated stages are replaced once the new ones are complete.
             return KernelSpec(**{**get_kernel_dict(), "env": {"SAIGAKIT_REPLACE": "1"}})
 
         async def start_kernel(self, **options: object) -> None:  # type: ignore[override]
             await self._async_start_kernel(**options, pass_fds=(lock,), stdout=log, stderr=log)
 
         async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:  # type: ignore[override]
-            """With all that it started."""
-            started: list[psutil.Process] = []
+            """Kill its child processes too."""
+            children: list[psutil.Process] = []
             with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(self.provisioner.pid)  # type: ignore[union-attr]
-                started = process.children(recursive=True)
+                children = process.children(recursive=True)
             await self._async_shutdown_kernel(now=now, restart=restart)
-            for process in started:
+            for process in children:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
 
@@ -153,7 +152,7 @@ def _kernel_class(lock: int, log: TextIO) -> "type[AsyncKernelManager]":
 
 
 class Terminal:
-    """Prints what a notebook prints, as it comes, and speaks up when that is silent."""
+    """Prints the output of a notebook as it comes, and a heartbeat when there is none."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -171,32 +170,32 @@ class Terminal:
         self._thread.join()
 
     def begin(self, stage: str) -> None:
-        self._stage, self._start, self._spoken = stage, time.monotonic(), time.monotonic()
+        self._stage, self._start, self._last_output = stage, time.monotonic(), time.monotonic()
 
     def write(self, text: str) -> None:
-        """Of the notebook; may end within a line."""
+        """Print output of the notebook, which may end within a line."""
         with self._lock:
             self._print(text, sys.stdout)
 
     def flush(self) -> None:
-        """papermill asks for it; every text is flushed when written."""
+        """Do nothing: `write` flushes. papermill calls this."""
 
-    def say(self, line: str, stream: TextIO | None = None) -> None:
-        """On a line of its own."""
+    def print_line(self, line: str, stream: TextIO | None = None) -> None:
+        """Start a new line if the notebook's output ended within one."""
         with self._lock:
             self._print(f"\n{line}\n" if self._in_line else f"{line}\n", stream or sys.stdout)
 
     def _print(self, text: str, stream: TextIO) -> None:
         stream.write(text)
         stream.flush()
-        self._in_line, self._spoken = not text.endswith("\n"), time.monotonic()
+        self._in_line, self._last_output = not text.endswith("\n"), time.monotonic()
 
     def _watch(self) -> None:
         while not self._ended.wait(SILENT_S / 20):
             now = time.monotonic()
-            if now - self._spoken >= SILENT_S:
-                self.say(f"{self._stage}: {spent(now - self._start)} so far")
+            if now - self._last_output >= SILENT_S:
+                self.print_line(f"{self._stage}: still running after {format_duration(now - self._start)}")
 
 
-def spent(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     return f"{seconds // 60:.0f} min {seconds % 60:.0f} s" if seconds >= 60 else f"{seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""Options of a terminal into GGUF files with what other programs need beside them, or into another format."""
+"""Run `saigakit export`: GGUF files with their companion files, a LoRA GGUF or a merged model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,99 +13,84 @@ from saigakit.export import calibration, gguf_export, model_card, other_formats
 from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp import quantization
 
-_MATRICES = (".gguf", ".dat", ".imatrix")
+_MATRIX_SUFFIXES = (".gguf", ".dat", ".imatrix")
+_Weighted = list[tuple[str, float]]  # adapters with their weights
 
 
 def export(*, file_format: str, adapters: Sequence[str], **options: Any) -> list[str]:  # noqa: ANN401
-    """Makes it, and says what was made. `adapters`: PATH or PATH:WEIGHT each. The other options are those of `_gguf`.
+    """Return the lines to print. `adapters`: PATH or PATH:WEIGHT; `options`: the others of the command.
 
     Raises SaigaError for options that the format does not take.
     """
-    weighted = [_weighted(each) for each in adapters]
+    weighted = [_parse_weighted(each) for each in adapters]
+    quant_types, importance = options.pop("quant_types"), options.pop("importance")
+    given = {name: value for name, value in options.items() if value}
     if file_format == "gguf":
-        return _gguf(weighted=weighted, **options)
-    unused = [
-        name for name in ("quant_types", "importance", *(["merge_into"] * (file_format == "lora"))) if options[name]
-    ]
-    if unused:
-        raise SaigaError(f"--format {file_format} does not take --{unused[0].rstrip('s').replace('_', '-')}.")
-    model, output, base_source = (options[name] for name in ("model", "output", "base_source"))
+        return _export_gguf(weighted, quant_types or ("Q4_K_M",), importance, given)
+    only_gguf = {"quant-type": quant_types, "importance": importance}
+    not_taken = only_gguf | ({"merge-into": given.get("merge_into")} if file_format == "lora" else {})
+    if unused := [name for name, value in not_taken.items() if value]:
+        raise SaigaError(f"--format {file_format} does not take --{unused[0]}.")
     if file_format == "safetensors":
-        into = {"merge_into": options["merge_into"]} if options["merge_into"] else {}
-        made = other_formats.to_safetensors(MergePlan.of(model, weighted, base_source=base_source, **into), output)
-        return [f"model: {made}, which transformers loads"]
+        into = {"merge_into": given["merge_into"]} if "merge_into" in given else {}
+        plan = MergePlan.of(given["model"], weighted, base_source=given.get("base_source"), **into)
+        return [f"model: {other_formats.to_safetensors(plan, given['output'])} (for transformers)"]
     if len(weighted) != 1 or weighted[0][1] != 1:
         raise SaigaError("--format lora takes one --adapter, without a weight.")
-    made = other_formats.to_lora_gguf(model=model, adapter=weighted[0][0], output=output, base_source=base_source)
-    return [f"adapter: {_named(made)}; llama.cpp adds it to a GGUF of the base: --lora {made}"]
+    made = other_formats.to_lora_gguf(adapter=weighted[0][0], **given)
+    return [f"adapter: {_with_size(made)}; use it in llama.cpp with a GGUF of the base and --lora {made}"]
 
 
-def _gguf(
-    *,
-    model: str,
-    weighted: Sequence[tuple[str, float]],
-    output: str,
-    quant_types: Sequence[str],
-    merge_into: str | None,
-    importance: str | None,
-    base_source: str | None,
+def _export_gguf(
+    weighted: _Weighted, quant_types: Sequence[str], importance: str | None, given: dict[str, Any]
 ) -> list[str]:
-    if Path(output).suffix != ".gguf":
+    output = Path(given["output"])
+    if output.suffix != ".gguf":
         raise SaigaError(f"--output {output}: the name of a GGUF file ends with .gguf.")
-    quant_type, *further = chosen = quant_types or ("Q4_K_M",)
-    for each in chosen:
+    for each in quant_types:
         quantization.require_known(each)
-    prefix = f"{Path(output).stem}."
-    beside = model_card.companion_paths(Path(output).parent, prefix)
-    ours = manifest.beside(Path(output))
-    for file in [*gguf_export.output_files(Path(output), chosen).values(), *beside.values(), ours]:
+    prefix = f"{output.stem}."
+    companions = model_card.companion_paths(output.parent, prefix)
+    for file in [
+        *gguf_export.output_files(output, quant_types).values(),
+        *companions.values(),
+        manifest.beside(output),
+    ]:
         require_absent(file)
     adapter = weighted[0][0] if len(weighted) == 1 and weighted[0][1] == 1 else weighted or None
-    if importance and Path(importance).suffix not in _MATRICES:
-        importance = str(_matrix(importance, model, adapter, output, base_source, merge_into, chosen))
-    asked: dict[str, Any] = {"quant_types": further, "merge_into": merge_into, "importance": importance}
-    given = {name: value for name, value in asked.items() if value}
-    made = exporting.to_gguf(
-        model=model,
-        adapter=adapter,
-        output=output,
-        quant_type=quant_type,
-        base_source=base_source,
-        with_manifest=True,
-        **given,
-    )
-    files, spec = gguf_export.output_files(made, chosen), registry.find(model)
+    options = dict(given)
+    if importance:
+        is_matrix = Path(importance).suffix in _MATRIX_SUFFIXES
+        options["importance"] = importance if is_matrix else _make_matrix(importance, adapter, quant_types, given)
+    if further := list(quant_types[1:]):
+        options["quant_types"] = further
+    made = exporting.to_gguf(adapter=adapter, quant_type=quant_types[0], with_manifest=True, **options)
+    files, spec = gguf_export.output_files(made, quant_types), registry.find(given["model"])
     inputs = manifest.read_beside(made)["inputs"]
-    written = [*model_card.write_companions(files, spec=spec, inputs=inputs, prefix=prefix), ours]
-    said = [f"model: {_named(file)}" for file in files.values()]
-    return [*said, f"beside: {', '.join(file.name for file in written)}", f"talk:  saigakit chat {made}"]
+    written = [*model_card.write_companions(files, spec=spec, inputs=inputs, prefix=prefix), manifest.beside(output)]
+    lines = [f"model: {_with_size(file)}" for file in files.values()]
+    return [*lines, f"beside: {', '.join(file.name for file in written)}", f"talk:  saigakit chat {made}"]
 
 
-def _matrix(
-    records: str,
-    model: str,
-    adapter: str | Sequence[tuple[str, float]] | None,
-    output: str,
-    base_source: str | None,
-    merge_into: str | None,
-    quant_types: Sequence[str],
-) -> Path:
-    """Of the records, as OUTPUT.imatrix.gguf."""
+def _make_matrix(
+    records: str, adapter: str | _Weighted | None, quant_types: Sequence[str], given: dict[str, Any]
+) -> str:
+    """Compute an importance matrix from records, as OUTPUT.imatrix.gguf."""
     if not isinstance(adapter, str | None):
-        raise SaigaError("An importance matrix is made of records for one adapter without a weight, or none.")
-    into: dict[str, Any] = {"merge_into": merge_into} if merge_into else {}
-    plan = MergePlan.of(model, adapter, base_source=base_source, **into)
-    file = Path(output).with_suffix(".imatrix.gguf")
-    return calibration.importance_of_records(records, plan, file, quant_types=quant_types)
+        raise SaigaError("--importance with records takes at most one --adapter, without a weight.")
+    into = {"merge_into": given["merge_into"]} if "merge_into" in given else {}
+    plan = MergePlan.of(given["model"], adapter, base_source=given.get("base_source"), **into)
+    file = Path(given["output"]).with_suffix(".imatrix.gguf")
+    return str(calibration.importance_of_records(records, plan, file, quant_types=quant_types))
 
 
-def _named(file: Path) -> str:
+def _with_size(file: Path) -> str:
     return f"{file} ({file.stat().st_size / 1e6:,.0f} MB)"
 
 
-def _weighted(text: str) -> tuple[str, float]:
+def _parse_weighted(text: str) -> tuple[str, float]:
     path, colon, weight = text.rpartition(":")
     try:
         return (path, float(weight)) if colon and path else (text, 1.0)
     except ValueError:
-        return text, 1.0  # a colon of the path
+        return text, 1.0  # the colon belongs to the path

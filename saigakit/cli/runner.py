@@ -1,13 +1,12 @@
-"""Notebooks and parameters into a finished run: stage after stage; what is finished and unchanged is kept."""
+"""Run the four notebooks in order, reusing stages that are up to date."""
 
-import contextlib
 import hashlib
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,18 @@ from saigakit.cli import execution, summary
 from saigakit.cli.execution import Terminal
 from saigakit.core import launch, manifest
 from saigakit.core.files import sha256, write_text
+from saigakit.core.locks import lock_directory
 from saigakit.errors import SaigaError, suggestion
 from saigakit.evaluate import results
 from saigakit.llamacpp import quantization
 
 _STATE = ".runner"
-_LOCK_PATIENCE_S = 5.0  # the kernel of a killed run notices within about 1 s
+_LOCK_PATIENCE_S = 5.0  # the kernel of a killed run ends within about 1 s
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A notebook, the defaults of its parameters, and what was given for them."""
+    """A notebook with the defaults of its parameters and the given values."""
 
     notebook: Path
     defaults: dict[str, Any]
@@ -44,15 +44,19 @@ class Stage:
 
 
 def run(parameters: Mapping[str, Any], run_dir: str | Path, *, notebooks_dir: str | Path | None = None) -> Path:
-    """The four notebooks in order, each with those of `parameters` that it has; returns report.html.
+    """Run the notebooks with `parameters` and return report.html.
 
-    A stage is not run again when its outputs, notebook, parameters and inputs have the same hashes as when it was
-    made; another one replaces it only when complete. Raises SaigaError with the notebook's own sentence.
+    A stage is reused if its outputs, notebook, parameters and inputs have the same hashes as when it was made, and
+    replaced only once the new one is complete. Raises SaigaError with the notebook's own message.
     """
     run_dir = Path(run_dir).resolve()
     _require_runnable(parameters)
     stages = read_stages(find_notebooks() if notebooks_dir is None else Path(notebooks_dir).absolute(), parameters)
-    with _only_run(run_dir) as lock, launch.signals_call(_interrupt), Terminal() as terminal:
+    with (
+        lock_directory(run_dir / _STATE, _LOCK_PATIENCE_S) as lock,
+        launch.signals_call(_interrupt),
+        Terminal() as terminal,
+    ):
         _finish_all(stages, run_dir, terminal, lock)
         report = summary.write_report(run_dir)
         write_text(run_dir / results.FILE, (run_dir / evaluate.STAGE / results.FILE).read_text("utf-8"))
@@ -63,31 +67,31 @@ def run(parameters: Mapping[str, Any], run_dir: str | Path, *, notebooks_dir: st
 
 
 def find_notebooks() -> Path:
-    """The repository's notebooks, where saigakit runs from a checkout."""
+    """The notebooks of the repository, if saigakit runs from a checkout."""
     found = Path(saigakit.__file__).parent.parent / "notebooks"
     if not found.is_dir():
         raise SaigaError(
-            f"The notebooks are not at {found}: an installed saigakit is without them. Take the directory notebooks/ "
-            "of the saigakit repository and give its path with --notebooks."
+            f"No notebooks at {found}, because an installed saigakit does not include them. Get the directory "
+            "notebooks/ of the saigakit repository and give its path with --notebooks."
         )
     return found
 
 
 def read_stages(notebooks_dir: Path, given: Mapping[str, Any]) -> list[Stage]:
-    """Every notebook with its values: `name` is for all that have it, `02_train.name` for one of them.
+    """Assign values to notebooks: `name` for all that have this parameter, `02_train.name` for one.
 
-    Raises SaigaError for a parameter that none of them has.
+    Raises SaigaError for a parameter that no notebook has.
     """
     notebooks = [notebooks_dir / f"{name}.ipynb" for name in summary.STAGES]
-    defaults = {notebook.stem: execution.parameters_of(notebook) for notebook in notebooks}
+    defaults = {notebook.stem: execution.read_parameters(notebook) for notebook in notebooks}
     for notebook in notebooks:
         if "run_dir" not in defaults[notebook.stem]:
-            raise SaigaError(f"{notebook} has no run_dir in a cell tagged `parameters`, so its output has no place.")
+            raise SaigaError(f"{notebook} needs a parameter run_dir in a cell tagged `parameters`.")
         del defaults[notebook.stem]["run_dir"]
     for name, value in given.items():
         _require_known(name, defaults)
         if not _is_literal(value):
-            raise SaigaError(f"{name}={value!r} is a {type(value).__name__}: use text, a number, true, false or null.")
+            raise SaigaError(f"{name}={value!r} is a {type(value).__name__}; use text, a number, true, false or null.")
     stages = []
     for notebook in notebooks:
         found, prefix = defaults[notebook.stem], f"{notebook.stem}."
@@ -97,7 +101,7 @@ def read_stages(notebooks_dir: Path, given: Mapping[str, Any]) -> list[Stage]:
 
 
 def _require_runnable(given: Mapping[str, Any]) -> None:
-    """What would fail in a later stage is refused before the first."""
+    """Check before the first stage what would fail in a later one."""
     if "model" in given:
         registry.find(given["model"])
     if "quant_type" in given:
@@ -105,7 +109,7 @@ def _require_runnable(given: Mapping[str, Any]) -> None:
 
 
 def _require_known(name: str, defaults: Mapping[str, Mapping[str, Any]]) -> None:
-    """Also refuses for all notebooks what is a different thing in each, as `adapter` is."""
+    """Refuse unknown parameters, and those like `adapter` whose meaning depends on the notebook."""
     owners = {stage: found[name] for stage, found in defaults.items() if name in found}
     own = [f"{stage}.{key}" for stage, found in defaults.items() for key in found]
     if not owners and name not in own:
@@ -115,11 +119,11 @@ def _require_known(name: str, defaults: Mapping[str, Mapping[str, Any]]) -> None
         )
     if len(set(map(repr, owners.values()))) > 1:
         different = ", ".join(f"{stage}.{name} ({value!r})" for stage, value in owners.items())
-        raise SaigaError(f"{name!r} is a different thing in each notebook; say which you mean: {different}.")
+        raise SaigaError(f"{name!r} means different things in different notebooks; use one of {different}.")
 
 
 def _is_literal(value: object) -> bool:
-    """Whether papermill can write it into a notebook."""
+    """Whether papermill can write the value into a notebook."""
     if isinstance(value, list | tuple):
         return all(map(_is_literal, value))
     if isinstance(value, dict):
@@ -133,48 +137,50 @@ def _finish_all(stages: Sequence[Stage], run_dir: Path, terminal: Terminal, lock
         try:
             _finish(stage, run_dir, finished, terminal, label=f"[{number}/{len(stages)}]", lock=lock)
         except KeyboardInterrupt:
-            kept = f"finished stages are kept: {', '.join(finished)}" if finished else "no stage was finished"
-            terminal.say(f"interrupted in {stage.name}; {kept}. Run the same command to go on.", sys.stderr)
+            done = f"finished stages: {', '.join(finished)}" if finished else "no stage was finished"
+            terminal.print_line(f"interrupted in {stage.name}; {done}. Run the same command to resume.", sys.stderr)
             raise
         finished.append(stage.name)
 
 
 def _finish(stage: Stage, run_dir: Path, earlier: Sequence[str], terminal: Terminal, *, label: str, lock: int) -> None:
-    """Runs a stage unless it is finished and made of the same things."""
+    """Run a stage unless it is up to date."""
     made_file, times_file = run_dir / _STATE / f"{stage.name}.json", run_dir / summary.TIMES_FILE
     times = json.loads(times_file.read_text(encoding="utf-8")) if times_file.is_file() else {}
     terminal.begin(stage.name)
     execution.failed_file(run_dir, stage.name).unlink(missing_ok=True)
     fingerprint = _fingerprint(stage, run_dir, earlier)
     if _is_finished(run_dir / stage.name, made_file, fingerprint):
-        terminal.say(f"{label} {stage.name}: kept (same notebook, parameters and inputs; its files are unchanged)")
+        terminal.print_line(f"{label} {stage.name}: up to date, reusing it")
         return
-    usual = f" (last time {execution.spent(times[stage.name])})" if stage.name in times else ""
-    terminal.say(f"{label} {stage.name} …{usual}")
+    usual = f" (last time {execution.format_duration(times[stage.name])})" if stage.name in times else ""
+    terminal.print_line(f"{label} {stage.name} …{usual}")
     start = time.monotonic()
     execution.execute(stage.notebook, stage.given, run_dir, terminal, lock)
     seconds = time.monotonic() - start
     write_text(times_file, json.dumps({**times, stage.name: round(seconds, 1)}))
     write_text(made_file, json.dumps({"fingerprint": fingerprint}))
-    terminal.say(f"{label} {stage.name}: done in {seconds:.0f} s")
+    terminal.print_line(f"{label} {stage.name}: done in {seconds:.0f} s")
 
 
 def _fingerprint(stage: Stage, run_dir: Path, earlier: Sequence[str]) -> str:
-    """Changes with whatever a stage is made of."""
+    """Hash everything that a stage depends on."""
     cells = json.loads(stage.notebook.read_text(encoding="utf-8"))["cells"]
-    made_of = {
+    dependencies = {
         "version": saigakit.__version__,
         "cells": [[cell["cell_type"], "".join(cell["source"])] for cell in cells],
         "values": stage.values,
-        "files": {key: _content(value, run_dir) for key, value in stage.values.items() if isinstance(value, str)},
+        "files": {
+            key: _fingerprint_path(value, run_dir) for key, value in stage.values.items() if isinstance(value, str)
+        },
         "earlier": {name: sha256(run_dir / name / manifest.NAME) for name in earlier},
     }
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(dependencies, sort_keys=True).encode()).hexdigest()
 
 
-def _content(value: str, run_dir: Path) -> object:
-    """Of a file its SHA-256; of a directory, which may be a base model of 14 GB, names, sizes and times."""
-    # os.path, because a value may be any text: Path's methods raise for one that is too long for a name.
+def _fingerprint_path(value: str, run_dir: Path) -> object:
+    """Hash a file; of a directory, which may be a base model of 14 GB, take names, sizes and times. Else None."""
+    # os.path, because Path's methods raise for a text that is too long for a file name.
     given = Path(os.path.expanduser(value))  # noqa: PTH111
     for path in (given, run_dir / given):
         if os.path.isfile(path):  # noqa: PTH113
@@ -182,7 +188,7 @@ def _content(value: str, run_dir: Path) -> object:
     if not value or not os.path.isdir(given):  # noqa: PTH112
         return None
     here = given.resolve()
-    if here.is_relative_to(run_dir) or run_dir.is_relative_to(here):  # a stage, or a place that holds this run
+    if here.is_relative_to(run_dir) or run_dir.is_relative_to(here):  # a stage of this run, or a directory around it
         return None
     files = sorted(path for path in given.rglob("*") if path.is_file())
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -192,35 +198,14 @@ def _is_finished(directory: Path, made_file: Path, fingerprint: str) -> bool:
     if not made_file.is_file() or json.loads(made_file.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
         return False
     try:
-        outputs = manifest.require_stage(directory, directory.name)["outputs"]
-    except SaigaError:  # it says to run the stage again, which is what happens
+        content = manifest.require_stage(directory, directory.name)
+    except SaigaError:  # says to run the stage again, which will happen
         return False
-    return all(sha256(directory / name) == digest for name, digest in outputs.items())
+    return not manifest.changed(directory, content)
 
 
 def _interrupt() -> None:
-    """SIGTERM ends a run as Ctrl-C does; a second signal does not disturb the ending."""
+    """End the run on SIGTERM as on Ctrl-C, and ignore further signals meanwhile."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _only_run(run_dir: Path) -> Iterator[int]:
-    """The lock of a run directory, which its kernels share."""
-    import fcntl
-
-    (run_dir / _STATE).mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + _LOCK_PATIENCE_S
-    with (run_dir / _STATE / "lock").open("a", encoding="utf-8") as stream:
-        while True:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise SaigaError(
-                        f"Another run is at work in {run_dir}. Wait for it, or choose another run_dir."
-                    ) from None
-                time.sleep(0.1)
-        yield stream.fileno()

@@ -1,4 +1,4 @@
-"""A finished run into one page: report.html with the table, the picture, examples and the time of each stage."""
+"""Write report.html: the results table, the plot, examples and the time of each stage."""
 
 import base64
 import html
@@ -12,7 +12,7 @@ from saigakit.core.files import write_text
 from saigakit.evaluate import results
 
 STAGES = ("01_format", "02_train", "03_merge_gguf", evaluate.STAGE)
-TIMES_FILE = ".runner/times.json"  # stage to seconds, written by the runner
+TIMES_FILE = ".runner/times.json"  # seconds by stage, written by the runner
 
 _PAGE = Template("""<!doctype html>
 <html lang="ru">
@@ -36,7 +36,7 @@ $examples
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """`run_dir`/report.html, one file that can be sent to somebody. Raises SaigaError before 04_infer is finished."""
+    """Write one self-contained file. Raises SaigaError if 04_infer is not finished."""
     run_dir = Path(run_dir)
     compared = run_dir / evaluate.STAGE
     parameters = manifest.require_stage(compared, evaluate.STAGE)["parameters"]
@@ -48,13 +48,13 @@ def write_report(run_dir: str | Path) -> Path:
         table=results.show_table(rows)._repr_html_(),
         alt=html.escape(str(results.show_table(rows))),
         picture=base64.b64encode((compared / "comparison.png").read_bytes()).decode("ascii"),
-        stages="".join(_stage(run_dir, stage, times.get(stage)) for stage in STAGES),
+        stages="".join(_stage_item(run_dir, stage, times.get(stage)) for stage in STAGES),
         examples=results.examples_table(compared / "answers.jsonl", 8)._repr_html_(),
     )
     return write_text(run_dir / "report.html", page)
 
 
-def _stage(run_dir: Path, stage: str, seconds: float | None) -> str:
-    """A list item: the executed notebook where there is one, and how long it took."""
+def _stage_item(run_dir: Path, stage: str, seconds: float | None) -> str:
+    """A list item with a link to the executed notebook, if there is one, and its duration."""
     name = f'<a href="{stage}.html">{stage}</a>' if (run_dir / f"{stage}.html").is_file() else stage
     return f"<li>{name}{'' if seconds is None else f': {seconds:.0f} s'}</li>"

@@ -1,4 +1,4 @@
-"""What a command cannot do into one sentence and exit code 1, without a traceback."""
+"""Print user errors on one line and exit with status 1."""
 
 import os
 from typing import Any
@@ -11,7 +11,7 @@ _ON_WINDOWS = ("chat", "fetch", "publish", "push", "watch")
 
 
 class Group(click.Group):
-    """Ends a command without a traceback where the user can mend it."""
+    """A group whose commands end without a traceback if the user can fix the error."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:  # noqa: ANN401
         name, *rest = super().resolve_command(ctx, args)
@@ -23,12 +23,12 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except (SaigaError, OSError) as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(1)
+            message = str(error)
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("saigakit"):
                 raise
-            click.echo(f"error: {error.name} is not installed: pip install 'saigakit[all]'.", err=True)
-            ctx.exit(1)
+            message = f"{error.name} is not installed. Run: pip install 'saigakit[all]'"
         except KeyboardInterrupt:
-            ctx.exit(130)  # as a shell says it
+            ctx.exit(130)  # as a shell reports Ctrl-C
+        click.echo(f"error: {message}", err=True)
+        return ctx.exit(1)

@@ -13,6 +13,7 @@ from saigakit.prompt.backends import FastTokenizer, GgufTokenizer, Ids, Tokenize
 from saigakit.prompt.layout import Layout, NotTurnByTurnError
 from saigakit.prompt.layout import of as layout_of
 from saigakit.prompt.template import Message
+from saigakit.registry import ModelSpec
 from saigakit.weights import find
 
 if TYPE_CHECKING:
@@ -36,7 +37,11 @@ def load_tokenizer(model: str, source: str | None = None) -> FastTokenizer:
     special tokens in a way that `encode` cannot give.
     """
     spec = registry.find(model)
-    directory = find.tokenizer_dir(spec, source)
+    return read_tokenizer(spec, find.tokenizer_dir(spec, source))
+
+
+def read_tokenizer(spec: ModelSpec, directory: Path) -> FastTokenizer:
+    """Load the tokenizer of `spec` from the directory that `find.tokenizer_dir` found."""
     raw = _raw(directory)
     tokenizer = FastTokenizer(raw, template.of_model(spec, directory), _variables(directory))
     for text, ids in spec.golden_ids:

@@ -29,7 +29,7 @@ def build_card(stage_dir: Path, repo_id: str, tokenizer: Tokenizer) -> str:
     )
     comparison = evaluate.table_about(stage_dir, "adapter", manifest.hashes(stage_dir))
     measured = [
-        _losses(config, curve.read(stage_dir), training.get("best_step")),
+        _losses(config, curve.read_log(stage_dir), training.get("best_step")),
         markdown.of_table(comparison) if comparison else "",
         "![Training and evaluation loss](curve.png)",
         "Measured by the author alone. Nothing else was tested: not facts, not safety, no other tasks. It may give "
@@ -76,7 +76,7 @@ def _losses(config: TrainConfig, log: list[curve.Entry], best_step: int | None) 
 
 def _settings(config: TrainConfig, stage_dir: Path, content: Mapping[str, Any]) -> list[tuple[str, str]]:
     lora = json.loads((stage_dir / "adapter_config.json").read_text(encoding="utf-8"))
-    last = [entry for entry in curve.read(stage_dir) if "loss" in entry][-1]
+    last = [entry for entry in curve.read_log(stage_dir) if "loss" in entry][-1]
     training = content.get("training", {})
     best_step = training.get("best_step")
     of_all = f" of {training['steps']}, ended by max_hours" if training.get("ended") == "max_hours" else ""

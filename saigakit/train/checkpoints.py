@@ -1,38 +1,37 @@
-"""The state of a training run into checkpoints that are whole or absent, and the newest whole one found again.
+"""Save training checkpoints atomically and find the newest intact one.
 
-A checkpoint is a directory `step-NNNNNNNN`: `state/` is what transformers' Trainer reads, `best/` the adapter of the
-best evaluation so far, `log.jsonl` the log so far, and MARK, written last, holds the SHA-256 of every file.
+A checkpoint is a directory `step-NNNNNNNN`: `state/` is for transformers' Trainer, `best/` is the adapter with the
+best evaluation so far, `log.jsonl` the log so far, and MARK, written last, lists the SHA-256 of every file.
 """
 
-import contextlib
 import json
 import os
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from saigakit.core import manifest, workspace
-from saigakit.core.files import discard_partial, sha256, write_text
+from saigakit.core.files import discard_partial, sha256
+from saigakit.core.locks import lock_directory
 from saigakit.errors import SaigaError
 
 MARK = "checkpoint.json"
 STATE, BEST, LOG = "state", "best", "log.jsonl"
-IN_STAGE = "checkpoint"  # the last one, in a stage that ended by time
-_STORE_FILE = "checkpoints.json"
+IN_STAGE = "checkpoint"  # the last one, kept inside a stage that ran out of time
 _NAME = re.compile(r"step-(\d{8})")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-_NEEDED = {  # what transformers would go on without, silently and differently
+_REQUIRED = {  # without these transformers resumes silently, with different results
     **{f"{STATE}/{name}": "the adapter" for name in _ADAPTER},
     f"{STATE}/optimizer.pt": "the optimizer's state",
     f"{STATE}/scheduler.pt": "the schedule's state",
     f"{STATE}/trainer_state.json": "the step",
     LOG: "the log",
 }
-# Settings that say where, how long and on what a run computes, not what: the inputs are known by their content.
+# Settings that do not change the result. Inputs are identified by their hashes, not by their paths.
 NOT_IDENTITY = (
     "adapter",
     "base_source",
@@ -46,124 +45,91 @@ NOT_IDENTITY = (
 Identity = dict[str, Any]
 
 
-def beside(stage_dir: Path) -> Path:
-    """Where the checkpoints of an unfinished stage are."""
+def directory_for(stage_dir: Path) -> Path:
+    """The directory next to an unfinished stage that holds its checkpoints."""
     return stage_dir.with_name(f"{stage_dir.name}.checkpoints")
 
 
 def identity(parameters: Mapping[str, Any], inputs: Mapping[str, Any]) -> Identity:
-    """What a checkpoint belongs to; `inputs` are hashes."""
+    """The parameters and input hashes that a checkpoint belongs to."""
     kept = {name: value for name, value in parameters.items() if name not in NOT_IDENTITY}
     return json.loads(json.dumps({"parameters": kept, "inputs": inputs}, default=str))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class Store:
-    """The checkpoints of one run, all of one identity."""
+    """The checkpoints of one run."""
 
     directory: Path
     identity: Identity
 
-    def for_child(self, directory: Path) -> Path:
-        """The file by which the child process knows its store."""
-        content = {"directory": str(self.directory.absolute()), "identity": self.identity}
-        return write_text(directory / _STORE_FILE, json.dumps(content))
-
-    @classmethod
-    def of_parent(cls, directory: Path) -> Self:
-        content = json.loads((directory / _STORE_FILE).read_text(encoding="utf-8"))
-        return cls(Path(content["directory"]), content["identity"])
-
     @property
     def best_dir(self) -> Path:
-        """The adapter of the best evaluation so far, whole or absent."""
+        """The adapter with the best evaluation so far, complete or absent."""
         return self.directory / BEST
 
-    @contextlib.contextmanager
-    def alone(self, patience_s: float) -> Iterator[None]:
-        """Of all processes: a run whose caller was killed may still be saving. Raises SaigaError after `patience_s`."""
-        until, is_said = time.monotonic() + patience_s, False
-        while (opened := self._locked()) is None:
-            if time.monotonic() > until:
-                raise SaigaError(f"Another run is at work in {self.directory}. Wait for it, or choose another run_dir.")
-            if not is_said:
-                print(f"Waiting for another run that is at work in {self.directory} …", flush=True)
-                is_said = True
-            time.sleep(0.1)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # there is something in it
-                self.directory.rmdir()
-            os.close(opened)
-
-    def _locked(self) -> int | None:
-        """The open directory, None where another process has it."""
-        import fcntl  # which Windows has not, where publishing works all the same
-
-        self.directory.mkdir(parents=True, exist_ok=True)
-        opened = os.open(self.directory, os.O_RDONLY)
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(opened), self.directory.stat()):  # else its last owner has removed it
-                return opened
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        os.close(opened)
-        return None
+    def lock(self, patience_s: float) -> AbstractContextManager[int]:
+        """Lock out other processes: a run whose caller was killed may still be saving."""
+        return lock_directory(self.directory, patience_s)
 
     def write(self, step: int, fill: Callable[[Path], None], *, needed: int) -> Path:
-        """`fill` writes state/ and the log into an empty directory; older checkpoints go when this one is complete.
+        """Save a checkpoint, then delete older ones. `fill` writes state/ and the log into an empty directory.
 
-        Raises SaigaError with the bytes needed and free where it cannot be written; what was there before stays.
+        Raises SaigaError with the bytes needed and free if it cannot be written; older checkpoints then stay.
         """
 
         def fill_all(partial: Path) -> None:
             fill(partial)
             if self.best_dir.is_dir():
                 shutil.copytree(self.best_dir, partial / BEST, copy_function=_link)
-            content = {"step": step, **self.identity, "versions": manifest.versions(), "files": _files(partial)}
+            files = {
+                name: {"sha256": digest, "bytes": (partial / name).stat().st_size}
+                for name, digest in manifest.hashes(partial).items()
+            }
+            content = {"step": step, **self.identity, "versions": manifest.versions(), "files": files}
             (partial / MARK).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
-        made = _whole(self.directory / f"step-{step:08d}", fill_all, f"The checkpoint of step {step}", needed)
-        for other in _in(self.directory):
+        made = _write_atomically(
+            self.directory / f"step-{step:08d}", fill_all, f"The checkpoint of step {step}", needed
+        )
+        for other in _checkpoints_in(self.directory):
             if other != made:
                 shutil.rmtree(other)
         return made
 
     def keep_best(self, fill: Callable[[Path], None], *, needed: int) -> None:
-        """`fill` writes an adapter into an empty directory. Raises SaigaError as `write` does."""
-        _whole(self.best_dir, fill, "The best adapter so far", needed)
+        """Save the best adapter so far. Like `write` it calls `fill` and may raise SaigaError."""
+        _write_atomically(self.best_dir, fill, "The best adapter so far", needed)
 
-    def bring(self, checkpoint: Path) -> Path:
-        """A whole checkpoint into this store, by copying where it is from elsewhere; with its best adapter."""
+    def adopt(self, checkpoint: Path) -> Path:
+        """Copy a checkpoint from elsewhere into this store, and restore the best adapter that it holds."""
         here = self.directory / f"step-{step_of(checkpoint):08d}"
-        needed = sum(entry["bytes"] for entry in _mark(checkpoint)["files"].values())
+        needed = sum(entry["bytes"] for entry in _read_mark(checkpoint)["files"].values())
         if here != checkpoint:
-            _whole(here, lambda partial: _copy(checkpoint, partial), f"A copy of {checkpoint}", needed)
-        shutil.rmtree(self.best_dir, ignore_errors=True)  # it may be of a later step
+            _write_atomically(here, lambda partial: _copy(checkpoint, partial), f"A copy of {checkpoint}", needed)
+        shutil.rmtree(self.best_dir, ignore_errors=True)  # may be from a later step
         if (here / BEST).is_dir():
             self.keep_best(lambda partial: _copy(here / BEST, partial), needed=needed)
         return here
 
-    def newest(self, *sources: Path) -> Path | None:
-        """The whole checkpoint of the highest step, here and in `sources`: stages that ended by time, or stores.
+    def find_newest(self, *sources: Path) -> Path | None:
+        """Find the intact checkpoint of the highest step here and in `sources`, which are stages or stores.
 
-        What is damaged or lacks something is named in a printed line, and the one before it is taken. Raises
-        SaigaError for a checkpoint of another run; with SAIGAKIT_REPLACE=1 one in this store is only named.
+        Damaged checkpoints are reported and skipped. Raises SaigaError for a checkpoint of another run; with
+        SAIGAKIT_REPLACE=1 one in this store is deleted instead.
         """
-        found = [(path, source) for source in (self.directory, *sources) for path in _in(source)]
+        found = [(path, source) for source in (self.directory, *sources) for path in _checkpoints_in(source)]
         for path, source in sorted(found, key=lambda item: step_of(item[0]), reverse=True):
-            if (problem := problem_of(path)) is not None:
-                print(f"{path} is not used: {problem}.", flush=True)
+            if (problem := find_problem(path)) is not None:
+                print(f"Skipping checkpoint {path}: {problem}.", flush=True)
                 continue
-            differing = manifest.differing(_mark(path), self.identity)
+            differing = manifest.differing(_read_mark(path), self.identity)
             if not differing:
                 return path
-            said = f"{path} is a checkpoint of another run ({'; '.join(differing)})"
+            mismatch = f"{path} is a checkpoint of another run ({'; '.join(differing)})"
             if source != self.directory or not manifest.is_replacing():
-                raise SaigaError(f"{said}. Use the same settings, delete {source} or choose another run_dir.")
-            print(f"{said}: not used.", flush=True)
+                raise SaigaError(f"{mismatch}. Use the same settings, delete {source} or choose another run_dir.")
+            print(f"{mismatch}; deleting it.", flush=True)
             shutil.rmtree(path)
         return None
 
@@ -172,52 +138,51 @@ class Store:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Of a copy without the name, by its mark; -1 where that is damaged too."""
+    """Read the step from the name, or from the mark of a renamed copy; -1 if that is damaged too."""
     if found := _NAME.fullmatch(checkpoint.name):
         return int(found[1])
     try:
-        return int(_mark(checkpoint)["step"])
+        return int(_read_mark(checkpoint)["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return -1
 
 
-def problem_of(checkpoint: Path) -> str | None:
-    """Why it cannot be gone on from, None where it is whole."""
+def find_problem(checkpoint: Path) -> str | None:
+    """Say why training cannot resume from it; None if it is intact."""
     try:
-        mark = _mark(checkpoint)
+        mark = _read_mark(checkpoint)
         files, _ = mark["files"], (mark["step"], mark["parameters"], mark["inputs"], mark["versions"])
     except FileNotFoundError:
-        return f"it is not complete: it has no {MARK}"
+        return f"it is incomplete, {MARK} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its {MARK} is damaged ({error})"
-    for name, what in _NEEDED.items():
+    for name, what in _REQUIRED.items():
         if name not in files:
-            return f"it lacks {what} ({name})"
+            return f"{what} is missing ({name})"
     if not any(name.startswith(f"{STATE}/rng_state") for name in files):
-        return f"it lacks the state of the random numbers ({STATE}/rng_state)"
+        return f"the random number state is missing ({STATE}/rng_state)"
     for name, entry in files.items():
         file = checkpoint / name
         if not file.is_file():
-            return f"it lost {name}"
+            return f"{name} was deleted"
         if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size:,} bytes and had {entry['bytes']:,}"
+            return f"{name} has {file.stat().st_size:,} bytes instead of {entry['bytes']:,}"
         if sha256(file) != entry["sha256"]:
-            return f"{name} is damaged: its content changed"
+            return f"{name} is damaged, its SHA-256 differs"
     return None
 
 
-def made_with(checkpoint: Path) -> dict[str, str]:
-    """Versions of the libraries."""
-    return dict(_mark(checkpoint)["versions"])
+def library_versions(checkpoint: Path) -> dict[str, str]:
+    return dict(_read_mark(checkpoint)["versions"])
 
 
-def processes_of(checkpoint: Path) -> int:
-    """That wrote it: each has its own random numbers."""
+def count_processes(checkpoint: Path) -> int:
+    """Count the processes that wrote it by their random number states."""
     return len(list((checkpoint / STATE).glob("rng_state*")))
 
 
-def _in(source: Path) -> list[Path]:
-    """Checkpoints, whole or not: `source` itself, the one inside a stage, or those of a store."""
+def _checkpoints_in(source: Path) -> list[Path]:
+    """List intact and damaged checkpoints: `source` itself, the one in a stage, or those of a store."""
     if not source.is_dir():
         return []
     if (source / MARK).is_file() or _NAME.fullmatch(source.name):
@@ -227,19 +192,12 @@ def _in(source: Path) -> list[Path]:
     return sorted(path for path in source.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
 
 
-def _mark(checkpoint: Path) -> dict[str, Any]:
+def _read_mark(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / MARK).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
-def _files(directory: Path) -> dict[str, dict[str, Any]]:
-    return {
-        name: {"sha256": digest, "bytes": (directory / name).stat().st_size}
-        for name, digest in manifest.hashes(directory).items()
-    }
-
-
-def _whole(final: Path, fill: Callable[[Path], None], what: str, needed: int) -> Path:
-    """Filled beside, flushed to disk, renamed. `needed`: bytes."""
+def _write_atomically(final: Path, fill: Callable[[Path], None], what: str, needed: int) -> Path:
+    """Fill a temporary directory, flush it to disk and rename it. `needed`: bytes."""
     from safetensors import SafetensorError
 
     partial = discard_partial(final)
@@ -247,34 +205,34 @@ def _whole(final: Path, fill: Callable[[Path], None], what: str, needed: int) ->
         partial.mkdir(parents=True)
         fill(partial)
         for path in (*partial.rglob("*"), partial):
-            _flush(path)
-        if final.exists():  # of the same step, or the best so far: not what a run goes on from
+            _fsync(path)
+        if final.exists():  # of the same step, or the best so far: not the one to resume from
             replaced = final.with_name(f".{final.name}.replaced")
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
         partial.rename(final)
-        _flush(final.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch tells of a full disk as a RuntimeError
-        free = workspace.free_disk(final)  # before the part that was written goes
+        _fsync(final.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
+        free = workspace.free_disk(final)  # before the partial directory is deleted
         shutil.rmtree(partial, ignore_errors=True)
         raise SaigaError(
             f"{what} cannot be written to {final.parent}: it needs {needed:,} bytes, and {free:,} are free ({error}). "
-            "What was saved before is whole. Make room there, then call it again with the same run_dir to go on."
+            "Earlier checkpoints are intact. Free some disk space, then run again with the same run_dir to resume."
         ) from None
     shutil.rmtree(final.with_name(f".{final.name}.replaced"), ignore_errors=True)
     return final
 
 
-def _flush(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Without the permissions: an attached input is read-only."""
+    """Copy without permissions: attached inputs are read-only."""
     shutil.copytree(source, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
     for path in (target, *target.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)

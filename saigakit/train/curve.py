@@ -1,4 +1,4 @@
-"""A training log into a table, a picture and a verdict: the loss on training and held-out texts, step by step."""
+"""Summarise a training log: a table, a plot of both losses and a verdict in words."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -14,85 +14,84 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOG_FILE = "log.jsonl"
-# {"step", "loss", "tokens", "seconds"} of a step, {"step", "held_out_loss"} of an evaluation. Where they are known:
-# {"memory_predicted"} and {"memory_peak"}, in bytes of one process.
+# {"step", "loss", "tokens", "seconds"} for a step, {"step", "held_out_loss"} for an evaluation. On a GPU also
+# {"memory_predicted", "memory_peak"}, in bytes of one process.
 Entry = dict[str, Any]
-# The same texts are evaluated each time, so what varies is the optimizer alone. A run of the demo that did not memorise
-# ended 7 % above its best loss, which were 0.003 nats: a change counts when it is large in both measures.
-CHANGE = 0.02  # of the loss
+# A change of the loss counts when it is large in both measures: a demo run that did not overfit ended 7 % above its
+# best loss, which was only 0.003 nats.
+CHANGE = 0.02  # relative
 CHANGE_NATS = 0.01  # per token: the likelihood of a token changes by 1 %
-STILL_FALLING = 0.05  # of the whole fall, since the last evaluation but one; an even fall has a quarter there
+STILL_FALLING = 0.05  # share of the total fall that came with the last evaluation; a steady fall has a quarter there
 _BLUE, _GREEN = "#1a73e8", "#188038"
-NEIGHBOURS = 10  # training steps that are averaged: one step is of a few texts, and easy and hard ones alternate
+NEIGHBOURS = 10  # training steps that are averaged: the loss of a single step is noisy
 _VERDICTS = {
     "few": (
-        "Оценок на отложенных текстах меньше трёх: судить не по чему. · "
-        "Fewer than three evaluations on held-out texts: nothing to judge by."
+        "Для вывода нужно хотя бы три оценки на валидации, а их меньше. · "
+        "Fewer than three evaluations: not enough to judge."
     ),
-    "memorises": (
-        "Заучивает: лучшая ошибка на отложенных была на шаге {best_step} из {last_step} и с тех пор выросла на {rise} "
-        "({lowest} → {last}), а на обучении падает. Меньше epochs или больше данных. · "
-        "It memorises: held-out loss was best at step {best_step} of {last_step} and has risen by {rise} since "
-        "({lowest} → {last}), while training loss falls. Fewer epochs or more data."
+    "overfits": (
+        "Переобучается: loss на валидации был лучшим на шаге {best_step} из {last_step} и с тех пор вырос на {rise} "
+        "({lowest} → {last}), а на обучении падает. Уменьшите epochs или добавьте данных. · "
+        "Overfitting: evaluation loss was best at step {best_step} of {last_step} and has risen by {rise} since "
+        "({lowest} → {last}), while training loss falls. Use fewer epochs or more data."
     ),
     "never_better": (
-        "Лучше не стало: ошибка на отложенных до обучения была {first}, а лучшая — {lowest}, на шаге {best_step} из "
+        "Лучше не стало: loss на валидации до обучения был {first}, а лучший — {lowest}, на шаге {best_step} из "
         "{last_step}. Уменьшите learning_rate или добавьте данных. · "
-        "It did not improve: held-out loss was {first} before training and {lowest} at best, at step {best_step} of "
-        "{last_step}. Use a smaller learning_rate or more records."
+        "No improvement: evaluation loss was {first} before training and {lowest} at best, at step {best_step} of "
+        "{last_step}. Use a smaller learning_rate or more data."
     ),
     "worse": (
-        "Портится: с шага {best_step} из {last_step} ошибка на отложенных выросла на {rise} ({lowest} → {last}), и на "
-        "обучении она не падает. Уменьшите learning_rate вдвое. · "
-        "It gets worse: since step {best_step} of {last_step} held-out loss has risen by {rise} ({lowest} → {last}), "
+        "Становится хуже: с шага {best_step} из {last_step} loss на валидации вырос на {rise} ({lowest} → {last}), а "
+        "на обучении не падает. Уменьшите learning_rate вдвое. · "
+        "Getting worse: since step {best_step} of {last_step} evaluation loss has risen by {rise} ({lowest} → {last}), "
         "and training loss does not fall. Halve learning_rate."
     ),
     "flat": (
-        "Не учится: ошибка на отложенных почти не изменилась ({first} → {last}). Или модель это знает, или мал "
-        "learning_rate, или отложенные тексты непохожи на обучающие. · "
-        "It does not learn: held-out loss has hardly changed ({first} → {last}). Either the model knows this, or "
-        "learning_rate is too small, or the held-out texts are of another kind."
+        "Не учится: loss на валидации почти не изменился ({first} → {last}). Либо модель это уже знает, либо мал "
+        "learning_rate, либо валидационная выборка непохожа на обучающую. · "
+        "Not learning: evaluation loss has hardly changed ({first} → {last}). The model may already know this, "
+        "learning_rate may be too small, or the evaluation set may differ too much from the training data."
     ),
     "falling": (
-        "Ещё учится: с шага {before_step} по {last_step} ошибка на отложенных упала на {fall} ({before} → {last}). "
+        "Ещё учится: с шага {before_step} по {last_step} loss на валидации упал на {fall} ({before} → {last}). "
         "Больше epochs может помочь. · "
-        "Still learning: from step {before_step} to {last_step} held-out loss fell by {fall} ({before} → {last}). "
+        "Still learning: from step {before_step} to {last_step} evaluation loss fell by {fall} ({before} → {last}). "
         "More epochs may help."
     ),
     "learned": (
-        "Выучила: ошибка на отложенных упала с {first} до {last} и больше не меняется. Больше epochs не нужно, помогут "
+        "Обучена: loss на валидации упал с {first} до {last} и больше не меняется. Увеличивать epochs незачем, помогут "
         "новые данные. · "
-        "Learned: held-out loss fell from {first} to {last} and has levelled off. More epochs are not needed; more "
-        "data may help."
+        "Converged: evaluation loss fell from {first} to {last} and has levelled off. More epochs will not help; more "
+        "data may."
     ),
 }
 _ENDED = {
-    "early_stopping": "раньше: на отложенных не становилось лучше · early: no better held-out loss",
-    "max_hours": "раньше: кончилось max_hours · early: max_hours were over",
+    "early_stopping": "раньше: loss на валидации перестал падать · early: evaluation loss stopped improving",
+    "max_hours": "раньше: вышло время max_hours · early: max_hours reached",
 }
 
 
-def read(directory: Path) -> list[Entry]:
+def read_log(directory: Path) -> list[Entry]:
     """The log of a finished 02_train."""
-    lines = (directory / LOG_FILE).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+    return [json.loads(line) for line in (directory / LOG_FILE).read_text(encoding="utf-8").splitlines()]
 
 
 def evaluations(log: Iterable[Entry]) -> list[tuple[int, float]]:
-    """(step, held-out loss), in order."""
+    """(step, evaluation loss), in order."""
     return [(entry["step"], entry["held_out_loss"]) for entry in log if "held_out_loss" in entry]
 
 
 class Best(NamedTuple):
-    """The evaluation whose adapter is kept; `worse_since`: how many evaluations followed it."""
+    """The evaluation whose adapter is kept, and the number of evaluations after it."""
 
     step: int
     loss: float
     worse_since: int
 
 
-def best(log: Iterable[Entry]) -> Best | None:
-    """Find the lowest held-out loss after training began, the earliest of equals; None where there is none."""
+def find_best(log: Iterable[Entry]) -> Best | None:
+    """Find the lowest evaluation loss after step 0, the earliest of equals."""
     found = [(step, loss) for step, loss in evaluations(log) if step > 0]
     if not found:
         return None
@@ -101,11 +100,8 @@ def best(log: Iterable[Entry]) -> Best | None:
 
 
 def summary(directory: Path) -> Table:
-    """Losses, the best step, tokens, time and memory: what a reader of 02_train looks for.
-
-    The manifest's "training" tells how it "ended" and the "best_step", whose adapter was kept; both may be missing.
-    """
-    log = read(directory)
+    """Tabulate losses, the best step, tokens, time and memory of a finished 02_train, or of its log alone."""
+    log = read_log(directory)
     facts = manifest.read(directory).get("training", {}) if (directory / manifest.NAME).is_file() else {}
     steps = [entry for entry in log if "loss" in entry]
     tokens, seconds = steps[-1]["tokens"], steps[-1]["seconds"]
@@ -114,28 +110,28 @@ def summary(directory: Path) -> Table:
         ("шагов · steps", f"{steps[-1]['step']}"),
         ("токенов · tokens", f"{tokens:,}"),
         ("время · time", f"{seconds / 60:.1f} min, {tokens / seconds:.0f} tokens/s"),
-        ("ошибка на обучении · training loss", f"{steps[0]['loss']:.3f} → {last:.3f}"),
+        ("loss на обучении · training loss", f"{steps[0]['loss']:.3f} → {last:.3f}"),
     ]
     if held_out := evaluations(log):
         losses = f"{held_out[0][1]:.3f} → {held_out[-1][1]:.3f}"
-        rows.append(("ошибка на отложенных · held-out loss", losses))
-    if (found := best(log)) is not None:
+        rows.append(("loss на валидации · evaluation loss", losses))
+    if (found := find_best(log)) is not None:
         rows.append(("лучший шаг · best step", f"{found.step}, {found.loss:.3f}"))
     if facts.get("best_step") is not None:
-        rows.append(("сохранён адаптер шага · adapter kept of step", f"{facts['best_step']}"))
+        rows.append(("сохранён адаптер шага · adapter saved from step", f"{facts['best_step']}"))
     if facts.get("ended") in _ENDED:
         rows.append(("обучение закончилось · training ended", _ENDED[facts["ended"]]))
     memory = {name: value for entry in log for name, value in entry.items() if name.startswith("memory_")}
     if memory:
         predicted, peak = (f"{memory[f'memory_{name}'] / GB:.2f} GB" if f"memory_{name}" in memory else "?"
                            for name in ("predicted", "peak"))  # fmt: skip
-        rows.append(("память: предсказано, измерено · memory: predicted, measured", f"{predicted}, {peak}"))
-    return Table(("обучение · training", ""), rows, "Loss: mean over the learned tokens, in nats per token.")
+        rows.append(("память: оценка, пик · memory: estimated, peak", f"{predicted}, {peak}"))
+    return Table(("обучение · training", ""), rows, "Loss: mean over the trained tokens, in nats per token.")
 
 
 def verdict(log: Sequence[Entry]) -> str:
-    """What the curve says of the run and what to change, in Russian and English."""
-    held_out, found = evaluations(log), best(log)
+    """Judge the run by its curve and advise what to change, in Russian and English."""
+    held_out, found = evaluations(log), find_best(log)
     if found is None or len(held_out) < 3:
         return _VERDICTS["few"]
     best_step, lowest, _ = found
@@ -144,19 +140,20 @@ def verdict(log: Sequence[Entry]) -> str:
         kind = "never_better"
     elif _is_change(last, lowest):
         is_falling = _is_change(_training_loss(log, best_step), _training_loss(log, last_step))
-        kind = "memorises" if is_falling else "worse"
+        kind = "overfits" if is_falling else "worse"
     elif not _is_change(first, lowest):
         kind = "flat"
     else:
         is_falling = before - last > max(STILL_FALLING * (first - last), CHANGE_NATS)
         kind = "falling" if is_falling else "learned"
+    fall = 100 * (1 - last / before)
     losses = {"first": first, "lowest": lowest, "before": before, "last": last}
     return _VERDICTS[kind].format(
         best_step=best_step,
         before_step=before_step,
         last_step=last_step,
         rise=f"{100 * (last / lowest - 1):.0f} %",
-        fall=f"{100 * (1 - last / before):.0f} %",
+        fall=f"{round(fall, 1 if fall < 1 else None)} %",
         **{name: f"{loss:.3f}" for name, loss in losses.items()},
     )
 
@@ -166,7 +163,7 @@ def _is_change(high: float, low: float) -> bool:
 
 
 def _training_loss(log: Sequence[Entry], step: int) -> float:
-    """The mean of the NEIGHBOURS steps that end with `step`, fewer in a short run; of the first ones at its start."""
+    """Average up to NEIGHBOURS steps that end with `step`."""
     losses = [entry["loss"] for entry in log if "loss" in entry]
     until = sum("loss" in entry and entry["step"] <= step for entry in log)
     width = max(1, min(NEIGHBOURS, len(losses) // 4))
@@ -175,7 +172,7 @@ def _training_loss(log: Sequence[Entry], step: int) -> float:
 
 
 def plot(log: Sequence[Entry]) -> "Figure":
-    """Both losses over the steps, logarithmic: from 3 to 0.03 all of it can be read."""
+    """Plot both losses by step, on a logarithmic axis: 3 and 0.03 are both readable."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -186,16 +183,16 @@ def plot(log: Sequence[Entry]) -> "Figure":
         [entry["loss"] for entry in steps],
         color="#9aa0a6",
         linewidth=1,
-        label="обучение (training texts)",
+        label="обучение (training)",
     )
-    _plot_held_out(axes, held_out, best(log))
+    _plot_held_out(axes, held_out, find_best(log))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")  # 0.05, not 5 × 10⁻²
     lowest, highest = axes.get_ylim()
-    # Between the powers of ten only where few of them are in the picture: else the labels lie on each other.
+    # Label values between powers of ten only on a short axis, where the labels do not overlap.
     axes.yaxis.set_minor_formatter("{x:g}" if highest < 10 * lowest else "")
     axes.set_xlabel("шаг оптимизатора / optimizer step")
-    axes.set_ylabel("ошибка на токен / loss per token")
+    axes.set_ylabel("loss на токен / loss per token")
     axes.set_title("Как училась модель / how the model learned", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
@@ -204,22 +201,16 @@ def plot(log: Sequence[Entry]) -> "Figure":
 
 
 def _plot_held_out(axes: "Axes", held_out: Sequence[tuple[int, float]], lowest: Best | None) -> None:
-    """With the last loss as a number, and the best one where it is another."""
+    """Write the last loss next to its point, and the best one if it differs."""
     if not held_out:
         return
-    last = held_out[-1]
-    axes.plot(*zip(*held_out, strict=True), "o-", color=_BLUE, label="отложенные тексты (held-out texts)")
-    _name_loss(axes, last, _BLUE)
+    axes.plot(*zip(*held_out, strict=True), "o-", color=_BLUE, label="валидация (evaluation)")
+    marked = [(held_out[-1], _BLUE)]
     if lowest is not None and lowest.worse_since:
-        axes.plot(
-            lowest.step, lowest.loss, "o", color=_GREEN, markersize=10, label=f"лучший шаг: {lowest.step} (best step)"
-        )
-        _name_loss(axes, (lowest.step, lowest.loss), _GREEN)
-
-
-def _name_loss(axes: "Axes", place: tuple[int, float], colour: str) -> None:
-    """Above the point, where the losses of training seldom are; readable also where they are."""
+        label = f"лучший шаг: {lowest.step} (best step)"
+        axes.plot(lowest.step, lowest.loss, "o", color=_GREEN, markersize=10, label=label)
+        marked.append(((lowest.step, lowest.loss), _GREEN))
     behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-    axes.annotate(
-        f"{place[1]:.3f}", place, xytext=(0, 9), textcoords="offset points", ha="center", color=colour, bbox=behind
-    )
+    for place, colour in marked:  # above the points, where the training curve rarely is
+        text, above = f"{place[1]:.3f}", (0, 9)
+        axes.annotate(text, place, above, textcoords="offset points", ha="center", color=colour, bbox=behind)

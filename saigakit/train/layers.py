@@ -1,4 +1,4 @@
-"""Compute attention inside packed documents, and the loss without full logits."""
+"""Compute attention within packed documents, and the loss without full logits."""
 
 import functools
 from collections.abc import Iterator
@@ -19,11 +19,12 @@ PACKED_ATTENTION = "packed_sdpa"
 
 
 def use_packed_attention(model: torch.nn.Module) -> None:
-    """Sets a transformers model to it, for training on packs alone; `set_attn_implementation("sdpa")` undoes it."""
+    """Let a transformers model train on packs, and only on them; `set_attn_implementation("sdpa")` undoes this."""
     AttentionInterface.register(PACKED_ATTENTION, packed_sdpa)
     model.set_attn_implementation(PACKED_ATTENTION)  # type: ignore[operator]
 
 
+# The parameters are those that transformers' AttentionInterface passes.
 def packed_sdpa(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -38,18 +39,18 @@ def packed_sdpa(
 ) -> tuple[torch.Tensor, None]:
     """query (1, heads, tokens, width), key and value (1, kv_heads, tokens, width) -> (1, tokens, heads, width).
 
-    A document begins where position_ids is 0. Raises ValueError for a mask, a cache or a batch of more than one
-    row: there the documents would see each other, or the padding.
+    A document begins where position_ids is 0. Raises ValueError for a mask, a cache or several rows, with which
+    documents would attend to each other or to padding.
     """
     if attention_mask is not None or position_ids is None or len(query) != 1 or query.shape[2] != key.shape[2]:
-        raise ValueError("packed_sdpa takes one row of whole documents: no attention_mask, no cache, position_ids.")
+        raise ValueError("packed_sdpa needs one row of complete documents: position_ids, no attention_mask, no cache.")
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # not enable_gqa: on sm_75 it selects the slow math kernel (huggingface/transformers#48633)
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     starts = (position_ids[0] == 0).nonzero().flatten().tolist()
     sizes = [end - start for start, end in zip(starts, [*starts[1:], query.shape[2]], strict=True)]
     documents = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
-    # On a CPU the fused kernel's backward pass is slow: 12.8 ms against 4.8 for 190 tokens, 9 heads of 64.
+    # The fused kernel's backward pass is slow on a CPU: 12.8 ms against 4.8 for 190 tokens, 9 heads of 64.
     kernels = (
         [SDPBackend.MATH]
         if query.device.type == "cpu"
@@ -63,21 +64,19 @@ def packed_sdpa(
     return torch.cat(attended, 2).transpose(1, 2).contiguous(), None
 
 
-_PROBE = 8  # tokens on which both heads must agree
+_PROBE_TOKENS = 8
 
 
-class Head(torch.nn.Module):
-    """The plain head, which it holds, or nothing at all: then the loss applies it."""
+class ChunkedHead(torch.nn.Module):
+    """Wraps the head, and passes hidden states through where the loss applies the head itself."""
 
     def __init__(self, plain: torch.nn.Module) -> None:
         super().__init__()
         self.plain = plain
-        self.deferred = False
+        self.in_eval = False  # whether the loss applies the head in evaluation mode too
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.training or self.deferred:
-            return hidden
-        logits: torch.Tensor = self.plain(hidden)
+        logits: torch.Tensor = hidden if self.training or self.in_eval else self.plain(hidden)
         return logits
 
     @property
@@ -86,21 +85,20 @@ class Head(torch.nn.Module):
 
 
 def use_chunked_loss(model: PreTrainedModel | PeftModel) -> bool:
-    """From now on `model` in training mode gives a loss and no logits (hidden states are in their place).
+    """Patch a model with its adapter to compute the training loss in chunks, without full logits.
 
-    In evaluation mode it is as before, see also `deferred`. False, and the model as it was, where its loss is not
-    that of the head's logits as they are: some models scale or cap them. To be called with the adapter attached.
-    Raises SaigaError where the head is trained itself.
+    In training mode its output then has hidden states in place of logits. Returns False, and leaves the model alone,
+    if the model scales or caps its logits. Raises SaigaError if the head itself is trained.
     """
-    base = _plain_model(model)
+    base = _base_of(model)
     plain, loss_before = base.get_output_embeddings(), base.loss_function
     if any(parameter.requires_grad for parameter in plain.parameters()):
-        raise SaigaError("lm_head is trained itself, and its logits cannot be had in chunks: not with modules_to_save.")
-    chunked = Head(plain).train(base.training)
+        raise SaigaError("The loss cannot be computed in chunks while lm_head is trained; leave out modules_to_save.")
+    head = ChunkedHead(plain).train(base.training)
     before = _probe_loss(base)
-    base.set_output_embeddings(chunked)
-    base.loss_function = functools.partial(_chunked_loss, chunked)
-    with deferred(model):
+    base.set_output_embeddings(head)
+    base.loss_function = functools.partial(_loss, head=head)
+    with chunked_loss_in_eval(model):
         after = _probe_loss(base)
     if abs(after - before) <= 1e-5 * abs(before):
         return True
@@ -109,87 +107,70 @@ def use_chunked_loss(model: PreTrainedModel | PeftModel) -> bool:
     return False
 
 
-def sum_exactly(model: PreTrainedModel) -> None:
-    """From now on the losses of tokens are added up in float64, and the logits are as before."""
-    model.loss_function = _plain_loss
-
-
-def _plain_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    vocab_size: int,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    shift_labels: torch.Tensor | None = None,
-    **_: object,
-) -> torch.Tensor:
-    """What transformers' ForCausalLMLoss gives."""
-    targets = _shifted(labels, shift_labels).to(logits.device).flatten()
-    total = _loss_of_chunk(torch.nn.Identity(), logits.reshape(-1, vocab_size), targets)
-    return total / (int((targets != IGNORE_INDEX).sum()) if num_items_in_batch is None else num_items_in_batch)
-
-
-def _shifted(labels: torch.Tensor, shift_labels: torch.Tensor | None) -> torch.Tensor:
-    """What each position is to predict."""
-    if shift_labels is not None:
-        return shift_labels
-    return torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
-
-
 @contextmanager
-def deferred(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Chunks in evaluation mode too, for a held-out loss; nothing where `use` was not called."""
-    head = _plain_model(model).get_output_embeddings()
-    if not isinstance(head, Head):
+def chunked_loss_in_eval(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Compute the loss in chunks in evaluation mode too, if `use_chunked_loss` has patched the model."""
+    head = _base_of(model).get_output_embeddings()
+    if not isinstance(head, ChunkedHead):
         yield
         return
-    head.deferred = True
+    head.in_eval = True
     try:
         yield
     finally:
-        head.deferred = False
+        head.in_eval = False
 
 
-def _plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def _base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
 
 
-def _chunked_loss(
-    head: Head,
+def use_exact_loss(model: PreTrainedModel) -> None:
+    """Patch the model to sum the losses of tokens in float64."""
+    model.loss_function = _loss
+
+
+def _loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
     vocab_size: int,
     num_items_in_batch: torch.Tensor | int | None = None,
     shift_labels: torch.Tensor | None = None,
+    *,
+    head: ChunkedHead | None = None,
     **_: object,
 ) -> torch.Tensor:
-    """What transformers' ForCausalLMLoss gives; `logits` are hidden states where the head is deferred."""
-    apply = head.plain if head.training or head.deferred else torch.nn.Identity()
-    targets = _shifted(labels, shift_labels).to(logits.device)
-    learned = targets != IGNORE_INDEX
-    targets = targets[learned]
-    hidden = logits.flatten(0, 1) if bool(learned.all()) else logits[learned]
-    size = max(1, CHUNK_LOGITS // vocab_size)
-    chunks = zip(hidden.split(size), targets.split(size), strict=True)
-    # Logits of a chunk are made anew in the backward pass: about 1 % more arithmetic for an 8B model.
-    losses = [
-        checkpoint(_loss_of_chunk, apply, part, target, use_reentrant=False, preserve_rng_state=False)
-        for part, target in chunks
-    ]
-    return torch.stack(losses).sum() / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+    """The same loss as transformers' ForCausalLMLoss; `logits` are hidden states if `head` passed them through."""
+    if shift_labels is None:
+        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+    targets = shift_labels.to(logits.device)
+    trained = targets != IGNORE_INDEX
+    targets = targets[trained]
+    hidden = logits.flatten(0, 1) if bool(trained.all()) else logits[trained]
+    if head is None:
+        total = _loss_of_chunk(torch.nn.Identity(), hidden, targets)
+    else:
+        apply = head.plain if head.training or head.in_eval else torch.nn.Identity()
+        size = max(1, CHUNK_LOGITS // vocab_size)
+        # The backward pass computes the logits of a chunk again: about 1 % more arithmetic for an 8B model.
+        losses = [
+            checkpoint(_loss_of_chunk, apply, part, target, use_reentrant=False, preserve_rng_state=False)
+            for part, target in zip(hidden.split(size), targets.split(size), strict=True)
+        ]
+        total = torch.stack(losses).sum()
+    return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
 
 
 def _loss_of_chunk(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """In float64: a float32 sum of some hundred tokens is off by more than the order of the packs may matter."""
-    losses = torch.nn.functional.cross_entropy(
-        head(hidden).float(), targets, ignore_index=IGNORE_INDEX, reduction="none"
-    )
+    """Sum in float64: a float32 sum over a few hundred tokens would depend on the order of the packs."""
+    losses = torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")
     return losses.sum(dtype=torch.float64)
 
 
 def _probe_loss(base: PreTrainedModel) -> float:
-    """The loss of a few tokens, without dropout and without a trace in the model."""
+    """The loss of a few tokens without dropout."""
     device, dtype, was_training = base.device, base.get_output_embeddings().weight.dtype, base.training
-    ids = torch.arange(_PROBE, device=device)[None]
+    ids = torch.arange(_PROBE_TOKENS, device=device)[None]
     base.eval()
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loss = base(input_ids=ids, position_ids=ids, labels=ids, use_cache=False).loss.item()

@@ -1,11 +1,11 @@
-"""Load the model to train where its memory fits, and try it on its largest pack."""
+"""Load the model to train and try it on the largest pack."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from peft import PeftModel
@@ -15,77 +15,78 @@ from saigakit.core import workspace
 from saigakit.errors import SaigaError
 from saigakit.prompt.encoding import Example
 from saigakit.train import distributed, layers, preflight, steps
-from saigakit.train.job import Job
+from saigakit.train.preflight import Job
 from saigakit.train.run_state import Log
 from saigakit.train.steps import Plan
 from saigakit.weights import fold, load, memory
 from saigakit.weights.memory import Pack
 
+_TRIAL_STEPS = 3  # the first one warms up, the faster of the others counts
+_MOMENTS = 2  # AdamW's numbers per trained parameter, which exist only from the first real step on
+
 
 @dataclass
 class Loaded:
-    """The model with its adapter, the largest pack that it will see, and the memory that this was foreseen to take."""
+    """The model with its adapter, the largest pack of the run and the memory estimated for it, by purpose."""
 
     job: Job
     model: PeftModel
     pack: list[Example]
-    foreseen: dict[str, int]
+    estimated: dict[str, int]
 
     @classmethod
     def of(cls, job: Job, plan: Plan, device: str, log: Log) -> Self:
-        """Raises SaigaError where the memory is too small, before anything is loaded."""
+        """Raises SaigaError before loading if the memory is too small."""
         config, dtype = job.config, getattr(torch, job.number_format)
-        pack, foreseen = _largest_pack(plan, lambda pack: job.memory_needed(processes=plan.processes, pack=pack))
+        pack, estimated = _largest_pack(plan, lambda pack: job.memory_needed(processes=plan.processes, pack=pack))
         if not log.quiet:
             gpus = workspace.gpus() if device != "cpu" else []
-            preflight.fits(foreseen, gpus, plan.processes, pack="the largest pack")
-        log.say(f"Loading {config.spec.base_model} …")
+            preflight.check_memory(estimated, gpus, plan.processes, pack="the largest pack")
+        name = config.spec.base_model
+        log.print(f"Loading {name} …")
         base = _load_base(job, dtype, "cpu" if config.is_sharded else device)
         model = load.with_adapter(base, None if config.is_folded else job.adapter_dir, job.lora)
-        name = config.spec.base_model  # of a directory its name alone, not a path of this machine
+        # For a directory its name only, not a path on this machine.
         model.peft_config["default"].base_model_name_or_path = Path(name).name if Path(name).is_dir() else name
         if memory.needs_chunked_head(job.shape, job.lora) and not layers.use_chunked_loss(model):
-            log.say("The logits of this model are scaled or capped, so they are not made in chunks.")
+            log.print("This model scales or caps its logits, so they cannot be computed in chunks.")
         load.require_formats(model, dtype)
-        return cls(job, model, pack, foreseen)
+        return cls(job, model, pack, estimated)
 
-    def try_out(self, made: Trainer, log: Log) -> None:
-        """Three steps on the largest pack: memory runs out now or never."""
-        found = try_steps(
+    def run_trial(self, trainer: Trainer, log: Log) -> None:
+        """Run three steps on the largest pack, so that memory runs out now or never."""
+        trial = run_trial_steps(
             self.model,
             steps.collate(self.pack),
-            predicted=self.foreseen,
-            autocast=made.accelerator.autocast,
-            scaler=made.accelerator.scaler,
+            estimated=self.estimated,
+            autocast=trainer.accelerator.autocast,
+            scaler=trainer.accelerator.scaler,
         )
-        tokens = sum(len(row["input_ids"]) for row in self.pack)
+        tokens, total = sum(len(row["input_ids"]) for row in self.pack), sum(self.estimated.values())
         peak = ""
-        if found.peak_bytes is not None:
-            peak = f", {found.peak_bytes / 1e9:.1f} GB at the peak, {sum(self.foreseen.values()) / 1e9:.1f} GB foreseen"
-            if not log.file.is_file():  # a run that goes on has it in its log
-                log.write(memory_predicted=sum(self.foreseen.values()), memory_peak=found.peak_bytes)
-        log.say(f"Trial on the largest pack, {tokens} tokens: {1 / found.seconds_per_token:.0f} tokens/s{peak}.")
+        if trial.peak_bytes is not None:
+            peak = f", peak memory {trial.peak_bytes / 1e9:.1f} GB (estimated {total / 1e9:.1f} GB)"
+            if not log.file.is_file():  # a resumed run has it in its log already
+                log.write(memory_predicted=total, memory_peak=trial.peak_bytes)
+        log.print(f"Trial on the largest pack ({tokens:,} tokens): {1 / trial.seconds_per_token:,.0f} tokens/s{peak}.")
 
 
 def _largest_pack(plan: Plan, needed: Callable[[Pack], dict[str, int]]) -> tuple[list[Example], dict[str, int]]:
-    """The pack of the run that needs the most memory, by the bytes that it needs."""
+    """Find the pack of the run that needs the most memory, and the bytes that it needs."""
+    lengths, trained = plan.rows.lengths, plan.rows.learned
     packs = [pack for step in range(len(plan)) for packs in plan.layout(step) for pack in packs]
-    lengths, learned = plan.lengths, plan.learned
 
-    def tokens(pack: Sequence[int]) -> int:
-        return sum(lengths[row] for row in pack)
+    def shape(rows: Sequence[int]) -> Pack:
+        return Pack(documents=tuple(lengths[row] for row in rows), trained=sum(trained[row] for row in rows))
 
-    def squares(pack: Sequence[int]) -> int:  # what attention keeps on a CPU
-        return sum(lengths[row] ** 2 for row in pack)
-
-    def answers(pack: Sequence[int]) -> int:  # what the logits take
-        return sum(learned[row] for row in pack)
-
-    candidates = [max(packs, key=tokens), max(packs, key=squares), max(packs, key=answers)]
-    shapes = [Pack(documents=tuple(lengths[row] for row in pack), trained=answers(pack)) for pack in candidates]
-    bytes_of = [needed(shape) for shape in shapes]
-    largest = max(range(len(candidates)), key=lambda index: sum(bytes_of[index].values()))
-    return [plan.rows[row] for row in candidates[largest]], bytes_of[largest]
+    candidates = (
+        max(packs, key=lambda rows: sum(lengths[row] for row in rows)),
+        max(packs, key=lambda rows: sum(lengths[row] ** 2 for row in rows)),  # what attention keeps on a CPU
+        max(packs, key=lambda rows: sum(trained[row] for row in rows)),  # what the logits take
+    )
+    found = [(rows, needed(shape(rows))) for rows in candidates]
+    largest, parts = max(found, key=lambda item: sum(item[1].values()))
+    return [plan.rows[row] for row in largest], parts
 
 
 def _load_base(job: Job, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -96,7 +97,7 @@ def _load_base(job: Job, dtype: torch.dtype, device: str) -> PreTrainedModel:
         fold.fold_adapter(base, job.base_dir, job.adapter_dir)
     base.config.use_cache = False
     layers.use_packed_attention(base)
-    layers.sum_exactly(base)
+    layers.use_exact_loss(base)
     if dtype != torch.float32:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
@@ -106,53 +107,46 @@ def _load_base(job: Job, dtype: torch.dtype, device: str) -> PreTrainedModel:
     return base
 
 
-_STEPS = 3  # the first one warms up, the better of the others counts
-_MOMENTS = 2  # of AdamW: numbers per trained parameter, made in the first real step
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """`peak_bytes`: the most that torch had given out on the GPU; None on a CPU, where nobody counts."""
+class Trial(NamedTuple):
+    """`peak_bytes`: the most that torch allocated on the GPU; None on a CPU, where it is not counted."""
 
     seconds_per_token: float
     peak_bytes: int | None
 
 
-def try_steps(
+def run_trial_steps(
     model: torch.nn.Module,
     pack: Mapping[str, torch.Tensor],
     *,
-    predicted: Mapping[str, int],
+    estimated: Mapping[str, int],
     autocast: Callable[[], AbstractContextManager[object]],
     scaler: torch.amp.GradScaler | None = None,
 ) -> Trial:
-    """Forward and backward passes on `pack`, a batch of steps.collate, as training makes them.
+    """Run forward and backward passes on a collated pack and restore everything, so that training is unchanged.
 
-    Afterwards weights, gradients, random numbers and the mode are as before, so that training is bit for bit the
-    same. `predicted` is from TrainingStep.memory. Raises SaigaError where memory runs out, ValueError where the model
-    already has gradients.
+    Raises SaigaError if memory runs out, ValueError if the model has gradients.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if any(parameter.grad is not None for parameter in trained):
-        raise ValueError("the model has gradients, which a trial would drop")
+        raise ValueError("the model has gradients, which a trial would discard")
     device = trained[0].device
     batch = {name: value.to(device) for name, value in pack.items()}
     tokens = batch["input_ids"].numel()
-    with _untouched(model, device), _memory_is_enough(tokens, predicted, device):
+    with _restoring(model, device), _reporting_out_of_memory(tokens, estimated, device):
         moments = [torch.zeros(_MOMENTS, *parameter.shape, device=device) for parameter in trained]
-        seconds = [_try_step(model, batch, autocast, scaler) for _ in range(_STEPS)]
+        seconds = [_trial_step(model, batch, autocast, scaler) for _ in range(_TRIAL_STEPS)]
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         del moments
-    return Trial(seconds_per_token=min(seconds[1:]) / tokens, peak_bytes=peak)
+    return Trial(min(seconds[1:]) / tokens, peak)
 
 
-def _try_step(
+def _trial_step(
     model: torch.nn.Module,
     batch: Mapping[str, torch.Tensor],
     autocast: Callable[[], AbstractContextManager[object]],
     scaler: torch.amp.GradScaler | None,
 ) -> float:
-    """Seconds of one. Gradients stay for the next one to add to, as they do when steps are accumulated."""
+    """Return the seconds taken. Gradients accumulate over the steps, as they do over the packs of a real one."""
     start = time.perf_counter()
     with load.fast_matmul():
         with autocast():
@@ -164,8 +158,8 @@ def _try_step(
 
 
 @contextmanager
-def _untouched(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """In training mode; then the mode, random numbers and the absence of gradients are as before."""
+def _restoring(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Use training mode inside; restore mode and random numbers, and drop gradients, at the end."""
     on_gpu, was_training = device.type == "cuda", model.training
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
         if on_gpu:
@@ -177,24 +171,24 @@ def _untouched(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
             model.zero_grad(set_to_none=True)
             model.train(was_training)
             if on_gpu:
-                torch.cuda.empty_cache()  # training begins with memory in one piece
+                torch.cuda.empty_cache()  # so that training starts with unfragmented memory
 
 
 @contextmanager
-def _memory_is_enough(tokens: int, predicted: Mapping[str, int], device: torch.device) -> Iterator[None]:
+def _reporting_out_of_memory(tokens: int, estimated: Mapping[str, int], device: torch.device) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator has no class of its own
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator has no class of its own
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        there = ""
+        where = ""
         if device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
-            held = torch.cuda.max_memory_allocated(device)
-            there = f" on {torch.cuda.get_device_name(device)} of {total / 1e9:.1f} GB, {held / 1e9:.1f} GB in use"
+            used = torch.cuda.max_memory_allocated(device)
+            where = f" on {torch.cuda.get_device_name(device)} ({used / 1e9:.1f} of {total / 1e9:.1f} GB in use)"
         reason = str(error).strip().splitlines()[0][:200]
         raise SaigaError(
-            f"Memory ran out in a trial step on the largest pack, {tokens} tokens{there}. Foreseen were "
-            f"{sum(predicted.values()) / 1e9:.1f} GB ({memory.format_parts(predicted)}). Use a smaller "
-            f"max_seq_length than {tokens}. ({reason})"
+            f"Memory ran out in a trial step on the largest pack, {tokens} tokens{where}. The estimate was "
+            f"{sum(estimated.values()) / 1e9:.1f} GB ({memory.format_parts(estimated)}). Use a max_seq_length below "
+            f"{tokens}. ({reason})"
         ) from None

@@ -1,181 +1,294 @@
-"""A run's settings against the machine and the model's files: what cannot work is refused before weights load."""
+"""Resolve what a training reads, and refuse what cannot work before weights load."""
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Self
 
-from saigakit.config import TrainConfig
-from saigakit.core import install, workspace
+from saigakit.config import TrainConfig, lora_of_json
+from saigakit.core import install, manifest, workspace
+from saigakit.core.launch import Nodes
 from saigakit.core.workspace import Gpu
+from saigakit.data import sources
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
-from saigakit.weights import fold, load, memory, tensors
+from saigakit.train.checkpoints import Store
+from saigakit.weights import find, fold, load, memory, tensors
 from saigakit.weights.load import NumberFormat
+from saigakit.weights.memory import Pack, TrainingStep
 from saigakit.weights.model_shape import ModelShape
 
+_JOB_FILE = "job.json"  # written for the child
+RESULT_FILE = "result.json"  # written by the child: how the run ended, for the manifest
 _WEIGHT_BYTES = 4  # of a trained parameter
-_FILES = 12  # times the adapter: it, the best one, a checkpoint (it and AdamW's two moments) and the next, or its copy
-_BESIDES = 10 * 10**6  # bytes of log, curve and configs
-_WHOLE = ("embed_tokens", "lm_head")  # what modules_to_save may name
+_ADAPTER_SIZES = 12  # adapter, best adapter, and two checkpoints, each with AdamW's two moments, or their copies
+_OTHER_FILES = 10 * 10**6  # bytes of log, curve and configs
+_TRAINABLE_WHOLE = ("embed_tokens", "lm_head")  # allowed in modules_to_save
 
 
-def machine(config: TrainConfig, gpus: Sequence[Gpu]) -> NumberFormat:
-    """Before anything is fetched: the number format that training will compute in.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training with all of its inputs resolved on this machine; child processes read it from a file."""
+
+    config: TrainConfig
+    train_file: Path
+    eval_file: Path | None
+    replay_files: tuple[Path, ...]
+    base_dir: Path
+    tokenizer_dir: Path
+    adapter_dir: Path | None  # the adapter to start from
+    lora: Lora  # the adapter to train: the continued one's own settings, or new ones
+    shape: ModelShape
+    number_format: NumberFormat
+    processes: int = 1  # on this machine
+    store: Store | None = None  # set once the inputs are hashed
+
+    @classmethod
+    def of(cls, config: TrainConfig, number_format: NumberFormat, processes: int = 1) -> Self:
+        """Find or download every input. Raises SaigaError if one is missing or does not fit `config`."""
+        run_dir = Path(config.output_dir).parent
+        train_file = workspace.find_input(config.train_file, run_dir=run_dir)
+        eval_file = workspace.find_input(config.eval_file, run_dir=run_dir) if config.eval_file else None
+        config = _with_formatted_length(config, train_file.parent)
+        base_dir = find.base_dir(config.spec, config.base_source)
+        adapter_dir = None if config.start_adapter is None else find.adapter_dir(config.spec, config.start_adapter)
+        return cls(
+            config=config,
+            train_file=train_file,
+            eval_file=eval_file,
+            replay_files=tuple(sources.records_files(config.replay_file, run_dir) if config.replay_file else ()),
+            base_dir=base_dir,
+            tokenizer_dir=find.tokenizer_dir(config.spec, config.base_source),
+            adapter_dir=adapter_dir,
+            lora=check_model(config, base_dir, adapter_dir),
+            shape=ModelShape.from_config(base_dir),
+            number_format=number_format,
+            processes=processes,
+        )
+
+    def memory_needed(self, *, processes: int, pack: Pack | None = None) -> dict[str, int]:
+        """Estimate the bytes of one of `processes`, by purpose; without `pack` for one document of maximum length."""
+        on_gpu = self.number_format != "float32"
+        itemsize = 2 if on_gpu else 4
+        parts = TrainingStep(
+            shape=self.shape,
+            lora=self.lora,
+            pack=pack or Pack.one_document(self.config.sequence_budget),
+            quantization=self.config.weights_as,
+            itemsize=itemsize,
+            checkpointing=on_gpu,
+        ).memory()
+        if not self.config.is_sharded:
+            return parts
+        return memory_when_sharded(parts, processes, self.shape.layers, itemsize * self.shape.embedding_parameters)
+
+    def write(self, directory: Path) -> Path:
+        file = directory / _JOB_FILE
+        file.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2, default=str), encoding="utf-8")
+        return file
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        for name in ("train_file", "eval_file", "base_dir", "tokenizer_dir", "adapter_dir"):
+            content[name] = None if content[name] is None else Path(content[name])
+        resolved = {
+            "config": TrainConfig.of_json(content["config"], file),
+            "replay_files": tuple(map(Path, content["replay_files"])),
+            "lora": lora_of_json(content["lora"]),
+            "shape": ModelShape(**content["shape"]),
+            "store": Store(Path(content["store"]["directory"]), content["store"]["identity"]),
+        }
+        return cls(**content | resolved)
+
+
+def resolve(config: TrainConfig, nodes: Nodes | None) -> Job:
+    """Find every input of a training and check machine, model, memory and disk."""
+    gpus = workspace.gpus()
+    number_format = check_machine(config, gpus)
+    gpus = gpus[: config.processes]
+    machines = 1 if nodes is None else nodes.count
+    check_sharding(config, gpus, machines)
+    job = Job.of(config, number_format, config.processes or len(gpus) or 1)
+    needed = job.memory_needed(processes=job.processes * machines)
+    check_memory(needed, gpus, job.processes, pack="a conversation of max_seq_length tokens")
+    check_sharded_loading(config, job.shape, job.processes)
+    check_disk(Path(config.output_dir), job.shape, job.lora)
+    return job
+
+
+def _with_formatted_length(config: TrainConfig, directory: Path) -> TrainConfig:
+    """Take max_seq_length from 01_format if it made the records. Raises SaigaError if they are for another model."""
+    if not (directory / manifest.NAME).is_file():
+        return config
+    formatted = manifest.require_stage(directory, "01_format", model=config.model)
+    return replace(config, max_seq_length=config.max_seq_length or formatted["parameters"]["max_seq_length"])
+
+
+def memory_when_sharded(parts: dict[str, int], processes: int, layers: int, embeddings: int) -> dict[str, int]:
+    """`parts` for one of `processes` with FSDP, in bytes.
+
+    It holds its share of the weights and gathers two layers, and the `embeddings` with the head, which accelerate
+    puts into one unit.
+    """
+    weights = parts["weights"]
+    return {**parts, "weights": weights // processes + 2 * (weights - embeddings) // layers + embeddings}
+
+
+def check_machine(config: TrainConfig, gpus: Sequence[Gpu]) -> NumberFormat:
+    """Check GPUs and packages before anything is downloaded, and return the number format for training.
 
     Raises SaigaError for a GPU that is too old or overflows with this model, for fewer GPUs than processes, and for a
-    package that peft refuses.
+    torchao that peft rejects.
     """
     install.require_no_old_torchao()
     if gpus and (config.processes or 1) > len(gpus):
+        available = "1 GPU is" if len(gpus) == 1 else f"{len(gpus)} GPUs are"
         raise SaigaError(
-            f"processes={config.processes}, and {len(gpus)} GPU{'s are' if len(gpus) > 1 else ' is'} here; "
-            f"each process needs one of its own. Use processes={len(gpus)}, or None for one on each."
+            f"processes={config.processes}, but only {available} available, and each process needs its own. Use "
+            f"processes={len(gpus)}, or None for one per GPU."
         )
     return load.number_format(config.spec, gpus[: config.processes])
 
 
-def sharding(config: TrainConfig, gpus: Sequence[Gpu], machines: int) -> None:
-    """Raises SaigaError where the base cannot be in parts over several GPUs: sharding="fsdp"."""
+def check_sharding(config: TrainConfig, gpus: Sequence[Gpu], machines: int) -> None:
     if not config.is_sharded:
         return
-    if not gpus or min(config.processes or len(gpus), len(gpus)) * machines < 2:
+    processes = config.processes or max(1, len(gpus))
+    if min(processes, len(gpus)) * machines < 2:
         raise SaigaError(
-            f"sharding='fsdp' puts parts of the base on several GPUs, and here {'is' if len(gpus) == 1 else 'are'} "
-            f"{len(gpus) or 'none'} for {config.processes or max(1, len(gpus))} processes. Leave sharding out."
+            f"sharding='fsdp' splits the base over at least two GPUs (GPUs: {len(gpus)}, processes: {processes}). "
+            "Leave sharding out."
         )
     if config.weights_as == "int8":
-        raise SaigaError(
-            "sharding='fsdp' cannot split int8 weights, whose bytes are no floats. Use quantization='nf4' or 'none'."
-        )
+        raise SaigaError("sharding='fsdp' cannot split int8 weights. Use quantization='nf4' or 'none'.")
 
 
-def sharded_lora(config: TrainConfig, lora: Lora) -> None:
-    """Raises SaigaError where `lora`, new or continued, is more than matrices beside the base's."""
+def check_sharded_lora(config: TrainConfig, lora: Lora) -> None:
     if config.is_sharded and (lora.modules_to_save or lora.dora):
         raise SaigaError(
-            "sharding='fsdp' keeps the LoRA alone whole on each GPU, and DoRA and modules_to_save need the base's own "
-            "matrices. Leave them out of lora, or give another adapter."
+            "sharding='fsdp' does not work with DoRA and modules_to_save, which need complete matrices of the base on "
+            "each GPU. Leave them out of lora, or use another adapter."
         )
 
 
-def sharded_loading(config: TrainConfig, shape: ModelShape, processes: int) -> None:
-    """Raises SaigaError where the RAM is too small: each process of this machine loads the whole base there."""
+def check_sharded_loading(config: TrainConfig, shape: ModelShape, processes: int) -> None:
+    """Check the RAM: with FSDP each process of this machine first loads the complete base into it."""
     if config.is_sharded:
-        whole = memory.weight_bytes(shape, config.weights_as, itemsize=2)
+        base = memory.weight_bytes(shape, config.weights_as, itemsize=2)
         remedy = "Use fewer processes on this machine, quantization='nf4' or a smaller model."
-        workspace.require_memory(whole * processes, f"Loading the base in each of {processes} processes", remedy)
+        workspace.require_memory(base * processes, f"Loading the base in each of {processes} processes", remedy)
 
 
-def process(visible_gpus: int, processes: int, number_format: NumberFormat) -> None:
-    """In a child, where torch counts the GPUs. Raises SaigaError where the parent, which asked nvidia-smi, saw others.
+def check_visible_gpus(visible_gpus: int, processes: int, number_format: NumberFormat) -> None:
+    """Check in a child that torch sees the GPUs that nvidia-smi listed in the parent.
 
     One process that sees several would double loss and gradients.
     """
     if not visible_gpus and number_format != "float32":
         raise SaigaError(
-            "torch sees no GPU, and nvidia-smi lists one. Install a torch that is built for CUDA, or set "
+            "torch sees no GPU, although nvidia-smi lists one. Install a CUDA build of torch, or set "
             "CUDA_VISIBLE_DEVICES to nothing to train on the CPU."
         )
     if processes == 1 and visible_gpus > 1:
         raise SaigaError(
-            f"One process sees {visible_gpus} GPUs, and would give a quantised model twice its loss. Set "
-            "CUDA_VISIBLE_DEVICES=0 before torch is imported, or start training through train_adapter, which does."
+            f"One process sees {visible_gpus} GPUs, which would double the loss of a quantised model. Set "
+            "CUDA_VISIBLE_DEVICES=0 before torch is imported, or call train_adapter, which sets it."
         )
 
 
-def model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -> Lora:
-    """When the files are there: the adapter that will be trained, the continued one's own settings or the new one's.
+def check_model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -> Lora:
+    """Check base and adapter, and return the settings of the adapter that will be trained.
 
-    Raises SaigaError for weights that are incomplete, an adapter of another base, settings of a new LoRA beside an
-    adapter that is continued, and modules that this base does not have.
+    Raises SaigaError for incomplete weights, an adapter of another base, `lora` settings with a continued adapter, and
+    modules that this base does not have.
     """
     stored = tensors.open_base(base_dir).stored
     if any("language_model." in name for name in stored):
         raise SaigaError(
-            f"{base_dir} reads images too, and the adapter would be of that part as well, which no GGUF has. Give a "
-            "version of its text model alone, whose layers begin with 'model.layers'."
+            f"{base_dir} is a vision-language model, and a GGUF holds only its text model. Use a checkpoint of the "
+            "text model alone, whose layers begin with 'model.layers'."
         )
     lora = config.new_lora
     if adapter_dir is not None:
         load.require_fitting(adapter_dir, base_dir)
-        lora = _beside(config, base_dir, adapter_dir)
-    _require_modules(lora, stored, base_dir)
-    _require_context(config, base_dir)
+        lora = _lora_with_adapter(config, base_dir, adapter_dir)
+    _check_modules(lora, stored, base_dir)
+    check_sharded_lora(config, lora)
+    _check_context(config, base_dir)
     return lora
 
 
-def _beside(config: TrainConfig, base_dir: Path, adapter_dir: Path) -> Lora:
-    """What is trained where there is an adapter already: itself, or the new LoRA beside the folded one."""
+def _lora_with_adapter(config: TrainConfig, base_dir: Path, adapter_dir: Path) -> Lora:
+    """The settings of the continued adapter, or of the new LoRA next to a folded one."""
     released = load.lora_of(adapter_dir)
     if config.is_folded:
         fold.require_foldable(base_dir, adapter_dir)
         if config.new_lora.dora or config.new_lora.modules_to_save:
             raise SaigaError(
-                f"adapter={config.adapter!r} makes one plain LoRA of two, and lora has dora or modules_to_save. Leave "
-                "them out, or use adapter='released' to continue the released one, or None for a new LoRA alone."
+                f"adapter={config.adapter!r} combines two adapters into one plain LoRA, so lora cannot have dora or "
+                "modules_to_save. Leave them out, or use adapter='released' to continue the released adapter, or None "
+                "for a new LoRA alone."
             )
         return config.new_lora
     if config.lora is not None and _sorted(config.lora) != _sorted(released):
         raise SaigaError(
-            f"lora is given, and adapter={config.adapter!r} continues {adapter_dir}, which keeps its own (rank "
+            f"lora has no effect with adapter={config.adapter!r}: {adapter_dir} keeps its own settings (rank "
             f"{released.rank}, alpha {released.alpha}, {', '.join(released.target_modules)}). Leave lora out, or use "
-            "adapter=None for a new one."
+            "adapter=None for a new LoRA."
         )
     return released
-
-
-def _require_context(config: TrainConfig, base_dir: Path) -> None:
-    """For models that are not in the registry, which config has looked at."""
-    content = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
-    most = content.get("text_config", content).get("max_position_embeddings")
-    if isinstance(most, int) and config.sequence_budget > most:
-        raise SaigaError(
-            f"max_seq_length={config.sequence_budget} is over the context length of {base_dir}, {most} tokens "
-            "(max_position_embeddings)."
-        )
 
 
 def _sorted(lora: Lora) -> Lora:
     return replace(lora, target_modules=tuple(sorted(lora.target_modules)))
 
 
-def _require_modules(lora: Lora, stored: Iterable[str], base_dir: Path) -> None:
+def _check_context(config: TrainConfig, base_dir: Path) -> None:
+    """Check max_seq_length for models outside the registry; TrainConfig has checked the others."""
+    content = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    context = content.get("text_config", content).get("max_position_embeddings")
+    if isinstance(context, int) and config.sequence_budget > context:
+        raise SaigaError(
+            f"max_seq_length={config.sequence_budget} exceeds the context length of {base_dir}, {context} tokens "
+            "(max_position_embeddings)."
+        )
+
+
+def _check_modules(lora: Lora, stored: Iterable[str], base_dir: Path) -> None:
     names = [name.removesuffix(".weight") for name in stored if name.endswith(".weight")]
     linear = {name.rpartition(".")[2] for name in names if ".layers." in name and "norm" not in name}
     if unknown := sorted(set(lora.target_modules) - linear):
         raise SaigaError(
-            f"lora.target_modules names {', '.join(unknown)}, and the layers of {base_dir} have "
+            f"lora.target_modules: {base_dir} has no linear layers {', '.join(unknown)}; it has "
             f"{', '.join(sorted(linear))}."
         )
-    if strange := sorted(set(lora.modules_to_save) - set(_WHOLE)):
-        raise SaigaError(f"lora.modules_to_save names {', '.join(strange)}; use {' or '.join(map(repr, _WHOLE))}.")
+    if unknown := sorted(set(lora.modules_to_save) - set(_TRAINABLE_WHOLE)):
+        allowed = " and ".join(map(repr, _TRAINABLE_WHOLE))
+        raise SaigaError(f"lora.modules_to_save cannot include {', '.join(unknown)}, only {allowed}.")
     if lora.modules_to_save and ModelShape.from_config(base_dir).tied:
         raise SaigaError(
-            f"lora.modules_to_save={lora.modules_to_save}: {base_dir} uses its embeddings as its head (tied), and one "
-            "alone cannot be trained. Leave modules_to_save out."
+            f"lora.modules_to_save={lora.modules_to_save}: the embeddings and the head of {base_dir} are tied, so "
+            "neither can be trained alone. Leave modules_to_save out."
         )
 
 
-def disk(directory: Path, shape: ModelShape, lora: Lora) -> None:
-    """Raises SaigaError where the adapter and two of its checkpoints will not fit."""
+def check_disk(directory: Path, shape: ModelShape, lora: Lora) -> None:
     adapter = shape.adapter_parameters(lora) * _WEIGHT_BYTES
-    workspace.require_disk(directory, _FILES * adapter + _BESIDES, "The adapter with its checkpoints")
+    workspace.require_disk(directory, _ADAPTER_SIZES * adapter + _OTHER_FILES, "The adapter with its checkpoints")
 
 
-def fits(parts: dict[str, int], gpus: Sequence[Gpu], processes: int, *, pack: str) -> None:
-    """Says what training needs. Raises SaigaError with that number and the one that is there.
-
-    `parts` is what TrainingStep.memory gave for a pack, which `pack` names.
-    """
+def check_memory(parts: dict[str, int], gpus: Sequence[Gpu], processes: int, *, pack: str) -> None:
+    """Print the memory estimate for `pack` and raise SaigaError if it exceeds what is free."""
     remedy = "Use a smaller max_seq_length, quantization='nf4' or a smaller model."
     total, words = sum(parts.values()), memory.format_parts(parts)
-    print(f"Memory for {pack}: about {total / 1e9:.1f} GB for each process ({words}).", flush=True)
+    print(f"Estimated memory per process for {pack}: {total / 1e9:.1f} GB ({words}).", flush=True)
     for gpu in gpus:
         if gpu.free < total:
             raise SaigaError(
-                f"Training needs about {total / 1e9:.1f} GB on {gpu.name} ({words}), and {gpu.free / 1e9:.1f} GB of "
-                f"its {gpu.memory / 1e9:.1f} GB are free. {remedy}"
+                f"Training needs about {total / 1e9:.1f} GB on {gpu.name} ({words}), but only {gpu.free / 1e9:.1f} GB "
+                f"of {gpu.memory / 1e9:.1f} GB are free. {remedy}"
             )
     if not gpus:
         workspace.require_memory(total * processes, f"Training ({words})", remedy)

@@ -1,4 +1,4 @@
-"""Pack conversations into steps of a fixed number of conversations, with replay records mixed in."""
+"""Plan the optimizer steps: order conversations, mix in replay records and pack them."""
 
 import bisect
 import heapq
@@ -7,23 +7,23 @@ import random
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import pyarrow
+import torch
+from datasets import Dataset, concatenate_datasets
 
 from saigakit import data
 from saigakit.config import TrainConfig
-from saigakit.data import sources, store
+from saigakit.data import store
 from saigakit.data.conversations import asking_alike
 from saigakit.data.rows import column
 from saigakit.errors import SaigaError
 from saigakit.prompt.encoding import IGNORE_INDEX
 
-if TYPE_CHECKING:
-    import torch
-    from datasets import Dataset
-
 
 def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of `lengths` in bins of at most `budget`, longest first into the fullest bin that still has room."""
+    """Group the indices of `lengths` into bins of at most `budget`: longest first, into the fullest bin with room."""
     if lengths and max(lengths) > budget:
         raise ValueError(f"a document of {max(lengths)} tokens does not fit into a pack of {budget}")
     room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
@@ -41,12 +41,10 @@ def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
-    """One pack as a batch of one row. No attention mask: restarting positions make attention causal per document.
+    """Make a batch of one row from a pack. Restarting positions, instead of a mask, separate its documents.
 
-    `logits_to_keep` and `shift_labels` make the language-model head run on learned positions only.
+    With `logits_to_keep` and `shift_labels` the language-model head runs on trained positions only.
     """
-    import torch
-
     input_ids = torch.tensor([[token for row in rows for token in row["input_ids"]]])
     # The first token of a document must not be predicted from the document before it.
     labels = torch.tensor([[label for row in rows for label in (IGNORE_INDEX, *row["labels"][1:])]])
@@ -54,47 +52,38 @@ def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
     kept = (following[0] != IGNORE_INDEX).nonzero().flatten()
     return {
         "input_ids": input_ids,
-        "position_ids": _positions(rows),
+        "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None],
         "labels": labels,
         "shift_labels": following[:, kept],
         "logits_to_keep": kept,
     }
 
 
-def _positions(rows: Sequence[dict[str, list[int]]]) -> "torch.Tensor":
-    import torch
-
-    return torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None]
-
-
-def order_conversations(shown: Sequence[Sequence[int]], epochs: float, seed: int) -> "array[int]":
-    """The conversations that each epoch shows in the order of training: every epoch is shuffled anew.
-
-    Of a fractional last epoch it is the share, rounded up.
-    """
+def order_conversations(by_epoch: Sequence[Sequence[int]], epochs: float, seed: int) -> "array[int]":
+    """Shuffle each epoch and concatenate them; of a fractional last epoch take the share, rounded up."""
     rng = random.Random(seed)
-    made = array("i")
-    for epoch, indices in zip(range(math.ceil(epochs)), shown, strict=True):
+    order = array("i")
+    for epoch, indices in zip(range(math.ceil(epochs)), by_epoch, strict=True):
         shuffled = array("i", indices)
         rng.shuffle(shuffled)
         share = min(1.0, epochs - epoch)
-        made += shuffled[: math.ceil(round(share * len(shuffled), 6))]  # 0.1 + 0.2 of ten is three, not four
-    return made
+        order += shuffled[: math.ceil(round(share * len(shuffled), 6))]  # 0.1 + 0.2 of ten is three, not four
+    return order
 
 
-def lay_out(lengths: Sequence[int], *, budget: int, processes: int) -> list[list[list[int]]]:
-    """The packs of each process for the documents of one step, which are first shared out so that none waits.
+def assign_packs(lengths: Sequence[int], *, budget: int, processes: int) -> list[list[list[int]]]:
+    """Pack the documents of one step for each process, with about the same number of tokens per process.
 
-    A process has at least one document where there are that many; its packs have at most `budget` tokens.
+    With fewer documents than processes the last processes get no pack.
     """
-    shares = _balanced(lengths, processes)
+    shares = _balance(lengths, processes)
     return [
         [[share[i] for i in pack] for pack in best_fit([lengths[index] for index in share], budget)] for share in shares
     ]
 
 
-def _balanced(lengths: Sequence[int], processes: int) -> list[list[int]]:
-    """Longest first to whoever has the fewest tokens."""
+def _balance(lengths: Sequence[int], processes: int) -> list[list[int]]:
+    """Assign documents, longest first, to the process with the fewest tokens."""
     shares: list[list[int]] = [[] for _ in range(processes)]
     tokens = [(0, process) for process in range(processes)]
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -105,59 +94,55 @@ def _balanced(lengths: Sequence[int], processes: int) -> list[list[int]]:
 
 
 def replay_count(count_train: int, fraction: float) -> int:
-    """Replay conversations in an epoch: with them `fraction` of it is replay, to the nearest conversation."""
+    """The number of replay conversations that make up `fraction` of an epoch, to the nearest conversation."""
     if not 0 <= fraction < 1:
-        raise SaigaError(f"replay_fraction={fraction!r} must be a share of an epoch: from 0 to below 1.")
+        raise SaigaError(f"replay_fraction={fraction!r} must be at least 0 and below 1.")
     return round(fraction * count_train / (1 - fraction))
 
 
 def choose_replay(count_train: int, count_replay: int, fraction: float, epochs: float, seed: int) -> list[list[int]]:
-    """Of each epoch the replay conversations, as indices into them; of the last, maybe partial one, all too.
+    """Draw the indices of each epoch's replay conversations, a fractional last epoch included as a full one.
 
-    None is drawn again before all have been, over all epochs; so an epoch repeats one only where they are fewer than
-    it needs. The same arguments give the same draws, and the draws of an epoch do not depend on the number of epochs.
+    No conversation is drawn again before all have been drawn, across epochs. More epochs do not change the first ones.
     """
     needed = replay_count(count_train, fraction)
     if needed and not count_replay:
-        raise SaigaError("replay_file has no conversation to mix in: name another one, or leave it out.")
-    rng = random.Random(f"replay {seed}")  # not the numbers that shuffle the training conversations
+        raise SaigaError("replay_file has no conversations. Use another file, or leave it out.")
+    rng = random.Random(f"replay {seed}")  # independent of the shuffling of training conversations
     left: list[int] = []
-    made = []
+    drawn = []
     for _ in range(math.ceil(epochs)):
         while len(left) < needed:
             left += rng.sample(range(count_replay), count_replay)
-        made.append(left[:needed])
+        drawn.append(left[:needed])
         left = left[needed:]
-    return made
+    return drawn
 
 
-def read_replay(name: str, held_out: "Dataset | None", run_dir: str | Path | None = None) -> "Dataset":
-    """The conversations that `sources.records_files` finds under `name`, without those that ask a held-out question.
+def read_replay(name: str, files: Sequence[Path], held_out: Dataset | None) -> Dataset:
+    """Read replay conversations, leaving out those that ask a question of the evaluation set.
 
-    These are left out, not refused: a public collection is not the user's to mend, and a held-out loss of learned
-    answers would mean nothing. How many is said. Raises SaigaError where none is left, DataError for bad records.
+    These are no error, since the user does not maintain a public data set. Raises SaigaError if none is left.
     """
-    conversations = data.read_conversations(sources.records_files(name, run_dir))
+    conversations = data.read_conversations(files)
     leaking = set() if held_out is None else set(asking_alike(held_out, conversations))
     if not leaking:
         return conversations
     if len(leaking) == len(conversations):
         raise SaigaError(
-            f"replay_file={name!r}: all {len(conversations)} conversations ask held-out questions. Name general "
-            "dialogues, not the records that are held out."
+            f"replay_file={name!r}: all {len(conversations)} conversations ask questions of the evaluation set. Use "
+            "general dialogues instead."
         )
     print(
-        f"{name}: {len(leaking):,} of {len(conversations):,} conversations ask held-out questions and are left out.",
+        f"{name}: leaving out {len(leaking):,} of {len(conversations):,} conversations, which ask questions of the "
+        "evaluation set.",
         flush=True,
     )
     return store.select(conversations, [index for index in range(len(conversations)) if index not in leaking])
 
 
-def join(training: "Dataset", replay: "Dataset") -> "Dataset":
-    """The rows of training, and after them those of replay, whose conversations have numbers below 0."""
-    import pyarrow
-    from datasets import concatenate_datasets
-
+def mix_rows(training: Dataset, replay: Dataset) -> Dataset:
+    """The rows of training followed by those of replay, whose conversations get negative numbers."""
     table = replay.data.table
     at = table.column_names.index("conversation")
     table = table.set_column(at, "conversation", pyarrow.compute.negate(table.column(at)))
@@ -165,34 +150,33 @@ def join(training: "Dataset", replay: "Dataset") -> "Dataset":
 
 
 def epochs_with_replay(numbers: Sequence[int], fraction: float, epochs: float, seed: int) -> "list[array[int]]":
-    """Indices of the rows of each epoch, not yet shuffled; see `choose_replay`. `numbers`: of the conversations."""
+    """The rows of each epoch, not yet shuffled; see `choose_replay`. `numbers`: those of `mix_rows`."""
     training = sum(number > 0 for number in numbers)
     drawn = choose_replay(training, len(numbers) - training, fraction, epochs, seed)
     return [array("i", [*range(training), *(training + index for index in indices)]) for indices in drawn]
 
 
-def replay_in_words(training: int, replay: int, fraction: float) -> str:
-    """What is mixed in, for the log of a run."""
+def describe_mix(training: int, replay: int, fraction: float) -> str:
     needed = replay_count(training, fraction)
-    again = "" if needed <= replay else f", some more than once: there are {replay:,}"
-    return f"In each epoch {needed:,} general conversations beside {training:,} of training{again}."
+    repeated = "" if needed <= replay else f"; there are only {replay:,}, so some are repeated"
+    return f"Each epoch mixes {needed:,} replay conversations into {training:,} of training{repeated}."
 
 
 class Step(NamedTuple):
-    """What one process computes of one optimizer step."""
+    """The part of one optimizer step that one process computes."""
 
     packs: list[dict[str, Any]]  # collated
-    learned: int  # tokens, of all packs of all processes
-    counted: int  # of the packs, from the first; the others are repeated ones, for gradients of zero
+    learned: int  # trained tokens in the packs of all processes
+    counted: int  # the number of packs that count; the rest are repetitions with a weight of zero
 
 
 class Plan(Sequence[Step]):
-    """The steps of a whole run as the process numbered `process` of `processes` sees them; read when asked for.
+    """The steps of a run for one process, read from disk on access.
 
-    The conversations of a step and their order do not depend on the number of processes.
+    The conversations of a step do not depend on the number of processes.
     """
 
-    def __init__(self, config: TrainConfig, rows: "Dataset", *, processes: int = 1, process: int = 0) -> None:
+    def __init__(self, config: TrainConfig, rows: Dataset, *, processes: int = 1, process: int = 0) -> None:
         self.rows, self.processes, self.process = rows, processes, process
         self.lengths, self.learned = column(rows, "length"), column(rows, "learned")
         self._numbers = column(rows, "conversation")
@@ -212,28 +196,28 @@ class Plan(Sequence[Step]):
 
     @property
     def tokens(self) -> int:
-        """Of all epochs."""
+        """Tokens of all epochs."""
         return self.tokens_until[-1]
 
     def _rows_of(self, step: int) -> "array[int]":
         return self.order[step * self.batch_size : (step + 1) * self.batch_size]
 
     def numbers(self, step: int) -> list[int]:
-        """The numbers, in their file, of the conversations of a step; steps count from 0 here."""
+        """The numbers of a step's conversations in their files; steps count from 0 here."""
         return sorted(self._numbers[row] for row in self._rows_of(step))
 
     def layout(self, step: int) -> list[list[list[int]]]:
-        """Rows by pack by process."""
+        """The rows of a step, by process and pack."""
         taken = self._rows_of(step)
         lengths = [self.lengths[row] for row in taken]
-        laid = lay_out(lengths, budget=self.budget, processes=self.processes)
-        return [[[taken[index] for index in pack] for pack in packs] for packs in laid]
+        assigned = assign_packs(lengths, budget=self.budget, processes=self.processes)
+        return [[[taken[index] for index in pack] for pack in packs] for packs in assigned]
 
     def __getitem__(self, step: int) -> Step:  # type: ignore[override]  # no slices
         step = range(len(self))[step]
         layout = self.layout(step)
         packs = layout[self.process]
-        # A process without a conversation takes part all the same; sharded ones need as many packs as each other.
+        # A process without a conversation takes part too, and with sharding all need the same number of packs.
         count = max(map(len, layout)) if self.is_sharded else max(1, len(packs))
         idle = [(packs or layout[0])[0]] * (count - len(packs))
         collated = [collate([self.rows[row] for row in pack]) for pack in (*packs, *idle)]

@@ -1,9 +1,10 @@
-"""Steps into a trained adapter: the Trainer of a run, what it saves, when it ends and what it says of itself."""
+"""Train the adapter with transformers' Trainer: steps, evaluations, checkpoints and early ends."""
 
 import contextlib
 import math
 import random
 import shutil
+import statistics
 import tempfile
 import time
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from saigakit.core import launch
 from saigakit.errors import SaigaError
 from saigakit.train import checkpoints, curve, distributed, layers
-from saigakit.train.run_state import OnEvaluation, Run
+from saigakit.train.run_state import Run
 from saigakit.train.steps import Step, best_fit, collate
 from saigakit.weights import load
 from saigakit.weights.load import NumberFormat
@@ -29,9 +31,8 @@ def build(run: Run, model: PeftModel, number_format: NumberFormat, *, resumed: b
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=config.output_dir,
-        per_device_train_batch_size=1,  # one step: its packs are looped over in training_step
-        gradient_accumulation_steps=1,
-        num_train_epochs=1,  # the plan holds the steps of all epochs
+        per_device_train_batch_size=1,  # one step, whose packs training_step loops over
+        num_train_epochs=1,  # the plan has the steps of all epochs
         learning_rate=config.peak_learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=steps // 20,
@@ -44,8 +45,8 @@ def build(run: Run, model: PeftModel, number_format: NumberFormat, *, resumed: b
         eval_steps=run.eval_steps,
         eval_on_start=bool(run.held_out) and not resumed,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # it would log a broken loss as 0
-        save_strategy="no",  # Watch asks for checkpoints
+        logging_nan_inf_filter=False,  # would log a NaN loss as 0
+        save_strategy="no",  # RunCallback requests checkpoints
         report_to="none",
         disable_tqdm=True,
         seed=config.seed,
@@ -60,9 +61,9 @@ def build(run: Run, model: PeftModel, number_format: NumberFormat, *, resumed: b
 
 
 class StepTrainer(Trainer):
-    """Trainer whose losses, of training and held out, are means over the learned tokens of all processes.
+    """A Trainer whose training and evaluation losses are means over the trained tokens of all processes.
 
-    The stock eval_loss depends on the batch size and is wrong on two processes.
+    The stock eval_loss depends on the batch size and is wrong with two processes.
     """
 
     model: PeftModel
@@ -75,12 +76,12 @@ class StepTrainer(Trainer):
             args=args,
             train_dataset=run.plan,
             eval_dataset=cast(Any, run.held_out) if run.held_out else None,
-            callbacks=[Watch(run, model)],
+            callbacks=[RunCallback(run)],
         )
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> DataLoader[Step]:
-        """Not accelerate's, which would deal the steps out to the processes: each takes its part of every step."""
+        """Replace accelerate's loader, which would distribute whole steps over the processes."""
         plan = cast("Dataset[Step]", self.run.plan)
         return DataLoader(plan, batch_size=1, collate_fn=lambda one: one[0])
 
@@ -88,7 +89,7 @@ class StepTrainer(Trainer):
         self, model: torch.nn.Module, inputs: Step, num_items_in_batch: object = None
     ) -> torch.Tensor:
         model.train()
-        # The mean over processes is taken of the gradients, by DDP or below, and by the log of the losses.
+        # Gradients are averaged over processes by DDP or below, losses when they are logged.
         weight = self.args.world_size / inputs.learned
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         for number, pack in enumerate(inputs.packs, 1):
@@ -107,15 +108,42 @@ class StepTrainer(Trainer):
             return model(**self._prepare_inputs(pack), use_cache=False, num_items_in_batch=1).loss  # type: ignore[no-any-return]
 
     def floating_point_ops(self, *_: object) -> int:
-        return 0  # Trainer's looks for input_ids in a step
+        return 0  # Trainer's own expects input_ids in a step
 
     @torch.no_grad()
     def evaluate(self, *_: object, **__: object) -> dict[str, float]:
+        """Log the evaluation loss, keep the adapter if it is the best, write samples and check early stopping."""
+        run, step, start = self.run, self.state.global_step, time.monotonic()
+        loss = self._evaluation_loss()
+        if not math.isfinite(loss):
+            raise SaigaError(_divergence(run, step, f"The evaluation loss is {loss} after"))
+        run.log.write(step=step, held_out_loss=loss)
+        run.log.print(f"step {step}: evaluation loss {loss:.4f}")
+        best = curve.find_best(run.log.held_out)
+        if best is not None and best.step == step:
+            fill, needed = partial(save_adapter, self.model), _adapter_bytes(self.model)
+            distributed.on_first_process(lambda: run.store.keep_best(fill, needed=needed))
+        distributed.on_first_process(lambda: self._call_hook(step, loss))
+        run.evaluation_s = time.monotonic() - start
+        self.control.should_evaluate = False
+        if step < len(run.plan) and run.ending == "finished" and check_early_stopping(run):
+            self.control.should_training_stop = True
+        return {"eval_loss": loss}
+
+    def _call_hook(self, step: int, loss: float) -> None:
+        """Call `on_evaluation` without changing the random numbers of training."""
+        if self.run.on_evaluation is None:
+            return
+        python = random.getstate()
+        with torch.random.fork_rng():
+            self.run.on_evaluation(step, loss, self.model)
+        random.setstate(python)
+
+    def _evaluation_loss(self) -> float:
         self.model.eval()
-        start = time.monotonic()
         packs, processes = self.held_out_packs, self.args.world_size
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        with layers.deferred(self.model):
+        with layers.chunked_loss_in_eval(self.model):
             last = math.ceil(len(packs) / processes) * processes if self.is_sharded else len(packs)
             for number in range(self.args.process_index, last, processes):
                 pack = collate([self.run.held_out[index] for index in packs[number % len(packs)]])
@@ -123,14 +151,10 @@ class StepTrainer(Trainer):
                 counted = torch.tensor([loss_sum, pack["logits_to_keep"].numel()], device=total.device)
                 total += counted * (number < len(packs))
         loss, tokens = self.accelerator.reduce(total, "sum").tolist()
-        self.run.evaluation_s = time.monotonic() - start
-        metrics = {"eval_loss": loss / tokens}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return float(loss / tokens)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Trainer's goes on without the files, and in transformers 5.0 fails on two processes without a GPU."""
+        """Trainer's own ignores missing files, and in transformers 5.0 fails with two processes on CPU."""
         for part, name in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
             if checkpoint is not None and part is not None:
                 part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
@@ -141,141 +165,99 @@ class StepTrainer(Trainer):
         else:
             super()._load_from_checkpoint(checkpoint, model)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Of the LoRA, which is whole on every process, sharded or not; on the first one alone."""
-        for part, name in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
-            torch.save(part.state_dict(), Path(output_dir) / name)  # type: ignore[union-attr]
-
     def _save_checkpoint(self, *_: object) -> None:
         start = time.monotonic()
-        with tempfile.TemporaryDirectory() as scratch:  # each process its own: a machine may have a disk of its own
+        with tempfile.TemporaryDirectory() as scratch:  # processes may have different disks
             self._save_rng_state(scratch)
             mine = {file.name: file.read_bytes() for file in Path(scratch).iterdir()}
-        everyones = distributed.gather(mine, self.args)
+        rng_states = gather_object([mine])
 
         def fill(directory: Path) -> None:
             state = directory / checkpoints.STATE
             save_adapter(self.model, state)
-            self._save_optimizer_and_scheduler(str(state))
+            # The LoRA is never sharded, so the first process has all of this.
+            torch.save(self.optimizer.state_dict(), state / "optimizer.pt")  # type: ignore[union-attr]
+            torch.save(self.lr_scheduler.state_dict(), state / "scheduler.pt")  # type: ignore[union-attr]
             self._save_scaler(str(state))
-            for one in everyones:
-                for name, content in one.items():
+            for files in rng_states:
+                for name, content in files.items():
                     (state / name).write_bytes(content)
             self.state.save_to_json(str(state / "trainer_state.json"))
             self.run.log.copy(directory / checkpoints.LOG)
-            for file in filter(Path.is_file, self.run.kept):
+            for file in filter(Path.is_file, self.run.extra_files):
                 shutil.copyfile(file, directory / file.name)
 
         step, run = self.state.global_step, self.run
-        needed = 3 * _adapter_bytes(self.model)  # with two moments of AdamW
-        distributed.by_first(lambda: run.store.write(step, fill, needed=needed), self.args)
-        run.saved, run.saved_step = time.monotonic(), step
-        run.save_s = max(run.save_s, run.saved - start)
-        run.log.say(f"step {step}: checkpoint saved in {run.saved - start:.1f} s")
+        needed = 3 * _adapter_bytes(self.model)  # with AdamW's two moments
+        distributed.on_first_process(lambda: run.store.write(step, fill, needed=needed))
+        run.saved_at, run.saved_step = time.monotonic(), step
+        run.save_s = max(run.save_s, run.saved_at - start)
+        run.log.print(f"step {step}: checkpoint saved in {run.saved_at - start:.1f} s")
 
 
-class Watch(TrainerCallback):
-    """The log, the checkpoints, the best adapter, and the end where it comes before the last step."""
+class RunCallback(TrainerCallback):
+    """Logs each step, requests checkpoints and ends training when time is up or the user asks."""
 
-    def __init__(self, run: Run, model: PeftModel) -> None:
-        self.run, self.model, self.began = run, model, 0.0
+    def __init__(self, run: Run) -> None:
+        self.run, self.step_start = run, 0.0
 
     def on_step_begin(self, *_: object, **__: object) -> None:
-        self.began = time.monotonic()
+        self.step_start = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         run = self.run
-        step, took = state.global_step, time.monotonic() - self.began
+        step, took = state.global_step, time.monotonic() - self.step_start
         run.log.seconds += took
-        run.worst_step_s = max(run.worst_step_s, took)
-        here = (run.is_time_over(), launch.is_asked_to_end(), run.is_save_due(step))
-        is_over, is_asked, control.should_save = distributed.any_process(here, args)
-        control.should_save |= step == len(run.plan)  # what follows it may be interrupted, too
+        run.slowest_step_s = max(run.slowest_step_s, took)
+        here = (run.is_out_of_time(), launch.is_asked_to_end(), run.is_save_due(step))
+        is_over, is_asked, control.should_save = map(any, zip(*gather_object([here]), strict=True))
+        control.should_save |= step == len(run.plan)  # what comes after it may be interrupted
         if step < len(run.plan) and (is_over or is_asked):
-            run.ending = "asked" if is_asked else "max_hours"
+            run.ending = "interrupted" if is_asked else "max_hours"
             control.should_save = control.should_training_stop = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: object,
-    ) -> None:
-        run = self.run
-        step, steps, logs = state.global_step, len(run.plan), logs or {}
-        if "eval_loss" in logs:
-            if not math.isfinite(logs["eval_loss"]):
-                raise SaigaError(_broken(run, step, f"The held-out loss is {logs['eval_loss']} after"))
-            run.log.write(step=step, held_out_loss=logs["eval_loss"])
-            run.log.say(f"step {step}: held-out loss {logs['eval_loss']:.4f} per token")
-        elif "loss" in logs:
-            loss = distributed.mean_of_processes(run.step_loss, args)
-            # With a GradScaler a gradient may overflow: that step is left out and the scale is halved.
-            if not math.isfinite(loss if args.fp16 else loss + logs.get("grad_norm", 0.0)):
-                what = "The gradient is not finite" if math.isfinite(loss) else f"The loss is {loss}"
-                raise SaigaError(_broken(run, step, f"{what} at"))
-            tokens = run.plan.tokens_until[step]
-            run.log.write(step=step, loss=loss, tokens=tokens, seconds=round(run.log.seconds, 2))
-            evaluations = (math.ceil(steps / run.eval_steps) - step // run.eval_steps) * run.evaluation_s
-            run.log.tell(step, steps, loss, tokens=tokens, of=run.plan.tokens, more_s=evaluations)
-
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **_: object,
-    ) -> None:
-        run = self.run
-        step, loss = state.global_step, (metrics or {})["eval_loss"]
-        best = curve.best(run.log.held_out)
-        if best is not None and best.step == step:
-            needed = _adapter_bytes(self.model)
-            distributed.by_first(lambda: run.store.keep_best(partial(save_adapter, self.model), needed=needed), args)
-        began = time.monotonic()
-        distributed.by_first(lambda: _call(run.on_evaluation, step, loss, self.model), args)
-        run.evaluation_s += time.monotonic() - began
-        if step < len(run.plan) and run.ending == "finished" and is_stopped_early(run):
-            control.should_training_stop = True
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        logs = state.log_history[-1]
+        if "loss" not in logs:
+            return
+        run, step, steps = self.run, state.global_step, len(self.run.plan)
+        loss = statistics.fmean(gather_object([run.step_loss]))
+        # A gradient may overflow with a GradScaler, which skips the step and halves the scale.
+        if not math.isfinite(loss if args.fp16 else loss + logs.get("grad_norm", 0.0)):
+            what = "The gradient is not finite" if math.isfinite(loss) else f"The loss is {loss}"
+            raise SaigaError(_divergence(run, step, f"{what} at"))
+        tokens = run.plan.tokens_until[step]
+        run.log.write(step=step, loss=loss, tokens=tokens, seconds=round(run.log.seconds, 2))
+        evaluations = (math.ceil(steps / run.eval_steps) - step // run.eval_steps) * run.evaluation_s
+        run.log.report_progress(step, steps, loss, tokens=tokens, of=run.plan.tokens, more_s=evaluations)
 
 
-def is_stopped_early(run: Run) -> bool:
-    """Whether the held-out loss has not become better for early_stopping evaluations; it is then said and kept."""
-    best, patience = curve.best(run.log.held_out), run.config.early_stopping
+def check_early_stopping(run: Run) -> bool:
+    """Whether the evaluation loss has not improved for early_stopping evaluations; if so, note and report it."""
+    best, patience = curve.find_best(run.log.held_out), run.config.early_stopping
     if best is None or patience is None or best.worse_since < patience:
         return False
     run.ending = "early_stopping"
-    run.log.say(f"early_stopping={patience}: the held-out loss was best at step {best.step}; training ends here.")
+    run.log.print(
+        f"Stopping early: no better evaluation loss since step {best.step} (early_stopping={patience} evaluations)."
+    )
     return True
 
 
-def _broken(run: Run, step: int, what: str) -> str:
-    numbers = ", ".join(str(number) for number in run.plan.numbers(max(step, 1) - 1) if number > 0)  # below: of replay
-    saved = f"the checkpoint of step {run.saved_step} is kept" if run.saved_step >= 0 else "there is no checkpoint yet"
+def _divergence(run: Run, step: int, what: str) -> str:
+    numbers = ", ".join(str(number) for number in run.plan.numbers(max(step, 1) - 1) if number > 0)  # negative: replay
+    saved = f"the checkpoint of step {run.saved_step} is intact" if run.saved_step >= 0 else "no checkpoint was saved"
     return (
-        f"{what} step {step}, whose conversations are {numbers} of {Path(run.config.train_file).name}; {saved}. "
-        "Use a smaller learning_rate, or look at these conversations."
+        f"{what} step {step}, which trains on conversations {numbers} of {Path(run.config.train_file).name}; {saved}. "
+        "Use a smaller learning_rate, or check these conversations."
     )
 
 
-def _call(act: OnEvaluation | None, step: int, loss: float, model: PeftModel) -> None:
-    """Without a trace in the random numbers of training."""
-    if act is None:
-        return
-    python = random.getstate()
-    with torch.random.fork_rng():
-        act(step, loss, model)
-    random.setstate(python)
-
-
 def save_adapter(model: PeftModel, directory: Path) -> None:
-    """The adapter alone. Its config names the base as `model` does, see train."""
-    # Of the base nothing: where it is sharded, this process cannot even look at it alone.
+    """Save the adapter without the base."""
+    # Only trained parameters: a sharded base cannot be read from one process.
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    model.save_pretrained(str(directory), state_dict=trained, save_embedding_layers=False)  # "auto" asks the Hub
+    model.save_pretrained(str(directory), state_dict=trained, save_embedding_layers=False)  # "auto" queries the Hub
     (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 

@@ -1,7 +1,4 @@
-"""The child process of 02_train: rows, model and plan into the trained adapter, its log and its samples.
-
-More than one GPU: one such process each.
-"""
+"""Train in a child process of 02_train, of which there is one per GPU."""
 
 import contextlib
 import io
@@ -16,80 +13,114 @@ import transformers
 from datasets import Dataset
 
 from saigakit import data
-from saigakit.config import TrainConfig
 from saigakit.core import launch
 from saigakit.data import rows
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
-from saigakit.train import checkpoints, curve, distributed, preflight, run_state, samples, steps, trainer
-from saigakit.train.checkpoints import Store
-from saigakit.train.job import Job
+from saigakit.train import answers, checkpoints, curve, distributed, preflight, run_state, steps, trainer
 from saigakit.train.loading import Loaded
-from saigakit.train.run_state import RESULT_FILE, HeldOut, Log, Run
+from saigakit.train.preflight import Job
+from saigakit.train.run_state import HeldOut, Log, Run
+from saigakit.train.samples import Samples
 from saigakit.train.steps import Plan
-from saigakit.weights import fold, load
+from saigakit.weights import fold
 
 _LOCK_PATIENCE_S = 5.0
 
 
 def main(job_file: Path) -> None:
-    """Loads, trains, writes the adapter, the log, the samples and how it ended next to the job."""
-    load.silence_libraries()
+    """Train, and write the adapter, log, samples and result next to the job file."""
     job = Job.read(job_file)
-    config = job.config
+    config, store = job.config, job.store
+    assert store is not None
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_gpu, device = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-    preflight.process(torch.cuda.device_count() if on_gpu else 0, processes, job.number_format)
+    preflight.check_visible_gpus(torch.cuda.device_count() if on_gpu else 0, processes, job.number_format)
     if on_gpu:
         torch.cuda.set_device(device)
     start = None if config.resume_from is None else Path(config.resume_from)
     directory = Path(config.output_dir)
     log = Log(directory / curve.LOG_FILE, quiet=rank > 0, resumed_from=start and start / checkpoints.LOG)
-    tokenizer = encoding.load_tokenizer(config.model, config.base_source)
-    asked = None if config.eval_file is None else data.read_conversations(config.eval_file)
-    with contextlib.redirect_stdout(io.StringIO()) if rank > 0 else contextlib.nullcontext():  # the first one says it
-        plan = Plan(config, _training_rows(config, tokenizer, asked, log), processes=processes, process=rank)
-        log.say(f"{len(plan.rows)} rows, {plan.tokens:,} tokens in {config.epochs:g} epochs: {len(plan)} steps.")
-        held_out = _held_out(config, asked, tokenizer, plan, log)
-    transformers.set_seed(config.seed)  # a new adapter begins at random
+    tokenizer = encoding.read_tokenizer(config.spec, job.tokenizer_dir)
+    questions = None if job.eval_file is None else data.read_conversations(job.eval_file)
+    with contextlib.redirect_stdout(io.StringIO()) if rank > 0 else contextlib.nullcontext():  # only the first reports
+        plan = Plan(config, _training_rows(job, tokenizer, questions, log), processes=processes, process=rank)
+        length = f"{len(plan):,} steps, {plan.tokens:,} tokens (epochs={config.epochs:g})"
+        log.print(f"Training set: {len(plan.rows):,} rows; {length}.")
+        held_out = _evaluation_rows(job, questions, tokenizer, plan, log)
+    transformers.set_seed(config.seed)  # a new adapter is initialised at random
     loaded = Loaded.of(job, plan, "cpu" if not on_gpu else f"cuda:{device}", log)
-    run = Run(config, plan, held_out, Store.of_parent(job_file.parent), log)
+    run = Run(config, plan, held_out, store, log)
     if start is not None:
         run.saved_step = checkpoints.step_of(start)
-        if (wrote := checkpoints.processes_of(start)) != processes:
-            log.say(f"The checkpoint is of {wrote} processes and this run of {processes}: dropout will differ.")
+        if (before := checkpoints.count_processes(start)) != processes:
+            log.print(f"Resuming on {processes} processes instead of {before}, so dropout will differ.")
     if config.is_sharded:
-        log.say(f"{samples.FILE} is not written with sharding='fsdp': no process has the whole model.")
-    elif asked is not None and rank == 0:
-        _write_samples(run, samples.Samples(tokenizer, asked, directory / samples.FILE), start)
-    with run.store.alone(_LOCK_PATIENCE_S) if rank == 0 else contextlib.nullcontext(), launch.ending_gently():
+        log.print(f"{answers.FILE} is not written with sharding='fsdp', because no process has the complete model.")
+    elif questions is not None and rank == 0:
+        _write_samples(run, Samples(tokenizer, questions, directory / answers.FILE), start)
+    with store.lock(_LOCK_PATIENCE_S) if rank == 0 else contextlib.nullcontext(), launch.ending_gently():
         step = _train(run, loaded, start)
         if rank == 0:
             _finish(run, loaded, step)
-    distributed.leave_together()
+    distributed.shut_down()
+
+
+def _training_rows(job: Job, tokenizer: encoding.Tokenizer, questions: Dataset | None, log: Log) -> Dataset:
+    config = job.config
+    training = rows.tokenise(
+        data.read_conversations(job.train_file), tokenizer, config.sequence_budget, name=job.train_file.name
+    )
+    if config.replay_file is None:
+        return training
+    general = steps.read_replay(config.replay_file, job.replay_files, questions)
+    replay = rows.tokenise(general, tokenizer, config.sequence_budget, name=Path(config.replay_file).name)
+    log.print(steps.describe_mix(len(training), len(replay), config.replay_fraction))
+    return steps.mix_rows(training, replay)
+
+
+def _evaluation_rows(
+    job: Job, questions: Dataset | None, tokenizer: encoding.Tokenizer, plan: Plan, log: Log
+) -> HeldOut:
+    if questions is None or job.eval_file is None:
+        return HeldOut(None, 0)
+    found = rows.tokenise(questions, tokenizer, job.config.sequence_budget, name=job.eval_file.name)
+    lengths = rows.column(found, "length")
+    count = run_state.count_evaluated(lengths, steps=len(plan), tokens=plan.tokens, eval_steps=job.config.eval_steps)
+    every = run_state.evaluation_interval(len(plan), job.config.eval_steps)
+    log.print(f"Evaluation set: {count:,} of {len(found):,} rows, evaluated every {every:,} steps.")
+    return HeldOut(found, count)
+
+
+def _write_samples(run: Run, samples: Samples, start: Path | None) -> None:
+    """Write samples at each evaluation, continuing the file of the checkpoint."""
+    if start is not None and (start / answers.FILE).is_file():
+        shutil.copyfile(start / answers.FILE, samples.file)
+        samples.restart_at(run.saved_step)
+    run.on_evaluation, run.extra_files = samples.write, [samples.file]
 
 
 def _train(run: Run, loaded: Loaded, start: Path | None) -> int:
-    """The number of steps made. Raises SaigaError where the run was asked to end."""
-    # It may have been killed between that checkpoint and its end.
-    if start is not None and run.saved_step < len(run.plan) and trainer.is_stopped_early(run):
+    """Return the number of steps done. Raises SaigaError if the run was asked to end."""
+    # A run may have been killed between stopping early and its end.
+    if start is not None and run.saved_step < len(run.plan) and trainer.check_early_stopping(run):
         return run.saved_step
     made = trainer.build(run, loaded.model, loaded.job.number_format, resumed=start is not None)
     if run.config.is_sharded:
-        made.add_callback(distributed.WhenReady(lambda: loaded.try_out(made, run.log)))
+        made.add_callback(distributed.BeforeFirstStep(lambda: loaded.run_trial(made, run.log)))
     else:
-        loaded.try_out(made, run.log)
+        loaded.run_trial(made, run.log)
     made.train(resume_from_checkpoint=None if start is None else str(start / checkpoints.STATE))
     step = made.state.global_step
-    if run.ending == "asked":
+    if run.ending == "interrupted":
         raise SaigaError(
-            f"Training was asked to end and did at step {step} of {len(run.plan)}, which is saved. "
-            "Call it again with the same run_dir to go on from there."
+            f"Training was interrupted and saved at step {step} of {len(run.plan)}. Run it again with the same run_dir "
+            "to resume."
         )
     if run.ending == "max_hours":
-        run.log.say(
-            f"max_hours={run.config.max_hours:g} end training at step {step} of {len(run.plan)}, which is saved. "
-            "Call it again with the same run_dir, or in another session with resume_from, to go on from there."
+        run.log.print(
+            f"Time is up (max_hours={run.config.max_hours:g}): training stops and is saved at step {step} of "
+            f"{len(run.plan)}. Run it again with the same run_dir, or in another session with resume_from, to resume."
         )
     if run.held_out and run.ending == "finished" and run.log.held_out[-1]["step"] != step:
         made.evaluate()
@@ -97,8 +128,8 @@ def _train(run: Run, loaded: Loaded, start: Path | None) -> int:
 
 
 def _finish(run: Run, loaded: Loaded, step: int) -> None:
-    """The best adapter by held-out loss, the last one where nothing was held out."""
-    directory, best, folded_rank = Path(run.config.output_dir), curve.best(run.log.held_out), 0
+    """Write the best adapter, or the last one if nothing was evaluated, and how the run ended."""
+    directory, best, folded_rank = Path(run.config.output_dir), curve.find_best(run.log.held_out), 0
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         trained = run.store.best_dir
         if best is None:
@@ -110,49 +141,15 @@ def _finish(run: Run, loaded: Loaded, step: int) -> None:
             trained, folded_rank = fold.combine(released, trained, Path(scratch) / "both"), fold.adapter_rank(released)
         shutil.copytree(trained, directory, dirs_exist_ok=True)
     if best is not None:
-        run.log.say(f"The adapter is that of step {best.step}, with the best held-out loss: {best.loss:.4f} per token.")
+        run.log.print(f"Saved the adapter of step {best.step}, which has the best evaluation loss: {best.loss:.4f}.")
         if best.loss >= run.log.held_out[0]["held_out_loss"]:
-            run.log.say("That is not better than before training: use a smaller learning_rate or more records.")
+            run.log.print("It is no better than before training: use a smaller learning_rate or more records.")
         if run.config.is_folded and run.config.weights_as != "none":
-            run.log.say(
-                "It is for the base as published. In training the sum of base and released adapter was "
-                f"{run.config.weights_as}, so its held-out loss elsewhere differs a little from this one."
+            run.log.print(
+                f"This loss was measured with base and released adapter merged in {run.config.weights_as}; on the "
+                "published base it differs slightly."
             )
     result = {"ended": run.ending, "step": step, "steps": len(run.plan), "best_step": best and best.step}
     result |= {"folded_rank": folded_rank} if folded_rank else {}
     content = json.dumps({**result, "reserve_s": run.reserve_s})
-    (directory / RESULT_FILE).write_text(content, encoding="utf-8")
-
-
-def _write_samples(run: Run, written: samples.Samples, start: Path | None) -> None:
-    """At each evaluation of `run`; a resumed one goes on with the file in its checkpoint."""
-    if start is not None and (start / samples.FILE).is_file():
-        shutil.copyfile(start / samples.FILE, written.file)
-        written.restart_at(run.saved_step)
-    run.on_evaluation, run.kept = written.write, [written.file]
-
-
-def _held_out(
-    config: TrainConfig, asked: Dataset | None, tokenizer: encoding.Tokenizer, plan: Plan, log: Log
-) -> HeldOut:
-    if asked is None:
-        return HeldOut(None, 0)
-    found = rows.tokenise(asked, tokenizer, config.sequence_budget, name=Path(str(config.eval_file)).name)
-    count = run_state.count_evaluated(
-        rows.column(found, "length"), steps=len(plan), tokens=plan.tokens, eval_steps=config.eval_steps
-    )
-    log.say(f"{count} of {len(found)} held-out conversations are evaluated each time.")
-    return HeldOut(found, count)
-
-
-def _training_rows(config: TrainConfig, tokenizer: encoding.Tokenizer, asked: Dataset | None, log: Log) -> Dataset:
-    def stored(conversations: Dataset, file: str) -> Dataset:
-        return rows.tokenise(conversations, tokenizer, config.sequence_budget, name=Path(file).name)
-
-    training = stored(data.read_conversations(config.train_file), config.train_file)
-    if config.replay_file is None:
-        return training
-    general = steps.read_replay(config.replay_file, asked, Path(config.output_dir).parent)  # the stage's run_dir
-    replay = stored(general, config.replay_file)
-    log.say(steps.replay_in_words(len(training), len(replay), config.replay_fraction))
-    return steps.join(training, replay)
+    (directory / preflight.RESULT_FILE).write_text(content, encoding="utf-8")

@@ -1,6 +1,7 @@
-"""The commands as a shell runs them: exit codes, sentences, no tracebacks."""
+"""The commands as a shell runs them."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,8 +30,8 @@ def shell(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, **options)
 
 
-def sentence(*arguments, **options):
-    """What a command that fails says."""
+def error_of(*arguments, **options):
+    """Run a command that must fail, and return its error message."""
     done = shell(*arguments, **options)
     assert done.returncode == 1, done
     assert "Traceback" not in done.stderr
@@ -44,25 +45,25 @@ def gguf_file(tiny, tmp_path_factory):
     return export.to_gguf(model="saiga_tiny", adapter="released", output=output, quant_type="Q8_0")
 
 
-def test_importing_the_commands_brings_in_nothing_heavy():
+def test_importing_the_commands_imports_nothing_heavy():
     code = (
         "import sys, saigakit.cli; print(*{'torch', 'transformers', 'papermill', 'llama_cpp', 'yaml'} & {*sys.modules})"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == ""
 
 
-def test_the_version_is_the_packages():
+def test_version_is_that_of_the_package():
     assert shell("--version").stdout == f"saigakit, version {cli_commands.__version__}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_shows_an_example_in_its_help(command):
+def test_help_of_each_command_shows_an_example(command):
     shown = CliRunner().invoke(cli.main, [command, "--help"])
     assert shown.exit_code == 0
-    assert f"Example: saigakit {command}" in shown.output
+    assert re.search(rf"\n +Examples?:\n +saigakit {command}\b", shown.output)
 
 
-def test_an_unknown_option_is_a_usage_error():
+def test_unknown_option_is_a_usage_error():
     done = shell("chat", "model.gguf", "--tempreature", "1")
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     assert "--temperature" in done.stderr
@@ -75,26 +76,26 @@ def test_an_unknown_option_is_a_usage_error():
         ("007", "007"), ("Q4_K_M", "Q4_K_M"), ('"3"', "3"), ("a b", "a b"),
     ],
 )  # fmt: skip
-def test_a_value_is_read_as_json_or_python_write_it(text, expected):
-    assert parameters.value(text) == expected
-    assert type(parameters.value(text)) is type(expected)
+def test_parses_a_value_as_json_or_python(text, expected):
+    assert parameters.parse_value(text) == expected
+    assert type(parameters.parse_value(text)) is type(expected)
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "it holds nothing"),
-        ("- a\n- b\n", "it holds a list"),
-        ("a: [1\n", "is not YAML"),
+        ("", "is empty"),
+        ("- a\n- b\n", "holds a list"),
+        ("a: [1\n", "is not valid YAML"),
         (b"\xff\xfe", "cannot be read"),
-        (None, "is not there"),
+        (None, "does not exist"),
     ],
 )
-def test_a_bad_yaml_file_is_a_sentence(tmp_path, content, said):
+def test_bad_yaml_file_is_one_message(tmp_path, content, said):
     file = tmp_path / "params.yaml"
     if content is not None:
         file.write_bytes(content.encode() if isinstance(content, str) else content)
-    message = sentence("run", "-f", file, "--run-dir", tmp_path / "run")
+    message = error_of("run", "-f", file, "--run-dir", tmp_path / "run")
     assert str(file) in message and said in message
 
 
@@ -103,7 +104,7 @@ def notebooks(tmp_path):
     return small_notebooks.write(tmp_path / "notebooks")
 
 
-def test_run_takes_the_file_and_the_options_win(tmp_path, notebooks):
+def test_run_options_override_the_file(tmp_path, notebooks):
     file = tmp_path / "params.yaml"
     file.write_text("learning_rate: 0.5\nrun_dir: run\ntext: a\n", encoding="utf-8")
     done = shell("run", "-f", file, "-p", "text", "b", "--notebooks", notebooks, cwd=tmp_path)
@@ -113,24 +114,24 @@ def test_run_takes_the_file_and_the_options_win(tmp_path, notebooks):
     assert "report.html" in done.stdout
 
 
-def test_run_without_a_place_for_the_results_asks_for_one(notebooks):
-    assert "--run-dir" in sentence("run", "--notebooks", notebooks)
+def test_run_requires_a_run_dir(notebooks):
+    assert "--run-dir" in error_of("run", "--notebooks", notebooks)
 
 
 def test_run_names_an_unknown_parameter(tmp_path, notebooks):
-    message = sentence("run", "-p", "modle", "x", "--run-dir", tmp_path / "run", "--notebooks", notebooks)
+    message = error_of("run", "-p", "modle", "x", "--run-dir", tmp_path / "run", "--notebooks", notebooks)
     assert "'modle'. Did you mean 'model'?" in message
 
 
-def test_a_notebooks_sentence_is_all_that_a_failed_run_says(tmp_path, notebooks):
+def test_failed_run_prints_only_the_message_of_the_notebook(tmp_path, notebooks):
     said = "from saigakit import SaigaError\nraise SaigaError('records.jsonl is empty; give another file.')"
     small_notebooks.insert(notebooks / "01_format.ipynb", said)
-    assert sentence("run", "--run-dir", tmp_path / "run", "--notebooks", notebooks) == (
+    assert error_of("run", "--run-dir", tmp_path / "run", "--notebooks", notebooks) == (
         "records.jsonl is empty; give another file."
     )
 
 
-def test_the_demo_runs_with_the_parameters_of_its_file_and_again_keeps_all(tmp_path, notebooks):
+def test_demo_uses_its_parameter_file_and_reuses_all_stages(tmp_path, notebooks):
     (notebooks / "params").mkdir()
     (notebooks / "params" / "demo.yaml").write_text("learning_rate: 0.25\nrun_dir: runs/demo\n", encoding="utf-8")
     arguments = ["demo", "--run-dir", str(tmp_path / "run"), "--notebooks", str(notebooks)]
@@ -138,7 +139,7 @@ def test_the_demo_runs_with_the_parameters_of_its_file_and_again_keeps_all(tmp_p
         done = CliRunner().invoke(cli.main, arguments)
         assert done.exit_code == 0, done.output
     assert manifest.read(tmp_path / "run" / "02_train")["parameters"]["learning_rate"] == 0.25
-    assert done.output.count(": kept (") == len(summary.STAGES)
+    assert done.output.count(": up to date, reusing it") == len(summary.STAGES)
 
 
 def test_check_shows_the_counts_of_a_file(tiny):
@@ -148,7 +149,7 @@ def test_check_shows_the_counts_of_a_file(tiny):
     assert "learned" in done.stdout
 
 
-def test_check_of_this_directory_reads_it_and_names_it(tiny, tmp_path, monkeypatch):
+def test_check_reads_and_names_the_current_directory(tiny, tmp_path, monkeypatch):
     (tmp_path / "записи").mkdir()
     shutil.copy(tiny / "records.jsonl", tmp_path / "записи")
     monkeypatch.chdir(tmp_path / "записи")
@@ -161,11 +162,11 @@ def test_check_of_this_directory_reads_it_and_names_it(tiny, tmp_path, monkeypat
 def test_check_lists_bad_records_with_their_lines(tmp_path):
     file = tmp_path / "records.jsonl"
     file.write_text('{"messages": []}\nno json\n', encoding="utf-8")
-    message = sentence("check", file)
+    message = error_of("check", file)
     assert "records.jsonl:1" in message and "records.jsonl:2" in message
 
 
-def test_check_says_that_the_data_are_well_formed_before_it_fails_for_the_tokenizer(tiny, tmp_path):
+def test_check_reports_on_the_records_before_the_tokenizer_fails(tiny, tmp_path):
     done = shell("check", tiny / "records.jsonl", "--base-source", tmp_path / "none")
     assert "well-formed" in done.stdout
     assert (done.returncode, "is not there" in done.stderr, "Traceback" in done.stderr) == (1, True, False)
@@ -174,26 +175,29 @@ def test_check_says_that_the_data_are_well_formed_before_it_fails_for_the_tokeni
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("model: saiga_tiny", "train_file, output_dir must be given"),
-        ("{model: saiga_tiny, train_file: a, output_dir: b, epoch: 1}", "'epoch' is no setting"),
+        ("model: saiga_tiny", "train_file and output_dir must be set"),
+        (
+            "{model: saiga_tiny, train_file: a, output_dir: b, epoch: 1}",
+            "unknown setting 'epoch'. Did you mean 'epochs'?",
+        ),
         ("{model: saiga_tiny, train_file: a, output_dir: b, learning_rate: 2e-4}", "2.0e-4"),
-        ("{model: saiga_tiny, train_file: a, output_dir: b, lora: {r: 8}}", "lora has no r; it has rank"),
+        ("{model: saiga_tiny, train_file: a, output_dir: b, lora: {r: 8}}", "unknown lora settings r. Known: rank"),
         ("{model: saiga_tiny, train_file: none.jsonl, output_dir: b}", "'none.jsonl' is not there"),
     ],
 )
-def test_a_bad_training_config_is_a_sentence(tmp_path, content, said):
+def test_bad_training_config_is_one_message(tmp_path, content, said):
     (tmp_path / "train.yaml").write_text(content, encoding="utf-8")
-    assert said in sentence("train", "-f", "train.yaml", cwd=tmp_path)
+    assert said in error_of("train", "-f", "train.yaml", cwd=tmp_path)
 
 
-def test_a_training_config_takes_a_lora_of_its_own():
+def test_training_config_accepts_lora():
     values = {"model": "saiga_tiny", "train_file": "a", "output_dir": "b"}
     lora = {"rank": 8, "target_modules": ["q_proj"]}
     made = parameters.train_config(values | {"lora": lora}, "train.yaml").new_lora
     assert (made.rank, made.alpha, made.target_modules) == (8, 16, ("q_proj",))
 
 
-def test_export_makes_a_file_that_chat_can_load(tiny, tmp_path):
+def test_export_writes_a_gguf_with_its_companion_files(tiny, tmp_path):
     output = tmp_path / "model.gguf"
     done = shell("export", "--model", "saiga_tiny", "--adapter", "released", "--output", output, "--quant-type", "Q8_0")
     assert done.returncode == 0, done.stderr
@@ -205,12 +209,12 @@ def test_export_makes_a_file_that_chat_can_load(tiny, tmp_path):
     assert content["outputs"] == {"model.gguf": sha256(output)} and content["quant_type"] == "Q8_0"
     assert content["inputs"]["base"] == manifest.hashes(tiny / "base")
     assert "FROM ./model.gguf" in (tmp_path / "model.Modelfile").read_text(encoding="utf-8")
-    again = sentence("export", "--model", "saiga_tiny", "--output", output)
+    again = error_of("export", "--model", "saiga_tiny", "--output", output)
     assert "nothing was overwritten" in again
-    assert "ends with .gguf" in sentence("export", "--model", "saiga_tiny", "--output", tmp_path / "model")
+    assert "ends with .gguf" in error_of("export", "--model", "saiga_tiny", "--output", tmp_path / "model")
 
 
-def test_a_quant_type_that_is_given_twice_is_one_file(tiny, tmp_path):
+def test_repeated_quant_type_gives_one_file(tiny, tmp_path):
     twice = ["--quant-type", "Q4_0", "--quant-type", "Q4_0"]
     output = str(tmp_path / "model.gguf")
     done = CliRunner().invoke(cli.main, ["export", "--model", "saiga_tiny", "--output", output, *twice])
@@ -219,7 +223,7 @@ def test_a_quant_type_that_is_given_twice_is_one_file(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("there", ["m.Modelfile", "m.saigakit.json", "m-Q8_0.gguf", "m.imatrix.gguf", None])
-def test_what_export_would_refuse_is_refused_before_anything_is_computed(tiny, tmp_path, monkeypatch, there):
+def test_export_checks_everything_before_computing(tiny, tmp_path, monkeypatch, there):
     monkeypatch.setattr("saigakit.export.gguf_export.Export.of", lambda *_: pytest.fail("it is computed"))
     quant_type = "Q8_0" if there else "Q9"
     if there:
@@ -247,7 +251,7 @@ def test_train_joins_several_machines(tmp_path, monkeypatch):
     assert "HOST:PORT of the first" in output("--nnodes", "2") and len(joined) == 2
 
 
-def test_export_makes_the_adapter_alone_the_merged_model_and_a_matrix_of_records(tiny, tmp_path):
+def test_export_writes_lora_safetensors_and_an_importance_matrix(tiny, tmp_path):
     def exported(name, *options):
         arguments = ["export", "--model", "saiga_tiny", "--output", str(tmp_path / name), *options]
         return CliRunner().invoke(cli.main, arguments).output
@@ -255,7 +259,7 @@ def test_export_makes_the_adapter_alone_the_merged_model_and_a_matrix_of_records
     adapter = ["--adapter", "released"]
     assert "--lora " in exported("lora.gguf", *adapter, "--format", "lora")
     assert (tmp_path / "lora.gguf").read_bytes()[:4] == b"GGUF"
-    assert "which transformers loads" in exported("merged", *adapter, "--format", "safetensors")
+    assert "(for transformers)" in exported("merged", *adapter, "--format", "safetensors")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     assert "model: " in exported("m.gguf", *adapter, "--importance", str(tiny / "rec*.jsonl"))
     assert (tmp_path / "m.imatrix.gguf").is_file() and (tmp_path / "m.gguf").is_file()
@@ -285,7 +289,7 @@ def test_export_makes_the_adapter_alone_the_merged_model_and_a_matrix_of_records
         ),
     ],
 )
-def test_the_options_of_export_reach_the_library(tmp_path, monkeypatch, arguments, expected):
+def test_export_passes_its_options_on(tmp_path, monkeypatch, arguments, expected):
     asked = {}
 
     def to_gguf(**given):
@@ -304,7 +308,7 @@ def test_the_options_of_export_reach_the_library(tmp_path, monkeypatch, argument
     monkeypatch.setattr(find, "adapter_dir", lambda spec, path: path)
     done = CliRunner().invoke(cli.main, ["export", "--model", "saiga_tiny", "--output", "m.gguf", *arguments])
     assert done.exit_code == 0, done.output
-    fixed = {"model": "saiga_tiny", "output": "m.gguf", "base_source": None, "with_manifest": True}
+    fixed = {"model": "saiga_tiny", "output": "m.gguf", "with_manifest": True}
     assert asked == {**fixed, **expected}
 
 
@@ -318,7 +322,7 @@ def test_the_options_of_export_reach_the_library(tmp_path, monkeypatch, argument
         ("x.gguf", ["--kaggle"], ("kaggle", "x.gguf", {"private": True})),
     ],
 )
-def test_publish_sends_what_it_is_asked_for_to_where(monkeypatch, made, options, expected):
+def test_publish_chooses_what_to_send_and_where(monkeypatch, made, options, expected):
     asked = []
 
     def noted(what):
@@ -339,21 +343,21 @@ def greedy(gguf_file, lines, *, system=("--system", "")):
     return done
 
 
-def test_chat_begins_with_the_system_prompt_that_the_file_holds_and_says_so(gguf_file):
+def test_chat_uses_and_shows_the_system_prompt_of_the_file(gguf_file):
     done = greedy(gguf_file, "Привет\n", system=())
     assert f"system: {MODELS['saiga_tiny'].system_prompt}" in done.stderr
     assert done.stdout != greedy(gguf_file, "Привет\n").stdout
 
 
-def test_chat_answers_each_line_of_stdin_until_an_empty_one(gguf_file):
+def test_chat_answers_each_line_until_an_empty_one(gguf_file):
     first, second = (greedy(gguf_file, f"{line}\n").stdout for line in ("Привет", "Да"))
     both = greedy(gguf_file, "Привет\nДа\n\nnever asked\n")
     assert first.strip() and second.strip()
-    assert both.stdout == first + second  # the first answer fills the context, so the second is of a new conversation
-    assert "begins anew" in both.stderr
+    assert both.stdout == first + second  # the first answer fills the context, so the second starts a new conversation
+    assert "Starting a new conversation" in both.stderr
 
 
-def test_chat_remembers_what_was_said_and_the_system_message(gguf_file, monkeypatch, capsys):
+def test_chat_keeps_history_and_system_message(gguf_file, monkeypatch, capsys):
     asked = []
 
     def answer(llm, messages, **_):
@@ -366,7 +370,7 @@ def test_chat_remembers_what_was_said_and_the_system_message(gguf_file, monkeypa
     assert asked[1] == [("system", "S"), ("user", "a"), ("assistant", "да"), ("user", "b")]
 
 
-def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(gguf_file, monkeypatch):
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(gguf_file, monkeypatch):
     pieces, asked = infer.stream, []
 
     def interrupted_once(llm, messages, **options):
@@ -383,13 +387,13 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(gguf_file, monkeypa
     assert [asked[1][0], asked[1][2]] == ["a", "b"] and asked[1][1]
 
 
-def test_a_question_too_long_for_the_context_is_a_sentence_and_the_next_one_is_answered(gguf_file):
+def test_chat_reports_a_question_over_the_context_and_answers_the_next(gguf_file):
     done = greedy(gguf_file, "слово " * 100 + "\nПривет\n")
-    assert "the context holds 256" in done.stderr and "anew" not in done.stderr
+    assert "the context holds 256" in done.stderr and "Starting a new" not in done.stderr
     assert done.stdout == greedy(gguf_file, "Привет\n").stdout
 
 
-def test_ctrl_c_at_the_prompt_ends_with_130(monkeypatch):
+def test_ctrl_c_at_the_prompt_exits_with_130(monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -397,18 +401,18 @@ def test_ctrl_c_at_the_prompt_ends_with_130(monkeypatch):
     assert CliRunner().invoke(cli.main, ["chat", "model.gguf"]).exit_code == 130
 
 
-def test_chat_with_what_is_no_gguf_is_a_sentence(tmp_path):
+def test_chat_reports_a_file_that_is_not_gguf(tmp_path):
     (tmp_path / "model.gguf").write_text("text")
-    assert "is not a GGUF file" in sentence("chat", tmp_path / "model.gguf")
+    assert "is not a GGUF file" in error_of("chat", tmp_path / "model.gguf")
 
 
-def test_evaluate_says_which_stage_is_missing(tmp_path):
-    assert "01_format" in sentence("evaluate", "--model", "saiga_tiny", "--run-dir", tmp_path)
+def test_evaluate_names_the_missing_stage(tmp_path):
+    assert "01_format" in error_of("evaluate", "--model", "saiga_tiny", "--run-dir", tmp_path)
 
 
 @pytest.mark.parametrize("arguments", [("push", "02_train"), ("watch", "02_train"), ("fetch", "02_train", "there")])
-def test_a_kernel_that_is_not_here_is_a_sentence(tmp_path, arguments):
-    assert "kernel-metadata.json" in sentence(*arguments, cwd=tmp_path)
+def test_missing_kernel_is_one_message(tmp_path, arguments):
+    assert "kernel-metadata.json" in error_of(*arguments, cwd=tmp_path)
 
 
 def test_doctor_shows_the_machine_and_each_stage():
@@ -417,13 +421,13 @@ def test_doctor_shows_the_machine_and_each_stage():
     assert all(f"\n{stage}: " in shown for stage in summary.STAGES)
 
 
-def test_doctor_names_what_a_stage_lacks_and_how_to_get_it(monkeypatch):
+def test_doctor_names_missing_packages_and_how_to_install_them(monkeypatch):
     monkeypatch.setattr("saigakit.core.install.missing", lambda names: [name for name in names if name == "peft"])
     shown = CliRunner().invoke(cli.main, ["doctor"]).output
     assert "02_train: lacks peft; pip install" in shown and "01_format: ready" in shown
 
 
-def test_what_windows_lacks_is_said_and_what_it_can_do_is_done(tmp_path, monkeypatch):
+def test_windows_runs_some_commands_and_refuses_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(terminal, "os", SimpleNamespace(name="nt"))
     done = CliRunner().invoke(cli.main, ["doctor"])
     assert done.exit_code == 1 and "doctor needs Linux or macOS. On Windows run it in WSL" in done.output
@@ -431,25 +435,25 @@ def test_what_windows_lacks_is_said_and_what_it_can_do_is_done(tmp_path, monkeyp
     assert done.exit_code == 1 and "nothing.gguf does not exist" in done.output
 
 
-def test_chat_and_publish_load_without_what_windows_lacks():
+def test_chat_and_publish_import_without_posix_modules():
     lacking = "import sys; sys.modules |= dict.fromkeys(('fcntl', 'readline', 'resource', 'pwd', 'termios'))"
     code = f"{lacking}\nimport saigakit.cli.chat, saigakit.publish, saigakit.kaggle.kernels"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_missing_package_is_a_sentence(monkeypatch):
+def test_missing_package_is_one_message(monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     shown = CliRunner().invoke(cli.main, ["chat", "model.gguf"])
     assert shown.exit_code == 1 and "pip install 'saigakit[all]'" in shown.output
 
 
-def test_what_the_system_refuses_is_a_sentence(tmp_path, notebooks):
+def test_os_error_is_one_message(tmp_path, notebooks):
     (tmp_path / "file").write_text("")
-    assert "file" in sentence("run", "--run-dir", tmp_path / "file" / "run", "--notebooks", notebooks)
+    assert "file" in error_of("run", "--run-dir", tmp_path / "file" / "run", "--notebooks", notebooks)
 
 
-def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+def test_bug_keeps_its_traceback(monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError
 
@@ -457,7 +461,7 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
     assert isinstance(CliRunner().invoke(cli.main, ["chat", "model.gguf"]).exception, ZeroDivisionError)
 
 
-def test_a_saiga_error_is_printed_and_ends_with_1(monkeypatch):
+def test_saiga_error_is_printed_with_status_1(monkeypatch):
     def refused(*_, **__):
         raise SaigaError("no")
 

@@ -1,4 +1,4 @@
-"""Runs of four small notebooks through the real papermill and real kernels."""
+"""Runs of four small notebooks with the real papermill and real kernels."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from saigakit.core import manifest
 from saigakit.errors import SaigaError
 
 RUN = "import sys; from saigakit.cli import runner; runner.run({}, sys.argv[1], notebooks_dir=sys.argv[2])"
-# Says that it is there, and goes on only when it is told to.
+# Signals that it has started, and waits until it may continue.
 WAIT = """\
 import os, time
 from pathlib import Path
@@ -31,7 +31,7 @@ while not (Path(run_dir) / "go").exists():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A finished run, its notebooks and what it printed; copied by the tests that change it."""
+    """A finished run with its notebooks and output, which tests copy before they change it."""
     place = tmp_path_factory.mktemp("made")
     notebooks = small_notebooks.write(place / "notebooks")
     command = [sys.executable, "-c", RUN, str(place / "run"), str(notebooks)]
@@ -48,7 +48,7 @@ def place(made, tmp_path):
 
 @pytest.fixture
 def again(place, capsys):
-    """Runs in the copy once more and says which stages were not kept."""
+    """Run the copy again and return the stages that were not reused."""
 
     def again(parameters=None):
         capsys.readouterr()
@@ -63,7 +63,7 @@ def everything(directory):
     return {str(file): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()}
 
 
-def test_a_run_leaves_each_stage_its_notebook_its_page_and_the_report(made):
+def test_run_writes_stages_notebooks_pages_and_report(made):
     for stage in small_notebooks.STAGES:
         assert manifest.require_stage(made / "run" / stage, stage)
         assert f"cell of {stage}" in (made / "run" / f"{stage}.ipynb").read_text(encoding="utf-8")
@@ -73,44 +73,44 @@ def test_a_run_leaves_each_stage_its_notebook_its_page_and_the_report(made):
     assert [path.name for path in (made / "run").iterdir() if "partial" in path.name] == []
 
 
-def test_what_the_cells_print_is_echoed_between_header_and_closing_line(made):
+def test_run_echoes_the_output_of_cells(made):
     lines = (made / "printed").read_text(encoding="utf-8").splitlines()
     start = lines.index("[2/4] 02_train …")
     assert lines[start + 1] == "cell of 02_train"
     assert lines[start + 2].startswith("[2/4] 02_train: done in ")
 
 
-def test_a_run_ends_with_the_table_the_report_and_how_to_talk_to_the_model(made):
+def test_run_ends_with_table_report_and_chat_command(made):
     printed = (made / "printed").read_text(encoding="utf-8")
     assert "before (base model, transformers)" in printed
     assert printed.rstrip().endswith(f"talk:   saigakit chat {made / 'run' / '03_merge_gguf' / 'model.gguf'}")
 
 
-def test_nothing_but_the_run_itself_is_said(made):
+def test_run_prints_no_warnings(made):
     assert "WARNING" not in (made / "printed").read_text(encoding="utf-8")
 
 
-def test_a_page_shows_the_code_and_loads_nothing_from_the_network(made):
+def test_page_shows_the_code_and_loads_nothing_from_the_network(made):
     page = (made / "run" / "01_format.html").read_text(encoding="utf-8")
     assert ">making</span>" in page and "<title>01_format</title>" in page
     assert "src=" not in page and "<script" not in page
 
 
-def test_an_unchanged_run_is_kept_whole(again):
+def test_unchanged_run_reuses_every_stage(again):
     assert again() == []
 
 
-def test_a_changed_parameter_remakes_its_stage_and_what_follows(again, place):
+def test_changed_parameter_reruns_its_stage_and_the_following(again, place):
     assert again({"learning_rate": 0.5}) == ["02_train", "03_merge_gguf", "04_infer"]
     assert "0.5" in (place / "run" / "02_train" / "out.txt").read_text(encoding="utf-8")
 
 
-def test_a_stage_that_comes_out_the_same_leaves_the_following_ones_kept(again, place):
+def test_identical_output_of_a_stage_keeps_the_following_ones(again, place):
     small_notebooks.insert(place / "notebooks" / "02_train.ipynb", "pass")
     assert again() == ["02_train"]
 
 
-def test_a_changed_output_is_made_again(again, place):
+def test_changed_output_reruns_its_stage(again, place):
     file = place / "run" / "04_infer" / "out.txt"
     before = file.read_bytes()
     file.write_bytes(b"damaged")
@@ -118,7 +118,7 @@ def test_a_changed_output_is_made_again(again, place):
     assert file.read_bytes() == before
 
 
-def test_a_changed_file_that_a_parameter_names_is_noticed(again, place):
+def test_changed_input_file_reruns_its_stage(again, place):
     records = place / "records.jsonl"
     records.write_text("a", encoding="utf-8")
     assert again({"records": str(records)})[0] == "01_format"
@@ -127,12 +127,12 @@ def test_a_changed_file_that_a_parameter_names_is_noticed(again, place):
     assert again({"records": str(records)}) == ["01_format"]
 
 
-def test_another_version_of_saigakit_makes_everything_afresh(again, monkeypatch):
+def test_another_version_of_saigakit_reruns_everything(again, monkeypatch):
     monkeypatch.setattr("saigakit.__version__", "9.9.9")
     assert again() == [*small_notebooks.STAGES]
 
 
-def test_a_stage_whose_replacement_fails_stays_whole(again, place):
+def test_failed_replacement_leaves_the_stage_intact(again, place):
     before = everything(place / "run" / "02_train")
     notebook = place / "notebooks" / "02_train.ipynb"
     fail = "(made / 'out.txt').write_text('half')\n        raise OSError('no space')"
@@ -151,21 +151,21 @@ def failing(place, source):
     return str(caught.value)
 
 
-def test_a_notebooks_own_sentence_is_the_whole_message(place):
+def test_saiga_error_of_a_notebook_is_the_complete_message(place):
     said = (
         "from saigakit import DataError\nraise DataError('2 bad records', ['a.jsonl:1: no role', 'a.jsonl:7: empty'])"
     )
     assert failing(place, said) == "2 bad records\n  a.jsonl:1: no role\n  a.jsonl:7: empty"
 
 
-def test_another_failure_shows_its_last_lines_and_where_the_notebook_is(place):
+def test_other_failure_shows_its_last_lines_and_the_notebook(place):
     message = failing(place, "1 / 0")
     failed = place / "run" / "03_merge_gguf.failed.ipynb"
     assert "ZeroDivisionError: division by zero" in message and "\x1b" not in message
     assert message.endswith(str(failed)) and "ZeroDivisionError" in failed.read_text(encoding="utf-8")
 
 
-def test_a_success_removes_the_failed_notebook(place, again):
+def test_success_removes_the_failed_notebook(place, again):
     failing(place, "1 / 0")
     small_notebooks.save(
         place / "notebooks" / "03_merge_gguf.ipynb",
@@ -175,17 +175,17 @@ def test_a_success_removes_the_failed_notebook(place, again):
     assert not (place / "run" / "03_merge_gguf.failed.ipynb").exists()
 
 
-def test_a_killed_kernel_is_one_sentence(place):
+def test_killed_kernel_is_one_message(place):
     message = failing(place, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
-    assert "03_merge_gguf: the Python that ran the notebook was lost (Kernel died)" in message
+    assert "03_merge_gguf: the notebook's kernel was lost (Kernel died)" in message
 
 
-def test_a_notebook_that_ends_early_is_no_success(place):
+def test_notebook_that_ends_early_is_a_failure(place):
     shutil.rmtree(place / "run" / "03_merge_gguf")
-    assert "ran to its end without a complete result" in failing(place, "import sys\nsys.exit(0)")
+    assert "finished without a complete result" in failing(place, "import sys\nsys.exit(0)")
 
 
-def test_an_unknown_parameter_is_refused_before_anything_runs(made, tmp_path):
+def test_refuses_an_unknown_parameter_before_running(made, tmp_path):
     with pytest.raises(
         SaigaError, match=r"'learn_rate'\. Did you mean 'learning_rate'\? They have: learning_rate, mod"
     ):
@@ -196,23 +196,23 @@ def test_an_unknown_parameter_is_refused_before_anything_runs(made, tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"), [({"model": "saiga_tyni"}, "Did you mean 'saiga_tiny'"), ({"quant_type": "Q4KM"}, "Q4_K_M")]
 )
-def test_what_would_fail_in_a_later_stage_is_refused_before_the_first(made, tmp_path, given, said):
+def test_refuses_before_the_first_stage_what_would_fail_later(made, tmp_path, given, said):
     with pytest.raises(SaigaError, match=said):
         runner.run(given, tmp_path / "run", notebooks_dir=made / "notebooks")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_value_that_no_notebook_can_hold_is_refused(made, tmp_path):
+def test_refuses_a_value_that_notebooks_cannot_hold(made, tmp_path):
     with pytest.raises(SaigaError, match="is a set"):
         runner.run({"model": {"a"}}, tmp_path / "run", notebooks_dir=made / "notebooks")
 
 
-def test_a_parameter_can_be_meant_for_one_notebook(made):
+def test_parameter_can_be_for_one_notebook(made):
     stages = runner.read_stages(made / "notebooks", {"model": "a", "02_train.model": "b"})
     assert [stage.values["model"] for stage in stages] == ["a", "b", "a", "a"]
 
 
-def test_a_parameter_with_two_meanings_must_say_which(place):
+def test_refuses_an_ambiguous_parameter(place):
     notebook = place / "notebooks" / "03_merge_gguf.ipynb"
     first, *rest = small_notebooks.sources(notebook)
     small_notebooks.save(notebook, [f"{first}\nlearning_rate = 'fast'", *rest])
@@ -222,12 +222,12 @@ def test_a_parameter_with_two_meanings_must_say_which(place):
         runner.read_stages(place / "notebooks", {"learning_rate": 1})
 
 
-def test_braces_in_a_path_stay_braces(made, tmp_path):
+def test_path_may_contain_braces(made, tmp_path):
     report = runner.run({}, tmp_path / "{a} b", notebooks_dir=made / "notebooks")
     assert report == tmp_path / "{a} b" / "report.html" and report.is_file()
 
 
-def test_the_kernel_is_of_this_interpreter_whatever_jupyter_has_installed(place, monkeypatch):
+def test_kernel_uses_this_interpreter(place, monkeypatch):
     foreign = place / "jupyter" / "kernels" / "python3"
     foreign.mkdir(parents=True)
     spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "x", "language": "python"}
@@ -240,7 +240,7 @@ def test_the_kernel_is_of_this_interpreter_whatever_jupyter_has_installed(place,
 
 @pytest.fixture
 def start(place):
-    """Starts a run of its own that comes to the waiting cell of 02_train; gives it and the kernel's process."""
+    """Start a run that waits in a cell of 02_train, and return its process and that of its kernel."""
     started = []
 
     def start(*command):
@@ -277,22 +277,20 @@ def has_ended(process):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_what_is_kept_and_can_go_on(place, start, again, number):
+def test_interrupted_run_names_finished_stages_and_can_resume(place, start, again, number):
     command = ["-m", "saigakit.cli", "run", "--run-dir", place / "run", "--notebooks", place / "notebooks"]
     process, kernel = start(*command)
     os.killpg(process.pid, number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.splitlines() == [
-        "interrupted in 02_train; finished stages are kept: 01_format. Run the same command to go on."
-    ]
+    assert said.splitlines() == ["interrupted in 02_train; finished stages: 01_format. Run the same command to resume."]
     assert has_ended(kernel)
     assert not (place / "run" / ".02_train.partial.ipynb").exists()
     (place / "run" / "go").touch()
     assert again() == ["02_train"]
 
 
-def test_an_interrupted_run_ends_what_the_notebook_has_started(place, start, run_command):
+def test_interrupted_run_kills_the_children_of_the_notebook(place, start, run_command):
     child = """\
 import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
@@ -309,7 +307,7 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],
             started.kill()
 
 
-def test_after_a_killed_run_nothing_half_made_has_a_name_and_the_next_one_works(place, start, run_command, again):
+def test_killed_run_leaves_stages_intact_and_the_next_one_works(place, start, run_command, again):
     before = everything(place / "run" / "02_train")
     process, kernel = start(*run_command)
     process.kill()
@@ -320,7 +318,7 @@ def test_after_a_killed_run_nothing_half_made_has_a_name_and_the_next_one_works(
     assert has_ended(kernel)
 
 
-def test_the_next_run_waits_for_the_kernel_of_a_killed_one(place, start, run_command, monkeypatch):
+def test_next_run_waits_for_the_kernel_of_a_killed_one(place, start, run_command, monkeypatch):
     process, kernel = start(*run_command)
     kernel.suspend()  # so that it does not notice
     process.kill()
@@ -328,23 +326,23 @@ def test_the_next_run_waits_for_the_kernel_of_a_killed_one(place, start, run_com
     (place / "run" / "go").touch()
     monkeypatch.setattr(runner, "_LOCK_PATIENCE_S", 0.0)
     try:
-        with pytest.raises(SaigaError, match="Another run is at work"):
+        with pytest.raises(SaigaError, match="Another run is using"):
             runner.run({}, place / "run", notebooks_dir=place / "notebooks")
     finally:
         kernel.kill()
 
 
-def test_two_runs_in_one_directory_do_not_meet(start, run_command):
+def test_refuses_two_runs_in_one_directory(start, run_command):
     start(*run_command)
     second = subprocess.run([sys.executable, *run_command], capture_output=True, text=True, timeout=60)
-    assert "Another run is at work" in second.stderr.splitlines()[-1]
+    assert "Another run is using" in second.stderr.splitlines()[-1]
 
 
-def test_a_silent_notebook_is_spoken_for(place, start):
+def test_silent_notebook_gets_a_heartbeat(place, start):
     impatient = f"from saigakit.cli import execution; execution.SILENT_S = 0.2; {RUN}"
     process, _ = start("-c", impatient, place / "run", place / "notebooks")
     for line in process.stdout:
-        if line.startswith("02_train: ") and line.endswith(" s so far\n"):
+        if line.startswith("02_train: still running after ") and line.endswith(" s\n"):
             break
     (place / "run" / "go").touch()
     output, errors = process.communicate(timeout=60)
@@ -352,12 +350,12 @@ def test_a_silent_notebook_is_spoken_for(place, start):
     assert "02_train: done in" in output
 
 
-def test_a_time_is_told_in_minutes_from_one_minute_on():
-    assert execution.spent(59.4) == "59 s"
-    assert execution.spent(130) == "2 min 10 s"
+def test_formats_durations_from_one_minute_in_minutes():
+    assert execution.format_duration(59.4) == "59 s"
+    assert execution.format_duration(130) == "2 min 10 s"
 
 
-def test_without_notebooks_the_error_says_where_to_get_them(tmp_path, monkeypatch):
+def test_missing_notebooks_error_says_where_to_get_them(tmp_path, monkeypatch):
     monkeypatch.setattr("saigakit.__file__", str(tmp_path / "saigakit" / "__init__.py"))
     with pytest.raises(SaigaError, match="--notebooks"):
         runner.run({}, tmp_path / "run")

@@ -21,20 +21,20 @@ def run_dir(tmp_path):
     return tmp_path
 
 
-def test_the_report_is_one_file_with_the_picture_inside(run_dir):
+def test_report_embeds_the_plot(run_dir):
     page = summary.write_report(run_dir).read_text(encoding="utf-8")
     assert "data:image/png;base64," in page
     assert "src=" in page
     assert "http" not in page
 
 
-def test_the_report_names_the_model_and_shows_texts_as_text(run_dir):
+def test_report_names_the_model_and_escapes_text(run_dir):
     page = summary.write_report(run_dir).read_text(encoding="utf-8")
     assert "saigakit: saiga_tiny" in page
     assert "Кто &lt;b&gt;ты&lt;/b&gt;?" in page
 
 
-def test_stages_have_links_and_times_where_there_are_any(run_dir):
+def test_report_shows_links_and_times_of_stages(run_dir):
     (run_dir / "02_train.html").write_text("", encoding="utf-8")
     times_file = run_dir / summary.TIMES_FILE
     times_file.parent.mkdir()
@@ -43,6 +43,6 @@ def test_stages_have_links_and_times_where_there_are_any(run_dir):
     assert '<li><a href="02_train.html">02_train</a>: 61 s</li><li>03_merge_gguf</li>' in page
 
 
-def test_a_report_of_an_unfinished_run_says_what_to_run_first(tmp_path):
+def test_report_of_an_unfinished_run_names_the_missing_stage(tmp_path):
     with pytest.raises(SaigaError, match="run 04_infer first"):
         summary.write_report(tmp_path)

@@ -1,9 +1,9 @@
-"""A CPU whose float32 products are made in bf16 wherever torch is allowed to, as one with AMX does."""
+"""Emulate a CPU with AMX, which multiplies float32 matrices in bf16 when torch allows it."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_OPERANDS = {  # which arguments are multiplied
+_OPERANDS = {  # indices of the operands
     torch.ops.aten.mm: (0, 1),
     torch.ops.aten.bmm: (0, 1),
     torch.ops.aten.addmm: (1, 2),

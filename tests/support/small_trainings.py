@@ -1,4 +1,4 @@
-"""Trainings of the tiny Saiga, and the loss that transformers finds."""
+"""Trainings of the tiny Saiga, and the loss by transformers alone."""
 
 import torch
 
@@ -14,7 +14,7 @@ def config_for(records, directory, **settings):
 
 
 def mean_loss(model, rows):
-    """Over the learned tokens, each conversation alone."""
+    """The mean over the trained tokens, one conversation at a time."""
     total = count = 0
     for row in rows:
         with torch.no_grad():
@@ -26,10 +26,10 @@ def mean_loss(model, rows):
 
 
 def trained(records, directory, **settings):
-    """The stage of one unquantised epoch with a new LoRA, unless `settings` say otherwise."""
+    """Train one unquantised epoch with a new LoRA, unless `settings` change that."""
     given = {"quantization": "none", "adapter": None} | settings
     return train.train_adapter(config_for(records, directory, **given))
 
 
 def losses(stage):
-    return [entry.get("loss", entry.get("held_out_loss")) for entry in curve.read(stage)]
+    return [entry.get("loss", entry.get("held_out_loss")) for entry in curve.read_log(stage)]

@@ -1,4 +1,4 @@
-"""The records of the tiny Saiga, and trainings whose child's work is done in this process."""
+"""The records of the tiny Saiga, and trainings in this process."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, known to be damaged, of one run alone, and the best adapter with each."""
+"""Saving, finding and adopting checkpoints."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def fill(directory, text="state"):
     (directory / "log.jsonl").write_text("{}\n", encoding="utf-8")
 
 
-def adapter(text):
+def write_adapter(text):
     return lambda directory: (directory / "adapter_model.safetensors").write_text(text, encoding="utf-8")
 
 
@@ -37,54 +37,54 @@ def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
-def keeping_both(store, monkeypatch):
-    """Steps 1 and 2: as after a kill between the rename of the second and the end of the first."""
+def write_two(store, monkeypatch):
+    """Checkpoints of steps 1 and 2, as after a kill before the first one was deleted."""
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints.shutil, "rmtree", lambda *_, **__: None)
         return store.write(1, fill, needed=1), store.write(2, fill, needed=1)
 
 
-def test_only_the_newest_is_kept(store):
+def test_keeps_only_the_newest_checkpoint(store):
     for step in (5, 10, 100):
         store.write(step, fill, needed=1)
     assert names(store.directory) == ["step-00000100"]
-    assert store.newest() == store.directory / "step-00000100"
+    assert store.find_newest() == store.directory / "step-00000100"
 
 
-def test_the_mark_lists_every_file_with_its_hash_and_size(store):
+def test_mark_lists_every_file_with_hash_and_size(store):
     made = store.write(5, fill, needed=1)
     files = json.loads((made / MARK).read_text(encoding="utf-8"))["files"]
     assert {f"state/{name}" for name in STATE} | {"log.jsonl", "state/rng_state.pth"} == set(files)
     assert files["log.jsonl"]["bytes"] == 3
 
 
-def test_one_that_is_being_written_is_not_seen(store):
+def test_ignores_a_checkpoint_that_is_being_written(store):
     store.write(5, fill, needed=1)
 
     def cut_off(directory):
         fill(directory)
-        assert store.newest() == store.directory / "step-00000005"
+        assert store.find_newest() == store.directory / "step-00000005"
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         store.write(6, cut_off, needed=1)
     assert names(store.directory) == [".step-00000006.partial", "step-00000005"]
-    assert store.newest() == store.directory / "step-00000005"
+    assert store.find_newest() == store.directory / "step-00000005"
 
 
 @pytest.mark.parametrize("name", [*(f"state/{name}" for name in (*STATE, "rng_state.pth")), "log.jsonl", MARK])
 @pytest.mark.parametrize("how", ["lost", "cut", "changed"])
-def test_a_damaged_one_is_named_and_the_one_before_it_is_taken(store, monkeypatch, capsys, name, how):
-    first, second = keeping_both(store, monkeypatch)
+def test_reports_a_damaged_checkpoint_and_uses_the_previous_one(store, monkeypatch, capsys, name, how):
+    first, second = write_two(store, monkeypatch)
     file = second / name
     content = file.read_bytes()
     if how == "lost":
         file.unlink()
     else:
         file.write_bytes(content[:-1] if how == "cut" else b"#" + content[1:])
-    assert store.newest() == first
+    assert store.find_newest() == first
     printed = capsys.readouterr().out
-    assert str(second) in printed and "is not used" in printed and name in printed
+    assert f"Skipping checkpoint {second}: " in printed and name in printed
 
 
 @pytest.mark.parametrize(
@@ -92,59 +92,60 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_taken(store, monkeypatc
     [
         ("optimizer.pt", "the optimizer's state"),
         ("scheduler.pt", "the schedule's state"),
-        ("rng_state.pth", "random numbers"),
+        ("rng_state.pth", "the random number state"),
     ],
 )
-def test_one_that_was_saved_without_what_resuming_needs_is_refused_by_name(store, capsys, name, what):
+def test_reports_a_checkpoint_saved_without_a_required_file(store, capsys, name, what):
     def fill_in_part(directory):
         fill(directory)
         (directory / "state" / name).unlink()
 
     store.write(5, fill_in_part, needed=1)
-    assert store.newest() is None
-    assert f"it lacks {what}" in capsys.readouterr().out.replace("the state of the random", "random")
+    assert store.find_newest() is None
+    assert f"{what} is missing" in capsys.readouterr().out
 
 
-def test_one_of_another_run_is_refused_with_what_differs(store):
+def test_refuses_a_checkpoint_of_another_run_and_names_the_differences(store):
     made = store.write(5, fill, needed=1)
     other = Store(store.directory, checkpoints.identity({"epochs": 4}, {"train": {"train.jsonl": "abd"}}))
     with pytest.raises(SaigaError, match=r"another run \(epochs: 3 there, 4 now; train: .*abc.* there, .*abd.* now\)"):
-        other.newest()
+        other.find_newest()
     assert made.is_dir()
 
 
-def test_the_runner_goes_over_one_of_another_run_aloud(store, monkeypatch, capsys):
+def test_runner_deletes_and_reports_a_checkpoint_of_another_run(store, monkeypatch, capsys):
     store.write(5, fill, needed=1)
     monkeypatch.setenv("SAIGAKIT_REPLACE", "1")
-    assert Store(store.directory, checkpoints.identity({"epochs": 4}, {})).newest() is None
-    assert "epochs: 3 there, 4 now" in capsys.readouterr().out
+    assert Store(store.directory, checkpoints.identity({"epochs": 4}, {})).find_newest() is None
+    printed = capsys.readouterr().out
+    assert "epochs: 3 there, 4 now" in printed and "deleting it" in printed
 
 
-def test_time_places_and_processes_do_not_make_another_run():
+def test_identity_ignores_time_paths_and_processes():
     longer = checkpoints.identity(
         {"epochs": 3, "max_hours": 5, "processes": 2, "save_minutes": 1, "resume_from": "x"}, {}
     )
     assert longer == checkpoints.identity({"epochs": 3, "base_source": "y"}, {})
 
 
-def test_the_best_adapter_is_in_each_checkpoint_and_comes_back_with_it(store):
-    store.keep_best(adapter("of step 3"), needed=1)
+def test_checkpoint_holds_the_best_adapter_and_restores_it(store):
+    store.keep_best(write_adapter("of step 3"), needed=1)
     made = store.write(5, fill, needed=1)
-    store.keep_best(adapter("of step 6"), needed=1)
+    store.keep_best(write_adapter("of step 6"), needed=1)
     assert (made / "best" / "adapter_model.safetensors").read_text(encoding="utf-8") == "of step 3"
-    store.bring(made)
+    store.adopt(made)
     assert (store.best_dir / "adapter_model.safetensors").read_text(encoding="utf-8") == "of step 3"
-    assert checkpoints.problem_of(made) is None
+    assert checkpoints.find_problem(made) is None
 
 
-def test_a_best_adapter_of_a_later_step_does_not_outlive_going_back(store):
+def test_resuming_earlier_deletes_the_best_adapter_of_a_later_step(store):
     made = store.write(5, fill, needed=1)
-    store.keep_best(adapter("of step 6"), needed=1)
-    store.bring(made)
+    store.keep_best(write_adapter("of step 6"), needed=1)
+    store.adopt(made)
     assert not store.best_dir.exists()
 
 
-def test_a_read_only_copy_is_brought_over_and_not_touched(store, tmp_path):
+def test_adopts_a_read_only_copy_without_changing_it(store, tmp_path):
     made = store.write(5, fill, needed=1)
     attached = tmp_path / "input" / "02_train" / "checkpoint"
     attached.parent.mkdir(parents=True)
@@ -152,18 +153,18 @@ def test_a_read_only_copy_is_brought_over_and_not_touched(store, tmp_path):
     for path in (attached.parent, attached, *attached.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = {path: path.stat().st_mtime_ns for path in attached.rglob("*")}
-    here = store.bring(store.newest(attached.parent))
+    here = store.adopt(store.find_newest(attached.parent))
     assert here == store.directory / "step-00000005"
-    assert checkpoints.problem_of(here) is None
+    assert checkpoints.find_problem(here) is None
     assert os.access(here / "log.jsonl", os.W_OK)
     assert {path: path.stat().st_mtime_ns for path in attached.rglob("*")} == before
 
 
-def test_the_highest_step_of_all_sources_is_taken(store, tmp_path):
+def test_finds_the_highest_step_of_all_sources(store, tmp_path):
     elsewhere = Store(tmp_path / "other.checkpoints", IDENTITY)
     later = elsewhere.write(7, fill, needed=1)
     store.write(5, fill, needed=1)
-    assert store.newest(elsewhere.directory) == later
+    assert store.find_newest(elsewhere.directory) == later
 
 
 FULL = """
@@ -193,7 +194,7 @@ except SaigaError as error:
     ],
     ids=["torch", "safetensors", "python"],
 )
-def test_a_disk_that_is_full_leaves_the_checkpoint_before_it_whole(store, write):
+def test_full_disk_leaves_the_previous_checkpoint_intact(store, write):
     before = store.write(5, fill, needed=1)
     command = [sys.executable, "-c", FULL.replace("WRITE", write), str(store.directory), str(Path(__file__).parent)]
     limit = 500_000  # bytes of a file
@@ -207,20 +208,20 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before_it_whole(store, write)
     assert "checkpoint of step 6 cannot be written" in made.stdout
     assert "it needs 123,456 bytes, and " in made.stdout
     assert names(store.directory) == ["step-00000005"]
-    assert store.newest() == before
+    assert store.find_newest() == before
 
 
-def test_a_store_is_of_one_run_at_a_time(store):
-    with store.alone(0), pytest.raises(SaigaError, match="Another run is at work"), store.alone(0.2):
+def test_lock_admits_one_run_at_a_time(store):
+    with store.lock(0), pytest.raises(SaigaError, match="Another run is using"), store.lock(0.2):
         pass
-    with store.alone(0):
+    with store.lock(0):
         pass
 
 
-def test_a_store_of_a_refused_run_leaves_no_empty_directory(store):
-    with store.alone(0):
+def test_lock_leaves_no_empty_directory(store):
+    with store.lock(0):
         assert store.directory.is_dir()
     assert not store.directory.exists()
-    with store.alone(0):
+    with store.lock(0):
         made = store.write(5, fill, needed=1)
-    assert store.newest() == made
+    assert store.find_newest() == made

@@ -1,4 +1,4 @@
-"""A base in parts over several processes. No GPUs are here: accelerate takes two CPU processes for two XPUs."""
+"""Sharding a base over processes. Without GPUs here, two CPU processes pretend to be two XPUs."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from saigakit.core.workspace import Gpu
 from saigakit.data import rows
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
-from saigakit.train import curve, distributed, job, preflight
+from saigakit.train import curve, distributed, preflight
 from saigakit.train.steps import Plan
 
 CHILD = """
@@ -46,12 +46,12 @@ with launch.child():
 
 
 def losses(stage):
-    return [entry.get("loss", entry.get("held_out_loss")) for entry in curve.read(stage)]
+    return [entry.get("loss", entry.get("held_out_loss")) for entry in curve.read_log(stage)]
 
 
 @pytest.mark.slow
-def test_two_sharded_processes_learn_and_go_on_as_one(tiny, tmp_path, monkeypatch, capfd):
-    """nf4, 128 tokens a pack: one process has more of them than the other, and the last step one conversation."""
+def test_two_sharded_processes_train_and_resume_like_one(tiny, tmp_path, monkeypatch, capfd):
+    """nf4 and packs of 128 tokens: one process has more packs, and the last step has one conversation."""
     records = tiny / "records.jsonl"
     settings = {"quantization": "nf4", "adapter": None, "lora": Lora(rank=4, alpha=8, dropout=0.0), "batch_size": 7}
     settings |= {"max_seq_length": 128}
@@ -60,20 +60,20 @@ def test_two_sharded_processes_learn_and_go_on_as_one(tiny, tmp_path, monkeypatc
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     distributed = launch.distributed
     monkeypatch.setattr(launch, "distributed", lambda _, *given, **named: distributed("sharded_child", *given, **named))
-    monkeypatch.setattr(preflight, "sharding", lambda *_: None)  # which asks for GPUs
+    monkeypatch.setattr(preflight, "check_sharding", lambda *_: None)  # which asks for GPUs
     together = config_for(records, tmp_path / "together", processes=2, sharding="fsdp", **settings)
     monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 11 * 3600))
-    train.train_adapter(together)  # no time is left: a step, a checkpoint
+    train.train_adapter(together)  # no time is left: one step and a checkpoint
     monkeypatch.delenv("SAIGAKIT_SESSION_START")
     made = train.train_adapter(together)
     printed = capfd.readouterr().out
     assert printed.count("weights sharded: True") == 4
-    assert "Training goes on from step 1" in printed
+    assert "Resuming from step 1" in printed
     assert losses(made) == pytest.approx(losses(alone), abs=1e-6)
     assert not (made / "samples.md").exists() and "is not written with sharding='fsdp'" in printed
 
 
-def test_the_options_are_those_of_the_libraries(tmp_path):
+def test_fsdp_options_reach_the_libraries(tmp_path):
     import torch
     from accelerate.utils import FullyShardedDataParallelPlugin
     from transformers import BitsAndBytesConfig, TrainingArguments
@@ -91,7 +91,7 @@ def test_the_options_are_those_of_the_libraries(tmp_path):
     assert stored == torch.float16
 
 
-def test_sharded_processes_have_equally_many_packs():
+def test_sharded_processes_get_the_same_number_of_packs():
     lengths = (90, 80, 70, 10, 10, 10, 60)
     stored = rows.as_dataset((1, {"input_ids": [1] * length, "labels": [1] * length}) for length in lengths)
 
@@ -113,22 +113,22 @@ def test_sharded_processes_have_equally_many_packs():
 @pytest.mark.parametrize(
     ("gpus", "settings", "message"),
     [
-        (0, {}, "here are none for 1 processes"),
-        (1, {}, "here is 1 for 1 processes"),
-        (2, {"processes": 1}, "here are 2 for 1 processes"),
+        (0, {}, "GPUs: 0, processes: 1"),
+        (1, {}, "GPUs: 1, processes: 1"),
+        (2, {"processes": 1}, "GPUs: 2, processes: 1"),
         (2, {"quantization": "int8"}, "cannot split int8 weights"),
-        (2, {"lora": Lora(dora=True)}, "DoRA and modules_to_save need the base's own matrices"),
-        (2, {"lora": Lora(modules_to_save=("lm_head",))}, "DoRA and modules_to_save need the base's own matrices"),
+        (2, {"lora": Lora(dora=True)}, "does not work with DoRA and modules_to_save"),
+        (2, {"lora": Lora(modules_to_save=("lm_head",))}, "does not work with DoRA and modules_to_save"),
     ],
 )
-def test_what_cannot_be_sharded_is_refused(gpus, settings, message):
+def test_refuses_what_cannot_be_sharded(gpus, settings, message):
     config = TrainConfig(model="saiga_llama3_8b", train_file="", output_dir="", sharding="fsdp", **settings)
     gpu = Gpu(name="A100", memory=40 * 10**9, free=40 * 10**9, capability=(8, 0))
     with pytest.raises(SaigaError, match=message):
-        preflight.sharding(config, [gpu] * gpus, machines=1)
-        preflight.sharded_lora(config, config.new_lora)
+        preflight.check_sharding(config, [gpu] * gpus, machines=1)
+        preflight.check_sharded_lora(config, config.new_lora)
 
 
-def test_memory_of_one_process_is_its_part_two_layers_and_the_embeddings():
-    parts = job.sharded({"weights": 3600, "logits": 5}, processes=4, layers=32, embeddings=400)
+def test_sharded_memory_is_a_share_two_layers_and_the_embeddings():
+    parts = preflight.memory_when_sharded({"weights": 3600, "logits": 5}, processes=4, layers=32, embeddings=400)
     assert parts == {"weights": 900 + 200 + 400, "logits": 5}

@@ -1,4 +1,4 @@
-"""Packed attention equals attention document by document, and refuses what would mix documents."""
+"""Attention within packed documents."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def pack():
     return documents, torch.cat(documents, 1), torch.cat([torch.arange(length) for length in LENGTHS])[None]
 
 
-def test_logits_and_gradients_equal_those_of_each_document_alone(model, pack):
+def test_packed_logits_and_gradients_equal_those_of_separate_documents(model, pack):
     documents, ids, positions = pack
     alone = torch.cat([model(document).logits for document in documents], 1)
     alone.square().sum().backward()
@@ -48,7 +48,7 @@ def test_logits_and_gradients_equal_those_of_each_document_alone(model, pack):
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-3, rtol=1e-5)
 
 
-def test_activation_checkpointing_changes_nothing(model, pack):
+def test_activation_checkpointing_does_not_change_logits(model, pack):
     _, ids, positions = pack
     layers.use_packed_attention(model)
     plain = model(ids, position_ids=positions).logits
@@ -59,7 +59,7 @@ def test_activation_checkpointing_changes_nothing(model, pack):
 
 
 @pytest.mark.parametrize("mixing", ["mask", "cache", "batch"])
-def test_what_would_mix_documents_is_refused(model, pack, mixing):
+def test_refuses_input_that_would_mix_documents(model, pack, mixing):
     _, ids, positions = pack
     layers.use_packed_attention(model)
     settings = {"position_ids": positions}
@@ -70,11 +70,11 @@ def test_what_would_mix_documents_is_refused(model, pack, mixing):
         settings["past_key_values"] = model(ids[:, :3], position_ids=positions[:, :3], use_cache=True).past_key_values
     else:
         ids, settings = ids.repeat(2, 1), {"position_ids": positions.repeat(2, 1)}
-    with pytest.raises(ValueError, match="one row of whole documents"):
+    with pytest.raises(ValueError, match="one row of complete documents"):
         model(ids, **settings)
 
 
-def test_sdpa_can_be_had_back_for_generation(model, pack):
+def test_sdpa_can_be_restored_for_generation(model, pack):
     documents, _, _ = pack
     before = model(documents[0]).logits
     layers.use_packed_attention(model)

@@ -1,4 +1,4 @@
-"""The head in chunks: the plain head's loss and gradients, its logits never whole, generation as before."""
+"""The loss in chunks, without full logits."""
 
 import subprocess
 import sys
@@ -60,7 +60,7 @@ def loss_and_gradients(model, batch, **settings):
 
 @pytest.mark.parametrize("settings", [{}, {"num_items_in_batch": 5}, {"num_items_in_batch": torch.tensor(48)}])
 @pytest.mark.parametrize(("quantization", "checkpointing"), [("none", False), ("nf4", True)])
-def test_loss_and_gradients_are_those_of_the_plain_head(directory, quantization, checkpointing, settings):
+def test_chunked_loss_and_gradients_equal_those_of_the_plain_head(directory, quantization, checkpointing, settings):
     model = loaded(directory, quantization=quantization, checkpointing=checkpointing)
     loss, gradients = loss_and_gradients(model, pack(), **settings)
     assert layers.use_chunked_loss(model)
@@ -72,10 +72,10 @@ def test_loss_and_gradients_are_those_of_the_plain_head(directory, quantization,
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_items_in_batch": 5}, {"num_items_in_batch": torch.tensor(48)}])
-def test_an_exact_sum_is_the_plain_loss(directory, settings):
+def test_exact_loss_equals_the_plain_loss(directory, settings):
     model = loaded(directory)
     loss, gradients = loss_and_gradients(model, pack(), **settings)
-    layers.sum_exactly(model.get_base_model())
+    layers.use_exact_loss(model.get_base_model())
     exact, their_gradients = loss_and_gradients(model, pack(), **settings)
     torch.testing.assert_close(exact, loss, rtol=1e-6, atol=0)
     for name, gradient in gradients.items():
@@ -83,7 +83,7 @@ def test_an_exact_sum_is_the_plain_loss(directory, settings):
     assert model(**pack(), use_cache=False, **settings).loss.dtype == torch.float64
 
 
-def test_labels_that_are_not_shifted_are_shifted_and_unlearned_positions_left_out(directory):
+def test_chunked_loss_shifts_labels_and_skips_untrained_positions(directory):
     model = loaded(directory)
     batch = {name: value for name, value in pack().items() if name in ("input_ids", "position_ids", "labels")}
     loss, _ = loss_and_gradients(model, batch)
@@ -92,7 +92,7 @@ def test_labels_that_are_not_shifted_are_shifted_and_unlearned_positions_left_ou
 
 
 class Largest(TorchDispatchMode):
-    """The most logits in one tensor of all that torch makes, on the way forward and back."""
+    """Records the largest number of logits in one tensor, forward and backward."""
 
     logits = 0
 
@@ -105,7 +105,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("in_chunks", [False, True])
-def test_all_logits_are_never_there_at_once(directory, in_chunks):
+def test_chunked_loss_never_holds_all_logits(directory, in_chunks):
     model = loaded(directory)
     if in_chunks:
         assert layers.use_chunked_loss(model)
@@ -114,7 +114,7 @@ def test_all_logits_are_never_there_at_once(directory, in_chunks):
     assert seen.logits == (CHUNK if in_chunks else 24 * VOCABULARY)
 
 
-def test_in_evaluation_mode_the_model_answers_as_before(directory):
+def test_chunked_loss_does_not_change_generation(directory):
     model = loaded(directory).eval()
     ids = torch.tensor([[1, 400, 500]])
     model.set_attn_implementation("sdpa")
@@ -127,24 +127,24 @@ def test_in_evaluation_mode_the_model_answers_as_before(directory):
         assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=True), answer)
 
 
-def test_a_held_out_loss_can_be_had_in_chunks_too(directory):
+def test_evaluation_loss_can_be_computed_in_chunks(directory):
     model = loaded(directory).eval()
     with torch.no_grad():
         loss = model(**pack(), num_items_in_batch=1).loss
         assert layers.use_chunked_loss(model)
         torch.testing.assert_close(model(**pack(), num_items_in_batch=1).loss.float(), loss)
-        with layers.deferred(model), Largest() as seen:
+        with layers.chunked_loss_in_eval(model), Largest() as seen:
             torch.testing.assert_close(model(**pack(), num_items_in_batch=1).loss.float(), loss)
     assert seen.logits == CHUNK
 
 
-def test_deferred_does_nothing_to_a_plain_head(directory):
+def test_chunked_loss_in_eval_ignores_a_plain_head(directory):
     model = loaded(directory).eval()
-    with layers.deferred(model):
+    with layers.chunked_loss_in_eval(model):
         assert model(**pack()).logits.shape == (1, 24, VOCABULARY)
 
 
-def test_what_is_saved_has_the_same_names(directory, tmp_path):
+def test_chunked_loss_does_not_change_saved_names(directory, tmp_path):
     model = loaded(directory)
     model.save_pretrained(tmp_path / "plain", save_embedding_layers=False)
     assert layers.use_chunked_loss(model)
@@ -152,13 +152,13 @@ def test_what_is_saved_has_the_same_names(directory, tmp_path):
     assert load.adapter_shapes(tmp_path / "chunks") == load.adapter_shapes(tmp_path / "plain")
 
 
-def test_a_head_that_is_trained_itself_is_refused(tiny):
+def test_refuses_a_trained_head(tiny):
     model = loaded(tiny / "base", lora=Lora(modules_to_save=("lm_head",)))
-    with pytest.raises(SaigaError, match="lm_head is trained itself"):
+    with pytest.raises(SaigaError, match="while lm_head is trained"):
         layers.use_chunked_loss(model)
 
 
-def test_a_model_that_caps_its_logits_keeps_its_plain_head(tmp_path):
+def test_keeps_the_plain_head_of_a_model_that_caps_its_logits(tmp_path):
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
@@ -186,16 +186,16 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/../support"]
 import test_layers_loss
-from saigakit.train import layers as head
+from saigakit.train import layers
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
-head.CHUNK_LOGITS = test_layers_loss.CHUNK
+layers.CHUNK_LOGITS = test_layers_loss.CHUNK
 batch = test_layers_loss.pack()
 batch["input_ids"] = batch["input_ids"] + rank
 found = []
 for in_chunks in (False, True):
     model = test_layers_loss.loaded(Path(sys.argv[2]), quantization="nf4", checkpointing=True)
-    assert not in_chunks or head.use_chunked_loss(model)
+    assert not in_chunks or layers.use_chunked_loss(model)
     found.append(test_layers_loss.loss_and_gradients(DistributedDataParallel(model), batch))
 (loss, gradients), (in_chunks, theirs) = found
 largest = max(gradient.abs().max() for gradient in gradients.values())
@@ -206,7 +206,7 @@ Path(sys.argv[3]).with_suffix(f".{rank}").write_text(str(gradients["module.base_
 """
 
 
-def test_two_processes_get_the_gradients_of_the_plain_head(tiny, tmp_path):
+def test_chunked_gradients_of_two_processes_equal_those_of_the_plain_head(tiny, tmp_path):
     script, result = tmp_path / "script.py", tmp_path / "sum"
     script.write_text(TWO_PROCESSES, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]

@@ -1,4 +1,4 @@
-"""Evaluations: how many conversations they are worth, and how often they come."""
+"""The size and frequency of evaluations."""
 
 import pytest
 
@@ -14,15 +14,15 @@ from saigakit.train import run_state
         (500, 100_000_000, 500),
     ],
 )
-def test_all_evaluations_cost_about_a_twentieth_of_training(held_out, tokens, count):
+def test_evaluations_cost_about_a_twentieth_of_training(held_out, tokens, count):
     assert run_state.count_evaluated([100] * held_out, steps=100, tokens=tokens, eval_steps=None) == count
 
 
-def test_more_evaluations_are_of_fewer_conversations():
+def test_more_evaluations_use_fewer_conversations():
     counts = [run_state.count_evaluated([100] * 500, steps=100, tokens=10**6, eval_steps=steps) for steps in (5, 50)]
     assert counts == [24, 166]
 
 
-def test_a_run_is_evaluated_four_times_unless_something_else_is_said():
-    assert [run_state.steps_between(steps, None) for steps in (1, 4, 10, 100)] == [1, 1, 3, 25]
-    assert run_state.steps_between(100, 7) == 7
+def test_a_run_has_four_evaluations_by_default():
+    assert [run_state.evaluation_interval(steps, None) for steps in (1, 4, 10, 100)] == [1, 1, 3, 25]
+    assert run_state.evaluation_interval(100, 7) == 7

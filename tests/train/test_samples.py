@@ -1,4 +1,4 @@
-"""Answers of a model in training: what is asked and written, and that training does not notice it."""
+"""Answers during training."""
 
 import gc
 import random
@@ -13,7 +13,7 @@ from saigakit.data.conversations import spread
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.registry import Lora
-from saigakit.train import layers, samples
+from saigakit.train import answers, layers, samples
 from saigakit.train.samples import Samples
 from saigakit.train.steps import collate
 from saigakit.weights import generate, load
@@ -31,12 +31,12 @@ def held_out(tiny):
     return data.read_conversations(tiny / "records.jsonl")
 
 
-def talk(question, answer="Да."):
+def conversation(question, answer="Да."):
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def in_training(tiny, quantization="none", *, on_gpu=True):
-    """As 02_train has it: packed attention, no cache, activation checkpointing where `on_gpu`."""
+    """A model set up as in 02_train: packed attention, no cache, and with `on_gpu` activation checkpointing."""
     torch.manual_seed(0)
     base = load.base_model(tiny / "base", quantization, torch.float32, "cpu")
     base.config.use_cache = False
@@ -48,7 +48,7 @@ def in_training(tiny, quantization="none", *, on_gpu=True):
 
 
 def learn(model, rows, steps, between=lambda step: None):
-    """Adapter weights and losses after a few optimizer steps with dropout; `between` is called before each."""
+    """Losses and adapter weights of a few optimizer steps with dropout, with `between` called before each."""
     model.active_peft_config.lora_dropout = 0.3
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -68,9 +68,7 @@ def learn(model, rows, steps, between=lambda step: None):
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_training_with_samples_is_training_without_them_bit_for_bit(
-    tiny, tokenizer, held_out, tmp_path, quantization, on_gpu
-):
+def test_samples_leave_training_bit_identical(tiny, tokenizer, held_out, tmp_path, quantization, on_gpu):
     rows = [encoding.encode(row["messages"], tokenizer) for row in held_out.select(range(12))]
     asked = Samples(tokenizer, held_out, tmp_path / "samples.md")
     without = learn(in_training(tiny, quantization, on_gpu=on_gpu), rows, 4)
@@ -78,7 +76,7 @@ def test_training_with_samples_is_training_without_them_bit_for_bit(
     with_samples = learn(model, rows, 4, lambda step: asked.write(step, 1.0, model))
     assert with_samples[0] == without[0]
     assert all(map(torch.equal, with_samples[1], without[1]))
-    assert len(set(without[0])) == 4  # it does learn
+    assert len(set(without[0])) == 4  # the model does train
 
 
 def state(model):
@@ -93,16 +91,16 @@ def state(model):
     return modes, kept, torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())
 
 
-def test_everything_is_put_back(tiny, tokenizer, held_out, tmp_path):
+def test_generation_restores_the_model(tiny, tokenizer, held_out, tmp_path):
     model = in_training(tiny)
-    model.get_submodule("base_model.model.model.layers.1").eval()  # no one mode of all
+    model.get_submodule("base_model.model.model.layers.1").eval()  # so that modules differ in their mode
     before = state(model)
     Samples(tokenizer, held_out, tmp_path / "samples.md").write(0, 1.0, model)
     assert state(model) == before
     assert before[1][0] == layers.PACKED_ATTENTION
 
 
-def test_everything_is_put_back_when_generation_fails(tiny, tokenizer, held_out, tmp_path, monkeypatch):
+def test_failed_generation_restores_the_model(tiny, tokenizer, held_out, tmp_path, monkeypatch):
     model = in_training(tiny)
     before = state(model)
 
@@ -127,7 +125,7 @@ def live_bytes():
     return sum(storages.values())
 
 
-def test_no_tensor_is_left_behind(tiny, tokenizer, held_out, tmp_path):
+def test_samples_leak_no_tensor(tiny, tokenizer, held_out, tmp_path):
     model = in_training(tiny)
     asked = Samples(tokenizer, held_out, tmp_path / "samples.md")
     before = live_bytes()
@@ -136,7 +134,7 @@ def test_no_tensor_is_left_behind(tiny, tokenizer, held_out, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_no_memory_of_a_gpu_is_left_taken(tiny, tokenizer, held_out, tmp_path):
+def test_samples_leak_no_gpu_memory(tiny, tokenizer, held_out, tmp_path):
     model = in_training(tiny).to("cuda")
     asked = Samples(tokenizer, held_out, tmp_path / "samples.md")
     before = torch.cuda.memory_allocated()
@@ -144,7 +142,7 @@ def test_no_memory_of_a_gpu_is_left_taken(tiny, tokenizer, held_out, tmp_path):
     assert torch.cuda.memory_allocated() == before
 
 
-def test_answers_are_those_of_generation_one_by_one(tiny, tokenizer, held_out, tmp_path):
+def test_answers_equal_those_of_separate_generation(tiny, tokenizer, held_out, tmp_path):
     asked = Samples(tokenizer, held_out, tmp_path / "samples.md")
     asked.write(0, 1.0, in_training(tiny))
     hf = generate.HfModel(tiny / "base", tiny / "adapter", "none")
@@ -154,12 +152,12 @@ def test_answers_are_those_of_generation_one_by_one(tiny, tokenizer, held_out, t
         made = hf.answers([prompt], adapted=True, stop_ids=encoding.end_of_turn_ids(tokenizer),
                           max_new_tokens=asked.max_new_tokens, on_progress=lambda *_: None)  # fmt: skip
         expected.append(tokenizer.decode(made.ids[0]))
-    _, [entry] = samples._parsed(tmp_path / "samples.md")
+    _, [entry] = answers.read_answers(tmp_path / "samples.md")
     assert [answer.text for answer in entry.answers] == expected
     assert len(set(expected)) > 1
 
 
-def test_half_precision_with_float32_norms_and_adapter_generates(tiny, tokenizer, held_out, tmp_path):
+def test_generates_in_half_precision_with_float32_norms_and_adapter(tiny, tokenizer, held_out, tmp_path):
     base = load.base_model(tiny / "base", "nf4", torch.bfloat16, "cpu")
     layers.use_packed_attention(base)
     for parameter in base.parameters():
@@ -167,17 +165,17 @@ def test_half_precision_with_float32_norms_and_adapter_generates(tiny, tokenizer
             parameter.data = parameter.data.float()
     asked = Samples(tokenizer, held_out, tmp_path / "samples.md")
     asked.write(0, 1.0, load.with_adapter(base, tiny / "adapter", LORA).train())
-    assert len(samples._parsed(tmp_path / "samples.md")[1]) == 1
+    assert len(answers.read_answers(tmp_path / "samples.md")[1]) == 1
 
 
 class Script:
-    """Stands in for generation: answers that are known."""
+    """Generation with known answers."""
 
     def __init__(self, monkeypatch, tokenizer):
         self.texts, self.tokenizer = ["Да."], tokenizer
         monkeypatch.setattr(generate, "greedy", self)
 
-    def __call__(self, _model, prompts, stop_ids, _max_new_tokens, _on_ended):
+    def __call__(self, _model, prompts, stop_ids, max_new_tokens):
         ids = [self.tokenizer.encode_text(text) for text in self.texts]
         return [[*ids[index % len(ids)], *stop_ids] for index in range(len(prompts))]
 
@@ -192,9 +190,9 @@ def model(tiny):
     return in_training(tiny)
 
 
-def test_the_file_reads_as_question_right_answer_and_answers_by_step(script, model, tokenizer, tmp_path):
+def test_file_shows_question_right_answer_and_answers_by_step(script, model, tokenizer, tmp_path):
     file = tmp_path / "samples.md"
-    asked = Samples(tokenizer, store.as_dataset([talk("Что такое азот?", "Газ.")]), file)
+    asked = Samples(tokenizer, store.as_dataset([conversation("Что такое азот?", "Газ.")]), file)
     asked.write(0, 2.34567, model)
     script.texts = ["Это газ.\n## 2\n**жирный**"]
     asked.write(40, 0.5, model)
@@ -210,26 +208,28 @@ def test_the_file_reads_as_question_right_answer_and_answers_by_step(script, mod
 @pytest.mark.parametrize(
     "text", ["", "    отступ\n\n", "a\r\nb", "**Шаг 1, ошибка 1 · x**", "раз\u2028два\x85", "\n## 2\n"]
 )
-def test_whatever_is_asked_and_answered_is_read_back_as_it_was(script, model, tokenizer, tmp_path, text):
+def test_questions_and_answers_round_trip(script, model, tokenizer, tmp_path, text):
     script.texts = [text]
-    asked = Samples(tokenizer, store.as_dataset([talk(f"1{text}"), talk("Два?", f"{text}2")]), tmp_path / "s.md")
+    asked = Samples(
+        tokenizer, store.as_dataset([conversation(f"1{text}"), conversation("Два?", f"{text}2")]), tmp_path / "s.md"
+    )
     asked.write(0, 1.0, model)
-    sections, [entry] = samples._parsed(tmp_path / "s.md")
+    sections, [entry] = answers.read_answers(tmp_path / "s.md")
     assert sections == [(f"1{text}", "Да."), ("Два?", f"{text}2")]
     said = tokenizer.decode(tokenizer.encode_text(text))
     assert [answer.text for answer in entry.answers] == [said, said]
 
 
-def test_an_answer_that_did_not_end_is_marked(tokenizer, tiny, held_out, tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "MOST_TOKENS", 3)
+def test_marks_a_truncated_answer(tokenizer, tiny, held_out, tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "MAX_ANSWER_TOKENS", 3)
     Samples(tokenizer, held_out, tmp_path / "s.md").write(0, 1.0, in_training(tiny))
     assert "обрезан на 3 токенах · step 0, loss 1.0000, cut at 3 tokens" in (tmp_path / "s.md").read_text("utf-8")
-    (tmp_path / "s.md").rename(tmp_path / samples.FILE)
-    assert any(row[2].endswith(" …") for row in samples.table(tmp_path).rows)
+    (tmp_path / "s.md").rename(tmp_path / answers.FILE)
+    assert any(row[2].endswith(" …") for row in answers.answers_table(tmp_path).rows)
 
 
-def test_a_resumed_run_writes_the_file_of_an_uninterrupted_one(script, model, tokenizer, tmp_path):
-    held_out = store.as_dataset(talk(f"Вопрос {number}?") for number in range(9))
+def test_resumed_samples_equal_uninterrupted_ones(script, model, tokenizer, tmp_path):
+    held_out = store.as_dataset(conversation(f"Вопрос {number}?") for number in range(9))
     whole, resumed = tmp_path / "whole.md", tmp_path / "resumed.md"
 
     def go(asked, steps):
@@ -246,62 +246,62 @@ def test_a_resumed_run_writes_the_file_of_an_uninterrupted_one(script, model, to
     assert resumed.read_bytes() == whole.read_bytes()
 
 
-def test_a_run_that_resumes_without_a_file_begins_one(script, model, tokenizer, tmp_path):
-    asked = Samples(tokenizer, store.as_dataset([talk("А?")]), tmp_path / "s.md")
+def test_resuming_without_a_file_starts_one(script, model, tokenizer, tmp_path):
+    asked = Samples(tokenizer, store.as_dataset([conversation("А?")]), tmp_path / "s.md")
     asked.restart_at(5)
     asked.write(10, 1.0, model)
     assert "step 10" in (tmp_path / "s.md").read_text(encoding="utf-8")
 
 
-def test_a_file_of_other_questions_is_not_taken_up(script, model, tokenizer, tmp_path):
+def test_refuses_to_resume_a_file_with_other_questions(script, model, tokenizer, tmp_path):
     file = tmp_path / "s.md"
-    Samples(tokenizer, store.as_dataset([talk("А?")]), file).write(0, 1.0, model)
+    Samples(tokenizer, store.as_dataset([conversation("А?")]), file).write(0, 1.0, model)
     before = file.read_bytes()
-    with pytest.raises(SaigaError, match="other held-out questions"):
-        Samples(tokenizer, store.as_dataset([talk("Б?")]), file).restart_at(5)
+    with pytest.raises(SaigaError, match="other evaluation questions"):
+        Samples(tokenizer, store.as_dataset([conversation("Б?")]), file).restart_at(5)
     assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize(
     "content", ["", "# пусто", "## 1\n\n**Вопрос**\n", "\n## 1\n**a**\n    b\n**c**\n    d\n**e**\n"]
 )
-def test_a_damaged_file_is_one_sentence(tokenizer, tmp_path, content):
+def test_reports_a_damaged_file(tokenizer, tmp_path, content):
     file = tmp_path / "s.md"
     file.write_text(content, encoding="utf-8")
     with pytest.raises(SaigaError, match=r"s\.md is damaged"):
-        Samples(tokenizer, store.as_dataset([talk("А?")]), file).restart_at(5)
+        Samples(tokenizer, store.as_dataset([conversation("А?")]), file).restart_at(5)
 
 
-def test_four_questions_spread_over_the_file_are_asked_each_up_to_its_last_answer(script, model, tokenizer, tmp_path):
-    longer = {"messages": [*talk("Раз?")["messages"], *talk("Два?", "Третий.")["messages"]]}
-    held_out = store.as_dataset([longer, *(talk(f"Вопрос {number}?") for number in range(1, 100))])
+def test_asks_the_last_turn_of_four_conversations_from_all_over_the_file(script, model, tokenizer, tmp_path):
+    longer = {"messages": [*conversation("Раз?")["messages"], *conversation("Два?", "Третий.")["messages"]]}
+    held_out = store.as_dataset([longer, *(conversation(f"Вопрос {number}?") for number in range(1, 100))])
     Samples(tokenizer, held_out, tmp_path / "s.md").write(0, 1.0, model)
-    sections, _ = samples._parsed(tmp_path / "s.md")
+    sections, _ = answers.read_answers(tmp_path / "s.md")
     assert sections[0] == ("Два?", "Третий.")
     numbers = [int(question.split()[1].rstrip("?")) for question, _ in sections[1:]]
     assert all(abs(found - wanted) <= 2 for found, wanted in zip(numbers, (25, 50, 75), strict=True))
 
 
-def test_a_question_that_is_too_long_is_not_asked_and_none_at_all_is_said(model, tokenizer, tmp_path, script, capsys):
-    long = talk("азот " * samples.PROMPT_TOKENS)
-    Samples(tokenizer, store.as_dataset([long, talk("А?")]), tmp_path / "s.md").write(0, 1.0, model)
-    assert samples._parsed(tmp_path / "s.md")[0] == [("А?", "Да.")]
+def test_skips_long_questions_and_reports_if_none_is_left(model, tokenizer, tmp_path, script, capsys):
+    long = conversation("азот " * samples.MAX_PROMPT_TOKENS)
+    Samples(tokenizer, store.as_dataset([long, conversation("А?")]), tmp_path / "s.md").write(0, 1.0, model)
+    assert answers.read_answers(tmp_path / "s.md")[0] == [("А?", "Да.")]
     assert capsys.readouterr().out == ""
     Samples(tokenizer, store.as_dataset([long]), tmp_path / "none.md").write(0, 1.0, model)
-    assert "No held-out question of at most 1024 tokens" in capsys.readouterr().out
+    assert "No evaluation question has at most 1024 tokens" in capsys.readouterr().out
     assert not (tmp_path / "none.md").exists()
 
 
-def test_the_table_shows_before_and_after(script, model, tokenizer, tmp_path):
-    asked = Samples(tokenizer, store.as_dataset([talk("А?"), talk("Б?")]), tmp_path / samples.FILE)
+def test_answers_table_shows_first_and_last_answers(script, model, tokenizer, tmp_path):
+    asked = Samples(tokenizer, store.as_dataset([conversation("А?"), conversation("Б?")]), tmp_path / answers.FILE)
     for step, text in ((0, "не знаю"), (10, "может быть"), (20, "да")):
         script.texts = [text]
         asked.write(step, 1 / (step + 1), model)
-    shown = samples.table(tmp_path)
+    shown = answers.answers_table(tmp_path)
     assert shown.header[2:] == ("шаг 0 · step 0", "шаг 20 · step 20")
     assert list(shown.rows) == [("А?", "Да.", "не знаю", "да"), ("Б?", "Да.", "не знаю", "да")]
     assert "1.0000 → 0.0476" in shown.note and "3 steps" in shown.note
 
 
-def test_a_stage_without_samples_has_a_table_that_says_so(tmp_path):
-    assert "no held-out questions" in str(samples.table(tmp_path))
+def test_answers_table_without_samples_says_so(tmp_path):
+    assert "no evaluation questions" in str(answers.answers_table(tmp_path))

@@ -1,4 +1,4 @@
-"""Training that is ended at a step, by whatever, goes on to the same bytes and losses as one that is not."""
+"""Resuming: the same bytes and losses as an uninterrupted training."""
 
 import json
 import signal
@@ -19,14 +19,14 @@ from saigakit.errors import SaigaError
 from saigakit.registry import Lora
 from saigakit.train import checkpoints, curve, run_state, worker
 from saigakit.train.checkpoints import Store
-from saigakit.train.job import Job
+from saigakit.train.preflight import Job
 
 DROPOUT = Lora(rank=4, alpha=8, dropout=0.2)
 STEPS = 12
 
 
 class Child:
-    """What the child process of a run does, in this one: its store is not emptied when it ends."""
+    """The child of a run, in this process, so that its store remains at the end."""
 
     def __init__(self, directory, monkeypatch, records, **settings):
         files = {"train_file": str(records), "eval_file": str(records)}
@@ -34,13 +34,12 @@ class Child:
         self.directory, self.monkeypatch = Path(self.config.output_dir), monkeypatch
         self.directory.mkdir(parents=True)
         self.store = Store(directory / "checkpoints", checkpoints.identity({"of": str(settings)}, {}))
-        self.store.for_child(self.directory)
 
     def run(self, until=None):
-        """To the end, or until asked to end in the step numbered `until`; from its last checkpoint."""
-        start = self.store.newest()
-        config = replace(self.config, resume_from=start and str(self.store.bring(start)))
-        file = Job.of(config, "float32").write(self.directory)
+        """Run from the last checkpoint to the end, or until interrupted in step `until`."""
+        start = self.store.find_newest()
+        config = replace(self.config, resume_from=start and str(self.store.adopt(start)))
+        file = replace(Job.of(config, "float32"), store=self.store).write(self.directory)
         (self.directory / curve.LOG_FILE).unlink(missing_ok=True)
         steps = iter(range(1 if start is None else checkpoints.step_of(start) + 1, 1000))
         with self.monkeypatch.context() as patch:
@@ -48,15 +47,17 @@ class Child:
             if until is None:
                 worker.main(file)
             else:
-                with pytest.raises(SaigaError, match=f"did at step {until} of {STEPS}, which is saved. Call it again"):
+                with pytest.raises(SaigaError, match=f"interrupted and saved at step {until} of {STEPS}. Run it again"):
                     worker.main(file)
 
     @property
     def result(self):
-        """The adapter's bytes, the log but for the seconds, the state of the optimizer and of the schedule."""
-        newest = self.store.newest() / checkpoints.STATE
+        """Hashes of adapter, optimizer and schedule, and the log without seconds."""
+        newest = self.store.find_newest() / checkpoints.STATE
         assert checkpoints.step_of(newest.parent) == STEPS
-        log = [{key: value for key, value in entry.items() if key != "seconds"} for entry in curve.read(self.directory)]
+        log = [
+            {key: value for key, value in entry.items() if key != "seconds"} for entry in curve.read_log(self.directory)
+        ]
         files = (self.directory / "adapter_model.safetensors", newest / "optimizer.pt", newest / "scheduler.pt")
         return [sha256(file) for file in files], log
 
@@ -64,9 +65,9 @@ class Child:
 @pytest.mark.parametrize(
     ("quantization", "adapter"), matrix([("none", None), ("nf4", None), ("nf4", "auto")], [("none", None)])
 )
-def test_resumed_equals_uninterrupted_bit_for_bit(tiny, tmp_path, monkeypatch, quantization, adapter):
+def test_resumed_training_is_bit_identical_to_an_uninterrupted_one(tiny, tmp_path, monkeypatch, quantization, adapter):
     results = []
-    for stops in ([], [1], [4, 5, 9]):  # at a step with an evaluation (4), and before one
+    for stops in ([], [1], [4, 5, 9]):  # at a step with an evaluation (4), and at others
         child = Child(
             tmp_path / str(stops),
             monkeypatch,
@@ -84,8 +85,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny, tmp_path, monkeypatch, q
     assert results[2] == results[0]
 
 
-def test_without_the_random_numbers_of_the_checkpoint_the_result_is_another(tiny, tmp_path, monkeypatch):
-    """So that the test above can fail: dropout draws from them."""
+def test_result_depends_on_the_random_numbers_of_the_checkpoint(tiny, tmp_path, monkeypatch):
+    """Shows that the test above can fail: dropout draws from them."""
     results = []
     for seed in (None, 5):
         child = Child(tmp_path / str(seed), monkeypatch, tiny / "records.jsonl", save_steps=STEPS)
@@ -98,17 +99,17 @@ def test_without_the_random_numbers_of_the_checkpoint_the_result_is_another(tiny
 
 
 @pytest.mark.slow
-def test_five_killed_runs_end_as_one_that_was_left_alone(tmp_path):
+def test_run_killed_five_times_ends_like_an_undisturbed_one(tmp_path):
     unkilled, _ = kill_resume.finished(kill_resume.config_for(tmp_path / "unkilled"))
     moments = [kill_resume.Kill(step, step != 5, 0.003 * step) for step in (2, 3, 5, 8, 10)]
     made, where, printed = kill_resume.survive(tmp_path / "killed", moments)
     assert "too late: it had ended" not in where
-    assert "goes on from step" in printed
+    assert "Resuming from step" in printed
     assert made == unkilled
 
 
 @pytest.mark.slow
-def test_two_processes_of_which_one_is_asked_to_end_save_together_and_go_on_to_the_same(tmp_path):
+def test_two_processes_save_together_when_one_is_interrupted_and_resume(tmp_path):
     settings = {"lora": DROPOUT, "processes": 2, "save_steps": 100, "epochs": 3, "eval_steps": 18}
     alone, _ = kill_resume.finished(kill_resume.config_for(tmp_path / "alone", **settings))
     config = kill_resume.config_for(tmp_path / "ended", **settings)
@@ -118,27 +119,27 @@ def test_two_processes_of_which_one_is_asked_to_end_save_together_and_go_on_to_t
         time.sleep(0.005)
     psutil.Process(process.pid).children()[0].send_signal(signal.SIGTERM)
     process.join()
-    assert "which is saved. Call it again with the same run_dir" in printed.read_text(encoding="utf-8")
+    assert "Run it again with the same run_dir" in printed.read_text(encoding="utf-8")
     resumed, said = kill_resume.finished(config)
-    assert "Training goes on from step" in said
+    assert "Resuming from step" in said
     assert resumed == alone
 
 
 HOUR = 3600
 
 
-def is_over_after(monkeypatch, step):
-    """Ends the time of a session in the step numbered `step`, for the child that runs in this process."""
+def run_out_of_time(monkeypatch, step):
+    """Let a child in this process run out of time in step `step`."""
     made = iter(range(1, 1000))
-    monkeypatch.setattr(run_state.Run, "is_time_over", lambda _: next(made) == step)
+    monkeypatch.setattr(run_state.Run, "is_out_of_time", lambda _: next(made) == step)
 
 
 @pytest.fixture
 def ended(tiny, tmp_path, monkeypatch, in_this_process):
-    """A stage that ended by max_hours at step 5, without an evaluation but the first and the last."""
+    """A stage that ended by max_hours at step 5, evaluated only at the first and last step."""
     config = kill_resume.config_for(tmp_path / "first", save_steps=None, eval_steps=100, max_hours=100)
     with monkeypatch.context() as patch:
-        is_over_after(patch, 5)
+        run_out_of_time(patch, 5)
         train.train_adapter(config)
     return config
 
@@ -150,22 +151,22 @@ def uninterrupted(tiny, tmp_path, in_this_process):
 
 
 def without_seconds(made):
-    log = [{key: value for key, value in entry.items() if key != "seconds"} for entry in curve.read(made)]
+    log = [{key: value for key, value in entry.items() if key != "seconds"} for entry in curve.read_log(made)]
     return sha256(made / "adapter_model.safetensors"), log
 
 
-def test_a_stage_that_ended_by_time_is_whole_and_holds_its_checkpoint(ended):
+def test_stage_that_ran_out_of_time_is_complete_and_holds_its_checkpoint(ended):
     made = Path(ended.output_dir)
     training = manifest.require_stage(made, "02_train", model="saiga_tiny")["training"]
     assert (training["ended"], training["step"], training["steps"]) == ("max_hours", 5, STEPS)
-    assert checkpoints.problem_of(made / "checkpoint") is None
-    assert {entry["step"] for entry in curve.read(made)} == {0, 1, 2, 3, 4, 5}
-    assert not checkpoints.beside(made).exists()
+    assert checkpoints.find_problem(made / "checkpoint") is None
+    assert {entry["step"] for entry in curve.read_log(made)} == {0, 1, 2, 3, 4, 5}
+    assert not checkpoints.directory_for(made).exists()
 
 
-def test_called_again_it_goes_on_and_ends_as_if_it_had_never_stopped(ended, uninterrupted, capfd):
+def test_second_call_resumes_and_ends_like_an_uninterrupted_run(ended, uninterrupted, capfd):
     made = train.train_adapter(ended)
-    assert "ended by max_hours at step 5 of 12: it goes on" in capfd.readouterr().out
+    assert ", which ended by max_hours at step 5 of 12." in capfd.readouterr().out
     assert without_seconds(made) == uninterrupted
     assert not (made / "checkpoint").exists()
     assert manifest.read(made)["training"]["ended"] == "finished"
@@ -173,16 +174,14 @@ def test_called_again_it_goes_on_and_ends_as_if_it_had_never_stopped(ended, unin
     assert "kept" in capfd.readouterr().out
 
 
-def test_with_no_time_left_it_is_kept_aloud(ended, monkeypatch, capfd):
+def test_reuses_the_finished_stage_when_no_time_is_left(ended, monkeypatch, capfd):
     monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 100 * HOUR))
     monkeypatch.setattr(launch, "distributed", lambda *_, **__: pytest.fail("a child was started"))
     train.train_adapter(ended)
-    assert "at step 5 of 12, and max_hours=100 leave no time to go on" in capfd.readouterr().out
+    assert "at step 5 of 12: max_hours=100 leaves no time in this session" in capfd.readouterr().out
 
 
-def test_another_session_goes_on_from_an_attached_copy_that_it_does_not_touch(
-    ended, uninterrupted, tmp_path, monkeypatch, capfd
-):
+def test_another_session_resumes_from_a_read_only_copy(ended, uninterrupted, tmp_path, monkeypatch, capfd):
     attached = tmp_path / "input" / "notebooks" / "someone" / "saiga-train"
     attached.mkdir(parents=True)
     Path(ended.output_dir).rename(attached / "02_train")
@@ -192,12 +191,12 @@ def test_another_session_goes_on_from_an_attached_copy_that_it_does_not_touch(
     monkeypatch.setenv("SAIGAKIT_INPUT_ROOT", str(tmp_path / "input"))
     again = {"save_steps": None, "eval_steps": 100, "resume_from": "saiga-train/02_train"}
     made = train.train_adapter(kill_resume.config_for(tmp_path / "second", **again))
-    assert "Training goes on from step 5" in capfd.readouterr().out
+    assert "Resuming from step 5" in capfd.readouterr().out
     assert without_seconds(made) == uninterrupted
     assert {path: path.stat().st_mtime_ns for path in attached.rglob("*")} == before
 
 
-def test_other_settings_do_not_go_on_from_it(ended, tmp_path):
+def test_refuses_to_resume_with_other_settings(ended, tmp_path):
     other = kill_resume.config_for(
         tmp_path / "second", save_steps=None, eval_steps=100, epochs=2, resume_from=ended.output_dir
     )
@@ -205,22 +204,22 @@ def test_other_settings_do_not_go_on_from_it(ended, tmp_path):
         train.train_adapter(other)
 
 
-def test_a_finished_stage_is_nothing_to_go_on_from(ended, tmp_path):
+def test_refuses_to_resume_a_finished_stage(ended, tmp_path):
     made = train.train_adapter(ended)
     config = kill_resume.config_for(tmp_path / "second", save_steps=None, eval_steps=100, resume_from=str(made))
-    with pytest.raises(SaigaError, match="holds no whole checkpoint"):
+    with pytest.raises(SaigaError, match="has no intact checkpoint"):
         train.train_adapter(config)
 
 
-def test_a_damaged_checkpoint_in_a_stage_begins_anew_aloud(ended, uninterrupted, capfd):
+def test_starts_again_and_reports_a_damaged_checkpoint(ended, uninterrupted, capfd):
     optimizer = Path(ended.output_dir) / "checkpoint" / "state" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-10])
     made = train.train_adapter(ended)
-    assert "is not used: state/optimizer.pt has" in capfd.readouterr().out
+    assert ": state/optimizer.pt has" in capfd.readouterr().out
     assert without_seconds(made) == uninterrupted
 
 
-def test_a_full_disk_ends_training_with_both_numbers_and_the_checkpoint_before_is_whole(tiny, tmp_path, monkeypatch):
+def test_full_disk_ends_training_and_keeps_the_previous_checkpoint(tiny, tmp_path, monkeypatch):
     child = Child(tmp_path, monkeypatch, tiny / "records.jsonl", save_steps=2)
     write, written = torch.save, []
 
@@ -235,36 +234,36 @@ def test_a_full_disk_ends_training_with_both_numbers_and_the_checkpoint_before_i
         SaigaError, match=r"checkpoint of step 4 cannot be written .* needs [\d,]+ bytes, and [\d,]+ are free"
     ):
         child.run()
-    assert checkpoints.step_of(child.store.newest()) == 2
+    assert checkpoints.step_of(child.store.find_newest()) == 2
 
 
-def test_a_run_killed_between_its_early_stop_and_its_end_does_not_train_on(tiny, tmp_path, monkeypatch):
+def test_run_killed_after_stopping_early_does_not_train_further(tiny, tmp_path, monkeypatch):
     worsens = {"learning_rate": 30.0, "epochs": 5, "eval_steps": 2, "early_stopping": 1, "save_steps": 1}
     child = Child(tmp_path, monkeypatch, tiny / "records.jsonl", quantization="none", **worsens)
     child.run()
-    adapter, log = child.directory / "adapter_model.safetensors", curve.read(child.directory)
+    adapter, log = child.directory / "adapter_model.safetensors", curve.read_log(child.directory)
     before = sha256(adapter)
-    assert checkpoints.step_of(child.store.newest()) == log[-1]["step"] < 60
+    assert checkpoints.step_of(child.store.find_newest()) == log[-1]["step"] < 60
     adapter.unlink()
     child.run()
-    assert curve.read(child.directory) == log
+    assert curve.read_log(child.directory) == log
     assert sha256(adapter) == before
     result = json.loads((child.directory / "result.json").read_text(encoding="utf-8"))
     assert (result["ended"], result["step"]) == ("early_stopping", log[-1]["step"])
 
 
-def test_free_time_is_counted_from_the_start_of_the_session(monkeypatch):
+def test_time_left_counts_from_the_start_of_the_session(monkeypatch):
     run = run_state.Run(kill_resume.config_for("x", max_hours=1), [], [], None, None)
-    run.worst_step_s, run.save_s, run.evaluation_s = 100.0, 200.0, 40.0
+    run.slowest_step_s, run.save_s, run.evaluation_s = 100.0, 200.0, 40.0
     start = workspace.session_start()
     reserve = 100 + 2 * 200 + 40 + run_state.MARGIN_S
     monkeypatch.setattr(time, "time", lambda: start + HOUR - reserve - 1)
-    assert not run.is_time_over()
+    assert not run.is_out_of_time()
     monkeypatch.setattr(time, "time", lambda: start + HOUR - reserve + 1)
-    assert run.is_time_over()
+    assert run.is_out_of_time()
 
 
-def test_a_result_is_not_left_beside_the_adapter(ended):
+def test_stage_holds_no_temporary_files(ended):
     made = {path.name for path in Path(ended.output_dir).iterdir()}
     assert made == {
         *("adapter_config.json", "adapter_model.safetensors", "checkpoint", "curve.png", "log.jsonl"),

@@ -1,14 +1,13 @@
-"""Packs: nothing lost, nothing over the budget, and for a real model the same as documents one by one."""
+"""Packing documents."""
 
 import math
 import random
 
 import pytest
+import torch
 
 from saigakit.prompt.encoding import IGNORE_INDEX
-from saigakit.train.steps import best_fit, collate, lay_out, order_conversations
-
-torch = pytest.importorskip("torch")
+from saigakit.train.steps import assign_packs, best_fit, collate, order_conversations
 
 VOCABULARY = 50
 
@@ -19,7 +18,7 @@ def random_lengths(seed: int, count: int = 200, budget: int = 64) -> list[int]:
 
 
 def document(rng: random.Random, length: int) -> dict[str, list[int]]:
-    """Its second half is learned, and so, against all rules, is its first token."""
+    """A document whose second half is trained, and also its first token, which `collate` must ignore."""
     ids = [rng.randrange(VOCABULARY) for _ in range(length)]
     return {"input_ids": ids, "labels": [ids[0], *([IGNORE_INDEX] * (length // 2 - 1)), *ids[length // 2 :]]}
 
@@ -31,114 +30,115 @@ def documents() -> list[dict[str, list[int]]]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_pack_exceeds_the_budget_and_no_document_is_lost_or_repeated(seed):
+def test_best_fit_stays_within_the_budget_and_places_each_document_once(seed):
     lengths = random_lengths(seed)
     packs = best_fit(lengths, 64)
     assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
     assert all(0 < sum(lengths[index] for index in pack) <= 64 for pack in packs)
 
 
-def test_packs_are_nearly_full():
+def test_best_fit_packs_are_nearly_full():
     lengths = random_lengths(1, count=1000)
     assert len(best_fit(lengths, 64)) <= 1.02 * sum(lengths) / 64 + 1
 
 
-def test_the_fullest_pack_that_has_room_is_taken():
+def test_best_fit_uses_the_fullest_pack_with_room():
     assert best_fit([7, 6, 3], 10) == [[0, 2], [1]]
 
 
-def test_documents_of_exactly_the_budget_are_packs_of_their_own():
+def test_documents_of_budget_size_get_their_own_packs():
     assert best_fit([10, 10, 10], 10) == [[0], [1], [2]]
 
 
-def test_no_documents_make_no_packs():
+def test_no_documents_give_no_packs():
     assert best_fit([], 10) == []
 
 
-def test_a_document_over_the_budget_is_refused_with_both_numbers():
+def test_refuses_a_document_over_the_budget():
     with pytest.raises(ValueError, match="11 tokens does not fit into a pack of 10"):
         best_fit([3, 11], 10)
 
 
-def test_every_epoch_shows_each_conversation_once():
+def test_every_epoch_has_each_conversation_once():
     shown = order_conversations([range(1200)] * 3, 3, seed=1)
     assert all(sorted(shown[start : start + 1200]) == list(range(1200)) for start in (0, 1200, 2400))
 
 
-def test_an_epoch_has_another_order_than_the_one_before():
+def test_epochs_have_different_orders():
     shown = order_conversations([range(1200)] * 2, 2, seed=1)
     assert sum(a == b for a, b in zip(shown[:1200], shown[1200:], strict=True)) < 20
 
 
 @pytest.mark.parametrize(("epochs", "count"), [(1.5, 1800), (0.5, 600), (0.0001, 1), (0.1 + 0.2, 360)])
-def test_a_fractional_last_epoch_takes_its_share(epochs, count):
+def test_fractional_last_epoch_is_a_prefix(epochs, count):
     assert (
         list(order_conversations([range(1200)] * math.ceil(epochs), epochs, seed=1))
         == list(order_conversations([range(1200)] * 2, 2, seed=1))[:count]
     )
 
 
-def test_the_order_follows_from_the_seed():
+def test_order_depends_on_the_seed_alone():
     orders = [list(order_conversations([range(1200)] * 1, 1, seed=seed)) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_packs_of_all_processes_hold_each_document_once_and_none_is_over_the_budget(seed, processes):
+def test_assigned_packs_stay_within_the_budget_and_hold_each_document_once(seed, processes):
     lengths = random_lengths(seed, count=16)
-    laid = lay_out(lengths, budget=64, processes=processes)
+    laid = assign_packs(lengths, budget=64, processes=processes)
     assert len(laid) == processes
     assert sorted(index for packs in laid for pack in packs for index in pack) == list(range(16))
     assert all(0 < sum(lengths[index] for index in pack) <= 64 for packs in laid for pack in packs)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_processes_have_nearly_the_same_number_of_tokens(seed):
+def test_processes_get_nearly_the_same_number_of_tokens(seed):
     lengths = random_lengths(seed, count=32)
     tokens = [
-        sum(lengths[index] for pack in packs for index in pack) for packs in lay_out(lengths, budget=64, processes=2)
+        sum(lengths[index] for pack in packs for index in pack)
+        for packs in assign_packs(lengths, budget=64, processes=2)
     ]
     assert max(tokens) - min(tokens) <= min(lengths) + 2
 
 
-def test_one_process_has_the_fewest_packs_that_fit():
-    assert [len(pack) for pack in lay_out([30, 30, 30, 34, 34, 34], budget=64, processes=1)[0]] == [2, 2, 2]
+def test_one_process_gets_the_fewest_packs_that_fit():
+    assert [len(pack) for pack in assign_packs([30, 30, 30, 34, 34, 34], budget=64, processes=1)[0]] == [2, 2, 2]
 
 
-def test_each_process_has_a_document_where_there_are_enough():
-    assert all(lay_out([60, 1, 1, 1], budget=64, processes=4))
-    assert [len(packs) for packs in lay_out([5, 5], budget=64, processes=3)] == [1, 1, 0]
+def test_each_process_gets_a_document_if_there_are_enough():
+    assert all(assign_packs([60, 1, 1, 1], budget=64, processes=4))
+    assert [len(packs) for packs in assign_packs([5, 5], budget=64, processes=3)] == [1, 1, 0]
 
 
 def test_positions_restart_at_every_document(documents):
     assert collate(documents)["position_ids"].tolist() == [[*range(7), *range(12), *range(4), *range(9)]]
 
 
-def test_a_pack_has_no_attention_mask(documents):
-    """A mask would switch the separation of documents off: see the test of contamination below."""
+def test_pack_has_no_attention_mask(documents):
+    """A mask would mix the documents: see the test below."""
     assert "attention_mask" not in collate(documents)
 
 
-def test_the_first_token_of_a_document_is_never_learned(documents):
+def test_first_token_of_a_document_is_never_trained(documents):
     labels = collate(documents)["labels"][0]
     assert [labels[start].item() for start in (0, 7, 19, 23)] == [IGNORE_INDEX] * 4
     assert [row["labels"][0] for row in documents] != [IGNORE_INDEX] * 4
 
 
-def test_what_else_is_learned_is_what_the_documents_say(documents):
+def test_other_labels_are_those_of_the_documents(documents):
     labels = collate(documents)["labels"][0].tolist()
     assert labels == [label for row in documents for label in (IGNORE_INDEX, *row["labels"][1:])]
 
 
-def test_kept_logits_are_those_whose_next_token_is_learned(documents):
+def test_logits_are_kept_where_the_next_token_is_trained(documents):
     batch = collate(documents)
     labels, kept = batch["labels"][0], batch["logits_to_keep"]
     assert batch["shift_labels"][0].tolist() == labels[kept + 1].tolist()
     assert len(kept) == (labels != IGNORE_INDEX).sum()
 
 
-def random_llama(kv_heads: int) -> "torch.nn.Module":
+def random_llama(kv_heads: int) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -156,34 +156,34 @@ def random_llama(kv_heads: int) -> "torch.nn.Module":
 
 
 @pytest.fixture(scope="module", params=[4, 2], ids=["multi-head", "grouped-query"])
-def llama(request) -> "torch.nn.Module":
+def llama(request) -> torch.nn.Module:
     return random_llama(request.param)
 
 
-def one_by_one(llama, documents) -> "torch.Tensor":
+def one_by_one(llama, documents) -> torch.Tensor:
     with torch.no_grad():
         return torch.cat([llama(torch.tensor([row["input_ids"]])).logits[0] for row in documents])
 
 
-def packed(llama, documents, **more) -> "torch.Tensor":
+def packed(llama, documents, **more) -> torch.Tensor:
     batch = collate(documents)
     with torch.no_grad():
         return llama(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **more).logits[0]
 
 
-def test_logits_of_a_pack_are_those_of_its_documents(llama, documents):
+def test_logits_of_a_pack_equal_those_of_its_documents(llama, documents):
     assert (packed(llama, documents) - one_by_one(llama, documents)).abs().max() < 1e-12
 
 
-def test_a_mask_of_ones_would_let_documents_see_each_other(llama, documents):
-    """Why collate gives none: transformers looks for restarting positions only where there is no mask."""
+def test_mask_of_ones_would_mix_documents(llama, documents):
+    """transformers separates documents by their positions only if there is no mask."""
     mask = torch.ones(1, sum(len(row["input_ids"]) for row in documents), dtype=torch.long)
     difference = (packed(llama, documents, attention_mask=mask) - one_by_one(llama, documents)).abs()
     assert difference[:7].max() < 1e-12
     assert difference[7:].max() > 0.1
 
 
-def test_the_loss_of_a_pack_is_the_mean_over_its_learned_tokens(llama, documents):
+def test_loss_of_a_pack_is_the_mean_over_its_trained_tokens(llama, documents):
     with torch.no_grad():
         output = llama(**collate(documents), use_cache=False)
     losses = []
@@ -194,7 +194,7 @@ def test_the_loss_of_a_pack_is_the_mean_over_its_learned_tokens(llama, documents
     assert abs(output.loss - torch.stack(losses).mean()) < 1e-6
 
 
-def test_gradients_of_a_pack_are_those_of_its_documents(llama, documents):
+def test_gradients_of_a_pack_equal_those_of_its_documents(llama, documents):
     llama.zero_grad()
     llama(**collate(documents), use_cache=False, num_items_in_batch=1).loss.backward()
     together = [parameter.grad.clone() for parameter in llama.parameters()]

@@ -1,4 +1,4 @@
-"""Products in bf16 make training faster on some CPUs: around forward and backward, and nowhere else."""
+"""bf16 matrix products, which make training faster on some CPUs, in forward and backward passes alone."""
 
 import hashlib
 
@@ -21,7 +21,7 @@ FOLDED = {"adapter": "folded", "lora": Lora(rank=3, alpha=6, dropout=0.0)}
 
 
 def in_bf16(monkeypatch, records, directory):
-    """The stage, trained as on a CPU with fast bf16 products, and how many products were made so."""
+    """Train as on a CPU with fast bf16 products, and count those products."""
     monkeypatch.setenv("SAIGAKIT_CPU_MATMUL", "bf16")
     with Bf16Products() as products:
         return trained(records, directory, **FOLDED), products.rounded
@@ -32,7 +32,7 @@ def digest(model):
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def test_bf16_products_leave_the_folded_base_as_it_is(records, tmp_path, monkeypatch):
+def test_bf16_products_do_not_change_the_folded_base(records, tmp_path, monkeypatch):
     bases, plain = [], loading._load_base
     monkeypatch.setattr(loading, "_load_base", lambda *given: bases.append(digest(base := plain(*given))) or base)
     trained(records, tmp_path / "float32", **FOLDED)
@@ -41,7 +41,7 @@ def test_bf16_products_leave_the_folded_base_as_it_is(records, tmp_path, monkeyp
     assert bases[0] == bases[1]
 
 
-def test_bf16_products_leave_the_two_adapters_joined_exactly(records, tmp_path, tiny, monkeypatch):
+def test_bf16_products_do_not_change_the_combined_adapter(records, tmp_path, tiny, monkeypatch):
     kept, combine = {}, fold.combine
 
     def keeping(released, new, out):
@@ -57,7 +57,7 @@ def test_bf16_products_leave_the_two_adapters_joined_exactly(records, tmp_path, 
         assert torch.equal(joined, scale * matrix), name
 
 
-def test_only_forward_and_backward_run_at_the_fast_precision(records, tmp_path, monkeypatch):
+def test_only_forward_and_backward_use_the_fast_precision(records, tmp_path, monkeypatch):
     seen = []
 
     def noting(what, function):
@@ -75,8 +75,8 @@ def test_only_forward_and_backward_run_at_the_fast_precision(records, tmp_path, 
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_training_in_bf16_products_learns_as_well_as_in_float32(records, tmp_path, monkeypatch):
-    """Each loss within 2 %, the last one within 1 %: eight bits of a product's operands, summed in float32."""
+def test_losses_with_bf16_products_are_close_to_float32(records, tmp_path, monkeypatch):
+    """Each loss is within 2 %, the last one within 1 %: operands have eight bits and sums are in float32."""
     exact = losses(trained(records, tmp_path / "float32", **FOLDED))
     stage, rounded = in_bf16(monkeypatch, records, tmp_path / "bf16")
     assert rounded > 0
@@ -85,7 +85,7 @@ def test_training_in_bf16_products_learns_as_well_as_in_float32(records, tmp_pat
     assert losses(stage) != exact
 
 
-def test_products_are_exact_unless_bf16_was_found_faster(monkeypatch):
+def test_products_are_exact_unless_bf16_was_measured_faster(monkeypatch):
     monkeypatch.delenv("SAIGAKIT_CPU_MATMUL")
     monkeypatch.setattr(workspace, "cpu_has_bf16", lambda: True)
     for speedup, precision in ((0.5, "highest"), (1.1, "highest"), (2.0, "medium")):
@@ -94,7 +94,7 @@ def test_products_are_exact_unless_bf16_was_found_faster(monkeypatch):
             assert torch.get_float32_matmul_precision() == precision
 
 
-def test_the_measurement_gives_a_ratio_and_leaves_the_precision(monkeypatch):
+def test_speed_measurement_returns_a_ratio_and_restores_the_precision(monkeypatch):
     monkeypatch.delenv("SAIGAKIT_CPU_MATMUL")
     torch.set_float32_matmul_precision("high")
     try:
@@ -105,14 +105,14 @@ def test_the_measurement_gives_a_ratio_and_leaves_the_precision(monkeypatch):
         torch.set_float32_matmul_precision("highest")
 
 
-def test_a_failed_step_leaves_float32_behind(monkeypatch):
+def test_failed_step_restores_float32(monkeypatch):
     monkeypatch.setenv("SAIGAKIT_CPU_MATMUL", "bf16")
     with pytest.raises(RuntimeError, match="no memory"), load.fast_matmul():
         raise RuntimeError("no memory")
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_another_word_for_the_products_is_refused(monkeypatch):
+def test_refuses_an_unknown_product_format(monkeypatch):
     monkeypatch.setenv("SAIGAKIT_CPU_MATMUL", "fast")
     with pytest.raises(SaigaError, match="SAIGAKIT_CPU_MATMUL='fast': write float32 or bf16"):
         load.bf16_is_faster()

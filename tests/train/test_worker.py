@@ -1,4 +1,4 @@
-"""What one training does besides its steps: samples, replay, a folded adapter, a head in chunks, a trial."""
+"""Samples, replay, folded adapters, chunked loss and the trial in a complete training."""
 
 import json
 import shutil
@@ -10,29 +10,36 @@ import pytest
 from small_trainings import losses, mean_loss, trained
 
 from saigakit.config import TrainConfig
-from saigakit.core import launch, manifest
-from saigakit.data import rows
+from saigakit.core import launch, manifest, workspace
+from saigakit.data import rows, sources
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.registry import ALL_LINEAR, Lora
-from saigakit.train import checkpoints, curve, loading, preflight, run_state, samples, worker
+from saigakit.train import answers, checkpoints, curve, loading, preflight, run_state, samples, worker
 from saigakit.train.steps import Plan
 from saigakit.weights import find, load, memory
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
-def test_the_answers_at_every_evaluation_are_in_the_stage(records, tmp_path):
+def test_stage_holds_the_answers_of_every_evaluation(records, tmp_path):
     stage = trained(records, tmp_path)
-    evaluated = [entry["step"] for entry in curve.read(stage) if "held_out_loss" in entry]
-    text = (stage / samples.FILE).read_text(encoding="utf-8")
+    evaluated = [entry["step"] for entry in curve.read_log(stage) if "held_out_loss" in entry]
+    text = (stage / answers.FILE).read_text(encoding="utf-8")
     assert all(f"**Шаг {step}, " in text for step in evaluated)
-    assert len(samples.table(stage).rows) == samples.COUNT
+    assert len(answers.answers_table(stage).rows) == samples.COUNT
 
 
-def test_a_child_uses_what_its_parent_resolved(records, tmp_path, monkeypatch):
+def test_child_resolves_nothing_again(records, tmp_path, monkeypatch):
     def child(_, arguments, **__):
-        for module, name in ((find, "adapter_dir"), (preflight, "model"), (load, "number_format")):
+        resolving = [
+            (find, "adapter_dir"),
+            (find, "tokenizer_dir"),
+            (preflight, "check_model"),
+            (load, "number_format"),
+        ]
+        resolving += [(find, "base_dir"), (workspace, "find_input"), (sources, "records_files")]
+        for module, name in resolving:
             monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called again"))
         worker.main(Path(arguments[0]))
 
@@ -41,7 +48,7 @@ def test_a_child_uses_what_its_parent_resolved(records, tmp_path, monkeypatch):
     assert "job.json" not in {file.name for file in stage.iterdir()}
 
 
-def test_general_dialogues_are_a_share_of_every_epoch(records, tmp_path, capsys):
+def test_replay_is_a_share_of_every_epoch(records, tmp_path, capsys):
     talks = [{"user": f"Какая погода в городе номер {n}?", "bot": f"Ясно, {n}."} for n in range(50)]
     lines = [json.dumps(talk, ensure_ascii=False) for talk in talks]
     for part in (0, 1):
@@ -51,14 +58,14 @@ def test_general_dialogues_are_a_share_of_every_epoch(records, tmp_path, capsys)
     plain = trained(records, tmp_path / "plain", batch_size=4)
     stage = trained(records, tmp_path / "mixed", batch_size=4, replay_file=str(general), replay_fraction=0.2)
     assert (
-        f"In each epoch {round(count / 4)} general conversations beside {count} of training" in capsys.readouterr().out
+        f"Each epoch mixes {round(count / 4)} replay conversations into {count} of training." in capsys.readouterr().out
     )
-    steps = [sum("loss" in entry for entry in curve.read(made)) for made in (plain, stage)]
+    steps = [sum("loss" in entry for entry in curve.read_log(made)) for made in (plain, stage)]
     assert steps == [-(-count // 4), -(-(count + round(count / 4)) // 4)]
     assert len(json.loads((stage / "saigakit.json").read_text(encoding="utf-8"))["inputs"]["replay"]) == 2
 
 
-def test_a_folded_adapter_begins_as_the_released_one_and_is_one_adapter_in_the_end(records, tmp_path, tiny):
+def test_folded_training_starts_like_the_released_adapter_and_gives_one_adapter(records, tmp_path, tiny):
     released = trained(records, tmp_path / "released", adapter="released")
     folded = trained(records, tmp_path / "folded", adapter="folded", lora=Lora(rank=3, alpha=6, dropout=0.0))
     assert losses(folded)[0] == pytest.approx(losses(released)[0], abs=1e-5)
@@ -72,18 +79,18 @@ def test_a_folded_adapter_begins_as_the_released_one_and_is_one_adapter_in_the_e
     assert manifest.read(folded)["training"]["folded_rank"] == config["r"] - 3
 
 
-def test_a_folded_adapter_of_a_quantised_training_says_that_its_loss_will_differ(records, tmp_path, capsys):
+def test_folded_quantised_training_reports_that_its_loss_will_differ(records, tmp_path, capsys):
     trained(records, tmp_path, adapter="folded", quantization="nf4", eval_file=str(records))
-    assert "adapter was nf4, so its held-out loss elsewhere differs a little" in capsys.readouterr().out
+    assert "merged in nf4; on the published base it differs slightly" in capsys.readouterr().out
 
 
-def test_a_folded_adapter_is_plain_lora(records, tmp_path):
-    with pytest.raises(SaigaError, match="makes one plain LoRA of two, and lora has dora"):
+def test_folded_training_refuses_dora(records, tmp_path):
+    with pytest.raises(SaigaError, match="combines two adapters into one plain LoRA, so lora cannot have dora"):
         trained(records, tmp_path, adapter="folded", lora=Lora(rank=3, dora=True))
 
 
-def test_the_adapter_of_a_folded_training_gives_the_loss_that_was_measured(records, tmp_path, tiny):
-    """On the original base, as 03_merge_gguf and everybody else loads it."""
+def test_folded_adapter_has_the_measured_loss_on_the_original_base(records, tmp_path, tiny):
+    """The base as 03_merge_gguf loads it."""
     import torch
 
     folded = trained(records, tmp_path, adapter="folded", lora=Lora(rank=3, alpha=6, dropout=0.0))
@@ -91,30 +98,32 @@ def test_the_adapter_of_a_folded_training_gives_the_loss_that_was_measured(recor
     model = load.with_adapter(model, folded, Lora()).eval()
     tokenizer = encoding.load_tokenizer("saiga_tiny")
     stored = worker.rows.tokenise(worker.data.read_conversations(records), tokenizer, 512, name="records")
-    chosen = run_state.HeldOut(stored, min(len(stored), run_state.AT_LEAST))
-    best = min(entry["held_out_loss"] for entry in curve.read(folded) if "held_out_loss" in entry and entry["step"])
+    chosen = run_state.HeldOut(stored, min(len(stored), run_state.MIN_EVALUATED))
+    best = min(entry["held_out_loss"] for entry in curve.read_log(folded) if "held_out_loss" in entry and entry["step"])
     assert mean_loss(model, chosen) == pytest.approx(best, rel=1e-5)
 
 
-def test_a_head_in_chunks_learns_the_same(records, tmp_path, monkeypatch):
+def test_chunked_loss_does_not_change_training(records, tmp_path, monkeypatch):
     lora = Lora(rank=4, alpha=8, dropout=0.0)
     plain = trained(records, tmp_path / "plain", lora=lora)
     monkeypatch.setattr(memory, "LARGE_VOCABULARY", 1)
     chunked = trained(records, tmp_path / "chunked", lora=lora)
     assert losses(chunked) == pytest.approx(losses(plain), abs=1e-5)
-    assert (chunked / samples.FILE).read_bytes() == (plain / samples.FILE).read_bytes()
+    assert (chunked / answers.FILE).read_bytes() == (plain / answers.FILE).read_bytes()
 
 
-def test_a_trial_on_the_largest_pack_changes_nothing(records, tmp_path, monkeypatch, capsys):
+def test_trial_does_not_change_the_adapter(records, tmp_path, monkeypatch, capsys):
     tried = trained(records, tmp_path / "tried")
-    assert "Trial on the largest pack, " in capsys.readouterr().out
-    monkeypatch.setattr(loading, "try_steps", lambda *_, **__: loading.Trial(seconds_per_token=1.0, peak_bytes=None))
+    assert "Trial on the largest pack (" in capsys.readouterr().out
+    monkeypatch.setattr(
+        loading, "run_trial_steps", lambda *_, **__: loading.Trial(seconds_per_token=1.0, peak_bytes=None)
+    )
     untried = trained(records, tmp_path / "untried")
     assert losses(tried) == losses(untried)
     assert (tried / "adapter_model.safetensors").read_bytes() == (untried / "adapter_model.safetensors").read_bytes()
 
 
-def test_the_largest_pack_is_found_wherever_it_is():
+def test_finds_the_largest_pack_of_the_run():
     lengths = (10, 30, 12, 25, 9, 30)
     stored = rows.as_dataset((1, {"input_ids": [1] * length, "labels": [1] * length}) for length in lengths)
     plan = Plan(TrainConfig(model="saiga_tiny", train_file="", output_dir="", batch_size=2, max_seq_length=60), stored)
@@ -124,8 +133,8 @@ def test_the_largest_pack_is_found_wherever_it_is():
     assert parts["all"] == max(sum(lengths[row] for row in pack) for pack in packs)
 
 
-def test_a_folded_training_does_not_go_on_from_a_continued_one(records, tmp_path, monkeypatch):
-    """Both begin with the same files."""
+def test_refuses_to_resume_a_folded_training_as_a_continued_one(records, tmp_path, monkeypatch):
+    """Both start from the same files."""
     monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 11 * 3600))
     stage = trained(records, tmp_path, adapter="folded")
     monkeypatch.delenv("SAIGAKIT_SESSION_START")
@@ -133,27 +142,25 @@ def test_a_folded_training_does_not_go_on_from_a_continued_one(records, tmp_path
         trained(records, tmp_path / "other", adapter="released", resume_from=str(stage))
 
 
-def test_what_a_run_that_went_on_has_saved_is_not_thrown_away_where_no_time_is_left(records, tmp_path, monkeypatch):
+def test_keeps_the_checkpoints_of_a_resumed_run_when_no_time_is_left(records, tmp_path, monkeypatch):
     monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 11 * 3600))
     stage = trained(records, tmp_path)
-    saved = checkpoints.beside(stage)
+    saved = checkpoints.directory_for(stage)
     assert not saved.exists()
     shutil.copytree(stage / checkpoints.IN_STAGE, saved / "step-00000002")
     assert trained(records, tmp_path) == stage
     assert (saved / "step-00000002").is_dir()
 
 
-def test_a_run_that_was_stopped_by_time_is_not_evaluated_where_an_uninterrupted_one_would_not_be(
-    records, tmp_path, monkeypatch
-):
+def test_run_stopped_by_time_adds_no_evaluation(records, tmp_path, monkeypatch):
     monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 11 * 3600))
     stage = trained(records, tmp_path, early_stopping=1, eval_steps=2)
-    assert [entry["step"] for entry in curve.read(stage) if "held_out_loss" in entry] == [0]
+    assert [entry["step"] for entry in curve.read_log(stage) if "held_out_loss" in entry] == [0]
     training = json.loads((stage / "saigakit.json").read_text(encoding="utf-8"))["training"]
     assert (training["ended"], training["step"]) == ("max_hours", 1)
 
 
-def test_the_last_step_is_saved_before_what_follows_it(records, tmp_path, monkeypatch):
+def test_last_step_is_saved_before_finishing(records, tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         trained(records, tmp_path)
@@ -161,16 +168,16 @@ def test_the_last_step_is_saved_before_what_follows_it(records, tmp_path, monkey
     monkeypatch.setattr(launch, "distributed", lambda _, arguments, **__: worker.main(Path(arguments[0])))
     (saved,) = (tmp_path / "02_train.checkpoints").glob("step-*")
     stage = trained(records, tmp_path)
-    assert checkpoints.step_of(saved) == max(entry["step"] for entry in curve.read(stage) if "loss" in entry)
+    assert checkpoints.step_of(saved) == max(entry["step"] for entry in curve.read_log(stage) if "loss" in entry)
     assert losses(stage) == losses(trained(records, tmp_path / "uninterrupted"))
 
 
-def test_a_context_over_that_of_a_models_own_config_is_refused(records, tmp_path, tiny):
+def test_refuses_max_seq_length_over_the_context_of_a_local_model(records, tmp_path, tiny):
     model = shutil.copytree(tiny / "base", tmp_path / "model")
     saiga2 = resources.files("saigakit.prompt").joinpath("templates/saiga2.jinja")
     shutil.copyfile(saiga2, model / "chat_template.jinja")
     most = json.loads((model / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
-    with pytest.raises(SaigaError, match=rf"max_seq_length={most + 1} is over the context length of .*{most} tokens"):
+    with pytest.raises(SaigaError, match=rf"max_seq_length={most + 1} exceeds the context length of .*{most} tokens"):
         trained(records, tmp_path, model=str(model), max_seq_length=most + 1)
     made = trained(records, tmp_path, model=str(model), max_seq_length=most)
     assert json.loads((made / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"] == "model"
