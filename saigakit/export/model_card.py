@@ -251,7 +251,7 @@ def _described(file: Path, spec: ModelSpec, by_type: Mapping[str, int]) -> Descr
             end_of_turn=names[end],
             stops=list(dict.fromkeys(names[number] for number in (end, llm.token_eos()) if number in names)),
             system_prompt=written.get(lineage.SYSTEM_PROMPT_KEY),
-            sampling=Sampling.of_gguf(written),
+            sampling=Sampling.from_gguf(written),
             shape=shape,
             longest=longest,
             choice=fit.chosen(shape, by_type, longest=longest),

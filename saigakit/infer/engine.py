@@ -124,7 +124,7 @@ def stream(
             "load the model with a larger n_ctx or start a new conversation."
         )
     stop_ids = encoding.end_of_turn_ids(tokenizer) | {llm.token_eos()}
-    drawn = sampling or Sampling.of_gguf(llm.metadata)
+    drawn = sampling or Sampling.from_gguf(llm.metadata)
     tokens = llm.generate(
         prompt,
         temp=drawn.temperature,

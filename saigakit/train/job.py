@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from saigakit.config import TrainConfig, lora_of_json
+from saigakit.config import TrainConfig
 from saigakit.registry import Lora
 from saigakit.train import preflight
 from saigakit.weights import find, memory
@@ -67,10 +67,10 @@ class Job:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         adapter_dir = content["adapter_dir"]
         return cls(
-            config=TrainConfig.of_json(content["config"], file),
+            config=TrainConfig.from_json(content["config"], file),
             base_dir=Path(content["base_dir"]),
             adapter_dir=None if adapter_dir is None else Path(adapter_dir),
-            lora=lora_of_json(content["lora"]),
+            lora=Lora.from_json(content["lora"]),
             shape=Shape(**content["shape"]),
             number_format=content["number_format"],
         )
