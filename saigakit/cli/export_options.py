@@ -61,7 +61,7 @@ def _gguf(
         quantization.require_known(each)
     prefix = f"{Path(output).stem}."
     beside = model_card.paths(Path(output).parent, prefix)
-    ours = manifest.beside(Path(output))
+    ours = manifest.path_for(Path(output))
     for file in [*gguf_export.paths(Path(output), chosen).values(), *beside.values(), ours]:
         require_absent(file)
     adapter = weighted[0][0] if len(weighted) == 1 and weighted[0][1] == 1 else weighted or None
@@ -79,7 +79,7 @@ def _gguf(
         **given,
     )
     files, spec = gguf_export.paths(made, chosen), registry.find(model)
-    inputs = manifest.read_beside(made)["inputs"]
+    inputs = manifest.read_for(made)["inputs"]
     written = [*model_card.write(files, spec=spec, inputs=inputs, prefix=prefix), ours]
     said = [f"model: {_named(file)}" for file in files.values()]
     return [*said, f"beside: {', '.join(file.name for file in written)}", f"talk:  saigakit chat {made}"]

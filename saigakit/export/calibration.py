@@ -99,8 +99,8 @@ def importance_matrix(
             "adapter": None if adapter_dir is None else manifest.hashes(adapter_dir),
         },
     }
-    if not manifest.is_kept(final, **identity, is_derived=True):
-        with manifest.making(final, **identity, is_derived=True) as partial:
+    if not manifest.is_up_to_date(final, **identity, may_replace=True):
+        with manifest.making(final, **identity, may_replace=True) as partial:
             importance_of_records(
                 records,
                 model=model,

@@ -158,7 +158,7 @@ class Export:
         They are read back: llama.cpp must load them, and `texts` must give the ids of the training. Returns what a
         manifest says of them; with `identity`, which it begins with, there is one next to `file`.
         """
-        finals, told = paths(file, self.quant_types), manifest.beside(file)
+        finals, told = paths(file, self.quant_types), manifest.path_for(file)
         self.discard_partials(file)
         self.require_room(file.parent)
         with ExitStack() as stack:

@@ -173,7 +173,7 @@ def measure_quality(
         missing = f"there is no 01_format/held_out.jsonl in {stage.parent} or attached"
         _unmeasured(missing if max_tokens else "no tokens are asked for")
         return None
-    if not manifest.is_kept(final, **identity, is_derived=True):
+    if not manifest.is_up_to_date(final, **identity, may_replace=True):
         compared = _Compared.of(stage, content, quant_types, importance)
         if (reference := compared.reference()) is None:
             _unmeasured(compared.lacks)
@@ -181,7 +181,7 @@ def measure_quality(
         if not compared.others(reference):
             _unmeasured(f"there is no file but {reference}, with which others are compared")
             return None
-        with manifest.making(final, **identity, is_derived=True) as partial:
+        with manifest.making(final, **identity, may_replace=True) as partial:
             found = compared.measured(reference, records, max_tokens, n_gpu_layers)
             write_text(partial / _MEASURED, json.dumps(found, indent=1))
             write_text(partial / model_card.CARD, compared.card(content["inputs"], _table(found)))

@@ -45,7 +45,7 @@ def merge_gguf(
         _announce(export, final)  # before gigabytes are hashed
     adapter_dirs = [] if adapter_dir is None else [adapter_dir]
     identity = _identity(export, adapter_dirs, base_source=base_source, adapter=adapter, merge_into=merge_into)
-    if manifest.is_kept(final, **identity):
+    if manifest.is_up_to_date(final, **identity):
         return final
     if not is_new:
         _announce(export, final)
@@ -145,7 +145,7 @@ def to_gguf(
     adapter_dirs = [adapter_dir for adapter_dir, _ in adapters]
     identity = None
     if with_manifest:
-        require_absent(manifest.beside(file))
+        require_absent(manifest.path_for(file))
         export.discard_partials(file)
         _say_plan(export, file.parent)  # before gigabytes are hashed
         named = [(str(one), weight) for one, weight in given] or None

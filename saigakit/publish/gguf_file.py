@@ -79,9 +79,9 @@ def _finished(made: Path) -> tuple[Path, manifest.Manifest]:
         return made, adapter.require_whole(made, export.STAGE)
     if not made.is_file():
         raise SaigaError(f"{made} is not there.")
-    if not manifest.beside(made).is_file() and (made.parent / manifest.NAME).is_file():
+    if not manifest.path_for(made).is_file() and (made.parent / manifest.NAME).is_file():
         return made.parent, adapter.require_whole(made.parent, export.STAGE)
-    content = manifest.read_beside(made)
+    content = manifest.read_for(made)
     if damaged := manifest.changed(made.parent, content):
         raise SaigaError(f"{made.parent}: {', '.join(damaged)} changed since it was made; export it again.")
     return made.parent, content

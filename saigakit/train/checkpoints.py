@@ -157,7 +157,7 @@ class Store:
             if (problem := problem_of(path)) is not None:
                 print(f"{path} is not used: {problem}.", flush=True)
                 continue
-            differing = manifest.differing(_mark(path), self.identity)
+            differing = manifest.differences(_mark(path), self.identity)
             if not differing:
                 return path
             said = f"{path} is a checkpoint of another run ({'; '.join(differing)})"

@@ -77,12 +77,12 @@ def goes_on(final: Path, identity: dict[str, Any], config: TrainConfig) -> bool:
         return False
     try:
         content = manifest.read(final)
-    except SaigaError:  # which manifest.is_kept tells, and what to do
+    except SaigaError:  # which manifest.is_up_to_date tells, and what to do
         return False
     training = content.get("training", {})
     if training.get("ended") != "max_hours" or content["stage"] != identity["stage"]:
         return False
-    if manifest.differing(content, json.loads(json.dumps(identity, default=str))):
+    if manifest.differences(content, json.loads(json.dumps(identity, default=str))):
         return False
     where = f"{final} ended by max_hours at step {training['step']} of {training['steps']}"
     left_s = workspace.session_start() + config.max_hours * 3600 - time.time()
@@ -152,7 +152,7 @@ def train_adapter(config: TrainConfig) -> Path:
     identity: dict[str, Any] = {"stage": STAGE, "parameters": _parameters(config), "inputs": inputs}
     store = Store(checkpoints.beside(final), checkpoints.identity(identity["parameters"], inputs))
     continues = goes_on(final, identity, config)
-    if not continues and manifest.is_kept(final, **identity):
+    if not continues and manifest.is_up_to_date(final, **identity):
         if manifest.read(final).get("training", {}).get("ended") != "max_hours":
             store.delete()  # else a run that went on from it may have been killed
         return final
@@ -164,7 +164,7 @@ def train_adapter(config: TrainConfig) -> Path:
         with tempfile.TemporaryDirectory() as scratch:
             _run_child(job, found, store, start, Path(scratch), processes, nodes)
         return final
-    with manifest.making(final, **identity, facts=facts, goes_on=continues) as partial:
+    with manifest.making(final, **identity, facts=facts, may_replace=continues) as partial:
         _run_child(job, found, store, start, partial, processes, nodes)
         result_file = partial / run_state.RESULT_FILE
         facts["training"] = json.loads(result_file.read_text(encoding="utf-8"))

@@ -201,7 +201,7 @@ def test_export_makes_a_file_that_chat_can_load(tiny, tmp_path):
     beside = {"model.Modelfile", "model.README.md", "model.gguf", "model.llama-server.txt", "model.saigakit.json"}
     assert {file.name for file in tmp_path.iterdir()} == beside
     assert "together · всего" in done.stdout.split("model.gguf")[0]  # the plan comes first
-    content = manifest.read_beside(output)
+    content = manifest.read_for(output)
     assert content["outputs"] == {"model.gguf": sha256(output)} and content["quant_type"] == "Q8_0"
     assert content["inputs"]["base"] == manifest.hashes(tiny / "base")
     assert "FROM ./model.gguf" in (tmp_path / "model.Modelfile").read_text(encoding="utf-8")
@@ -227,7 +227,7 @@ def test_what_export_would_refuse_is_refused_before_anything_is_computed(tiny, t
     arguments = ["--model", "saiga_tiny", "--output", str(tmp_path / "m.gguf"), "--quant-type", "Q4_0"]
     arguments += ["--quant-type", quant_type, "--importance", str(tiny / "records.jsonl")]
     done = CliRunner().invoke(cli.main, ["export", *arguments])
-    said = f"{there} is there already" if there else "quant_type='Q9' is unknown"
+    said = f"{there} already exists" if there else "quant_type='Q9' is unknown"
     assert done.exit_code == 1 and said in done.output
     assert [file.name for file in tmp_path.iterdir()] == ([there] if there else [])
 

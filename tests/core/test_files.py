@@ -83,7 +83,7 @@ def test_a_full_disk_is_reported_with_the_file_and_leaves_what_was_there(tmp_pat
 
 def test_a_file_or_directory_that_exists_is_refused(tmp_path):
     files.require_absent(tmp_path / "x")
-    with pytest.raises(SaigaError, match="is there already; nothing was overwritten"):
+    with pytest.raises(SaigaError, match="already exists; nothing was overwritten"):
         files.require_absent(tmp_path)
 
 

@@ -179,7 +179,7 @@ def test_the_manifest_names_the_files_that_were_compared(compared, run_dir, tiny
 def test_a_finished_comparison_is_kept(compared, run_dir, capsys):
     again = evaluate.compare(model="saiga_tiny", run_dir=run_dir, adapter="released", max_examples=4)
     assert again == compared[0]
-    assert "kept" in capsys.readouterr().out
+    assert "up to date" in capsys.readouterr().out
 
 
 def test_an_adapter_that_the_gguf_was_not_made_of_is_refused(copied, tiny):

@@ -173,7 +173,7 @@ def test_what_a_killed_stage_left_is_gone_before_the_disk_is_asked_for_room(made
 
 def test_no_file_of_several_is_overwritten(made, tmp_path):
     (tmp_path / "x-Q8_0.gguf").write_text("mine")
-    with pytest.raises(SaigaError, match=r"x-Q8_0\.gguf is there already"):
+    with pytest.raises(SaigaError, match=r"x-Q8_0\.gguf already exists"):
         export.to_gguf(model=str(made[0]), adapter=None, output=tmp_path / "x.gguf", quant_types=["Q8_0"])
     assert [file.name for file in tmp_path.iterdir()] == ["x-Q8_0.gguf"]
 

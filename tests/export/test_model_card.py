@@ -104,7 +104,7 @@ def test_nothing_is_overwritten(file, tmp_path):
     beside = tmp_path / file.name
     beside.write_bytes(file.read_bytes())
     (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(SaigaError, match=r"README\.md is there already"):
+    with pytest.raises(SaigaError, match=r"README\.md already exists"):
         model_card.write({"Q4_K_M": beside}, spec=registry.find("saiga_tiny"), inputs={})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "model.gguf"]
     made = model_card.write({"Q4_K_M": beside}, spec=registry.find("saiga_tiny"), inputs={}, prefix="mine.")

@@ -117,6 +117,6 @@ def test_embeddings_that_are_not_the_bases_are_refused(base_dir, tmp_path, shift
 
 def test_a_file_that_is_there_is_not_overwritten(base_dir, tmp_path):
     (tmp_path / "lora.gguf").write_text("mine")
-    with pytest.raises(SaigaError, match="is there already"):
+    with pytest.raises(SaigaError, match="already exists"):
         other_formats.to_lora_gguf(model=str(base_dir), adapter="x", output=tmp_path / "lora.gguf")
     assert (tmp_path / "lora.gguf").read_text() == "mine"

@@ -98,7 +98,7 @@ def test_the_tokenizer_and_the_template_come_along(base_dir, adapter_dir, tmp_pa
 
 
 def test_a_directory_that_is_there_is_not_overwritten(base_dir, adapter_dir, tmp_path):
-    with pytest.raises(SaigaError, match="is there already"):
+    with pytest.raises(SaigaError, match="already exists"):
         to_safetensors(model=str(base_dir), adapters=adapter_dir, output=tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -253,7 +253,7 @@ def test_a_finished_stage_is_kept(trained, capsys):
     before = (made / "model.gguf").stat().st_mtime_ns
     assert export.merge_gguf(model="saiga_tiny", run_dir=trained) == made
     assert (made / "model.gguf").stat().st_mtime_ns == before
-    assert "kept" in capsys.readouterr().out
+    assert "up to date" in capsys.readouterr().out
 
 
 def test_a_stage_that_is_made_afresh_has_a_plan_too(trained, monkeypatch, capsys):
@@ -393,7 +393,7 @@ def test_an_interrupt_leaves_nothing_beside_the_output(tiny, tmp_path, monkeypat
 
 def test_a_file_that_is_there_is_not_overwritten(tiny, tmp_path):
     (tmp_path / "x.gguf").write_text("mine")
-    with pytest.raises(SaigaError, match="is there already"):
+    with pytest.raises(SaigaError, match="already exists"):
         export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
     assert (tmp_path / "x.gguf").read_text() == "mine"
 

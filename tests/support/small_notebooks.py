@@ -13,7 +13,7 @@ final = Path(run_dir) / {stage!r}
 earlier = [manifest.read(Path(run_dir) / name)["outputs"] for name in {earlier!r}]
 made_of = dict(stage=final.name, parameters=dict(model="saiga_tiny", **{values}), inputs=dict(earlier=earlier))
 print("cell of", final.name)
-if not manifest.is_kept(final, **made_of):
+if not manifest.is_up_to_date(final, **made_of):
     with manifest.making(final, **made_of) as made:
         (made / "out.txt").write_text(repr(made_of))
         {more}

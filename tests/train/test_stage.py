@@ -64,7 +64,7 @@ def test_a_second_call_keeps_what_is_finished(continued, records, capfd):
     before = manifest.hashes(continued)
     config = config_for(records, continued.parent, adapter="released", quantization="nf4", epochs=3)
     assert train.train_adapter(config) == continued
-    assert "kept" in capfd.readouterr().out
+    assert "up to date" in capfd.readouterr().out
     assert manifest.hashes(continued) == before
 
 
@@ -240,7 +240,7 @@ def test_training_stops_when_the_held_out_loss_does_not_become_better(seen, reco
     assert f"early_stopping=1: the held-out loss was best at step {training['best_step']}" in capfd.readouterr().out
     assert not (made / "checkpoint").exists()
     train.train_adapter(config_for(records, tmp_path, early_stopping=1, **WORSENS))
-    assert "kept" in capfd.readouterr().out
+    assert "up to date" in capfd.readouterr().out
 
 
 def test_the_hook_of_evaluations_leaves_no_trace_in_the_losses(seen, records, tmp_path, monkeypatch):

@@ -170,7 +170,7 @@ def test_called_again_it_goes_on_and_ends_as_if_it_had_never_stopped(ended, unin
     assert not (made / "checkpoint").exists()
     assert manifest.read(made)["training"]["ended"] == "finished"
     train.train_adapter(ended)
-    assert "kept" in capfd.readouterr().out
+    assert "up to date" in capfd.readouterr().out
 
 
 def test_with_no_time_left_it_is_kept_aloud(ended, monkeypatch, capfd):
