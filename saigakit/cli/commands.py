@@ -269,7 +269,7 @@ def doctor() -> None:
     """
     from saigakit.core import install, manifest, workspace
 
-    click.echo(f"{workspace.describe()}\n\n{workspace.table(manifest.versions().items())}\n")
+    click.echo(f"{workspace.describe_machine()}\n\n{workspace.align(manifest.versions().items())}\n")
     for stage in install.STAGES:
         lacking = install.missing(install.needs(stage, kaggle=workspace.on_kaggle()))
         click.echo(f"{stage}: " + (f"lacks {', '.join(lacking)}; {install.command(stage)}" if lacking else "ready"))

@@ -23,7 +23,7 @@ def records_files(name: str, run_dir: str | Path | None = None) -> list[Path]:
     if name.startswith(_PACKAGED_RECORDS):
         return [_packaged_records(name.removeprefix(_PACKAGED_RECORDS))]
     repo, _, choice = name.partition(":")
-    if hub.is_hub_id(repo) and not name.endswith(_FILES) and not workspace.is_here(name, run_dir):
+    if hub.is_hub_id(repo) and not name.endswith(_FILES) and not workspace.is_local(name, run_dir):
         return _data_set(repo, choice)
     places = [Path(name).expanduser(), *([] if run_dir is None else [Path(run_dir) / name])]
     if set("*?[") & set(name) and not any(place.exists() for place in places):
@@ -34,7 +34,7 @@ def records_files(name: str, run_dir: str | Path | None = None) -> list[Path]:
 
 def formatted_records(part: str, run_dir: str | Path) -> Path | None:
     """Of 01_format ("train", "held_out"), inside `run_dir` or in an attached input; None where it is in neither."""
-    return workspace.look_for(f"01_format/{part}.jsonl", run_dir=run_dir)
+    return workspace.find_optional_input(f"01_format/{part}.jsonl", run_dir=run_dir)
 
 
 def _packaged_records(name: str) -> Path:
@@ -78,11 +78,7 @@ def _matching(pattern: str, run_dir: str | Path | None) -> list[Path]:
 
 def _data_set(repo: str, choice: str) -> list[Path]:
     """The files of one split, fetched."""
-    from huggingface_hub import HfApi
-
-    token = workspace.secret("HF_TOKEN")
-    found = hub.asking(repo, lambda: HfApi().dataset_info(repo, files_metadata=True, token=token), hub.ATTACH_RECORDS)
-    sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
+    sizes = hub.file_sizes(repo, "dataset")
     names = splits.records_of(repo, list(sizes), choice)
     hub.require_room(repo, "dataset", sum(sizes[name] for name in names))
     directory = hub.snapshot(repo, tuple(map(glob.escape, names)), "dataset")

@@ -40,7 +40,7 @@ def push_adapter(stage_dir: str | Path, repo_id: str, *, private: bool = True, r
         files = {name: directory / name for name in (*_ADAPTER, *_SHOWN) if (directory / name).is_file()}
         published = public(content, _ADAPTER)
         files |= written(Path(scratch), published, {"README.md": card.write(directory, repo_id, tokenizer)})
-        with hub.quietly(), hub.explained(repo_id, token):
+        with hub.uploading(repo_id, token):
             what = f"Adapter of {model}, trained with saigakit"
             return Push(repo_id, token).all_of(files, published, what, private=private, replace=replace)
 

@@ -34,7 +34,7 @@ def push_to_hub(made: str | Path, repo_id: str, *, private: bool = True, replace
     adapter.require_name(repo_id)
     with tempfile.TemporaryDirectory() as scratch:
         files, published = _files(directory, content, Path(scratch), repo_id)
-        with hub.quietly(), hub.explained(repo_id, token):
+        with hub.uploading(repo_id, token):
             what = f"{published['parameters']['model']} as GGUF, made with saigakit"
             return adapter.Push(repo_id, token).all_of(files, published, what, private=private, replace=replace)
 

@@ -60,7 +60,7 @@ def adapter_dir(spec: ModelSpec, adapter: str, run_dir: str | Path | None = None
     if name == "package:saiga_tiny":
         return packages.tiny_saiga() / "adapter"
     is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if is_hub_id and not workspace.is_here(name, run_dir):
+    if is_hub_id and not workspace.is_local(name, run_dir):
         return hub.snapshot(name, _ADAPTER_FILES)
     return _holding(
         workspace.find_input(name, run_dir=run_dir),
@@ -93,12 +93,7 @@ def _holding(directory: Path, marker: str, problem: str, remedy: str) -> Path:
 
 def _weight_files(repo: str) -> tuple[str, ...]:
     """One kind of weights. Raises SaigaError where the disk has no room for what of them is not there yet."""
-    from huggingface_hub import HfApi
-
-    # Not list_repo_files, which without a connection tries for 24 s.
-    token = workspace.secret("HF_TOKEN")
-    found = hub.asking(repo, lambda: HfApi().model_info(repo, files_metadata=True, token=token))
-    sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
+    sizes = hub.file_sizes(repo)
     names = base_files.weights(sizes)
     hub.require_room(repo, "model", sum(sizes[name] for name in names))
     return tuple(map(glob.escape, names))

@@ -16,7 +16,7 @@ from saigakit import evaluate, publish, registry
 from saigakit.config import TrainConfig
 from saigakit.core import manifest
 from saigakit.core.files import sha256
-from saigakit.core.hub import explained
+from saigakit.core.hub import uploading
 from saigakit.errors import SaigaError
 from saigakit.evaluate import results
 from saigakit.export import gguf_export, markdown
@@ -184,8 +184,8 @@ def test_an_empty_repository_is_filled(push, hub):
     [
         (None, "HF_TOKEN is not set"),
         ("  ", "HF_TOKEN is not set"),
-        ("hf_Secret\nOfTheTests", "HF_TOKEN holds characters that no token has"),
-        ("hf_Секрет", "HF_TOKEN holds characters that no token has"),
+        ("hf_Secret\nOfTheTests", "HF_TOKEN contains characters that no token has"),
+        ("hf_Секрет", "HF_TOKEN contains characters that no token has"),
     ],
 )
 def test_without_a_token_nothing_is_asked(stage, monkeypatch, token, said):
@@ -198,7 +198,7 @@ def test_without_a_token_nothing_is_asked(stage, monkeypatch, token, said):
 
 
 def test_a_wrong_token_is_told(push, hub):
-    assert "does not know the token in HF_TOKEN" in push(token="hf_WrongToken")
+    assert "rejects the token in HF_TOKEN" in push(token="hf_WrongToken")
     assert hub.repositories == {}
 
 
@@ -331,6 +331,6 @@ def test_results_of_04_are_in_the_card_where_they_are_of_this_adapter(stage, tok
 def test_the_reason_of_a_failure_never_holds_the_token():
     error = RuntimeError("Error while uploading")
     error.__cause__ = ValueError(f"Illegal header value b'Bearer {TOKEN}'")
-    with pytest.raises(SaigaError) as caught, explained(REPO, TOKEN):
+    with pytest.raises(SaigaError) as caught, uploading(REPO, TOKEN):
         raise error
     assert TOKEN not in str(caught.value) and "Illegal header value" in str(caught.value)

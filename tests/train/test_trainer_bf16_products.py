@@ -114,5 +114,5 @@ def test_a_failed_step_leaves_float32_behind(monkeypatch):
 
 def test_another_word_for_the_products_is_refused(monkeypatch):
     monkeypatch.setenv("SAIGAKIT_CPU_MATMUL", "fast")
-    with pytest.raises(SaigaError, match="SAIGAKIT_CPU_MATMUL='fast': write float32 or bf16"):
+    with pytest.raises(SaigaError, match="SAIGAKIT_CPU_MATMUL='fast': use float32 or bf16"):
         load.bf16_is_faster()
