@@ -52,7 +52,7 @@ def run(parameters: Mapping[str, Any], run_dir: str | Path, *, notebooks_dir: st
     run_dir = Path(run_dir).resolve()
     _require_runnable(parameters)
     stages = read_stages(find_notebooks() if notebooks_dir is None else Path(notebooks_dir).absolute(), parameters)
-    with _only_run(run_dir) as lock, launch.signals_call(_interrupt), Terminal() as terminal:
+    with _only_run(run_dir) as lock, launch.handling_signals(_interrupt), Terminal() as terminal:
         _finish_all(stages, run_dir, terminal, lock)
         report = summary.write_report(run_dir)
         write_text(run_dir / results.FILE, (run_dir / evaluate.STAGE / results.FILE).read_text("utf-8"))

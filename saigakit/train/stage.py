@@ -132,7 +132,7 @@ def train_adapter(config: TrainConfig) -> Path:
     gpus = workspace.gpus()
     number_format = preflight.machine(config, gpus)
     gpus = gpus[: config.processes]
-    nodes = launch.Nodes.of_environment()
+    nodes = launch.Nodes.from_environment()
     machines = 1 if nodes is None else nodes.count
     preflight.sharding(config, gpus, machines)
     processes = config.processes or len(gpus) or 1

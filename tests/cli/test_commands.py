@@ -235,7 +235,7 @@ def test_what_export_would_refuse_is_refused_before_anything_is_computed(tiny, t
 def test_train_joins_several_machines(tmp_path, monkeypatch):
     joined = []
     monkeypatch.setenv("SAIGAKIT_NODES", "")
-    monkeypatch.setattr(train, "train_adapter", lambda _: joined.append(launch.Nodes.of_environment()))
+    monkeypatch.setattr(train, "train_adapter", lambda _: joined.append(launch.Nodes.from_environment()))
     (tmp_path / "train.yaml").write_text("{model: saiga_tiny, train_file: a, output_dir: b}", encoding="utf-8")
 
     def output(*options):
