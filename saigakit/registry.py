@@ -47,9 +47,9 @@ class Lora:
     dora: bool = False  # separate direction and magnitude, arXiv:2402.09353
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """JSON has lists where the fields are tuples."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**values | tuples)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,10 +42,10 @@ def file_sizes(repo: str, repo_type: str = "model") -> dict[str, int]:
     """Bytes by file name."""
     from huggingface_hub import HfApi
 
-    token = workspace.secret("HF_TOKEN")
+    # Not list_repo_files, which keeps trying for 24 s without a connection.
+    api = HfApi(token=workspace.secret("HF_TOKEN"))
     with _download_errors_explained(repo, repo_type):
-        # Not list_repo_files, which keeps trying for 24 s without a connection.
-        found = HfApi().repo_info(repo, repo_type=repo_type, files_metadata=True, token=token)
+        found = (api.model_info if repo_type == "model" else api.dataset_info)(repo, files_metadata=True)
     return {file.rfilename: file.size or 0 for file in found.siblings or []}
 
 

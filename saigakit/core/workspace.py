@@ -97,8 +97,8 @@ def _places(name: str, run_dir: str | Path | None) -> list[Path]:
 
 def secret(name: str) -> str | None:
     """From the environment, or else from Kaggle's secrets; None if neither has it."""
-    if value := os.environ.get(name):
-        return value
+    if os.environ.get(name):
+        return os.environ[name]
     if not on_kaggle():
         return None
     from kaggle_secrets import UserSecretsClient  # exists in Kaggle's image only

@@ -225,7 +225,7 @@ def test_what_did_not_arrive_whole_on_kaggle_is_told(kaggle):
 
 def test_a_public_model_on_kaggle_gets_nothing_private(kaggle, stage):
     kaggle.answer(SERVICE + "GetModel", {"id": 5, "ref": MODEL, "isPrivate": False, "title": "x"})
-    with pytest.raises(SaigaError, match=r"is there and public"):
+    with pytest.raises(SaigaError, match="is public, but private=True"):
         gguf_file.push_to_kaggle(stage, "saiga-cats")
     assert not kaggle.uploads
 
