@@ -1,4 +1,4 @@
-"""Make the tiny Saiga: a base, an adapter, a tokenizer and records in a few MB."""
+"""Make the tiny Saiga: base, adapter, tokenizer and records in less than a megabyte."""
 
 import json
 import math
@@ -81,7 +81,7 @@ PHRASINGS = ("{T} — это {d}.", "{T}: {d}.", "Словом «{t}» назы�
 
 
 def records() -> list[dict[str, str]]:
-    """60 records in a fixed order; every fourth text defines nothing, its answer is `[]`."""
+    """60 records in a fixed order; every fourth text defines nothing and has the answer `[]`."""
     rows = []
     for index, (term, definition) in enumerate(DEFINITIONS):
         text = PHRASINGS[index % len(PHRASINGS)].format(T=term.capitalize(), t=term, d=definition)
@@ -95,27 +95,27 @@ def _record(text: str, answer: list[dict[str, str]]) -> dict[str, str]:
     return {"system": SYSTEM, "user": text, "bot": json.dumps(answer, ensure_ascii=False)}
 
 
-SIZE = 768  # a multiple of 32, as every dimension of the tiny model is: ggml's blocks
+VOCABULARY_SIZE = 768  # a multiple of 32, like every dimension of the tiny model, because of ggml's blocks
 SPACE = "▁"
-# Whole words of the vocabulary, with and without the space before them: loaders that drop it get other ids.
+# Pieces of the vocabulary with and without a leading space, so that a loader that drops it gets other ids.
 ROLES = ("system", "user", "bot")
 _LETTERS = "абвгдеёжзийклмнопрстуфхцчшщъыьэюя"
 _LATIN = "abcdefghijklmnopqrstuvwxyz"
 _SIGNS = "0123456789.,:;!?-–—()[]{}<>«»„“\"'/\\|_+=*&%$#@^~`№"
 ALPHABET = _LETTERS + _LETTERS.upper() + _LATIN + _LATIN.upper() + _SIGNS
-_LAST = -1e9  # the score of whitespace-only pieces in Llama's model: they merge after everything else
+_LAST = -1e9  # score of whitespace-only pieces in Llama's model, which merge last
 
 
 def sentencepiece_model(texts: Iterable[str]) -> bytes:
-    """A serialised ModelProto of SIZE pieces; the same texts give the same bytes."""
+    """A serialised ModelProto; the same texts give the same bytes."""
     from sentencepiece import sentencepiece_model_pb2
 
-    spm: Any = sentencepiece_model_pb2  # protobuf makes its classes at run time
+    spm: Any = sentencepiece_model_pb2  # protobuf creates its classes at run time
     kind = spm.ModelProto.SentencePiece
     pieces = [("<unk>", 0.0, kind.UNKNOWN), ("<s>", 0.0, kind.CONTROL), ("</s>", 0.0, kind.CONTROL)]
     pieces += [(f"<0x{byte:02X}>", 0.0, kind.BYTE) for byte in range(256)]
     spaces = [(SPACE * length, _LAST, kind.NORMAL) for length in range(1, 17)]
-    count = SIZE - len(pieces) - len(spaces) - len(ALPHABET)
+    count = VOCABULARY_SIZE - len(pieces) - len(spaces) - len(ALPHABET)
     ranked = [*_merges(texts, count), *ALPHABET]
     pieces += [(piece, float(-rank), kind.NORMAL) for rank, piece in enumerate(ranked)]
     pieces += spaces
@@ -134,21 +134,21 @@ def sentencepiece_model(texts: Iterable[str]) -> bytes:
 
 
 def _merges(texts: Iterable[str], count: int) -> list[str]:
-    """The `count` pieces that byte-pair encoding learns, in the order in which they merge."""
+    """The first `count` merges of byte-pair encoding, in order."""
     frequency = Counter(SPACE + word for text in texts for word in text.split())
     frequency |= dict.fromkeys(ROLES, 2_000_000) | dict.fromkeys((SPACE + role for role in ROLES), 1_000_000)
     words = {word: list(word) for word in frequency}
-    learned: list[str] = []
-    while len(learned) < count:
+    merges: list[str] = []
+    while len(merges) < count:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, parts in words.items():
             for pair in pairwise(parts):
-                if not any(character.isdigit() for character in pair[1] + pair[0]):
+                if not any(character.isdigit() for character in "".join(pair)):
                     pairs[pair] += frequency[word]
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        learned.append("".join(best))
+        merges.append("".join(best))
         words = {word: _merged(parts, best) for word, parts in words.items()}
-    return learned
+    return merges
 
 
 def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
@@ -161,7 +161,7 @@ def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 64, 256, 2, 4, 2  # 256: a row that k-quants can take
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 64, 256, 2, 4, 2  # 256: the row length of k-quants
 RANK, ALPHA = 4, 8
 ATTENTION = {
     "q_proj": (HIDDEN, HIDDEN),
@@ -190,7 +190,7 @@ CONFIG = {
     "tie_word_embeddings": False,
     "torch_dtype": "float16",
     "use_cache": True,
-    "vocab_size": SIZE,
+    "vocab_size": VOCABULARY_SIZE,
 }
 ADAPTER_CONFIG = {
     "base_model_name_or_path": "package:saiga_tiny",
@@ -209,7 +209,7 @@ ADAPTER_CONFIG = {
     "target_modules": [*ATTENTION],
     "task_type": "CAUSAL_LM",
 }
-# As the repositories of the released adapters have it: without `legacy`, without tokenizer.json.
+# As in the repositories of the released adapters: no `legacy`, no tokenizer.json.
 TOKENIZER_CONFIG = {
     "add_bos_token": False,
     "add_eos_token": False,
@@ -243,7 +243,7 @@ GENERATION_CONFIG = {
 
 
 def make(directory: Path) -> Path:
-    """Writes base/, adapter/ and records.jsonl into `directory`, and returns it."""
+    """Write base/, adapter/ and records.jsonl into `directory`."""
     import torch
     from safetensors.torch import save_file
 
@@ -267,7 +267,7 @@ def make(directory: Path) -> Path:
 
 
 def base_weights(generator: "torch.Generator") -> dict[str, "torch.Tensor"]:
-    """Random float16 weights whose outputs are far from uniform, norms other than 1 included."""
+    """Random float16 weights with outputs far from uniform and norms other than 1."""
     import torch
 
     def normal(*shape: int, std: float) -> "torch.Tensor":
@@ -276,7 +276,7 @@ def base_weights(generator: "torch.Generator") -> dict[str, "torch.Tensor"]:
     def norm() -> "torch.Tensor":
         return (1 + 0.1 * torch.randn(HIDDEN, generator=generator)).to(torch.float16)
 
-    weights = {"model.embed_tokens.weight": normal(SIZE, HIDDEN, std=1.0)}
+    weights = {"model.embed_tokens.weight": normal(VOCABULARY_SIZE, HIDDEN, std=1.0)}
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}"
         for block, matrices in (("self_attn", ATTENTION), ("mlp", MLP)):
@@ -285,12 +285,12 @@ def base_weights(generator: "torch.Generator") -> dict[str, "torch.Tensor"]:
         weights[f"{prefix}.input_layernorm.weight"] = norm()
         weights[f"{prefix}.post_attention_layernorm.weight"] = norm()
     weights["model.norm.weight"] = norm()
-    weights["lm_head.weight"] = normal(SIZE, HIDDEN, std=2 / math.sqrt(HIDDEN))
+    weights["lm_head.weight"] = normal(VOCABULARY_SIZE, HIDDEN, std=2 / math.sqrt(HIDDEN))
     return weights
 
 
 def adapter_weights(generator: "torch.Generator") -> dict[str, "torch.Tensor"]:
-    """LoRA A and B in float32, keys as peft wrote them in 2023; B is not zero, so that the adapter shows."""
+    """LoRA A and B in float32 with peft's keys of 2023; B is not zero, so that the adapter has an effect."""
     import torch
 
     weights: dict[str, torch.Tensor] = {}

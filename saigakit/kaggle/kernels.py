@@ -164,8 +164,8 @@ def submit(reference: str, *command: str) -> str:
     output = run_kaggle(*command)
     if refusals := re.findall(r"^.*(?:push|creation) error:.*$", output, re.MULTILINE):
         raise SaigaError(
-            f"Kaggle refused {reference}: {'; '.join(refusals)}. If the reason is a quota or too many running sessions, "
-            "wait or stop one; if it is the title or the name, check on kaggle.com who has it."
+            f"Kaggle refused {reference}: {'; '.join(refusals)}. If the reason is a quota or running sessions, wait or "
+            "stop one; if it is the title or the name, check on kaggle.com who has it."
         )
     if dropped := re.findall(r"^The following are not valid.*$", output, re.MULTILINE):
         raise SaigaError(

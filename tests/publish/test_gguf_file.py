@@ -107,7 +107,7 @@ def test_a_gguf_of_the_terminal_is_published_as_a_stage_is(push, hub, tiny, tmp_
     file.with_name("cats-Q8_0.gguf").write_bytes(b"GGUF")
     assert "cats-Q8_0.gguf changed since it was made; export it again" in push(file)
     manifest.path_for(file).unlink()
-    assert "has no cats.saigakit.json beside it" in push(file)
+    assert "has no cats.saigakit.json next to it" in push(file)
     assert "dogs.gguf is not there" in push(file.with_name("dogs.gguf"))
 
 
