@@ -134,8 +134,8 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def changed(directory: Path, content: Manifest) -> list[str]:
     """Names of the outputs that are missing or whose hash has changed."""
-    there = {name: directory / name for name in content["outputs"]}
-    return [n for n, file in there.items() if not file.is_file() or sha256(file) != content["outputs"][n]]
+    files = {name: directory / name for name in content["outputs"]}
+    return [name for name, file in files.items() if not file.is_file() or sha256(file) != content["outputs"][name]]
 
 
 def _problem(final: Path, stage: str, wanted: Manifest) -> str | None:
