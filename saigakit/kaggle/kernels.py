@@ -17,7 +17,6 @@ from saigakit.core.files import discard_partial, require_absent
 from saigakit.errors import SaigaError
 
 METADATA = Path("kaggle-metadata")
-PLACEHOLDER = "USERNAME/"  # the owner in kaggle-metadata, replaced by the logged-in user
 
 
 def username() -> str:
@@ -109,9 +108,7 @@ def fetch(kernel: str, directory: str | Path) -> Path:
     if not any(partial.rglob("*")):
         raise SaigaError(f"{reference} has no output. Check with `saigakit watch {reference}` whether it has finished.")
     for file in sorted(partial.rglob(manifest.NAME)):
-        there, promised = manifest.hashes(file.parent), manifest.read(file.parent)["outputs"]
-        damaged = [name for name, digest in promised.items() if there.get(name) != digest]
-        if damaged:
+        if damaged := manifest.changed(file.parent, manifest.read(file.parent)):
             raise SaigaError(f"{', '.join(damaged)} of {reference} arrived damaged (see {partial}). Fetch again.")
     partial.rename(final)
     return final
@@ -126,7 +123,8 @@ def _folder(stage: str | Path, name: str = "kernel-metadata.json") -> Path:
 
 
 def _metadata(file: Path, owner: str) -> dict[str, object]:
-    text = file.read_text(encoding="utf-8").replace(PLACEHOLDER, f"{owner}/")
+    """The metadata with `owner` in place of USERNAME."""
+    text = file.read_text(encoding="utf-8").replace("USERNAME/", f"{owner}/")
     try:
         content: dict[str, object] = json.loads(text)
     except ValueError as error:
