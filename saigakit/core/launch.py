@@ -117,7 +117,7 @@ def distributed(module: str, arguments: Sequence[str], *, processes: int, nodes:
 
 
 class _Output:
-    """Reads what a child prints, and keeps the last lines in `last`."""
+    """The output of a child; `last` holds its last lines."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.last: deque[str] = deque(maxlen=_LAST_LINES)
@@ -149,7 +149,7 @@ class _Output:
 
 
 def _sigterm_raises() -> contextlib.AbstractContextManager[None]:
-    """So that a parent that gets SIGTERM ends its child first; a handler that is already set stays."""
+    """Let SIGTERM raise SystemExit, so that the child is ended first; a handler that is already set stays."""
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         return contextlib.nullcontext()
     return handling_signals(lambda: sys.exit(128 + signal.SIGTERM), signal.SIGTERM)
@@ -186,9 +186,9 @@ def _kill(process: "subprocess.Popen[str]", scratch: Path) -> None:
 
 @contextlib.contextmanager
 def handling_signals(act: Callable[[], object], *numbers: signal.Signals) -> Iterator[None]:
-    """Call `act` on these signals, by default Ctrl-C and SIGTERM. Only the main thread can.
+    """Call `act` on these signals, by default Ctrl-C and SIGTERM; in a thread other than the main one do nothing.
 
-    An exception of theirs may be lost where Python ignores it, such as in a destructor.
+    It is safer than to catch KeyboardInterrupt, which Python ignores when it is raised in a destructor.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
