@@ -178,7 +178,7 @@ def test_records_that_were_formatted_for_another_model_are_refused(records, tmp_
     ) as made:
         (made / "train.jsonl").write_bytes(records.read_bytes())
     config = TrainConfig(model="saiga_tiny", train_file="01_format/train.jsonl", output_dir=str(tmp_path / "02_train"))
-    refused_before_a_child_starts(monkeypatch, config, "made for model='saiga2_7b', and this run is of .*saiga_tiny")
+    refused_before_a_child_starts(monkeypatch, config, "made for model='saiga2_7b', but this run has .*saiga_tiny")
 
 
 def test_a_stage_that_was_not_run_is_named(tmp_path, monkeypatch):
