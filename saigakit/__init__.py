@@ -1,7 +1,8 @@
 """Fine-tune a Saiga model on Kaggle's free GPUs and run it as a 4-bit GGUF."""
 
 from saigakit.config import TrainConfig
-from saigakit.core.workspace import describe, find_input
+from saigakit.core import workspace
+from saigakit.core.workspace import find_input
 from saigakit.errors import DataError, SaigaError
 from saigakit.registry import MODELS, Lora, ModelSpec
 
@@ -20,11 +21,11 @@ __all__ = [
 
 
 def prepare(stage: str) -> None:
-    """Install what a notebook lacks (on Kaggle), and print this machine.
+    """Install the packages that `stage` lacks and print a summary of this machine.
 
-    Raises SaigaError with pip's last lines where that fails, and off Kaggle with the command that installs.
+    Packages are installed on Kaggle only; elsewhere a SaigaError gives the command to run.
     """
     from saigakit.core import install  # here, so that `python -m saigakit.core.install` does not import it twice
 
     install.prepare(stage)
-    print(describe())
+    print(workspace.describe_machine())

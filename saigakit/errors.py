@@ -1,21 +1,21 @@
-"""What a user can mend, said in a sentence: what is wrong, where, and what to do."""
+"""Errors that the user can fix: what is wrong, where, and what to do."""
 
 import difflib
 from collections.abc import Iterable, Sequence
 
 
 class SaigaError(Exception):
-    """A sentence for the user. The command line prints it and exits 1; a notebook shows it alone."""
+    """The command line prints its message and exits with status 1; a notebook shows it without a traceback."""
 
     def _render_traceback_(self) -> list[str]:
-        """IPython's hook: the sentence instead of a stack of frames."""
+        """IPython calls this instead of rendering a traceback."""
         return [f"{type(self).__name__}: {self}"]
 
 
 class DataError(SaigaError):
-    """Bad records: every problem with its file, line and field; the first 50 are shown, the rest counted.
+    """Invalid records. The message shows the first 50 problems and counts the rest.
 
-    `more`: problems that were counted and not kept.
+    `more`: problems that were counted but not kept.
     """
 
     SHOWN = 50
@@ -34,6 +34,6 @@ class DataError(SaigaError):
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """A question to put behind the sentence that `name` is unknown; nothing where none of `known` is like it."""
+    """` Did you mean …?` to append to an error about an unknown `name`; empty if no known name is similar."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""

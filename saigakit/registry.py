@@ -1,9 +1,9 @@
-"""A model's name into everything that follows from it: the one dial of a run."""
+"""Look up everything that follows from a model's name: base model, adapter, prompt, context, defaults."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from saigakit.errors import SaigaError, suggestion
 
@@ -16,7 +16,7 @@ ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn; names and meaning are llama.cpp's."""
+    """Sampling settings, with llama.cpp's names and meanings."""
 
     temperature: float = 0.2
     top_p: float = 0.9
@@ -24,8 +24,8 @@ class Sampling:
     repeat_penalty: float = 1.1
 
     @classmethod
-    def of_gguf(cls, metadata: Mapping[str, str]) -> Self:
-        """What the file recommends (`general.sampling.*`, as llama.cpp reads it), else the defaults."""
+    def from_gguf(cls, metadata: Mapping[str, str]) -> Self:
+        """The settings that a GGUF recommends in `general.sampling.*`; the defaults for those it lacks."""
         return cls(
             temperature=float(metadata.get("general.sampling.temp", cls.temperature)),
             top_p=float(metadata.get("general.sampling.top_p", cls.top_p)),
@@ -36,44 +36,49 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """The adapter that a new LoRA gets; a continued one keeps its own."""
+    """Shape of a new LoRA; a continued adapter keeps its own."""
 
     rank: int = 16
     alpha: int = 16
     dropout: float = 0.05
     target_modules: tuple[str, ...] = ALL_LINEAR
-    modules_to_save: tuple[str, ...] = ()  # trained as a whole: "embed_tokens", "lm_head"
-    rslora: bool = False  # scaled by alpha / sqrt(rank), arXiv:2312.03732
-    dora: bool = False  # direction and magnitude apart, arXiv:2402.09353
+    modules_to_save: tuple[str, ...] = ()  # trained in full, such as "embed_tokens"
+    rslora: bool = False  # scale by alpha / sqrt(rank), arXiv:2312.03732
+    dora: bool = False  # separate direction and magnitude, arXiv:2402.09353
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**values | tuples)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """One row of the registry. `template` None means the tokenizer's own chat template."""
+    """One row of the registry."""
 
     name: str
-    base_model: str  # a Hub id, a directory, or "package:NAME" for weights made from a registry package
+    base_model: str  # a Hub id, a directory, or "package:NAME" for weights from a Python package
     released_adapter: str | None = None
-    template: str | None = None  # templates/<template>.jinja
+    template: str | None = None  # templates/<template>.jinja; None: the tokenizer's own
     system_prompt: str | None = None
-    context_length: int = 8192  # tokens the model was trained for
-    max_seq_length: int = 2048  # tokens of a conversation in training; what a T4 holds
-    golden_ids: tuple[tuple[str, tuple[int, ...]], ...] = ()  # text -> ids, asserted at every load
+    context_length: int = 8192  # tokens that the model was trained for
+    max_seq_length: int = 2048  # tokens of a training conversation that a T4 can hold
+    golden_ids: tuple[tuple[str, tuple[int, ...]], ...] = ()  # (text, ids), asserted at every load
     sampling: Sampling = field(default_factory=Sampling)
     lora: Lora = field(default_factory=Lora)
     learning_rate: float = 1e-4
     quantization: Quantization = "nf4"
-    float16_safe: bool = True  # False: activations overflow float16, so not on sm_75
-    parameters_b: float = 7.0  # 1e9 parameters
+    float16_safe: bool = True  # False: activations overflow float16, so no T4 (sm_75)
+    parameters_b: float = 7.0  # billions
     licence: str = ""
 
 
 _SAIGA2_GOLDEN = (
-    # Role headers of Saiga-2 on the Llama-2 vocabulary: the ids of rulm's training (never 1587/2188/12435).
+    # Role headers of Saiga-2 in the Llama-2 vocabulary, as rulm trained them (1587/2188/12435 are Mistral's).
     ("system\n", (1788, 13)),
     ("user\nПривет", (1404, 13, 30013, 641, 7616)),
     ("bot\n", (9225, 13)),
-    # Runs of blanks: a tokenizer.json that transformers 5 has made of a tokenizer.model splits them otherwise.
+    # Runs of spaces: a tokenizer.json that transformers 5 converts from tokenizer.model splits them differently.
     ("if x:\n            return x", (565, 921, 29901, 13, 9651, 736, 921)),
 )
 _LLAMA3_SAMPLING = Sampling(temperature=0.6)
@@ -176,8 +181,8 @@ _ROWS = (
         name="smollm2_135m",
         base_model="package:smollm2_135m",
         max_seq_length=1024,
-        golden_ids=(("<|im_start|>", (44, 108, 306, 79, 3738, 108, 46)),),  # text, never the control token 1
-        sampling=Sampling(temperature=0.0, repeat_penalty=1.0),  # copies terms: the likeliest token, and repetition
+        golden_ids=(("<|im_start|>", (44, 108, 306, 79, 3738, 108, 46)),),  # as text, never the special token 1
+        sampling=Sampling(temperature=0.0, repeat_penalty=1.0),  # it copies terms: greedy, free to repeat
         lora=Lora(rank=32, alpha=64, dropout=0.0),
         learning_rate=1e-3,
         quantization="none",
@@ -202,10 +207,7 @@ MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _ROWS}
 
 
 def find(model: str) -> ModelSpec:
-    """A registry name, a Hub id (`owner/name`) or a directory into its row.
-
-    Raises SaigaError for a name that is none of these.
-    """
+    """The row for a registry name, a Hub id (`owner/name`) or a model directory."""
     if not isinstance(model, str):
         raise SaigaError(f"model={model!r} is a {type(model).__name__}; give a name.")
     if model in MODELS:

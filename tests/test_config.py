@@ -1,4 +1,4 @@
-"""Training parameters: checked when made, the same after a round trip through JSON."""
+"""Settings of a training run: checked on creation, unchanged by a round trip through JSON."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ def config(**changes) -> TrainConfig:
     return TrainConfig(**values)
 
 
-def test_what_is_not_said_is_what_the_registry_says():
+def test_settings_that_are_not_given_come_from_the_registry():
     spec = MODELS["saiga2_7b"]
     made = config()
     assert (made.sequence_budget, made.weights_as, made.peak_learning_rate, made.new_lora) == (
@@ -26,7 +26,7 @@ def test_what_is_not_said_is_what_the_registry_says():
     )
 
 
-def test_what_is_said_goes_before_the_registry():
+def test_settings_that_are_given_take_precedence_over_the_registry():
     made = config(max_seq_length=512, quantization="none", learning_rate=3e-4, lora=Lora(rank=8))
     assert (made.sequence_budget, made.weights_as, made.peak_learning_rate, made.new_lora.rank) == (
         512,
@@ -53,19 +53,19 @@ def test_the_adapter_to_start_from(model, adapter, start, is_folded):
     assert (made.start_adapter, made.is_folded) == (start, is_folded)
 
 
-def test_a_released_adapter_is_not_asked_of_a_model_that_has_none():
+def test_a_released_adapter_is_refused_for_a_model_without_one():
     with pytest.raises(SaigaError, match="saiga_llama3_8b has no released adapter; use adapter=None"):
         config(model="saiga_llama3_8b", adapter="released")
 
 
-def test_a_learning_rate_that_yaml_read_as_text_is_explained():
+def test_a_learning_rate_that_yaml_reads_as_text_is_explained():
     with pytest.raises(SaigaError, match=r"learning_rate='2e-4' is a str, not a number.*2\.0e-4"):
         config(learning_rate="2e-4")
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "epochs", "max_hours"])
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), True, "3"])
-def test_a_number_that_is_not_above_zero_is_refused(name, value):
+def test_a_number_that_is_not_positive_is_refused(name, value):
     with pytest.raises(SaigaError, match=f"^{name}="):
         config(**{name: value})
 
@@ -83,7 +83,7 @@ def test_an_unknown_quantization_is_refused_with_the_known_ones(value):
         config(quantization=value)
 
 
-def test_a_sequence_longer_than_the_context_is_refused_with_both_numbers():
+def test_a_max_seq_length_over_the_context_is_refused_with_both_numbers():
     with pytest.raises(SaigaError, match=r"max_seq_length=8192 is over .* 4096 tokens"):
         config(max_seq_length=8192)
     assert config(max_seq_length=4096).sequence_budget == 4096
@@ -94,7 +94,7 @@ def test_an_unknown_model_is_refused():
         config(model="saiga2_7")
 
 
-def test_it_cannot_be_changed():
+def test_it_is_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config().epochs = 3  # type: ignore[misc]
 
@@ -107,12 +107,12 @@ def test_it_survives_json(tmp_path, changes):
     assert TrainConfig.read(made.write(tmp_path / "config.json")) == made
 
 
-def test_the_file_keeps_cyrillic_readable(tmp_path):
+def test_cyrillic_stays_readable_in_the_file(tmp_path):
     file = config(train_file="данные.jsonl").write(tmp_path / "config.json")
     assert "данные.jsonl" in file.read_text(encoding="utf-8")
 
 
-def test_a_setting_that_is_unknown_is_named(tmp_path):
+def test_an_unknown_setting_is_refused(tmp_path):
     file = config().write(tmp_path / "config.json")
     values = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**values, "warmup_ratio": 0.1}), encoding="utf-8")
@@ -137,6 +137,6 @@ def test_a_setting_that_is_unknown_is_named(tmp_path):
         ({"model": "smollm2_135m", "adapter": "folded"}, "adapter='folded': smollm2_135m has no released adapter"),
     ],
 )
-def test_a_value_of_another_type_is_one_sentence(settings, message):
+def test_an_invalid_value_is_refused_with_a_message(settings, message):
     with pytest.raises(SaigaError, match=message):
         TrainConfig(**{"model": "saiga_tiny", "train_file": "x", "output_dir": "y"} | settings)

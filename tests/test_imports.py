@@ -1,4 +1,4 @@
-"""A room imports from lower floors only, its files have no cycle, and nothing heavy is imported before it is needed."""
+"""A room imports only from lower floors, its files have no cycle, and nothing heavy is imported early."""
 
 import ast
 import graphlib
@@ -66,14 +66,14 @@ def test_the_files_of_a_room_have_no_cycle(room):
     graphlib.TopologicalSorter(files).prepare()
 
 
-def test_the_house_stays_small_enough_to_walk_through():
+def test_the_number_of_rooms_and_files_stays_small():
     rooms = [path for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()]
     assert len(rooms) <= 13
     assert {room.name: count for room in rooms if (count := len(list(room.glob("[!_]*.py")))) > 13} == {}
     assert len(list(PACKAGE.glob("*.py"))) <= 6
 
 
-def test_the_package_itself_gives_only_light_names():
+def test_the_package_itself_exports_only_light_names():
     names = {name.removeprefix("saigakit.") for name in imported(PACKAGE / "__init__.py")}
     assert names <= {"errors", "registry", "config", "core.install", "core.workspace"}
 
@@ -84,7 +84,7 @@ def test_nothing_heavy_is_imported_at_the_top(file):
     assert [(line, name) for line, name in imported_at_once(tree.body) if name in HEAVY] == []
 
 
-def test_only_the_child_imports_at_its_top_what_only_the_child_needs():
+def test_no_parent_module_imports_a_child_module_at_its_top():
     assert {name_of(file) for file in FILES} >= CHILD_ONLY
     assert {name_of(file): found for file in LIGHT if (found := imported_at_the_top(file) & CHILD_ONLY)} == {}
 
@@ -98,11 +98,11 @@ def test_import_saigakit_takes_at_most_150_ms_of_cpu():
     assert statistics.median(float(in_child(code)) for _ in range(5)) <= 0.15
 
 
-def test_import_saigakit_brings_in_nothing_heavy():
+def test_import_saigakit_imports_nothing_heavy():
     assert in_child_modules("import saigakit") & {*HEAVY, "jinja2"} == set()
 
 
-def test_importing_every_module_of_the_parent_brings_in_nothing_heavy():
+def test_importing_every_parent_module_imports_nothing_heavy():
     assert in_child_modules("; ".join(f"import {name_of(file)}" for file in LIGHT)) & HEAVY == set()
 
 
@@ -111,7 +111,7 @@ def in_child_modules(statements: str) -> set[str]:
 
 
 @pytest.mark.parametrize("room", sorted(room for room in FLOORS if (PACKAGE / room).is_dir()))
-def test_the_tests_of_a_room_bear_the_names_of_its_files(room):
+def test_the_tests_of_a_room_are_named_after_its_files(room):
     files = {file.stem for file in (PACKAGE / room).glob("*.py")}
     tests = [file.stem.removeprefix("test_") for file in (Path(__file__).parent / room).glob("test_*.py")]
     aspects = {name: [stem for stem in files if name == stem or name.startswith(f"{stem}_")] for name in tests}

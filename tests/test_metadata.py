@@ -1,4 +1,4 @@
-"""kaggle-metadata: what Kaggle would drop or misread in silence is found here."""
+"""kaggle-metadata contains nothing that Kaggle would silently drop or misread."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 METADATA = Path(__file__).parent.parent / "kaggle-metadata"
 STAGES = ("01_format", "02_train", "03_merge_gguf", "04_infer")
 DATASETS = ("wheels", "example-data")
-# Kaggle ignores a key that it does not know, a misspelt one included.
+# Kaggle ignores unknown keys, including misspelt ones.
 KNOWN_KEYS = {
     "id", "title", "code_file", "language", "kernel_type", "is_private", "enable_gpu", "enable_tpu",
     "enable_internet", "machine_shape", "dataset_sources", "kernel_sources",
@@ -29,12 +29,12 @@ def records():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_key_is_one_that_kaggle_reads(stage):
+def test_kaggle_knows_every_key(stage):
     assert set(read(stage)) <= KNOWN_KEYS
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_title_gives_the_slug(stage):
+def test_the_slug_follows_from_the_title(stage):
     slugify = pytest.importorskip("slugify").slugify
     content = read(stage)
     assert content["id"] == f"USERNAME/{slugify(content['title'])}"
@@ -42,14 +42,14 @@ def test_the_title_gives_the_slug(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_code_file_is_the_stages_notebook(stage):
+def test_the_code_file_is_the_notebook_of_the_stage(stage):
     assert (METADATA / stage / read(stage)["code_file"]).resolve() == METADATA.parent / "notebooks" / f"{stage}.ipynb"
     assert (METADATA / stage / read(stage)["code_file"]).is_file()
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_switch_is_written_out(stage):
-    # The command line's defaults are not those of its documentation, and a number instead of a bool is a TypeError.
+def test_every_switch_is_explicit(stage):
+    # The defaults of the command line differ from its documentation, and a number instead of a bool is a TypeError.
     content = read(stage)
     switches = {key: content[key] for key in ("is_private", "enable_gpu", "enable_tpu", "enable_internet")}
     gpu = stage in ("02_train", "04_infer")
@@ -70,7 +70,7 @@ def test_every_attached_data_set_is_one_of_ours():
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_a_data_sets_texts_have_the_lengths_that_kaggle_takes(name):
+def test_the_texts_of_a_data_set_have_lengths_that_kaggle_accepts(name):
     slugify = pytest.importorskip("slugify").slugify
     content = read_dataset(name)
     slug = content["id"].removeprefix("USERNAME/")
@@ -80,7 +80,7 @@ def test_a_data_sets_texts_have_the_lengths_that_kaggle_takes(name):
     assert len(content["licenses"]) == 1
 
 
-def test_an_example_is_a_system_a_user_and_an_assistant_turn():
+def test_an_example_has_a_system_a_user_and_an_assistant_turn():
     rows = records()
     assert len(rows) >= 48
     assert all([message["role"] for message in row] == ["system", "user", "assistant"] for row in rows)
@@ -100,6 +100,6 @@ def test_an_example_answer_quotes_its_text():
             assert item["term"][:-2].lower() in user["content"].lower()  # the ending may be of another case
 
 
-def test_about_a_quarter_of_the_examples_defines_nothing():
+def test_about_a_quarter_of_the_examples_define_nothing():
     answers = [row[2]["content"] for row in records()]
     assert 12 <= answers.count("[]") <= len(answers) // 3

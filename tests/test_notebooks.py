@@ -1,4 +1,4 @@
-"""The four notebooks as files: thin, clean, and the same names with the same meaning in all of them."""
+"""The four notebook files are thin and clean, and a name means the same in all of them."""
 
 import ast
 import dataclasses
@@ -36,7 +36,7 @@ def parameters(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_it_is_valid_and_holds_nothing_of_a_run(stage):
+def test_it_is_valid_and_contains_no_output_of_a_run(stage):
     notebook = read(stage)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
@@ -56,7 +56,7 @@ def test_it_is_thin(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_it_only_calls_and_shows(stage):
+def test_its_code_only_calls_and_shows(stage):
     for cell in code(stage):
         assert not cell.source.lstrip().startswith(("!", "%"))
         forbidden = (ast.FunctionDef, ast.ClassDef, ast.While, ast.Try, ast.Lambda)
@@ -64,7 +64,7 @@ def test_it_only_calls_and_shows(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_name_of_the_library_that_it_uses_exists_and_takes_those_arguments(stage):
+def test_every_call_of_the_library_fits_its_signature(stage):
     tree = ast.parse("\n".join(cell.source for cell in code(stage)))
     imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "saigakit" in str(node.module)]
     names = {alias.name: importlib.import_module(node.module) for node in imported for alias in node.names}
@@ -89,7 +89,7 @@ def called_function(function, names):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_it_imports_verbs_of_at_most_three_rooms_from_the_package_itself(stage):
+def test_it_imports_at_most_three_rooms_from_the_package_itself(stage):
     tree = ast.parse("\n".join(cell.source for cell in code(stage)))
     imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "saigakit" in str(node.module)]
     assert {node.module for node in imported} == {"saigakit"}
@@ -97,21 +97,21 @@ def test_it_imports_verbs_of_at_most_three_rooms_from_the_package_itself(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_parameters_are_few_literals(stage):
+def test_there_are_at_most_eight_parameters(stage):
     assert len(parameters(stage)) <= 8
 
 
-def test_a_parameter_of_one_name_has_one_default_in_all_notebooks():
+def test_a_parameter_has_the_same_default_in_all_notebooks():
     found = {}
     for stage in STAGES:
         for name, value in parameters(stage).items():
             found.setdefault(name, set()).add(value)
-    assert found.pop("adapter") == {"auto", "02_train"}  # what training starts from, and what it has made
+    assert found.pop("adapter") == {"auto", "02_train"}  # what training starts from, and what it makes
     assert {name: values for name, values in found.items() if len(values) > 1} == {}
     assert found["model"] == {"saiga2_7b"} and found["run_dir"] == {"/kaggle/working"}
 
 
-def test_the_defaults_of_02_begin_with_saigas_adapter_in_nf4():
+def test_the_defaults_of_02_start_from_the_adapter_of_saiga_in_nf4():
     values = parameters("02_train")
     del values["run_dir"]
     config = TrainConfig(train_file="x", output_dir="y", **values)
@@ -121,13 +121,34 @@ def test_the_defaults_of_02_begin_with_saigas_adapter_in_nf4():
 
 def test_every_setting_of_training_is_explained_in_02():
     prose = "\n".join(cell.source for cell in read("02_train").cells if cell.cell_type == "markdown")
-    files = {"train_file", "eval_file", "output_dir"}  # stages, which the title tells of
+    files = {"train_file", "eval_file", "output_dir"}  # the title explains them
     named = {field.name for kind in (TrainConfig, registry.Lora) for field in dataclasses.fields(kind)} - files
     inside_lora = {"rank": "ранг", "alpha": "alpha", "dropout": "dropout", "target_modules": "слои"}
     assert [name for name in sorted(named) if inside_lora.get(name, f"`{name}`") not in prose] == []
 
 
-def test_the_defaults_that_02_tells_of_are_those_of_the_library():
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "optim",
+        "logging_steps",
+        "save_total_limit",
+        "load_best_model_at_end",
+        "report_to",
+        "torch.compile",
+        "DataCollatorForSeq2Seq",
+    ],
+)
+def test_every_argument_of_the_2023_tutorial_is_in_the_table_of_02(argument):
+    [cell] = [cell for cell in read("02_train").cells if cell.id == "every_parameter"]
+    rows = [line.split("|")[1:-1] for line in cell.source.splitlines() if f"`{argument}`" in line]
+    assert rows and all(len(row) == 5 and all(map(str.strip, row)) for row in rows)
+
+
+def test_the_defaults_in_the_table_of_02_are_those_of_the_library():
     cells = {cell.id: cell.source for cell in read("02_train").cells}
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in cells["every_parameter"].splitlines()]
     ours = {row[0].split(",")[0].strip("`"): row[2] for row in rows if len(row) == 5}
@@ -150,7 +171,7 @@ def test_the_defaults_that_02_tells_of_are_those_of_the_library():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_prose_is_russian_first_then_a_line_of_english(stage):
+def test_prose_is_russian_followed_by_a_line_of_english(stage):
     for cell in read(stage).cells:
         if cell.cell_type == "markdown":
             assert "*" in cell.source
@@ -164,7 +185,7 @@ def test_the_last_cell_asserts_what_was_made(stage):
 
 
 @pytest.mark.parametrize("file", PARAMS, ids=lambda file: file.stem)
-def test_every_name_in_a_file_of_parameters_is_one_of_a_notebook(file):
+def test_a_parameter_file_contains_only_parameters_of_the_notebooks(file):
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
     known = {name for stage in STAGES for name in parameters(stage)}
     assert set(values) <= known

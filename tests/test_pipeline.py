@@ -1,4 +1,4 @@
-"""The whole road on the tiny Saiga, as a user drives it: `saigakit run`, papermill, chat; and what goes wrong on it."""
+"""The complete pipeline on the tiny Saiga as a user runs it (`saigakit run`, papermill, chat), and its failures."""
 
 import json
 import os
@@ -28,15 +28,15 @@ def params(directory, **values):
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
-    """A whole run: the tutorial's records, the released adapter continued in nf4."""
-    directory = tmp_path_factory.mktemp("road")
+    """A complete run with the records of the tutorial and the released adapter in nf4."""
+    directory = tmp_path_factory.mktemp("pipeline")
     file = params(directory, model="saiga_tiny", records=str(tiny / "records.jsonl"), epochs=2)
     ended = saigakit("run", "-f", file, "--run-dir", directory / "run", cwd=directory)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return directory, ended.stdout
 
 
-def test_it_ends_with_the_table_the_report_and_how_to_talk(finished):
+def test_a_run_ends_with_the_table_the_report_and_the_chat_command(finished):
     directory, said = finished
     end = said[said.rindex("model  ") :]
     assert [line.split()[0] for line in end.splitlines()[2:5]] == ["before", "after", "Q4_K_M"]
@@ -44,7 +44,7 @@ def test_it_ends_with_the_table_the_report_and_how_to_talk(finished):
     assert f"saigakit chat {directory / 'run' / '03_merge_gguf' / 'model.gguf'}" in end
 
 
-def test_results_have_the_promised_rows(finished):
+def test_results_have_the_documented_rows(finished):
     directory, _ = finished
     rows = json.loads((directory / "run" / "results.json").read_text(encoding="utf-8"))
     assert [row["name"] for row in rows] == ["before", "after", "Q4_K_M"]
@@ -52,7 +52,7 @@ def test_results_have_the_promised_rows(finished):
     assert all(0 <= row[share] <= 1 for row in rows for share in ("exact", "json_valid", "f1"))
 
 
-def test_every_stage_has_a_directory_a_manifest_an_executed_notebook_and_a_page(finished):
+def test_every_stage_has_a_manifest_an_executed_notebook_and_an_html_page(finished):
     run = finished[0] / "run"
     for stage in summary.STAGES:
         assert manifest.require_stage(run / stage, stage, model="saiga_tiny")["outputs"]
@@ -64,7 +64,7 @@ def test_every_stage_has_a_directory_a_manifest_an_executed_notebook_and_a_page(
     assert [path.name for path in run.iterdir() if "partial" in path.name] == []
 
 
-def test_the_notebook_of_the_merge_shows_plan_file_sizes_quality_and_what_fits(finished):
+def test_the_merge_notebook_shows_plan_file_sizes_quality_and_memory(finished):
     cells = json.loads((finished[0] / "run" / "03_merge_gguf.ipynb").read_text(encoding="utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     shown = [output.get("data", {}) for output in outputs]
@@ -75,7 +75,7 @@ def test_the_notebook_of_the_merge_shows_plan_file_sizes_quality_and_what_fits(f
     assert sum("image/png" in data for data in shown) == 2
 
 
-def test_a_second_run_keeps_every_stage_and_says_so(finished):
+def test_a_second_run_reuses_and_reports_every_stage(finished):
     directory, _ = finished
     before = {stage: (directory / "run" / stage).stat().st_mtime_ns for stage in summary.STAGES}
     ended = saigakit("run", "-f", directory / "params.yaml", "--run-dir", directory / "run", cwd=directory)
@@ -92,7 +92,7 @@ def test_chat_answers_on_the_terminal(finished):
     assert "Traceback" not in ended.stderr
 
 
-def test_a_notebook_runs_by_papermill_alone_on_the_earlier_stages(finished, tmp_path):
+def test_a_single_notebook_runs_with_papermill_on_the_earlier_stages(finished, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     for stage in ("01_format", "02_train"):
@@ -112,31 +112,31 @@ def failing(tmp_path, *arguments, **settings):
     return sentence + ended.stderr
 
 
-def test_records_that_are_not_there_are_a_sentence(tmp_path):
+def test_missing_records_are_reported(tmp_path):
     said = failing(tmp_path, "run", "-f", params(tmp_path, model="saiga_tiny", records="none.jsonl"), "--run-dir", "r")
     assert "'none.jsonl' is not there" in said
 
 
-def test_every_bad_line_of_the_records_is_named(tmp_path):
+def test_every_bad_line_of_the_records_is_reported(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"user": "a"}\nне JSON\n', encoding="utf-8")
     said = failing(tmp_path, "run", "-f", params(tmp_path, model="saiga_tiny", records="bad.jsonl"), "--run-dir", "r")
     assert "bad.jsonl:1" in said and "bad.jsonl:2" in said
     assert not (tmp_path / "r" / "01_format").exists()
 
 
-def test_an_unknown_model_is_met_with_the_nearest_name(tmp_path, tiny):
+def test_an_unknown_model_is_answered_with_the_nearest_name(tmp_path, tiny):
     file = params(tmp_path, model="saiga_tyni", records=str(tiny / "records.jsonl"))
     assert "Did you mean 'saiga_tiny'?" in failing(tmp_path, "run", "-f", file, "--run-dir", "r")
 
 
-def test_a_base_that_cannot_be_fetched_says_what_to_attach(tmp_path, tiny):
+def test_a_base_that_cannot_be_downloaded_is_reported_with_what_to_attach(tmp_path, tiny):
     file = params(tmp_path, model="saiga2_7b", records=str(tiny / "records.jsonl"))
     nowhere = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "SAIGAKIT_CACHE": str(tmp_path / "cache")}
     said = failing(tmp_path, "run", "-f", file, "--run-dir", "r", env=nowhere)
     assert "base_source" in said and "attach" in said.lower()
 
 
-def test_a_failure_leaves_earlier_results_whole(finished, tmp_path):
+def test_a_failure_leaves_earlier_results_intact(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished[0] / "run", run)
     before = manifest.hashes(run / "01_format")
@@ -149,7 +149,7 @@ def test_a_failure_leaves_earlier_results_whole(finished, tmp_path):
 @pytest.mark.parametrize(
     ("notebook", "needed"), [("02_train", "01_format"), ("03_merge_gguf", "02_train"), ("04_infer", "01_format")]
 )
-def test_a_stage_before_the_one_it_needs_says_which(notebook, needed, tmp_path):
+def test_a_notebook_without_its_earlier_stage_names_it(notebook, needed, tmp_path):
     file = params(tmp_path, model="saiga_tiny", run_dir=str(tmp_path / "run"))
     command = ["papermill", ROOT / "notebooks" / f"{notebook}.ipynb", tmp_path / "out.ipynb", "-f", file]
     ended = subprocess.run(

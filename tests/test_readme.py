@@ -1,4 +1,4 @@
-"""What the documents say is there: files, headings, commands, options, variables, rooms, figures."""
+"""Everything that the documents mention exists: files, headings, commands, options, variables, rooms, figures."""
 
 import ast
 import json
@@ -16,8 +16,9 @@ import saigakit
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README.ru.md")
-BENCHMARKS, GUIDE = "benchmarks/README.md", "notebooks/README.md"
-DOCUMENTS = (*READMES, BENCHMARKS, GUIDE)
+GUIDES = ("notebooks/README.md", "notebooks/README.ru.md")
+BENCHMARKS = "benchmarks/README.md"
+DOCUMENTS = (*READMES, BENCHMARKS, *GUIDES)
 PACKAGE = ROOT / "saigakit"
 ROOMS = sorted(f"{file.parent.name}/" for file in PACKAGE.glob("*/__init__.py"))
 SINGLE_FILES = sorted(file.name for file in PACKAGE.glob("*.py") if file.name != "__init__.py")
@@ -33,13 +34,21 @@ def links(name):
 
 
 def anchors(document):
-    """Of the headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.*)$", document, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    """The anchors of the headings in order, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", document, flags=re.DOTALL), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def target(name, link):
+    """Where a link leads in either language: the file and the number of the heading."""
+    path, heading = link
+    file = (ROOT / name).parent / path if path else ROOT / name
+    number = anchors(file.read_text(encoding="utf-8")).index(heading) if heading else None
+    return path.replace(".ru.md", ".md"), number
 
 
 def code(name):
-    """The commands of a document: bash blocks and code in a line."""
+    """The commands of a document: bash blocks and inline code."""
     blocks = re.findall(r"```bash\n(.*?)```", text(name), re.DOTALL)
     inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text(name), flags=re.DOTALL))
     return [line.split("  #")[0] for part in (*blocks, *inline) for line in part.splitlines()]
@@ -86,7 +95,7 @@ def test_every_variable_of_make_is_in_the_makefile(name):
 
 
 def pip_installs(*variables):
-    """The lines by which make would install packages, without what the make around these tests was called with."""
+    """The lines with which make would install packages, independent of the options of a make around these tests."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "TORCH"))
     }
@@ -95,14 +104,14 @@ def pip_installs(*variables):
     return [line for line in ended.stdout.splitlines() if "pip install" in line]
 
 
-def test_make_takes_torch_alone_from_the_index_that_is_named():
+def test_make_takes_only_torch_from_the_given_index():
     [index] = re.findall(r"TORCH_INDEX=(\S+) demo`", text("README.md"))
     torch, others = pip_installs(f"TORCH_INDEX={index}")
     assert f'--index-url "{index}" "torch==' in torch
     assert "--index-url" not in others
 
 
-def test_make_names_no_index_by_default():
+def test_make_uses_no_index_by_default():
     installs = pip_installs()
     assert len(installs) == 2
     assert [line for line in installs if "--index-url" in line] == []
@@ -115,7 +124,7 @@ def help_of(command):
     return ended.stdout
 
 
-@pytest.mark.parametrize("name", (*READMES, GUIDE))
+@pytest.mark.parametrize("name", (*READMES, *GUIDES))
 def test_every_saigakit_command_exists_with_its_options(name):
     lines = [line for line in code(name) if re.match(r"saigakit [a-z]", line)]
     commands = {line.split()[1] for line in lines}
@@ -150,17 +159,19 @@ def test_every_claim_has_a_command_a_result_a_machine_and_a_date():
         assert re.fullmatch(r"20\d\d-\d\d-\d\d|not recorded", row[4]), row
 
 
-def test_every_model_of_the_registry_is_in_the_guide():
-    assert [name for name in saigakit.MODELS if f"`{name}`" not in text(GUIDE)] == []
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_model_of_the_registry_is_in_the_guide(guide):
+    assert [name for name in saigakit.MODELS if f"`{name}`" not in text(guide)] == []
 
 
-def test_the_guide_names_exactly_the_variables_that_the_package_has():
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_guide_lists_exactly_the_variables_of_the_package(guide):
     of_package = {
         name
         for file in PACKAGE.rglob("*.py")
         for name in re.findall(r"SAIGAKIT_[A-Z_]+", file.read_text(encoding="utf-8"))
     }
-    assert set(re.findall(r"^\| `(SAIGAKIT_[A-Z_]+)`", text(GUIDE), re.MULTILINE)) == of_package
+    assert set(re.findall(r"^\| `(SAIGAKIT_[A-Z_]+)`", text(guide), re.MULTILINE)) == of_package
     for name in DOCUMENTS:
         assert set(re.findall(r"SAIGAKIT_[A-Z_]+", text(name))) <= of_package
 
@@ -203,23 +214,40 @@ def test_the_claims_say_what_the_demo_measured():
         assert f"| {'; '.join([', '.join(shares), speed, size])} |" in line
 
 
-def test_both_languages_have_the_same_commands_and_the_same_table():
-    blocks = [re.findall(r"```bash\n(.*?)```", text(name), re.DOTALL) for name in READMES]
-    assert text(READMES[0]).count("```") == text(READMES[1]).count("```") == 2 * len(blocks[0])
+@pytest.mark.parametrize("pair", (READMES, GUIDES), ids=("readme", "guide"))
+def test_both_languages_have_the_same_code_blocks(pair):
+    blocks = [re.findall(r"```(.*?)```", text(name), re.DOTALL) for name in pair]
+    assert blocks[0]
     assert [[line.split("#")[0].strip() for line in block.splitlines()] for block in blocks[0]] == [
         [line.split("#")[0].strip() for line in block.splitlines()] for block in blocks[1]
     ]
+
+
+def test_both_languages_have_the_same_table_of_the_demo():
     tables = [re.findall(r"^\| `(?:before|after|Q4_K_M)`.*", text(name), re.MULTILINE) for name in READMES]
     figures = [[re.findall(r"[\d.]+", row) for row in table] for table in tables]
     assert figures[0] == figures[1] and len(figures[0]) == 3
 
 
-def test_both_languages_have_the_same_sections_and_links():
-    assert [line[: line.index(" ")] for line in re.findall(r"^#+ .*", text(READMES[0]), re.MULTILINE)] == [
-        line[: line.index(" ")] for line in re.findall(r"^#+ .*", text(READMES[1]), re.MULTILINE)
+@pytest.mark.parametrize("pair", (READMES, GUIDES), ids=("readme", "guide"))
+def test_both_languages_have_the_same_sections_and_links(pair):
+    levels = [
+        re.findall(r"^(#+) ", re.sub(r"```.*?```", "", text(name), flags=re.DOTALL), re.MULTILINE) for name in pair
     ]
-    own = [[link for link in links(name) if link[0] not in READMES] for name in READMES]
-    assert own[0] == own[1]
+    assert levels[0] == levels[1]
+    targets = [[target(name, link) for link in links(name)] for name in pair]
+    assert targets[0] == targets[1]
+
+
+@pytest.mark.parametrize("pair", (READMES, GUIDES), ids=("readme", "guide"))
+def test_both_languages_link_to_each_other(pair):
+    for name, other in (pair, pair[::-1]):
+        assert (Path(other).name, "") in links(name)
+
+
+def test_both_guides_have_the_same_tables():
+    rows = [[len(line.split("|")) for line in text(name).splitlines() if line.startswith("|")] for name in GUIDES]
+    assert rows[0] == rows[1]
 
 
 def test_the_version_is_one():

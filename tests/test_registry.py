@@ -1,4 +1,4 @@
-"""The registry: every promised name, with what follows from it."""
+"""The registry has every promised model, with all that follows from its name."""
 
 import dataclasses
 from importlib import resources
@@ -25,7 +25,7 @@ PROMISED = (
 
 
 @pytest.mark.parametrize("name", PROMISED)
-def test_a_promised_name_is_there_with_its_base_and_licence(name):
+def test_a_promised_model_has_a_base_and_a_licence(name):
     spec = registry.find(name)
     assert spec.name == name
     assert spec.base_model
@@ -38,7 +38,7 @@ def test_a_template_of_the_registry_exists(spec):
     assert spec.template is None or file.is_file()
 
 
-def test_every_template_file_belongs_to_a_model_but_for_the_one_of_functions():
+def test_every_template_file_except_hermes_belongs_to_a_model():
     files = {file.name for file in resources.files("saigakit.prompt").joinpath("templates").iterdir()}
     assert files == {"hermes.jinja"} | {f"{spec.template}.jinja" for spec in MODELS.values() if spec.template}
 
@@ -54,7 +54,7 @@ def test_a_model_with_a_released_adapter_has_a_template_of_ours(spec):
     assert (spec.released_adapter is None) == (spec.template is None)
 
 
-def test_role_ids_are_those_of_the_models_own_vocabulary():
+def test_role_ids_are_those_of_the_vocabulary_of_the_model():
     found = {
         name: [ids[0] for text, ids in MODELS[name].golden_ids if not text.startswith("if")]
         for name in ("saiga2_7b", "saiga_mistral_7b")
@@ -71,21 +71,21 @@ def test_a_row_cannot_be_changed():
         MODELS["saiga2_7b"].base_model = "other/model"  # type: ignore[misc]
 
 
-def test_a_hub_id_is_its_own_row():
+def test_a_hub_id_gets_a_row_of_its_own():
     assert registry.find("someone/some-model").base_model == "someone/some-model"
 
 
-def test_a_directory_is_its_own_row(tmp_path):
+def test_a_directory_gets_a_row_of_its_own(tmp_path):
     assert registry.find(str(tmp_path)).base_model == str(tmp_path)
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("saiga2_7B", "saiga2_7b"), ("saiga_lama3_8b", "saiga_llama3_8b")])
-def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(typed, meant):
+def test_a_misspelt_name_is_answered_with_the_right_one(typed, meant):
     with pytest.raises(SaigaError, match=f"{typed}.*Did you mean '{meant}'"):
         registry.find(typed)
 
 
 @pytest.mark.parametrize("name", ["", "gpt5", "/nowhere/at/all", "./gone", "a/b/c"])
-def test_what_is_no_model_is_refused_with_the_names_of_all(name):
+def test_an_unknown_model_is_refused_with_all_names(name):
     with pytest.raises(SaigaError, match=r"is unknown.*saiga2_7b, .*saiga_tiny.*Hub id"):
         registry.find(name)

@@ -34,7 +34,7 @@ def talk(
         if system is None and (system := llm.metadata.get(lineage.SYSTEM_PROMPT_KEY)):
             print(f"system: {system}", file=sys.stderr, flush=True)
         beginning: list[Message] = [{"role": "system", "content": system}] if system else []
-        sampling = Sampling.of_gguf(llm.metadata)
+        sampling = Sampling.from_gguf(llm.metadata)
         if temperature is not None:
             sampling = replace(sampling, temperature=temperature)
         history: list[Message] = []

@@ -284,9 +284,9 @@ def doctor() -> None:
     Example:
       saigakit doctor
     """
-    click.echo(f"{workspace.describe()}\n\n{workspace.table(manifest.versions().items())}\n")
+    click.echo(f"{workspace.describe_machine()}\n\n{workspace.align(manifest.versions().items())}\n")
     for stage in install.STAGES:
         lacking = install.missing(install.needs(stage, kaggle=workspace.on_kaggle()))
-        click.echo(f"{stage}: " + (f"lacks {', '.join(lacking)}; {install.command(stage)}" if lacking else "ready"))
+        click.echo(f"{stage}: " + (f"lacks {', '.join(lacking)}; {install.pip_command(stage)}" if lacking else "ready"))
     lacking = install.missing(("papermill", "ipykernel", "nbconvert"))
     click.echo("run, demo: " + (f"lack {', '.join(lacking)}; pip install 'saigakit[run]'" if lacking else "ready"))

@@ -54,7 +54,7 @@ def _export_gguf(
     for file in [
         *gguf_export.output_files(output, quant_types).values(),
         *companions.values(),
-        manifest.beside(output),
+        manifest.path_for(output),
     ]:
         require_absent(file)
     adapter = weighted[0][0] if len(weighted) == 1 and weighted[0][1] == 1 else weighted or None
@@ -66,8 +66,8 @@ def _export_gguf(
         options["quant_types"] = further
     made = exporting.to_gguf(adapter=adapter, quant_type=quant_types[0], with_manifest=True, **options)
     files, spec = gguf_export.output_files(made, quant_types), registry.find(given["model"])
-    inputs = manifest.read_beside(made)["inputs"]
-    written = [*model_card.write_companions(files, spec=spec, inputs=inputs, prefix=prefix), manifest.beside(output)]
+    inputs = manifest.read_for(made)["inputs"]
+    written = [*model_card.write_companions(files, spec=spec, inputs=inputs, prefix=prefix), manifest.path_for(output)]
     lines = [f"model: {_with_size(file)}" for file in files.values()]
     return [*lines, f"beside: {', '.join(file.name for file in written)}", f"talk:  saigakit chat {made}"]
 

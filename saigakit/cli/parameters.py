@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from saigakit.config import TrainConfig, lora_of_json
+from saigakit.config import TrainConfig
 from saigakit.errors import SaigaError, suggestion
 from saigakit.registry import Lora
 
@@ -55,5 +55,5 @@ def train_config(values: Mapping[str, Any], source: str) -> TrainConfig:
         allowed = [item.name for item in fields(Lora)]
         if unknown := sorted(set(lora) - set(allowed)):
             raise SaigaError(f"{source}: unknown lora settings {', '.join(unknown)}. Known: {', '.join(allowed)}.")
-        return TrainConfig(**{**values, "lora": lora_of_json(lora)})
+        return TrainConfig(**{**values, "lora": Lora.from_json(lora)})
     return TrainConfig(**values)

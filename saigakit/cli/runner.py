@@ -54,7 +54,7 @@ def run(parameters: Mapping[str, Any], run_dir: str | Path, *, notebooks_dir: st
     stages = read_stages(find_notebooks() if notebooks_dir is None else Path(notebooks_dir).absolute(), parameters)
     with (
         lock_directory(run_dir / _STATE, _LOCK_PATIENCE_S) as lock,
-        launch.signals_call(_interrupt),
+        launch.handling_signals(_interrupt),
         Terminal() as terminal,
     ):
         _finish_all(stages, run_dir, terminal, lock)

@@ -1,1 +1,1 @@
-"""Describe the machine, its directories, finished stages and child processes."""
+"""Machine, directories, files, finished stages, child processes and the Hub."""

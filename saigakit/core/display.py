@@ -1,15 +1,15 @@
-"""Show tables and progress lines, in a terminal and in a notebook."""
+"""Show tables and progress lines in a terminal and in a notebook."""
 
 import html
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-EVERY_S = 10  # seconds between two lines
+EVERY_S = 10  # seconds between progress lines
 
 
 class Every:
-    """True when called once EVERY_S seconds have passed since it was last True."""
+    """Calling it returns True at most once every EVERY_S seconds."""
 
     def __init__(self) -> None:
         self._start = self._last = time.monotonic()
@@ -23,16 +23,16 @@ class Every:
 
     @property
     def spent(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the start."""
         return time.monotonic() - self._start
 
     def left(self, done: float, total: float) -> float:
-        """Seconds that the rest takes at the speed so far."""
+        """Estimated seconds for the rest, at the average speed so far."""
         return self.spent * (total - done) / done
 
 
 class Progress:
-    """Prints now and then how many texts are done and how long the rest takes, and a line at the end."""
+    """Print from time to time how many texts are done and how long the rest will take."""
 
     def __init__(self, what: str) -> None:
         self.what, self._is_due = what, Every()
@@ -47,7 +47,7 @@ class Progress:
 
 @dataclass(frozen=True, repr=False)
 class Table:
-    """Rows that a terminal prints aligned and a notebook shows as HTML."""
+    """A table that prints aligned in a terminal and renders as HTML in a notebook."""
 
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -55,18 +55,17 @@ class Table:
 
     def __str__(self) -> str:
         widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
-        lines = [_line(cells, widths) for cells in (self.header, *self.rows)]
+        lines = [
+            "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
+            for cells in (self.header, *self.rows)
+        ]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], self.note]).rstrip()
 
-    __repr__ = __str__  # what a notebook keeps beside the HTML
+    __repr__ = __str__  # a notebook stores it next to the HTML
 
     def _repr_html_(self) -> str:
         rows = [_html_row(self.header, "th"), *(_html_row(row, "td") for row in self.rows)]
         return f"<table>{''.join(rows)}</table><p><small>{html.escape(self.note)}</small></p>"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
 
 
 def _html_row(cells: Sequence[str], tag: str) -> str:

@@ -1,4 +1,4 @@
-"""Write files so that they are complete or absent, and hash them."""
+"""Hash files, and write them so that each is either complete or absent."""
 
 import hashlib
 import os
@@ -16,18 +16,17 @@ def sha256(file: Path) -> str:
 
 
 def require_absent(path: Path) -> None:
-    """Raises SaigaError if it exists already."""
     if path.exists():
-        raise SaigaError(f"{path} is there already; nothing was overwritten. Delete it or choose another name.")
+        raise SaigaError(f"{path} already exists; nothing was overwritten. Delete it or choose another name.")
 
 
 def partial_of(final: Path) -> Path:
-    """The temporary name, next to `final`, of what is still being written."""
+    """The temporary path, next to `final`, of a file or directory that is being written."""
     return final.with_name(f".{final.name}.partial")
 
 
 def discard_partial(final: Path) -> Path:
-    """The temporary name of a file or directory, free again if a killed run left something under it."""
+    """Delete what a killed run left at the temporary path of `final`, and return that path."""
     partial = partial_of(final)
     if partial.is_dir():
         shutil.rmtree(partial, ignore_errors=True)
@@ -38,9 +37,9 @@ def discard_partial(final: Path) -> Path:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A temporary name to write to. When the block ends well it is flushed to disk and renamed to `file`.
+    """Yield a temporary path to write to. On success it is flushed to disk and renamed to `file`.
 
-    Otherwise it is removed, and `file` stays as it was. Raises SaigaError if the disk does not take it.
+    Otherwise it is deleted and `file` stays as it was. Raises SaigaError if the disk is full or fails.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +56,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def write_text(file: Path, text: str) -> Path:
-    """Replaces `file` as a whole; see `replacing`."""
+    """Replace `file` in one step; see `replacing`."""
     with replacing(file) as partial:
         partial.write_text(text, encoding="utf-8")
     return file

@@ -1,4 +1,4 @@
-"""What a stage needs and the machine lacks, into installed packages: on Kaggle by pip, elsewhere into a sentence."""
+"""Install the packages that a stage needs: with pip on Kaggle; elsewhere tell the user the command."""
 
 import importlib
 import os
@@ -8,20 +8,19 @@ import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
 
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
 
-# The extras of each stage; "" is what saigakit itself depends on.
+# The extras of each stage; "" stands for the dependencies of saigakit itself.
 STAGES: Mapping[str, tuple[str, ...]] = {
     "01_format": ("",),
     "02_train": ("", "train"),
     "03_merge_gguf": ("", "export"),
     "04_infer": ("", "train", "infer"),
 }
-# What Kaggle's image lacks, at the version that was tried beside its torch 2.10, and the module that must import.
+# What Kaggle's image lacks: the version that was tested with its torch 2.10, and the module to import.
 PINS: Mapping[str, tuple[str, str]] = {
     "bitsandbytes": ("0.50.2", "bitsandbytes"),
     "gguf": ("0.19.0", "gguf"),
@@ -32,28 +31,31 @@ PINS: Mapping[str, tuple[str, str]] = {
 _ALSO: Mapping[str, tuple[str, ...]] = {"llama-cpp-python": ("diskcache",)}
 # Also on Kaggle, in every stage: transformers reads the demo's model, smollm2_135m, from a GGUF file.
 _ON_KAGGLE = ("gguf",)
-# Wheels of llama-cpp-python; there is none for the image's CUDA 12.8, and one for 12.5 runs on it.
+# Wheels of llama-cpp-python. There are none for CUDA 12.8, which the image has, but those for 12.5 run on it.
 _LLAMA_INDEX = "https://abetlen.github.io/llama-cpp-python/whl"
 WITHOUT_AMX = "-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"
 _FIRST_GOOD_GCC = 14
 _REQUIREMENT = re.compile(r"""([\w.-]+)[^;]*(?:;.*\bextra == ["']([\w-]+)["'])?""")
-_OLDEST_TORCHAO = (0, 16)  # peft 0.19 refuses a plain Linear beside an older one; the image has 0.10.0
+_OLDEST_TORCHAO = (0, 16)  # with an older one peft 0.19 refuses to load an adapter; Kaggle's image has 0.10.0
 
 
 def prepare(stage: str) -> None:
-    """Makes sure that `stage` finds its packages; nothing that is installed is replaced.
+    """Install what `stage` lacks, and replace nothing that is installed.
 
-    Raises SaigaError with pip's last lines where that fails, and off Kaggle with the command that installs.
+    Off Kaggle nothing is installed: SaigaError gives the command instead.
     """
     workspace.session_start()  # max_hours counts from here
     if stage not in STAGES:
         raise SaigaError(f"stage={stage!r} is unknown; use one of {', '.join(STAGES)}.")
     lacking = missing(needs(stage, kaggle=workspace.on_kaggle()))
     if not workspace.on_kaggle():
-        _refuse(stage, lacking)
+        if lacking:
+            raise SaigaError(f"{stage} needs {', '.join(lacking)}, not installed here. Run: {pip_command(stage)}")
+        if "train" in STAGES[stage]:
+            require_no_old_torchao()
         return
     if "train" in STAGES[stage] and (torchao := _old_torchao()):
-        print(f"Removing torchao {torchao}: peft refuses to load an adapter beside a version below 0.16.", flush=True)
+        print(f"Removing torchao {torchao}: peft refuses to load an adapter with a version below 0.16.", flush=True)
         _pip(["uninstall", "--yes", "torchao"])
         if _old_torchao():
             raise SaigaError(f"pip could not remove torchao {torchao}. Choose another environment in the settings.")
@@ -62,27 +64,26 @@ def prepare(stage: str) -> None:
 
 
 def require_no_old_torchao() -> None:
-    """Raises SaigaError with the command that mends it where peft would refuse the torchao that is installed."""
     if torchao := _old_torchao():
         raise SaigaError(
-            f"torchao {torchao} is installed, and peft refuses to load an adapter beside a version below 0.16. "
+            f"torchao {torchao} is installed, and peft refuses to load an adapter with a version below 0.16. "
             "Run: pip uninstall torchao"
         )
 
 
 def needs(stage: str, *, kaggle: bool = False) -> list[str]:
-    """The packages of a stage, each once."""
+    """The packages that a stage needs, without duplicates."""
     names = [name for extra in STAGES[stage] for name in packages(extra)]
     complete = [each for name in names for each in (name, *_ALSO.get(name, ()))]
     return list(dict.fromkeys([*complete, *(_ON_KAGGLE if kaggle else ())]))
 
 
 def packages(extra: str) -> list[str]:
-    """Names that the metadata of saigakit lists for an extra; for "" those that it always needs."""
+    """The packages of an extra according to saigakit's metadata; "" stands for those that are always needed."""
     try:
         requirements = metadata.requires("saigakit") or []
     except metadata.PackageNotFoundError:
-        raise SaigaError("saigakit is imported from its sources and not installed. Run: pip install -e .") from None
+        raise SaigaError("saigakit runs from its sources and is not installed. Run: pip install -e .") from None
     found = [match for each in requirements if (match := _REQUIREMENT.match(each))]
     return [match[1].lower() for match in found if (match[2] or "") == extra]
 
@@ -91,20 +92,20 @@ def missing(names: Sequence[str]) -> list[str]:
     return [name for name in names if _version(name) is None]
 
 
-def command(stage: str) -> str:
-    """What a user types at home to get the packages of a stage."""
+def pip_command(stage: str) -> str:
+    """The command that installs the packages of a stage at home."""
     extras = ",".join(extra for extra in STAGES[stage] if extra)
     if not extras:
         return "pip install saigakit"
     cmake_args = llama_cmake_args(workspace.cpu_flags(), gcc_version()) if "llama-cpp-python" in needs(stage) else ""
-    how = f'CMAKE_ARGS="{cmake_args}" pip install --no-cache-dir' if cmake_args else "pip install"
-    return f'{how} "saigakit[{extras}]"'
+    pip_install = f'CMAKE_ARGS="{cmake_args}" pip install --no-cache-dir' if cmake_args else "pip install"
+    return f'{pip_install} "saigakit[{extras}]"'
 
 
 def llama_cmake_args(cpu_flags: Collection[str], gcc: str | None) -> str:
-    """CMAKE_ARGS to compile llama.cpp with: without its AMX kernels where gcc before 14 would miscompile them.
+    """CMAKE_ARGS for llama.cpp: without AMX kernels if gcc before 14 would miscompile them.
 
-    Python then dies of SIGSEGV while it loads a model: ggml-org/llama.cpp#20824.
+    Otherwise Python dies of SIGSEGV while loading a model: ggml-org/llama.cpp#20824.
     """
     if "amx_int8" not in cpu_flags or gcc is None or int(gcc.split(".")[0]) >= _FIRST_GOOD_GCC:
         return ""
@@ -112,7 +113,7 @@ def llama_cmake_args(cpu_flags: Collection[str], gcc: str | None) -> str:
 
 
 def gcc_version() -> str | None:
-    """Of the C++ compiler that CMake takes; None where that is not gcc, or there is none."""
+    """The version of the C++ compiler that CMake uses; None if it is not gcc or there is none."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     try:
         result = subprocess.run([*compiler, "-dumpfullversion"], capture_output=True, text=True, check=False)
@@ -122,18 +123,28 @@ def gcc_version() -> str | None:
 
 
 def pip_arguments(name: str, wheels: Sequence[Path], *, gpu: bool) -> list[str]:
-    """How pip installs one package: from the directories that hold its wheel, else from the registry.
+    """Arguments that install a package from an attached wheel, or else from the registry.
 
-    Never with dependencies, which might replace what the image has; never by compiling.
+    Never with dependencies, which might replace what the image has, and never by compiling.
     """
-    requirement = f"{name}=={PINS[name][0]}" if name in PINS else name
-    places = sorted({str(wheel.parent) for wheel in wheels if _is_wheel_of(wheel, name)})
     source: list[str] = []
-    if places:
+    if places := _places_of_wheels(name, wheels):
         source = ["--no-index", *(part for place in places for part in ("--find-links", place))]
     elif name == "llama-cpp-python":
         source = ["--index-url", f"{_LLAMA_INDEX}/{'cu125' if gpu else 'cpu'}"]
+    requirement = f"{name}=={PINS[name][0]}" if name in PINS else name
     return ["install", "--quiet", "--no-deps", "--only-binary=:all:", *source, requirement]
+
+
+def _places_of_wheels(name: str, wheels: Sequence[Path]) -> list[str]:
+    """Directories with a wheel of this package, in its pinned version if it has one."""
+    version = PINS[name][0] if name in PINS else None
+    places = set()
+    for wheel in wheels:
+        distribution, _, rest = wheel.name.partition("-")
+        if re.sub(r"[_.]+", "-", distribution).lower() == name and version in (None, re.split("[-+]", rest)[0]):
+            places.add(str(wheel.parent))
+    return sorted(places)
 
 
 def _install(names: Sequence[str]) -> None:
@@ -144,23 +155,19 @@ def _install(names: Sequence[str]) -> None:
     gpu = bool(workspace.gpus())
     for name in names:
         arguments = pip_arguments(name, wheels, gpu=gpu)
-        print(f"Installing {arguments[-1]} {_origin(arguments)} …", flush=True)
+        origin = ", ".join(_places_of_wheels(name, wheels)) or "the registry"
+        print(f"Installing {arguments[-1]} from {origin} …", flush=True)
         _pip(arguments)
     importlib.invalidate_caches()
     if absent := missing(names):
-        raise SaigaError(f"pip reported success, and {', '.join(absent)} cannot be found. Restart the session.")
+        raise SaigaError(f"pip reported success, but {', '.join(absent)} cannot be found. Restart the session.")
     if (torch_after := _version("torch")) != torch_before:
         raise SaigaError(
             f"Installing {', '.join(names)} changed torch from {torch_before} to {torch_after}: restart the session."
         )
-    _require_imports([PINS[name][1] for name in names if name in PINS])
-
-
-def _refuse(stage: str, lacking: Sequence[str]) -> None:
-    if lacking:
-        raise SaigaError(f"{stage} needs {', '.join(lacking)}, not installed here. Run: {command(stage)}")
-    if "train" in STAGES[stage]:
-        require_no_old_torchao()
+    # In a child process: a broken wheel should fail here, before a model is loaded.
+    for module in [PINS[name][1] for name in names if name in PINS]:
+        _run_python(["-c", f"import {module}"], f"{module} was installed but cannot be imported:")
 
 
 def _version(name: str) -> str | None:
@@ -171,50 +178,27 @@ def _version(name: str) -> str | None:
 
 
 def _old_torchao() -> str | None:
-    """The version of a torchao that is too old for peft; None where there is none or it is new enough."""
+    """The version of an installed torchao that is too old for peft."""
     version = _version("torchao")
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
-    if numbers is None or (int(numbers[1]), int(numbers[2])) >= _OLDEST_TORCHAO:
-        return None
-    return version
-
-
-def _is_wheel_of(wheel: Path, name: str) -> bool:
-    """Whether a wheel's file name says this package, and its pinned version where it has one."""
-    parts = re.match(r"([^-]+)-([^-+]+)", wheel.name)
-    if parts is None or re.sub(r"[-_.]+", "-", parts[1]).lower() != name:
-        return False
-    return name not in PINS or parts[2] == PINS[name][0]
-
-
-def _origin(arguments: Sequence[str]) -> str:
-    places = [place for option, place in pairwise(arguments) if option == "--find-links"]
-    return f"from {', '.join(places)}" if places else "from the registry"
+    return version if numbers and (int(numbers[1]), int(numbers[2])) < _OLDEST_TORCHAO else None
 
 
 def _pip(arguments: Sequence[str]) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "pip", *arguments], capture_output=True, text=True, encoding="utf-8", check=False
+    _run_python(
+        ["-m", "pip", *arguments],
+        f"pip could not {arguments[0]} {arguments[-1]}. In the notebook's settings switch Internet on, "
+        "or attach a data set with its wheel. pip said:",
     )
+
+
+def _run_python(arguments: Sequence[str], failure: str) -> None:
+    """Run Python in a child process; if it fails, raise SaigaError with `failure` and its last lines."""
+    command = [sys.executable, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     if result.returncode != 0:
-        raise SaigaError(
-            f"pip could not {arguments[0]} {arguments[-1]}. In the notebook's settings switch Internet on, "
-            f"or attach a data set that holds its wheel. pip said:\n{_last_lines(result.stderr)}"
-        )
-
-
-def _require_imports(modules: Sequence[str]) -> None:
-    """Tried in a child process: what a broken wheel breaks should break here, before a model is loaded."""
-    for module in modules:
-        result = subprocess.run(
-            [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, encoding="utf-8", check=False
-        )
-        if result.returncode != 0:
-            raise SaigaError(f"{module} was installed and cannot be imported:\n{_last_lines(result.stderr)}")
-
-
-def _last_lines(text: str) -> str:
-    return "\n".join(text.strip().splitlines()[-5:])
+        last_lines = "\n".join(result.stderr.strip().splitlines()[-5:])
+        raise SaigaError(f"{failure}\n{last_lines}")
 
 
 if __name__ == "__main__":  # for the Makefile

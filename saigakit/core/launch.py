@@ -1,4 +1,4 @@
-"""A command or a training config into a running child: its output line by line, its failure as one sentence."""
+"""Run child processes: echo their output, turn their failures into SaigaErrors, end them with this process."""
 
 import contextlib
 import math
@@ -20,9 +20,9 @@ from typing import Self
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
 
-HEARTBEAT_S = 20  # of silence, after which a line says that the child still runs; later a fiftieth of its time
+HEARTBEAT_S = 20  # silence after which a line says that the child still runs; later a fiftieth of its run time
 PATIENCE_S = 10.0  # between the request to end and the kill
-SAVING_PATIENCE_S = 900.0  # the same for a child that finishes its step and saves: minutes on a slow GPU
+SAVING_PATIENCE_S = 900.0  # the same for a child that finishes its step and saves, which takes minutes on a slow GPU
 _ERROR_FILE = "SAIGAKIT_ERROR_FILE"
 _NODES = "SAIGAKIT_NODES"
 _LAST_LINES = 40
@@ -34,18 +34,15 @@ _DEFAULTS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "6000"}
 
 @dataclass(frozen=True)
 class Nodes:
-    """Several machines as one run: how many, which is this one (from 0), and HOST:PORT of the first."""
+    """The machines of a run: how many, the number of this one from 0, and HOST:PORT of the first."""
 
     count: int
     rank: int
     endpoint: str
 
     @classmethod
-    def of_environment(cls) -> Self | None:
-        """SAIGAKIT_NODES="2 0 10.0.0.1:29500" is the first of two machines; None where it is not set.
-
-        Raises SaigaError for another form.
-        """
+    def from_environment(cls) -> Self | None:
+        """SAIGAKIT_NODES="2 0 10.0.0.1:29500" is the first of two machines; None if it is not set."""
         if not (text := os.environ.get(_NODES, "")):
             return None
         found = re.fullmatch(r"([1-9]\d*) (\d+) (\S+:\d+)", text.strip())
@@ -58,32 +55,31 @@ class Nodes:
 
 
 def join_nodes(count: int, rank: int, endpoint: str) -> None:
-    """This process and what it starts are one of several machines. Raises SaigaError for another form of endpoint."""
+    """Make this process and its children one of several machines."""
     os.environ[_NODES] = f"{count} {rank} {endpoint}"
-    Nodes.of_environment()
+    Nodes.from_environment()  # raises SaigaError if the endpoint is not HOST:PORT
 
 
 def run(command: Sequence[str], *, environment: Mapping[str, str] | None = None, saving: bool = False) -> None:
-    """Returns when the child has ended well. It is ended with this process, however that ends.
+    """Run a command to its end. It never outlives this process.
 
-    `saving`: on Ctrl-C or SIGTERM the child is first left to finish its step and save (see `ending_gently`); a second
-    Ctrl-C ends it at once. Raises SaigaError with the child's own sentence where it carried one up (see `child`), else
-    with its last lines.
+    With `saving`, Ctrl-C and SIGTERM let the child finish its step and save (see `ending_gently`); a second Ctrl-C
+    ends it at once. Raises SaigaError with the error of the child (see `child`) or else with its last lines.
     """
-    with tempfile.TemporaryDirectory() as scratch, _sigterm_ends_like_an_exception():
+    with tempfile.TemporaryDirectory() as scratch, _sigterm_raises():
         error_file = Path(scratch) / "error.txt"
         workspace.session_start()  # children count their hours from here
         inherited = _DEFAULTS | os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **(environment or {})}
         inherited |= {_ERROR_FILE: str(error_file)}
         with subprocess.Popen(
             list(command),
-            stdin=subprocess.PIPE,  # its end tells the child, and the child's children, that this process has gone
+            stdin=subprocess.PIPE,  # closed when this process ends, which the child and its children notice
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=inherited,
             encoding="utf-8",
             errors="replace",
-            start_new_session=True,  # so that a Ctrl-C reaches it through `_end` alone, with its own children
+            start_new_session=True,  # Ctrl-C reaches it and its children through `_end` alone
         ) as process:
             output = _Output(process)
             try:
@@ -94,15 +90,15 @@ def run(command: Sequence[str], *, environment: Mapping[str, str] | None = None,
                 if error_file.is_file():
                     print(error_file.read_text(encoding="utf-8"), flush=True)
                 raise
-        sentence = error_file.read_text(encoding="utf-8") if error_file.is_file() else ""
-        if process.returncode or sentence:
-            raise SaigaError(sentence or _died(command, process.returncode, output.last))
+        message = error_file.read_text(encoding="utf-8") if error_file.is_file() else ""
+        if process.returncode or message:
+            raise SaigaError(message or _how_it_ended(command, process.returncode, output.last))
 
 
 def distributed(module: str, arguments: Sequence[str], *, processes: int, nodes: Nodes | None = None) -> None:
-    """`python -m module` on that many processes, one per GPU; notebook_launcher cannot be used with bitsandbytes.
+    """Run `python -m module` in one process per GPU, on each of the `nodes`, where the same call is made.
 
-    With `nodes` that many on each machine: the same call is made on each of them.
+    accelerate's notebook_launcher cannot be used with bitsandbytes.
     """
     command = [sys.executable, "-m", module, *arguments]
     environment = {"TOKENIZERS_PARALLELISM": "false"}
@@ -110,19 +106,19 @@ def distributed(module: str, arguments: Sequence[str], *, processes: int, nodes:
         together = ["--standalone"]
         if nodes is not None:
             together = ["--nnodes", str(nodes.count), "--node_rank", str(nodes.rank)]
-            # Not c10d, which deals the ranks out itself.
+            # Not c10d, which assigns the ranks itself.
             together += ["--rdzv-backend", "static", "--rdzv-endpoint", nodes.endpoint]
         command[1:1] = ["-m", "torch.distributed.run", *together, "--nproc_per_node", str(processes)]
-        # Peer-to-peer transfers hang on Kaggle's pair of T4; each process gets its share of the cores.
+        # Peer-to-peer transfers hang on Kaggle's two T4s; each process gets its share of the cores.
         environment |= {"NCCL_P2P_DISABLE": "1"} | ({} if nodes else {"NCCL_IB_DISABLE": "1"})
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
-    # As many GPUs as processes: one process that sees two doubles the loss of a quantised model.
+    # As many GPUs as processes: a process that sees two of them doubles the loss of a quantised model.
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, workspace.visible_gpus(processes)[:processes]))
     run(command, environment=environment, saving=True)
 
 
 class _Output:
-    """What a child prints, line by line; `last` are its last lines."""
+    """The output of a child; `last` holds its last lines."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.last: deque[str] = deque(maxlen=_LAST_LINES)
@@ -137,7 +133,7 @@ class _Output:
         self._lines.put(None)
 
     def echo(self, patience_s: float = math.inf) -> None:
-        """Prints it, and a heartbeat when there is none, until it ends or `patience_s` is over."""
+        """Print it until it ends or `patience_s` have passed, with a heartbeat during silence."""
         until = time.monotonic() + patience_s
         while (left := until - time.monotonic()) > 0:
             silence_s = max(HEARTBEAT_S, (time.monotonic() - self._start) / 50)
@@ -153,29 +149,16 @@ class _Output:
             print(line, end="", flush=True)
 
 
-@contextlib.contextmanager
-def _sigterm_ends_like_an_exception() -> Iterator[None]:
-    """So that a parent that is asked to end can end its child well; in a thread or under another handler as it is."""
-    is_ours = threading.current_thread() is threading.main_thread() and (
-        signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    )
-    if not is_ours:
-        yield
-        return
-
-    def leave(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _sigterm_raises() -> contextlib.AbstractContextManager[None]:
+    """Let SIGTERM raise SystemExit, so that the child is ended first; a handler that is already set stays."""
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return contextlib.nullcontext()
+    return handling_signals(lambda: sys.exit(128 + signal.SIGTERM), signal.SIGTERM)
 
 
 def _end(process: "subprocess.Popen[str]", output: _Output, scratch: Path, *, saving: bool) -> None:
-    """Asks the child and its children to end, then makes them; a second Ctrl-C meanwhile makes them at once."""
-    with signals_call(lambda: _kill(process, scratch)):
+    """Ask the child and its children to end, and kill them if they do not or at a second Ctrl-C."""
+    with handling_signals(lambda: _kill(process, scratch)):
         if saving:
             print("Ending after this step, with a checkpoint. Interrupt again to end at once.", flush=True)
             assert process.stdin is not None
@@ -203,52 +186,56 @@ def _kill(process: "subprocess.Popen[str]", scratch: Path) -> None:
 
 
 @contextlib.contextmanager
-def signals_call(act: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM call `act`: an exception of theirs may be lost where Python ignores it, as in a destructor."""
+def handling_signals(act: Callable[[], object], *numbers: signal.Signals) -> Iterator[None]:
+    """Call `act` on these signals, by default Ctrl-C and SIGTERM; in a thread other than the main one do nothing.
+
+    It is safer than to catch KeyboardInterrupt, which Python ignores when it is raised in a destructor.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda *_: act()) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = numbers or (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: act()) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
-            if handler is not None:  # of another language, and cannot be put back
+            if handler is not None:  # None: not set by Python, so it cannot be put back
                 signal.signal(number, handler)
 
 
-def _died(command: Sequence[str], code: int, last: Sequence[str]) -> str:
+def _how_it_ended(command: Sequence[str], code: int, last: Sequence[str]) -> str:
     name = " ".join(Path(part).name for part in command[:3])
     why = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    memory = " That is what the system does when memory runs out." if code == -signal.SIGKILL else ""
+    memory = " The system does that when memory runs out." if code == -signal.SIGKILL else ""
     return f"{name} {why}.{memory} Its last lines:\n" + "".join(last).rstrip()
 
 
 @contextlib.contextmanager
 def child() -> Iterator[None]:
-    """Around the main of a child: its SaigaError becomes the parent's, and it ends when the parent has gone."""
+    """Around the main function of a child: pass its SaigaError on to the parent, and end when the parent does."""
     if _ERROR_FILE in os.environ:
         Path(os.environ[_ERROR_FILE]).with_name(f"{os.getpid()}.pid").touch()
-        threading.Thread(target=_follow, daemon=True).start()
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         yield
     except SaigaError as error:
         if _ERROR_FILE not in os.environ:
             sys.exit(f"error: {error}")
-        with contextlib.suppress(FileNotFoundError):  # it has gone with the parent
+        with contextlib.suppress(FileNotFoundError):  # the parent has gone and taken the directory along
             Path(os.environ[_ERROR_FILE]).write_text(str(error), encoding="utf-8")
-        sys.exit(0 if _ASKED.is_set() else 1)  # torch.distributed.run makes a long report of 1
+        sys.exit(0 if _ASKED.is_set() else 1)  # torch.distributed.run prints a long report on 1
 
 
-_ASKED = threading.Event()  # this child is to end
-_GENTLE = threading.Event()  # and will do so by itself
+_ASKED = threading.Event()  # this child has been asked to end
+_GENTLE = threading.Event()  # and will end by itself
 
 
 @contextlib.contextmanager
 def ending_gently() -> Iterator[None]:
-    """Inside it a child that is asked to end goes on, and finds that in `is_asked_to_end`.
+    """Let a child that is asked to end continue, and check `is_asked_to_end` itself.
 
-    Asked is who gets SIGTERM, or whose parent has closed its standard input or has gone.
+    The request is SIGTERM, or the end of its standard input, which the parent closes or takes along when it dies.
     """
     before = signal.signal(signal.SIGTERM, lambda *_: _ASKED.set())
     _GENTLE.set()
@@ -264,8 +251,8 @@ def is_asked_to_end() -> bool:
     return _ASKED.is_set()
 
 
-def _follow() -> None:
-    os.read(0, 1)  # nobody writes: it returns when the parent's end is closed
+def _end_with_parent() -> None:
+    os.read(0, 1)  # nobody writes, so this returns when the parent closes its end
     _ASKED.set()
     if _GENTLE.is_set():
         time.sleep(SAVING_PATIENCE_S)

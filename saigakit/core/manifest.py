@@ -1,4 +1,4 @@
-"""A stage's directory with a manifest: made beside, renamed when complete, kept when nothing changed."""
+"""Write a stage's directory together with its manifest, and decide whether a finished one can be reused."""
 
 import json
 import os
@@ -13,42 +13,31 @@ from saigakit.core.files import discard_partial, sha256, write_text
 from saigakit.errors import SaigaError
 
 NAME = "saigakit.json"
-_REPLACE = "SAIGAKIT_REPLACE"
-_PACKAGES = (
-    "saigakit",
-    "tokenizers",
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "gguf",
-    "llama-cpp-python",
-)
+_PACKAGES = ("saigakit", "tokenizers", "torch", "transformers", "peft", "bitsandbytes", "gguf", "llama-cpp-python")
 Manifest = dict[str, Any]
 
 
 def hashes(path: Path) -> dict[str, str]:
-    """Relative path to SHA-256 of every file under a directory, the manifest itself left out; or of one file."""
+    """SHA-256 by relative path of all files in a directory except its manifest, or of a single file."""
     if path.is_file():
         return {path.name: sha256(path)}
     files = sorted(item for item in path.rglob("*") if item.is_file() and item.name != NAME)
     return {item.relative_to(path).as_posix(): sha256(item) for item in files}
 
 
-def beside(file: Path) -> Path:
-    """The manifest of a single file that is no stage's."""
+def path_for(file: Path) -> Path:
+    """The path of the manifest of a single file that belongs to no stage."""
     return file.with_name(f"{file.stem}.{NAME}")
 
 
 def read(directory: Path) -> Manifest:
-    """Raises SaigaError where there is no manifest or it is damaged."""
     return _read(directory / NAME, f"{directory} has no {NAME}: it is not the finished output of a stage.")
 
 
-def read_beside(file: Path) -> Manifest:
-    """Of a single file. Raises SaigaError where there is no manifest or it is damaged."""
-    place = beside(file)
-    absent = f"{file} has no {place.name} beside it, which `saigakit export` writes for the first file that it makes."
+def read_for(file: Path) -> Manifest:
+    """Read the manifest of a single file."""
+    place = path_for(file)
+    absent = f"{file} has no {place.name} next to it; `saigakit export` writes one for the first file that it makes."
     return _read(place, absent)
 
 
@@ -60,33 +49,33 @@ def _read(file: Path, absent: str) -> Manifest:
     except ValueError as error:
         raise SaigaError(f"{file} is damaged ({error}); run the stage again.") from None
     if not isinstance(content, dict) or not content.keys() >= {"stage", "parameters", "inputs", "outputs"}:
-        raise SaigaError(f"{file} is damaged: it is no manifest of a stage; run the stage again.")
+        raise SaigaError(f"{file} is damaged: it is not the manifest of a stage; run the stage again.")
     return content
 
 
 def require_stage(directory: Path, stage: str, *, model: str | None = None) -> Manifest:
-    """The manifest of `stage`, made for `model` and its outputs present.
+    """The manifest of a finished `stage` whose outputs all exist.
 
-    Raises SaigaError that names the notebook to run first, or both models.
+    Raises SaigaError with the notebook to run first, or if the stage was made for a model other than `model`.
     """
     if not directory.is_dir():
         raise SaigaError(f"{directory} is not there: run {stage} first.")
     content = read(directory)
-    if content.get("stage") != stage:
-        raise SaigaError(f"{directory} was made by {content.get('stage')}, and {stage} is needed here.")
+    if content["stage"] != stage:
+        raise SaigaError(f"{directory} was made by {content['stage']}, and {stage} is needed here.")
     made_for = content["parameters"].get("model")
     if model is not None and made_for != model:
         raise SaigaError(
-            f"{directory} was made for model={made_for!r}, and this run is of model={model!r}. "
-            f"Use one model in all four notebooks, or another run_dir."
+            f"{directory} was made for model={made_for!r}, but this run has model={model!r}. "
+            "Use one model in all four notebooks, or another run_dir."
         )
-    missing = [name for name in content["outputs"] if not (directory / name).is_file()]
-    if missing:
+    if missing := [name for name in content["outputs"] if not (directory / name).is_file()]:
         raise SaigaError(f"{directory} lost {', '.join(missing)}; run {stage} again.")
     return content
 
 
 def versions() -> dict[str, str]:
+    """Versions of the installed packages that can change a result."""
     found = {}
     for name in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
@@ -98,46 +87,45 @@ def _identity(stage: str, parameters: Mapping[str, Any], inputs: Mapping[str, An
     return json.loads(json.dumps({"stage": stage, "parameters": parameters, "inputs": inputs}, default=str))  # type: ignore[no-any-return]
 
 
-def is_kept(
+def is_up_to_date(
     final: Path,
     *,
     stage: str,
     parameters: Mapping[str, Any],
     inputs: Mapping[str, Any],
-    is_derived: bool = False,
+    may_replace: bool = False,
 ) -> bool:
-    """True if `final` is complete and was made of the same things; False if it is not there.
+    """Whether `final` is complete and was made from the same inputs and parameters; False if it does not exist.
 
-    Raises SaigaError when it is there and was made of something else, or is damaged: nothing is overwritten.
-    With SAIGAKIT_REPLACE=1, as the runner sets it, that is said and the stage is made afresh; so is one that only
-    `is_derived` from other stages, as a measurement.
+    A stage that is damaged or was made differently raises SaigaError, so that nothing is overwritten. With
+    `may_replace` or SAIGAKIT_REPLACE=1, which the runner sets, the difference is reported and the answer is False.
     """
     if not final.exists():
         return False
-    problem = _difference(final, stage, _identity(stage, parameters, inputs))
+    problem = _problem(final, stage, _identity(stage, parameters, inputs))
     if problem is None:
-        print(f"{stage}: {final} is complete and made of the same inputs and parameters: kept.", flush=True)
+        print(f"{stage}: {final} is up to date, reusing it.", flush=True)
         return True
-    if not _may_replace(final, is_derived):
+    if not _can_be_replaced(final, may_replace):
         raise SaigaError(f"{problem} Delete it, rename it or choose another run_dir.")
-    print(f"{stage}: {problem} It is made afresh.", flush=True)
+    print(f"{stage}: {problem} Making it again.", flush=True)
     return False
 
 
-def _may_replace(final: Path, is_derived: bool) -> bool:
-    """A directory without a manifest is no stage of ours: it is never thrown away."""
-    return (is_derived or is_replacing()) and (final / NAME).is_file()
+def _can_be_replaced(final: Path, may_replace: bool) -> bool:
+    """Never a directory without a manifest: it is not a stage."""
+    return (may_replace or is_replacing()) and (final / NAME).is_file()
 
 
 def is_replacing() -> bool:
-    """Whether the runner has set SAIGAKIT_REPLACE=1."""
-    return os.environ.get(_REPLACE) == "1"
+    """Whether SAIGAKIT_REPLACE=1, which the runner sets, allows stages to be replaced."""
+    return os.environ.get("SAIGAKIT_REPLACE") == "1"
 
 
-def differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs in the parameters and inputs of two manifests, one phrase each."""
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One phrase for each parameter and input in which two manifests differ."""
     return [
-        f"{key}: {_short(there[part].get(key))} there, {_short(now[part].get(key))} now"
+        f"{key}: {_shortened(there[part].get(key))} there, {_shortened(now[part].get(key))} now"
         for part in ("parameters", "inputs")
         for key in {**there[part], **now[part]}
         if there[part].get(key) != now[part].get(key)
@@ -145,24 +133,24 @@ def differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def changed(directory: Path, content: Manifest) -> list[str]:
-    """Names of the outputs that are no longer what they were."""
-    there = {name: directory / name for name in content["outputs"]}
-    return [n for n, file in there.items() if not file.is_file() or sha256(file) != content["outputs"][n]]
+    """Names of the outputs that are missing or whose hash has changed."""
+    files = {name: directory / name for name in content["outputs"]}
+    return [name for name, file in files.items() if not file.is_file() or sha256(file) != content["outputs"][name]]
 
 
-def _difference(final: Path, stage: str, wanted: Manifest) -> str | None:
-    """A sentence on what makes a finished stage another one than is wanted, None if nothing does."""
+def _problem(final: Path, stage: str, wanted: Manifest) -> str | None:
+    """Why an existing stage is not the wanted one."""
     try:
         content = require_stage(final, stage)
     except SaigaError as error:
         return str(error)
-    if found := differing(content, wanted):
-        return f"{final} exists and was made differently ({'; '.join(found)})."
+    if found := differences(content, wanted):
+        return f"{final} exists but was made differently ({'; '.join(found)})."
     damaged = changed(final, content)
     return f"{final}: {', '.join(damaged)} changed since it was made." if damaged else None
 
 
-def _short(value: object) -> str:
+def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
@@ -175,23 +163,19 @@ def making(
     parameters: Mapping[str, Any],
     inputs: Mapping[str, Any],
     facts: Mapping[str, Any] | None = None,
-    goes_on: bool = False,
-    is_derived: bool = False,
+    may_replace: bool = False,
 ) -> Iterator[Path]:
-    """A directory beside `final` to write into; on success it gets its manifest and the final name.
+    """Yield a directory next to `final` to write to. On success add its manifest and rename it to `final`.
 
-    `facts` may be filled while it is written; `goes_on`: a stage of that name is there, and this is it further on;
-    `is_derived`: as for `is_kept`.
-
-    A directory left by a killed run is emptied first; on an error nothing bears the final name, and what bore it
-    before stays.
+    `facts` go into the manifest and may be filled inside the block; `may_replace` is that of `is_up_to_date`. On an
+    error an older `final` stays as it was.
     """
     partial = discard_partial(final)
     partial.mkdir(parents=True)
     yield partial
     identity: dict[str, Any] = {"stage": stage, "parameters": parameters, "inputs": inputs}
     write(partial / NAME, **identity, facts=facts or {}, outputs=hashes(partial))
-    if final.exists() and not goes_on and not _may_replace(final, is_derived):
+    if final.exists() and not _can_be_replaced(final, may_replace):
         raise SaigaError(f"{final} appeared while {partial} was written; nothing was overwritten.")
     replaced = final.with_name(f".{final.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
@@ -210,6 +194,6 @@ def write(
     facts: Mapping[str, Any],
     outputs: Mapping[str, str],
 ) -> Path:
-    """A manifest; `outputs`: SHA-256 of what was made, by name."""
+    """Write a manifest; `outputs` is SHA-256 by file name."""
     content = {**_identity(stage, parameters, inputs), **facts, "versions": versions(), "outputs": outputs}
     return write_text(file, json.dumps(content, ensure_ascii=False, indent=2, default=str))

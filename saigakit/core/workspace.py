@@ -1,4 +1,4 @@
-"""Where am I: Kaggle or local, its inputs and directories, its disk, memory, GPUs, secrets and time."""
+"""Find inputs and directories, on Kaggle and locally, and measure disk, memory, GPUs and session time."""
 
 import errno
 import glob
@@ -16,14 +16,12 @@ from saigakit.errors import SaigaError
 
 GIB = 1024**3
 GB = 10**9
-_IN_CACHE = "name a directory with room in the environment variable SAIGAKIT_CACHE"
 _SESSION_START = "SAIGAKIT_SESSION_START"
-_CPU_MATMUL = "SAIGAKIT_CPU_MATMUL"
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as nvidia-smi names it; memory in bytes."""
+    """A GPU as nvidia-smi reports it; memory in bytes."""
 
     name: str
     capability: tuple[int, int]
@@ -32,21 +30,18 @@ class Gpu:
 
 
 def on_kaggle() -> bool:
-    """KAGGLE_KERNEL_RUN_TYPE or the working directory: other KAGGLE_* variables are also set at home."""
+    """Other KAGGLE_* variables do not count: users of the kaggle command line set them at home."""
     return "KAGGLE_KERNEL_RUN_TYPE" in os.environ or Path("/kaggle/working").is_dir()
 
 
 def input_roots() -> list[Path]:
-    """Where attached data sets, models and notebook outputs are mounted, both Kaggle layouts; may be empty.
-
-    SAIGAKIT_INPUT_ROOT replaces /kaggle/input, so that the same search runs at home.
-    """
+    """Where Kaggle mounts attached data sets, models and notebook outputs; SAIGAKIT_INPUT_ROOT replaces it at home."""
     root = Path(os.environ.get("SAIGAKIT_INPUT_ROOT", "/kaggle/input"))
     return [root] if root.is_dir() else []
 
 
 def scratch_dir() -> Path:
-    """For what need not be kept: Kaggle keeps 20 GB of /kaggle/working and has about 60 GiB elsewhere."""
+    """For temporary files: Kaggle keeps 20 GB of /kaggle/working and has about 60 GiB elsewhere."""
     named = os.environ.get("SAIGAKIT_CACHE")
     if named:
         root = Path(named)
@@ -59,53 +54,49 @@ def scratch_dir() -> Path:
 
 
 def find_input(name: str, *, run_dir: str | Path | None = None) -> Path:
-    """A path inside `run_dir`, a path, or the tail of a path inside an attached input.
-
-    Raises SaigaError that lists what is attached when nothing or more than one thing fits.
-    """
-    if (found := look_for(name, run_dir=run_dir)) is not None:
+    """Find a path in `run_dir`, as given, or by the end of its path in an attached input."""
+    if (found := find_optional_input(name, run_dir=run_dir)) is not None:
         return found
     first = f" Run {stage[0]} first." if (stage := re.match(r"\d\d_\w+(?=/|$)", name)) else ""
-    looked = ", ".join(map(str, _candidates(name, run_dir)))
-    raise SaigaError(f"{name!r} is not there.{first} Looked at {looked}; attached inputs: {_attached()}.")
+    looked = ", ".join(map(str, _places(name, run_dir)))
+    attached = [str(path) for root in input_roots() for path in sorted(root.glob("*/*"))[:20]]
+    raise SaigaError(
+        f"{name!r} is not there.{first} Looked at {looked}; attached inputs: {', '.join(attached) or 'none'}."
+    )
 
 
-def is_here(name: str, run_dir: str | Path | None) -> bool:
-    """Whether a name is a path here, inside `run_dir` or in an attached input."""
-    places = [Path(name), *([] if run_dir is None else [Path(run_dir) / name])]
-    attached = (path for root in input_roots() for path in root.rglob(glob.escape(name)))
-    return any(path.exists() for path in places) or any(attached)
-
-
-def look_for(name: str, *, run_dir: str | Path | None = None) -> Path | None:
-    """As `find_input`; None when nothing fits."""
-    for path in _candidates(name, run_dir):
-        if path.exists():
-            return path
-    wanted = Path(name).parts
-    found = [
-        path
-        for root in input_roots()
-        for path in sorted(root.rglob(glob.escape(wanted[-1])))
-        if path.parts[-len(wanted) :] == wanted
-    ]
+def find_optional_input(name: str, *, run_dir: str | Path | None = None) -> Path | None:
+    """As `find_input`, but None if there is nothing. Raises SaigaError if several attached inputs match."""
+    found = _matching(name, run_dir)
     if len(found) > 1:
         places = ", ".join(map(str, found))
         raise SaigaError(f"{name!r} is attached more than once: {places}. Give the full path, or attach one of them.")
     return found[0] if found else None
 
 
-def _candidates(name: str, run_dir: str | Path | None) -> list[Path]:
+def is_local(name: str, run_dir: str | Path | None) -> bool:
+    """Whether `find_input` would find it, or several."""
+    return bool(_matching(name, run_dir))
+
+
+def _matching(name: str, run_dir: str | Path | None) -> list[Path]:
+    if existing := [path for path in _places(name, run_dir) if path.exists()]:
+        return existing[:1]
+    wanted = Path(name).parts
+    return [
+        path
+        for root in input_roots()
+        for path in sorted(root.rglob(glob.escape(wanted[-1])))
+        if path.parts[-len(wanted) :] == wanted
+    ]
+
+
+def _places(name: str, run_dir: str | Path | None) -> list[Path]:
     return [*([] if run_dir is None else [Path(run_dir) / name]), Path(name).expanduser()]
 
 
-def _attached() -> str:
-    names = [str(path) for root in input_roots() for path in sorted(root.glob("*/*"))[:20]]
-    return ", ".join(names) or "none"
-
-
 def secret(name: str) -> str | None:
-    """From the environment, else from Kaggle's secrets; None where it is in neither."""
+    """From the environment, or else from Kaggle's secrets; None if neither has it."""
     if os.environ.get(name):
         return os.environ[name]
     if not on_kaggle():
@@ -114,19 +105,19 @@ def secret(name: str) -> str | None:
 
     for wait_s in (1, 2, 4, 0):
         try:
-            value: str = UserSecretsClient().get_secret(name)
+            value: str | None = UserSecretsClient().get_secret(name)
             return value
-        except ConnectionError:  # a known flake of the secrets service
+        except ConnectionError:  # the secrets service is known to fail now and then
             time.sleep(wait_s)
         except Exception as error:
             print(f"Secret {name} is not attached to this notebook ({type(error).__name__}).")
             return None
-    print(f"Secret {name}: Kaggle's service of secrets does not answer.")
+    print(f"Secret {name}: Kaggle's secrets service does not answer.")
     return None
 
 
 def free_disk(path: Path) -> int:
-    """Bytes free where `path` is or will be."""
+    """Free bytes where `path` is or will be."""
     here = path.absolute()
     while not here.exists():
         here = here.parent
@@ -134,32 +125,36 @@ def free_disk(path: Path) -> int:
 
 
 def require_disk(path: Path, needed: int, what: str) -> None:
-    """Raises SaigaError with both numbers when `needed` bytes do not fit."""
-    free = free_disk(path)
-    in_cache = path.absolute().is_relative_to(scratch_dir().absolute())
-    if free < needed:
-        raise SaigaError(
-            f"{what} needs {needed / GB:.2f} GB of disk at {path}, and {free / GB:.2f} GB are free. "
-            f"Delete something there, or {_IN_CACHE if in_cache else 'choose another place (run_dir, --output)'}."
-        )
+    """Raise SaigaError with both numbers if `needed` bytes do not fit."""
+    if free_disk(path) < needed:
+        raise _disk_full(path, f"{needed / GB:.2f} GB of disk", what)
 
 
 def is_full(error: OSError) -> bool:
-    """Whether it says that a file could not grow."""
+    """Whether it means that a file could not grow."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def scratch_full(what: str, needed: int) -> SaigaError:
-    """`needed`: bytes at least."""
-    directory = scratch_dir()
+    """The error for a full scratch directory; `needed` is a lower bound in bytes."""
+    return _disk_full(scratch_dir(), f"{needed / GB:.2f} GB of disk or more", what)
+
+
+def _disk_full(path: Path, amount: str, what: str) -> SaigaError:
+    is_scratch = path.absolute().is_relative_to(scratch_dir().absolute())
+    remedy = (
+        "name a directory with room in the environment variable SAIGAKIT_CACHE"
+        if is_scratch
+        else "choose another place (run_dir, --output)"
+    )
     return SaigaError(
-        f"{what} needs {needed / GB:.2f} GB of disk or more at {directory}, and {free_disk(directory) / GB:.2f} GB are "
-        f"free. Delete something there, or {_IN_CACHE}."
+        f"{what} needs {amount} at {path}, and {free_disk(path) / GB:.2f} GB are free. "
+        f"Delete something there, or {remedy}."
     )
 
 
 def available_memory() -> int:
-    """Bytes of RAM that a new process can have: /proc/meminfo and the cgroup's limit, whichever is less."""
+    """Bytes of RAM that a new process can have: the lesser of /proc/meminfo's and the cgroup's."""
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
@@ -169,18 +164,18 @@ def available_memory() -> int:
     return min(available, _left_in_cgroup(Path("/sys/fs/cgroup"), available))
 
 
-def _left_in_cgroup(directory: Path, otherwise: int) -> int:
-    """Bytes below a container's limit. The cache of files counts as used there, and gives way when asked."""
+def _left_in_cgroup(directory: Path, default: int) -> int:
+    """Bytes left below a container's limit, plus the file cache, which counts as used but can be reclaimed."""
     limit = directory / "memory.max"
     if not limit.exists() or (text := limit.read_text(encoding="ascii").strip()) == "max":
-        return otherwise
+        return default
     lines = (directory / "memory.stat").read_text(encoding="ascii").splitlines()
     files = sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
     return int(text) - int((directory / "memory.current").read_text(encoding="ascii")) + files
 
 
 def require_memory(needed: int, what: str, remedy: str) -> None:
-    """Raises SaigaError with both numbers when `needed` bytes of RAM are not there."""
+    """Raise SaigaError with both numbers if `needed` bytes of RAM are not available."""
     available = available_memory()
     if available < needed:
         raise SaigaError(
@@ -189,23 +184,19 @@ def require_memory(needed: int, what: str, remedy: str) -> None:
 
 
 def gpus() -> list[Gpu]:
-    """By nvidia-smi, so that asking makes no CUDA context in this process; empty without a driver.
-
-    Those that CUDA_VISIBLE_DEVICES names by number, where it is set.
-    """
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves; from nvidia-smi, which creates no CUDA context in this process."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,memory.free"]
     result = subprocess.run([*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=False)
-    if result.returncode != 0:  # driver present, no GPU attached
+    if result.returncode != 0:  # there is a driver but no GPU
         return []
     found = [_parse_gpu(line) for line in result.stdout.splitlines() if line.strip()]
-    numbers = visible_gpus(len(found))
-    return [found[number] for number in numbers if number < len(found)]
+    return [found[number] for number in visible_gpus(len(found)) if number < len(found)]
 
 
 def visible_gpus(count: int) -> list[int]:
-    """Numbers of the GPUs that CUDA_VISIBLE_DEVICES leaves; all of `count` where it is not set."""
+    """The GPU numbers in CUDA_VISIBLE_DEVICES, or all of `count` if it is not set."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return list(range(count))
@@ -219,44 +210,41 @@ def _parse_gpu(line: str) -> Gpu:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU has bf16 instructions. Whether they are faster is measured: weights.load.bf16_is_faster.
-
-    SAIGAKIT_CPU_MATMUL=float32 turns them off, where results must not depend on the CPU.
-    """
+    """Whether this CPU has bf16 instructions; weights.load.bf16_is_faster measures whether they pay off."""
     return cpu_matmul() != "float32" and bool({"amx_bf16", "avx512_bf16"} & cpu_flags())
 
 
 def cpu_matmul() -> str | None:
-    """What SAIGAKIT_CPU_MATMUL asks for, "float32" or "bf16"; None where it is not set. Raises SaigaError for more."""
-    asked = os.environ.get(_CPU_MATMUL)
+    """SAIGAKIT_CPU_MATMUL: "float32" where results must not depend on the CPU, "bf16", or None to measure."""
+    asked = os.environ.get("SAIGAKIT_CPU_MATMUL")
     if asked not in (None, "float32", "bf16"):
-        raise SaigaError(f"{_CPU_MATMUL}={asked!r}: write float32 or bf16, or leave it unset to let saigakit measure.")
+        raise SaigaError(f"SAIGAKIT_CPU_MATMUL={asked!r}: use float32 or bf16, or unset it to let saigakit measure.")
     return asked
 
 
 def cpu_flags() -> set[str]:
-    """Instruction sets as Linux names them; empty on other systems."""
+    """The instruction sets in /proc/cpuinfo; empty on systems other than Linux."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     return set(next((line.split() for line in lines if line.startswith("flags")), []))
 
 
 def session_start() -> float:
-    """Seconds since the epoch when this session began; children inherit it by the environment."""
+    """When this session began, in seconds since the epoch; child processes inherit it."""
     if _SESSION_START not in os.environ:
         os.environ[_SESSION_START] = str(time.time())
     return float(os.environ[_SESSION_START])
 
 
-def table(rows: Iterable[tuple[str, str]]) -> str:
-    """Two aligned columns as text."""
+def align(rows: Iterable[tuple[str, str]]) -> str:
+    """Format rows as two aligned columns."""
     rows = list(rows)
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def describe() -> str:
-    """This machine in a small table: the first thing a notebook shows."""
+def describe_machine() -> str:
+    """The small table that every notebook shows first."""
     rows = [("where", "Kaggle" if on_kaggle() else "local")]
     rows += [
         (f"GPU {index}", f"{gpu.name}, sm_{gpu.capability[0]}{gpu.capability[1]}, {gpu.memory / GIB:.1f} GiB")
@@ -267,4 +255,4 @@ def describe() -> str:
         ("memory", f"{available_memory() / GB:.1f} GB free"),
         ("disk here", f"{free_disk(Path.cwd()) / GB:.1f} GB free"),
     ]
-    return table(rows)
+    return align(rows)

@@ -136,7 +136,7 @@ def check_records(
         return {"stage": STAGE, "parameters": parameters, "inputs": hashes | {"tokenizer": tokenizer_files}}
 
     final = Path(run_dir) / STAGE
-    if final.is_dir() and manifest.is_kept(final, **identity()):
+    if final.is_dir() and manifest.is_up_to_date(final, **identity()):
         return final
     read = _of_all(files, lambda part: read_conversations(files[part]))  # before a tokenizer is fetched
     for part, found in read.items():

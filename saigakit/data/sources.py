@@ -25,7 +25,7 @@ def records_files(name: str, run_dir: str | Path | None = None) -> list[Path]:
         return [_packaged_records(name.removeprefix(_PACKAGED_RECORDS))]
     at, _, choice = name.partition(":")
     repo, _, revision = at.partition("@")
-    if hub.is_hub_id(repo) and not name.endswith(_FILES) and not workspace.is_here(name, run_dir):
+    if hub.is_hub_id(repo) and not name.endswith(_FILES) and not workspace.is_local(name, run_dir):
         return _data_set(repo, revision or None, choice)
     places = [Path(name).expanduser(), *([] if run_dir is None else [Path(run_dir) / name])]
     if set("*?[") & set(name) and not any(place.exists() for place in places):
@@ -36,7 +36,7 @@ def records_files(name: str, run_dir: str | Path | None = None) -> list[Path]:
 
 def formatted_records(part: str, run_dir: str | Path) -> Path | None:
     """Of 01_format ("train", "held_out"), inside `run_dir` or in an attached input; None where it is in neither."""
-    return workspace.look_for(f"01_format/{part}.jsonl", run_dir=run_dir)
+    return workspace.find_optional_input(f"01_format/{part}.jsonl", run_dir=run_dir)
 
 
 def _packaged_records(name: str) -> Path:
@@ -132,30 +132,23 @@ def _matching(pattern: str, run_dir: str | Path | None) -> list[Path]:
 
 def _data_set(repo: str, revision: str | None, choice: str) -> list[Path]:
     """The files of one split, fetched."""
-    from huggingface_hub import HfApi
-
-    token = workspace.secret("HF_TOKEN")
-    info = hub.asking(
-        repo,
-        lambda: HfApi().dataset_info(repo, revision=revision, files_metadata=True, token=token),
-        hub.ATTACH_RECORDS,
-    )
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    place = {"revision": info.sha, "token": token}
-    names = hub.asking(repo, lambda: _chosen(repo, choice, sorted(sizes), place), hub.ATTACH_RECORDS)
+    commit, sizes = hub.list_files(repo, "dataset", revision)
+    with hub.download_errors_explained(repo, "dataset"):
+        names = _chosen(repo, commit, choice, sorted(sizes))
     hub.require_room(repo, "dataset", sum(sizes[name] for name in names))
-    directory = hub.snapshot(repo, tuple(map(glob.escape, names)), "dataset", info.sha)
+    directory = hub.snapshot(repo, tuple(map(glob.escape, names)), "dataset", commit)
     return [directory / name for name in names]
 
 
-def _chosen(repo: str, choice: str, names: Sequence[str], place: Mapping[str, str | None]) -> list[str]:
+def _chosen(repo: str, commit: str, choice: str, names: Sequence[str]) -> list[str]:
     """Names of the files of a split; `choice` is a split, a configuration or configuration/split."""
     from datasets import get_dataset_config_names
 
+    place = {"revision": commit, "token": workspace.secret("HF_TOKEN")}
     configuration, _, split = choice.rpartition("/")
     if split and not configuration and split in get_dataset_config_names(repo, **place):
         configuration, split = split, ""
-    begin = f"hf://datasets/{repo}@{place['revision']}/"
+    begin = f"hf://datasets/{repo}@{commit}/"
     found = _splits(repo, configuration, **place)
     below = {each: [file.removeprefix(begin) for file in files] for each, files in found.items()}
     return [name for name in _of_split(repo, below, split, names) if name in names]

@@ -1,1 +1,1 @@
-"""Make the demo's model and records from packages, and the tiny Saiga of the tests."""
+"""The demo's model and records, and the tests' tiny Saiga."""

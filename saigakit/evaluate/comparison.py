@@ -51,7 +51,7 @@ def compare(
         "parameters": {"model": model, "base_source": base_source, "adapter": adapter, "max_examples": max_examples},
         "inputs": models.inputs,
     }
-    if manifest.is_kept(final, **identity):
+    if manifest.is_up_to_date(final, **identity):
         return final
     examples = spread(read_examples(models.held_out_file), max_examples)
     questions = Questions.of(examples, encoding.load_tokenizer(model, base_source))

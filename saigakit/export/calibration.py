@@ -91,8 +91,8 @@ def importance_matrix(
             "adapter": manifest.hashes(plan.adapter_dirs[0]) if plan.adapter_dirs else None,
         },
     }
-    if not manifest.is_kept(final, **identity, is_derived=True):
-        with manifest.making(final, **identity, is_derived=True) as partial:
+    if not manifest.is_up_to_date(final, **identity, may_replace=True):
+        with manifest.making(final, **identity, may_replace=True) as partial:
             importance_of_records(
                 records,
                 plan,

@@ -131,7 +131,7 @@ class Export:
         llama.cpp must load them and give the ids of the training for `texts`. Returns facts for a manifest; with
         `identity`, that manifest is written next to `file`.
         """
-        finals, manifest_file = output_files(file, self.quant_types), manifest.beside(file)
+        finals, manifest_file = output_files(file, self.quant_types), manifest.path_for(file)
         self.discard_partials(file)
         self.require_room(file.parent)
         with ExitStack() as stack:

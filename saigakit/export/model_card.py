@@ -78,7 +78,7 @@ def companion_texts(
             name=files[choice.quant_type].name,
             stops=list(dict.fromkeys(names[number] for number in (end, llm.token_eos()) if number in names)),
             system_prompt=llm.metadata.get(lineage.SYSTEM_PROMPT_KEY),
-            sampling=Sampling.of_gguf(llm.metadata),
+            sampling=Sampling.from_gguf(llm.metadata),
             choice=choice,
         )
     base = markdown.linked(spec.base_model)

@@ -148,7 +148,7 @@ def measure_quality(
             "importance": None if importance is None else sha256(importance),
         },
     }
-    if not manifest.is_kept(final, **identity, is_derived=True):
+    if not manifest.is_up_to_date(final, **identity, may_replace=True):
         comparison = _Comparison.of(stage, content, quant_types, importance)
         lacks = {each: comparison.lack(each) for each in _REFERENCES}
         reference = next((each for each, lack in lacks.items() if lack is None), _REFERENCES[-1])
@@ -156,7 +156,7 @@ def measure_quality(
             return _skip(lack)
         if not comparison.compared_with(reference):
             return _skip(f"there is no file other than {reference} to compare with it")
-        with manifest.making(final, **identity, is_derived=True) as partial:
+        with manifest.making(final, **identity, may_replace=True) as partial:
             result = comparison.measure(reference, records, max_tokens, n_gpu_layers)
             write_text(partial / _MEASURED, json.dumps(result, indent=1))
             spec, measured = comparison.export.plan.spec, markdown.of_table(quality_table(result))

@@ -43,7 +43,7 @@ def merge_gguf(
     if is_new := not final.exists():
         _announce(export, final)  # before gigabytes are hashed
     identity = _identity(export, adapter)
-    if manifest.is_kept(final, **identity):
+    if manifest.is_up_to_date(final, **identity):
         return final
     if not is_new:
         _announce(export, final)
@@ -123,7 +123,7 @@ def to_gguf(
     export = Export.of(plan, chosen, importance)
     if not with_manifest:
         return write_gguf(export, file)
-    require_absent(manifest.beside(file))
+    require_absent(manifest.path_for(file))
     export.discard_partials(file)
     _print_estimate(export, file.parent)  # before gigabytes are hashed
     named = [(str(name), weight) for name, weight in weighted(adapter)] or None

@@ -123,7 +123,7 @@ def stream(
             "larger n_ctx or start a new conversation."
         )
     stop_ids = encoding.end_of_turn_ids(tokenizer) | {llm.token_eos()}
-    sampling = sampling or Sampling.of_gguf(llm.metadata)
+    sampling = sampling or Sampling.from_gguf(llm.metadata)
     tokens = llm.generate(
         prompt,
         temp=sampling.temperature,

@@ -1,1 +1,1 @@
-"""Drive the kaggle command line: notebooks, data sets and models."""
+"""Notebooks, data sets and models on Kaggle, through its command line."""

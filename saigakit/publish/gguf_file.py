@@ -73,9 +73,9 @@ def _read_finished(made: Path) -> tuple[Path, manifest.Manifest]:
         return made, upload.require_unchanged(made, export.STAGE)
     if not made.is_file():
         raise SaigaError(f"{made} does not exist.")
-    if not manifest.beside(made).is_file() and (made.parent / manifest.NAME).is_file():
+    if not manifest.path_for(made).is_file() and (made.parent / manifest.NAME).is_file():
         return made.parent, upload.require_unchanged(made.parent, export.STAGE)
-    content = manifest.read_beside(made)
+    content = manifest.read_for(made)
     if damaged := manifest.changed(made.parent, content):
         raise SaigaError(f"{made.parent}: {', '.join(damaged)} changed since it was made. Export it again.")
     return made.parent, content

@@ -123,7 +123,7 @@ class Store:
             if (problem := find_problem(path)) is not None:
                 print(f"Skipping checkpoint {path}: {problem}.", flush=True)
                 continue
-            differing = manifest.differing(_read_mark(path), self.identity)
+            differing = manifest.differences(_read_mark(path), self.identity)
             if not differing:
                 return path
             mismatch = f"{path} is a checkpoint of another run ({'; '.join(differing)})"

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from saigakit.config import TrainConfig, lora_of_json
+from saigakit.config import TrainConfig
 from saigakit.core import install, manifest, workspace
 from saigakit.core.launch import Nodes
 from saigakit.core.workspace import Gpu
@@ -94,9 +94,9 @@ class Job:
         for name in ("train_file", "eval_file", "base_dir", "tokenizer_dir", "adapter_dir"):
             content[name] = None if content[name] is None else Path(content[name])
         resolved = {
-            "config": TrainConfig.of_json(content["config"], file),
+            "config": TrainConfig.from_json(content["config"], file),
             "replay_files": tuple(map(Path, content["replay_files"])),
-            "lora": lora_of_json(content["lora"]),
+            "lora": Lora.from_json(content["lora"]),
             "shape": ModelShape(**content["shape"]),
             "store": Store(Path(content["store"]["directory"]), content["store"]["identity"]),
         }

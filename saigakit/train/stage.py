@@ -33,13 +33,13 @@ def train_adapter(config: TrainConfig) -> Path:
     Called again, it resumes a run that was killed, interrupted or ended by max_hours. Everything that can be checked
     before training is checked first. With SAIGAKIT_NODES only the first machine writes the stage. Raises SaigaError.
     """
-    config, final, nodes = with_resume_point(config), Path(config.output_dir), Nodes.of_environment()
+    config, final, nodes = with_resume_point(config), Path(config.output_dir), Nodes.from_environment()
     job = preflight.resolve(config, nodes)
     parameters, inputs = _identity_parameters(job.config), _hash_inputs(job)
     identity: dict[str, Any] = {"stage": STAGE, "parameters": parameters, "inputs": inputs}
     store = Store(checkpoints.directory_for(final), checkpoints.identity(parameters, inputs))
     resumes = can_resume(final, identity, config)
-    if not resumes and manifest.is_kept(final, **identity):
+    if not resumes and manifest.is_up_to_date(final, **identity):
         if manifest.read(final).get("training", {}).get("ended") != "max_hours":
             store.delete()  # otherwise a run that resumed it may have been killed and left its checkpoints
         return final
@@ -51,7 +51,7 @@ def train_adapter(config: TrainConfig) -> Path:
         return final
     system_prompt = _system_prompt(job.train_file, inputs["train"])
     facts: dict[str, Any] = {"number_format": job.number_format, "system_prompt": system_prompt}
-    with manifest.making(final, **identity, facts=facts, goes_on=resumes) as partial:
+    with manifest.making(final, **identity, facts=facts, may_replace=resumes) as partial:
         _run_children(job, store, checkpoint, partial, nodes)
         result_file = partial / preflight.RESULT_FILE
         facts["training"] = json.loads(result_file.read_text(encoding="utf-8"))
@@ -137,12 +137,12 @@ def can_resume(final: Path, identity: dict[str, Any], config: TrainConfig) -> bo
         return False
     try:
         content = manifest.read(final)
-    except SaigaError:  # manifest.is_kept raises it, with what to do
+    except SaigaError:  # manifest.is_up_to_date raises it, with what to do
         return False
     training = content.get("training", {})
     if training.get("ended") != "max_hours" or content["stage"] != identity["stage"]:
         return False
-    if manifest.differing(content, json.loads(json.dumps(identity, default=str))):
+    if manifest.differences(content, json.loads(json.dumps(identity, default=str))):
         return False
     where = f"{final}, which ended by max_hours at step {training['step']} of {training['steps']}"
     left_s = workspace.session_start() + config.max_hours * 3600 - time.time()

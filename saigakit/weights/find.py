@@ -58,7 +58,7 @@ def adapter_dir(spec: ModelSpec, adapter: str, run_dir: str | Path | None = None
         raise SaigaError(f"{spec.name} has no released adapter; use adapter=None for a new LoRA.")
     if name == "package:saiga_tiny":
         return packages.tiny_saiga() / "adapter"
-    if hub.is_hub_id(name) and not workspace.is_here(name, run_dir):
+    if hub.is_hub_id(name) and not workspace.is_local(name, run_dir):
         return hub.snapshot(name, _ADAPTER_FILES)
     problem = "is not a LoRA adapter", "Give the directory that 02_train made, or a LoRA adapter of peft."
     return _require_file(workspace.find_input(name, run_dir=run_dir), "adapter_config.json", *problem)
@@ -83,12 +83,7 @@ def _require_file(directory: Path, name: str, problem: str, remedy: str) -> Path
 
 def _weight_patterns(repo: str) -> tuple[str, ...]:
     """The weight files to download. Raises SaigaError if the disk has no room for those that are missing."""
-    from huggingface_hub import HfApi
-
-    # Not list_repo_files, which retries for 24 s without a connection.
-    token = workspace.secret("HF_TOKEN")
-    found = hub.asking(repo, lambda: HfApi().model_info(repo, files_metadata=True, token=token))
-    sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
+    _, sizes = hub.list_files(repo)
     names = base_files.weight_files(sizes)
     hub.require_room(repo, "model", sum(sizes[name] for name in names))
     return tuple(map(glob.escape, names))

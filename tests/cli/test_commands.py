@@ -205,7 +205,7 @@ def test_export_writes_a_gguf_with_its_companion_files(tiny, tmp_path):
     beside = {"model.Modelfile", "model.README.md", "model.gguf", "model.llama-server.txt", "model.saigakit.json"}
     assert {file.name for file in tmp_path.iterdir()} == beside
     assert "total · всего" in done.stdout.split("model.gguf")[0]  # the plan comes first
-    content = manifest.read_beside(output)
+    content = manifest.read_for(output)
     assert content["outputs"] == {"model.gguf": sha256(output)} and content["quant_type"] == "Q8_0"
     assert content["inputs"]["base"] == manifest.hashes(tiny / "base")
     assert "FROM ./model.gguf" in (tmp_path / "model.Modelfile").read_text(encoding="utf-8")
@@ -231,7 +231,7 @@ def test_export_checks_everything_before_computing(tiny, tmp_path, monkeypatch, 
     arguments = ["--model", "saiga_tiny", "--output", str(tmp_path / "m.gguf"), "--quant-type", "Q4_0"]
     arguments += ["--quant-type", quant_type, "--importance", str(tiny / "records.jsonl")]
     done = CliRunner().invoke(cli.main, ["export", *arguments])
-    said = f"{there} is there already" if there else "quant_type='Q9' is unknown"
+    said = f"{there} already exists" if there else "quant_type='Q9' is unknown"
     assert done.exit_code == 1 and said in done.output
     assert [file.name for file in tmp_path.iterdir()] == ([there] if there else [])
 
@@ -239,7 +239,7 @@ def test_export_checks_everything_before_computing(tiny, tmp_path, monkeypatch, 
 def test_train_joins_several_machines(tmp_path, monkeypatch):
     joined = []
     monkeypatch.setenv("SAIGAKIT_NODES", "")
-    monkeypatch.setattr(train, "train_adapter", lambda _: joined.append(launch.Nodes.of_environment()))
+    monkeypatch.setattr(train, "train_adapter", lambda _: joined.append(launch.Nodes.from_environment()))
     (tmp_path / "train.yaml").write_text("{model: saiga_tiny, train_file: a, output_dir: b}", encoding="utf-8")
 
     def output(*options):

@@ -1,4 +1,4 @@
-"""Progress lines: how often they come and what they say."""
+"""Progress lines: how often they are printed and what they say."""
 
 import pytest
 
@@ -8,13 +8,13 @@ from saigakit.core.display import Every, Progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds, as a list of one number."""
+    """The current second, as a list of one number."""
     now = [100.0]
     monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
     return now
 
 
-def test_a_line_is_due_once_in_ten_seconds(clock):
+def test_a_line_is_due_every_ten_seconds(clock):
     is_due, seen = Every(), []
     for second in (101, 109, 110, 111, 119, 125, 134, 135):
         clock[0] = second
@@ -22,27 +22,27 @@ def test_a_line_is_due_once_in_ten_seconds(clock):
     assert seen == [False, False, True, False, False, True, False, True]
 
 
-def test_the_time_that_is_left_follows_from_the_speed_so_far(clock):
+def test_the_remaining_time_follows_from_the_speed_so_far(clock):
     is_due = Every()
     clock[0] += 30
     assert (is_due.spent, is_due.left(60, 240)) == (30, 90)
 
 
-def test_progress_is_silent_between_its_lines(capsys):
+def test_progress_is_silent_between_lines(capsys):
     progress = Progress("after")
     for done in range(5):
         progress(done, 4)
     assert capsys.readouterr().out == "after: 4 of 4 texts, 0 s\n"
 
 
-def test_progress_says_how_long_the_rest_takes(capsys, clock):
+def test_progress_reports_the_remaining_time(capsys, clock):
     progress = Progress("after")
     clock[0] += 30
     progress(60, 240)
     assert capsys.readouterr().out == "after: 60 of 240 texts, about 90 s left\n"
 
 
-def test_progress_says_how_long_nothing_was_done(capsys, clock):
+def test_progress_reports_the_elapsed_time_while_nothing_is_done(capsys, clock):
     progress = Progress("after")
     clock[0] += 12
     progress(0, 240)

@@ -1,4 +1,4 @@
-"""A file is complete under its name, or what was there before stays."""
+"""A file is complete under its final name, or the old one stays."""
 
 import os
 import signal
@@ -62,14 +62,14 @@ def test_an_error_in_the_block_keeps_the_old_file_and_removes_the_temporary_one(
     assert names(tmp_path) == ["x.txt"] and file.read_text() == "before"
 
 
-def test_starts_without_what_a_killed_writer_left(tmp_path):
+def test_starts_without_the_leftovers_of_a_killed_writer(tmp_path):
     (tmp_path / ".x.txt.partial").write_text("half of an earlier run", encoding="utf-8")
     with files.replacing(tmp_path / "x.txt") as partial:
         assert not partial.exists()
         partial.touch()
 
 
-def test_a_full_disk_is_reported_with_the_file_and_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_with_the_file_and_leaves_the_old_one(tmp_path, monkeypatch):
     file = files.write_text(tmp_path / "x.json", "before")
 
     def full(_):
@@ -81,9 +81,9 @@ def test_a_full_disk_is_reported_with_the_file_and_leaves_what_was_there(tmp_pat
     assert names(tmp_path) == ["x.json"] and file.read_text() == "before"
 
 
-def test_a_file_or_directory_that_exists_is_refused(tmp_path):
+def test_an_existing_file_or_directory_is_refused(tmp_path):
     files.require_absent(tmp_path / "x")
-    with pytest.raises(SaigaError, match="is there already; nothing was overwritten"):
+    with pytest.raises(SaigaError, match="already exists; nothing was overwritten"):
         files.require_absent(tmp_path)
 
 

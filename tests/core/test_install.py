@@ -1,4 +1,4 @@
-"""What a stage lacks: decided by plain functions, installed by the real pip into an environment of the test's own."""
+"""Packages that a stage lacks: chosen by plain functions, installed by the real pip into a temporary environment."""
 
 import ast
 import json
@@ -32,7 +32,7 @@ def declared(extra: str) -> dict[str, Requirement]:
 EXTRAS = sorted({extra for extras in install.STAGES.values() for extra in extras})
 
 
-def test_the_packages_of_an_extra_are_read_from_the_metadata_of_the_package(monkeypatch):
+def test_the_packages_of_an_extra_are_read_from_the_metadata(monkeypatch):
     lines = [
         "click>=8.1",
         "Tokenizers<0.24,>=0.22",
@@ -51,7 +51,7 @@ def test_every_extra_of_a_stage_is_in_the_metadata_and_in_pyproject():
     assert all(install.packages(extra) and declared(extra) for extra in EXTRAS)
 
 
-def test_sources_that_are_not_installed_are_refused_with_the_command(monkeypatch):
+def test_running_from_sources_is_refused_with_the_command(monkeypatch):
     def absent(name):
         raise metadata.PackageNotFoundError(name)
 
@@ -61,18 +61,18 @@ def test_sources_that_are_not_installed_are_refused_with_the_command(monkeypatch
 
 
 @pytest.mark.parametrize("name", install.PINS)
-def test_a_pinned_version_is_one_that_pyproject_allows(name):
+def test_pyproject_allows_every_pinned_version(name):
     requirements = [declared(extra)[name] for extra in EXTRAS if name in declared(extra)]
     assert requirements
     assert all(requirement.specifier.contains(install.PINS[name][0]) for requirement in requirements)
 
 
-def test_the_demos_model_can_be_read_in_every_stage_on_kaggle():
+def test_every_stage_on_kaggle_can_read_the_model_of_the_demo():
     assert all("gguf" in install.needs(stage, kaggle=True) for stage in install.STAGES)
     assert "gguf" not in install.needs("01_format", kaggle=False)
 
 
-# What a stage's modules import, and the stage never comes to: Kaggle's own, the demo's model made of its GGUF, and the
+# Imports that a stage contains but never executes: Kaggle's own module, the conversion of the demo's model, and the
 # tokenizer of a GGUF before there is one.
 NOT_REACHED = {
     "saigakit.core.workspace": {"kaggle_secrets"},
@@ -84,7 +84,7 @@ NOT_REACHED = {
 
 
 @pytest.mark.parametrize("stage", install.STAGES)
-def test_what_the_modules_of_a_notebook_import_is_among_the_packages_of_its_stage(stage):
+def test_the_packages_of_a_stage_cover_the_imports_of_its_notebook(stage):
     cells = json.loads((ROOT / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     modules, reached = {import_graph.name_of(file): file for file in import_graph.FILES}, set()
@@ -99,19 +99,19 @@ def test_what_the_modules_of_a_notebook_import_is_among_the_packages_of_its_stag
         assert not lacking, f"{name} imports {lacking}"
 
 
-def test_no_package_is_named_twice():
+def test_no_package_is_listed_twice():
     for stage in install.STAGES:
         names = install.needs(stage, kaggle=True)
         assert len(names) == len(set(names))
 
 
-def test_bitsandbytes_comes_pinned_and_without_dependencies():
+def test_bitsandbytes_is_pinned_and_installed_without_dependencies():
     arguments = install.pip_arguments("bitsandbytes", [], gpu=True)
     assert arguments == ["install", "--quiet", "--no-deps", "--only-binary=:all:", "bitsandbytes==0.50.2"]
 
 
 @pytest.mark.parametrize(("gpu", "index"), [(True, "cu125"), (False, "cpu")])
-def test_llama_cpp_comes_as_a_wheel_for_the_gpu_there_is(gpu, index):
+def test_llama_cpp_is_installed_from_the_index_for_cpu_or_gpu(gpu, index):
     arguments = install.pip_arguments("llama-cpp-python", [], gpu=gpu)
     place = arguments[arguments.index("--index-url") + 1]
     assert place == f"https://abetlen.github.io/llama-cpp-python/whl/{index}"
@@ -119,7 +119,7 @@ def test_llama_cpp_comes_as_a_wheel_for_the_gpu_there_is(gpu, index):
     assert "--only-binary=:all:" in arguments
 
 
-def test_attached_wheels_are_used_without_asking_the_registry():
+def test_attached_wheels_are_used_without_the_registry():
     wheels = [
         Path("/kaggle/input/datasets/me/wheels/llama_cpp_python-0.3.35-py3-none-manylinux_2_35_x86_64.whl"),
         Path("/kaggle/input/b/gguf-0.19.0-py3-none-any.whl"),
@@ -139,7 +139,7 @@ def test_an_attached_wheel_of_another_version_is_not_used():
     assert arguments[-1] == "gguf==0.19.0"
 
 
-def test_a_build_tag_in_an_attached_wheels_version_does_not_matter():
+def test_a_local_version_label_of_an_attached_wheel_does_not_matter():
     arguments = install.pip_arguments(
         "bitsandbytes", [Path("/in/bitsandbytes-0.50.2+cu128-py3-none-any.whl")], gpu=True
     )
@@ -155,9 +155,9 @@ def test_a_build_tag_in_an_attached_wheels_version_does_not_matter():
         ("04_infer", 'pip install "saigakit[train,infer]"'),
     ],
 )
-def test_at_home_the_command_is_that_of_the_extras(stage, command, monkeypatch):
+def test_at_home_the_command_names_the_extras(stage, command, monkeypatch):
     monkeypatch.setattr(install, "gcc_version", lambda: None)
-    assert install.command(stage) == command
+    assert install.pip_command(stage) == command
     extras = command.partition("[")[2].rstrip(']"')
     assert set(filter(None, extras.split(","))) <= set(PROJECT["optional-dependencies"])
 
@@ -173,16 +173,16 @@ def test_at_home_the_command_is_that_of_the_extras(stage, command, monkeypatch):
         (set(), "9.4.0", ""),  # not Linux
     ],
 )
-def test_llama_cpp_is_compiled_without_amx_where_gcc_would_break_it(flags, gcc, args):
+def test_llama_cpp_is_compiled_without_amx_if_gcc_would_miscompile_it(flags, gcc, args):
     assert install.llama_cmake_args(flags, gcc) == args
 
 
-def test_at_home_the_command_for_such_a_machine_compiles_llama_cpp_again(monkeypatch):
+def test_at_home_the_command_compiles_llama_cpp_again_on_such_a_machine(monkeypatch):
     monkeypatch.setattr(install.workspace, "cpu_flags", lambda: {"amx_int8"})
     monkeypatch.setattr(install, "gcc_version", lambda: "12.2.0")
-    assert install.command("02_train") == 'pip install "saigakit[train]"'
+    assert install.pip_command("02_train") == 'pip install "saigakit[train]"'
     infer = f'CMAKE_ARGS="{install.WITHOUT_AMX}" pip install --no-cache-dir "saigakit[train,infer]"'
-    assert install.command("04_infer") == infer
+    assert install.pip_command("04_infer") == infer
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_at_home_the_command_for_such_a_machine_compiles_llama_cpp_again(monkeyp
         ("echo \"clang: error: unknown argument: '$1'\" >&2; exit 1", None),
     ],
 )
-def test_the_version_of_gcc_is_that_of_the_compiler_which_cmake_takes(script, version, tmp_path, monkeypatch):
+def test_the_gcc_version_is_that_of_the_compiler_of_cmake(script, version, tmp_path, monkeypatch):
     compiler = tmp_path / "compiler"
     compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)
@@ -200,28 +200,28 @@ def test_the_version_of_gcc_is_that_of_the_compiler_which_cmake_takes(script, ve
     assert install.gcc_version() == version
 
 
-def test_without_a_compiler_there_is_no_version(monkeypatch):
+def test_without_a_compiler_there_is_no_gcc_version(monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/c++")
     assert install.gcc_version() is None
 
 
-def test_the_llama_cpp_of_this_environment_has_no_amx_kernels_that_crash():
-    """What make installs: on a CPU with AMX, plain llama_cpp.Llama died of SIGSEGV."""
+def test_the_installed_llama_cpp_has_no_crashing_amx_kernels():
+    """With them, llama_cpp.Llama died of SIGSEGV on a CPU with AMX."""
     import llama_cpp
 
     if not install.llama_cmake_args(install.workspace.cpu_flags(), install.gcc_version()):
-        pytest.skip("this CPU has no AMX, or its compiler builds the kernels well")
+        pytest.skip("this CPU has no AMX, or its compiler builds the kernels correctly")
     assert b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
 
 
-def test_an_unknown_stage_is_refused_with_the_names_of_all():
+def test_an_unknown_stage_is_refused_with_all_stage_names():
     with pytest.raises(SaigaError, match=r"02_trian.*02_train"):
         install.prepare("02_trian")
 
 
 @pytest.fixture
 def machine(tmp_path) -> Path:
-    """A fresh Python with pip alone; its interpreter."""
+    """The interpreter of a fresh environment that has only pip."""
     venv.create(tmp_path / "python", symlinks=True)
     packages = Path(
         subprocess.check_output(
@@ -234,7 +234,7 @@ def machine(tmp_path) -> Path:
 
 
 def wheel(directory: Path, name: str, version: str, *, requires: str = "", source: str = "") -> Path:
-    """A real wheel of one module."""
+    """A real wheel with one module."""
     directory.mkdir(parents=True, exist_ok=True)
     module = {"llama-cpp-python": "llama_cpp"}.get(name, name.replace("-", "_"))
     escaped = name.replace("-", "_")
@@ -265,9 +265,9 @@ def installed(machine: Path) -> dict[str, str]:
 def prepare(
     machine: Path, stage: str, *, inputs: Path, kaggle: bool = True, extras: Mapping[str, list[str]], **table
 ) -> subprocess.CompletedProcess:
-    """prepare(stage) in that Python, the registry out of reach, with the packages of `extras` alone.
+    """Run prepare(stage) in that environment, without a registry and with only the packages of `extras`.
 
-    `table` takes the place of the module's own values.
+    `table` replaces attributes of the module.
     """
     code = "import sys, json; from saigakit.core import install\n"
     code += "for name, value in json.loads(sys.argv[2]).items(): setattr(install, name, value)\n"
@@ -290,8 +290,8 @@ def prepare(
     )
 
 
-def test_on_kaggle_the_missing_packages_come_from_the_attached_wheels_and_torch_stays(machine, tmp_path):
-    """A wheel that asks for another torch, with that torch attached: a plain `pip install` would replace it."""
+def test_on_kaggle_missing_packages_come_from_attached_wheels_and_torch_stays(machine, tmp_path):
+    """The wheel requires another torch, which is attached too: a plain `pip install` would replace torch."""
     install_wheels(machine, wheel(tmp_path / "image", "torch", "2.10.0"))
     wheel(tmp_path / "input" / "wheels", "bitsandbytes", "0.50.2", requires="torch>=3")
     wheel(tmp_path / "input" / "wheels", "torch", "3.0")
@@ -307,14 +307,14 @@ def test_on_kaggle_the_missing_packages_come_from_the_attached_wheels_and_torch_
     assert result.stdout == f"Installing bitsandbytes==0.50.2 from {tmp_path / 'input' / 'wheels'} …\n"
 
 
-def test_on_kaggle_nothing_is_asked_of_pip_when_nothing_is_missing(machine, tmp_path):
+def test_on_kaggle_pip_is_not_called_when_nothing_is_missing(machine, tmp_path):
     install_wheels(machine, wheel(tmp_path / "image", "gguf", "0.17.0"))
     result = prepare(machine, "01_format", inputs=tmp_path / "input", extras={})
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert installed(machine) == {"gguf": "0.17.0"}
 
 
-def test_an_old_torchao_is_removed_aloud_where_peft_is_used(machine, tmp_path):
+def test_an_old_torchao_is_removed_and_reported_in_stages_with_peft(machine, tmp_path):
     install_wheels(machine, wheel(tmp_path / "image", "torchao", "0.10.0"))
     empty = {"extras": {}, "_ON_KAGGLE": []}
     for stage in ("01_format", "03_merge_gguf"):
@@ -331,14 +331,14 @@ def test_a_torchao_that_peft_accepts_stays(machine, tmp_path):
     assert installed(machine) == {"torchao": "0.16.0"}
 
 
-def test_what_pip_cannot_find_is_said_with_the_remedy_and_pips_last_lines(machine, tmp_path):
+def test_a_failure_of_pip_is_reported_with_a_remedy_and_its_last_lines(machine, tmp_path):
     result = prepare(machine, "01_format", inputs=tmp_path / "input", extras={})
     last = result.stderr.partition("SaigaError: ")[2]
     assert last.startswith("pip could not install gguf==0.19.0. In the notebook's settings switch Internet on")
     assert "No matching distribution found for gguf==0.19.0" in last
 
 
-def test_a_wheel_that_installs_and_does_not_import_is_refused(machine, tmp_path):
+def test_a_wheel_that_cannot_be_imported_is_refused(machine, tmp_path):
     wheel(tmp_path / "input", "llama-cpp-python", "0.3.35", source="raise OSError('libcudart.so.12')")
     wheel(tmp_path / "input", "diskcache", "5.6.3")
     result = prepare(
@@ -348,7 +348,7 @@ def test_a_wheel_that_installs_and_does_not_import_is_refused(machine, tmp_path)
         _ON_KAGGLE=[],
         extras={"infer": ["llama-cpp-python"]},
     )
-    assert "llama_cpp was installed and cannot be imported" in result.stderr
+    assert "llama_cpp was installed but cannot be imported" in result.stderr
     assert "libcudart.so.12" in result.stderr
 
 
@@ -359,7 +359,7 @@ def test_an_image_without_torch_is_refused_before_anything_is_installed(machine,
     assert installed(machine) == {}
 
 
-def test_at_home_nothing_is_installed_and_the_command_is_named(machine, tmp_path):
+def test_at_home_nothing_is_installed_and_the_command_is_reported(machine, tmp_path):
     wheel(tmp_path / "input", "bitsandbytes", "0.50.2")
     table = {"extras": {"train": ["bitsandbytes"]}}
     result = prepare(machine, "02_train", inputs=tmp_path / "input", kaggle=False, **table)
@@ -369,14 +369,14 @@ def test_at_home_nothing_is_installed_and_the_command_is_named(machine, tmp_path
     assert installed(machine) == {}
 
 
-def test_at_home_an_old_torchao_is_named_and_left_alone(machine, tmp_path):
+def test_at_home_an_old_torchao_is_reported_and_left_alone(machine, tmp_path):
     install_wheels(machine, wheel(tmp_path / "image", "torchao", "0.10.0"))
     result = prepare(machine, "02_train", inputs=tmp_path / "input", kaggle=False, extras={})
     assert "Run: pip uninstall torchao" in result.stderr
     assert installed(machine) == {"torchao": "0.10.0"}
 
 
-def test_here_where_the_tests_run_every_stage_has_its_packages():
+def test_this_environment_has_the_packages_of_every_stage():
     code = "from saigakit.core import install\nfor stage in install.STAGES: install.prepare(stage)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("KAGGLE")}
     result = subprocess.run([sys.executable, "-c", code], env=environment | {"PYTHONPATH": str(ROOT)}, check=False)

@@ -1,4 +1,4 @@
-"""Children: their output, their failure as a sentence, and that none outlives its parent."""
+"""Child processes: their output is echoed, their failure is one error, and none outlives its parent."""
 
 import os
 import signal
@@ -29,38 +29,38 @@ def gone_within(process_id, seconds):
     return True
 
 
-def test_what_the_child_prints_is_echoed_in_order(capfd):
+def test_the_output_of_a_child_is_echoed_in_order(capfd):
     launch.run(python("import sys; print('раз'); print('два', file=sys.stderr); print('три')"))
     assert capfd.readouterr().out.splitlines() == ["раз", "два", "три"]
 
 
-def test_a_silent_child_is_said_to_run(capfd, monkeypatch):
+def test_a_silent_child_is_reported_as_running(capfd, monkeypatch):
     monkeypatch.setattr(launch, "HEARTBEAT_S", 0.2)
     launch.run(python("import time; time.sleep(0.7)"))
     assert "still running" in capfd.readouterr().out
 
 
-def test_a_failed_child_is_told_with_its_last_lines():
+def test_a_failed_child_is_reported_with_its_last_lines():
     with pytest.raises(SaigaError, match=r"exit code 3.*\nlast words$"):
         launch.run(python("print('last words'); raise SystemExit(3)"))
 
 
-def test_a_childs_own_sentence_is_the_parents():
+def test_the_saiga_error_of_a_child_is_raised_in_the_parent():
     code = "from saigakit.core import launch\nfrom saigakit.errors import SaigaError\n"
     code += "with launch.child():\n    raise SaigaError('Нет места: нужно 5 GB.')"
     with pytest.raises(SaigaError, match=r"^Нет места: нужно 5 GB\.$"):
         launch.run(python(code))
 
 
-def test_a_child_without_a_parent_prints_its_sentence():
+def test_a_child_without_a_parent_prints_its_error():
     code = "from saigakit.core import launch\nfrom saigakit.errors import SaigaError\n"
     code += "with launch.child():\n    raise SaigaError('no disk')"
     ended = subprocess.run(python(code), capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (1, "error: no disk\n")
 
 
-def test_a_killed_child_is_told_as_one_and_memory_is_suspected():
-    with pytest.raises(SaigaError, match=r"killed by signal 9\. That is what the system does when memory runs out"):
+def test_a_killed_child_is_reported_with_memory_as_a_possible_cause():
+    with pytest.raises(SaigaError, match=r"killed by signal 9\. The system does that when memory runs out"):
         launch.run(python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
 
 
@@ -81,7 +81,7 @@ def test_no_child_outlives_its_parent(number):
 
 
 def interrupted(code, *, saving, number=signal.SIGINT, times=1, after=""):
-    """(seconds to the end, exit code, what was printed) of a parent that is interrupted when the child is ready."""
+    """(seconds to the end, exit code, output) of a parent that is interrupted when the child is ready."""
     parent = "from saigakit.core import launch\nlaunch.PATIENCE_S = 0.5\n"
     parent += f"launch.run({python(code)!r}, saving={saving}){after}"
     with subprocess.Popen(python(parent), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -120,20 +120,20 @@ def test_a_child_that_ignores_the_request_to_end_is_killed():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_child_that_saves_is_waited_for_longer_than_others(number):
+def test_a_saving_child_gets_more_time_to_end(number):
     seconds, code, printed = interrupted(GENTLE.replace("SAVING", "1.5"), saving=True, number=number)
     assert code in (-signal.SIGINT, 128 + signal.SIGTERM)
     assert printed.splitlines()[1:] == ["saved", "Call it again."]
     assert seconds > 1.5
 
 
-def test_a_second_interrupt_ends_a_child_that_saves_at_once():
+def test_a_second_interrupt_ends_a_saving_child_at_once():
     seconds, _, printed = interrupted(GENTLE.replace("SAVING", "60"), saving=True, times=2)
     assert seconds < 5
     assert "saved" not in printed
 
 
-def test_a_child_that_saves_is_not_ended_by_the_end_of_its_parent():
+def test_a_saving_child_may_finish_after_its_parent_has_ended():
     parent = f"from saigakit.core import launch\nlaunch.run({python(GENTLE.replace('SAVING', '0.5'))!r}, saving=True)"
     with subprocess.Popen(python(parent), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout.readline() == "ready\n"
@@ -143,7 +143,7 @@ def test_a_child_that_saves_is_not_ended_by_the_end_of_its_parent():
         assert gone_within(child, 10)
 
 
-def test_processes_of_torch_are_asked_to_end_together(tmp_path, monkeypatch):
+def test_all_distributed_processes_are_asked_to_end(tmp_path, monkeypatch):
     """torch.distributed.run would kill them 30 s after a signal."""
     pytest.importorskip("torch")
     (tmp_path / "gentle.py").write_text(GENTLE.replace("SAVING", "0.1"), encoding="utf-8")
@@ -158,18 +158,18 @@ def test_processes_of_torch_are_asked_to_end_together(tmp_path, monkeypatch):
     assert printed[-1] == "Call it again."
 
 
-def test_a_long_silence_makes_few_lines(monkeypatch, capfd):
+def test_a_long_silence_prints_few_lines(monkeypatch, capfd):
     monkeypatch.setattr(launch, "HEARTBEAT_S", 0.002)
     launch.run(python("import time; time.sleep(0.7)"))
-    assert capfd.readouterr().out.count("still running") < 250  # a line each fiftieth of the time, and not 350
+    assert capfd.readouterr().out.count("still running") < 250  # a line per fiftieth of the run time, not 350
 
 
-def test_two_machines_are_one_run(tmp_path, capfd, monkeypatch):
+def test_two_machines_form_one_run(tmp_path, capfd, monkeypatch):
     pytest.importorskip("torch")
     code = "import os, torch; torch.distributed.init_process_group('gloo'); one = torch.ones(1)\n"
     code += "torch.distributed.all_reduce(one); print('rank', os.environ['RANK'], 'sum', int(one))\n"
     code += (
-        "torch.distributed.barrier(); torch.distributed.destroy_process_group()"  # else the first to end aborts both
+        "torch.distributed.barrier(); torch.distributed.destroy_process_group()"  # or the first to end would abort both
     )
     (tmp_path / "reduces.py").write_text(code, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -182,20 +182,20 @@ def test_two_machines_are_one_run(tmp_path, capfd, monkeypatch):
     assert {line for line in capfd.readouterr().out.splitlines() if "rank" in line} == {"rank 0 sum 2", "rank 1 sum 2"}
 
 
-def test_machines_are_named_in_the_environment(monkeypatch):
-    assert launch.Nodes.of_environment() is None
+def test_machines_are_read_from_the_environment(monkeypatch):
+    assert launch.Nodes.from_environment() is None
     monkeypatch.setenv("SAIGAKIT_NODES", "2 1 10.0.0.1:29500")
-    assert launch.Nodes.of_environment() == launch.Nodes(2, 1, "10.0.0.1:29500")
+    assert launch.Nodes.from_environment() == launch.Nodes(2, 1, "10.0.0.1:29500")
 
 
 @pytest.mark.parametrize("text", ["2", "2 2 10.0.0.1:29500", "0 0 host:1", "2 0 host"])
-def test_machines_that_are_named_wrongly_are_refused_with_an_example(monkeypatch, text):
+def test_a_malformed_saigakit_nodes_is_refused_with_an_example(monkeypatch, text):
     monkeypatch.setenv("SAIGAKIT_NODES", text)
     with pytest.raises(SaigaError, match='for example "2 0 10'):
-        launch.Nodes.of_environment()
+        launch.Nodes.from_environment()
 
 
-def test_two_processes_know_their_ranks(tmp_path, capfd, monkeypatch):
+def test_each_of_two_processes_knows_its_rank(tmp_path, capfd, monkeypatch):
     pytest.importorskip("torch")
     code = "import os; os.write(1, 'rank {RANK} {WORLD_SIZE}\\n'.format(**os.environ).encode())"
     (tmp_path / "ranks.py").write_text(code)
@@ -204,13 +204,13 @@ def test_two_processes_know_their_ranks(tmp_path, capfd, monkeypatch):
     assert {line for line in capfd.readouterr().out.splitlines() if "rank" in line} == {"rank 0 2", "rank 1 2"}
 
 
-def test_children_count_their_hours_from_the_sessions_start(capfd):
+def test_children_inherit_the_start_of_the_session(capfd):
     launch.run(python("import os; print(os.environ['SAIGAKIT_SESSION_START'])"))
     assert float(capfd.readouterr().out) <= time.time()
 
 
 @pytest.mark.parametrize(("set_by_user", "seen"), [(None, "passive"), ("active", "active")])
-def test_threads_of_a_child_wait_passively_unless_the_user_says_otherwise(set_by_user, seen, capfd, monkeypatch):
+def test_threads_of_a_child_wait_passively_unless_the_user_sets_otherwise(set_by_user, seen, capfd, monkeypatch):
     if set_by_user is None:
         monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     else:

@@ -1,4 +1,4 @@
-"""A stage's directory: whole or absent, kept when nothing changed, never overwritten unasked."""
+"""A stage's directory is complete or absent, reused when nothing changed, and never overwritten without permission."""
 
 import json
 import os
@@ -27,8 +27,8 @@ def make(final: Path, text: str = "адаптер", *, parameters=PARAMETERS, in
     return final
 
 
-def is_kept(final: Path, *, stage=STAGE, parameters=PARAMETERS, inputs=INPUTS) -> bool:
-    return manifest.is_kept(final, stage=stage, parameters=parameters, inputs=inputs)
+def is_up_to_date(final: Path, *, stage=STAGE, parameters=PARAMETERS, inputs=INPUTS) -> bool:
+    return manifest.is_up_to_date(final, stage=stage, parameters=parameters, inputs=inputs)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def final(tmp_path) -> Path:
     return tmp_path / "run" / STAGE
 
 
-def test_a_finished_stage_says_what_it_was_made_of_and_what_it_holds(final):
+def test_a_manifest_lists_parameters_inputs_facts_and_outputs(final):
     content = manifest.read(make(final, facts={"golden": [1, 2]}))
     assert (content["stage"], content["parameters"], content["inputs"]) == (STAGE, PARAMETERS, INPUTS)
     assert content["golden"] == [1, 2]
@@ -46,18 +46,18 @@ def test_a_finished_stage_says_what_it_was_made_of_and_what_it_holds(final):
     }
 
 
-def test_the_versions_of_what_made_it_are_written_down(final):
-    """llama-cpp-python calls itself llama_cpp_python."""
+def test_a_manifest_lists_package_versions(final):
+    """The metadata of llama-cpp-python says llama_cpp_python."""
     versions = manifest.read(make(final))["versions"]
     assert {"torch", "transformers", "peft", "llama-cpp-python"} <= versions.keys()
 
 
-def test_a_directory_is_hashed_without_its_manifest(final):
+def test_hashes_leave_out_the_manifest(final):
     assert set(manifest.hashes(make(final))) == {"adapter.txt", "checkpoints/one.txt"}
     assert manifest.hashes(final / "adapter.txt") == {"adapter.txt": sha256(final / "adapter.txt")}
 
 
-def test_nothing_is_there_before_it_is_complete_and_nothing_else_after(final):
+def test_the_final_name_appears_only_when_the_stage_is_complete(final):
     with manifest.making(final, stage=STAGE, parameters={}, inputs={}) as directory:
         assert directory.parent == final.parent
         assert not final.exists()
@@ -101,39 +101,37 @@ def kill_in_the_middle(final: Path, **environment: str) -> None:
     assert child.returncode == -signal.SIGKILL
 
 
-def test_a_killed_run_leaves_nothing_under_the_final_name_and_the_next_one_starts_clean(final):
+def test_a_killed_run_leaves_nothing_under_the_final_name_and_the_next_run_starts_clean(final):
     kill_in_the_middle(final)
     assert not final.exists()
-    assert not is_kept(final)
+    assert not is_up_to_date(final)
     make(final)
     assert set(manifest.read(final)["outputs"]) == {"adapter.txt", "checkpoints/one.txt"}
     assert [path.name for path in final.parent.iterdir()] == [STAGE]
-    assert is_kept(final)
+    assert is_up_to_date(final)
 
 
-def test_a_run_killed_while_it_replaces_leaves_the_finished_stage(final):
+def test_a_run_killed_while_replacing_a_stage_leaves_the_old_one(final):
     make(final)
     kill_in_the_middle(final, SAIGAKIT_REPLACE="1")
-    assert is_kept(final)
+    assert is_up_to_date(final)
 
 
-def test_a_stage_of_the_same_things_is_kept_and_that_is_said(final, capsys):
-    assert not is_kept(final)
+def test_a_stage_of_the_same_inputs_and_parameters_is_reused_and_reported(final, capsys):
+    assert not is_up_to_date(final)
     make(final)
-    assert is_kept(final)
-    assert capsys.readouterr().out == (
-        f"{STAGE}: {final} is complete and made of the same inputs and parameters: kept.\n"
-    )
+    assert is_up_to_date(final)
+    assert capsys.readouterr().out == f"{STAGE}: {final} is up to date, reusing it.\n"
 
 
-def test_parameters_are_the_same_after_json(final):
+def test_parameters_are_compared_as_json(final):
     parameters = {"model": "saiga2_7b", "targets": ("q_proj", "k_proj"), "file": Path("a/b")}
     make(final, parameters=parameters)
-    assert is_kept(final, parameters=parameters)
+    assert is_up_to_date(final, parameters=parameters)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"parameters": {**PARAMETERS, "epochs": 3.0}}, "epochs: 2.0 there, 3.0 now"),
         ({"parameters": {**PARAMETERS, "seed": 1}}, "seed: None there, 1 now"),
@@ -142,30 +140,30 @@ def test_parameters_are_the_same_after_json(final):
         ({"stage": "01_format"}, "was made by 02_train, and 01_format is needed"),
     ],
 )
-def test_a_stage_of_other_things_is_refused_with_the_difference(final, changes, said):
+def test_a_stage_made_differently_is_refused_with_the_difference(final, changes, message):
     make(final)
     with pytest.raises(SaigaError) as caught:
-        is_kept(final, **changes)
-    assert said in str(caught.value)
+        is_up_to_date(final, **changes)
+    assert message in str(caught.value)
     assert "Delete it, rename it or choose another run_dir" in str(caught.value)
 
 
-def test_a_stage_that_was_changed_since_is_refused_with_the_file(final):
+def test_a_stage_with_a_changed_file_is_refused_with_its_name(final):
     make(final)
     (final / "adapter.txt").write_text("другой", encoding="utf-8")
     with pytest.raises(SaigaError, match=r"adapter\.txt changed since it was made"):
-        is_kept(final)
+        is_up_to_date(final)
 
 
-def test_a_stage_that_lost_a_file_is_refused_with_its_name(final):
+def test_a_stage_with_a_missing_file_is_refused_with_its_name(final):
     make(final)
     (final / "checkpoints" / "one.txt").unlink()
-    for refuse in (lambda: is_kept(final), lambda: manifest.require_stage(final, STAGE)):
+    for refuse in (lambda: is_up_to_date(final), lambda: manifest.require_stage(final, STAGE)):
         with pytest.raises(SaigaError, match=r"lost checkpoints/one\.txt; run 02_train again"):
             refuse()
 
 
-def test_a_directory_that_appears_meanwhile_is_not_overwritten(final):
+def test_a_directory_that_appears_while_writing_is_not_overwritten(final):
     with (
         pytest.raises(SaigaError, match="appeared while"),
         manifest.making(final, stage=STAGE, parameters={}, inputs={}),
@@ -175,10 +173,10 @@ def test_a_directory_that_appears_meanwhile_is_not_overwritten(final):
     assert (final / "mine.txt").read_text(encoding="utf-8") == "моё"
 
 
-def test_with_replace_a_stage_of_other_things_is_made_afresh_aloud(final, monkeypatch, capsys):
+def test_with_replace_a_stage_made_differently_is_replaced_and_reported(final, monkeypatch, capsys):
     make(final)
     monkeypatch.setenv("SAIGAKIT_REPLACE", "1")
-    assert not is_kept(final, parameters={**PARAMETERS, "epochs": 3.0})
+    assert not is_up_to_date(final, parameters={**PARAMETERS, "epochs": 3.0})
     assert "epochs: 2.0 there, 3.0 now" in capsys.readouterr().out
     make(final, "новый", parameters={**PARAMETERS, "epochs": 3.0})
     assert (final / "adapter.txt").read_text(encoding="utf-8") == "новый"
@@ -194,64 +192,64 @@ def test_with_replace_the_old_stage_stays_until_the_new_one_is_complete(final, m
     ):
         assert (final / "adapter.txt").is_file()
         raise RuntimeError
-    assert is_kept(final)
+    assert is_up_to_date(final)
 
 
-def test_with_replace_a_stage_of_the_same_things_is_kept_all_the_same(final, monkeypatch):
+def test_with_replace_an_up_to_date_stage_is_still_reused(final, monkeypatch):
     make(final)
     monkeypatch.setenv("SAIGAKIT_REPLACE", "1")
-    assert is_kept(final)
+    assert is_up_to_date(final)
 
 
 @pytest.mark.parametrize("value", ["0", "", "true"])
-def test_only_1_means_replace(final, monkeypatch, value):
+def test_only_the_value_1_means_replace(final, monkeypatch, value):
     make(final)
     monkeypatch.setenv("SAIGAKIT_REPLACE", value)
     with pytest.raises(SaigaError):
-        is_kept(final, parameters={})
+        is_up_to_date(final, parameters={})
 
 
-def test_with_replace_a_directory_that_is_no_stage_is_not_thrown_away(final, monkeypatch):
+def test_with_replace_a_directory_that_is_not_a_stage_is_not_deleted(final, monkeypatch):
     final.mkdir(parents=True)
     (final / "mine.txt").write_text("моё", encoding="utf-8")
     monkeypatch.setenv("SAIGAKIT_REPLACE", "1")
     with pytest.raises(SaigaError, match=r"has no saigakit\.json"):
-        is_kept(final)
+        is_up_to_date(final)
     with pytest.raises(SaigaError, match="appeared while"):
         make(final)
     assert (final / "mine.txt").is_file()
 
 
-def test_a_later_stage_reads_the_earlier_one(final):
+def test_a_later_stage_reads_the_earlier_manifest(final):
     assert manifest.require_stage(make(final), STAGE, model="saiga2_7b")["parameters"] == PARAMETERS
 
 
-def test_a_stage_that_was_not_run_is_named(final):
+def test_a_stage_that_has_not_run_is_named(final):
     with pytest.raises(SaigaError, match=r"is not there: run 02_train first"):
         manifest.require_stage(final, STAGE)
 
 
 def test_a_stage_of_another_model_is_refused_with_both_names(final):
     make(final)
-    with pytest.raises(SaigaError, match="model='saiga2_7b', and this run is of model='saiga_nemo_12b'"):
+    with pytest.raises(SaigaError, match="model='saiga2_7b', but this run has model='saiga_nemo_12b'"):
         manifest.require_stage(final, STAGE, model="saiga_nemo_12b")
 
 
-def test_another_stages_directory_is_refused(final):
+def test_a_directory_of_another_stage_is_refused(final):
     make(final)
     with pytest.raises(SaigaError, match="was made by 02_train, and 01_format is needed here"):
         manifest.require_stage(final, "01_format")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"stage": "02_train"}', '{"stage": "02_train", "outputs": {}}'])
-def test_a_damaged_manifest_is_a_sentence_and_not_a_crash(final, text):
+def test_a_damaged_manifest_raises_saiga_error(final, text):
     make(final)
     (final / manifest.NAME).write_text(text, encoding="utf-8")
     with pytest.raises(SaigaError, match=r"saigakit\.json is damaged"):
         manifest.require_stage(final, STAGE)
 
 
-def test_the_manifest_is_readable_text(final):
+def test_cyrillic_stays_readable_in_a_manifest(final):
     make(final, parameters={"model": "сайга"})
     text = (final / manifest.NAME).read_text(encoding="utf-8")
     assert "сайга" in text

@@ -112,7 +112,7 @@ def test_a_second_call_keeps_the_stage_and_says_so(tiny, check, capsys):
     before = {file.name: file.stat().st_mtime_ns for file in made.iterdir()}
     capsys.readouterr()
     assert check(str(tiny / "records.jsonl")) == made
-    assert "kept" in capsys.readouterr().out
+    assert "up to date" in capsys.readouterr().out
     assert {file.name: file.stat().st_mtime_ns for file in made.iterdir()} == before
 
 

@@ -121,8 +121,8 @@ def test_an_adapter_of_the_hub_comes_with_its_weights(hub, tmp_path, adapter):
     ("repository", "said"),
     [
         ("gated", "is gated: accept its licence"),
-        ("vanished", "is not on the Hub (any more)"),
-        ("private", "HF_TOKEN may not see it"),
+        ("vanished", "is not on the Hub"),
+        ("private", "HF_TOKEN has no access to it"),
         ("broken", "Bad request"),
         ("overloaded", "503 Service Unavailable"),
     ],
@@ -400,8 +400,8 @@ def test_a_disk_too_small_for_a_data_set_is_told_before_it_is_fetched(hub, tmp_p
     ("name", "said"),
     [
         ("someone/gated", "is gated: accept its licence"),
-        ("someone/vanished:train", "is not on the Hub (any more)"),
-        ("my/talks", "is not on the Hub (any more)"),
+        ("someone/vanished:train", "is not on the Hub"),
+        ("my/talks", "is not on the Hub"),
         ("someone/overloaded", "503 Service Unavailable"),
     ],
 )
@@ -410,7 +410,7 @@ def test_a_refusal_of_a_data_set_says_what_to_attach(hub, tmp_path, name, said):
     assert kind == "SaigaError"
     assert sentence.startswith(f"{name.partition(':')[0]} ")
     assert said in sentence
-    assert "No such path is here either: attach a copy as a Kaggle data set" in sentence
+    assert "It is not a local path either: attach a copy as a Kaggle data set" in sentence
 
 
 def test_a_data_set_without_a_connection_is_a_sentence_soon(tmp_path):

@@ -29,7 +29,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch, cache):
-    """A wheel in a directory that is all that pip sees, and the description of the file in it."""
+    """A wheel in the only directory that pip can see, and the description of the file in it."""
     shelf = tmp_path / "shelf"
     shelf.mkdir()
     for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(shelf), "CONFIG_FILE": "/dev/null"}.items():
@@ -57,7 +57,7 @@ def changed(package, **values):
     return PackageFile(**{**vars(package), **values})
 
 
-def test_a_file_is_taken_out_of_its_package_and_nothing_else_stays(package, cache):
+def test_only_the_wanted_file_of_a_package_is_kept(package, cache):
     file = packages.package_file(package)
     assert file.read_bytes() == CONTENT
     assert kept(cache) == [file]
@@ -71,32 +71,32 @@ def test_a_kept_file_is_not_downloaded_again(package, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_kept_file_that_is_damaged_is_downloaded_again(package):
+def test_a_damaged_file_is_downloaded_again(package):
     packages.package_file(package).write_bytes(b"half")
     assert packages.package_file(package).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("field", ["archive_sha256", "sha256"])
-def test_a_package_or_a_file_with_another_checksum_is_refused_and_not_kept(package, cache, field):
+def test_another_checksum_of_package_or_file_is_refused_and_nothing_is_kept(package, cache, field):
     with pytest.raises(SaigaError, match=r"toys==1\.0"):
         packages.package_file(changed(package, **{field: "0" * 64}))
     assert kept(cache) == []
 
 
-def test_a_package_that_cannot_be_had_is_named_with_what_pip_said(package, cache):
+def test_an_unavailable_package_is_reported_with_the_output_of_pip(package, cache):
     with pytest.raises(SaigaError, match=r"(?s)toys==2\.0 could not be downloaded.*No matching distribution"):
         packages.package_file(changed(package, requirement="toys==2.0"))
     assert kept(cache) == []
 
 
-def test_a_disk_that_is_too_small_is_known_before_the_download(package, monkeypatch, cache):
+def test_too_little_disk_is_reported_before_the_download(package, monkeypatch, cache):
     monkeypatch.setattr(workspace, "free_disk", lambda path: 2 * len(CONTENT))
     with pytest.raises(SaigaError, match=r"Unpacking toys==1\.0 needs"):
         packages.package_file(package)
     assert kept(cache) == []
 
 
-def test_a_file_is_taken_out_of_a_source_archive_too(tmp_path):
+def test_a_file_is_extracted_from_a_source_archive_too(tmp_path):
     archive = tmp_path / "toys-1.0.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         for name, content in {"toys-1.0/setup.py": b"1/0", "toys-1.0/toys/data.bin": CONTENT}.items():
@@ -107,22 +107,27 @@ def test_a_file_is_taken_out_of_a_source_archive_too(tmp_path):
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
-def test_what_is_interrupted_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), packages.made_once(tmp_path / "models" / "one") as partial:
+def test_an_interruption_leaves_nothing(tmp_path):
+    def interrupted(partial):
         (partial / "half").write_bytes(b"")
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        packages.make_once(tmp_path / "models" / "one", interrupted)
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_what_another_process_made_first_stays(tmp_path):
-    with packages.made_once(tmp_path / "one") as partial:
+def test_a_directory_that_another_process_made_first_stays(tmp_path):
+    def overtaken(partial):
         (partial / "mine").write_bytes(b"")
         (tmp_path / "one").mkdir()
         (tmp_path / "one" / "theirs").write_bytes(b"")
+
+    packages.make_once(tmp_path / "one", overtaken)
     assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["theirs"]
 
 
-def test_a_model_that_cannot_be_unpacked_is_not_there(package, cache, monkeypatch):
+def test_a_model_that_cannot_be_unpacked_is_not_kept(package, cache, monkeypatch):
     monkeypatch.setattr(packages, "SMOLLM2", package)  # no GGUF
     with pytest.raises(SaigaError):
         packages.smollm2_base()
@@ -136,7 +141,7 @@ def test_the_tiny_saiga_is_made_once(cache):
     assert sorted(item.name for item in made.iterdir()) == ["adapter", "base", "records.jsonl"]
 
 
-def test_smollm2_has_its_shape_and_its_tokenizer(smollm2):
+def test_smollm2_has_the_right_shape_and_tokenizer(smollm2):
     shape = ModelShape.from_config(smollm2)
     assert (shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.tied) == (576, 30, 9, 3, True)
     tokenizer = encoding.load_tokenizer("smollm2_135m")

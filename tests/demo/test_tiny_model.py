@@ -1,4 +1,4 @@
-"""The tiny Saiga: same bytes every time, and real enough for the real libraries."""
+"""The tiny Saiga is reproducible and works with the real libraries."""
 
 import json
 import time
@@ -21,7 +21,7 @@ def vocabulary(tiny) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_file=str(tiny / "base" / "tokenizer.model"))
 
 
-def test_it_is_made_in_seconds_and_is_under_a_megabyte(tmp_path):
+def test_it_takes_seconds_and_less_than_a_megabyte(tmp_path):
     start = time.process_time()
     made = tiny_model.make(tmp_path / "tiny")
     assert time.process_time() - start < 20
@@ -32,14 +32,14 @@ def test_it_has_the_same_bytes_every_time(tiny, tmp_path):
     assert manifest.hashes(tiny_model.make(tmp_path / "again")) == manifest.hashes(tiny)
 
 
-def test_base_and_adapter_have_one_tokenizer_of_the_2023_kind(tiny):
+def test_base_and_adapter_share_a_tokenizer_in_the_format_of_2023(tiny):
     base, adapter = (manifest.hashes(tiny / name) for name in ("base", "adapter"))
     assert base["tokenizer.model"] == adapter["tokenizer.model"]
     assert "tokenizer.json" not in base
     assert "legacy" not in json.loads((tiny / "base" / "tokenizer_config.json").read_text(encoding="utf-8"))
 
 
-def test_every_role_is_one_piece_with_and_without_the_space(vocabulary):
+def test_every_role_is_one_piece_with_and_without_a_space(vocabulary):
     for role in ("system", "user", "bot"):
         assert vocabulary.encode(f"{role}\n", out_type=str) == [f"▁{role}", "<0x0A>"]
         assert not vocabulary.is_unknown(vocabulary.piece_to_id(role))
@@ -54,14 +54,14 @@ def test_whitespace_only_pieces_merge_last(vocabulary):
     assert vocabulary.encode("x   термин", out_type=str)[:3] == ["▁", "x", "▁▁"]
 
 
-def test_a_quarter_of_the_records_defines_nothing(tiny):
+def test_a_quarter_of_the_records_define_nothing(tiny):
     rows = [json.loads(line) for line in (tiny / "records.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 60
     assert sum(row["bot"] == "[]" for row in rows) == 15
     assert all(item["definition"] in row["user"] for row in rows for item in json.loads(row["bot"]))
 
 
-def test_the_adapter_loads_in_peft_and_changes_the_answer(tiny, vocabulary):
+def test_the_adapter_loads_in_peft_and_changes_the_logits(tiny, vocabulary):
     torch = pytest.importorskip("torch")
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -18,13 +18,13 @@ def synset(lemma, text):
 
 
 def word(number):
-    """Letters for a number, never a word of the sentences."""
+    """A word for a number that never occurs in the sentences."""
     return "щ" + "".join(SYLLABLES[number // 12**place % 12] for place in range(3))
 
 
 @pytest.fixture
 def wordnet(tmp_path, monkeypatch):
-    """A small WordNet of the packaged one's shape."""
+    """A function that makes a small WordNet in the format of the packaged one."""
 
     def make(rows):
         file = tmp_path / "wordnet.db"
@@ -40,7 +40,7 @@ def wordnet(tmp_path, monkeypatch):
 
 @pytest.fixture
 def thousand(wordnet):
-    """1500 pairs; the definitions of the first 900 name a term of another."""
+    """1500 pairs; each of the first 900 definitions contains the term of another pair."""
     wordnet(
         synset(word(i), f"вещь {word(i)[1:]} {word(i + 500) if i < 900 else 'годная'} из дерева") for i in range(1500)
     )
@@ -48,13 +48,13 @@ def thousand(wordnet):
 
 @pytest.fixture(scope="module")
 def packaged(callers_cache):
-    """(term, definition) of the real WordNet."""
+    """The (term, definition) pairs of the real WordNet."""
     try:
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("SAIGAKIT_CACHE", str(callers_cache))
             return wordnet_records.definitions()
     except SaigaError as error:
-        pytest.skip(f"the packaged WordNet is not to be had here: {error}")
+        pytest.skip(f"the packaged WordNet is not available here: {error}")
 
 
 def written(directory, **counts):
@@ -92,18 +92,18 @@ def test_a_definition_is_the_first_sense_without_labels_and_markup(text, definit
         ("ткань", "изделие из нитей, которое получают на ткацком станке"),  # too long
         ("бегун", "бегун на длинные дистанции"),  # the term itself
         ("беслановка", "жительница города {{=|Беслан}} и окрестностей"),  # a template in the middle
-        ("автор", "и создатель какой-либо вещи"),  # goes on from something
-        ("залив", "большое скопление такой жидкости"),  # speaks of another sense
+        ("автор", "и создатель какой-либо вещи"),  # continues something
+        ("залив", "большое скопление такой жидкости"),  # refers to another sense
         ("ломать", "о чём-либо твёрдом, прочном"),
         ("пахтать", "действие по глаголу пахтать"),
-        ("бежать", "быстро двигаться куда-л"),  # cut short
+        ("бежать", "быстро двигаться куда-л"),  # cut off
         ("хлорит", "соль кислоты HClO"),
         ("скобка", "знак (обычно круглый) при письме"),
         ("грубость", "{{груб.|ru}} слово для брани вслух"),
         ("шибко", "{{прост.|ru}} очень сильно и быстро"),
     ],
 )
-def test_what_is_no_clean_pair_is_left_out(wordnet, lemma, text):
+def test_an_unclean_pair_is_left_out(wordnet, lemma, text):
     wordnet([synset(lemma, text), synset("ступня", "нижняя часть ноги человека")])
     assert wordnet_records.definitions() == [("ступня", "нижняя часть ноги человека")]
 
@@ -119,7 +119,7 @@ def test_terms_and_definitions_are_unique(wordnet):
     assert wordnet_records.definitions() == [("ступня", "нижняя часть ноги человека")]
 
 
-def test_a_coarse_word_is_left_out_with_all_its_senses(wordnet):
+def test_a_coarse_word_is_left_out_in_all_its_senses(wordnet):
     wordnet([synset("рыло", "передняя часть головы животного"), synset("рыло", "{{вульг.|ru}} лицо")])
     assert wordnet_records.definitions() == []
 
@@ -133,7 +133,7 @@ def test_a_coarse_word_is_left_out_with_all_its_senses(wordnet):
         "проститу́тка",
     ],
 )
-def test_a_term_is_coarse_by_a_label_or_a_stem_in_any_sense(wordnet, text):
+def test_a_label_or_a_stem_in_any_sense_makes_a_term_coarse(wordnet, text):
     wordnet([synset("рыло", "передняя часть головы животного"), synset("рыло", text)])
     assert wordnet_records.definitions() == []
 
@@ -159,14 +159,14 @@ def test_examples_do_not_make_a_term_coarse(wordnet):
     assert wordnet_records.definitions() == [("ступня", "нижняя часть ноги человека")]
 
 
-def test_every_record_is_the_instruction_a_text_and_its_items(thousand, tmp_path):
+def test_every_record_consists_of_instruction_text_and_items(thousand, tmp_path):
     for messages in chain(*written(tmp_path, train=60, held_out=20)):
         assert [message["role"] for message in messages] == ["system", "user", "assistant"]
         assert messages[0]["content"] == INSTRUCTION
         assert all(set(item) == {"term", "definition"} for item in parts(messages)[1])
 
 
-def test_items_are_quoted_as_written_and_in_the_order_of_the_text(thousand, tmp_path):
+def test_items_are_quoted_verbatim_in_the_order_of_the_text(thousand, tmp_path):
     for text, items in map(parts, chain(*written(tmp_path, train=300, held_out=60))):
         end = 0
         for item in items:
@@ -201,7 +201,7 @@ def held_out_terms(rows):
     return found
 
 
-def test_no_term_of_a_held_out_text_is_a_word_of_a_training_text(thousand, tmp_path):
+def test_no_term_of_an_evaluation_text_occurs_in_training(thousand, tmp_path):
     train, held_out = written(tmp_path, train=400, held_out=80)
     words = set(re.findall(r"[а-яё]+", " ".join(text for text, _ in map(parts, train)).lower()))
     assert held_out_terms(held_out)
@@ -212,7 +212,7 @@ def shape(pattern):
     return re.sub(r"\\{[Ttd]\\}", "[А-Яа-яё, -]+", re.escape(pattern))
 
 
-def test_half_of_the_held_out_texts_has_phrasings_and_fillers_that_training_never_shows(thousand, tmp_path):
+def test_half_of_the_evaluation_texts_have_unseen_phrasings_and_fillers(thousand, tmp_path):
     train, held_out = written(tmp_path, train=200, held_out=80)
     unseen = re.compile("|".join(shape(pattern) for pattern in (*UNSEEN.phrasings, *UNSEEN.fillers)))
     seen = re.compile("|".join(shape(pattern) for pattern in (*SEEN.phrasings[3:], *SEEN.fillers)))
@@ -228,7 +228,7 @@ def test_the_same_seed_writes_the_same_bytes(thousand, tmp_path):
     assert other[0].read_bytes() != first[0].read_bytes()
 
 
-def test_more_records_than_the_definitions_are_enough_for_are_refused_and_nothing_is_written(thousand, tmp_path):
+def test_too_many_records_are_refused_and_nothing_is_written(thousand, tmp_path):
     with pytest.raises(SaigaError, match="ask for fewer"):
         wordnet_records.write_records(tmp_path / "records", train=5000)
     assert not (tmp_path / "records").exists()
@@ -241,7 +241,7 @@ def test_the_packaged_wordnet_gives_eleven_thousand_pairs_in_plain_russian(packa
     assert len({definition for _, definition in packaged}) == len(packaged)
 
 
-def test_the_first_texts_define_a_plain_noun_each(packaged, tmp_path, monkeypatch):
+def test_the_first_texts_each_define_a_plain_noun(packaged, tmp_path, monkeypatch):
     monkeypatch.setattr(wordnet_records, "definitions", lambda: packaged)
     train, held_out = written(tmp_path)
     assert (len(train), len(held_out)) == (800, 200)
@@ -249,6 +249,6 @@ def test_the_first_texts_define_a_plain_noun_each(packaged, tmp_path, monkeypatc
     assert held_out[0][1]["content"] == "Биология — это наука о живой природе."
 
 
-def test_the_packaged_pairs_hold_no_coarse_word(packaged):
+def test_the_packaged_pairs_contain_no_coarse_word(packaged):
     coarse = re.compile(r"\b\w*(?:хуй|пизд|дерьм|жоп|проститу|сексуал|порногр|оргазм|наркоти|идиот)")
     assert [pair for pair in packaged if coarse.search(" ".join(pair))] == []

@@ -183,7 +183,7 @@ def test_the_manifest_names_the_files_that_were_compared(compared, run_dir, tiny
 def test_a_finished_comparison_is_reused(compared, run_dir, capsys):
     again = evaluate.compare(model="saiga_tiny", run_dir=run_dir, adapter="released", max_examples=4)
     assert again == compared[0]
-    assert "kept" in capsys.readouterr().out
+    assert "up to date" in capsys.readouterr().out
 
 
 def test_an_adapter_that_is_not_in_the_gguf_is_refused(copied, tiny):

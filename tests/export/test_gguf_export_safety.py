@@ -175,7 +175,7 @@ def test_the_leftovers_of_a_killed_stage_are_removed_before_the_disk_is_checked(
 
 def test_none_of_several_files_is_overwritten(made, tmp_path):
     (tmp_path / "x-Q8_0.gguf").write_text("mine")
-    with pytest.raises(SaigaError, match=r"x-Q8_0\.gguf is there already"):
+    with pytest.raises(SaigaError, match=r"x-Q8_0\.gguf already exists"):
         export.to_gguf(model=str(made[0]), adapter=None, output=tmp_path / "x.gguf", quant_types=["Q8_0"])
     assert [file.name for file in tmp_path.iterdir()] == ["x-Q8_0.gguf"]
 

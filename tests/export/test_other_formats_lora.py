@@ -117,6 +117,6 @@ def test_embeddings_that_differ_from_the_bases_are_refused(base_dir, tmp_path, s
 
 def test_an_existing_file_is_not_overwritten(base_dir, tmp_path):
     (tmp_path / "lora.gguf").write_text("mine")
-    with pytest.raises(SaigaError, match="is there already"):
+    with pytest.raises(SaigaError, match="already exists"):
         other_formats.to_lora_gguf(model=str(base_dir), adapter="x", output=tmp_path / "lora.gguf")
     assert (tmp_path / "lora.gguf").read_text() == "mine"

@@ -69,7 +69,7 @@ def test_changed_settings_are_measured_again_and_a_users_directory_stays(stage, 
         made = manifest.read(run_dir / "03_importance")
         assert made["parameters"]["max_tokens"] == tokens
         assert made["inputs"]["base"] == manifest.hashes(tiny / "base")
-    assert "max_tokens: 20 there, 30 now). It is made afresh." in capsys.readouterr().out
+    assert "max_tokens: 20 there, 30 now). Making it again." in capsys.readouterr().out
     (run_dir / "03_quality" / manifest.NAME).unlink()
     (run_dir / "03_quality" / "mine.txt").write_text("mine")
     with pytest.raises(SaigaError, match=r"03_quality has no saigakit\.json.* Delete it"):
@@ -150,7 +150,7 @@ def test_the_reason_for_not_measuring_is_printed(stage, capsys, tokens, said):
 def test_a_matrix_is_computed_once_and_an_existing_file_is_used_unchanged(run_dir, tmp_path, capsys):
     options = {"model": MODEL, "adapter": "released"}
     made = calibration.importance_matrix("records", max_tokens=500, run_dir=run_dir, **options)
-    assert made == run_dir / "03_importance" / "imatrix.gguf" and "kept" in capsys.readouterr().out
+    assert made == run_dir / "03_importance" / "imatrix.gguf" and "up to date" in capsys.readouterr().out
     assert manifest.read(run_dir / "03_merge_gguf")["inputs"]["importance"] == files.sha256(made)
     assert calibration.importance_matrix(None, run_dir=tmp_path, **options) is None
     assert calibration.importance_matrix(str(made), run_dir=tmp_path, **options) == made
@@ -168,7 +168,7 @@ def test_attached_records_and_an_attached_matrix_are_found(stage, monkeypatch, c
     assert export_stage._evaluation_texts(run_dir) and not capsys.readouterr().out
     assert quality.measure_quality(stage, max_tokens=20)
     made = calibration.importance_matrix("records", max_tokens=500, run_dir=run_dir, **options)
-    assert made == run_dir / "03_importance" / "imatrix.gguf" and "kept" in capsys.readouterr().out
+    assert made == run_dir / "03_importance" / "imatrix.gguf" and "up to date" in capsys.readouterr().out
     assert calibration.importance_matrix("mine.gguf", run_dir=run_dir, **options) == attached / "mine.gguf"
     with pytest.raises(SaigaError, match=r"'yours\.gguf' is not there"):
         calibration.importance_matrix("yours.gguf", run_dir=run_dir, **options)

@@ -219,7 +219,7 @@ def test_the_quantised_file_answers(tiny, tmp_path):
 def test_the_file_recommends_the_sampling_of_the_registry(tiny, tmp_path):
     file = export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
     with closing(infer.load(file, n_ctx=64)) as llm:
-        assert Sampling.of_gguf(llm.metadata) == registry.find("saiga_tiny").sampling
+        assert Sampling.from_gguf(llm.metadata) == registry.find("saiga_tiny").sampling
         assert llm.metadata["general.license"] == "apache-2.0"
         assert llm.metadata["general.file_type"] == "15"
 
@@ -253,7 +253,7 @@ def test_a_finished_stage_is_reused(trained, capsys):
     before = (made / "model.gguf").stat().st_mtime_ns
     assert export.merge_gguf(model="saiga_tiny", run_dir=trained) == made
     assert (made / "model.gguf").stat().st_mtime_ns == before
-    assert "kept" in capsys.readouterr().out
+    assert "up to date" in capsys.readouterr().out
 
 
 def test_replacing_a_stage_prints_an_estimate_too(trained, monkeypatch, capsys):
@@ -396,7 +396,7 @@ def test_an_interrupt_leaves_nothing(tiny, tmp_path, monkeypatch):
 
 def test_an_existing_file_is_not_overwritten(tiny, tmp_path):
     (tmp_path / "x.gguf").write_text("mine")
-    with pytest.raises(SaigaError, match="is there already"):
+    with pytest.raises(SaigaError, match="already exists"):
         export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
     assert (tmp_path / "x.gguf").read_text() == "mine"
 

@@ -304,17 +304,17 @@ def test_the_sampling_is_read_from_the_file(gguf_file, tmp_path):
         field.parts[field.data[0]][0] = value
     reader.data.flush()
     with closing(infer.load(file, n_ctx=64)) as llm:
-        assert Sampling.of_gguf(llm.metadata) == Sampling(temperature=0.75, top_p=0.5, top_k=7, repeat_penalty=1.25)
+        assert Sampling.from_gguf(llm.metadata) == Sampling(temperature=0.75, top_p=0.5, top_k=7, repeat_penalty=1.25)
 
 
 def test_the_sampling_of_the_registry_is_in_the_file(llm):
-    assert Sampling.of_gguf(llm.metadata) == registry.find("saiga_tiny").sampling
+    assert Sampling.from_gguf(llm.metadata) == registry.find("saiga_tiny").sampling
 
 
 def test_a_file_without_sampling_gets_the_defaults(llm, monkeypatch):
     plain = {key: value for key, value in llm.metadata.items() if not key.startswith("general.sampling")}
     monkeypatch.setattr(llm, "metadata", plain)
-    assert Sampling.of_gguf(llm.metadata) == Sampling()
+    assert Sampling.from_gguf(llm.metadata) == Sampling()
 
 
 def test_an_answer_is_sampled_as_the_file_recommends(llm, monkeypatch):

@@ -1,4 +1,4 @@
-"""Push, watch and fetch through the real kaggle command line, against a stub of Kaggle's server."""
+"""Push, watch and fetch with the real kaggle command line against a stub of Kaggle's server."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def kaggle(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A kernel's metadata with a notebook of one parameter."""
+    """Metadata of a kernel and a notebook with one parameter."""
     cells = [("learning_rate = 1e-4", ["parameters"]), ("print(learning_rate)", [])]
     notebook = {
         "nbformat": 4,
@@ -67,7 +67,7 @@ def code(text):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_each_stage_is_accepted_and_arrives_as_its_metadata_says(kaggle, stage):
+def test_a_pushed_stage_arrives_as_its_metadata_says(kaggle, stage):
     kaggle.answer(KERNELS + "SaveKernel", PUSHED)
     slug = "alice/saigakit-" + stage.replace("_", "-")
     assert kernels.push(stage, {"model": "saiga_tiny"}) == slug
@@ -83,7 +83,7 @@ def test_each_stage_is_accepted_and_arrives_as_its_metadata_says(kaggle, stage):
     assert injected.splitlines() == ["# Parameters", 'model = "saiga_tiny"']
 
 
-def test_a_pushed_notebook_carries_its_parameters(kaggle, folder):
+def test_a_pushed_notebook_contains_its_parameters(kaggle, folder):
     kaggle.answer(KERNELS + "SaveKernel", PUSHED)
     kernels.push(folder, {"learning_rate": 3e-4})
     text = kaggle.sent(KERNELS + "SaveKernel")[0]["text"]
@@ -93,13 +93,13 @@ def test_a_pushed_notebook_carries_its_parameters(kaggle, folder):
     assert str(folder.parent.parent) not in text
 
 
-def test_an_unknown_parameter_is_named_before_anything_is_sent(kaggle, folder):
+def test_an_unknown_parameter_is_refused_before_anything_is_sent(kaggle, folder):
     with pytest.raises(SaigaError, match="no parameter learn_rate; it has learning_rate"):
         kernels.push(folder, {"learn_rate": 3e-4})
     assert kaggle.calls == []
 
 
-def test_a_refused_push_is_an_error_although_the_command_line_exits_0(kaggle, folder):
+def test_a_refused_push_is_an_error_despite_exit_status_0(kaggle, folder):
     kaggle.answer(KERNELS + "SaveKernel", {"error": "Maximum batch GPU session count of 2 reached."})
     with pytest.raises(SaigaError, match=r"refused .*batch GPU session count of 2 reached"):
         kernels.push(folder)
@@ -108,13 +108,13 @@ def test_a_refused_push_is_an_error_although_the_command_line_exits_0(kaggle, fo
 @pytest.mark.parametrize(
     ("kind", "word"), [("invalidDatasetSources", "dataset sources"), ("invalidKernelSources", "kernel sources")]
 )
-def test_a_dropped_source_is_an_error_although_the_push_went_through(kaggle, folder, kind, word):
+def test_a_dropped_source_is_an_error_despite_exit_status_0(kaggle, folder, kind, word):
     kaggle.answer(KERNELS + "SaveKernel", PUSHED | {kind: ["alice/saigakit-gone"]})
     with pytest.raises(SaigaError, match=rf"{word}.*alice/saigakit-gone"):
         kernels.push(folder)
 
 
-def test_a_server_error_is_one_sentence(kaggle, folder):
+def test_a_server_error_is_reported_with_the_command(kaggle, folder):
     kaggle.answer(KERNELS + "SaveKernel", {"code": 409, "message": "The slug is taken"}, code=409)
     with pytest.raises(SaigaError, match=r"kernels push .* failed: .*409"):
         kernels.push(folder)
@@ -126,7 +126,7 @@ def test_without_a_login_the_error_says_how_to_log_in(kaggle, folder, monkeypatc
         kernels.push(folder)
 
 
-def test_an_unknown_stage_is_answered_with_the_known_ones(kaggle):
+def test_an_unknown_stage_is_refused_with_the_known_ones(kaggle):
     with pytest.raises(SaigaError, match="01_format, 02_train, 03_merge_gguf, 04_infer"):
         kernels.push("05_profit")
 
@@ -154,19 +154,19 @@ def test_a_cancelled_run_is_an_error(kaggle):
         kernels.watch("alice/saigakit-02-train", poll_s=0.01)
 
 
-def test_a_lost_answer_does_not_end_a_watch(kaggle, capsys):
+def test_a_failed_poll_does_not_end_watching(kaggle, capsys):
     kaggle.answers[STATUS] = [(200, {"status": "RUNNING"}), (400, {}), (200, {"status": "COMPLETE"})]
     kernels.watch("alice/saigakit-02-train", poll_s=0.01)
     assert "does not answer" in capsys.readouterr().out
 
 
-def test_watching_what_is_not_there_fails_at_once(kaggle):
+def test_watching_an_unknown_notebook_fails_at_once(kaggle):
     with pytest.raises(SaigaError, match="404"):
         kernels.watch("alice/saigakit-99-none", poll_s=0.01)
 
 
 def finished(stub, files, log="[]"):
-    """A finished run whose output is these files."""
+    """Let the stub serve these files as the output of a finished run."""
     stub.files = dict(files)
     listed = [{"url": f"http://files.invalid/{name}", "fileName": name} for name in files]
     stub.answer(OUTPUT, {"files": listed, "log": log})
@@ -178,7 +178,7 @@ def stage_output(tmp_path):
     return {f"02_train/{file.name}": file.read_bytes() for file in (tmp_path / "02_train").iterdir()}
 
 
-def test_fetch_brings_the_output_and_the_log(kaggle, tmp_path):
+def test_fetch_downloads_the_output_and_the_log(kaggle, tmp_path):
     finished(kaggle, stage_output(tmp_path), log='[{"data": "done"}]')
     run = kernels.fetch("02_train", tmp_path / "run")
     assert (run / "02_train" / "adapter_model.safetensors").read_bytes() == b"weights"
@@ -194,7 +194,7 @@ def test_fetch_never_overwrites(kaggle, tmp_path):
 
 def test_a_damaged_file_leaves_nothing_under_the_final_name(kaggle, tmp_path):
     finished(kaggle, stage_output(tmp_path) | {"02_train/adapter_model.safetensors": b"<html>expired</html>"})
-    with pytest.raises(SaigaError, match=r"adapter_model\.safetensors .* did not arrive whole"):
+    with pytest.raises(SaigaError, match=r"adapter_model\.safetensors .* arrived damaged"):
         kernels.fetch("alice/saigakit-02-train", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -213,11 +213,11 @@ def uploads(kaggle):
     return kaggle
 
 
-def test_a_new_data_set_is_created_private_and_waited_for(uploads, tmp_path):
+def test_a_new_data_set_is_created_as_private_and_awaited(uploads, tmp_path):
     wheel = tmp_path / "saigakit-0.1.0-py3-none-any.whl"
     wheel.write_bytes(b"wheel")
     missing, status = (404, {"code": 404, "message": "none"}), DATASETS + "GetDatasetStatus"
-    # Asked by saigakit, by the command line's own check, and then until it is ready.
+    # Requested by saigakit, by the command line itself, and then until the data set is ready.
     uploads.answers[status] = [missing, missing, (200, {"status": "BLOBS_RECEIVED"}), (200, {"status": "READY"})]
     assert kernels.push_dataset("wheels", [wheel], poll_s=0.01) == "alice/saigakit-wheels"
     [sent] = uploads.sent(DATASETS + "CreateDataset")
@@ -225,21 +225,21 @@ def test_a_new_data_set_is_created_private_and_waited_for(uploads, tmp_path):
     assert uploads.uploads == [b"wheel"]
 
 
-def test_a_known_data_set_gets_a_new_version(uploads):
+def test_an_existing_data_set_gets_a_new_version(uploads):
     uploads.answer(DATASETS + "GetDatasetStatus", {"status": "READY"})
     kernels.push_dataset("example-data", poll_s=0.01)
     assert len(uploads.sent(DATASETS + "CreateDatasetVersion")) == 1
     assert uploads.uploads == [(REPOSITORY / "kaggle-metadata/example-data/records.jsonl").read_bytes()]
 
 
-def test_a_refused_data_set_is_an_error_although_the_command_line_exits_0(uploads):
+def test_a_refused_data_set_is_an_error_despite_exit_status_0(uploads):
     uploads.answer(DATASETS + "GetDatasetStatus", {"status": "READY"})
     uploads.answer(DATASETS + "CreateDatasetVersion", {"status": "error", "error": "Incompatible dataset type"})
     with pytest.raises(SaigaError, match="Incompatible dataset type"):
         kernels.push_dataset("example-data", poll_s=0.01)
 
 
-def test_the_command_line_uploads_a_data_set_with_its_files(uploads, tmp_path):
+def test_saigakit_push_uploads_a_data_set_with_its_files(uploads, tmp_path):
     wheel = tmp_path / "saigakit.whl"
     wheel.write_bytes(b"wheel")
     uploads.answer(DATASETS + "GetDatasetStatus", {"status": "READY"})
@@ -248,7 +248,7 @@ def test_the_command_line_uploads_a_data_set_with_its_files(uploads, tmp_path):
     assert uploads.uploads == [b"wheel"]
 
 
-def test_the_command_line_pushes_a_notebook_with_its_parameters(kaggle):
+def test_saigakit_push_starts_a_notebook_with_its_parameters(kaggle):
     kaggle.answer(KERNELS + "SaveKernel", PUSHED)
     ended = CliRunner().invoke(cli.main, ["push", "02_train", "-p", "epochs", "3"])
     assert ended.exit_code == 0, ended.output
@@ -256,13 +256,13 @@ def test_the_command_line_pushes_a_notebook_with_its_parameters(kaggle):
 
 
 @pytest.mark.parametrize(("name", "message"), [("wheels", "is not there"), ("02_train", "takes no files")])
-def test_files_that_cannot_be_pushed_are_named_before_anything_is_sent(kaggle, name, message):
+def test_files_that_cannot_be_pushed_are_refused_before_anything_is_sent(kaggle, name, message):
     ended = CliRunner().invoke(cli.main, ["push", name, "dist/none.whl"])
     assert ended.exit_code == 1 and message in ended.output and "none.whl" in ended.output
     assert kaggle.calls == []
 
 
-def test_wheels_without_a_wheel_are_not_uploaded(uploads):
+def test_a_data_set_without_files_is_not_uploaded(uploads):
     with pytest.raises(SaigaError, match="nothing to upload"):
         kernels.push_dataset("wheels")
     assert uploads.calls == []

@@ -16,7 +16,7 @@ from saigakit import evaluate, publish, registry
 from saigakit.config import TrainConfig
 from saigakit.core import manifest
 from saigakit.core.files import sha256
-from saigakit.core.hub import explained
+from saigakit.core.hub import uploading
 from saigakit.errors import SaigaError
 from saigakit.evaluate import results
 from saigakit.export import markdown
@@ -186,8 +186,8 @@ def test_an_empty_repository_is_filled(push, hub):
     [
         (None, "HF_TOKEN is not set"),
         ("  ", "HF_TOKEN is not set"),
-        ("hf_Secret\nOfTheTests", "HF_TOKEN holds characters that no token has"),
-        ("hf_Секрет", "HF_TOKEN holds characters that no token has"),
+        ("hf_Secret\nOfTheTests", "HF_TOKEN contains characters that no token has"),
+        ("hf_Секрет", "HF_TOKEN contains characters that no token has"),
     ],
 )
 def test_a_missing_or_bad_token_is_reported_before_any_request(stage, monkeypatch, token, said):
@@ -333,6 +333,6 @@ def test_the_card_has_the_results_of_04_only_for_this_adapter(stage, tokenizer, 
 def test_the_reason_for_a_failure_never_contains_the_token():
     error = RuntimeError("Error while uploading")
     error.__cause__ = ValueError(f"Illegal header value b'Bearer {TOKEN}'")
-    with pytest.raises(SaigaError) as caught, explained(REPO, TOKEN):
+    with pytest.raises(SaigaError) as caught, uploading(REPO, TOKEN):
         raise error
     assert TOKEN not in str(caught.value) and "Illegal header value" in str(caught.value)

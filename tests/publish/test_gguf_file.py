@@ -108,7 +108,7 @@ def test_the_files_of_saigakit_export_are_published_like_a_stage(push, hub, tiny
         assert sha256(adapter / "adapter_model.safetensors") in files["README.md"].decode()
     file.with_name("cats-Q8_0.gguf").write_bytes(b"GGUF")
     assert "cats-Q8_0.gguf changed since it was made. Export it again" in push(file)
-    manifest.beside(file).unlink()
+    manifest.path_for(file).unlink()
     assert "has no cats.saigakit.json beside it" in push(file)
     assert "dogs.gguf does not exist" in push(file.with_name("dogs.gguf"))
 
@@ -227,7 +227,7 @@ def test_a_file_that_did_not_arrive_on_kaggle_is_reported(kaggle):
 
 def test_an_existing_public_model_on_kaggle_is_refused_for_a_private_push(kaggle, stage):
     kaggle.answer(SERVICE + "GetModel", {"id": 5, "ref": MODEL, "isPrivate": False, "title": "x"})
-    with pytest.raises(SaigaError, match=r"is there and public"):
+    with pytest.raises(SaigaError, match="is public, but private=True"):
         gguf_file.push_to_kaggle(stage, "saiga-cats")
     assert not kaggle.uploads
 

@@ -1,4 +1,4 @@
-"""Which modules and packages a module of saigakit imports, read from its source."""
+"""Find the modules and packages that a module of saigakit imports, from its source."""
 
 import ast
 import sys
@@ -14,7 +14,7 @@ FILES = sorted(
 
 
 def room_of(file: Path) -> str:
-    """The sub-package of a file, or the stem of one that lies directly in the package."""
+    """The sub-package of a file, or the stem of a file directly in the package."""
     return file.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
@@ -24,7 +24,7 @@ def name_of(file: Path) -> str:
 
 
 def imported(file: Path) -> set[str]:
-    """The saigakit modules that a file imports anywhere, in functions and for annotations too."""
+    """The saigakit modules that a file imports anywhere, including in functions and for annotations."""
     return imported_by(ast.parse(file.read_text(encoding="utf-8")))
 
 
@@ -50,7 +50,7 @@ def packages(file: Path) -> set[str]:
 
 
 def imported_at_once(body: list[ast.stmt]) -> Iterator[tuple[int, str]]:
-    """(line, top-level package) of what runs when the module is imported."""
+    """(line, top-level package) of the imports that run when the module is imported."""
     for node in _imports_at_once(body):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
@@ -59,7 +59,7 @@ def imported_at_once(body: list[ast.stmt]) -> Iterator[tuple[int, str]]:
 
 
 def imported_at_the_top(file: Path) -> set[str]:
-    """The saigakit modules that are imported with a file, not those for annotations alone."""
+    """The saigakit modules that importing a file imports, without those only for annotations."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     return imported_by(ast.Module(list(_imports_at_once(tree.body)), []))
 

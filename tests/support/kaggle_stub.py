@@ -1,4 +1,4 @@
-"""Kaggle's server as far as the real command line needs it: a loopback proxy that records every call."""
+"""A stub of Kaggle's server for the real command line: a local proxy that records every call."""
 
 import http.server
 import json
@@ -35,11 +35,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_):
-        """Tests print nothing of their own."""
+        """Keep the output of the tests clean."""
 
 
 class KaggleStub(http.server.ThreadingHTTPServer):
-    """`answer` says what a call gets; `calls` and `uploads` are what came; `files` is what can be downloaded."""
+    """`answer` sets the response to a call; `calls` and `uploads` were received; `files` can be downloaded."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -47,14 +47,14 @@ class KaggleStub(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def answer(self, call, *bodies, code=200):
-        """The bodies in turn, the last one from then on."""
+        """Return the bodies in turn, and the last one from then on."""
         self.answers[call] = [(code, body) for body in bodies]
 
     def sent(self, call):
         return [body for name, body in self.calls if name == call]
 
     def environment(self, home):
-        """All that the command line may see; LOCALHOST is the one environment that a proxy can divert."""
+        """For the command line; LOCALHOST is the only Kaggle environment that a proxy can redirect."""
         return {
             "HOME": str(home),
             "KAGGLE_CONFIG_DIR": str(home),

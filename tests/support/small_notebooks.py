@@ -1,4 +1,4 @@
-"""Four notebooks that run in seconds: each makes its stage's directory out of a text and the earlier stage."""
+"""Write four notebooks that run in seconds: each makes its stage from a text and the previous stage."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ final = Path(run_dir) / {stage!r}
 earlier = [manifest.read(Path(run_dir) / name)["outputs"] for name in {earlier!r}]
 made_of = dict(stage=final.name, parameters=dict(model="saiga_tiny", **{values}), inputs=dict(earlier=earlier))
 print("cell of", final.name)
-if not manifest.is_kept(final, **made_of):
+if not manifest.is_up_to_date(final, **made_of):
     with manifest.making(final, **made_of) as made:
         (made / "out.txt").write_text(repr(made_of))
         {more}
@@ -43,7 +43,7 @@ def write(directory: Path) -> Path:
 
 
 def save(file: Path, sources: list[str]) -> None:
-    """The first cell is the one of the parameters."""
+    """The first cell holds the parameters."""
     cells = [
         {
             "cell_type": "code",
@@ -65,6 +65,6 @@ def sources(file: Path) -> list[str]:
 
 
 def insert(file: Path, source: str, place: int = 1) -> None:
-    """One more cell, after that of the parameters."""
+    """Add a cell, by default after the parameters."""
     cells = sources(file)
     save(file, [*cells[:place], source, *cells[place:]])

@@ -171,9 +171,7 @@ def test_refuses_an_adapter_that_cannot_be_folded(tiny, tmp_path):
 
 
 def test_every_process_loads_a_sharded_base(monkeypatch):
-    shape = ModelShape(
-        hidden=8, layers=2, heads=2, kv_heads=2, head_dim=4, intermediate=16, vocabulary=100, tied=False
-    )
+    shape = ModelShape(hidden=8, layers=2, heads=2, kv_heads=2, head_dim=4, intermediate=16, vocabulary=100, tied=False)
     whole = memory.weight_bytes(shape, "nf4", 2)
     monkeypatch.setattr(workspace, "available_memory", lambda: 2 * whole - 1)
     sharded = config(sharding="fsdp", quantization="nf4")

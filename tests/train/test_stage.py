@@ -64,7 +64,7 @@ def test_second_call_reuses_the_finished_stage(continued, records, capfd):
     before = manifest.hashes(continued)
     config = config_for(records, continued.parent, adapter="released", quantization="nf4", epochs=3)
     assert train.train_adapter(config) == continued
-    assert "kept" in capfd.readouterr().out
+    assert "up to date" in capfd.readouterr().out
     assert manifest.hashes(continued) == before
 
 
@@ -178,7 +178,7 @@ def test_refuses_records_formatted_for_another_model(records, tmp_path, monkeypa
     ) as made:
         (made / "train.jsonl").write_bytes(records.read_bytes())
     config = TrainConfig(model="saiga_tiny", train_file="01_format/train.jsonl", output_dir=str(tmp_path / "02_train"))
-    refused_before_a_child_starts(monkeypatch, config, "made for model='saiga2_7b', and this run is of .*saiga_tiny")
+    refused_before_a_child_starts(monkeypatch, config, "made for model='saiga2_7b', but this run has .*saiga_tiny")
 
 
 def test_names_a_missing_stage(tmp_path, monkeypatch):
@@ -240,7 +240,7 @@ def test_stops_early_if_the_evaluation_loss_does_not_improve(seen, records, tmp_
     assert f"no better evaluation loss since step {training['best_step']} (early_stopping=1" in capfd.readouterr().out
     assert not (made / "checkpoint").exists()
     train.train_adapter(config_for(records, tmp_path, early_stopping=1, **WORSENS))
-    assert "kept" in capfd.readouterr().out
+    assert "up to date" in capfd.readouterr().out
 
 
 def test_evaluation_hook_does_not_change_the_losses(seen, records, tmp_path, monkeypatch):

@@ -171,7 +171,7 @@ def test_second_call_resumes_and_ends_like_an_uninterrupted_run(ended, uninterru
     assert not (made / "checkpoint").exists()
     assert manifest.read(made)["training"]["ended"] == "finished"
     train.train_adapter(ended)
-    assert "kept" in capfd.readouterr().out
+    assert "up to date" in capfd.readouterr().out
 
 
 def test_reuses_the_finished_stage_when_no_time_is_left(ended, monkeypatch, capfd):

@@ -114,5 +114,5 @@ def test_failed_step_restores_float32(monkeypatch):
 
 def test_refuses_an_unknown_product_format(monkeypatch):
     monkeypatch.setenv("SAIGAKIT_CPU_MATMUL", "fast")
-    with pytest.raises(SaigaError, match="SAIGAKIT_CPU_MATMUL='fast': write float32 or bf16"):
+    with pytest.raises(SaigaError, match="SAIGAKIT_CPU_MATMUL='fast': use float32 or bf16"):
         load.bf16_is_faster()
