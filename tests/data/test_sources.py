@@ -191,7 +191,7 @@ def test_two_models_in_one_attachment_are_refused_with_both_names(inputs):
 
 def test_a_base_source_without_config_is_no_base_model(tmp_path):
     directory_with(tmp_path / "empty", "readme.txt")
-    with pytest.raises(SaigaError, match=r"no base model: it has no config\.json"):
+    with pytest.raises(SaigaError, match=r"not a base model: it has no config\.json"):
         find.base_dir(SAIGA, str(tmp_path / "empty"))
 
 
@@ -213,7 +213,7 @@ def test_an_attached_copy_is_taken_instead_of_the_hubs_adapter(inputs):
 
 def test_a_directory_without_an_adapter_is_refused(tmp_path):
     directory_with(tmp_path / "02_train", "config.json")
-    with pytest.raises(SaigaError, match=r"no LoRA adapter: it has no adapter_config\.json"):
+    with pytest.raises(SaigaError, match=r"not a LoRA adapter: it has no adapter_config\.json"):
         find.adapter_dir(SAIGA, "02_train", tmp_path)
 
 

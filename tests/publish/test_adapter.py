@@ -200,7 +200,7 @@ def test_a_missing_or_bad_token_is_reported_before_any_request(stage, monkeypatc
 
 
 def test_a_wrong_token_is_reported(push, hub):
-    assert "does not know the token in HF_TOKEN" in push(token="hf_WrongToken")
+    assert "rejects the token in HF_TOKEN" in push(token="hf_WrongToken")
     assert hub.repositories == {}
 
 

@@ -109,7 +109,7 @@ def test_the_files_of_saigakit_export_are_published_like_a_stage(push, hub, tiny
     file.with_name("cats-Q8_0.gguf").write_bytes(b"GGUF")
     assert "cats-Q8_0.gguf changed since it was made. Export it again" in push(file)
     manifest.path_for(file).unlink()
-    assert "has no cats.saigakit.json beside it" in push(file)
+    assert "has no cats.saigakit.json next to it" in push(file)
     assert "dogs.gguf does not exist" in push(file.with_name("dogs.gguf"))
 
 
