@@ -82,18 +82,19 @@ class TrainConfig:
             raise SaigaError(
                 f"adapter={self.adapter!r}: {spec.name} has no released adapter; use adapter=None for a new LoRA."
             )
-        for name in ("learning_rate", "epochs", "max_hours", "save_minutes", "neftune_alpha", "replay_fraction"):
+        left_open = {each.name for each in fields(self) if each.default is None and getattr(self, each.name) is None}
+        numbers = {"learning_rate", "epochs", "max_hours", "save_minutes", "neftune_alpha", "replay_fraction"}
+        for name in sorted(numbers - left_open):
             value = getattr(self, name)
-            if value is not None and not _is_number(value):
+            if not _is_number(value):
                 raise SaigaError(
                     f"{name}={value!r} is a {type(value).__name__}, not a number. "
                     "In YAML write 2.0e-4: without the dot, 2e-4 is read as text."
                 )
-            if value is not None and not 0 < value < math.inf:  # refuses NaN too
+            if not 0 < value < math.inf:  # refuses NaN too
                 raise SaigaError(f"{name}={value!r} must be above 0.")
-        for name in ("batch_size", "eval_steps", "early_stopping", "save_steps", "processes"):
-            if getattr(self, name) is not None:
-                _require_count(name, getattr(self, name))
+        for name in sorted({"batch_size", "eval_steps", "early_stopping", "save_steps", "processes"} - left_open):
+            _require_count(name, getattr(self, name))
         if type(self.seed) is not int or self.seed not in range(2**32):
             raise SaigaError(f"seed={self.seed!r} must be a whole number from 0 to {2**32 - 1}.")
         for name in ("train_file", "output_dir", "eval_file", "replay_file", "resume_from", "base_source", "adapter"):

@@ -77,6 +77,12 @@ def test_a_count_that_is_not_a_whole_number_is_refused(name, value):
         config(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["batch_size", "epochs", "max_hours", "save_minutes", "replay_fraction", "seed"])
+def test_a_setting_that_has_a_default_value_cannot_be_none(name):
+    with pytest.raises(SaigaError, match=f"^{name}=None"):
+        config(**{name: None})
+
+
 @pytest.mark.parametrize("value", ["int4", "4bit", False])
 def test_an_unknown_quantization_is_refused_with_the_known_ones(value):
     with pytest.raises(SaigaError, match=r"quantization=.*'nf4', 'int8' or 'none'"):
