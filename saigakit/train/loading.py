@@ -73,7 +73,7 @@ class Loaded:
 
 def _largest_pack(plan: Plan, needed: Callable[[Pack], dict[str, int]]) -> tuple[list[Example], dict[str, int]]:
     """Find the pack of the run that needs the most memory, and the bytes that it needs."""
-    lengths, trained = plan.rows.lengths, plan.rows.learned
+    lengths, trained = plan.lengths, plan.learned
     packs = [pack for step in range(len(plan)) for packs in plan.layout(step) for pack in packs]
 
     def shape(rows: Sequence[int]) -> Pack:
