@@ -46,7 +46,8 @@ def list_files(repo: str, repo_type: str = "model", revision: str | None = None)
     # Not list_repo_files, which keeps trying for 24 s without a connection.
     api = HfApi(token=workspace.secret("HF_TOKEN"))
     with download_errors_explained(repo, repo_type):
-        found = api.repo_info(repo, revision=revision, repo_type=repo_type, files_metadata=True)
+        ask = api.model_info if repo_type == "model" else api.dataset_info
+        found = ask(repo, revision=revision, files_metadata=True)
     return str(found.sha), {file.rfilename: file.size or 0 for file in found.siblings or []}
 
 
@@ -96,10 +97,15 @@ def writing_token() -> str:
 @contextmanager
 def uploading(repo_id: str, token: str) -> Iterator[None]:
     """Turn errors of an upload into SaigaErrors without the token; hide progress bars, since Kaggle logs every line."""
-    from huggingface_hub import errors, utils
+    from huggingface_hub import errors
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
-    had_progress_bars = not utils.are_progress_bars_disabled()
-    utils.disable_progress_bars()
+    had_progress_bars = not are_progress_bars_disabled()
+    disable_progress_bars()
     try:
         yield
     except errors.HfHubHTTPError as error:
@@ -112,7 +118,7 @@ def uploading(repo_id: str, token: str) -> Iterator[None]:
         ) from None
     finally:
         if had_progress_bars:
-            utils.enable_progress_bars()
+            enable_progress_bars()
 
 
 def _refusal(status: int, repo_id: str, reason: str) -> str:
