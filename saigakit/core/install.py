@@ -27,6 +27,8 @@ PINS: Mapping[str, tuple[str, str]] = {
     "llama-cpp-python": ("0.3.35", "llama_cpp"),
     "rensa": ("0.5.0", "rensa"),
 }
+# Also on Kaggle, in every stage: transformers reads the demo's model, smollm2_135m, from a GGUF file.
+_ON_KAGGLE = ("gguf",)
 # Wheels of llama-cpp-python. There are none for CUDA 12.8, which the image has, but those for 12.5 run on it.
 _LLAMA_INDEX = "https://abetlen.github.io/llama-cpp-python/whl"
 WITHOUT_AMX = "-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"
@@ -68,9 +70,7 @@ def needs(stage: str, *, kaggle: bool = False) -> list[str]:
     names = [name for extra in STAGES[stage] for name in packages(extra)]
     if "llama-cpp-python" in names:
         names.append("diskcache")  # llama-cpp-python imports it, and pip's --no-deps leaves it out
-    if kaggle:
-        names.append("gguf")  # transformers reads the demo's model, smollm2_135m, from a GGUF file
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys([*names, *(_ON_KAGGLE if kaggle else ())]))
 
 
 def packages(extra: str) -> list[str]:
