@@ -162,7 +162,7 @@ def with_saigakit(model, made, directory: str, budget: int):
     run = run_state.Run(
         config,
         steps.Plan(config, stored),
-        run_state.HeldOut(stored, 0),
+        None,
         checkpoints.Store(place / "checkpoints", {}),
         run_state.Log(place / "log.jsonl", quiet=True),
     )

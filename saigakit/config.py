@@ -2,12 +2,12 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from saigakit import registry
-from saigakit.errors import SaigaError
+from saigakit.errors import SaigaError, suggestion
 from saigakit.registry import Lora, ModelSpec, Quantization
 
 
@@ -158,15 +158,23 @@ class TrainConfig:
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        return cls.from_json(json.loads(file.read_text(encoding="utf-8")), file)
+        return cls.from_json(json.loads(file.read_text(encoding="utf-8")), str(file))
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], file: Path) -> Self:
-        """`file`: where the values are from, for the error message."""
-        if unknown := set(values) - {item.name for item in fields(cls)}:
-            raise SaigaError(f"{file}: unknown settings {', '.join(sorted(unknown))}.")
-        lora = values.get("lora")
-        return cls(**values | {"lora": Lora.from_json(lora) if lora else None})
+    def from_json(cls, values: dict[str, Any], source: str) -> Self:
+        """Raises SaigaError for unknown and missing settings; `source` names their file."""
+        is_required = {item.name: item.default is MISSING for item in fields(cls)}
+        for name in [name for name in values if name not in is_required]:
+            hint = suggestion(name, is_required)
+            raise SaigaError(f"{source}: unknown setting {name!r}.{hint} Known settings: {', '.join(is_required)}.")
+        if missing := [name for name, required in is_required.items() if required and name not in values]:
+            raise SaigaError(f"{source}: {' and '.join(missing)} must be set.")
+        if not isinstance(lora := values.get("lora"), dict):
+            return cls(**values)
+        known = [item.name for item in fields(Lora)]
+        if unknown := sorted(lora.keys() - set(known)):
+            raise SaigaError(f"{source}: unknown lora settings {', '.join(unknown)}. Known: {', '.join(known)}.")
+        return cls(**values | {"lora": Lora.from_json(lora)})
 
 
 def _require_lora(lora: object) -> None:

@@ -122,7 +122,7 @@ def test_an_unknown_setting_is_refused(tmp_path):
     file = config().write(tmp_path / "config.json")
     values = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**values, "warmup_ratio": 0.1}), encoding="utf-8")
-    with pytest.raises(SaigaError, match="unknown settings warmup_ratio"):
+    with pytest.raises(SaigaError, match="unknown setting 'warmup_ratio'"):
         TrainConfig.read(file)
 
 

@@ -77,11 +77,6 @@ def _read_questions() -> Iterator[str]:
         with suppress(ModuleNotFoundError):  # Windows terminals have line editing of their own
             import readline  # noqa: F401  # enables line editing in input()
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        if not line.strip():
-            return
-        yield line
+    with suppress(EOFError):
+        while (line := input("> " if sys.stdin.isatty() else "")).strip():
+            yield line

@@ -13,8 +13,9 @@ from saigakit import publish as publishing
 from saigakit import train as training
 from saigakit.cli import chat as terminal_chat
 from saigakit.cli import export_options, runner
-from saigakit.cli.parameters import parse_value, read_yaml, train_config
+from saigakit.cli.parameters import parse_value, read_yaml
 from saigakit.cli.terminal import Group
+from saigakit.config import TrainConfig
 from saigakit.core import install, launch, manifest, workspace
 from saigakit.data import length_histogram, report
 from saigakit.errors import SaigaError
@@ -128,7 +129,7 @@ def train(file: str, parameters: Sequence[tuple[str, Any]], nnodes: int, node_ra
     """
     if nnodes > 1:
         launch.join_nodes(nnodes, node_rank, rdzv_endpoint)
-    made = training.train_adapter(train_config(read_yaml(Path(file)) | dict(parameters), file))
+    made = training.train_adapter(TrainConfig.from_json(read_yaml(Path(file)) | dict(parameters), file))
     click.echo(f"adapter: {made}")
 
 

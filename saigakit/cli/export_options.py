@@ -18,10 +18,7 @@ _Weighted = list[tuple[str, float]]  # adapters with their weights
 
 
 def export(*, file_format: str, adapters: Sequence[str], **options: Any) -> list[str]:  # noqa: ANN401
-    """Return the lines to print. `adapters`: PATH or PATH:WEIGHT; `options`: the others of the command.
-
-    Raises SaigaError for options that the format does not take.
-    """
+    """Return the lines to print. `adapters`: PATH or PATH:WEIGHT; `options`: the others of the command."""
     weighted = [_parse_weighted(each) for each in adapters]
     quant_types, importance = options.pop("quant_types"), options.pop("importance")
     given = {name: value for name, value in options.items() if value}
@@ -32,9 +29,7 @@ def export(*, file_format: str, adapters: Sequence[str], **options: Any) -> list
     if unused := [name for name, value in not_taken.items() if value]:
         raise SaigaError(f"--format {file_format} does not take --{unused[0]}.")
     if file_format == "safetensors":
-        into = {"merge_into": given["merge_into"]} if "merge_into" in given else {}
-        plan = MergePlan.of(given["model"], weighted, base_source=given.get("base_source"), **into)
-        return [f"model: {other_formats.to_safetensors(plan, given['output'])} (for transformers)"]
+        return [f"model: {other_formats.to_safetensors(_plan(weighted, given), given['output'])} (for transformers)"]
     if len(weighted) != 1 or weighted[0][1] != 1:
         raise SaigaError("--format lora takes one --adapter, without a weight.")
     made = other_formats.to_lora_gguf(adapter=weighted[0][0], **given)
@@ -69,7 +64,7 @@ def _export_gguf(
     inputs = manifest.read_for(made)["inputs"]
     written = [*model_card.write_companions(files, spec=spec, inputs=inputs, prefix=prefix), manifest.path_for(output)]
     lines = [f"model: {_with_size(file)}" for file in files.values()]
-    return [*lines, f"beside: {', '.join(file.name for file in written)}", f"talk:  saigakit chat {made}"]
+    return [*lines, f"also:  {', '.join(file.name for file in written)}", f"talk:  saigakit chat {made}"]
 
 
 def _make_matrix(
@@ -78,10 +73,13 @@ def _make_matrix(
     """Compute an importance matrix from records, as OUTPUT.imatrix.gguf."""
     if not isinstance(adapter, str | None):
         raise SaigaError("--importance with records takes at most one --adapter, without a weight.")
-    into = {"merge_into": given["merge_into"]} if "merge_into" in given else {}
-    plan = MergePlan.of(given["model"], adapter, base_source=given.get("base_source"), **into)
     file = Path(given["output"]).with_suffix(".imatrix.gguf")
-    return str(calibration.importance_of_records(records, plan, file, quant_types=quant_types))
+    return str(calibration.importance_of_records(records, _plan(adapter, given), file, quant_types=quant_types))
+
+
+def _plan(adapter: str | _Weighted | None, given: dict[str, Any]) -> MergePlan:
+    options = {name: given[name] for name in ("base_source", "merge_into") if name in given}
+    return MergePlan.of(given["model"], adapter, **options)
 
 
 def _with_size(file: Path) -> str:

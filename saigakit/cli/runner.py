@@ -16,8 +16,7 @@ from saigakit import evaluate, registry
 from saigakit.cli import execution, summary
 from saigakit.cli.execution import Terminal
 from saigakit.core import launch, manifest
-from saigakit.core.files import sha256, write_text
-from saigakit.core.locks import lock_directory
+from saigakit.core.files import lock_directory, sha256, write_text
 from saigakit.errors import SaigaError, suggestion
 from saigakit.evaluate import results
 from saigakit.llamacpp import quantization
@@ -50,7 +49,10 @@ def run(parameters: Mapping[str, Any], run_dir: str | Path, *, notebooks_dir: st
     replaced only once the new one is complete. Raises SaigaError with the notebook's own message.
     """
     run_dir = Path(run_dir).resolve()
-    _require_runnable(parameters)
+    if "model" in parameters:  # what would fail in a later stage
+        registry.find(parameters["model"])
+    if "quant_type" in parameters:
+        quantization.require_known(parameters["quant_type"])
     stages = read_stages(find_notebooks() if notebooks_dir is None else Path(notebooks_dir).absolute(), parameters)
     with (
         lock_directory(run_dir / _STATE, _LOCK_PATIENCE_S) as lock,
@@ -78,10 +80,7 @@ def find_notebooks() -> Path:
 
 
 def read_stages(notebooks_dir: Path, given: Mapping[str, Any]) -> list[Stage]:
-    """Assign values to notebooks: `name` for all that have this parameter, `02_train.name` for one.
-
-    Raises SaigaError for a parameter that no notebook has.
-    """
+    """Assign values to notebooks: `name` for all that have this parameter, `02_train.name` for one."""
     notebooks = [notebooks_dir / f"{name}.ipynb" for name in summary.STAGES]
     defaults = {notebook.stem: execution.read_parameters(notebook) for notebook in notebooks}
     for notebook in notebooks:
@@ -98,14 +97,6 @@ def read_stages(notebooks_dir: Path, given: Mapping[str, Any]) -> list[Stage]:
         own = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
         stages.append(Stage(notebook, found, {name: given[name] for name in found if name in given} | own))
     return stages
-
-
-def _require_runnable(given: Mapping[str, Any]) -> None:
-    """Check before the first stage what would fail in a later one."""
-    if "model" in given:
-        registry.find(given["model"])
-    if "quant_type" in given:
-        quantization.require_known(given["quant_type"])
 
 
 def _require_known(name: str, defaults: Mapping[str, Mapping[str, Any]]) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from string import Template
 
 from saigakit import evaluate
-from saigakit.core import manifest
+from saigakit.core import install, manifest
 from saigakit.core.files import write_text
 from saigakit.evaluate import results
 
-STAGES = ("01_format", "02_train", "03_merge_gguf", evaluate.STAGE)
+STAGES = tuple(install.STAGES)
 TIMES_FILE = ".runner/times.json"  # seconds by stage, written by the runner
 
 _PAGE = Template("""<!doctype html>

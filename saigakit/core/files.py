@@ -1,8 +1,9 @@
-"""Hash files, and write them so that each is either complete or absent."""
+"""Hash files, write them so that each is either complete or absent, and lock directories."""
 
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,6 +36,26 @@ def discard_partial(final: Path) -> Path:
     return partial
 
 
+def replace_directory(partial: Path, final: Path) -> None:
+    """Rename `partial` to `final`, and delete an older `final` only then."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    fsync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """Yield a temporary path to write to. On success it is flushed to disk and renamed to `file`.
@@ -45,8 +66,7 @@ def replacing(file: Path) -> Iterator[Path]:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = discard_partial(file)
         yield partial
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
+        fsync(partial)
         partial.replace(file)
     except OSError as error:
         raise SaigaError(f"{file} could not be written: {error}.") from None
@@ -60,3 +80,40 @@ def write_text(file: Path, text: str) -> Path:
     with replacing(file) as partial:
         partial.write_text(text, encoding="utf-8")
     return file
+
+
+@contextmanager
+def lock_directory(directory: Path, patience_s: float) -> Iterator[int]:
+    """Create and lock `directory`, and remove it at the end if it is empty.
+
+    Yields the file descriptor, which keeps the lock as long as any process that inherited it lives.
+    """
+    deadline, is_reported = time.monotonic() + patience_s, False
+    while (descriptor := _try_lock(directory)) is None:
+        if time.monotonic() > deadline:
+            raise SaigaError(f"Another run is using {directory}. Wait for it, or choose another run_dir.")
+        if not is_reported:
+            print(f"Waiting for another run that is using {directory} …", flush=True)
+            is_reported = True
+        time.sleep(0.1)
+    try:
+        yield descriptor
+    finally:
+        with suppress(OSError):  # not empty
+            directory.rmdir()
+        os.close(descriptor)
+
+
+def _try_lock(directory: Path) -> int | None:
+    import fcntl  # not on Windows, where chat and publishing work without it
+
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), directory.stat()):  # else the last owner has removed it
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(descriptor)
+    return None

@@ -66,21 +66,17 @@ def cache_dir() -> Path:
 
 @contextmanager
 def download_errors_explained(repo: str, repo_type: str) -> Iterator[None]:
-    # HTTPError is httpx's in huggingface_hub 1 and httpx2's in 2. Without a connection it is raised too, not OSError.
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]
-        GatedRepoError,
-        HTTPError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors
 
     try:
         yield
         return
-    except GatedRepoError:
+    except errors.GatedRepoError:
         problem = f"{repo} is gated: accept its licence on its Hub page and set the secret HF_TOKEN."
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         problem = f"{repo} is not on the Hub, or HF_TOKEN has no access to it."
-    except (HTTPError, OSError) as error:
+    # HTTPError is httpx's in huggingface_hub 1 and httpx2's in 2. Without a connection it is raised too, not OSError.
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         reason = _one_line(error)[:300].rstrip(".:")
         problem = f"{repo} could not be fetched from the Hub: {reason}. On Kaggle, switch Internet on."
     raise SaigaError(f"{problem} {_ATTACH[repo_type]}") from None
@@ -101,7 +97,7 @@ def writing_token() -> str:
 @contextmanager
 def uploading(repo_id: str, token: str) -> Iterator[None]:
     """Turn errors of an upload into SaigaErrors without the token; hide progress bars, since Kaggle logs every line."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub import errors
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -112,9 +108,10 @@ def uploading(repo_id: str, token: str) -> Iterator[None]:
     disable_progress_bars()
     try:
         yield
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         raise SaigaError(_refusal(error.response.status_code, repo_id, _reason(error, token))) from None
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: the upload of one file failed
+    # RuntimeError: the upload of one file failed.
+    except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:  # type: ignore[attr-defined]
         raise SaigaError(
             f"The upload to {repo_id} was interrupted: {_reason(error, token)}. The repository changes only when all "
             "files have arrived. Try again; on Kaggle, switch Internet on."

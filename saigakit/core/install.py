@@ -27,23 +27,17 @@ PINS: Mapping[str, tuple[str, str]] = {
     "llama-cpp-python": ("0.3.35", "llama_cpp"),
     "rensa": ("0.5.0", "rensa"),
 }
-# llama-cpp-python imports it, and pip's --no-deps leaves it out.
-_ALSO: Mapping[str, tuple[str, ...]] = {"llama-cpp-python": ("diskcache",)}
 # Also on Kaggle, in every stage: transformers reads the demo's model, smollm2_135m, from a GGUF file.
 _ON_KAGGLE = ("gguf",)
 # Wheels of llama-cpp-python. There are none for CUDA 12.8, which the image has, but those for 12.5 run on it.
 _LLAMA_INDEX = "https://abetlen.github.io/llama-cpp-python/whl"
 WITHOUT_AMX = "-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"
-_FIRST_GOOD_GCC = 14
 _REQUIREMENT = re.compile(r"""([\w.-]+)[^;]*(?:;.*\bextra == ["']([\w-]+)["'])?""")
 _OLDEST_TORCHAO = (0, 16)  # with an older one peft 0.19 refuses to load an adapter; Kaggle's image has 0.10.0
 
 
 def prepare(stage: str) -> None:
-    """Install what `stage` lacks, and replace nothing that is installed.
-
-    Off Kaggle nothing is installed: SaigaError gives the command instead.
-    """
+    """Install what `stage` lacks, and replace nothing; off Kaggle, raise SaigaError with the command to run."""
     workspace.session_start()  # max_hours counts from here
     if stage not in STAGES:
         raise SaigaError(f"stage={stage!r} is unknown; use one of {', '.join(STAGES)}.")
@@ -74,8 +68,9 @@ def require_no_old_torchao() -> None:
 def needs(stage: str, *, kaggle: bool = False) -> list[str]:
     """The packages that a stage needs, without duplicates."""
     names = [name for extra in STAGES[stage] for name in packages(extra)]
-    complete = [each for name in names for each in (name, *_ALSO.get(name, ()))]
-    return list(dict.fromkeys([*complete, *(_ON_KAGGLE if kaggle else ())]))
+    if "llama-cpp-python" in names:
+        names.append("diskcache")  # llama-cpp-python imports it, and pip's --no-deps leaves it out
+    return list(dict.fromkeys([*names, *(_ON_KAGGLE if kaggle else ())]))
 
 
 def packages(extra: str) -> list[str]:
@@ -103,13 +98,10 @@ def pip_command(stage: str) -> str:
 
 
 def llama_cmake_args(cpu_flags: Collection[str], gcc: str | None) -> str:
-    """CMAKE_ARGS for llama.cpp: without AMX kernels if gcc before 14 would miscompile them.
-
-    Otherwise Python dies of SIGSEGV while loading a model: ggml-org/llama.cpp#20824.
-    """
-    if "amx_int8" not in cpu_flags or gcc is None or int(gcc.split(".")[0]) >= _FIRST_GOOD_GCC:
-        return ""
-    return WITHOUT_AMX
+    """CMAKE_ARGS for llama.cpp: without AMX kernels if gcc before 14 would miscompile them."""
+    # Otherwise Python dies of SIGSEGV while loading a model: ggml-org/llama.cpp#20824.
+    is_miscompiled = "amx_int8" in cpu_flags and gcc is not None and int(gcc.split(".")[0]) < 14
+    return WITHOUT_AMX if is_miscompiled else ""
 
 
 def gcc_version() -> str | None:

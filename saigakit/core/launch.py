@@ -96,10 +96,8 @@ def run(command: Sequence[str], *, environment: Mapping[str, str] | None = None,
 
 
 def distributed(module: str, arguments: Sequence[str], *, processes: int, nodes: Nodes | None = None) -> None:
-    """Run `python -m module` in one process per GPU, on each of the `nodes`, where the same call is made.
-
-    accelerate's notebook_launcher cannot be used with bitsandbytes.
-    """
+    """Run `python -m module` in one process per GPU, on each of the `nodes`, where the same call is made."""
+    # accelerate's notebook_launcher cannot be used with bitsandbytes.
     command = [sys.executable, "-m", module, *arguments]
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if processes > 1 or nodes is not None:
@@ -214,16 +212,17 @@ def _how_it_ended(command: Sequence[str], code: int, last: Sequence[str]) -> str
 @contextlib.contextmanager
 def child() -> Iterator[None]:
     """Around the main function of a child: pass its SaigaError on to the parent, and end when the parent does."""
-    if _ERROR_FILE in os.environ:
-        Path(os.environ[_ERROR_FILE]).with_name(f"{os.getpid()}.pid").touch()
+    error_file = os.environ.get(_ERROR_FILE)
+    if error_file:
+        Path(error_file).with_name(f"{os.getpid()}.pid").touch()
         threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         yield
     except SaigaError as error:
-        if _ERROR_FILE not in os.environ:
+        if not error_file:
             sys.exit(f"error: {error}")
         with contextlib.suppress(FileNotFoundError):  # the parent has gone and taken the directory along
-            Path(os.environ[_ERROR_FILE]).write_text(str(error), encoding="utf-8")
+            Path(error_file).write_text(str(error), encoding="utf-8")
         sys.exit(0 if _ASKED.is_set() else 1)  # torch.distributed.run prints a long report on 1
 
 

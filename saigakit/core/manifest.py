@@ -2,19 +2,26 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
-from saigakit.core.files import discard_partial, sha256, write_text
+from saigakit.core.files import discard_partial, replace_directory, sha256, write_text
 from saigakit.errors import SaigaError
 
 NAME = "saigakit.json"
 _PACKAGES = ("saigakit", "tokenizers", "torch", "transformers", "peft", "bitsandbytes", "gguf", "llama-cpp-python")
 Manifest = dict[str, Any]
+
+
+class Identity(TypedDict):
+    """What a stage was made from; one with the same identity can be reused."""
+
+    stage: str
+    parameters: Mapping[str, Any]
+    inputs: Mapping[str, Any]
 
 
 def hashes(path: Path) -> dict[str, str]:
@@ -54,10 +61,7 @@ def _read(file: Path, absent: str) -> Manifest:
 
 
 def require_stage(directory: Path, stage: str, *, model: str | None = None) -> Manifest:
-    """The manifest of a finished `stage` whose outputs all exist.
-
-    Raises SaigaError with the notebook to run first, or if the stage was made for a model other than `model`.
-    """
+    """The manifest of a finished `stage`, made for `model`, whose outputs all exist."""
     if not directory.is_dir():
         raise SaigaError(f"{directory} is not there: run {stage} first.")
     content = read(directory)
@@ -83,18 +87,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _identity(stage: str, parameters: Mapping[str, Any], inputs: Mapping[str, Any]) -> Manifest:
-    return json.loads(json.dumps({"stage": stage, "parameters": parameters, "inputs": inputs}, default=str))  # type: ignore[no-any-return]
+def as_stored(identity: Mapping[str, Any]) -> Manifest:
+    """The identity as it is read from JSON, for comparison."""
+    return json.loads(json.dumps(identity, default=str))  # type: ignore[no-any-return]
 
 
-def is_up_to_date(
-    final: Path,
-    *,
-    stage: str,
-    parameters: Mapping[str, Any],
-    inputs: Mapping[str, Any],
-    may_replace: bool = False,
-) -> bool:
+def is_up_to_date(final: Path, *, may_replace: bool = False, **identity: Unpack[Identity]) -> bool:
     """Whether `final` is complete and was made from the same inputs and parameters; False if it does not exist.
 
     A stage that is damaged or was made differently raises SaigaError, so that nothing is overwritten. With
@@ -102,8 +100,8 @@ def is_up_to_date(
     """
     if not final.exists():
         return False
-    problem = _problem(final, stage, _identity(stage, parameters, inputs))
-    if problem is None:
+    stage = identity["stage"]
+    if (problem := _problem(final, stage, as_stored(identity))) is None:
         print(f"{stage}: {final} is up to date, reusing it.", flush=True)
         return True
     if not _can_be_replaced(final, may_replace):
@@ -157,13 +155,7 @@ def _shortened(value: object) -> str:
 
 @contextmanager
 def making(
-    final: Path,
-    *,
-    stage: str,
-    parameters: Mapping[str, Any],
-    inputs: Mapping[str, Any],
-    facts: Mapping[str, Any] | None = None,
-    may_replace: bool = False,
+    final: Path, *, facts: Mapping[str, Any] | None = None, may_replace: bool = False, **identity: Unpack[Identity]
 ) -> Iterator[Path]:
     """Yield a directory next to `final` to write to. On success add its manifest and rename it to `final`.
 
@@ -173,27 +165,13 @@ def making(
     partial = discard_partial(final)
     partial.mkdir(parents=True)
     yield partial
-    identity: dict[str, Any] = {"stage": stage, "parameters": parameters, "inputs": inputs}
     write(partial / NAME, **identity, facts=facts or {}, outputs=hashes(partial))
     if final.exists() and not _can_be_replaced(final, may_replace):
         raise SaigaError(f"{final} appeared while {partial} was written; nothing was overwritten.")
-    replaced = final.with_name(f".{final.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
+    replace_directory(partial, final)
 
 
-def write(
-    file: Path,
-    *,
-    stage: str,
-    parameters: Mapping[str, Any],
-    inputs: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    outputs: Mapping[str, str],
-) -> Path:
+def write(file: Path, *, facts: Mapping[str, Any], outputs: Mapping[str, str], **identity: Unpack[Identity]) -> Path:
     """Write a manifest; `outputs` is SHA-256 by file name."""
-    content = {**_identity(stage, parameters, inputs), **facts, "versions": versions(), "outputs": outputs}
+    content = {**as_stored(identity), **facts, "versions": versions(), "outputs": outputs}
     return write_text(file, json.dumps(content, ensure_ascii=False, indent=2, default=str))

@@ -141,12 +141,9 @@ def scratch_full(what: str, needed: int) -> SaigaError:
 
 
 def _disk_full(path: Path, amount: str, what: str) -> SaigaError:
-    is_scratch = path.absolute().is_relative_to(scratch_dir().absolute())
-    remedy = (
-        "name a directory with room in the environment variable SAIGAKIT_CACHE"
-        if is_scratch
-        else "choose another place (run_dir, --output)"
-    )
+    remedy = "choose another place (run_dir, --output)"
+    if path.absolute().is_relative_to(scratch_dir().absolute()):
+        remedy = "name a directory with room in the environment variable SAIGAKIT_CACHE"
     return SaigaError(
         f"{what} needs {amount} at {path}, and {free_disk(path) / GB:.2f} GB are free. "
         f"Delete something there, or {remedy}."
@@ -191,7 +188,11 @@ def gpus() -> list[Gpu]:
     result = subprocess.run([*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=False)
     if result.returncode != 0:  # there is a driver but no GPU
         return []
-    found = [_parse_gpu(line) for line in result.stdout.splitlines() if line.strip()]
+    found = []
+    for line in filter(str.strip, result.stdout.splitlines()):
+        name, capability, total, free = (part.strip() for part in line.split(","))
+        major, minor = capability.split(".")
+        found.append(Gpu(name, (int(major), int(minor)), int(total) * 1024**2, int(free) * 1024**2))
     return [found[number] for number in visible_gpus(len(found)) if number < len(found)]
 
 
@@ -201,12 +202,6 @@ def visible_gpus(count: int) -> list[int]:
     if named is None:
         return list(range(count))
     return [int(number) for number in named.split(",") if number.strip().isdigit()]
-
-
-def _parse_gpu(line: str) -> Gpu:
-    name, capability, total, free = (part.strip() for part in line.split(","))
-    major, minor = capability.split(".")
-    return Gpu(name, (int(major), int(minor)), int(total) * 1024**2, int(free) * 1024**2)
 
 
 def cpu_has_bf16() -> bool:

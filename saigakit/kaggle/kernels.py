@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from saigakit.core import manifest
@@ -28,11 +28,7 @@ def username() -> str:
 
 
 def push(stage: str | Path, parameters: Mapping[str, object] | None = None) -> str:
-    """Start a notebook on Kaggle with `parameters` written into it, and return its reference, owner/slug.
-
-    `stage`: a folder of kaggle-metadata such as "02_train", or the path of one.
-    Raises SaigaError if Kaggle refuses the notebook or drops one of its sources.
-    """
+    """Start the notebook of a folder of kaggle-metadata, such as "02_train", and return its reference, owner/slug."""
     folder = _folder(stage)
     content = _metadata(folder / "kernel-metadata.json", username())
     notebook = (folder / str(content["code_file"])).resolve()
@@ -77,22 +73,34 @@ def push_dataset(folder: str | Path, files: Sequence[Path] = (), *, poll_s: floa
 
 
 def watch(kernel: str, *, poll_s: float = 30.0) -> None:
-    """Wait for a pushed notebook, with a line when its status changes and every ten minutes.
+    """Wait for the end of a notebook, owner/slug or a stage of the logged-in user, and report its status.
 
-    `kernel`: owner/slug, or the name of a stage of the logged-in user.
     Raises SaigaError with Kaggle's message and the end of the log if it fails or is cancelled.
     """
     reference, start = _reference(kernel), time.monotonic()
-    shown, shown_at = "", start
-    for status, answer in _statuses(reference, poll_s):
-        now = time.monotonic()
+    shown, shown_at, tolerated = "", start, 0  # failures in a row to get the status; none at first: a name may be wrong
+    while shown != "COMPLETE":
+        try:
+            answer = run_kaggle("kernels", "status", reference)
+        except SaigaError:
+            if not tolerated:
+                raise
+            tolerated -= 1
+            print(f"{reference}: Kaggle does not answer, trying again", flush=True)
+            time.sleep(poll_s)
+            continue
+        tolerated = 4  # a run takes hours
+        found = re.search(r'has status "(?:\w+\.)?(\w+)"', answer)
+        if found is None:
+            raise SaigaError(f"Kaggle gave no status for {reference}: {answer.strip()[:300]!r}")
+        status, now = found[1], time.monotonic()
         if status != shown or now - shown_at >= 600:
             print(f"{reference}: {status} after {(now - start) / 60:.0f} min", flush=True)
             shown, shown_at = status, now
         if status in ("ERROR", "CANCEL_ACKNOWLEDGED"):
             raise SaigaError(_failure(reference, status, answer))
-        if status == "COMPLETE":
-            return
+        if status != "COMPLETE":
+            time.sleep(poll_s)
 
 
 def fetch(kernel: str, directory: str | Path) -> Path:
@@ -199,26 +207,6 @@ def query_kaggle(*command: str) -> str | None:
         if re.search(r"\b40[34] Client Error", str(error)):  # Kaggle answers 403 for what does not exist
             return None
         raise
-
-
-def _statuses(reference: str, poll_s: float) -> Iterator[tuple[str, str]]:
-    """Poll the status without end, with Kaggle's complete answer. A run takes hours, so four failures are tolerated."""
-    failures = 5  # none before the first answer, so that a wrong name fails at once
-    while True:
-        try:
-            answer = run_kaggle("kernels", "status", reference)
-        except SaigaError:
-            if failures >= 4:
-                raise
-            failures += 1
-            print(f"{reference}: Kaggle does not answer, trying again", flush=True)
-        else:
-            failures = 0
-            found = re.search(r'has status "(?:\w+\.)?(\w+)"', answer)
-            if found is None:
-                raise SaigaError(f"Kaggle gave no status for {reference}: {answer.strip()[:300]!r}")
-            yield found[1], answer
-        time.sleep(poll_s)
 
 
 def _failure(reference: str, status: str, answer: str) -> str:

@@ -15,18 +15,19 @@ _PAGE = 200  # files per listing; a stage has fewer
 
 
 def push_version(folder: Path, instance: str, *, card: str, licence: str, private: bool) -> str:
-    """Upload `folder` as a new version of `instance` (owner/model/framework/variation), and return its reference.
+    """Upload `folder` as a version of `instance` (owner/model/framework/variation), and return its reference.
 
-    Model and variation are created if necessary. Raises SaigaError if Kaggle refuses, or if the model is public but
-    `private` is requested.
+    Model and variation are created if necessary. A public model is refused if `private` is requested.
     """
     owner, name, framework, variation = instance.split("/")
     _require_model(folder, f"{owner}/{name}", card, private)
     if (there := kernels.query_kaggle("models", "instances", "get", instance)) is not None:
-        before = _newest_version(instance, there)
+        found = re.search(r'"versionNumber"\s*:\s*"?(\d+)', there)
+        if found is None:
+            raise SaigaError(f"Kaggle gave no version of {instance}: {there.strip()[:300]!r}")
         options = ("-n", "pushed by saigakit", "-q", "-p", str(folder))
         kernels.submit(instance, "models", "instances", "versions", "create", *options, instance)
-        return f"{instance}/{before + 1}"
+        return f"{instance}/{int(found[1]) + 1}"
     values = {"ownerSlug": owner, "modelSlug": name, "instanceSlug": variation, "framework": framework}
     values |= {"overview": "", "usage": "", "licenseName": licence}
     _write(folder / "model-instance-metadata.json", {**values, "fineTunable": False, "trainingData": []})
@@ -72,13 +73,6 @@ def _listed(reference: str) -> dict[str, int]:
     lines = (listing or "").splitlines()
     header = next((number for number, line in enumerate(lines) if line.startswith("name,")), len(lines))
     return {row["name"]: int(row["size"]) for row in csv.DictReader(io.StringIO("\n".join(lines[header:])))}
-
-
-def _newest_version(instance: str, answer: str) -> int:
-    found = re.search(r'"versionNumber"\s*:\s*"?(\d+)', answer)
-    if found is None:
-        raise SaigaError(f"Kaggle gave no version of {instance}: {answer.strip()[:300]!r}")
-    return int(found[1])
 
 
 def _write(file: Path, content: Mapping[str, object]) -> None:

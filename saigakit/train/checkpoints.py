@@ -5,7 +5,6 @@ best evaluation so far, `log.jsonl` the log so far, and MARK, written last, list
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from saigakit.core import manifest, workspace
-from saigakit.core.files import discard_partial, sha256
-from saigakit.core.locks import lock_directory
+from saigakit.core.files import discard_partial, fsync, lock_directory, replace_directory, sha256
+from saigakit.core.manifest import Manifest
 from saigakit.errors import SaigaError
 
 MARK = "checkpoint.json"
@@ -42,7 +41,6 @@ NOT_IDENTITY = (
     "save_steps",
     "sharding",
 )
-Identity = dict[str, Any]
 
 
 def directory_for(stage_dir: Path) -> Path:
@@ -50,10 +48,10 @@ def directory_for(stage_dir: Path) -> Path:
     return stage_dir.with_name(f"{stage_dir.name}.checkpoints")
 
 
-def identity(parameters: Mapping[str, Any], inputs: Mapping[str, Any]) -> Identity:
+def identity(parameters: Mapping[str, Any], inputs: Mapping[str, Any]) -> Manifest:
     """The parameters and input hashes that a checkpoint belongs to."""
     kept = {name: value for name, value in parameters.items() if name not in NOT_IDENTITY}
-    return json.loads(json.dumps({"parameters": kept, "inputs": inputs}, default=str))  # type: ignore[no-any-return]
+    return manifest.as_stored({"parameters": kept, "inputs": inputs})
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Store:
     """The checkpoints of one run."""
 
     directory: Path
-    identity: Identity
+    identity: Manifest
 
     @property
     def best_dir(self) -> Path:
@@ -81,7 +79,7 @@ class Store:
         def fill_all(partial: Path) -> None:
             fill(partial)
             if self.best_dir.is_dir():
-                shutil.copytree(self.best_dir, partial / BEST, copy_function=_link)
+                shutil.copytree(self.best_dir, partial / BEST)
             files = {
                 name: {"sha256": digest, "bytes": (partial / name).stat().st_size}
                 for name, digest in manifest.hashes(partial).items()
@@ -172,13 +170,10 @@ def find_problem(checkpoint: Path) -> str | None:
     return None
 
 
-def library_versions(checkpoint: Path) -> dict[str, str]:
-    return dict(_read_mark(checkpoint)["versions"])
-
-
-def count_processes(checkpoint: Path) -> int:
-    """Count the processes that wrote it by their random number states."""
-    return len(list((checkpoint / STATE).glob("rng_state*")))
+def changed_versions(checkpoint: Path) -> list[str]:
+    """List the packages whose version has changed since the checkpoint was written."""
+    before, now = _read_mark(checkpoint)["versions"], manifest.versions()
+    return [f"{name} {before[name]} → {now.get(name)}" for name in before if now.get(name) != before[name]]
 
 
 def _checkpoints_in(source: Path) -> list[Path]:
@@ -205,13 +200,8 @@ def _write_atomically(final: Path, fill: Callable[[Path], None], what: str, need
         partial.mkdir(parents=True)
         fill(partial)
         for path in (*partial.rglob("*"), partial):
-            _fsync(path)
-        if final.exists():  # of the same step, or the best so far: not the one to resume from
-            replaced = final.with_name(f".{final.name}.replaced")
-            shutil.rmtree(replaced, ignore_errors=True)
-            final.rename(replaced)
-        partial.rename(final)
-        _fsync(final.parent)
+            fsync(path)
+        replace_directory(partial, final)  # of the same step, or the best so far: not the one to resume from
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
         free = workspace.free_disk(final)  # before the partial directory is deleted
         shutil.rmtree(partial, ignore_errors=True)
@@ -219,16 +209,7 @@ def _write_atomically(final: Path, fill: Callable[[Path], None], what: str, need
             f"{what} cannot be written to {final.parent}: it needs {needed:,} bytes, and {free:,} are free ({error}). "
             "Earlier checkpoints are intact. Free some disk space, then run again with the same run_dir to resume."
         ) from None
-    shutil.rmtree(final.with_name(f".{final.name}.replaced"), ignore_errors=True)
     return final
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -236,10 +217,3 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
     for path in (target, *target.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)

@@ -177,15 +177,9 @@ def plot(log: Sequence[Entry]) -> "Figure":
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    steps, held_out = [entry for entry in log if "loss" in entry], evaluations(log)
-    axes.plot(
-        [entry["step"] for entry in steps],
-        [entry["loss"] for entry in steps],
-        color="#9aa0a6",
-        linewidth=1,
-        label="обучение (training)",
-    )
-    _plot_held_out(axes, held_out, find_best(log))
+    steps = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    axes.plot(*zip(*steps, strict=True), color="#9aa0a6", linewidth=1, label="обучение (training)")
+    _plot_held_out(axes, evaluations(log), find_best(log))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")  # 0.05, not 5 × 10⁻²
     lowest, highest = axes.get_ylim()

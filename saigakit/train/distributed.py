@@ -1,6 +1,6 @@
 """Coordinate the processes of a run, and shard a model over them with FSDP."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,10 +50,8 @@ def fsdp_options(layer_class_name: str) -> dict[str, Any]:
 
 
 def complete_fsdp_options(arguments: TrainingArguments) -> None:
-    """Set what transformers does not pass on to accelerate: keep the LoRA unsharded and cast nothing.
-
-    4-bit weights are stored as floats, and casting would convert their bytes as numbers. Autocast is enough.
-    """
+    """Set what transformers does not pass on to accelerate: keep the LoRA unsharded and cast nothing."""
+    # 4-bit weights are stored as floats, and casting would convert their bytes as numbers. Autocast is enough.
     plugin: dict[str, Any] = arguments.fsdp_plugin_args
     plugin |= {"ignored_modules": _LORA, "mixed_precision_policy": MixedPrecisionPolicy()}
 
@@ -61,12 +59,6 @@ def complete_fsdp_options(arguments: TrainingArguments) -> None:
 def fsdp_storage(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """BitsAndBytesConfig options: store 4-bit weights as floats of the model's type, since FSDP shards only those."""
     return {"bnb_4bit_quant_storage": dtype}
-
-
-def layer_class_name(model: torch.nn.Module) -> str:
-    """The class of a decoder layer, as transformers names it."""
-    names: Iterable[str] = getattr(model, "_no_split_modules", None) or ()
-    return min(names)
 
 
 class BeforeFirstStep(TrainerCallback):

@@ -51,20 +51,13 @@ def packed_sdpa(
     sizes = [end - start for start, end in zip(starts, [*starts[1:], query.shape[2]], strict=True)]
     documents = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     # The fused kernel's backward pass is slow on a CPU: 12.8 ms against 4.8 for 190 tokens, 9 heads of 64.
-    kernels = (
-        [SDPBackend.MATH]
-        if query.device.type == "cpu"
-        else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    )
-    with sdpa_kernel(kernels):
+    fused = [] if query.device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel([*fused, SDPBackend.MATH]):
         attended = [
             scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
             for q, k, v in documents
         ]
     return torch.cat(attended, 2).transpose(1, 2).contiguous(), None
-
-
-_PROBE_TOKENS = 8
 
 
 class ChunkedHead(torch.nn.Module):
@@ -73,10 +66,9 @@ class ChunkedHead(torch.nn.Module):
     def __init__(self, plain: torch.nn.Module) -> None:
         super().__init__()
         self.plain = plain
-        self.in_eval = False  # whether the loss applies the head in evaluation mode too
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = hidden if self.training or self.in_eval else self.plain(hidden)
+        logits: torch.Tensor = hidden if self.training else self.plain(hidden)
         return logits
 
     @property
@@ -90,17 +82,15 @@ def use_chunked_loss(model: PreTrainedModel | PeftModel) -> bool:
     In training mode its output then has hidden states in place of logits. Returns False, and leaves the model alone,
     if the model scales or caps its logits. Raises SaigaError if the head itself is trained.
     """
-    base = _base_of(model)
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[assignment]
     plain, loss_before = base.get_output_embeddings(), base.loss_function
     if any(parameter.requires_grad for parameter in plain.parameters()):
         raise SaigaError("The loss cannot be computed in chunks while lm_head is trained; leave out modules_to_save.")
     head = ChunkedHead(plain).train(base.training)
     before = _probe_loss(base)
     base.set_output_embeddings(head)
-    base.loss_function = functools.partial(_loss, head=head)
-    with chunked_loss_in_eval(model):
-        after = _probe_loss(base)
-    if abs(after - before) <= 1e-5 * abs(before):
+    base.loss_function = functools.partial(exact_loss, head=head)
+    if abs(_probe_loss(base) - before) <= 1e-5 * abs(before):
         return True
     base.set_output_embeddings(plain)
     base.loss_function = loss_before
@@ -110,27 +100,16 @@ def use_chunked_loss(model: PreTrainedModel | PeftModel) -> bool:
 @contextmanager
 def chunked_loss_in_eval(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Compute the loss in chunks in evaluation mode too, if `use_chunked_loss` has patched the model."""
-    head = _base_of(model).get_output_embeddings()
-    if not isinstance(head, ChunkedHead):
-        yield
-        return
-    head.in_eval = True
+    head = model.get_output_embeddings()
+    was_training = head.training
+    head.training = was_training or isinstance(head, ChunkedHead)  # of the wrapper alone, without the dropout in it
     try:
         yield
     finally:
-        head.in_eval = False
+        head.training = was_training
 
 
-def _base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
-
-
-def use_exact_loss(model: PreTrainedModel) -> None:
-    """Patch the model to sum the losses of tokens in float64."""
-    model.loss_function = _loss
-
-
-def _loss(
+def exact_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
     vocab_size: int,
@@ -140,7 +119,7 @@ def _loss(
     head: ChunkedHead | None = None,
     **_: object,
 ) -> torch.Tensor:
-    """The same loss as transformers' ForCausalLMLoss; `logits` are hidden states if `head` passed them through."""
+    """transformers' ForCausalLMLoss, summed in float64; `logits` are hidden states if `head` passed them through."""
     if shift_labels is None:
         shift_labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
     targets = shift_labels.to(logits.device)
@@ -150,7 +129,7 @@ def _loss(
     if head is None:
         total = _loss_of_chunk(torch.nn.Identity(), hidden, targets)
     else:
-        apply = head.plain if head.training or head.in_eval else torch.nn.Identity()
+        apply = head.plain if head.training else torch.nn.Identity()
         size = max(1, CHUNK_LOGITS // vocab_size)
         # The backward pass computes the logits of a chunk again: about 1 % more arithmetic for an 8B model.
         losses = [
@@ -170,9 +149,10 @@ def _loss_of_chunk(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.T
 def _probe_loss(base: PreTrainedModel) -> float:
     """The loss of a few tokens without dropout."""
     device, dtype, was_training = base.device, base.get_output_embeddings().weight.dtype, base.training
-    ids = torch.arange(_PROBE_TOKENS, device=device)[None]
+    ids = torch.arange(8, device=device)[None]
     base.eval()
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with chunked_loss_in_eval(base), torch.no_grad(), autocast:
         loss = base(input_ids=ids, position_ids=ids, labels=ids, use_cache=False).loss.item()
     base.train(was_training)
     return float(loss)

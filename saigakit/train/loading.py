@@ -22,7 +22,6 @@ from saigakit.weights import fold, load, memory
 from saigakit.weights.memory import Pack
 
 _TRIAL_STEPS = 3  # the first one warms up, the faster of the others counts
-_MOMENTS = 2  # AdamW's numbers per trained parameter, which exist only from the first real step on
 
 
 @dataclass
@@ -97,7 +96,7 @@ def _load_base(job: Job, dtype: torch.dtype, device: str) -> PreTrainedModel:
         fold.fold_adapter(base, job.base_dir, job.adapter_dir)
     base.config.use_cache = False
     layers.use_packed_attention(base)
-    layers.use_exact_loss(base)
+    base.loss_function = layers.exact_loss
     if dtype != torch.float32:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
@@ -122,56 +121,35 @@ def run_trial_steps(
     autocast: Callable[[], AbstractContextManager[object]],
     scaler: torch.amp.GradScaler | None = None,
 ) -> Trial:
-    """Run forward and backward passes on a collated pack and restore everything, so that training is unchanged.
-
-    Raises SaigaError if memory runs out, ValueError if the model has gradients.
-    """
+    """Run forward and backward passes on a collated pack and restore everything, so that training is unchanged."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if any(parameter.grad is not None for parameter in trained):
         raise ValueError("the model has gradients, which a trial would discard")
-    device = trained[0].device
+    device, was_training, seconds = trained[0].device, model.training, []
     batch = {name: value.to(device) for name, value in pack.items()}
-    tokens = batch["input_ids"].numel()
-    with _restoring(model, device), _reporting_out_of_memory(tokens, estimated, device):
-        moments = [torch.zeros(_MOMENTS, *parameter.shape, device=device) for parameter in trained]
-        seconds = [_trial_step(model, batch, autocast, scaler) for _ in range(_TRIAL_STEPS)]
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        del moments
-    return Trial(min(seconds[1:]) / tokens, peak)
-
-
-def _trial_step(
-    model: torch.nn.Module,
-    batch: Mapping[str, torch.Tensor],
-    autocast: Callable[[], AbstractContextManager[object]],
-    scaler: torch.amp.GradScaler | None,
-) -> float:
-    """Return the seconds taken. Gradients accumulate over the steps, as they do over the packs of a real one."""
-    start = time.perf_counter()
-    with load.fast_matmul():
-        with autocast():
-            loss: torch.Tensor = model(**batch, use_cache=False).loss
-        (loss if scaler is None else scaler.scale(loss)).backward()
-    if loss.device.type == "cuda":
-        torch.cuda.synchronize(loss.device)
-    return time.perf_counter() - start
-
-
-@contextmanager
-def _restoring(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Use training mode inside; restore mode and random numbers, and drop gradients, at the end."""
-    on_gpu, was_training = device.type == "cuda", model.training
-    with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(device)
-        model.train()
-        try:
-            yield
-        finally:
-            model.zero_grad(set_to_none=True)
-            model.train(was_training)
-            if on_gpu:
-                torch.cuda.empty_cache()  # so that training starts with unfragmented memory
+    tokens, gpus = batch["input_ids"].numel(), [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=gpus), _reporting_out_of_memory(tokens, estimated, device):
+            for gpu in gpus:
+                torch.cuda.reset_peak_memory_stats(gpu)
+            model.train()
+            # AdamW's, which exist only from the first real step on.
+            moments = [torch.zeros(2, *parameter.shape, device=device) for parameter in trained]
+            for _ in range(_TRIAL_STEPS):  # gradients accumulate, as they do over the packs of a real step
+                start = time.perf_counter()
+                with load.fast_matmul():
+                    with autocast():
+                        loss = model(**batch, use_cache=False).loss
+                    (loss if scaler is None else scaler.scale(loss)).backward()
+                for gpu in gpus:
+                    torch.cuda.synchronize(gpu)
+                seconds.append(time.perf_counter() - start)
+            del moments
+            return Trial(min(seconds[1:]) / tokens, torch.cuda.max_memory_allocated(device) if gpus else None)
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+        torch.cuda.empty_cache()  # so that training starts with unfragmented memory
 
 
 @contextmanager

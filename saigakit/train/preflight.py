@@ -1,10 +1,10 @@
-"""Resolve what a training reads, and refuse what cannot work before weights load."""
+"""Resolve the inputs of a training, and check them before any weights are loaded."""
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from saigakit.config import TrainConfig
 from saigakit.core import install, manifest, workspace
@@ -19,17 +19,15 @@ from saigakit.weights.load import NumberFormat
 from saigakit.weights.memory import Pack, TrainingStep
 from saigakit.weights.model_shape import ModelShape
 
-_JOB_FILE = "job.json"  # written for the child
+JOB_FILE = "job.pickle"  # a Job, written for the child
 RESULT_FILE = "result.json"  # written by the child: how the run ended, for the manifest
-_WEIGHT_BYTES = 4  # of a trained parameter
-_ADAPTER_SIZES = 12  # adapter, best adapter, and two checkpoints, each with AdamW's two moments, or their copies
-_OTHER_FILES = 10 * 10**6  # bytes of log, curve and configs
+_ADAPTERS_ON_DISK = 12  # adapter, best adapter, and two checkpoints, each with AdamW's two moments, or their copies
 _TRAINABLE_WHOLE = ("embed_tokens", "lm_head")  # allowed in modules_to_save
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A training with all of its inputs resolved on this machine; child processes read it from a file."""
+    """A training with all of its inputs resolved on this machine; it is pickled for the child processes."""
 
     config: TrainConfig
     train_file: Path
@@ -83,25 +81,6 @@ class Job:
             return parts
         return memory_when_sharded(parts, processes, self.shape.layers, itemsize * self.shape.embedding_parameters)
 
-    def write(self, directory: Path) -> Path:
-        file = directory / _JOB_FILE
-        file.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2, default=str), encoding="utf-8")
-        return file
-
-    @classmethod
-    def read(cls, file: Path) -> Self:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        for name in ("train_file", "eval_file", "base_dir", "tokenizer_dir", "adapter_dir"):
-            content[name] = None if content[name] is None else Path(content[name])
-        resolved = {
-            "config": TrainConfig.from_json(content["config"], file),
-            "replay_files": tuple(map(Path, content["replay_files"])),
-            "lora": Lora.from_json(content["lora"]),
-            "shape": ModelShape(**content["shape"]),
-            "store": Store(Path(content["store"]["directory"]), content["store"]["identity"]),
-        }
-        return cls(**content | resolved)
-
 
 def resolve(config: TrainConfig, nodes: Nodes | None) -> Job:
     """Find every input of a training and check machine, model, memory and disk."""
@@ -127,21 +106,13 @@ def _with_formatted_length(config: TrainConfig, directory: Path) -> TrainConfig:
 
 
 def memory_when_sharded(parts: dict[str, int], processes: int, layers: int, embeddings: int) -> dict[str, int]:
-    """`parts` for one of `processes` with FSDP, in bytes.
-
-    It holds its share of the weights and gathers two layers, and the `embeddings` with the head, which accelerate
-    puts into one unit.
-    """
+    """`parts` with a share of the weights, two gathered layers, and `embeddings` and head, which are one FSDP unit."""
     weights = parts["weights"]
     return {**parts, "weights": weights // processes + 2 * (weights - embeddings) // layers + embeddings}
 
 
 def check_machine(config: TrainConfig, gpus: Sequence[Gpu]) -> NumberFormat:
-    """Check GPUs and packages before anything is downloaded, and return the number format for training.
-
-    Raises SaigaError for a GPU that is too old or overflows with this model, for fewer GPUs than processes, and for a
-    torchao that peft rejects.
-    """
+    """Check GPUs and packages before anything is downloaded, and return the number format for training."""
     install.require_no_old_torchao()
     if gpus and (config.processes or 1) > len(gpus):
         available = "1 GPU is" if len(gpus) == 1 else f"{len(gpus)} GPUs are"
@@ -182,10 +153,7 @@ def check_sharded_loading(config: TrainConfig, shape: ModelShape, processes: int
 
 
 def check_visible_gpus(visible_gpus: int, processes: int, number_format: NumberFormat) -> None:
-    """Check in a child that torch sees the GPUs that nvidia-smi listed in the parent.
-
-    One process that sees several would double loss and gradients.
-    """
+    """Check in a child that torch sees the GPUs that nvidia-smi lists, and only one of them in a single process."""
     if not visible_gpus and number_format != "float32":
         raise SaigaError(
             "torch sees no GPU, although nvidia-smi lists one. Install a CUDA build of torch, or set "
@@ -199,21 +167,14 @@ def check_visible_gpus(visible_gpus: int, processes: int, number_format: NumberF
 
 
 def check_model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -> Lora:
-    """Check base and adapter, and return the settings of the adapter that will be trained.
-
-    Raises SaigaError for incomplete weights, an adapter of another base, `lora` settings with a continued adapter, and
-    modules that this base does not have.
-    """
+    """Check base, adapter and `lora`, and return the settings of the adapter that will be trained."""
     stored = tensors.open_base(base_dir).stored
     if any("language_model." in name for name in stored):
         raise SaigaError(
             f"{base_dir} is a vision-language model, and a GGUF holds only its text model. Use a checkpoint of the "
             "text model alone, whose layers begin with 'model.layers'."
         )
-    lora = config.new_lora
-    if adapter_dir is not None:
-        load.require_fitting(adapter_dir, base_dir)
-        lora = _lora_with_adapter(config, base_dir, adapter_dir)
+    lora = config.new_lora if adapter_dir is None else _lora_with_adapter(config, base_dir, adapter_dir)
     _check_modules(lora, stored, base_dir)
     check_sharded_lora(config, lora)
     _check_context(config, base_dir)
@@ -222,6 +183,7 @@ def check_model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -
 
 def _lora_with_adapter(config: TrainConfig, base_dir: Path, adapter_dir: Path) -> Lora:
     """The settings of the continued adapter, or of the new LoRA next to a folded one."""
+    load.require_fitting(adapter_dir, base_dir)
     released = load.lora_of(adapter_dir)
     if config.is_folded:
         fold.require_foldable(base_dir, adapter_dir)
@@ -275,8 +237,9 @@ def _check_modules(lora: Lora, stored: Iterable[str], base_dir: Path) -> None:
 
 
 def check_disk(directory: Path, shape: ModelShape, lora: Lora) -> None:
-    adapter = shape.adapter_parameters(lora) * _WEIGHT_BYTES
-    workspace.require_disk(directory, _ADAPTER_SIZES * adapter + _OTHER_FILES, "The adapter with its checkpoints")
+    adapter = 4 * shape.adapter_parameters(lora)  # float32
+    other_files = 10 * 10**6  # log, curve and configs
+    workspace.require_disk(directory, _ADAPTERS_ON_DISK * adapter + other_files, "The adapter with its checkpoints")
 
 
 def check_memory(parts: dict[str, int], gpus: Sequence[Gpu], processes: int, *, pack: str) -> None:

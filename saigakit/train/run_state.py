@@ -5,21 +5,18 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
-from peft import PeftModel
 
 from saigakit.config import TrainConfig
 from saigakit.core import workspace
-from saigakit.data.conversations import spread
-from saigakit.data.rows import column
-from saigakit.prompt.encoding import Example
 from saigakit.train.checkpoints import Store
+from saigakit.train.samples import Samples
 from saigakit.train.steps import Plan
 
 MIN_EVALUATED = 24  # conversations: enough for a curve
@@ -30,24 +27,6 @@ EVALUATIONS = 4  # in a run without eval_steps, besides the one before the first
 def evaluation_interval(steps: int, eval_steps: int | None) -> int:
     """The number of optimizer steps between two evaluations."""
     return eval_steps or math.ceil(steps / EVALUATIONS)
-
-
-class HeldOut(Sequence[Example]):
-    """`count` rows from all over the evaluation set, read from disk on access."""
-
-    def __init__(self, rows: Dataset | None, count: int) -> None:
-        self.rows = rows
-        self.chosen = [] if rows is None else spread(range(len(rows)), count)
-        lengths = [] if rows is None else column(rows, "length")
-        self.lengths = [lengths[row] for row in self.chosen]
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
-        assert self.rows is not None  # or nothing is chosen
-        made: Example = self.rows[self.chosen[index]]
-        return made
 
 
 def count_evaluated(lengths: Sequence[int], *, steps: int, tokens: int, eval_steps: int | None) -> int:
@@ -110,7 +89,6 @@ class Log:
 
 MARGIN_S = 60.0  # for the curve, the hashes and everything else after the last step
 Ending = Literal["finished", "early_stopping", "max_hours", "interrupted"]
-OnEvaluation = Callable[[int, float, PeftModel], None]
 
 
 @dataclass
@@ -119,11 +97,10 @@ class Run:
 
     config: TrainConfig
     plan: Plan
-    held_out: HeldOut
+    held_out: Dataset | None  # the rows of the evaluation set that are evaluated
     store: Store
     log: Log
-    extra_files: Sequence[Path] = ()  # saved in each checkpoint, next to the log
-    on_evaluation: OnEvaluation | None = None  # (step, evaluation loss, model), in the first process only
+    samples: Samples | None = None  # in the first process only
     ending: Ending = "finished"
     step_loss: float = math.nan  # this process's share of the last loss, in full precision, which Trainer's lacks
     slowest_step_s: float = 0.0

@@ -26,10 +26,7 @@ _CANDIDATES = 64  # conversations among which questions of at most that length a
 
 
 class Samples:
-    """Up to COUNT questions from all over the evaluation set, and the answers so far.
-
-    If no question is short enough, this is reported and nothing is written.
-    """
+    """Up to COUNT short questions from all over the evaluation set, and the answers so far."""
 
     def __init__(self, tokenizer: Tokenizer, conversations: Dataset, file: Path) -> None:
         self.file = file
@@ -49,21 +46,17 @@ class Samples:
             print(f"No evaluation question has at most {MAX_PROMPT_TOKENS} tokens: {FILE} is not written.", flush=True)
 
     def write(self, step: int, loss: float, model: PeftModel) -> None:
-        """Ask the model and save its answers, replacing those of the same step. The model stays as it was.
-
-        Only for the first process, and without a distributed wrapper around `model`.
-        """
+        """Ask the model, without a distributed wrapper, and save its answers in place of those of the same step."""
         if not self._prompts:
             return
-        entry = Entry(step, f"{loss:.4f}", tuple(map(self._answer, self._generate(model))))
+        with generation_mode(model) as base, torch.no_grad():
+            rows = generate.greedy_in_batches(base, self._prompts, self._stop_ids, self.max_new_tokens)
+        entry = Entry(step, f"{loss:.4f}", tuple(map(self._answer, rows)))
         self._entries = [each for each in self._entries if each.step != step] + [entry]
         write_text(self.file, format_answers(self._sections, self._entries))
 
     def restart_at(self, step: int) -> None:
-        """Continue the file of an earlier session without its entries after `step`.
-
-        Raises SaigaError if the file is damaged or has other questions.
-        """
+        """Continue the file of an earlier session without its entries after `step`."""
         if not self._prompts or not self.file.is_file():
             return
         sections, entries = read_answers(self.file)
@@ -75,18 +68,6 @@ class Samples:
         self._entries = [entry for entry in entries if entry.step <= step]
         write_text(self.file, format_answers(self._sections, self._entries))
 
-    def _generate(self, model: PeftModel) -> list[list[int]]:
-        """Token ids of all answers, in one batch if memory allows."""
-        rows: list[list[int]] = [[] for _ in self._prompts]
-        with generation_mode(model) as base, torch.no_grad():
-            budget = generate.tokens_in_memory(base)
-            for batch in generate.plan_batches([len(prompt) for prompt in self._prompts], self.max_new_tokens, budget):
-                prompts = [self._prompts[index] for index in batch]
-                generated = generate.greedy(base, prompts, self._stop_ids, self.max_new_tokens)
-                for index, row in zip(batch, generated, strict=True):
-                    rows[index] = row
-        return rows
-
     def _answer(self, row: list[int]) -> Answer:
         ids, length = generate.cut_at_stop(row, self._stop_ids)
         return Answer(self._tokenizer.decode(ids), self.max_new_tokens if len(ids) == length else 0)
@@ -94,20 +75,16 @@ class Samples:
 
 @contextmanager
 def generation_mode(model: PeftModel) -> Iterator[Any]:
-    """Switch the transformers model inside `model` to generation, and restore everything at the end.
-
-    Attention changes from packed to sdpa, and eval mode disables dropout and activation checkpointing. The number
-    format is that of training.
-    """
+    """Switch the transformers model inside `model` to generation in the number format of training, then restore it."""
     base: Any = model.get_base_model()
     modes = [(module, module.training) for module in model.modules()]
     attention, settings = base.config._attn_implementation, base.generation_config
     device, dtype = base.device.type, base.dtype
+    torch.cuda.empty_cache()  # cached memory counts as used, and is too fragmented for a large pack
     try:
         base.set_attn_implementation("sdpa")
         base.generation_config = GenerationConfig()  # the model's own may set a repetition penalty
-        model.eval()
-        _free_cached_memory(device)
+        model.eval()  # no dropout, no activation checkpointing
         with torch.autocast(device, dtype=dtype) if dtype != torch.float32 else load.fast_matmul():
             yield base
     finally:
@@ -115,10 +92,4 @@ def generation_mode(model: PeftModel) -> Iterator[Any]:
         base.set_attn_implementation(attention)
         for module, training in modes:
             module.training = training
-        _free_cached_memory(device)
-
-
-def _free_cached_memory(device: str) -> None:
-    """torch's cache of freed memory counts as used, and is too fragmented for a large pack."""
-    if device == "cuda":
         torch.cuda.empty_cache()

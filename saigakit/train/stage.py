@@ -1,6 +1,7 @@
 """Train an adapter: the stage 02_train. Child processes do the work, one per GPU."""
 
 import json
+import pickle
 import shutil
 import tempfile
 import time
@@ -40,7 +41,7 @@ def train_adapter(config: TrainConfig) -> Path:
     store = Store(checkpoints.directory_for(final), checkpoints.identity(parameters, inputs))
     resumes = can_resume(final, identity, config)
     if not resumes and manifest.is_up_to_date(final, **identity):
-        if manifest.read(final).get("training", {}).get("ended") != "max_hours":
+        if not _has_ended_by_max_hours(manifest.read(final)):
             store.delete()  # otherwise a run that resumed it may have been killed and left its checkpoints
         return final
     with store.lock(launch.SAVING_PATIENCE_S):
@@ -65,17 +66,14 @@ def train_adapter(config: TrainConfig) -> Path:
 
 
 def with_resume_point(config: TrainConfig) -> TrainConfig:
-    """Set resume_from if an attached 02_train of the same parameters and records ended by max_hours.
-
-    Others are reported and ignored. Raises SaigaError if more than one fits.
-    """
+    """Set resume_from to the one attached 02_train of the same parameters and records that ended by max_hours."""
     if config.resume_from is not None or Path(config.output_dir).exists():
         return config
     found = []
     for root in workspace.input_roots():
         for file in sorted(root.rglob(f"{STAGE}/{manifest.NAME}")):
             content = manifest.read(file.parent)
-            if content["stage"] != STAGE or content.get("training", {}).get("ended") != "max_hours":
+            if not _has_ended_by_max_hours(content):
                 continue
             if differing := _differing(content, config):
                 print(f"Not resuming {file.parent}: different {', '.join(differing)}.", flush=True)
@@ -92,10 +90,14 @@ def with_resume_point(config: TrainConfig) -> TrainConfig:
     return replace(config, resume_from=str(found[0]))
 
 
+def _has_ended_by_max_hours(content: manifest.Manifest) -> bool:
+    return bool(content["stage"] == STAGE and content.get("training", {}).get("ended") == "max_hours")
+
+
 def _differing(content: dict[str, Any], config: TrainConfig) -> list[str]:
     # A manifest without "folded" is from a version that continued the adapter.
     before = {"folded": False, **content["parameters"]}
-    now = json.loads(json.dumps(config.to_json() | config.start))
+    now = manifest.as_stored(config.to_json() | config.start)
     compared = (name for name in now if name in before and name not in _PER_SESSION)
     # 01_format decides max_seq_length if the config does not.
     names = [name for name in compared if now[name] != before[name] and (name, now[name]) != ("max_seq_length", None)]
@@ -103,8 +105,7 @@ def _differing(content: dict[str, Any], config: TrainConfig) -> list[str]:
     labels = {"train": "training", "held_out": "evaluation", "replay": "replay"}
     for part, file in files.items():
         found = sources.records_files(file, Path(config.output_dir).parent) if file else []
-        hashes = [sha256(path) for path in found]
-        if hashes != list((content["inputs"].get(part) or {}).values()):
+        if [sha256(path) for path in found] != list((content["inputs"].get(part) or {}).values()):
             names.append(f"{labels[part]} records")
     return names
 
@@ -139,11 +140,9 @@ def can_resume(final: Path, identity: dict[str, Any], config: TrainConfig) -> bo
         content = manifest.read(final)
     except SaigaError:  # manifest.is_up_to_date raises it, with what to do
         return False
-    training = content.get("training", {})
-    if training.get("ended") != "max_hours" or content["stage"] != identity["stage"]:
+    if not _has_ended_by_max_hours(content) or manifest.differences(content, manifest.as_stored(identity)):
         return False
-    if manifest.differences(content, json.loads(json.dumps(identity, default=str))):
-        return False
+    training = content["training"]
     where = f"{final}, which ended by max_hours at step {training['step']} of {training['steps']}"
     left_s = workspace.session_start() + config.max_hours * 3600 - time.time()
     if left_s < 2 * training["reserve_s"]:
@@ -165,13 +164,7 @@ def find_checkpoint(config: TrainConfig, store: Store, unfinished: Path | None) 
             )
         return None
     print(f"Resuming from step {checkpoints.step_of(found)} ({found}).", flush=True)
-    now = manifest.versions()
-    changed = [
-        f"{name} {before} → {now.get(name)}"
-        for name, before in checkpoints.library_versions(found).items()
-        if now.get(name) != before
-    ]
-    if changed:
+    if changed := checkpoints.changed_versions(found):
         print(f"Library versions have changed, so results may differ slightly: {', '.join(changed)}.", flush=True)
     return store.adopt(found)
 
@@ -190,7 +183,8 @@ def _run_children(job: Job, store: Store, checkpoint: Path | None, directory: Pa
     """Train in child processes, which write into `directory`."""
     resume_from = None if checkpoint is None else str(checkpoint)
     config = replace(job.config, output_dir=str(directory), resume_from=resume_from)
-    job_file = replace(job, config=config, store=store).write(directory)
+    job_file = directory / preflight.JOB_FILE
+    job_file.write_bytes(pickle.dumps(replace(job, config=config, store=store)))
     launch.distributed("saigakit.train", [str(job_file)], processes=job.processes, nodes=nodes)
     job_file.unlink()
 

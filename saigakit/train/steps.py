@@ -72,10 +72,7 @@ def order_conversations(by_epoch: Sequence[Sequence[int]], epochs: float, seed: 
 
 
 def assign_packs(lengths: Sequence[int], *, budget: int, processes: int) -> list[list[list[int]]]:
-    """Pack the documents of one step for each process, with about the same number of tokens per process.
-
-    With fewer documents than processes the last processes get no pack.
-    """
+    """Pack the documents of one step, with about as many tokens for each process; some get none if there are few."""
     shares = _balance(lengths, processes)
     return [
         [[share[i] for i in pack] for pack in best_fit([lengths[index] for index in share], budget)] for share in shares
@@ -120,10 +117,7 @@ def choose_replay(count_train: int, count_replay: int, fraction: float, epochs: 
 
 
 def read_replay(name: str, files: Sequence[Path], held_out: Dataset | None) -> Dataset:
-    """Read replay conversations, leaving out those that ask a question of the evaluation set.
-
-    These are no error, since the user does not maintain a public data set. Raises SaigaError if none is left.
-    """
+    """Read replay conversations, leaving out and reporting those that ask a question of the evaluation set."""
     conversations = data.read_conversations(files)
     leaking = set() if held_out is None else set(asking_alike(held_out, conversations))
     if not leaking:
@@ -171,10 +165,7 @@ class Step(NamedTuple):
 
 
 class Plan(Sequence[Step]):
-    """The steps of a run for one process, read from disk on access.
-
-    The conversations of a step do not depend on the number of processes.
-    """
+    """The steps for one process, read from disk on access; the number of processes does not change their content."""
 
     def __init__(self, config: TrainConfig, rows: Dataset, *, processes: int = 1, process: int = 0) -> None:
         self.rows, self.processes, self.process = rows, processes, process

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from saigakit.core import launch
+from saigakit.data.rows import column
 from saigakit.errors import SaigaError
 from saigakit.train import checkpoints, curve, distributed, layers
 from saigakit.train.run_state import Run
@@ -53,7 +54,7 @@ def build(run: Run, model: PeftModel, number_format: NumberFormat, *, resumed: b
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
-        **(distributed.fsdp_options(distributed.layer_class_name(model)) if config.is_sharded else {}),
+        **(distributed.fsdp_options(min(model._no_split_modules)) if config.is_sharded else {}),
     )
     if config.is_sharded:
         distributed.complete_fsdp_options(arguments)
@@ -70,12 +71,13 @@ class StepTrainer(Trainer):
 
     def __init__(self, run: Run, model: PeftModel, args: TrainingArguments) -> None:
         self.run, self.is_sharded = run, run.config.is_sharded
-        self.held_out_packs = best_fit(run.held_out.lengths, run.config.sequence_budget)
+        lengths = column(run.held_out, "length") if run.held_out else []
+        self.held_out_packs = best_fit(lengths, run.config.sequence_budget)
         super().__init__(
             model=model,
             args=args,
             train_dataset=run.plan,
-            eval_dataset=cast(Any, run.held_out) if run.held_out else None,
+            eval_dataset=run.held_out or None,
             callbacks=[RunCallback(run)],
         )
         self.remove_callback(PrinterCallback)
@@ -123,30 +125,30 @@ class StepTrainer(Trainer):
         if best is not None and best.step == step:
             fill, needed = partial(save_adapter, self.model), _adapter_bytes(self.model)
             distributed.on_first_process(lambda: run.store.keep_best(fill, needed=needed))
-        distributed.on_first_process(lambda: self._call_hook(step, loss))
+        distributed.on_first_process(lambda: self._write_samples(step, loss))
         run.evaluation_s = time.monotonic() - start
         self.control.should_evaluate = False
         if step < len(run.plan) and run.ending == "finished" and check_early_stopping(run):
             self.control.should_training_stop = True
         return {"eval_loss": loss}
 
-    def _call_hook(self, step: int, loss: float) -> None:
-        """Call `on_evaluation` without changing the random numbers of training."""
-        if self.run.on_evaluation is None:
-            return
-        python = random.getstate()
-        with torch.random.fork_rng():
-            self.run.on_evaluation(step, loss, self.model)
-        random.setstate(python)
+    def _write_samples(self, step: int, loss: float) -> None:
+        """Ask the model without changing the random numbers of training."""
+        if self.run.samples is not None:
+            python = random.getstate()
+            with torch.random.fork_rng():
+                self.run.samples.write(step, loss, self.model)
+            random.setstate(python)
 
     def _evaluation_loss(self) -> float:
         self.model.eval()
         packs, processes = self.held_out_packs, self.args.world_size
+        assert self.run.held_out is not None  # or there would be no evaluation
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with layers.chunked_loss_in_eval(self.model):
             last = math.ceil(len(packs) / processes) * processes if self.is_sharded else len(packs)
             for number in range(self.args.process_index, last, processes):
-                pack = collate([self.run.held_out[index] for index in packs[number % len(packs)]])
+                pack = collate([self.run.held_out[row] for row in packs[number % len(packs)]])
                 loss_sum = self._loss_sum(self.model, pack).item()
                 counted = torch.tensor([loss_sum, pack["logits_to_keep"].numel()], device=total.device)
                 total += counted * (number < len(packs))
@@ -184,8 +186,8 @@ class StepTrainer(Trainer):
                     (state / name).write_bytes(content)
             self.state.save_to_json(str(state / "trainer_state.json"))
             self.run.log.copy(directory / checkpoints.LOG)
-            for file in filter(Path.is_file, self.run.extra_files):
-                shutil.copyfile(file, directory / file.name)
+            if self.run.samples is not None and self.run.samples.file.is_file():
+                shutil.copyfile(self.run.samples.file, directory / self.run.samples.file.name)
 
         step, run = self.state.global_step, self.run
         needed = 3 * _adapter_bytes(self.model)  # with AdamW's two moments

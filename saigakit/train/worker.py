@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,13 +15,14 @@ from datasets import Dataset
 
 from saigakit import data
 from saigakit.core import launch
-from saigakit.data import rows
+from saigakit.data import rows, store
+from saigakit.data.conversations import spread
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.train import answers, checkpoints, curve, distributed, preflight, run_state, steps, trainer
 from saigakit.train.loading import Loaded
 from saigakit.train.preflight import Job
-from saigakit.train.run_state import HeldOut, Log, Run
+from saigakit.train.run_state import Log, Run
 from saigakit.train.samples import Samples
 from saigakit.train.steps import Plan
 from saigakit.weights import fold
@@ -30,9 +32,9 @@ _LOCK_PATIENCE_S = 5.0
 
 def main(job_file: Path) -> None:
     """Train, and write the adapter, log, samples and result next to the job file."""
-    job = Job.read(job_file)
-    config, store = job.config, job.store
-    assert store is not None
+    job: Job = pickle.loads(job_file.read_bytes())
+    config = job.config
+    assert job.store is not None
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_gpu, device = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     preflight.check_visible_gpus(torch.cuda.device_count() if on_gpu else 0, processes, job.number_format)
@@ -50,16 +52,19 @@ def main(job_file: Path) -> None:
         held_out = _evaluation_rows(job, questions, tokenizer, plan, log)
     transformers.set_seed(config.seed)  # a new adapter is initialised at random
     loaded = Loaded.of(job, plan, "cpu" if not on_gpu else f"cuda:{device}", log)
-    run = Run(config, plan, held_out, store, log)
+    run = Run(config, plan, held_out, job.store, log)
     if start is not None:
         run.saved_step = checkpoints.step_of(start)
-        if (before := checkpoints.count_processes(start)) != processes:
+        if (before := len([*(start / checkpoints.STATE).glob("rng_state*")])) != processes:
             log.print(f"Resuming on {processes} processes instead of {before}, so dropout will differ.")
     if config.is_sharded:
         log.print(f"{answers.FILE} is not written with sharding='fsdp', because no process has the complete model.")
     elif questions is not None and rank == 0:
-        _write_samples(run, Samples(tokenizer, questions, directory / answers.FILE), start)
-    with store.lock(_LOCK_PATIENCE_S) if rank == 0 else contextlib.nullcontext(), launch.ending_gently():
+        run.samples = Samples(tokenizer, questions, directory / answers.FILE)
+        if start is not None and (start / answers.FILE).is_file():
+            shutil.copyfile(start / answers.FILE, run.samples.file)
+            run.samples.restart_at(run.saved_step)
+    with job.store.lock(_LOCK_PATIENCE_S) if rank == 0 else contextlib.nullcontext(), launch.ending_gently():
         step = _train(run, loaded, start)
         if rank == 0:
             _finish(run, loaded, step)
@@ -81,23 +86,16 @@ def _training_rows(job: Job, tokenizer: encoding.Tokenizer, questions: Dataset |
 
 def _evaluation_rows(
     job: Job, questions: Dataset | None, tokenizer: encoding.Tokenizer, plan: Plan, log: Log
-) -> HeldOut:
+) -> Dataset | None:
+    """Choose rows from all over the evaluation set."""
     if questions is None or job.eval_file is None:
-        return HeldOut(None, 0)
+        return None
     found = rows.tokenise(questions, tokenizer, job.config.sequence_budget, name=job.eval_file.name)
     lengths = rows.column(found, "length")
     count = run_state.count_evaluated(lengths, steps=len(plan), tokens=plan.tokens, eval_steps=job.config.eval_steps)
     every = run_state.evaluation_interval(len(plan), job.config.eval_steps)
     log.print(f"Evaluation set: {count:,} of {len(found):,} rows, evaluated every {every:,} steps.")
-    return HeldOut(found, count)
-
-
-def _write_samples(run: Run, samples: Samples, start: Path | None) -> None:
-    """Write samples at each evaluation, continuing the file of the checkpoint."""
-    if start is not None and (start / answers.FILE).is_file():
-        shutil.copyfile(start / answers.FILE, samples.file)
-        samples.restart_at(run.saved_step)
-    run.on_evaluation, run.extra_files = samples.write, [samples.file]
+    return store.select(found, spread(range(len(found)), count))
 
 
 def _train(run: Run, loaded: Loaded, start: Path | None) -> int:

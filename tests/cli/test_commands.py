@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from saigakit import cli, export, infer, publish, train
 from saigakit.cli import chat, parameters, summary, terminal
 from saigakit.cli import commands as cli_commands
+from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest
 from saigakit.core.files import sha256
 from saigakit.errors import SaigaError
@@ -193,7 +194,7 @@ def test_bad_training_config_is_one_message(tmp_path, content, said):
 def test_training_config_accepts_lora():
     values = {"model": "saiga_tiny", "train_file": "a", "output_dir": "b"}
     lora = {"rank": 8, "target_modules": ["q_proj"]}
-    made = parameters.train_config(values | {"lora": lora}, "train.yaml").new_lora
+    made = TrainConfig.from_json(values | {"lora": lora}, "train.yaml").new_lora
     assert (made.rank, made.alpha, made.target_modules) == (8, 16, ("q_proj",))
 
 

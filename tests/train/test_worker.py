@@ -12,6 +12,7 @@ from small_trainings import losses, mean_loss, trained
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest, workspace
 from saigakit.data import rows, sources
+from saigakit.data.conversations import spread
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 from saigakit.registry import ALL_LINEAR, Lora
@@ -45,7 +46,7 @@ def test_child_resolves_nothing_again(records, tmp_path, monkeypatch):
 
     monkeypatch.setattr(launch, "distributed", child)
     stage = trained(records, tmp_path, adapter="folded")
-    assert "job.json" not in {file.name for file in stage.iterdir()}
+    assert preflight.JOB_FILE not in {file.name for file in stage.iterdir()}
 
 
 def test_replay_is_a_share_of_every_epoch(records, tmp_path, capsys):
@@ -98,7 +99,7 @@ def test_folded_adapter_has_the_measured_loss_on_the_original_base(records, tmp_
     model = load.with_adapter(model, folded, Lora()).eval()
     tokenizer = encoding.load_tokenizer("saiga_tiny")
     stored = worker.rows.tokenise(worker.data.read_conversations(records), tokenizer, 512, name="records")
-    chosen = run_state.HeldOut(stored, min(len(stored), run_state.MIN_EVALUATED))
+    chosen = [stored[row] for row in spread(range(len(stored)), run_state.MIN_EVALUATED)]
     best = min(entry["held_out_loss"] for entry in curve.read_log(folded) if "held_out_loss" in entry and entry["step"])
     assert mean_loss(model, chosen) == pytest.approx(best, rel=1e-5)
 
