@@ -17,7 +17,7 @@ from peft import PeftModel
 from saigakit.config import TrainConfig
 from saigakit.core import workspace
 from saigakit.data.conversations import spread
-from saigakit.data.rows import column
+from saigakit.data.rows import read_column
 from saigakit.prompt.encoding import Example
 from saigakit.train.checkpoints import Store
 from saigakit.train.steps import Plan
@@ -38,7 +38,7 @@ class HeldOut(Sequence[Example]):
     def __init__(self, rows: Dataset | None, count: int) -> None:
         self.rows = rows
         self.chosen = [] if rows is None else spread(range(len(rows)), count)
-        lengths = [] if rows is None else column(rows, "length")
+        lengths = [] if rows is None else read_column(rows, "length")
         self.lengths = [lengths[row] for row in self.chosen]
 
     def __len__(self) -> int:

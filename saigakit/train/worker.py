@@ -85,7 +85,7 @@ def _evaluation_rows(
     if questions is None or job.eval_file is None:
         return HeldOut(None, 0)
     found = rows.tokenise(questions, tokenizer, job.config.sequence_budget, name=job.eval_file.name)
-    lengths = rows.column(found, "length")
+    lengths = rows.read_column(found, "length")
     count = run_state.count_evaluated(lengths, steps=len(plan), tokens=plan.tokens, eval_steps=job.config.eval_steps)
     every = run_state.evaluation_interval(len(plan), job.config.eval_steps)
     log.print(f"Evaluation set: {count:,} of {len(found):,} rows, evaluated every {every:,} steps.")
