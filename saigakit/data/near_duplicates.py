@@ -32,6 +32,7 @@ _BANDS = range(0, _SLOTS - _KEY + 1, _BAND)  # their first slots
 _NEIGHBOURS = 2  # compared on each side; 1 misses none of 500 among 60,000 that share half of their sentences
 _SEED = 42
 _BATCH = 1000  # records; rensa signs a batch in one call
+_BEYOND_BAND = 8 * (_KEY - _BAND)  # bits of a sort key
 _VERIFIED = 1 << 16  # pairs verified at once, 8 MiB of slots
 _WORDS = re.compile(r"\w+")
 _CHANGED_WORD = re.compile(rb"(?<=\x01\x01)\x00{1,2}(?=\x01\x01)")  # an edited word within boilerplate
@@ -116,7 +117,7 @@ def find_within(records: Signatures) -> "Indices":
     for start in _BANDS:
         keys, ordered = _sorted(records, rows, start)
         for apart in range(1, _NEIGHBOURS + 1):
-            together = _share_a_band(keys[apart:], keys[:-apart])
+            together = keys[apart:] >> _BEYOND_BAND == keys[:-apart] >> _BEYOND_BAND
             one, other = ordered[apart:][together], ordered[:-apart][together]
             _verify(near, np.maximum(one, other), np.minimum(one, other), records, records)
     return near
@@ -137,7 +138,7 @@ def find_across(records: Signatures, training: Signatures) -> "Indices":
         position = np.searchsorted(keys, own)
         for apart in range(-_NEIGHBOURS, _NEIGHBOURS):
             at = np.clip(position + apart, 0, len(keys) - 1)
-            together = _share_a_band(keys[at], own)
+            together = keys[at] >> _BEYOND_BAND == own >> _BEYOND_BAND
             _verify(near, candidates[together], ordered[at[together]], records, training)
     return near
 
@@ -155,21 +156,13 @@ def _distinct(records: Signatures) -> "Indices":
 
 
 def _keys(records: Signatures, rows: "Indices", start: int) -> "Keys":
-    import numpy as np
-
-    return records.slots[rows, start : start + _KEY].view(">u8").ravel().astype(np.uint64)
+    return records.slots[rows, start : start + _KEY].view(">u8").ravel().astype("uint64")
 
 
 def _sorted(records: Signatures, rows: "Indices", start: int) -> tuple["Keys", "Indices"]:
     keys = _keys(records, rows, start)
     order = keys.argsort(kind="stable")
     return keys[order], rows[order]
-
-
-def _share_a_band(keys: "Keys", others: "Keys") -> "Flags":
-    beyond = 8 * (_KEY - _BAND)  # bits
-    same: Flags = (keys >> beyond) == (others >> beyond)
-    return same
 
 
 def _verify(near: "Indices", rows: "Indices", others: "Indices", records: Signatures, among: Signatures) -> None:

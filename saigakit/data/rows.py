@@ -5,7 +5,6 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -75,16 +74,21 @@ def _batches(
     source = store.iter_conversations(conversations)
     waiting: deque[tuple[list[Conversation], _Encoding]] = deque()
     first = 0
-    with ThreadPoolExecutor(_THREADS) as pool, _rare_collections():
-        while True:
-            while len(waiting) < _THREADS and (batch := _next_batch(source)):
-                label = partial(lambda start, index: place(start + index), first)
-                encoded = pool.submit(encoding.encode_rows, batch, tokenizer, limit=limit, label=label)
-                waiting.append((batch, encoded))
-                first += len(batch)
-            if not waiting:
-                return
-            yield waiting.popleft()
+    usual = gc.get_threshold()
+    gc.set_threshold(10_000, *usual[1:])  # the cyclic collector walks through all ids: by default a tenth of the time
+    try:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            while True:
+                while len(waiting) < _THREADS and (batch := _next_batch(source)):
+                    label = partial(lambda start, index: place(start + index), first)
+                    encoded = pool.submit(encoding.encode_rows, batch, tokenizer, limit=limit, label=label)
+                    waiting.append((batch, encoded))
+                    first += len(batch)
+                if not waiting:
+                    return
+                yield waiting.popleft()
+    finally:
+        gc.set_threshold(*usual)
 
 
 def _next_batch(source: Iterator[Conversation]) -> list[Conversation]:
@@ -95,17 +99,6 @@ def _next_batch(source: Iterator[Conversation]) -> list[Conversation]:
         batch.append(each)
         messages += len(each["messages"])
     return batch
-
-
-@contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Let Python's cyclic collector, which walks through all ids each time, take less than a tenth of the time."""
-    usual = gc.get_threshold()
-    gc.set_threshold(10_000, *usual[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)
 
 
 def _fit(conversation: Conversation, rows: list[Example], tokenizer: Tokenizer, limit: int) -> Encoded:

@@ -5,7 +5,7 @@ from typing import Any
 
 from saigakit.data import tool_calls
 from saigakit.data.records import BadRecord, quote
-from saigakit.data.tool_calls import describe_type, text_problem
+from saigakit.data.tool_calls import describe_type, text_problems
 
 Message = dict[str, Any]  # "role", "content" and, if present, "tool_calls", "tool_call_id", "name", "weight"
 Conversation = dict[str, Any]  # "messages" and, if present, "tools"
@@ -59,8 +59,8 @@ def normalise_record(record: object) -> Conversation | BadRecord:
         turns += [("user", _message("user", record.get("user"))), ("bot", _message("assistant", record.get("bot")))]
     for field, message in turns:
         may_be_empty = "tool_calls" in message or message["role"] == "tool"  # a call, or an empty result
-        if not (may_be_empty and message["content"] == "") and (problem := text_problem(field, message["content"])):
-            problems.append(problem)
+        if not (may_be_empty and message["content"] == ""):
+            problems += text_problems(field, message["content"])
     if not problems:
         problems += _order_problems(turns) or _answer_problems(turns) or _weight_problems(turns)
     if problems:
@@ -123,7 +123,7 @@ def _read_list(name: str, messages: object, names: Collection[str] | None, probl
             turn["content"] = "" if turn["content"] is None else turn["content"]
         elif role == "tool":  # the id and the function's name of the call that it answers
             answered = {key: message[key] for key in _OF_ROLE["tool"] if message.get(key) not in (None, "")}
-            problems += filter(None, (text_problem(f"{field}.{key}", text) for key, text in answered.items()))
+            problems += [each for key, text in answered.items() for each in text_problems(f"{field}.{key}", text)]
             turn |= answered
         if role == "assistant":
             turn |= _read_weight(f"{field}.weight", message.get("weight"), problems)

@@ -25,22 +25,22 @@ def describe_type(value: object) -> str:
     return names.get(type(value), f"of the type {type(value).__name__}")
 
 
-def text_problem(field: str, text: object) -> str | None:
+def text_problems(field: str, text: object) -> list[str]:
     if text is None:
-        return f"{field}: is missing; add the text"
+        return [f"{field}: is missing; add the text"]
     if not isinstance(text, str):
-        return f"{field}: is {describe_type(text)}; it must be a text"
+        return [f"{field}: is {describe_type(text)}; it must be a text"]
     if not text or text.isspace():
-        return f"{field}: is empty; write the text or remove the record"
-    return _surrogate_problem(field, text)
+        return [f"{field}: is empty; write the text or remove the record"]
+    return _surrogate_problems(field, text)
 
 
-def _surrogate_problem(field: str, text: str) -> str | None:
+def _surrogate_problems(field: str, text: str) -> list[str]:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        return f"{field}: contains an unpaired surrogate ({text[error.start]!a}); remove it"
-    return None
+        return [f"{field}: contains an unpaired surrogate ({text[error.start]!a}); remove it"]
+    return []
 
 
 def read_tools(record: Mapping[str, Any], problems: list[str]) -> list[Tool]:
@@ -82,7 +82,7 @@ def _function(field: str, value: object, problems: list[str]) -> dict[str, Any]:
     if given is None:
         return {}
     function = {key: value for key, value in given.items() if value is not None}
-    problems += filter(None, [text_problem(f"{field}.name", function.get("name"))])
+    problems += text_problems(f"{field}.name", function.get("name"))
     if "description" in function and not isinstance(function["description"], str):
         problems.append(f"{field}.description: is {describe_type(function['description'])}; it must be a text")
     if "parameters" in function:
@@ -104,9 +104,8 @@ def read_calls(field: str, value: object, names: Collection[str] | None, problem
     before = len(problems)
     found = _decoded(field, value, object, "a list of calls", problems)
     if not isinstance(found, list | dict) or not found:
-        problems += (
-            [f"{field}: is {describe_type(found)}; it must be a list of calls"] if len(problems) == before else []
-        )
+        if len(problems) == before:
+            problems.append(f"{field}: is {describe_type(found)}; it must be a list of calls")
         return []
     if names is not None and not names:
         problems.append(f"{field}: calls a function, but the record has no tools; add them")
@@ -114,9 +113,7 @@ def read_calls(field: str, value: object, names: Collection[str] | None, problem
     items = [(field, found)] if isinstance(found, dict) else [(f"{field}[{i}]", item) for i, item in enumerate(found)]
     calls = [call for where, item in items if (call := _call(where, item, names, problems))]
     ids = Counter(call["id"] for call in calls if "id" in call)
-    problems += [
-        f"{field}: {n} calls have the id {quote(name)}; make the ids unique" for name, n in ids.items() if n > 1
-    ]
+    problems += [f"{field}: {n} calls have the id {quote(key)}; make the ids unique" for key, n in ids.items() if n > 1]
     return calls
 
 
@@ -139,8 +136,8 @@ def _call(field: str, item: object, names: Collection[str] | None, problems: lis
         problems.append(f"{field}.type: is {_describe(item['type'])}; it must be 'function'")
     call_id, name = item.get("id"), function.get("name")
     if call_id not in (None, ""):
-        problems += filter(None, [text_problem(f"{field}.id", call_id)])
-    problems += filter(None, [text_problem(f"{inner}.name", name)])
+        problems += text_problems(f"{field}.id", call_id)
+    problems += text_problems(f"{inner}.name", name)
     if isinstance(name, str) and names is not None and name not in names:
         known = ", ".join(map(quote, list(names)[:10]))
         problems.append(f"{inner}.name: is {quote(name)}, which the record's tools ({known}) lack; add the tool")
@@ -215,14 +212,14 @@ def _locate_problems(field: str, value: object) -> Iterable[str]:
             where = f"{field}.{key}" if isinstance(key, str) and key.isidentifier() else f"{field}[{_describe(key)}]"
             if not isinstance(key, str):
                 yield f"{where}: the key is {describe_type(key)}; it must be a text"
-            elif problem := _surrogate_problem(where, key):
-                yield problem
+            else:
+                yield from _surrogate_problems(where, key)
             yield from _locate_problems(where, item)
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _locate_problems(f"{field}[{index}]", item)
     elif isinstance(value, str):
-        yield from filter(None, [_surrogate_problem(field, value)])
+        yield from _surrogate_problems(field, value)
     elif isinstance(value, float) and not math.isfinite(value):
         yield f"{field}: is {value}, which JSON cannot represent; write null or a text"
     elif not isinstance(value, bool | int | float | None):

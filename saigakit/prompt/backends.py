@@ -179,7 +179,7 @@ def token_bytes(llm: "llama_cpp.Llama", token: int) -> bytes:
         size = -used  # the length that it needs
 
 
-def from_tokenizer_json(file: Path) -> "tokenizers.Tokenizer":
+def from_json_file(file: Path) -> "tokenizers.Tokenizer":
     import tokenizers
 
     try:

@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 from saigakit import registry
 from saigakit.errors import DataError, SaigaError
 from saigakit.prompt import template
-from saigakit.prompt.backends import (
-    FastTokenizer,
-    GgufTokenizer,
-    Ids,
-    Tokenizer,
-    from_sentencepiece,
-    from_tokenizer_json,
-)
+from saigakit.prompt.backends import FastTokenizer, GgufTokenizer, Ids, Tokenizer, from_json_file, from_sentencepiece
 from saigakit.prompt.layout import Layout, NotTurnByTurnError, build_layout
 from saigakit.prompt.template import Message, Tools
 from saigakit.registry import ModelSpec
@@ -62,7 +55,7 @@ def _read_raw(directory: Path) -> "tokenizers.Tokenizer":
     """Prefer tokenizer.model: a tokenizer.json converted from it may have lost the scores."""
     as_json, as_model = directory / "tokenizer.json", directory / "tokenizer.model"
     if as_json.is_file():
-        tokenizer = from_tokenizer_json(as_json)
+        tokenizer = from_json_file(as_json)
         is_sentencepiece = json.loads(tokenizer.to_str())["model"].get("byte_fallback")
         return from_sentencepiece(as_model, tokenizer) if is_sentencepiece and as_model.is_file() else tokenizer
     if as_model.is_file():
