@@ -95,7 +95,7 @@ def _read_named_tokens(directory: Path) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-@lru_cache(maxsize=1)  # takes seconds for a vocabulary of 131,072 tokens, and every answer asks for it
+@lru_cache(maxsize=1)  # takes seconds for a vocabulary of 131,072 tokens, and every answer needs it
 def load_gguf_tokenizer(llm: "llama_cpp.Llama") -> GgufTokenizer:
     return GgufTokenizer(llm)
 

@@ -141,7 +141,7 @@ def test_a_very_long_conversation_is_cut_with_few_renderings(tokenizer, monkeypa
     monkeypatch.setattr(layout.template, "render", lambda *a, **k: rendered.append(1) or render(*a, **k))
     (item,) = rows.encode_fitting([{"messages": turns(60)}], tokenizer, 300, name="records")
     assert item.is_cut
-    assert len(rendered) < 2 * 60 + 4 + 2 * 60  # the whole once, and what is left of it once or twice
+    assert len(rendered) < 2 * 60 + 4 + 2 * 60  # the conversation once, and what is left of it once or twice
 
 
 def test_each_answer_is_a_row_if_the_final_turn_is_rendered_differently(capsys):

@@ -205,7 +205,7 @@ def test_a_finished_stage_is_an_adapter(tmp_path):
 def test_a_finished_stage_of_an_attached_notebook_is_an_adapter(inputs, tmp_path):
     made = directory_with(inputs / "notebooks" / "someone" / "train" / "02_train", "adapter_config.json")
     assert find.adapter_dir(SAIGA, "02_train", tmp_path) == made
-    assert find.adapter_dir(SAIGA, "train/02_train", tmp_path) == made  # no Hub id, though it looks like one
+    assert find.adapter_dir(SAIGA, "train/02_train", tmp_path) == made  # not a Hub id, although it looks like one
 
 
 def test_prefers_an_attached_copy_to_the_adapter_on_the_hub(inputs):
@@ -327,7 +327,7 @@ def test_an_unmatched_pattern_is_an_error_with_the_searched_places(inputs, tmp_p
     monkeypatch.chdir(tmp_path)
     directory_with(tmp_path / "run", "other.jsonl")
     (tmp_path / "scratch").mkdir()
-    for place, is_named in (("run", True), ("scratch", False)):  # where nothing is, there was nothing to look for
+    for place, is_named in (("run", True), ("scratch", False)):  # an empty run directory is not mentioned
         with pytest.raises(SaigaError) as caught:
             sources.records_files("part-*.jsonl", tmp_path / place)
         assert f"No file matches 'part-*.jsonl'. Searched {tmp_path}" in str(caught.value)

@@ -16,7 +16,7 @@ from saigakit.registry import MODELS
 LLAMA2 = Path(__file__).parents[3] / "shared" / "tokenizers" / "llama-2.model"
 BOS_EOS = {"bos_token": "<s>", "eos_token": "</s>"}
 SAIGA2 = template.read_chat_template(MODELS["saiga2_7b"], Path())
-# Whatever may stand in a content: what looks like a special token, a byte, a space or a placeholder of ours.
+# Contents that look like a special token, a byte, a space or one of our placeholders.
 PIECES = (
     *("Привет", "мир", "код", "ё", "The quick", "return x", "2e-4", "007", "🙂", "₽", "漢字", "é", "e\u0301"),
     *(" ", " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "    ", ",", ".", "—", "«»", "\u00a0", "\u2028"),
@@ -291,7 +291,7 @@ def test_an_empty_content_follows_the_template(text):
     chat_template = CHATML.replace("message['content']", "(message['content'] | trim or 'пусто')")
     tokenizer = FastTokenizer(chatml_bpe(), chat_template, {})
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "б"}]
-    if text:  # a placeholder is never blank, so this cannot be followed: said, not guessed
+    if text:  # a placeholder is never blank, so this cannot be followed and must be reported
         with pytest.raises(SaigaError, match="cannot be tokenised exactly"):
             encode(messages, tokenizer)
     else:

@@ -87,7 +87,7 @@ class Oracle:
                 return None
             runs = filter(None, _MARKS.split(text))
             return [i for run in runs for i in ([ord(run) - _MARK] if _MARKS.match(run) else self.pair.own(run))]
-        # An answer that begins with a line end has ids of its own, so that inference begins where training did.
+        # An answer that begins with a line end has its own ids, so that inference begins where training did.
         has_blank = any(each["role"] == "assistant" and each["content"][:1].isspace() for each in dialogue.messages)
         if has_blank or not dialogue.is_ordinary:
             return None
@@ -255,7 +255,7 @@ def test_trained_tokens_are_those_in_the_assistant_mask_of_transformers(pair):
     for dialogue in dialogues(300, seed=2, has_tools=True, ordinary=1):
         has_blank = any(dialogue.messages[turn]["content"][:1].isspace() for turn in dialogue.turns)
         if has_blank or dialogue.seen != dialogue.messages:
-            continue  # those have ids of their own (test_tokenization), or answers that transformers would learn
+            continue  # those have their own ids, or answers that transformers would train
         example = encoding.encode(dialogue.messages, pair.fast, tools=dialogue.tools)
         marked = theirs.apply_chat_template(
             dialogue.messages, tools=dialogue.tools, return_assistant_tokens_mask=True, return_dict=True

@@ -136,7 +136,7 @@ def test_conversations_of_one_shape_share_one_rendering(monkeypatch):
     for text in ("а", "б </s>", "в"):
         encode([CONVERSATION[0], {"role": "user", "content": text}, CONVERSATION[2]], tokenizer)
     assert rendered.count(None) == 3
-    assert rendered.count(True) == 3  # the whole, a prompt, a turn: of the first alone
+    assert rendered.count(True) == 3  # the conversation, a prompt and a turn, only of the first
 
 
 def test_encode_rows_matches_encode_and_locates_a_bad_conversation():
