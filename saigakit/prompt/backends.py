@@ -105,7 +105,7 @@ class GgufTokenizer:
         self.chat_template = llm.metadata["tokenizer.chat_template"]
         vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
         names: dict[int, str] = {}
-        always_found = []  # llama.cpp finds these in any text, even when asked not to parse special tokens
+        always_found: list[str] = []  # llama.cpp finds these in any text, even if it must not parse special tokens
         for token in range(llm.n_vocab()):
             kind = llama_cpp.llama_vocab_get_attr(vocabulary, token)
             is_added = bool(kind & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED)
