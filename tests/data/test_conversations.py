@@ -67,7 +67,7 @@ def test_an_error_names_the_damaged_gzip_file(read):
     whole = gzip.compress(json.dumps({"messages": TALK}).encode("utf-8"))
     assert read(whole, "records.jsonl.gz") == [TALK]
     for damaged in (whole[:-9], b"plain text", whole[:12] + b"\xff" * 30):
-        with pytest.raises(SaigaError, match=r"records\.jsonl\.gz is not a whole gzip file"):
+        with pytest.raises(SaigaError, match=r"records\.jsonl\.gz is a damaged gzip file"):
             read(damaged, "records.jsonl.gz")
 
 
@@ -95,9 +95,9 @@ def test_reports_nothing_if_no_key_is_ignored(read, capsys):
         ("5", "record: is a number; it must be an object"),
         ("null", "record: is null"),
         ('"text"', "record: is a text"),
-        ('{"user": "a", "bot": "b"', "line: is broken JSON"),
-        ('{"user": "\\ud83d", "bot": "b"}', "user: holds half a character ('\\ud83d')"),
-        ('{"user": "a", "bot": "\\ude42\\ud83d"}', "bot: holds half a character"),
+        ('{"user": "a", "bot": "b"', "line: is invalid JSON"),
+        ('{"user": "\\ud83d", "bot": "b"}', "user: contains an unpaired surrogate ('\\ud83d')"),
+        ('{"user": "a", "bot": "\\ude42\\ud83d"}', "bot: contains an unpaired surrogate"),
     ],
 )
 def test_names_a_bad_line_and_checks_the_next_ones(problems, line, expected):

@@ -195,7 +195,7 @@ def test_keeps_a_conversation_of_exactly_the_limit(check, write, tokenizer, caps
 
 
 def test_an_error_names_the_limit_and_the_shortest_length_if_nothing_fits(check, write, tmp_path):
-    with pytest.raises(SaigaError, match=r"all 2 conversations are longer than max_seq_length=3 tokens, the shortest"):
+    with pytest.raises(SaigaError, match=r"all 2 conversations are longer than max_seq_length=3 tokens; the shortest"):
         check(write([("а", "б"), ("в", "г")]), max_seq_length=3)
     assert not (tmp_path / "run" / "01_format").exists()
 
@@ -359,8 +359,8 @@ def test_the_stage_keeps_tools_and_calls(check, tmp_path):
     assert (counts["with_tools"], counts["no_call"]) == (2, 0)
     assert counts["special_tokens_where"] == {"</s>": {"arguments": 2}}
     rows = {name.split(" · ")[1]: tuple(cells) for name, *cells in report.summary(made).rows}
-    assert rows["tools and no call"] == ("0 / 2", "0 / 2")
-    assert any("tools and no call" in row[0] for row in report.advice(made).rows)
+    assert rows["tools but no call"] == ("0 / 2", "0 / 2")
+    assert any("tools but no call" in row[0] for row in report.advice(made).rows)
 
 
 NEAR = "В старом парке у реки каждое утро гуляют люди с собаками, а дети кормят уток хлебом и смеются у фонтана. "
