@@ -135,7 +135,7 @@ def make_base(directory: Path, shape: str) -> Path:
     if not (directory / "chat_template.jinja").is_file():
         from saigakit.prompt import template
 
-        (directory / "chat_template.jinja").write_text(template.of_model(registry.find(MODEL), tokenizer))
+        (directory / "chat_template.jinja").write_text(template.read_chat_template(registry.find(MODEL), tokenizer))
     return directory
 
 

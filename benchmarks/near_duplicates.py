@@ -34,7 +34,7 @@ def ours(texts, common):
             signer.add(text)
         signing += time.perf_counter() - start
     start = time.perf_counter()
-    near = near_duplicates.within(signer.finish())
+    near = near_duplicates.find_within(signer.finish())
     return near, signing, time.perf_counter() - start
 
 
@@ -47,7 +47,7 @@ def datasketchs(texts, common):
     signing = searching = 0.0
     while batch := list(islice(texts, 1000)):
         start = time.perf_counter()
-        phrases = [[phrase.encode() for phrase in near_duplicates.shingles(text, common)] for text in batch]
+        phrases = [[phrase.encode() for phrase in near_duplicates.split_shingles(text, common)] for text in batch]
         hashes = MinHash.bulk(phrases, num_perm=128)
         middle = time.perf_counter()
         for one in hashes:
@@ -64,7 +64,7 @@ def quality(find, kind, seed):
     """Share of edited texts whose original is found, by kind of edit, and of new texts for which one is found."""
     rng = random.Random(seed)
     originals = [KINDS[kind](rng) for _ in range(PLANTED)]
-    common = near_duplicates.boilerplate(originals)
+    common = near_duplicates.find_boilerplate(originals)
     found = []
     for edit in russian_texts.EDITS.values():
         near = find(iter([*originals, *(edit(text, rng) for text in originals)]), common)[0]
@@ -76,7 +76,7 @@ def quality(find, kind, seed):
 def cost(find, records):
     """(µs per record to sign, s to search, MiB at the peak beyond a process that has signed one record)."""
     rng = random.Random(0)
-    common = near_duplicates.boilerplate(russian_texts.story(rng) for _ in range(1000))
+    common = near_duplicates.find_boilerplate(russian_texts.story(rng) for _ in range(1000))
     find(iter([russian_texts.story(rng)]), common)
     before = peak_mib()
     _, signing, searching = find((russian_texts.story(rng) for _ in range(records)), common)

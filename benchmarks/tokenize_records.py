@@ -56,7 +56,7 @@ def loaded(tokenizer_model: str | None):
     """(the library's tokenizer, ours over it)."""
     if tokenizer_model:
         raw = encoding.from_sentencepiece(Path(tokenizer_model))
-        chat_template = template.of_model(MODELS["saiga2_7b"], Path())
+        chat_template = template.read_chat_template(MODELS["saiga2_7b"], Path())
         return raw, encoding.FastTokenizer(raw, chat_template, {"bos_token": "<s>", "eos_token": "</s>"})
     directory = find.tokenizer_dir(MODELS["smollm2_135m"])
     raw = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -116,7 +116,7 @@ def whole_way(file: Path, tokenizer_model: str | None):
     ours = step("loading the tokenizer", lambda: loaded(tokenizer_model)[1])
     conversations = step("reading and checking", lambda: data.read_conversations(file))
     stored = step("tokenising", lambda: rows.tokenise(conversations, ours, CONTEXT, name=file.name))
-    lengths = rows.column(stored, "length")
+    lengths = rows.read_column(stored, "length")
     packs = step("packing", lambda: packs_of_steps(lengths))
     filled = sum(lengths) / len(packs) / CONTEXT
     note = f"{len(stored):,} rows, {sum(lengths):,} tokens, {len(packs):,} packs of {CONTEXT}, {filled:.1%} full."

@@ -104,8 +104,8 @@ def check(file: str, **options: Any) -> None:  # noqa: ANN401
     with tempfile.TemporaryDirectory() as scratch:
         stage = report.check_records(records=records, run_dir=scratch, **options)
         marked = report.examples(stage, encoding.load_tokenizer(options["model"], options["base_source"]))
-        found = report.read(stage)
-        bars = length_histogram.table(found["lengths"], found["max_seq_length"])
+        found = report.read_report(stage)
+        bars = length_histogram.make_table(found["lengths"], found["max_seq_length"])
         parts = (marked, bars, report.summary(stage), report.near_pairs(stage), report.advice(stage))
         click.echo("\n\n".join(filter(None, map(str, parts))))
 

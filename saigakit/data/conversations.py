@@ -1,4 +1,4 @@
-"""Files of records into checked conversations, and those into training and held-out."""
+"""Read and check conversations, and split them into a training and an evaluation set."""
 
 import hashlib
 import random
@@ -12,39 +12,37 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
 from saigakit.core.display import Every
 from saigakit.core.files import replacing
 from saigakit.data import records, schema, store
-from saigakit.data.records import Bad, named
+from saigakit.data.records import BadRecord, quote
 from saigakit.data.schema import Conversation
-from saigakit.data.store import as_line
 from saigakit.errors import DataError, SaigaError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 T = TypeVar("T")
-_SHORT = 3  # blanks in a text that says too little to be a question of its own
-KEPT_PROBLEMS = 1000  # of a million bad records; the others are counted
+_SHORT = 3  # spaces in a text that says too little to be a question of its own
+KEPT_PROBLEMS = 1000  # the others are only counted
 
 
 def read_conversations(source: str | Path | Sequence[str | Path]) -> "Dataset":
-    """The records of one file or of several: JSONL (.gz too), a JSON array or Parquet; see `schema.conversation`.
+    """Read records from JSONL (.gz too), JSON arrays or Parquet; see `schema.normalise_record` for their formats.
 
-    A row has "messages" and, where there are any, "tools"; tools and the arguments of calls are JSON text. Other keys
-    of a record ("id") are not read, which is printed with their number. Blank lines are skipped.
-    Raises DataError with every problem of all files: no record is dropped.
+    A row has "messages" and, if any record has them, "tools"; tools and the arguments of calls are JSON text.
+    Ignored keys of records ("id") are printed. Raises DataError with the problems of all files: no record is dropped.
     """
     files = [Path(file) for file in ([source] if isinstance(source, str | Path) else source)]
     for file in files:
         if not file.is_file():
-            what = "is a directory; name the files in it" if file.is_dir() else "is not there"
-            raise SaigaError(f"{file} {what}.")
-    checking = _Checking(files)
-    made = store.as_dataset(checking.conversations(), expected=sum(file.stat().st_size for file in files))
-    checking.conclude()
-    return made
+            problem = "is a directory; name the files in it" if file.is_dir() else "is not there"
+            raise SaigaError(f"{file} {problem}.")
+    reader = _Reader(files)
+    dataset = store.as_dataset(reader.conversations(), expected=sum(file.stat().st_size for file in files))
+    reader.conclude()
+    return dataset
 
 
-def labels(files: Sequence[Path]) -> list[str]:
-    """A file's name; with its directory where another has the same name, with all of its path where that is no help."""
+def file_labels(files: Sequence[Path]) -> list[str]:
+    """The shortest unambiguous label of each file: its name, its directory and name, or its path."""
     names = [file.name for file in files]
     longer = [f"{file.parent.name}/{file.name}" for file in files]
     return [
@@ -53,42 +51,39 @@ def labels(files: Sequence[Path]) -> list[str]:
     ]
 
 
-def place_of(files: Sequence[Path], index: int) -> str:
-    """Where `read_conversations` read a conversation: "records.jsonl:17"."""
-    places = ((label, line) for file, label in zip(files, labels(files), strict=True) for line, _ in records.read(file))
-    label, line = next(islice(places, index, None))
-    return f"{label}:{line}"
+def locate_record(files: Sequence[Path], index: int) -> str:
+    """Where `read_conversations` found a conversation, such as "records.jsonl:17"."""
+    labelled = zip(files, file_labels(files), strict=True)
+    places = (f"{label}:{line}" for file, label in labelled for line, _ in records.read_records(file))
+    return next(islice(places, index, None))
 
 
-class _Checking:
-    """One reading of files, and what was found on the way."""
-
+class _Reader:
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
         self.records = self.bad = self.empty = self.more_problems = 0
         self.problems: list[str] = []
         self.ignored: Counter[str] = Counter()
-        self.labels = labels(files)
-        self.is_due = Every()
 
     def conversations(self) -> Iterator[Conversation]:
-        """Those that are good; after the first bad one none, for they will not be used."""
-        for file, label in zip(self.files, self.labels, strict=True):
+        """Yield conversations up to the first problem, then only collect problems."""
+        is_due = Every()
+        for file, label in zip(self.files, file_labels(self.files), strict=True):
             before = self.records
-            for line, record in records.read(file):
+            for line, record in records.read_records(file):
                 self.records += 1
-                made = record if isinstance(record, Bad) else schema.conversation(record)
-                if isinstance(made, Bad):
+                found = record if isinstance(record, BadRecord) else schema.normalise_record(record)
+                if isinstance(found, BadRecord):
                     self.bad += 1
-                    self._add(f"{label}:{line}: {problem}" for problem in made.problems)
+                    self._add(f"{label}:{line}: {problem}" for problem in found.problems)
                 elif not self.problems:
-                    self.ignored.update(schema.keys_not_read(cast(dict[str, Any], record)))
-                    yield made
-                if self.is_due():
+                    self.ignored.update(schema.unread_keys(cast(dict[str, Any], record)))
+                    yield found
+                if is_due():
                     print(f"{label}: {self.records - before:,} records checked", flush=True)
             if self.records == before:
                 self.empty += 1
-                self._add([f"{label}: holds no record; write one JSON object on each line, or leave the file out"])
+                self._add([f"{label}: has no records; write one JSON object per line, or leave the file out"])
 
     def _add(self, problems: Iterable[str]) -> None:
         for problem in problems:
@@ -98,94 +93,94 @@ class _Checking:
                 self.more_problems += 1
 
     def conclude(self) -> None:
+        """Raise DataError if there were problems, and print the ignored keys."""
         what = str(self.files[0]) if len(self.files) == 1 else f"{len(self.files)} files"
         if not self.records:
-            raise DataError(f"{what} holds no record; write one JSON object on each line.", [])
+            raise DataError(f"{what} has no records; write one JSON object per line.", [])
         if self.problems:
-            empty = f", and {self.empty} of the files hold none" if self.empty else ""
+            empty = f", and {self.empty} of the files have none" if self.empty else ""
             summary = f"{what}: {self.bad} of {self.records} records cannot be used{empty}."
             raise DataError(summary, self.problems, more=self.more_problems)
         if self.ignored:
-            counts = ", ".join(f"{named(key)} in {count} records" for key, count in self.ignored.most_common(10))
+            counts = ", ".join(f"{quote(key)} in {count} records" for key, count in self.ignored.most_common(10))
             more = f" and {len(self.ignored) - 10} more" if len(self.ignored) > 10 else ""
             name = self.files[0].name if len(self.files) == 1 else what
-            print(f"{name}: keys beside the conversation, not read: {counts}{more}.", flush=True)
+            print(f"{name}: ignored keys of records: {counts}{more}.", flush=True)
 
 
-class Asked(NamedTuple):
-    """What two conversations are compared by, in 8 bytes each: of a million, two are alike by chance once in 40 million
-    data sets."""
+class PromptDigests(NamedTuple):
+    """Hashes by which two conversations are compared; at 8 bytes, a million collide once in 40 million data sets."""
 
-    whole: int  # the system prompt and everything that the user says
-    texts: frozenset[int]  # those of the user's that say something: "Спасибо" stands in many conversations
+    prompt: int  # the system prompt and all user texts
+    texts: frozenset[int]  # user texts except short ones: many conversations have "Спасибо"
 
     @classmethod
     def of(cls, messages: Iterable[Mapping[str, Any]]) -> Self:
-        said = [(item["role"], _plain(item["content"])) for item in messages if item["role"] in ("system", "user")]
-        texts = frozenset(_digest(text) for role, text in said if role == "user" and text.count(" ") >= _SHORT)
-        return cls(_digest("\n".join(text for _, text in said)), texts)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold()
+        texts = [
+            (item["role"], " ".join(item["content"].split()).casefold())
+            for item in messages
+            if item["role"] in ("system", "user")
+        ]
+        questions = frozenset(_digest(text) for role, text in texts if role == "user" and text.count(" ") >= _SHORT)
+        return cls(_digest("\n".join(text for _, text in texts)), questions)
 
 
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
 
-def _many(total: int) -> int:
-    """A text in more conversations than these is an instruction, and tells none of them apart."""
+def _max_sharing(total: int) -> int:
+    """A text in more conversations than these is an instruction, not a question."""
     return max(10, total // 5)
 
 
 def asking_alike(these: "Dataset", those: "Dataset") -> list[int]:
-    """The indices of `those` that ask what one of `these` asks."""
-    wholes: set[int] = set()
+    """The indices of `those` that ask the same as one of `these`."""
+    prompts: set[int] = set()
     texts: Counter[int] = Counter()
-    for each in store.conversations(these):
-        asked = Asked.of(each["messages"])
-        wholes.add(asked.whole)
-        texts.update(asked.texts)
-    most = _many(len(these))
-    found = (Asked.of(each["messages"]) for each in store.conversations(those))
+    for each in store.iter_conversations(these):
+        digests = PromptDigests.of(each["messages"])
+        prompts.add(digests.prompt)
+        texts.update(digests.texts)
+    most = _max_sharing(len(these))
+    found = (PromptDigests.of(each["messages"]) for each in store.iter_conversations(those))
     return [
         index
-        for index, asked in enumerate(found)
-        if asked.whole in wholes or any(0 < texts[text] <= most for text in asked.texts)
+        for index, digests in enumerate(found)
+        if digests.prompt in prompts or any(0 < texts[text] <= most for text in digests.texts)
     ]
 
 
 def split_conversations(conversations: "Dataset", *, eval_fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:
-    """(train, held_out): the parts of `split_indices`."""
+    """(train, held_out); see `split_indices`."""
     train, held_out = split_indices(conversations, eval_fraction=eval_fraction, seed=seed)
-    return store.select(conversations, train), store.select(conversations, held_out)
+    return store.select_rows(conversations, train), store.select_rows(conversations, held_out)
 
 
 def split_indices(conversations: "Dataset", *, eval_fraction: float, seed: int) -> tuple["array[int]", "array[int]"]:
-    """(train, held_out): shuffled once, at least one held out, no question on both sides.
+    """Shuffle once with `seed`, hold out at least one conversation, and ask no question in both parts.
 
-    Conversations with a user's text in common go to the same side, but for short ones ("Спасибо") and for those that
-    many share (an instruction); a group too big for the fraction is trained on.
+    Conversations with a common user text stay together, except for short texts ("Спасибо") and instructions that many
+    share. A group that is too big for the fraction goes to training.
     """
     if isinstance(eval_fraction, bool) or not isinstance(eval_fraction, int | float) or not 0 < eval_fraction < 1:
         raise SaigaError(f"eval_fraction={eval_fraction!r} must be a number between 0 and 1, such as 0.05.")
     order = array("q", range(len(conversations)))
     random.Random(seed).shuffle(order)
-    group_of = _groups(conversations)
+    group_of = _group(conversations)
     groups = sum(group == index for index, group in enumerate(group_of))
     if groups < 2:
         raise SaigaError(
-            f"{len(order)} conversations with {groups} distinct prompts cannot be split: at least 2 are needed, "
-            "with no text of the user in common. Add records or give a held_out file."
+            f"{len(order)} conversations with {groups} distinct prompts cannot be split: at least 2 without a common "
+            "user text are needed. Add records or set held_out to a file."
         )
-    is_held_out = _held_out(order, group_of, min(len(order) - 1, max(1, round(eval_fraction * len(order)))))
+    is_held_out = _choose_groups(order, group_of, min(len(order) - 1, max(1, round(eval_fraction * len(order)))))
     train = array("q", (index for index in order if not is_held_out[group_of[index]]))
     return train, array("q", (index for index in order if is_held_out[group_of[index]]))
 
 
-def _groups(conversations: "Dataset") -> "array[int]":
-    """For each conversation the first of those that share a text with it, directly or through others."""
+def _group(conversations: "Dataset") -> "array[int]":
+    """For each conversation the first of those with which it shares a text, directly or through others."""
     parent = array("q", range(len(conversations)))
 
     def root(index: int) -> int:
@@ -201,20 +196,19 @@ def _groups(conversations: "Dataset") -> "array[int]":
                 first, second = sorted((root(owners[places[0]]), root(owners[place])))
                 parent[second] = first
 
-    wholes, digests, owners = array("Q"), array("Q"), array("q")
-    for index, conversation in enumerate(store.conversations(conversations)):
-        asked = Asked.of(conversation["messages"])
-        wholes.append(asked.whole)
-        for digest in asked.texts:
-            digests.append(digest)
-            owners.append(index)
-    unite(wholes, array("q", range(len(wholes))), len(wholes))
-    unite(digests, owners, _many(len(wholes)))
+    prompts, texts, owners = array("Q"), array("Q"), array("q")
+    for index, conversation in enumerate(store.iter_conversations(conversations)):
+        digests = PromptDigests.of(conversation["messages"])
+        prompts.append(digests.prompt)
+        texts.extend(digests.texts)
+        owners.extend([index] * len(digests.texts))
+    unite(prompts, array("q", range(len(prompts))), len(prompts))
+    unite(texts, owners, _max_sharing(len(prompts)))
     return array("q", map(root, range(len(parent))))
 
 
-def _held_out(order: Sequence[int], group_of: Sequence[int], wanted: int) -> bytearray:
-    """1 at each group to hold out: in this order those that fit into `wanted`, else the smallest one."""
+def _choose_groups(order: Sequence[int], group_of: Sequence[int], wanted: int) -> bytearray:
+    """1 at each group to hold out: in this order those that fit into `wanted`, or else the smallest."""
     sizes = array("q", bytes(8 * len(order)))
     for group in group_of:
         sizes[group] += 1
@@ -224,8 +218,7 @@ def _held_out(order: Sequence[int], group_of: Sequence[int], wanted: int) -> byt
         if seen[group]:
             continue
         seen[group] = 1
-        if sizes[group] < sizes[smallest]:
-            smallest = group
+        smallest = min(smallest, group, key=sizes.__getitem__)
         if taken + sizes[group] <= wanted:
             chosen[group] = 1
             taken += sizes[group]
@@ -235,41 +228,30 @@ def _held_out(order: Sequence[int], group_of: Sequence[int], wanted: int) -> byt
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
-    """At most `count`, evenly over the items, which may be sorted by kind."""
+    """Pick at most `count` items at even distances, since they may be sorted by kind."""
     taken = min(count, len(items))
     return [items[index * len(items) // taken] for index in range(taken)]
 
 
-class CommonSystemPrompt:
-    """Finds the one system prompt of all conversations that are added."""
-
-    def __init__(self) -> None:
-        self._found: set[str] = set()
-
-    def add(self, conversation: Mapping[str, Any]) -> None:
-        if len(self._found) < 2:
-            first = conversation["messages"][0]
-            self._found.add(first["content"] if first["role"] == "system" else "")
-
-    @property
-    def value(self) -> str | None:
-        """An empty string if no conversation has a system prompt, None if they differ."""
-        return next(iter(self._found)) if len(self._found) == 1 else None
+def system_prompt(conversation: Mapping[str, Any]) -> str:
+    """An empty string if there is none."""
+    first = conversation["messages"][0]
+    return str(first["content"]) if first["role"] == "system" else ""
 
 
 def common_system_prompt(conversations: Iterable[Mapping[str, Any]]) -> str | None:
-    """See `CommonSystemPrompt.value`; reads no further than to the first that differs."""
-    prompt = CommonSystemPrompt()
-    for conversation in store.conversations(conversations):
-        prompt.add(conversation)
-        if prompt.value is None:
+    """The system prompt of all conversations, empty if none has one, None if they differ."""
+    found: set[str] = set()
+    for conversation in store.iter_conversations(conversations):
+        found.add(system_prompt(conversation))
+        if len(found) > 1:
             break
-    return prompt.value
+    return found.pop() if len(found) == 1 else None
 
 
 def write_conversations(conversations: Iterable[Mapping[str, Any]], file: str | Path) -> Path:
-    """JSONL, complete or absent. Only "\n" looks like a line's end in it, even to str.splitlines."""
+    """Write JSONL, completely or not at all, in which only "\n" ends a line, even for str.splitlines."""
     path = Path(file)
     with replacing(path) as partial, partial.open("wb") as stream:
-        stream.writelines(map(as_line, store.conversations(conversations)))
+        stream.writelines(map(store.to_json_line, store.iter_conversations(conversations)))
     return path

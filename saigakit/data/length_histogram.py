@@ -1,4 +1,4 @@
-"""How many tokens conversations have, into a picture with the limit."""
+"""Plot the lengths of conversations with the limit."""
 
 import bisect
 import math
@@ -16,33 +16,33 @@ _BLUE, _RED = "#1a73e8", "#d93025"
 
 
 def _edges(lengths: Sequence[int], limit: int) -> list[float]:
-    """Logarithmic, and the limit is one of them: no bar is of both kinds."""
+    """Logarithmic, with the limit as an edge, so that no bar crosses it."""
     border = limit + 0.5
     shortest, longest = min(*lengths, limit), max(*lengths, limit) + 1
     steps = range(math.floor(8 * math.log2(shortest / border)), math.ceil(8 * math.log2(longest / border)) + 1)
     return [border * 2 ** (step / 8) for step in steps]
 
 
-def histogram(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """[from, to, conversations] of each bar of the picture that is not empty; tokens, both ends included."""
+def count_bars(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """[from, to, conversations] of each bar that is not empty; tokens, both ends included."""
     edges = _edges(lengths, limit)
     counts = Counter(bisect.bisect_right(edges, tokens) - 1 for tokens in lengths)
     return [[math.ceil(edges[bar]), math.ceil(edges[bar + 1]) - 1, counts[bar]] for bar in sorted(counts)]
 
 
-def table(bars: Sequence[Sequence[int]], limit: int) -> Table:
-    """The picture for a terminal."""
+def make_table(bars: Sequence[Sequence[int]], limit: int) -> Table:
+    """Show the bars in a terminal."""
     most = max(count for *_, count in bars)
     rows = []
     for first, last, count in bars:
         bar = ("█" if last <= limit else "░") * math.ceil(_WIDTH * count / most)
         rows.append((f"{first:,}–{last:,}", f"{count:,}", bar.ljust(_WIDTH)))
-    note = f"░ длиннее предела {limit:,} · over the limit"
+    note = f"░ длиннее {limit:,} токенов · over the limit"
     return Table(("токенов · tokens", "диалогов · conversations", ""), rows, note)
 
 
 def plot(lengths: Sequence[int], limit: int) -> "Figure":
-    """How many conversations have how many tokens, those beyond the limit in red; logarithmic, so that both show."""
+    """Conversations over the limit are red; the axis is logarithmic, so that both kinds are visible."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, NullLocator
 
@@ -50,21 +50,20 @@ def plot(lengths: Sequence[int], limit: int) -> "Figure":
     axes = figure.subplots()
     shortest, longest, border = min(*lengths, limit), max(*lengths, limit) + 1, limit + 0.5
     edges = _edges(lengths, limit)
-    fits = [tokens for tokens in lengths if tokens <= limit]
-    axes.hist(fits, edges, color=_BLUE, rwidth=0.92, label=f"{len(fits):,} помещаются (fit)")
+    fitting = [tokens for tokens in lengths if tokens <= limit]
+    axes.hist(fitting, edges, color=_BLUE, rwidth=0.92, label=f"{len(fitting):,} помещаются (fit)")
     if too_long := [tokens for tokens in lengths if tokens > limit]:
-        label = f"{len(too_long):,} длиннее (over the limit)"
-        axes.hist(too_long, edges, color=_RED, rwidth=0.92, label=label)
-    axes.axvline(border, color=_RED, linestyle="--", label=f"предел {limit:,} (max_seq_length)")
+        axes.hist(too_long, edges, color=_RED, rwidth=0.92, label=f"{len(too_long):,} длиннее (over the limit)")
+    axes.axvline(border, color=_RED, linestyle="--", label=f"лимит {limit:,} (max_seq_length)")
     axes.set_xscale("log", base=2)
     ticks = [2**power for power in range(math.floor(math.log2(shortest)), math.ceil(math.log2(longest)) + 1)]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(shortest / 1.1, longest * 1.1)
-    axes.set_xlabel("токенов в диалоге\ntokens of a conversation")
+    axes.set_xlabel("токенов в диалоге\ntokens per conversation")
     axes.set_ylabel("диалогов\nconversations")
-    axes.set_title("Длина диалогов / how long the conversations are", fontsize=11)
+    axes.set_title("Длина диалогов / lengths of conversations", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure

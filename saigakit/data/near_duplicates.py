@@ -1,4 +1,4 @@
-"""What users say into signatures of 128 bytes, and those into near-duplicates: records with most phrases in common."""
+"""Find near-duplicates: records whose user texts have most phrases in common."""
 
 import math
 import re
@@ -19,30 +19,31 @@ if TYPE_CHECKING:
     Indices = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
     Flags = np.ndarray[tuple[int, ...], np.dtype[np.bool]]
 
-SAMPLE = 1000  # records in which boilerplate is looked for
-THRESHOLD = 0.65  # the Jaccard similarity from which two records are near
-MIN_SHINGLES = 10  # fewer say too little: such records are compared exactly alone
-_SHARED_BY, _SHARED_AT_LEAST, _SHARED_AT_MOST = 0.2, 10, 50  # of the sample, by records: what makes boilerplate
+SAMPLE = 1000  # records that are searched for boilerplate
+THRESHOLD = 0.65  # the Jaccard similarity above which two records are near-duplicates
+MIN_SHINGLES = 10  # records with fewer are only compared exactly
+_SHARED_BY, _SHARED_AT_LEAST, _SHARED_AT_MOST = 0.2, 10, 50  # of the sample: how many records share boilerplate
 _SLOTS = 128  # the standard error of a similarity of 0.7 is 0.03
-_SAME_BY_CHANCE = 1 / 256  # one byte is kept of each slot
+_SAME_BY_CHANCE = 1 / 256  # each slot is reduced to one byte
 _LEAST_SAME = math.ceil(_SLOTS * (THRESHOLD + (1 - THRESHOLD) * _SAME_BY_CHANCE))
 _BAND = 5  # slots that candidates share: a similarity of 0.75 does in one of the 25 bands with probability 0.999
-_KEY = 8  # slots of a sort key; those beyond the band put the most similar of a big band side by side
-_BANDS = range(0, _SLOTS - _KEY + 1, _BAND)  # where they begin
+_KEY = 8  # slots of a sort key; those beyond the band sort the most similar of a big band together
+_BANDS = range(0, _SLOTS - _KEY + 1, _BAND)  # their first slots
 _NEIGHBOURS = 2  # compared on each side; 1 misses none of 500 among 60,000 that share half of their sentences
 _SEED = 42
 _BATCH = 1000  # records; rensa signs a batch in one call
-_VERIFIED = 1 << 16  # verified at once, 8 MiB of slots
+_BEYOND_BAND = 8 * (_KEY - _BAND)  # bits of a sort key
+_VERIFIED = 1 << 16  # pairs verified at once, 8 MiB of slots
 _WORDS = re.compile(r"\w+")
-_CHANGED_WORD = re.compile(rb"(?<=\x01\x01)\x00{1,2}(?=\x01\x01)")  # amid boilerplate: a word of it was edited
+_CHANGED_WORD = re.compile(rb"(?<=\x01\x01)\x00{1,2}(?=\x01\x01)")  # an edited word within boilerplate
 
 
 @dataclass(frozen=True)
 class Signatures:
-    """One row per record. `judged` is False where too little is left to compare but exactly."""
+    """One row per record. `judged` is False for records that are only compared exactly."""
 
     slots: "Slots"
-    texts: "Keys"  # a hash of the text as it is: equal texts are exact duplicates, which are counted elsewhere
+    texts: "Keys"  # hashes: equal texts are exact duplicates, which are counted elsewhere
     judged: "Flags"
 
     def __len__(self) -> int:
@@ -50,10 +51,7 @@ class Signatures:
 
 
 class Signer:
-    """Texts into Signatures, one by one as they stream by: 137 bytes of each are held, and the phrases of a batch.
-
-    `boilerplate` is the same for all that is compared.
-    """
+    """Make Signatures from a stream of texts, 137 bytes each. Use one `boilerplate` for all that is compared."""
 
     def __init__(self, boilerplate: frozenset[str]) -> None:
         self._boilerplate = boilerplate
@@ -61,7 +59,7 @@ class Signer:
         self._batch: list[list[str]] = []
 
     def add(self, text: str) -> None:
-        own = shingles(text, self._boilerplate)
+        own = split_shingles(text, self._boilerplate)
         self._judged.append(len(set(own)) >= MIN_SHINGLES)
         self._texts.append(int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()))
         self._batch.append(own)
@@ -69,7 +67,6 @@ class Signer:
             self._sign()
 
     def finish(self) -> Signatures:
-        """Nothing can be added after it."""
         import numpy as np
 
         self._sign()
@@ -85,16 +82,15 @@ class Signer:
         self._batch = []
 
 
-def said_by_user(messages: Iterable[Mapping[str, Any]]) -> str:
-    """What records are compared by: all turns of the user."""
+def join_user_texts(messages: Iterable[Mapping[str, Any]]) -> str:
+    """The text by which records are compared."""
     return "\n".join(message["content"] for message in messages if message["role"] == "user")
 
 
-def boilerplate(texts: Iterable[str]) -> frozenset[str]:
-    """The phrases that many of the first SAMPLE texts share, such as a common instruction: they tell nothing apart.
+def find_boilerplate(texts: Iterable[str]) -> frozenset[str]:
+    """Phrases, such as a common instruction, that more than 20 % of the first SAMPLE texts share, and at least 10.
 
-    Shared by more than 1 text in 5 and by 10 at least; 50 suffice, because an instruction may have several wordings.
-    Give texts spread over all records, which may be sorted by kind.
+    50 texts suffice, because an instruction may have several wordings. Pick texts from all over the records.
     """
     counts: Counter[str] = Counter()
     sampled = 0
@@ -105,15 +101,15 @@ def boilerplate(texts: Iterable[str]) -> frozenset[str]:
     return frozenset(shingle for shingle, count in counts.items() if count >= least)
 
 
-def shingles(text: str, common: frozenset[str]) -> list[str]:
-    """What of a text is compared: each two words that follow each other, but for boilerplate and changes in it."""
+def split_shingles(text: str, common: frozenset[str]) -> list[str]:
+    """The pairs of adjacent words, without boilerplate and edited words in it."""
     pairs = _pairs(text)
     is_common = bytes(map(common.__contains__, pairs))
     return list(compress(pairs, map(not_, _CHANGED_WORD.sub(lambda run: b"\x01" * len(run[0]), is_common))))
 
 
-def within(records: Signatures) -> "Indices":
-    """For each record the index of an earlier near one, else -1; -1 for what repeats an earlier text exactly too."""
+def find_within(records: Signatures) -> "Indices":
+    """For each record the index of an earlier near-duplicate or -1; also -1 for exact duplicates."""
     import numpy as np
 
     near = np.full(len(records), -1)
@@ -121,29 +117,29 @@ def within(records: Signatures) -> "Indices":
     for start in _BANDS:
         keys, ordered = _sorted(records, rows, start)
         for apart in range(1, _NEIGHBOURS + 1):
-            together = _share_a_band(keys[apart:], keys[:-apart])
+            together = keys[apart:] >> _BEYOND_BAND == keys[:-apart] >> _BEYOND_BAND
             one, other = ordered[apart:][together], ordered[:-apart][together]
-            _settle(near, np.maximum(one, other), np.minimum(one, other), records, records)
+            _verify(near, np.maximum(one, other), np.minimum(one, other), records, records)
     return near
 
 
-def across(records: Signatures, training: Signatures) -> "Indices":
-    """For each record the index of a near one in training, else -1; -1 for a text that training has exactly too."""
+def find_across(records: Signatures, training: Signatures) -> "Indices":
+    """For each record the index of a near-duplicate in training or -1; also -1 for exact duplicates."""
     import numpy as np
 
     near = np.full(len(records), -1)
-    asked = np.flatnonzero(records.judged & ~np.isin(records.texts, training.texts))
+    candidates = np.flatnonzero(records.judged & ~np.isin(records.texts, training.texts))
     rows = _distinct(training)
     if not len(rows):
         return near
     for start in _BANDS:
         keys, ordered = _sorted(training, rows, start)
-        own = _keys(records, asked, start)
+        own = _keys(records, candidates, start)
         position = np.searchsorted(keys, own)
         for apart in range(-_NEIGHBOURS, _NEIGHBOURS):
             at = np.clip(position + apart, 0, len(keys) - 1)
-            together = _share_a_band(keys[at], own)
-            _settle(near, asked[together], ordered[at[together]], records, training)
+            together = keys[at] >> _BEYOND_BAND == own >> _BEYOND_BAND
+            _verify(near, candidates[together], ordered[at[together]], records, training)
     return near
 
 
@@ -152,7 +148,7 @@ def _pairs(text: str) -> list[str]:
 
 
 def _distinct(records: Signatures) -> "Indices":
-    """The first record of each text, in the order of the records."""
+    """The first record with each text, in order."""
     import numpy as np
 
     first = np.unique(records.texts, return_index=True)[1]
@@ -160,9 +156,7 @@ def _distinct(records: Signatures) -> "Indices":
 
 
 def _keys(records: Signatures, rows: "Indices", start: int) -> "Keys":
-    import numpy as np
-
-    return records.slots[rows, start : start + _KEY].view(">u8").ravel().astype(np.uint64)
+    return records.slots[rows, start : start + _KEY].view(">u8").ravel().astype("uint64")
 
 
 def _sorted(records: Signatures, rows: "Indices", start: int) -> tuple["Keys", "Indices"]:
@@ -171,14 +165,8 @@ def _sorted(records: Signatures, rows: "Indices", start: int) -> tuple["Keys", "
     return keys[order], rows[order]
 
 
-def _share_a_band(keys: "Keys", others: "Keys") -> "Flags":
-    beyond = 8 * (_KEY - _BAND)  # bits
-    same: Flags = (keys >> beyond) == (others >> beyond)
-    return same
-
-
-def _settle(near: "Indices", rows: "Indices", others: "Indices", records: Signatures, among: Signatures) -> None:
-    """Notes in `near` those of the candidate pairs that are near by their whole signatures."""
+def _verify(near: "Indices", rows: "Indices", others: "Indices", records: Signatures, among: Signatures) -> None:
+    """Compare the full signatures of candidate pairs and enter near-duplicates in `near`."""
     is_open = near[rows] < 0
     rows, others = rows[is_open], others[is_open]
     for start in range(0, len(rows), _VERIFIED):

@@ -1,4 +1,4 @@
-"""A file (JSONL or a JSON array, gzipped or not, or Parquet) into (line, record); a bad record does not end it."""
+"""Read records with their line numbers from JSONL, JSON arrays (both optionally gzipped) and Parquet."""
 
 import codecs
 import gzip
@@ -15,33 +15,33 @@ from saigakit.errors import SaigaError
 if TYPE_CHECKING:
     import pyarrow
 
-# What is taken of a directory or a data set.
+# The files that are read of a directory or a data set.
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".json.gz", ".parquet")
-LINE_LIMIT = 100 * 10**6  # bytes; a conversation is never that long, a file without line ends is
-ARRAY_LIMIT = 10**9  # bytes of a JSON array, which is read as a whole
+LINE_LIMIT = 100 * 10**6  # bytes; no conversation is that long, but a file without line ends is
+ARRAY_LIMIT = 10**9  # bytes of a JSON array, which is read into memory
 _PARQUET_MAGIC = b"PAR1"
 _PARQUET_ROWS = 256  # that are Python objects at once
-_TABLE = "is a table; write it as JSONL or Parquet with the columns user and bot (and system), or messages"
-REFUSED = {  # endings of what is not read, and what to do
-    ".zst": "is compressed by zstd; unpack it with `zstd -d`, or compress it by gzip instead",
+_TABLE = "is a table; convert it to JSONL or Parquet with the columns user and bot (and system), or messages"
+REFUSED = {  # what to do about other kinds of files
+    ".zst": "is compressed with zstd; decompress it with `zstd -d`, or use gzip instead",
     ".csv": _TABLE,
     ".xlsx": _TABLE,
     ".zip": "is an archive; unpack it and name the file or the directory in it",
-    ".parquet.gz": "is a gzipped Parquet file; unpack it with `gunzip`",
+    ".parquet.gz": "is a gzipped Parquet file; decompress it with `gunzip`",
 }
 
 
 @dataclass(frozen=True)
-class Bad:
-    """In place of a record: "field: what is wrong; what to do"."""
+class BadRecord:
+    """The problems of a record, each as "field: what is wrong; what to do"."""
 
     problems: tuple[str, ...]
 
 
-def read(path: Path) -> Iterator[tuple[int, object]]:
-    """(line, record), or Bad for one; in Parquet the row's number is the line.
+def read_records(path: Path) -> Iterator[tuple[int, object]]:
+    """Yield (line, record or BadRecord); the "line" in Parquet is the number of the row.
 
-    Raises SaigaError where the file is damaged as a whole, or of a kind that is not read.
+    Raises SaigaError if the file itself is damaged or of an unsupported kind.
     """
     for ending, remedy in REFUSED.items():
         if path.name.lower().removesuffix(".gz" if ending.count(".") == 1 else "").endswith(ending):
@@ -52,16 +52,12 @@ def read(path: Path) -> Iterator[tuple[int, object]]:
         yield from _parquet_rows(path)
         return
     try:
-        yield from _json_records(path)
+        with _open(path) as stream:
+            is_array = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        with _open(path) as stream:
+            yield from _array_items(stream) if is_array else _line_records(stream)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise SaigaError(f"{path} is not a whole gzip file ({error}); copy it again.") from None
-
-
-def _json_records(path: Path) -> Iterator[tuple[int, object]]:
-    with _open(path) as stream:
-        is_array = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-    with _open(path) as stream:
-        yield from _array_items(stream) if is_array else _line_records(stream)
+        raise SaigaError(f"{path} is a damaged gzip file ({error}); copy it again.") from None
 
 
 def _open(path: Path) -> BinaryIO:
@@ -69,7 +65,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _line_records(stream: BinaryIO) -> Iterator[tuple[int, object]]:
-    """Only "\\n" ends a line: str.splitlines would also cut at U+2028 inside a text."""
+    """Only "\\n" ends a line: str.splitlines would also split at U+2028 in a text."""
     number = 0
     while line := stream.readline(LINE_LIMIT + 1):
         number += 1
@@ -77,63 +73,60 @@ def _line_records(stream: BinaryIO) -> Iterator[tuple[int, object]]:
             while line and not line.endswith(b"\n"):
                 line = stream.readline(LINE_LIMIT)
             limit = LINE_LIMIT // 10**6
-            yield number, Bad((f"line: is longer than {limit} MB; write one record on each line",))
+            yield number, BadRecord((f"line: is longer than {limit} MB; write one record per line",))
             continue
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if line := line.strip():
-            yield number, _parsed(line)
+            try:
+                record = parse_json(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                record = _bad_json(error, "write one complete JSON object per line")
+            yield number, record
 
 
-def _parsed(line: bytes) -> object:
-    try:
-        return parse(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        return _broken(error, "write one whole JSON object on each line")
-
-
-def parse(text: str) -> object:
-    """JSON of a text. Raises ValueError, also where a key is there twice, or RecursionError."""
+def parse_json(text: str) -> object:
+    """Raises ValueError, also for duplicate keys, or RecursionError."""
     return _DECODER.decode(text)
 
 
-def reason(error: ValueError | RecursionError) -> str:
-    """Why `parse` refused a text, in words that follow "is"."""
+def explain_json_error(error: ValueError | RecursionError) -> str:
+    """Why `parse_json` failed, in words that follow "is"."""
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 (byte 0x{error.object[error.start]:02x})"
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-    return f"broken JSON ({what})"
+    detail = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return f"invalid JSON ({detail})"
 
 
-def _broken(error: ValueError | RecursionError, remedy: str) -> Bad:
+def _bad_json(error: ValueError | RecursionError, remedy: str) -> BadRecord:
     remedy = "save the file as UTF-8" if isinstance(error, UnicodeDecodeError) else remedy
-    return Bad((f"line: is {reason(error)}; {remedy}",))
+    return BadRecord((f"line: is {explain_json_error(error)}; {remedy}",))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json.loads keeps the last of two equal keys and says nothing."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    """json.loads silently keeps the last of two equal keys."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {named(twice)} is there twice")
-    return made
+        raise ValueError(f"the key {quote(twice)} occurs twice")
+    return found
 
 
-# Made once: json.loads builds one in each call. Looking for doubled keys then costs 1 µs of 10 in 2 KB of Russian.
+# Made once: json.loads builds one per call. Checking for duplicate keys then costs 1 µs of 10 for 2 KB of Russian.
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _array_items(stream: BinaryIO) -> Iterator[tuple[int, object]]:
     content = stream.read(ARRAY_LIMIT + 1)
     if len(content) > ARRAY_LIMIT:
-        yield 1, Bad((f"file: is a JSON array of more than {ARRAY_LIMIT / 10**9:g} GB; write it as JSONL",))
+        yield 1, BadRecord((f"file: is a JSON array of more than {ARRAY_LIMIT / 10**9:g} GB; write it as JSONL",))
         return
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        yield content.count(b"\n", 0, error.start) + 1, _broken(error, "")
+        yield content.count(b"\n", 0, error.start) + 1, _bad_json(error, "")
         return
     line = counted = 0
     for place, record in _items(text):
@@ -142,24 +135,24 @@ def _array_items(stream: BinaryIO) -> Iterator[tuple[int, object]]:
 
 
 def _items(text: str) -> Iterator[tuple[int, object]]:
-    """(offset, item) of a JSON array; it ends at the first that is broken, and says so."""
+    """Yield (offset, item) of a JSON array up to the first broken one."""
     place = _after_blanks(text, text.index("[") + 1)
     is_over = text.startswith("]", place)
     while not is_over:
         try:
             record, end = _DECODER.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
-            yield place, _broken(error, "mend the array; what follows was not read")
+            yield place, _bad_json(error, "fix the array; the rest of it was not read")
             return
         yield place, record
         place = _after_blanks(text, end)
         is_over = text.startswith("]", place)
         if not is_over and not text.startswith(",", place):
-            yield place, Bad(("line: a comma or ] is missing; mend the array; what follows was not read",))
+            yield place, BadRecord(("line: a comma or ] is missing; fix the array; the rest of it was not read",))
             return
         place = place if is_over else _after_blanks(text, place + 1)
     if text[place + 1 :].strip():
-        yield place, Bad(("line: there is text after the end of the JSON array; make it one array",))
+        yield place, BadRecord(("line: there is text after the end of the JSON array; write a single array",))
 
 
 def _after_blanks(text: str, place: int) -> int:
@@ -174,35 +167,30 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
 
     number = 0
     try:
-        # With a buffer, a row group is read piece by piece; without one, as a whole.
+        # With a buffer, a row group is read piece by piece; without one, all at once.
         with parquet.ParquetFile(path, buffer_size=2**20) as file:
-            as_json = _converter(pyarrow.struct(list(file.schema_arrow)))
+            to_json = _converter(pyarrow.struct(list(file.schema_arrow)))
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, _converted(row, as_json)
-    except (OverflowError, UnicodeDecodeError) as error:  # a time that Python cannot hold, a text that is no UTF-8
-        raise SaigaError(f"{path}, after row {number}: {error}. Remove the column that holds it.") from None
+                    try:
+                        record = to_json(row)
+                    except ValueError as error:
+                        record = BadRecord((f"record: {error}; keep one",))
+                    yield number, record
+    except (OverflowError, UnicodeDecodeError) as error:  # a time that Python cannot represent, or invalid UTF-8
+        raise SaigaError(f"{path}, after row {number}: {error}. Remove the column with this value.") from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise SaigaError(
-            f"{path} is not a whole Parquet file ({' '.join(str(error).split())}); copy it again."
-        ) from None
-
-
-def _converted(row: object, as_json: Callable[[Any], Any]) -> object:
-    try:
-        return as_json(row)
-    except ValueError as error:
-        return Bad((f"record: {error}; keep one",))
+        raise SaigaError(f"{path} is a damaged Parquet file ({' '.join(str(error).split())}); copy it again.") from None
 
 
 def _converter(kind: "pyarrow.DataType") -> Callable[[Any], Any]:
-    """Into what JSON would give: a map is an object, and a field that Arrow fills with null is absent."""
+    """Convert to what JSON would give: maps to objects, and without the fields that Arrow fills with null."""
     from pyarrow import types
 
     if types.is_struct(kind):
         fields = [(field.name, _converter(field.type)) for field in kind]
-        return lambda value: {name: made(value[name]) for name, made in fields if value[name] is not None}
+        return lambda value: {name: convert(value[name]) for name, convert in fields if value[name] is not None}
     if types.is_map(kind) and (types.is_string(kind.key_type) or types.is_large_string(kind.key_type)):
         item = _converter(kind.item_type)
         return lambda pairs: _object([(key, item(value)) for key, value in pairs if value is not None])
@@ -212,6 +200,6 @@ def _converter(kind: "pyarrow.DataType") -> Callable[[Any], Any]:
     return lambda value: value
 
 
-def named(key: str) -> str:
-    """Short, on one line, and printable whatever is in it."""
+def quote(key: str) -> str:
+    """Shorten a key and make it printable on one line."""
     return repr(key if len(key) <= 40 else key[:40] + "…")

@@ -1,4 +1,4 @@
-"""Keep conversations and token rows as a `datasets.Dataset`, mapped from a file that ends with the process."""
+"""Store conversations and token rows as a `datasets.Dataset` in a memory-mapped temporary file."""
 
 import json
 import mmap
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from saigakit.core import workspace
 from saigakit.data.schema import Conversation
+from saigakit.prompt.template import drop_nulls
 
 if TYPE_CHECKING:
     import pyarrow
@@ -24,10 +25,9 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 def as_dataset(conversations: Iterable[Conversation], *, expected: int = 0) -> "Dataset":
-    """The columns are "messages" and, if any conversation has them, "tools".
+    """Keep only the optional keys that any conversation has, with null for the others.
 
-    A message has the keys that any message of any conversation has, null where it lacks one. `expected`: bytes that
-    the copy has at least. Raises SaigaError if the disk has no room for it.
+    `expected`: the minimum size of the copy in bytes. Raises SaigaError if the disk is full.
     """
     import pyarrow
 
@@ -43,11 +43,11 @@ def as_dataset(conversations: Iterable[Conversation], *, expected: int = 0) -> "
     every_key = _schema()
     table = map_into_memory(batches(), every_key, "The checked copy of the records", expected=expected)
     schema = _schema(used)
-    return dataset_of(table.select(schema.names).cast(schema))
+    return make_dataset(table.select(schema.names).cast(schema))
 
 
 def _schema(used: Set[str] | None = None) -> "pyarrow.Schema":
-    """Of all keys, or without the optional ones that are not in `used`."""
+    """Without the optional keys that are not in `used`, if it is given."""
     import pyarrow as pa
 
     def kept(fields: Mapping[str, pa.DataType]) -> list[pa.Field]:
@@ -63,9 +63,9 @@ def _schema(used: Set[str] | None = None) -> "pyarrow.Schema":
 def map_into_memory(
     batches: Iterable["pyarrow.RecordBatch"], schema: "pyarrow.Schema", what: str, *, expected: int = 0
 ) -> "pyarrow.Table":
-    """Write `batches` to a file without a name, which ends with the process, and map it.
+    """Write `batches` to an unnamed file, which disappears with the process, and map it.
 
-    Raises SaigaError, which says that `what` needs room, if the disk is full.
+    Raises SaigaError with `what` needs the space if the disk is full.
     """
     import pyarrow
 
@@ -89,40 +89,34 @@ def map_into_memory(
     return pyarrow.ipc.open_stream(pyarrow.py_buffer(content)).read_all()
 
 
-def dataset_of(table: "pyarrow.Table") -> "Dataset":
+def make_dataset(table: "pyarrow.Table") -> "Dataset":
     from datasets import Dataset
 
-    return Dataset(table, fingerprint=uuid.uuid4().hex[:16])  # its own would be a hash of all that is in the table
+    return Dataset(table, fingerprint=uuid.uuid4().hex[:16])  # the default is a hash of the content
 
 
-def select(dataset: "Dataset", indices: Iterable[int]) -> "Dataset":
-    return dataset.select(indices, new_fingerprint=uuid.uuid4().hex[:16])  # its own would be a hash of the indices
+def select_rows(dataset: "Dataset", indices: Iterable[int]) -> "Dataset":
+    return dataset.select(indices, new_fingerprint=uuid.uuid4().hex[:16])  # the default is a hash of them
 
 
-def conversations(dataset: Iterable[Mapping[str, Any]]) -> Iterator[Conversation]:
-    """Each row of a Dataset, read by batches, or of any other collection, without its nulls."""
+def iter_conversations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Conversation]:
+    """Drop the nulls of each row. A Dataset is read in batches."""
     from datasets import Dataset
 
-    if not isinstance(dataset, Dataset):
-        yield from map(without_nulls, dataset)
-        return
-    for batch in dataset.iter(BATCH):
-        for values in zip(*batch.values(), strict=True):
-            yield without_nulls(dict(zip(batch, values, strict=True)))
+    if isinstance(rows, Dataset):
+        batches = rows.iter(BATCH)
+        rows = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
+    yield from map(clean_row, rows)
 
 
-def without_nulls(row: Mapping[str, Any]) -> Conversation:
-    """A row as the conversation that was written."""
-    made = _filled(row)
-    made["messages"] = [_filled(message) for message in row["messages"]]
-    for message in made["messages"]:
+def clean_row(row: Mapping[str, Any]) -> Conversation:
+    """Restore a conversation as it was before a Dataset filled missing keys with null."""
+    conversation = drop_nulls(row)
+    conversation["messages"] = [drop_nulls(message) for message in row["messages"]]
+    for message in conversation["messages"]:
         if "tool_calls" in message:
-            message["tool_calls"] = [_filled(call) for call in message["tool_calls"]]
-    return made
-
-
-def _filled(item: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in item.items() if value is not None}
+            message["tool_calls"] = [drop_nulls(call) for call in message["tool_calls"]]
+    return conversation
 
 
 def batched(items: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
@@ -131,9 +125,8 @@ def batched(items: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
     return iter(lambda: list(islice(source, size)), [])
 
 
-def as_line(conversation: Mapping[str, Any]) -> bytes:
-    """A conversation as a line of JSON, in which only "\n" looks like the end of a line, even to str.splitlines."""
-    row = without_nulls(conversation)
+def to_json_line(conversation: Mapping[str, Any]) -> bytes:
+    row = clean_row(conversation)
     line = _ENCODER.encode({key: row[key] for key in ("messages", "tools") if key in row})
     for character, escaped in _LINE_ENDS.items():
         line = line.replace(character, escaped)

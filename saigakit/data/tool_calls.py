@@ -1,4 +1,4 @@
-"""Tools of a record and calls of them, in the shapes people have, into OpenAI's, or into what is wrong with them."""
+"""Normalise the tools of a record and the calls of them to OpenAI's format, or list their problems."""
 
 import json
 import math
@@ -7,18 +7,17 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from saigakit.data import records
-from saigakit.data.records import named
+from saigakit.data.records import quote
 
 Call = dict[str, Any]
 Tool = dict[str, Any]
 T = TypeVar("T")
-NESTED = 100  # levels of lists and objects in tools or arguments: what is decoded later has room below Python's limit
+NESTED = 100  # levels of lists and objects in tools or arguments, well below Python's recursion limit
 _ABSENT: tuple[Any, ...] = (None, [], {}, "", "[]", "{}", "null")
-as_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
-def kind(value: object) -> str:
-    """A value's type in words."""
+def describe_type(value: object) -> str:
     if isinstance(value, list | str) and not value:
         return "empty"
     names: dict[type, str] = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
@@ -26,26 +25,26 @@ def kind(value: object) -> str:
     return names.get(type(value), f"of the type {type(value).__name__}")
 
 
-def text_problem(field: str, text: object) -> str | None:
+def text_problems(field: str, text: object) -> list[str]:
     if text is None:
-        return f"{field}: is missing; add the text"
+        return [f"{field}: is missing; add the text"]
     if not isinstance(text, str):
-        return f"{field}: is {kind(text)}; it must be a text"
+        return [f"{field}: is {describe_type(text)}; it must be a text"]
     if not text or text.isspace():
-        return f"{field}: is empty; write the text or remove the record"
-    return _half_a_character(field, text)
+        return [f"{field}: is empty; write the text or remove the record"]
+    return _surrogate_problems(field, text)
 
 
-def _half_a_character(field: str, text: str) -> str | None:
+def _surrogate_problems(field: str, text: str) -> list[str]:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        return f"{field}: holds half a character ({text[error.start]!a}); write the whole one"
-    return None
+        return [f"{field}: contains an unpaired surrogate ({text[error.start]!a}); remove it"]
+    return []
 
 
-def tools_of(record: Mapping[str, Any], problems: list[str]) -> list[Tool]:
-    """Of `tools`, or of the older `functions`; either may be the JSON of a list."""
+def read_tools(record: Mapping[str, Any], problems: list[str]) -> list[Tool]:
+    """Read `tools` or the older `functions`; either may be JSON text."""
     given = [key for key in ("tools", "functions") if record.get(key) not in _ABSENT]
     if len(given) > 1:
         problems.append("record: has both tools and functions; keep tools")
@@ -56,19 +55,19 @@ def tools_of(record: Mapping[str, Any], problems: list[str]) -> list[Tool]:
             tool = _tool(f"{field}[{index}]", item, problems)
             tools += [tool] if tool else []
     counts = Counter(tool["function"]["name"] for tool in tools)
-    problems += [f"{given[0]}: {named(name)} is there {n} times; keep one" for name, n in counts.items() if n > 1]
+    problems += [f"{given[0]}: {quote(name)} occurs {n} times; keep one" for name, n in counts.items() if n > 1]
     return tools
 
 
 def _tool(field: str, item: object, problems: list[str]) -> Tool | None:
-    """{"type": "function", "function": …}, also of a bare function; None where it has problems."""
+    """Return {"type": "function", "function": …}, also for a bare function; None if it has problems."""
     before = len(problems)
     given = _decoded(field, item, dict, "an object", problems)
     if given is None:
         return None
     others = {key: value for key, value in given.items() if key != "type" and value is not None}
     if given.get("type") not in (None, "function"):
-        problems.append(f"{field}.type: is {_said(given['type'])}; it must be 'function'")
+        problems.append(f"{field}.type: is {_describe(given['type'])}; it must be 'function'")
     if "function" in given:
         function = _function(f"{field}.function", given["function"], problems)
         problems += value_problems(field, {key: value for key, value in others.items() if key != "function"})
@@ -83,83 +82,78 @@ def _function(field: str, value: object, problems: list[str]) -> dict[str, Any]:
     if given is None:
         return {}
     function = {key: value for key, value in given.items() if value is not None}
-    _add(problems, text_problem(f"{field}.name", function.get("name")))
+    problems += text_problems(f"{field}.name", function.get("name"))
     if "description" in function and not isinstance(function["description"], str):
-        problems.append(f"{field}.description: is {kind(function['description'])}; it must be a text")
+        problems.append(f"{field}.description: is {describe_type(function['description'])}; it must be a text")
     if "parameters" in function:
         function["parameters"] = _decoded(f"{field}.parameters", function["parameters"], dict, "an object", problems)
     problems += value_problems(field, {key: value for key, value in function.items() if key != "name"})
     return function
 
 
-def calls_of(
-    field: str, message: Mapping[str, Any], names: Collection[str] | None, problems: list[str]
-) -> list[Call] | None:
-    """Of `tool_calls`, or of the older `function_call`; None where the message has neither."""
+def find_calls(field: str, message: Mapping[str, Any], problems: list[str]) -> tuple[str, object] | None:
+    """The field and the value of `tool_calls` or of the older `function_call`, if the message has one."""
     given = [key for key in ("tool_calls", "function_call") if message.get(key) not in _ABSENT]
-    if not given:
-        return None
     if len(given) > 1:
         problems.append(f"{field}: has both tool_calls and function_call; keep tool_calls")
-    return read_calls(f"{field}.{given[0]}", message[given[0]], names, problems)
+    return (f"{field}.{given[0]}", message[given[0]]) if given else None
 
 
 def read_calls(field: str, value: object, names: Collection[str] | None, problems: list[str]) -> list[Call]:
-    """Of a list of calls or of one, or of the JSON of these. `names`: what can be called; None where it is unknown."""
+    """Read one call or several, perhaps as JSON text. `names`: the known functions, or None if unknown."""
     before = len(problems)
     found = _decoded(field, value, object, "a list of calls", problems)
     if not isinstance(found, list | dict) or not found:
-        problems += [f"{field}: is {kind(found)}; it must be a list of calls"] if len(problems) == before else []
+        if len(problems) == before:
+            problems.append(f"{field}: is {describe_type(found)}; it must be a list of calls")
         return []
     if names is not None and not names:
-        problems.append(f"{field}: calls a function, and the record has no tools; add its tools")
+        problems.append(f"{field}: calls a function, but the record has no tools; add them")
         names = None
     items = [(field, found)] if isinstance(found, dict) else [(f"{field}[{i}]", item) for i, item in enumerate(found)]
     calls = [call for where, item in items if (call := _call(where, item, names, problems))]
     ids = Counter(call["id"] for call in calls if "id" in call)
-    problems += [f"{field}: {n} calls have the id {named(name)}; give each its own" for name, n in ids.items() if n > 1]
+    problems += [f"{field}: {n} calls have the id {quote(key)}; make the ids unique" for key, n in ids.items() if n > 1]
     return calls
 
 
 def _call(field: str, item: object, names: Collection[str] | None, problems: list[str]) -> Call | None:
-    """{"type", "id"?, "function"}, also of a bare {"name", "arguments"}; None where it has problems."""
+    """Return {"type", "id"?, "function"}, also for a bare {"name", "arguments"}; None if it has problems."""
     before = len(problems)
     if not isinstance(item, dict):
-        problems.append(f"{field}: is {kind(item)}; it must be an object with a function")
+        problems.append(f"{field}: is {describe_type(item)}; it must be an object with a function")
         return None
     is_bare = "function" not in item
     inner = field if is_bare else f"{field}.function"
     function = item if is_bare else item["function"]
     if not isinstance(function, dict):
-        problems.append(f"{inner}: is {kind(function)}; it must be an object with name and arguments")
+        problems.append(f"{inner}: is {describe_type(function)}; it must be an object with name and arguments")
         return None
     own, its = ("id", "type"), ("name", "arguments")
     problems += unknown_keys(field, item, own + (its if is_bare else ("function",)))
     problems += () if is_bare else unknown_keys(inner, function, its)
     if item.get("type") not in (None, "function"):
-        problems.append(f"{field}.type: is {_said(item['type'])}; it must be 'function'")
+        problems.append(f"{field}.type: is {_describe(item['type'])}; it must be 'function'")
     call_id, name = item.get("id"), function.get("name")
     if call_id not in (None, ""):
-        _add(problems, text_problem(f"{field}.id", call_id))
-    _add(problems, text_problem(f"{inner}.name", name))
+        problems += text_problems(f"{field}.id", call_id)
+    problems += text_problems(f"{inner}.name", name)
     if isinstance(name, str) and names is not None and name not in names:
-        among = ", ".join(map(named, list(names)[:10]))
-        problems.append(
-            f"{inner}.name: is {named(name)}, which is not among the record's tools ({among}); add its tool"
-        )
+        known = ", ".join(map(quote, list(names)[:10]))
+        problems.append(f"{inner}.name: is {quote(name)}, which the record's tools ({known}) lack; add the tool")
     arguments = _arguments(f"{inner}.arguments", function.get("arguments"), problems)
     if len(problems) > before:
         return None
     return {
         "type": "function",
         **({"id": call_id} if call_id else {}),
-        "function": {"name": name, "arguments": as_text(arguments)},
+        "function": {"name": name, "arguments": to_json(arguments)},
     }
 
 
 def _arguments(field: str, value: object, problems: list[str]) -> dict[str, Any] | None:
     if value is None:
-        problems.append(f"{field}: is missing; write {{}} where there are none")
+        problems.append(f"{field}: is missing; write {{}} if there are none")
         return None
     found: dict[str, Any] | None = _decoded(field, value, dict, "an object", problems)
     if found is not None:
@@ -169,30 +163,30 @@ def _arguments(field: str, value: object, problems: list[str]) -> dict[str, Any]
 
 def unknown_keys(field: str, item: Mapping[str, Any], known: Collection[str]) -> list[str]:
     unknown = sorted(key for key in item if key not in known and item[key] is not None)
-    return [f"{field}: {named(key)} is an unknown key and would be lost; remove it" for key in unknown]
+    return [f"{field}: {quote(key)} is an unknown key; remove it" for key in unknown]
 
 
 def _decoded(field: str, value: object, expected: type[T], what: str, problems: list[str]) -> T | None:
-    """The value, or of a text the JSON in it; None where that is not `expected`, which goes to `problems`."""
+    """Parse JSON text; None if the value is not of the `expected` type, which goes to `problems`."""
     if isinstance(value, str):
         try:
-            value = records.parse(value)
+            value = records.parse_json(value)
         except (ValueError, RecursionError) as error:
-            problems.append(f"{field}: is {records.reason(error)}; it must be {what}")
+            problems.append(f"{field}: is {records.explain_json_error(error)}; it must be {what}")
             return None
     if not isinstance(value, expected):
-        problems.append(f"{field}: is {kind(value)}; it must be {what}")
+        problems.append(f"{field}: is {describe_type(value)}; it must be {what}")
         return None
     return value
 
 
 def value_problems(field: str, value: object) -> list[str]:
-    """What in a value, however deep, JSON cannot say."""
+    """List the values, at any depth, that JSON cannot represent."""
     try:
-        text = as_text(value)
+        text = to_json(value)
         text.encode("utf-8")
     except (ValueError, TypeError):
-        return list(_located(field, value))
+        return list(_locate_problems(field, value))
     except RecursionError:
         return [f"{field}: is nested too deeply; make it flatter"]
     if text.count("{") + text.count("[") > NESTED and _levels(value) > NESTED:
@@ -212,30 +206,25 @@ def _children(item: object) -> Iterable[object]:
     return item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
 
 
-def _located(field: str, value: object) -> Iterable[str]:
+def _locate_problems(field: str, value: object) -> Iterable[str]:
     if isinstance(value, dict):
         for key, item in value.items():
-            where = f"{field}.{key}" if isinstance(key, str) and key.isidentifier() else f"{field}[{_said(key)}]"
+            where = f"{field}.{key}" if isinstance(key, str) and key.isidentifier() else f"{field}[{_describe(key)}]"
             if not isinstance(key, str):
-                yield f"{where}: the key is {kind(key)}; it must be a text"
-            elif problem := _half_a_character(where, key):
-                yield problem
-            yield from _located(where, item)
+                yield f"{where}: the key is {describe_type(key)}; it must be a text"
+            else:
+                yield from _surrogate_problems(where, key)
+            yield from _locate_problems(where, item)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _located(f"{field}[{index}]", item)
+            yield from _locate_problems(f"{field}[{index}]", item)
     elif isinstance(value, str):
-        yield from filter(None, [_half_a_character(field, value)])
+        yield from _surrogate_problems(field, value)
     elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{field}: is {value}, which is no number of JSON; write null or a text"
+        yield f"{field}: is {value}, which JSON cannot represent; write null or a text"
     elif not isinstance(value, bool | int | float | None):
-        yield f"{field}: is {kind(value)}; write it as a text"
+        yield f"{field}: is {describe_type(value)}; write it as a text"
 
 
-def _said(value: object) -> str:
-    return named(value) if isinstance(value, str) else kind(value)
-
-
-def _add(problems: list[str], problem: str | None) -> None:
-    if problem is not None:
-        problems.append(problem)
+def _describe(value: object) -> str:
+    return quote(value) if isinstance(value, str) else describe_type(value)

@@ -14,7 +14,7 @@ from saigakit.core import manifest, workspace
 from saigakit.core.display import Progress, Table
 from saigakit.core.files import write_text
 from saigakit.data.conversations import spread
-from saigakit.data.questions import MARGIN, Example, read_examples
+from saigakit.data.questions import MARGIN, Question, read_examples
 from saigakit.errors import SaigaError
 from saigakit.evaluate import metrics, results
 from saigakit.prompt import encoding
@@ -129,7 +129,7 @@ def _weights(hashes: Mapping[str, str] | None) -> set[str] | None:
 class Questions:
     """The questions as ids, the same for all models."""
 
-    examples: list[Example]
+    examples: list[Question]
     references: list[str]
     tokenizer: encoding.Tokenizer
     prompts: list[list[int]]
@@ -137,7 +137,7 @@ class Questions:
     max_new_tokens: int
 
     @classmethod
-    def of(cls, examples: list[Example], tokenizer: encoding.Tokenizer) -> Self:
+    def of(cls, examples: list[Question], tokenizer: encoding.Tokenizer) -> Self:
         references = [example.reference(tokenizer) for example in examples]
         prompts = [example.prompt(tokenizer) for example in examples]
         longest = max(len(tokenizer.encode_text(reference)) for reference in references)

@@ -14,7 +14,7 @@ from saigakit.core.display import Every, Table
 from saigakit.core.files import sha256, write_text
 from saigakit.data import sources
 from saigakit.data.conversations import spread
-from saigakit.data.rows import column
+from saigakit.data.rows import read_column
 from saigakit.errors import SaigaError
 from saigakit.export import calibration, markdown, model_card
 from saigakit.export.gguf_export import Export, output_files
@@ -219,7 +219,7 @@ class _Comparison:
             sizes = {each: files[each].stat().st_size for each in self.compared_with(reference)}
             sizes = dict(sorted(sizes.items(), key=lambda item: -item[1]))
             held_out = calibration.token_rows(records, export.plan.spec.name, export.plan.base_source)
-            rows = spread(held_out, len(held_out) * max_tokens // max(1, sum(column(held_out, "learned"))) + 1)
+            rows = spread(held_out, len(held_out) * max_tokens // max(1, sum(read_column(held_out, "learned"))) + 1)
             options = {"max_tokens": max_tokens, "n_gpu_layers": n_gpu_layers}
             types = {each: asdict(compare_files(file, files[each], rows, **options)) for each in sizes}
         return {"reference": reference, "bytes": sizes, "types": types}

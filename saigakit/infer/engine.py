@@ -15,7 +15,7 @@ from saigakit.core import workspace
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import forward
 from saigakit.prompt import encoding
-from saigakit.prompt.backends import piece
+from saigakit.prompt.backends import token_bytes
 from saigakit.prompt.template import Message
 from saigakit.registry import Sampling
 from saigakit.weights.generate import BATCH_TOKENS, Generated, OnProgress, cut_at_stop
@@ -136,7 +136,7 @@ def stream(
     for _, token in zip(range(min(room, max_new_tokens or room)), tokens, strict=False):
         if token in stop_ids:
             break
-        if text := decoder.decode(piece(llm, token)):
+        if text := decoder.decode(token_bytes(llm, token)):
             yield text
     if rest := decoder.decode(b"", final=True):
         yield rest

@@ -1,4 +1,4 @@
-"""Text to ids without control tokens, by the tokenizers library or by llama.cpp: two of one protocol, the same ids."""
+"""Tokenise text with Hugging Face's tokenizers or with llama.cpp, never parsing special tokens in it."""
 
 import io
 import json
@@ -15,49 +15,52 @@ if TYPE_CHECKING:
     import llama_cpp
     import tokenizers
 
-NORMALIZATION_KEY = "saigakit.unicode_normalization"  # of a GGUF: llama.cpp itself never normalises
-# Of a GGUF, by its specification: the tokenizer.json, where llama.cpp splits words otherwise than it (tekken).
+NORMALIZATION_KEY = "saigakit.unicode_normalization"  # in a GGUF: llama.cpp itself never normalises
+# In a GGUF, by its specification: the tokenizer.json, for vocabularies that llama.cpp splits differently (tekken).
 TOKENIZER_JSON_KEY = "tokenizer.huggingface.json"
 Ids = list[int]
+# A letter before a sign: all pre-tokenizers of llama.cpp's byte-level vocabularies end a word between the two.
+_WORD_END = re.compile(r"[A-Za-z](?=[|>\]_/:-])")
 
 
 class Tokenizer(Protocol):
-    """What `encode` needs; Hugging Face's and llama.cpp's give the same ids."""
+    """What `encode` needs; both implementations give the same ids."""
 
     chat_template: str
     special_tokens: Mapping[str, int]
-    variables: Mapping[str, str]  # bos_token, eos_token … as the template may name them
+    variables: Mapping[str, str]  # bos_token, eos_token …, which the template may use
 
     def encode_text(self, text: str) -> Ids:
-        """Ids of ordinary text: what looks like a special token stays text."""
+        """Encode ordinary text: what looks like a special token stays text."""
 
     def encode_texts(self, texts: Sequence[str]) -> list[Ids]:
-        """The same for many, on all cores where it can."""
+        """Encode many texts, on all cores if possible."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens left out."""
+        """Decode without special tokens."""
 
 
 class FastTokenizer:
-    """A tokenizer over the tokenizers library, without its special-token parsing.
+    """A tokenizer from the tokenizers library, with its special-token parsing removed.
 
-    `is_nfc`: whether it composes the characters of a text (Unicode's normal form NFC) before it splits it.
-    `has_prefix_space`: whether a run of text after a special token begins with SentencePiece's space.
+    `is_nfc`: whether it normalises text to NFC before splitting it.
+    `has_prefix_space`: whether text after a special token begins with SentencePiece's space.
     """
 
     def __init__(self, tokenizer: "tokenizers.Tokenizer", chat_template: str, variables: Mapping[str, str]) -> None:
         import tokenizers
 
         content = json.loads(tokenizer.to_str())
-        blanks = [token for token in content["added_tokens"] if not token["special"] and not token["content"].strip()]
+        added = content["added_tokens"]
+        blanks = [token for token in added if not token["special"] and not token["content"].strip()]
         self.special_tokens: Mapping[str, int] = {
-            token["content"]: token["id"] for token in content["added_tokens"] if token not in blanks
+            token["content"]: token["id"] for token in added if token not in blanks
         }
-        content["model"]["vocab"] |= {
-            token["content"]: token["id"] for token in blanks
-        }  # or their ids were counted anew
+        # Without an entry in the vocabulary they would get new ids.
+        content["model"]["vocab"] |= {token["content"]: token["id"] for token in blanks}
         content |= {"added_tokens": blanks, "post_processor": None, "truncation": None, "padding": None}
-        self.is_nfc, self.has_prefix_space = _is_nfc(content), _has_prefix_space(content)
+        self.is_nfc = any(step["type"] == "NFC" for step in _steps(content.get("normalizer"), "normalizers"))
+        self.has_prefix_space = _fix_prefix_space(content)
         self._text_only = tokenizers.Tokenizer.from_str(json.dumps(content))
         self._special_ids = set(self.special_tokens.values())
         self.chat_template = chat_template
@@ -67,7 +70,7 @@ class FastTokenizer:
         return self.encode_texts([text])[0]
 
     def encode_texts(self, texts: Sequence[str]) -> list[Ids]:
-        return [found.ids for found in self._text_only.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoded.ids for encoded in self._text_only.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._text_only.decode([i for i in ids if i not in self._special_ids])
@@ -75,16 +78,12 @@ class FastTokenizer:
 
 
 def _steps(part: Mapping[str, Any] | None, name: str) -> list[dict[str, Any]]:
-    """The members of a Sequence, or the one step that there is."""
+    """The members of a Sequence, or the only step."""
     return [] if part is None else list(part.get(name, [part]))
 
 
-def _is_nfc(content: Mapping[str, Any]) -> bool:
-    return any(step["type"] == "NFC" for step in _steps(content.get("normalizer"), "normalizers"))
-
-
-def _has_prefix_space(content: Mapping[str, Any]) -> bool:
-    """`prepend_scheme` "first" means the beginning of a whole prompt, where a special token stands: set to "never"."""
+def _fix_prefix_space(content: Mapping[str, Any]) -> bool:
+    """`prepend_scheme` "first" affects only the start of a prompt, which is a special token: set it to "never"."""
     for step in _steps(content.get("pre_tokenizer"), "pretokenizers"):
         if step.get("prepend_scheme") == "first":
             step["prepend_scheme"] = "never"
@@ -94,35 +93,35 @@ def _has_prefix_space(content: Mapping[str, Any]) -> bool:
 
 
 class GgufTokenizer:
-    """The tokenizer inside a GGUF file, by llama.cpp; by its tokenizer.json where the file holds one."""
+    """The tokenizer inside a GGUF file: llama.cpp's, or the embedded tokenizer.json if there is one."""
 
     def __init__(self, llm: "llama_cpp.Llama") -> None:
         import llama_cpp
         import tokenizers
 
-        self._llm = llm
-        vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
-        kinds = {i: llama_cpp.llama_vocab_get_attr(vocabulary, i) for i in range(llm.n_vocab())}
-        special = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
-        names = {
-            i: llama_cpp.llama_vocab_get_text(vocabulary, i).decode("utf-8")
-            for i, kind in kinds.items()
-            if kind & special
-        }
-        is_added = {i: kinds[i] & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED for i in names}
-        # Runs of blanks are text like any other.
-        names = {i: token for i, token in names.items() if token.strip() or not is_added[i]}
-        self.special_tokens: Mapping[str, int] = {token: i for i, token in names.items()}
-        # llama.cpp finds these in any text, even when asked not to look for special tokens.
-        found = [name for i, name in names.items() if is_added[i]]
-        longest_first = sorted(found, key=len, reverse=True)
-        self._always_found = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         if "tokenizer.chat_template" not in llm.metadata:
-            raise SaigaError("This GGUF holds no chat template, so its prompt format is unknown.")
+            raise SaigaError("This GGUF has no chat template, so its prompt format is unknown.")
+        self._llm = llm
         self.chat_template = llm.metadata["tokenizer.chat_template"]
+        vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
+        names: dict[int, str] = {}
+        always_found: list[str] = []  # llama.cpp finds these in any text, even if it must not parse special tokens
+        for token in range(llm.n_vocab()):
+            kind = llama_cpp.llama_vocab_get_attr(vocabulary, token)
+            is_added = bool(kind & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED)
+            if not is_added and not kind & llama_cpp.LLAMA_TOKEN_ATTR_CONTROL:
+                continue
+            text = llama_cpp.llama_vocab_get_text(vocabulary, token).decode("utf-8")
+            if is_added and not text.strip():
+                continue  # runs of blanks are ordinary text
+            names[token] = text
+            always_found += [text] if is_added else []
+        self.special_tokens: Mapping[str, int] = {text: token for token, text in names.items()}
+        longest_first = sorted(always_found, key=len, reverse=True)
+        self._always_found = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._has_prefix_space = llm.metadata.get("tokenizer.ggml.add_space_prefix") == "true"
-        whole = llm.metadata.get(TOKENIZER_JSON_KEY)
-        self._exact = FastTokenizer(tokenizers.Tokenizer.from_str(whole), "", {}) if whole else None
+        embedded = llm.metadata.get(TOKENIZER_JSON_KEY)
+        self._exact = FastTokenizer(tokenizers.Tokenizer.from_str(embedded), "", {}) if embedded else None
         self._normalizes = llm.metadata.get(NORMALIZATION_KEY) == "NFC"
         ids = {"bos_token": llm.token_bos(), "eos_token": llm.token_eos()}
         self.variables: Mapping[str, str] = {name: names[i] for name, i in ids.items() if i in names}
@@ -132,32 +131,30 @@ class GgufTokenizer:
             return self._exact.encode_text(text)
         if self._normalizes:
             text = unicodedata.normalize("NFC", text)
-        return [i for part in self._cut(text) for i in self._llm.tokenize(part.encode("utf-8"), False, False)]
+        return [i for part in self._split(text) for i in self._llm.tokenize(part.encode("utf-8"), False, False)]
 
     def encode_texts(self, texts: Sequence[str]) -> list[Ids]:
         return self._exact.encode_texts(texts) if self._exact else [self.encode_text(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         special = set(self.special_tokens.values())
-        text = b"".join(piece(self._llm, i) for i in ids if i not in special).decode("utf-8", errors="replace")
+        text = b"".join(token_bytes(self._llm, i) for i in ids if i not in special).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self._has_prefix_space else text
 
-    def _cut(self, text: str) -> list[str]:
-        """The text in parts that hold no whole user-defined token, cut where byte-level BPE never merges."""
+    def _split(self, text: str) -> list[str]:
+        """Cut every user-defined token in two, at a place where byte-level BPE never merges."""
         cuts = [0]
         while found := self._always_found.search(text, cuts[-1]):
             cut = _WORD_END.search(text, found.start(), found.end())
             if cut is None or self._llm.metadata.get("tokenizer.ggml.model") != "gpt2":
-                raise SaigaError(
-                    f"llama.cpp would read {found.group()!r} inside a text as a special token. Take it out of the text."
-                )
+                raise SaigaError(f"llama.cpp reads {found.group()!r} in a text as a special token. Remove it.")
             cuts.append(cut.end())
         return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
 @contextmanager
 def gguf_vocabulary(file: Path) -> Iterator["llama_cpp.Llama"]:
-    """A GGUF of which only the metadata and the vocabulary are loaded."""
+    """Load only the metadata and the vocabulary of a GGUF."""
     import llama_cpp
 
     with redirect_stderr(io.StringIO()):  # it warns that a vocabulary has no context
@@ -166,15 +163,15 @@ def gguf_vocabulary(file: Path) -> Iterator["llama_cpp.Llama"]:
         yield llm
 
 
-def piece(llm: "llama_cpp.Llama", token: int) -> bytes:
-    """Bytes of a token, part of a character perhaps; control tokens have none."""
+def token_bytes(llm: "llama_cpp.Llama", token: int) -> bytes:
+    """The bytes of a token, which may be part of a character; empty for control tokens."""
     import ctypes
 
     import llama_cpp
 
     vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
     size = 64
-    while True:  # llama-cpp-python's own loses what is longer than 32
+    while True:  # llama-cpp-python's own version truncates after 32 bytes
         buffer = (ctypes.c_char * size)()
         used = llama_cpp.llama_token_to_piece(vocabulary, token, buffer, size, 0, False)
         if used >= 0:
@@ -182,24 +179,19 @@ def piece(llm: "llama_cpp.Llama", token: int) -> bytes:
         size = -used  # the length that it needs
 
 
-# A letter before a sign: all pre-tokenizers of llama.cpp's byte-level vocabularies end a word between the two.
-_WORD_END = re.compile(r"[A-Za-z](?=[|>\]_/:-])")
-
-
-def from_json(file: Path) -> "tokenizers.Tokenizer":
-    """Raises SaigaError where the file is damaged."""
+def from_json_file(file: Path) -> "tokenizers.Tokenizer":
     import tokenizers
 
     try:
         return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing more exact
-        raise SaigaError(f"{file} is damaged or of an unknown kind ({error}); fetch it again.") from None
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise SaigaError(f"{file} is damaged or in an unknown format ({error}); download it again.") from None
 
 
 def from_sentencepiece(file: Path, saved: "tokenizers.Tokenizer | None" = None) -> "tokenizers.Tokenizer":
-    """tokenizer.model with its scores and the prefix space after every special token (`legacy`), as in llama.cpp.
+    """Read a tokenizer.model with its scores, and a prefix space after every special token (`legacy`) as in llama.cpp.
 
-    `saved`: the same vocabulary with tokens that were added to it, which are taken from there.
+    `saved`: the same vocabulary as a tokenizer.json, from which added tokens are taken.
     """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
@@ -207,7 +199,12 @@ def from_sentencepiece(file: Path, saved: "tokenizers.Tokenizer | None" = None) 
 
     spm: Any = sentencepiece_model_pb2  # protobuf makes its classes at run time
     proto = spm.ModelProto.FromString(file.read_bytes())
-    _require_identity(file, proto.normalizer_spec)
+    spec = proto.normalizer_spec
+    if spec.precompiled_charsmap or spec.remove_extra_whitespaces or not spec.add_dummy_prefix:
+        raise SaigaError(
+            f"{file} normalises text ({spec.name}) in a way that saigakit does not support. "
+            "Use the tokenizer.json of this model."
+        )
     vocabulary = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
     merges = [
@@ -232,14 +229,5 @@ def from_sentencepiece(file: Path, saved: "tokenizers.Tokenizer | None" = None) 
             continue
         tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != number:
-            raise SaigaError(f"{file} and the tokenizer.json beside it are of two vocabularies; fetch both again.")
+            raise SaigaError(f"{file} and its tokenizer.json have different vocabularies; download both again.")
     return tokenizer
-
-
-def _require_identity(file: Path, normalizer: Any) -> None:  # noqa: ANN401  # protobuf makes its class at run time
-    changed = normalizer.remove_extra_whitespaces or not normalizer.add_dummy_prefix
-    if normalizer.precompiled_charsmap or changed:
-        raise SaigaError(
-            f"{file} changes texts before it splits them ({normalizer.name}), and saigakit does not know how. "
-            "Use the tokenizer.json of this model."
-        )

@@ -1,4 +1,4 @@
-"""Messages into the text of a prompt, by the model's own Jinja chat template."""
+"""Render messages with the model's Jinja chat template."""
 
 import json
 import re
@@ -20,14 +20,15 @@ from saigakit.prompt import placeholders
 from saigakit.registry import ModelSpec
 
 Message = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]]
 MARKS = ("\U000f0002", "\U000f0003")
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 _REFUSAL = re.compile(r"(\{\{[-+]?)\s*raise_exception\((?:(?!\}\}).)*?\)\s*([-+]?\}\})", re.DOTALL)
-_TURNED = re.compile(r"(\{%[-+]?\s*for\s+[^%]+?\s+in\s+)([\w.]+)\[::-1\](?!\[)")
+_REVERSED = re.compile(r"(\{%[-+]?\s*for\s+[^%]+?\s+in\s+)([\w.]+)\[::-1\](?!\[)")
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for other trainers; here it renders what is inside."""
+    """Render what is inside `{% generation %}`, which marks the assistant's words for other trainers."""
 
     tags = {"generation"}  # noqa: RUF012  # jinja2 reads a plain set
 
@@ -37,7 +38,7 @@ class _Generation(Extension):
 
 
 class _Marked(_Generation):
-    """The same between two marks, to compare them with what is learned."""
+    """Put it between MARKS too, to compare it with what is trained."""
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         line = parser.stream.current.lineno
@@ -59,25 +60,25 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _masked_tojson(value: object, **form: Any) -> str:  # noqa: ANN401
-    return placeholders.quoted(_tojson(value, **form))
+def _masked_tojson(value: object, **options: Any) -> str:  # noqa: ANN401
+    return placeholders.mark_as_json(_tojson(value, **options))
 
 
 @cache
 def _now() -> datetime:
-    """One moment for the whole run: a conversation has the same ids at its end as at its beginning."""
+    """The same during a run, so that a conversation gets the same ids every time."""
     return datetime.now().astimezone()
 
 
 @cache
 def _compiled(chat_template: str, masked: bool) -> jinja2.Template:
-    # The settings with which transformers renders chat templates, so that other tools render the same text.
+    # The settings of transformers, so that other tools render the same text.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Marked if masked else _Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _masked_tojson if masked else _tojson
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: _now().strftime(form)
+    environment.globals["strftime_now"] = lambda format: _now().strftime(format)
     return environment.from_string(chat_template)
 
 
@@ -85,93 +86,84 @@ def render(
     messages: Sequence[Message],
     chat_template: str,
     *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Tools | None = None,
     add_generation_prompt: bool = False,
     variables: Mapping[str, str] | None = None,
     masked: bool = False,
 ) -> str:
-    """The whole text, special tokens spelled out. `variables`: bos_token, eos_token and the like.
+    """`variables`: bos_token, eos_token and the like. `masked`: the messages contain placeholders, and the text inside
+    `{% generation %}` is put between MARKS.
 
-    `masked`: the messages hold placeholders, and what `{% generation %}` encloses stands between MARKS.
-    Raises SaigaError where the template refuses the messages or is broken.
+    Raises SaigaError if the template is broken or refuses the messages.
     """
     try:
         return _compiled(chat_template, masked).render(
             messages=messages,
-            tools=tools or None,  # templates tell None from undefined
+            tools=tools or None,  # templates distinguish None from undefined
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **(variables or {}),
         )
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:  # of its own words
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:  # raised by its code
         raise SaigaError(f"The chat template cannot render this conversation: {error}") from None
 
 
-def decoded(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | str | None
-) -> tuple[Sequence[Message], Sequence[Mapping[str, Any]] | None]:
-    """What a template gets of a row of a Dataset: no key that is null, and JSON text of tools and arguments as objects.
-
-    Raises SaigaError for a text that is no JSON.
-    """
-    tools = _from_json("tools", tools) if isinstance(tools, str) else tools
+def decode_row(messages: Sequence[Message], tools: Tools | str | None) -> tuple[Sequence[Message], Tools | None]:
+    """Turn a row of a Dataset into what templates expect: no nulls, tools and arguments as objects, not JSON text."""
+    tools = _parse_json("tools", tools) if isinstance(tools, str) else tools
     if not any(None in message.values() or message.get("tool_calls") for message in messages):
         return messages, tools
-    kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    return [
-        {**each, "tool_calls": [*map(_call, each["tool_calls"])]} if each.get("tool_calls") else each for each in kept
-    ], tools
+    decoded = [drop_nulls(message) for message in messages]
+    for message in decoded:
+        if message.get("tool_calls"):
+            message["tool_calls"] = [_decode_call(call) for call in message["tool_calls"]]
+    return decoded, tools
 
 
-def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+def _decode_call(call: Mapping[str, Any]) -> dict[str, Any]:
     function = dict(call["function"])
     if isinstance(function.get("arguments"), str):
-        function["arguments"] = _from_json("arguments", function["arguments"])
-    return {key: value for key, value in call.items() if value is not None} | {"function": function}
+        function["arguments"] = _parse_json("arguments", function["arguments"])
+    return drop_nulls(call) | {"function": function}
 
 
-def _from_json(name: str, text: str) -> Any:  # noqa: ANN401  # JSON of any kind
+def drop_nulls(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in item.items() if value is not None}
+
+
+def _parse_json(name: str, text: str) -> Any:  # noqa: ANN401  # JSON of any kind
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise SaigaError(f"{name} is text that is not JSON ({error}): {text[:80]!r}.") from None
+        raise SaigaError(f"{name} is not valid JSON ({error}): {text[:80]!r}.") from None
 
 
 def for_inference(chat_template: str) -> str:
-    """The same template in the words that programs which only run models know.
-
-    Without `{% generation %}`, without `raise_exception`, in whose place nothing is rendered, and with the filter
-    `reverse` where a loop goes over `[::-1]`.
-    """
-    found = _GENERATION.sub(lambda tag: f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}", chat_template)
-    return _TURNED.sub(r"\1\2 | reverse", _REFUSAL.sub(r"\1 '' \2", found))
+    """Rewrite what inference engines do not support: `{% generation %}`, `raise_exception` and loops over `[::-1]`."""
+    without_tags = _GENERATION.sub(lambda tag: f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}", chat_template)
+    return _REVERSED.sub(r"\1\2 | reverse", _REFUSAL.sub(r"\1 '' \2", without_tags))
 
 
 def with_tools(chat_template: str) -> str:
-    """The template itself where it reads `tools`; else after one that turns functions and calls into text."""
-    if "tools" in meta.find_undeclared_variables(_parsed(chat_template)):
-        return chat_template
-    return _packaged("hermes") + chat_template
-
-
-def _parsed(chat_template: str) -> nodes.Template:
+    """Prepend a template that turns tools and calls into text, unless this one handles `tools` itself."""
     environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
     try:
-        return environment.parse(chat_template)
+        parsed = environment.parse(chat_template)
     except jinja2.TemplateError as error:
         raise SaigaError(f"The chat template is broken: {error}") from None
+    return chat_template if "tools" in meta.find_undeclared_variables(parsed) else _packaged("hermes") + chat_template
 
 
 def _packaged(name: str) -> str:
     return resources.files("saigakit.prompt").joinpath(f"templates/{name}.jinja").read_text(encoding="utf-8")
 
 
-def of_model(spec: ModelSpec, tokenizer_dir: Path) -> str:
-    """The registry's template, else the tokenizer's own (chat_template.jinja or tokenizer_config.json); with tools."""
-    return with_tools(_packaged(spec.template) if spec.template else _own(spec, tokenizer_dir))
+def read_chat_template(spec: ModelSpec, tokenizer_dir: Path) -> str:
+    """The registry's template or the tokenizer's own, with support for tools."""
+    return with_tools(_packaged(spec.template) if spec.template else _read_own(spec, tokenizer_dir))
 
 
-def _own(spec: ModelSpec, tokenizer_dir: Path) -> str:
+def _read_own(spec: ModelSpec, tokenizer_dir: Path) -> str:
     file = tokenizer_dir / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")

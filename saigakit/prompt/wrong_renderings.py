@@ -1,4 +1,4 @@
-"""One dialogue in the ids that other public code makes of it, beside ours: what a wrong rendering costs."""
+"""Compare the ids of a prompt with those that other public code produces for it."""
 
 import re
 from collections.abc import Sequence
@@ -18,23 +18,26 @@ DIALOGUE = (
     {"role": "user", "content": "Привет"},
     {"role": "assistant", "content": "Здравствуй!"},
 )
-_SHOWN = 6  # ids
-_NOTHING = "ничего · nothing"
-_TWICE = "такого начала в обучении не было · nothing in training began like this"
-_NO_SPACE = "без пробела впереди роли — другие токены · without the space in front the roles are other tokens"
-_APART = "содержание отдельно от роли, между репликами ничего · contents apart from roles, nothing between messages"
+_IDS_SHOWN = 6
+_NO_PROBLEM = "ничего · nothing"
+_SECOND_BOS = "в обучении такого начала не было · no training prompt begins like this"
+_NO_SPACE = "без пробела перед ролью другие токены · without the leading space the roles are other tokens"
+_SEPARATE = (
+    "роль и текст токенизируются отдельно, между репликами ничего · roles and contents tokenised separately, "
+    "nothing between messages"
+)
 
 
 @dataclass(frozen=True)
 class Rendering:
     name: str
     ids: list[int]
-    cost: str  # what is wrong with it
+    problem: str
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Of a prompt: a special token, the template's own words, or a message's content with its role."""
+    """A special token, a text of the template, or the content of a message with its role."""
 
     text: str
     special_id: int | None = None
@@ -42,7 +45,7 @@ class _Piece:
 
 
 def _dialogue(tokenizer: Tokenizer) -> Sequence[Message]:
-    """Without the system prompt, where the template refuses one."""
+    """DIALOGUE, without its system prompt if the template refuses one."""
     try:
         template.render(DIALOGUE, tokenizer.chat_template, variables=tokenizer.variables)
     except SaigaError:
@@ -50,74 +53,75 @@ def _dialogue(tokenizer: Tokenizer) -> Sequence[Message]:
     return DIALOGUE
 
 
-def of(tokenizer: Tokenizer) -> list[Rendering]:
-    """A prompt that ends with the question: first as training and inference here write it, then as others do."""
+def list_renderings(tokenizer: Tokenizer) -> list[Rendering]:
+    """A prompt that ends with the question: first as saigakit renders it, then as others do."""
     messages = _dialogue(tokenizer)[:-1]
     ours = encoding.encode(messages, tokenizer, add_generation_prompt=True)["input_ids"]
     pieces = _pieces(messages, tokenizer)
-    kept = _without_blanks(pieces)
-    apart = [i for piece in kept for i in _ids(piece, tokenizer)]
-    foreign = [i for piece in kept for i in _foreign(piece, tokenizer) or _ids(piece, tokenizer)]
-    words = ", ".join(_word(i, tokenizer, ours) for i, own in zip(foreign, apart, strict=True) if i != own)
+    pieces_kept = _drop_blanks(pieces)
+    separate = [i for piece in pieces_kept for i in _ids(piece, tokenizer)]
+    foreign = [i for piece in pieces_kept for i in _foreign_ids(piece, tokenizer) or _ids(piece, tokenizer)]
+    words = ", ".join(_token_text(i, tokenizer, ours) for i, own in zip(foreign, separate, strict=True) if i != own)
     bos = tokenizer.special_tokens.get(tokenizer.variables.get("bos_token", ""))
-    made = [Rendering("как здесь · as here", ours, _NOTHING)]
+    found = [Rendering("saigakit", ours, _NO_PROBLEM)]
     if bos is not None and bos == ours[0]:
-        made.append(Rendering("BOS ещё раз · BOS once more", [bos, *ours], _TWICE))
-    made.append(Rendering("transformers 5, legacy=False", _without_prefix(pieces, tokenizer), _NO_SPACE))
-    made.append(Rendering("rulm, interact_llamacpp", apart, _APART))
+        found.append(Rendering("второй BOS · second BOS", [bos, *ours], _SECOND_BOS))
+    found.append(Rendering("transformers 5, legacy=False", _ids_without_prefix(pieces, tokenizer), _NO_SPACE))
+    found.append(Rendering("rulm, interact_llamacpp", separate, _SEPARATE))
     if words:
-        cost = f"на месте ролей: {words} · this stands where the roles should be"
-        made.append(Rendering("роли из другого словаря · roles of another vocabulary", foreign, cost))
-    return made
+        problem = f"вместо ролей: {words} · instead of the roles"
+        found.append(Rendering("роли из другого словаря · roles of another vocabulary", foreign, problem))
+    return found
 
 
 def compare(tokenizer: Tokenizer) -> Table:
-    """The renderings of a prompt, each from where it leaves ours."""
-    first, *others = of(tokenizer)
-    rows = [(first.name, _shown(first.ids[:_SHOWN], tokenizer, first.ids), str(len(first.ids)), first.cost)]
+    """Show each rendering from its first difference to ours."""
+    first, *others = list_renderings(tokenizer)
+    rows = [(first.name, _format_ids(first.ids[:_IDS_SHOWN], tokenizer, first.ids), str(len(first.ids)), first.problem)]
     for each in others:
         parts = SequenceMatcher(None, first.ids, each.ids, autojunk=False).get_opcodes()
         changed = [spans for kind, *spans in parts if kind != "equal"]
         if not changed:
-            rows.append((each.name, "те же номера · the same ids", "0", _NOTHING))
+            rows.append((each.name, "те же id · the same ids", "0", _NO_PROBLEM))
             continue
         count, start = sum(max(b - a, d - c) for a, b, c, d in changed), changed[0][2]
-        shown = _shown(each.ids[max(0, start - 1) : start + _SHOWN - 1], tokenizer, first.ids)
-        rows.append((each.name, shown, f"{count}, с номера · from number {start + 1}", each.cost))
-    header = ("способ · way", "номера у первого отличия · ids at the first difference", "отличий · differences")
-    note = f"Всего номеров в подсказке · ids in the prompt: {len(first.ids)}"
-    return Table((*header, "чем плохо · what is wrong with it"), rows, note)
+        shown = _format_ids(each.ids[max(0, start - 1) : start + _IDS_SHOWN - 1], tokenizer, first.ids)
+        rows.append((each.name, shown, f"{count}, с позиции · from position {start + 1}", each.problem))
+    header = ("рендеринг · rendering", "id у первого отличия · ids at the first difference", "отличий · differences")
+    note = f"Токенов в промпте · tokens in the prompt: {len(first.ids)}"
+    return Table((*header, "в чём ошибка · what is wrong"), rows, note)
 
 
 def role_ids(tokenizer: Tokenizer) -> Table:
-    """What stands before the words of each role, in the ids of training."""
+    """The ids that precede each role's content in training."""
     pieces = _pieces(_dialogue(tokenizer), tokenizer)
     rows, start = [], 0
     for index, piece in enumerate(pieces):
         if piece.role is not None:
             ids = [i for part in _header(pieces[start:index]) for i in _ids(part, tokenizer)]
-            words = " ".join(_word(i, tokenizer, ids) for i in ids)
+            words = " ".join(_token_text(i, tokenizer, ids) for i in ids)
             rows.append((piece.role, " ".join(map(str, ids)), words))
             start = index + 1
-    return Table(("роль · role", "номера · ids", "из чего · pieces"), rows)
+    return Table(("роль · role", "id · ids", "токены · tokens"), rows)
 
 
 def _header(between: Sequence[_Piece]) -> Sequence[_Piece]:
-    """Without what ends the message before: its special token and the blanks after it."""
+    """Drop the end of the previous message: its special token and the blanks after it."""
     special = [index for index, piece in enumerate(between) if piece.special_id is not None]
-    follows = len(special) > 1 and not any(piece.text.strip() for piece in between[special[0] + 1 : special[1]])
-    return between[special[1] :] if follows else between
+    if len(special) > 1 and not any(piece.text.strip() for piece in between[special[0] + 1 : special[1]]):
+        return between[special[1] :]
+    return between
 
 
 def _pieces(messages: Sequence[Message], tokenizer: Tokenizer) -> list[_Piece]:
-    """Of the prompt; with the answer, where the conversation ends with one."""
+    """Split the rendered messages; the generation prompt is included unless an answer is last."""
     known = {token: _Piece(token, special_id=i) for token, i in tokenizer.special_tokens.items() if token}
-    held: list[Message] = []
+    masked: list[Message] = []
     for index, message in enumerate(messages):
-        held.append({**message, "content": f"\U000f0010{index}\U000f0011"})
-        known[held[-1]["content"]] = _Piece(message["content"], role=message["role"])
+        masked.append({**message, "content": f"\U000f0010{index}\U000f0011"})
+        known[masked[-1]["content"]] = _Piece(message["content"], role=message["role"])
     text = template.render(
-        held,
+        masked,
         tokenizer.chat_template,
         add_generation_prompt=messages[-1]["role"] != "assistant",
         variables=tokenizer.variables,
@@ -130,15 +134,15 @@ def _ids(piece: _Piece, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode_text(piece.text) if piece.special_id is None else [piece.special_id]
 
 
-def _without_blanks(pieces: Sequence[_Piece]) -> list[_Piece]:
-    """Blanks between two special tokens left out."""
+def _drop_blanks(pieces: Sequence[_Piece]) -> list[_Piece]:
+    """Leave out blanks between two special tokens."""
     special = [False, *(piece.special_id is not None for piece in pieces), False]
     around = zip(special, pieces, special[2:], strict=False)
     return [piece for before, piece, after in around if piece.text.strip() or not (before and after)]
 
 
-def _foreign(piece: _Piece, tokenizer: Tokenizer) -> list[int]:
-    """Of a role header, with the role's id in another model of the registry; nothing for other pieces."""
+def _foreign_ids(piece: _Piece, tokenizer: Tokenizer) -> list[int]:
+    """A role header with the role's id from another model of the registry; empty for other pieces."""
     if piece.role is not None or piece.special_id is not None:
         return []
     own = tokenizer.encode_text(piece.text)
@@ -147,26 +151,26 @@ def _foreign(piece: _Piece, tokenizer: Tokenizer) -> list[int]:
     return [] if ids is None else [ids[0], *own[1:]]
 
 
-def _without_prefix(pieces: Sequence[_Piece], tokenizer: Tokenizer) -> list[int]:
-    """Without the space that SentencePiece puts before a run of text: none comes after a line end."""
+def _ids_without_prefix(pieces: Sequence[_Piece], tokenizer: Tokenizer) -> list[int]:
+    """Omit the space that SentencePiece puts before a run of text: it puts none after a line end."""
     head = tokenizer.encode_text("\n")
     before = "\n" if tokenizer.encode_text("\na") != [*head, *tokenizer.encode_text("a")] else ""
-    made: list[int] = []
+    prompt_ids: list[int] = []
     for special_id, run in groupby(pieces, key=lambda piece: piece.special_id):
         parts = list(run)
         text = before + "".join(piece.text for piece in parts)
         ids = [special_id] * len(parts) if special_id is not None else tokenizer.encode_text(text)
-        made += ids[len(head) :] if before and special_id is None else ids
-    return made
+        prompt_ids += ids[len(head) :] if before and special_id is None else ids
+    return prompt_ids
 
 
-def _shown(ids: Sequence[int], tokenizer: Tokenizer, ours: Sequence[int]) -> str:
-    return " ".join(str(i) if i > max(ours) else f"{i} {_word(i, tokenizer, ours)}" for i in ids)
+def _format_ids(ids: Sequence[int], tokenizer: Tokenizer, ours: Sequence[int]) -> str:
+    return " ".join(str(i) if i > max(ours) else f"{i} {_token_text(i, tokenizer, ours)}" for i in ids)
 
 
-def _word(token: int, tokenizer: Tokenizer, ours: Sequence[int]) -> str:
-    """Its text, decoded after a line end, because a decoder takes a space off the beginning."""
-    if token > max(ours):  # perhaps none of this vocabulary, and then llama.cpp aborts
+def _token_text(token: int, tokenizer: Tokenizer, ours: Sequence[int]) -> str:
+    """Decode it after a line end, because decoders strip a leading space."""
+    if token > max(ours):  # it may be outside this vocabulary, where llama.cpp aborts
         return str(token)
     names = {number: name for name, number in tokenizer.special_tokens.items()}
     head = tokenizer.encode_text("\n")

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from saigakit.config import TrainConfig
 from saigakit.core import install, manifest, workspace
@@ -19,7 +19,7 @@ from saigakit.weights.load import NumberFormat
 from saigakit.weights.memory import Pack, TrainingStep
 from saigakit.weights.model_shape import ModelShape
 
-JOB_FILE = "job.pickle"  # a Job, written for the child
+JOB_FILE = "job.json"  # a Job, written for the child
 RESULT_FILE = "result.json"  # written by the child: how the run ended, for the manifest
 _ADAPTERS_ON_DISK = 12  # adapter, best adapter, and two checkpoints, each with AdamW's two moments, or their copies
 _TRAINABLE_WHOLE = ("embed_tokens", "lm_head")  # allowed in modules_to_save
@@ -27,7 +27,7 @@ _TRAINABLE_WHOLE = ("embed_tokens", "lm_head")  # allowed in modules_to_save
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A training with all of its inputs resolved on this machine; it is pickled for the child processes."""
+    """A training with all of its inputs resolved on this machine; child processes read it from a file."""
 
     config: TrainConfig
     train_file: Path
@@ -64,6 +64,25 @@ class Job:
             number_format=number_format,
             processes=processes,
         )
+
+    def write(self, directory: Path) -> Path:
+        file = directory / JOB_FILE
+        file.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2, default=str), encoding="utf-8")
+        return file
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        for name in ("train_file", "eval_file", "base_dir", "tokenizer_dir", "adapter_dir"):
+            content[name] = None if content[name] is None else Path(content[name])
+        resolved = {
+            "config": TrainConfig.from_json(content["config"], str(file)),
+            "replay_files": tuple(map(Path, content["replay_files"])),
+            "lora": Lora.from_json(content["lora"]),
+            "shape": ModelShape(**content["shape"]),
+            "store": Store(Path(content["store"]["directory"]), content["store"]["identity"]),
+        }
+        return cls(**content | resolved)
 
     def memory_needed(self, *, processes: int, pack: Pack | None = None) -> dict[str, int]:
         """Estimate the bytes of one of `processes`, by purpose; without `pack` for one document of maximum length."""

@@ -31,7 +31,7 @@ class Samples:
     def __init__(self, tokenizer: Tokenizer, conversations: Dataset, file: Path) -> None:
         self.file = file
         self._tokenizer = tokenizer
-        candidates = map(questions.of_conversation, spread(conversations, _CANDIDATES))
+        candidates = map(questions.make_question, spread(conversations, _CANDIDATES))
         prompts = [(each, each.prompt(tokenizer)) for each in candidates if each is not None]
         chosen = spread([pair for pair in prompts if len(pair[1]) <= MAX_PROMPT_TOKENS], COUNT)
         self._prompts = [prompt for _, prompt in chosen]

@@ -1,7 +1,6 @@
 """Train an adapter: the stage 02_train. Child processes do the work, one per GPU."""
 
 import json
-import pickle
 import shutil
 import tempfile
 import time
@@ -183,8 +182,7 @@ def _run_children(job: Job, store: Store, checkpoint: Path | None, directory: Pa
     """Train in child processes, which write into `directory`."""
     resume_from = None if checkpoint is None else str(checkpoint)
     config = replace(job.config, output_dir=str(directory), resume_from=resume_from)
-    job_file = directory / preflight.JOB_FILE
-    job_file.write_bytes(pickle.dumps(replace(job, config=config, store=store)))
+    job_file = replace(job, config=config, store=store).write(directory)
     launch.distributed("saigakit.train", [str(job_file)], processes=job.processes, nodes=nodes)
     job_file.unlink()
 

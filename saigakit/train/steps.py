@@ -17,7 +17,7 @@ from saigakit import data
 from saigakit.config import TrainConfig
 from saigakit.data import store
 from saigakit.data.conversations import asking_alike
-from saigakit.data.rows import column
+from saigakit.data.rows import read_column
 from saigakit.errors import SaigaError
 from saigakit.prompt.encoding import IGNORE_INDEX
 
@@ -132,7 +132,7 @@ def read_replay(name: str, files: Sequence[Path], held_out: Dataset | None) -> D
         "evaluation set.",
         flush=True,
     )
-    return store.select(conversations, [index for index in range(len(conversations)) if index not in leaking])
+    return store.select_rows(conversations, [index for index in range(len(conversations)) if index not in leaking])
 
 
 def mix_rows(training: Dataset, replay: Dataset) -> Dataset:
@@ -140,7 +140,7 @@ def mix_rows(training: Dataset, replay: Dataset) -> Dataset:
     table = replay.data.table
     at = table.column_names.index("conversation")
     table = table.set_column(at, "conversation", pyarrow.compute.negate(table.column(at)))
-    return concatenate_datasets([training, store.dataset_of(table)])
+    return concatenate_datasets([training, store.make_dataset(table)])
 
 
 def epochs_with_replay(numbers: Sequence[int], fraction: float, epochs: float, seed: int) -> "list[array[int]]":
@@ -169,8 +169,8 @@ class Plan(Sequence[Step]):
 
     def __init__(self, config: TrainConfig, rows: Dataset, *, processes: int = 1, process: int = 0) -> None:
         self.rows, self.processes, self.process = rows, processes, process
-        self.lengths, self.learned = column(rows, "length"), column(rows, "learned")
-        self._numbers = column(rows, "conversation")
+        self.lengths, self.learned = read_column(rows, "length"), read_column(rows, "learned")
+        self._numbers = read_column(rows, "conversation")
         self.budget, self.batch_size, self.is_sharded = config.sequence_budget, config.batch_size, config.is_sharded
         epochs: Sequence[Sequence[int]] = [range(len(rows))] * math.ceil(config.epochs)
         if config.replay_file is not None:

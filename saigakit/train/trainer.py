@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from saigakit.core import launch
-from saigakit.data.rows import column
+from saigakit.data.rows import read_column
 from saigakit.errors import SaigaError
 from saigakit.train import checkpoints, curve, distributed, layers
 from saigakit.train.run_state import Run
@@ -71,7 +71,7 @@ class StepTrainer(Trainer):
 
     def __init__(self, run: Run, model: PeftModel, args: TrainingArguments) -> None:
         self.run, self.is_sharded = run, run.config.is_sharded
-        lengths = column(run.held_out, "length") if run.held_out else []
+        lengths = read_column(run.held_out, "length") if run.held_out else []
         self.held_out_packs = best_fit(lengths, run.config.sequence_budget)
         super().__init__(
             model=model,

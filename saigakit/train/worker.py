@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import pickle
 import shutil
 import tempfile
 from pathlib import Path
@@ -32,7 +31,7 @@ _LOCK_PATIENCE_S = 5.0
 
 def main(job_file: Path) -> None:
     """Train, and write the adapter, log, samples and result next to the job file."""
-    job: Job = pickle.loads(job_file.read_bytes())
+    job = Job.read(job_file)
     config = job.config
     assert job.store is not None
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -91,11 +90,11 @@ def _evaluation_rows(
     if questions is None or job.eval_file is None:
         return None
     found = rows.tokenise(questions, tokenizer, job.config.sequence_budget, name=job.eval_file.name)
-    lengths = rows.column(found, "length")
+    lengths = rows.read_column(found, "length")
     count = run_state.count_evaluated(lengths, steps=len(plan), tokens=plan.tokens, eval_steps=job.config.eval_steps)
     every = run_state.evaluation_interval(len(plan), job.config.eval_steps)
     log.print(f"Evaluation set: {count:,} of {len(found):,} rows, evaluated every {every:,} steps.")
-    return store.select(found, spread(range(len(found)), count))
+    return store.select_rows(found, spread(range(len(found)), count))
 
 
 def _train(run: Run, loaded: Loaded, start: Path | None) -> int:

@@ -1,11 +1,11 @@
-"""What a report states about a side: counted on the examples that training gets, and warned about."""
+"""Count facts on the examples that training gets, and warn about them."""
 
 import json
 
 import pytest
 
 from saigakit.data import audit
-from saigakit.data.audit import Side
+from saigakit.data.audit import SplitAudit
 from saigakit.prompt import encoding
 from saigakit.prompt.encoding import IGNORE_INDEX
 
@@ -36,7 +36,7 @@ def counted(example):
 
 
 def facts_of(*conversations, example=LEARNED):
-    side = Side(SPECIAL)
+    side = SplitAudit(SPECIAL)
     for conversation in conversations:
         side.add(conversation if isinstance(conversation, dict) else {"messages": conversation}, counted(example))
     return side.facts()
@@ -44,20 +44,20 @@ def facts_of(*conversations, example=LEARNED):
 
 @pytest.fixture
 def facts():
-    """A side that nothing is to be said against."""
+    """Facts without warnings."""
     sound = {"conversations": 1000, "tokens": 10_000, "learned_tokens": 5000, "answers": 1000, "structured": 0}
     return {**facts_of(), **sound}
 
 
 def warned(train, held_out, near=0):
-    """What is warned about, in English."""
+    """The warnings in English."""
     return [warning.split(" · ")[1] for warning in audit.warnings(train, held_out, near_in_train=near)]
 
 
-def test_tokens_are_those_of_the_examples(tiny):
+def test_counts_the_tokens_of_the_examples(tiny):
     tokenizer = encoding.load_tokenizer("saiga_tiny")
     conversations = [dialogue("Что это?", "Атом."), [*dialogue("Да?", "Да."), *dialogue("Точно?", "Точно, да.")]]
-    side = Side(tokenizer.special_tokens)
+    side = SplitAudit(tokenizer.special_tokens)
     examples = [encoding.encode(messages, tokenizer) for messages in conversations]
     for messages, example in zip(conversations, examples, strict=True):
         side.add({"messages": messages}, audit.count_tokens([example], encoding.end_of_turn_ids(tokenizer)))
@@ -71,18 +71,18 @@ def test_tokens_are_those_of_the_examples(tiny):
     assert facts["answers_without_end"] == facts["without_learned_tokens"] == 0
 
 
-def test_facts_can_be_written_as_json():
+def test_facts_are_json():
     facts = facts_of(dialogue("<s>"), dialogue("<s>"))
     assert json.loads(json.dumps(facts)) == facts
 
 
-def test_an_empty_side_has_its_facts_too():
+def test_an_empty_set_has_facts():
     facts = facts_of()
     assert (facts["conversations"], facts["duplicates"], facts["longest"]) == (0, 0, 0)
 
 
-def test_facts_can_be_asked_for_while_conversations_come_in():
-    side = Side(SPECIAL)
+def test_facts_are_available_between_conversations():
+    side = SplitAudit(SPECIAL)
     for count in (1, 2):
         side.add({"messages": dialogue()}, counted(LEARNED))
         assert side.facts()["conversations"] == count
@@ -96,12 +96,12 @@ def test_an_exact_duplicate_has_the_same_roles_contents_calls_and_tools():
     assert other["duplicates"] == 0
 
 
-def test_a_conversation_without_learned_tokens_is_counted():
+def test_counts_conversations_without_trained_tokens():
     example = {"input_ids": [1, 5], "labels": [IGNORE_INDEX, IGNORE_INDEX]}
     assert facts_of(dialogue(), example=example)["without_learned_tokens"] == 1
 
 
-def test_every_answer_without_an_end_is_counted_wherever_it_stands():
+def test_counts_answers_without_an_end_at_any_position():
     labels = [IGNORE_INDEX, 7, 8, IGNORE_INDEX, 9, END, IGNORE_INDEX, 7]
     facts = facts_of(dialogue(), example={"input_ids": [0] * 8, "labels": labels})
     assert facts["answers_without_end"] == 2
@@ -126,37 +126,37 @@ def test_every_answer_without_an_end_is_counted_wherever_it_stands():
         "No terms found",
     ],
 )
-def test_an_answer_says_that_nothing_was_found(answer):
+def test_recognises_answers_that_nothing_was_found(answer):
     assert facts_of(dialogue(answer=answer))["nothing_found"] == 1
 
 
 @pytest.mark.parametrize("answer", ["[0]", "false", "0", '[{"term": "атом"}]', "Нет, это не так", "[", "[" * 100_000])
-def test_an_answer_says_something(answer):
+def test_other_answers_found_something(answer):
     assert facts_of(dialogue(answer=answer))["nothing_found"] == 0
 
 
-def test_lists_and_objects_are_structured_answers_and_nothing_else_is():
+def test_only_lists_and_objects_are_structured_answers():
     answers = ["[1]", ' {"a": 1}\n', "1", '"a"', "null", "текст [1]", "[1"]
     facts = facts_of(*(dialogue(answer=answer) for answer in answers))
     assert (facts["structured"], facts["answers"]) == (2, 7)
 
 
-def test_the_last_answer_alone_is_judged():
+def test_only_the_last_answer_is_judged():
     assert facts_of([*dialogue(answer="[]"), *dialogue(answer="текст")])["nothing_found"] == 0
 
 
-def test_a_call_in_the_end_is_no_answer():
+def test_a_final_call_is_not_an_answer():
     facts = facts_of({"messages": calling({})[:2], "tools": TOOLS})
     assert (facts["answers"], facts["nothing_found"], facts["structured"]) == (0, 0, 0)
 
 
-def test_a_conversation_with_tools_and_no_call_is_counted():
+def test_counts_conversations_with_tools_but_no_call():
     made = [{"messages": calling({}), "tools": TOOLS}, {"messages": dialogue(), "tools": TOOLS}, dialogue()]
     facts = facts_of(*made)
     assert (facts["with_tools"], facts["no_call"]) == (2, 1)
 
 
-def test_a_special_token_is_counted_once_a_conversation_and_by_place():
+def test_a_special_token_is_counted_once_per_conversation_and_by_place():
     system = {"role": "system", "content": "[INST]"}
     facts = facts_of([system, *dialogue("</s> и </s>", "</s>")], dialogue("</s>x"), dialogue("<s"))
     assert facts["special_tokens_as_text"] == {"</s>": 1, "[INST]": 1, "</s>x": 1}
@@ -175,34 +175,34 @@ def test_special_tokens_are_found_in_tools_arguments_and_results():
     assert where == {"</s>": {"tools": 1}, "<s>": {"arguments": 1}, "[INST]": {"tool": 1}}
 
 
-def test_of_a_thousand_reserved_tokens_the_right_one_is_found():
-    side = Side([f"<SPECIAL_{number}>" for number in range(1000)])
+def test_finds_the_right_one_of_a_thousand_reserved_tokens():
+    side = SplitAudit([f"<SPECIAL_{number}>" for number in range(1000)])
     side.add({"messages": dialogue("<SPECIAL_7> <SPECIAL_777> <SPECIAL_1000> <SPECIAL_")}, counted(LEARNED))
     assert side.facts()["special_tokens_as_text"].keys() == {"<SPECIAL_7>", "<SPECIAL_777>"}
 
 
 def test_without_special_tokens_none_is_found():
-    side = Side([])
+    side = SplitAudit([])
     side.add({"messages": dialogue("<s>")}, counted(LEARNED))
     assert side.facts()["special_tokens_as_text"] == {}
 
 
-def test_sound_sides_have_no_warning(facts):
+def test_sets_without_problems_have_no_warnings(facts):
     assert audit.warnings(facts, facts, near_in_train=0) == []
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"without_learned_tokens": 1}, "nothing to learn (training): 1 of 1,000"),
+        ({"without_learned_tokens": 1}, "without trained tokens (training): 1 of 1,000"),
         ({"answers_without_end": 1}, "without an end-of-turn token (training): 1;"),
         ({"duplicates": 11}, "Exact duplicates (training): 11 of 1,000, 1.1%"),
-        ({"learned_tokens": 199}, "Only 2.0% of the tokens are learned (training)"),
-        ({"structured": 500, "nothing_found": 99}, "nothing found: 99 of 1,000, under 10%"),
-        ({"with_tools": 100, "no_call": 9}, "tools and no call: 9 of 100, under 10%"),
+        ({"learned_tokens": 199}, "Only 2.0% of the tokens are trained (training)"),
+        ({"structured": 500, "nothing_found": 99}, "nothing was found: 99 of 1,000, under 10%"),
+        ({"with_tools": 100, "no_call": 9}, "tools but no call: 9 of 100, under 10%"),
     ],
 )
-def test_training_is_warned_about(facts, changed, words):
+def test_warns_about_the_training_set(facts, changed, words):
     (warning,) = warned({**facts, **changed}, facts)
     assert words in warning
 
@@ -217,32 +217,32 @@ def test_training_is_warned_about(facts, changed, words):
         {"with_tools": 100, "no_call": 10},
     ],
 )
-def test_at_the_limit_there_is_no_warning(facts, changed):
+def test_does_not_warn_at_the_thresholds(facts, changed):
     assert warned({**facts, **changed}, facts) == []
 
 
 @pytest.mark.parametrize(
     ("changed", "near", "words"),
     [
-        ({"duplicates": 11}, 0, "Exact duplicates (held out): 11"),
-        ({"conversations": 19}, 0, "held out: 19, fewer than 20"),
+        ({"duplicates": 11}, 0, "Exact duplicates (evaluation): 11"),
+        ({"conversations": 19}, 0, "records: 19, fewer than 20"),
         ({}, 3, "nearly the same as in training: 3 of 1,000"),
     ],
 )
-def test_held_out_is_warned_about(facts, changed, near, words):
+def test_warns_about_the_evaluation_set(facts, changed, near, words):
     (warning,) = warned(facts, {**facts, **changed}, near)
     assert words in warning
 
 
-def test_twenty_held_out_conversations_are_enough(facts):
+def test_twenty_evaluation_records_are_enough(facts):
     assert warned(facts, {**facts, "conversations": 20}) == []
 
 
-def test_what_only_training_teaches_is_not_asked_of_held_out(facts):
+def test_restraint_is_not_required_of_the_evaluation_set(facts):
     assert warned(facts, {**facts, "structured": 1000, "with_tools": 1000}) == []
 
 
-def test_a_warning_is_a_russian_sentence_and_an_english_one(facts):
+def test_every_warning_is_in_russian_and_in_english(facts):
     bad = {**facts, "conversations": 10, "duplicates": 5, "without_learned_tokens": 1, "answers_without_end": 1}
     made = audit.warnings({**bad, "with_tools": 9, "structured": 1000, "learned_tokens": 1}, bad, near_in_train=1)
     assert len(made) == 11
@@ -252,9 +252,9 @@ def test_a_warning_is_a_russian_sentence_and_an_english_one(facts):
         assert not any("а" <= letter <= "я" for letter in english)
 
 
-def test_answers_that_are_only_read_are_not_counted_and_tell_conversations_apart():
+def test_untrained_answers_are_not_counted_but_distinguish_conversations():
     said = [{"role": "user", "content": "а"}, {"role": "assistant", "content": "[1]"}]
-    side = Side(SPECIAL)
+    side = SplitAudit(SPECIAL)
     talks = ([*said, said[0], {**said[1], "content": "[]", "weight": 0}], [said[0], {**said[1], "weight": 0}, *said])
     for messages in talks:
         side.add({"messages": messages}, counted(LEARNED))

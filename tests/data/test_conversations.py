@@ -1,4 +1,4 @@
-"""Files of records into checked conversations, every bad record named, and a split without leaks."""
+"""Read and check record files, name every bad record, and split without leaks."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from saigakit import data
 from saigakit.core import display
 from saigakit.data import conversations as data_conversations
 from saigakit.data import store
-from saigakit.data.conversations import asking_alike, common_system_prompt, labels
+from saigakit.data.conversations import asking_alike, common_system_prompt, file_labels
 from saigakit.errors import DataError, SaigaError
 
 TALK = [{"role": "user", "content": "Кто ты?"}, {"role": "assistant", "content": "Сайга."}]
@@ -26,20 +26,20 @@ WITH_SYSTEM = [{"role": "system", "content": "Отвечай кратко."}, *T
 
 @pytest.fixture
 def read(tmp_path):
-    """Content of a file, text or bytes or records, into the messages of its conversations."""
+    """Write a file (text, bytes or records) and read the messages of its conversations."""
 
     def read_content(content, name="records.jsonl"):
         if isinstance(content, list):
             content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in content)
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
-        return [row["messages"] for row in store.conversations(data.read_conversations(tmp_path / name))]
+        return [row["messages"] for row in store.iter_conversations(data.read_conversations(tmp_path / name))]
 
     return read_content
 
 
 @pytest.fixture
 def problems(read):
-    """The problems of one record or of a whole file's content."""
+    """The problems of a record or of a file's content."""
 
     def of(content):
         with pytest.raises(DataError) as caught:
@@ -50,7 +50,7 @@ def problems(read):
 
 
 def asking(texts):
-    """One-turn conversations that ask `texts`."""
+    """One conversation per text, with one turn."""
     return of_turns(map(asked, texts))
 
 
@@ -63,20 +63,20 @@ def of_turns(conversations):
     return store.as_dataset({"messages": turns} for turns in conversations)
 
 
-def test_a_damaged_gzip_file_is_an_error_with_its_name(read):
+def test_an_error_names_the_damaged_gzip_file(read):
     whole = gzip.compress(json.dumps({"messages": TALK}).encode("utf-8"))
     assert read(whole, "records.jsonl.gz") == [TALK]
     for damaged in (whole[:-9], b"plain text", whole[:12] + b"\xff" * 30):
-        with pytest.raises(SaigaError, match=r"records\.jsonl\.gz is not a whole gzip file"):
+        with pytest.raises(SaigaError, match=r"records\.jsonl\.gz is a damaged gzip file"):
             read(damaged, "records.jsonl.gz")
 
 
-def test_unusual_line_separators_inside_a_text_do_not_cut_it(read):
+def test_unusual_line_separators_in_a_text_do_not_split_it(read):
     text = "один\u2028два\u2029три\u0085четыре"
     assert read([{"user": text, "bot": "да"}])[0][0]["content"] == text
 
 
-def test_other_keys_of_a_record_are_counted_aloud(read, capsys):
+def test_reports_ignored_keys_with_counts(read, capsys):
     read([{"id": 1, "user": "а", "bot": "б"}, {"id": 2, "messages": TALK, "user": "Иван", "source": None}])
     said = capsys.readouterr().out
     assert "'id' in 2 records" in said
@@ -84,7 +84,7 @@ def test_other_keys_of_a_record_are_counted_aloud(read, capsys):
     assert "source" not in said
 
 
-def test_nothing_is_said_when_everything_is_read(read, capsys):
+def test_reports_nothing_if_no_key_is_ignored(read, capsys):
     read([{"user": "а", "bot": "б"}])
     assert capsys.readouterr().out == ""
 
@@ -95,22 +95,22 @@ def test_nothing_is_said_when_everything_is_read(read, capsys):
         ("5", "record: is a number; it must be an object"),
         ("null", "record: is null"),
         ('"text"', "record: is a text"),
-        ('{"user": "a", "bot": "b"', "line: is broken JSON"),
-        ('{"user": "\\ud83d", "bot": "b"}', "user: holds half a character ('\\ud83d')"),
-        ('{"user": "a", "bot": "\\ude42\\ud83d"}', "bot: holds half a character"),
+        ('{"user": "a", "bot": "b"', "line: is invalid JSON"),
+        ('{"user": "\\ud83d", "bot": "b"}', "user: contains an unpaired surrogate ('\\ud83d')"),
+        ('{"user": "a", "bot": "\\ude42\\ud83d"}', "bot: contains an unpaired surrogate"),
     ],
 )
-def test_a_bad_line_is_named_and_the_next_ones_are_checked(problems, line, expected):
+def test_names_a_bad_line_and_checks_the_next_ones(problems, line, expected):
     found = problems("\n".join(['{"user": "a", "bot": "b"}', line, "[]"]))
     assert found[0].startswith(f"records.jsonl:2: {expected}")
     assert found[1:] == ["records.jsonl:3: record: is empty; it must be an object"]
 
 
-def test_a_whole_surrogate_pair_is_a_character(read):
+def test_a_surrogate_pair_is_a_character(read):
     assert read(b'{"user": "\\ud83d\\ude42", "bot": "b"}')[0][0]["content"] == "🙂"
 
 
-def test_every_problem_is_collected_and_fifty_are_shown(problems, read):
+def test_collects_every_problem_and_shows_fifty(problems, read):
     bad = [{"user": "а"} for _ in range(70)]
     assert len(problems("\n".join(map(json.dumps, bad)))) == 70
     with pytest.raises(DataError) as caught:
@@ -121,7 +121,7 @@ def test_every_problem_is_collected_and_fifty_are_shown(problems, read):
     assert lines[-1] == "  … and 20 more"
 
 
-def test_of_very_many_problems_a_thousand_are_kept_and_all_are_counted(problems, read):
+def test_keeps_a_thousand_problems_and_counts_all(problems, read):
     bad = "".join('{"user": 1, "bot": 2}\n' for _ in range(1200))
     assert len(problems(bad)) == 1000
     with pytest.raises(DataError) as caught:
@@ -131,13 +131,13 @@ def test_of_very_many_problems_a_thousand_are_kept_and_all_are_counted(problems,
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b"[]", b"[ ]\n"])
 def test_a_file_without_records_is_an_error(read, content):
-    with pytest.raises(DataError, match="holds no record"):
+    with pytest.raises(DataError, match="has no records"):
         read(content)
 
 
 @pytest.fixture
 def files(tmp_path):
-    """Names and contents into paths."""
+    """Write files and return their paths."""
 
     def write(**contents):
         paths = []
@@ -151,13 +151,13 @@ def files(tmp_path):
     return write
 
 
-def test_several_files_are_one_list_in_the_order_given(files):
+def test_several_files_are_read_in_the_given_order(files):
     paths = files(b=['{"user": "1", "bot": "1"}'], a=['{"user": "2", "bot": "2"}', '{"user": "3", "bot": "3"}'])
     asked = [row["messages"][0]["content"] for row in data.read_conversations(paths)]
     assert asked == ["1", "2", "3"]
 
 
-def test_problems_of_several_files_name_each_its_own(files):
+def test_each_problem_names_its_file(files):
     paths = files(a=['{"user": 1}'], b=['{"user": "2", "bot": "2"}', "[]", "{"], c=['{"user": "3", "bot": "3"}'])
     with pytest.raises(DataError) as caught:
         data.read_conversations(paths)
@@ -170,7 +170,7 @@ def test_problems_of_several_files_name_each_its_own(files):
     ]
 
 
-def test_files_of_the_same_name_are_told_apart_by_their_directory(files):
+def test_files_with_equal_names_are_labelled_with_their_directories(files):
     paths = files(ru__part=["{}"], en__part=["{}"], other=["{}"])
     with pytest.raises(DataError) as caught:
         data.read_conversations(paths)
@@ -181,26 +181,24 @@ def test_files_of_the_same_name_are_told_apart_by_their_directory(files):
     ]
 
 
-def test_files_whose_directories_have_the_same_name_too_are_told_apart_by_their_path():
+def test_files_with_equal_directory_names_are_labelled_with_their_paths():
     paths = [Path("/a/ru/x.jsonl"), Path("/b/ru/x.jsonl"), Path("/b/y.jsonl")]
-    assert labels(paths) == ["/a/ru/x.jsonl", "/b/ru/x.jsonl", "y.jsonl"]
+    assert file_labels(paths) == ["/a/ru/x.jsonl", "/b/ru/x.jsonl", "y.jsonl"]
 
 
 def test_an_empty_file_among_others_is_a_problem(files):
     with pytest.raises(DataError) as caught:
         data.read_conversations(files(a=['{"user": "2", "bot": "2"}'], b=[]))
-    assert caught.value.summary == "2 files: 0 of 1 records cannot be used, and 1 of the files hold none."
-    assert caught.value.problems == [
-        "b.jsonl: holds no record; write one JSON object on each line, or leave the file out"
-    ]
+    assert caught.value.summary == "2 files: 0 of 1 records cannot be used, and 1 of the files have none."
+    assert caught.value.problems == ["b.jsonl: has no records; write one JSON object per line, or leave the file out"]
 
 
-def test_keys_beside_the_conversations_of_several_files_are_counted_together(files, capsys):
+def test_ignored_keys_are_counted_over_all_files(files, capsys):
     data.read_conversations(files(a=['{"user": "2", "bot": "2", "id": 1}'], b=['{"user": "3", "bot": "3", "id": 2}']))
-    assert capsys.readouterr().out == "2 files: keys beside the conversation, not read: 'id' in 2 records.\n"
+    assert capsys.readouterr().out == "2 files: ignored keys of records: 'id' in 2 records.\n"
 
 
-def test_rows_of_a_parquet_file_with_tools_are_conversations(tmp_path):
+def test_reads_conversations_with_tools_from_parquet(tmp_path):
     tools = [
         {
             "type": "function",
@@ -223,7 +221,7 @@ def test_rows_of_a_parquet_file_with_tools_are_conversations(tmp_path):
     ]
     file = tmp_path / "records.parquet"
     parquet.write_table(pyarrow.table({"messages": rows, "tools": [tools, None]}), file)
-    first, second = store.conversations(data.read_conversations(file))
+    first, second = store.iter_conversations(data.read_conversations(file))
     assert second == {"messages": TALK}
     assert json.loads(first["tools"]) == tools
     for call in first["messages"][1]["tool_calls"]:
@@ -231,7 +229,7 @@ def test_rows_of_a_parquet_file_with_tools_are_conversations(tmp_path):
     assert first["messages"] == rows[0]
 
 
-def test_a_bad_row_of_a_parquet_file_is_named_with_its_number(tmp_path):
+def test_names_the_number_of_a_bad_parquet_row(tmp_path):
     file = tmp_path / "records.parquet"
     parquet.write_table(pyarrow.table({"user": ["а", None], "bot": ["б", "в"]}), file)
     with pytest.raises(DataError) as caught:
@@ -239,7 +237,7 @@ def test_a_bad_row_of_a_parquet_file_is_named_with_its_number(tmp_path):
     assert caught.value.problems == ["records.parquet:2: user: is missing; add the text"]
 
 
-def test_progress_names_the_file_and_the_records_so_far(files, capsys, monkeypatch):
+def test_progress_names_the_file_and_counts_records(files, capsys, monkeypatch):
     monkeypatch.setattr(display, "EVERY_S", 0)
     data.read_conversations(files(a=['{"user": "1", "bot": "1"}'] * 2, b=['{"user": "3", "bot": "3"}']))
     assert capsys.readouterr().out.splitlines() == [
@@ -249,14 +247,14 @@ def test_progress_names_the_file_and_the_records_so_far(files, capsys, monkeypat
     ]
 
 
-def test_a_missing_file_and_a_directory_are_named(tmp_path):
+def test_rejects_a_missing_file_and_a_directory(tmp_path):
     with pytest.raises(SaigaError, match=r"нет\.jsonl is not there"):
         data.read_conversations(tmp_path / "нет.jsonl")
     with pytest.raises(SaigaError, match="is a directory; name the files in it"):
         data.read_conversations(tmp_path)
 
 
-def test_reading_and_splitting_leave_nothing_in_the_home_directory(tmp_path):
+def test_reading_and_splitting_write_nothing_to_the_home_directory(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     file = tmp_path / "records.jsonl"
@@ -274,7 +272,7 @@ def test_reading_and_splitting_leave_nothing_in_the_home_directory(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_split_is_complete_and_no_prompt_is_on_both_sides(seed):
+def test_a_split_is_complete_and_shares_no_prompt(seed):
     rng = random.Random(seed)
     size = rng.randint(2, 120)
     turns = []
@@ -293,62 +291,62 @@ def test_a_split_is_complete_and_no_prompt_is_on_both_sides(seed):
     assert asking_alike(of_turns(train), of_turns(held_out)) == []
 
 
-def test_a_split_is_the_same_for_the_same_seed_and_another_for_another():
+def test_the_seed_determines_the_split():
     conversations = asking([f"вопрос {index}" for index in range(100)])
     held_out = [data.split_conversations(conversations, eval_fraction=0.1, seed=seed)[1] for seed in (1, 1, 2)]
     assert list(held_out[0]) == list(held_out[1]) != list(held_out[2])
 
 
-def test_the_held_out_part_has_the_size_that_was_asked_for():
+def test_the_evaluation_set_has_the_requested_size():
     train, held_out = data.split_conversations(asking(map(str, range(200))), eval_fraction=0.05, seed=42)
     assert (len(train), len(held_out)) == (190, 10)
 
 
-def test_at_least_one_is_held_out_and_at_least_one_is_trained_on():
+def test_both_parts_of_a_split_have_at_least_one_conversation():
     for fraction in (0.001, 0.999):
         assert [len(side) for side in data.split_conversations(asking("аб"), eval_fraction=fraction, seed=1)] == [1, 1]
 
 
-def test_letter_case_and_blanks_do_not_make_another_prompt():
+def test_letter_case_and_blanks_do_not_make_prompts_distinct():
     with pytest.raises(SaigaError, match="3 conversations with 1 distinct prompts cannot be split"):
         data.split_conversations(asking(["Кто ты?", "кто  ты?", " Кто ты?\n"]), eval_fraction=0.5, seed=1)
 
 
-def test_the_smallest_group_is_held_out_when_each_is_over_the_fraction():
+def test_holds_out_the_smallest_group_if_all_exceed_the_fraction():
     train, held_out = data.split_conversations(asking("аааббвввв"), eval_fraction=0.01, seed=1)
     assert [row["messages"][0]["content"] for row in held_out] == ["б", "б"]
     assert len(train) == 7
 
 
-def test_a_prompt_that_most_records_share_is_trained_on():
+def test_a_prompt_shared_by_most_records_stays_in_training():
     conversations = asking(["Продолжай"] * 80 + [f"вопрос {index}" for index in range(20)])
     train, held_out = data.split_conversations(conversations, eval_fraction=0.1, seed=3)
     assert (len(train), len(held_out)) == (90, 10)
 
 
-def test_questions_are_compared_without_case_and_runs_of_blanks_and_with_their_system_prompt():
-    def whole(text, system="С"):
-        return data_conversations.Asked.of(
+def test_prompt_digests_ignore_case_and_blanks_but_not_the_system_prompt():
+    def digest(text, system="С"):
+        return data_conversations.PromptDigests.of(
             [{"role": "system", "content": system}, {"role": "user", "content": text}]
-        ).whole
+        ).prompt
 
-    assert whole("Кто ты?") == whole(" кто  ТЫ? ") != whole("Кто я?")
-    assert whole("Кто ты?") != whole("Кто ты?", "Д")
-    assert 0 <= whole("Кто ты?") < 2**64
+    assert digest("Кто ты?") == digest(" кто  ТЫ? ") != digest("Кто я?")
+    assert digest("Кто ты?") != digest("Кто ты?", "Д")
+    assert 0 <= digest("Кто ты?") < 2**64
 
 
 THANKS = {"role": "user", "content": "Спасибо"}
 YES = {"role": "assistant", "content": "Пожалуйста"}
 
 
-def test_a_short_text_that_many_say_unites_no_conversations():
+def test_a_common_short_text_does_not_group_conversations():
     conversations = of_turns([*asked(f"вопрос {index}"), THANKS, YES] for index in range(30))
     train, held_out = data.split_conversations(conversations, eval_fraction=0.2, seed=1)
     assert (len(train), len(held_out)) == (24, 6)
     assert asking_alike(train, held_out) == []
 
 
-def test_an_instruction_that_all_have_unites_no_conversations_whose_texts_are_in_the_system_prompt():
+def test_a_common_instruction_does_not_group_conversations_with_distinct_system_prompts():
     def turn(index):
         return [
             {"role": "system", "content": f"Текст {index}"},
@@ -361,14 +359,14 @@ def test_an_instruction_that_all_have_unites_no_conversations_whose_texts_are_in
     assert asking_alike(train, held_out) == []
 
 
-def test_a_question_of_training_is_counted_in_held_out_wherever_it_stands():
+def test_finds_a_training_question_at_any_position_of_an_evaluation_record():
     question = asked("Почему небо над морем бывает зелёным?")
     training = of_turns([question, [*asked("Привет"), *question]])
     held_out = of_turns([[*asked("Здравствуй"), *question], asked("Совсем другой вопрос о море и о небе")])
     assert len(asking_alike(training, held_out)) == 1
 
 
-def test_a_prompt_shared_through_another_conversation_keeps_all_three_together():
+def test_conversations_linked_through_another_one_stay_together():
     one, two, three = (f"вопрос с номером номер {number}" for number in (1, 2, 3))
     turns = [[asked(one), asked(two)], [asked(two), asked(three)], [asked(three)], [asked("г")]]
     conversations = of_turns([message for pair in pairs for message in pair] for pairs in turns)
@@ -378,18 +376,18 @@ def test_a_prompt_shared_through_another_conversation_keeps_all_three_together()
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, "0.05", True, None, float("nan")])
-def test_a_fraction_that_is_none_is_refused(fraction):
+def test_rejects_an_invalid_eval_fraction(fraction):
     with pytest.raises(SaigaError, match="eval_fraction="):
         data.split_conversations(asking("аб"), eval_fraction=fraction, seed=1)
 
 
-def test_what_is_written_is_read_back_to_the_letter(tmp_path):
+def test_written_texts_are_read_back_exactly(tmp_path):
     texts = ["Ёлка", "один\u2028два\u0085три", '"кавычки" \\ \n', "\x00\x1f🙂"]
     file = data.write_conversations(asking(texts), tmp_path / "out.jsonl")
     assert [row["messages"][0]["content"] for row in data.read_conversations(file)] == texts
 
 
-def test_a_written_file_has_readable_cyrillic_and_one_line_for_each_conversation(tmp_path):
+def test_a_written_file_has_readable_cyrillic_and_one_line_per_conversation(tmp_path):
     file = data.write_conversations(asking(["Ёлка", "один\u2028два\u2029три\u0085"]), tmp_path / "out.jsonl")
     text = file.read_text(encoding="utf-8")
     assert "Ёлка" in text
@@ -397,7 +395,7 @@ def test_a_written_file_has_readable_cyrillic_and_one_line_for_each_conversation
     assert file.read_bytes().count(b"\r") == 0
 
 
-def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
+def test_a_failed_write_leaves_the_file_unchanged(tmp_path):
     file = data.write_conversations(asking(["а"]), tmp_path / "out.jsonl")
     before = file.read_bytes()
     with pytest.raises(KeyError):
@@ -405,7 +403,7 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
     assert file.read_bytes() == before
 
 
-def test_the_system_prompt_of_all_conversations_is_known_where_there_is_one(tmp_path):
+def test_finds_the_common_system_prompt(tmp_path):
     def common(*prompts):
         rows = [
             {"system": prompt, "user": "а", "bot": "б"} if prompt else {"user": "а", "bot": "б"} for prompt in prompts
@@ -425,18 +423,18 @@ def test_tools_are_written_and_read_back(tmp_path):
     tools = [{"type": "function", "function": {"name": "f", "description": "д\u2028"}}]
     rows = [{"messages": TALK, "tools": json.dumps(tools, ensure_ascii=False)}, {"messages": TALK}]
     read = data.read_conversations(data.write_conversations(rows, tmp_path / "out.jsonl"))
-    assert list(store.conversations(read)) == rows
+    assert list(store.iter_conversations(read)) == rows
     selected = data.read_conversations(data.write_conversations(read.select([1, 0]), tmp_path / "out.jsonl"))
-    assert list(store.conversations(selected)) == rows[::-1]
+    assert list(store.iter_conversations(selected)) == rows[::-1]
 
 
-def test_the_place_of_each_conversation_is_its_file_and_line(tmp_path):
+def test_locates_each_conversation_by_file_and_line(tmp_path):
     line = '{"user": "а%s", "bot": "б"}'
     files = [tmp_path / "a.jsonl", tmp_path / "b.json"]
     files[0].write_text("\n".join([line % 1, "", line % 2]), encoding="utf-8")
     files[1].write_text("[\n" + line % 3 + ",\n\n" + line % 4 + "]", encoding="utf-8")
     assert len(data.read_conversations(files)) == 4
-    places = [data_conversations.place_of(files, index) for index in range(4)]
+    places = [data_conversations.locate_record(files, index) for index in range(4)]
     assert places == ["a.jsonl:1", "a.jsonl:3", "b.json:2", "b.json:4"]
 
 
@@ -467,13 +465,13 @@ def loaded(file, **options):
     ],
 )
 def test_load_dataset_gives_the_rows_of_a_written_file(tmp_path, records):
-    """But for nulls: from `datasets` 5 on, a key that a message lacks is not there."""
+    """Except for nulls: since version 5, `datasets` omits keys that a message lacks."""
     source = tmp_path / "source.jsonl"
     source.write_text("".join(f"{json.dumps(each, ensure_ascii=False)}\n" for each in records), encoding="utf-8")
     made = data.read_conversations(source)
     file = data.write_conversations(made, tmp_path / "written.jsonl")
     rows = loaded(file)
-    assert list(store.conversations(rows)) == list(store.conversations(made))
+    assert list(store.iter_conversations(rows)) == list(store.iter_conversations(made))
     assert rows.column_names == made.column_names
     if records[0] == {"messages": TALK}:
         assert list(rows) == list(made) and rows.features == made.features
@@ -487,4 +485,4 @@ def test_load_dataset_reads_a_long_file_with_the_features_of_the_conversations(t
     file.write_text("\n".join(lines), encoding="utf-8")
     made = data.read_conversations(file)
     rows = loaded(data.write_conversations(made, tmp_path / "written.jsonl"), features=made.features)
-    assert list(store.conversations(rows)) == list(store.conversations(made))
+    assert list(store.iter_conversations(rows)) == list(store.iter_conversations(made))

@@ -1,4 +1,4 @@
-"""The stage 01_format on the tiny Saiga, and what a reader sees of it."""
+"""Run the stage 01_format on the tiny Saiga and show its results."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ def stage(tiny, tmp_path_factory):
 
 @pytest.fixture
 def write(tmp_path):
-    """(question, answer) pairs into a file of records."""
+    """Write (question, answer) pairs to a file of records."""
 
     def write_records(pairs, name="own.jsonl"):
         rows = [{"user": question, "bot": answer} for question, answer in pairs]
@@ -59,7 +59,7 @@ def counts_of(stage):
     return json.loads((stage / "report.json").read_text(encoding="utf-8"))
 
 
-def test_the_stage_has_its_files_and_a_manifest_that_the_next_stage_accepts(stage, tiny, tokenizer):
+def test_the_stage_has_its_files_and_a_valid_manifest(stage, tiny, tokenizer):
     assert stage.name == "01_format"
     made = manifest.require_stage(stage, "01_format", model="saiga_tiny")
     assert sorted(made["outputs"]) == ["held_out.jsonl", "lengths.png", "report.json", "train.jsonl"]
@@ -82,7 +82,7 @@ def test_the_stage_has_its_files_and_a_manifest_that_the_next_stage_accepts(stag
 @pytest.mark.parametrize(
     ("prompts", "common"), [(["Ты — Сайга."] * 8, "Ты — Сайга."), (["Ты — кот.", ""] * 4, None), ([""] * 8, "")]
 )
-def test_the_manifest_has_the_system_prompt_that_the_training_records_share(tmp_path, check, prompts, common):
+def test_the_manifest_has_the_common_system_prompt_of_training(tmp_path, check, prompts, common):
     rows = [{"user": f"{n}?", "bot": "б", **({"system": each} if each else {})} for n, each in enumerate(prompts)]
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -91,13 +91,13 @@ def test_the_manifest_has_the_system_prompt_that_the_training_records_share(tmp_
     assert common_system_prompt(data.read_conversations(made / "train.jsonl")) == common
 
 
-def test_every_record_is_on_one_side(stage, tiny):
+def test_every_record_is_in_one_of_the_sets(stage, tiny):
     sides = [messages_of(stage / name) for name in ("train.jsonl", "held_out.jsonl")]
     assert [len(side) for side in sides] == [51, 9]
     assert sorted(map(json.dumps, sides[0] + sides[1])) == sorted(map(json.dumps, messages_of(tiny / "records.jsonl")))
 
 
-def test_counted_tokens_are_those_that_training_gets(stage, tokenizer):
+def test_counts_the_tokens_that_training_gets(stage, tokenizer):
     for side, file in (("train", "train.jsonl"), ("held_out", "held_out.jsonl")):
         examples = [encoding.encode(messages, tokenizer) for messages in messages_of(stage / file)]
         counts = counts_of(stage)[side]
@@ -107,7 +107,7 @@ def test_counted_tokens_are_those_that_training_gets(stage, tokenizer):
         assert counts["learned_tokens"] == sum(label != -100 for example in examples for label in example["labels"])
 
 
-def test_a_second_call_keeps_the_stage_and_says_so(tiny, check, capsys):
+def test_a_second_call_reuses_the_stage_and_reports_it(tiny, check, capsys):
     made = check(str(tiny / "records.jsonl"))
     before = {file.name: file.stat().st_mtime_ns for file in made.iterdir()}
     capsys.readouterr()
@@ -117,7 +117,7 @@ def test_a_second_call_keeps_the_stage_and_says_so(tiny, check, capsys):
 
 
 @pytest.mark.parametrize("changed", [{"eval_fraction": 0.5}, {"seed": 1}, {"max_seq_length": 100}])
-def test_a_stage_of_other_parameters_is_not_overwritten(tiny, check, changed):
+def test_a_stage_with_other_parameters_is_not_overwritten(tiny, check, changed):
     made = check(str(tiny / "records.jsonl"))
     before = manifest.hashes(made)
     with pytest.raises(SaigaError, match=next(iter(changed))):
@@ -125,7 +125,7 @@ def test_a_stage_of_other_parameters_is_not_overwritten(tiny, check, changed):
     assert manifest.hashes(made) == before
 
 
-def test_a_stage_of_other_records_is_not_overwritten(check, write):
+def test_a_stage_with_other_records_is_not_overwritten(check, write):
     check(write([("а", "б"), ("в", "г")]))
     with pytest.raises(SaigaError, match="made differently"):
         check(write([("а", "б"), ("в", "д")]))
@@ -137,7 +137,7 @@ def test_bad_records_leave_nothing_in_the_run_directory(check, tmp_path, write):
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_records_of_both_files_are_named_at_once(check, write):
+def test_names_the_bad_records_of_both_files_at_once(check, write):
     records, held_out = write([("а", "б"), ("в", "")]), write([("", "б")], "held.jsonl")
     with pytest.raises(DataError, match=r"1 of 2 records cannot be used.*1 of 1 records cannot be used") as caught:
         check(records, held_out=held_out)
@@ -163,7 +163,7 @@ report.check_records(model="saiga_tiny", records=sys.argv[1], run_dir=sys.argv[2
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["01_format"]
 
 
-def test_a_held_out_file_of_ones_own_is_used_as_it_is(check, write):
+def test_a_given_evaluation_set_is_used_unchanged(check, write):
     records = write([("а", "б"), ("в", "г")])
     held_out = write([("Д", "е"), ("ё", "ж"), (" а", "з")], "held.jsonl")
     made = check(records, held_out=held_out)
@@ -172,11 +172,11 @@ def test_a_held_out_file_of_ones_own_is_used_as_it_is(check, write):
     assert counts_of(made)["held_out_prompts_in_train"] == 1
 
 
-def test_a_split_of_its_own_never_asks_in_held_out_what_is_in_train(stage):
+def test_its_own_split_never_asks_a_training_question(stage):
     assert counts_of(stage)["held_out_prompts_in_train"] == 0
 
 
-def test_what_is_too_long_is_left_out_counted_and_said(check, write, tokenizer, capsys):
+def test_long_conversations_are_left_out_and_reported(check, write, tokenizer, capsys):
     pairs = [("а", "б"), ("в", "г"), ("д", "длинно " * 20)]
     longest = len(encoding.encode(messages_of(write(pairs))[2], tokenizer)["input_ids"])
     made = check(write(pairs), max_seq_length=longest - 1, eval_fraction=0.5)
@@ -187,38 +187,38 @@ def test_what_is_too_long_is_left_out_counted_and_said(check, write, tokenizer, 
     assert sorted(messages[0]["content"] for messages in kept) == ["а", "в"]
 
 
-def test_a_conversation_of_just_the_limit_is_kept(check, write, tokenizer, capsys):
+def test_keeps_a_conversation_of_exactly_the_limit(check, write, tokenizer, capsys):
     pairs = [("а", "б"), ("в", "длинно " * 20)]
     longest = len(encoding.encode(messages_of(write(pairs))[1], tokenizer)["input_ids"])
     assert counts_of(check(write(pairs), max_seq_length=longest))["dropped"] == {"records": 0}
     assert capsys.readouterr().out == "own.jsonl: 2 conversations, each is well-formed.\n"
 
 
-def test_an_error_names_both_lengths_when_nothing_fits(check, write, tmp_path):
-    with pytest.raises(SaigaError, match=r"all 2 conversations are longer than max_seq_length=3 tokens, the shortest"):
+def test_an_error_names_the_limit_and_the_shortest_length_if_nothing_fits(check, write, tmp_path):
+    with pytest.raises(SaigaError, match=r"all 2 conversations are longer than max_seq_length=3 tokens; the shortest"):
         check(write([("а", "б"), ("в", "г")]), max_seq_length=3)
     assert not (tmp_path / "run" / "01_format").exists()
 
 
-def test_a_limit_over_the_context_of_the_model_is_refused(check, write):
+def test_rejects_a_limit_over_the_context_length(check, write):
     with pytest.raises(SaigaError, match="max_seq_length=4096 is over the context length of saiga_tiny, 1024"):
         check(write([("а", "б"), ("в", "г")]), max_seq_length=4096)
 
 
 @pytest.mark.parametrize("given", [{"records": 5}, {"records": None}, {"records": "own.jsonl", "held_out": 7}])
-def test_records_that_are_no_text_are_refused_by_the_name_of_the_parameter(check, given):
+def test_rejects_records_that_are_not_a_text_and_names_the_parameter(check, given):
     name, value = list(given.items())[-1]
     with pytest.raises(SaigaError, match=f"^{name}={value} is a .*; give a path or a name in quotes"):
         check(**given)
 
 
 @pytest.mark.parametrize("wrong", [0, -1, True, 1.5, "512"])
-def test_a_max_seq_length_that_is_no_count_is_refused(check, wrong):
+def test_rejects_an_invalid_max_seq_length(check, wrong):
     with pytest.raises(SaigaError, match=f"max_seq_length={wrong!r} must be a whole number of at least 1"):
         check("own.jsonl", max_seq_length=wrong)
 
 
-def test_records_are_found_in_an_attached_input(tiny, check, tmp_path, monkeypatch):
+def test_finds_records_in_an_attached_input(tiny, check, tmp_path, monkeypatch):
     attached = tmp_path / "input" / "datasets" / "me" / "example"
     attached.mkdir(parents=True)
     shutil.copy(tiny / "records.jsonl", attached / "attached.jsonl")
@@ -228,13 +228,13 @@ def test_records_are_found_in_an_attached_input(tiny, check, tmp_path, monkeypat
         check("other.jsonl")
 
 
-def test_records_are_found_in_the_run_directory(tiny, check, tmp_path):
+def test_finds_records_in_the_run_directory(tiny, check, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copy(tiny / "records.jsonl", tmp_path / "run" / "beside.jsonl")
     assert counts_of(check("beside.jsonl"))["train"]["conversations"] == 51
 
 
-def test_progress_is_printed_by_the_clock_alone(check, write, capsys, monkeypatch):
+def test_progress_is_printed_only_at_intervals(check, write, capsys, monkeypatch):
     monkeypatch.setattr(display, "EVERY_S", 0)
     check(write([("а", "б"), ("в", "г")]))
     lines = capsys.readouterr().out.splitlines()
@@ -242,7 +242,7 @@ def test_progress_is_printed_by_the_clock_alone(check, write, capsys, monkeypatc
     assert "train.jsonl: 1 of 1 conversations checked" in lines
 
 
-def test_a_conversation_that_the_template_refuses_is_named_with_its_file_and_line(tiny, tmp_path):
+def test_names_file_and_line_of_a_conversation_that_the_template_refuses(tiny, tmp_path):
     model = shutil.copytree(tiny / "base", tmp_path / "model")
     refusing = (
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -263,7 +263,7 @@ def test_a_conversation_that_the_template_refuses_is_named_with_its_file_and_lin
     assert all("no system" in problem for problem in caught.value.problems)
 
 
-def test_where_the_last_answer_is_rendered_otherwise_rows_are_counted_and_cut_one_by_one(tiny, tmp_path, capsys):
+def test_counts_and_cuts_rows_if_the_final_turn_is_rendered_differently(tiny, tmp_path, capsys):
     model = shutil.copytree(tiny / "base", tmp_path / "model")
     thoughtful = (
         "{% for m in messages %}{{ '<s>' + m['role'] + '\\n' }}"
@@ -289,7 +289,7 @@ def test_where_the_last_answer_is_rendered_otherwise_rows_are_counted_and_cut_on
         stage = report.check_records(
             model=str(model), records=str(file), run_dir=tmp_path / str(limit), max_seq_length=limit
         )
-        facts = [report.read(stage)[side] for side in ("train", "held_out")]
+        facts = [report.read_report(stage)[side] for side in ("train", "held_out")]
         return stage, [sum(side[key] for side in facts) for key in ("conversations", "rows", "turns", "learned_tokens")]
 
     stage, counts = made(2000)
@@ -305,28 +305,28 @@ def test_where_the_last_answer_is_rendered_otherwise_rows_are_counted_and_cut_on
     assert "rows, one for each answer" not in str(report.summary(stage))
 
 
-def test_the_summary_counts_what_a_reader_must_know(check, write):
+def test_the_summary_has_all_counts(check, write):
     pairs = [("а", "[]"), ("а", "[]"), ("</s> и <s> </s>", "</s>"), ("в </s>", '{"terms": []}')]
     held_out = write([("а", "Нет."), ("г", "да")], "held.jsonl")
     made = check(write(pairs), held_out=held_out)
     rows = {name.split(" · ")[1]: tuple(cells) for name, *cells in report.summary(made).rows}
     assert rows["conversations"] == ("4", "2")
     assert rows["duplicates"] == ("1", "0")
-    assert rows["asked in train too"] == ("–", "1")
-    assert rows["answers that say nothing found"] == ("3 (75.0%)", "1 (50.0%)")
+    assert rows["question is in training"] == ("–", "1")
+    assert rows["answers that nothing was found"] == ("3 (75.0%)", "1 (50.0%)")
     assert rows["special tokens as text"] == ("</s>: 2, <s>: 1", "0")
     assert rows["too long, last turns cut off"] == ("0", "0")
-    assert rows["nothing to learn"] == rows["answers without an end"] == ("0", "0")
+    assert rows["without trained tokens"] == rows["answers without an end token"] == ("0", "0")
     assert rows["too long, left out"] == ("0", "0")
-    assert rows["learned"][0].endswith("%")
+    assert rows["trained tokens"][0].endswith("%")
 
 
-def test_the_summary_of_an_unfinished_stage_says_what_to_run(tmp_path):
+def test_the_summary_of_an_unfinished_stage_is_an_error_with_a_remedy(tmp_path):
     with pytest.raises(SaigaError, match="run 01_format first"):
         report.summary(tmp_path / "01_format")
 
 
-def test_a_conversation_that_is_too_long_loses_whole_turns_and_is_counted(check, tmp_path, tokenizer, capsys):
+def test_a_long_conversation_loses_complete_turns_and_is_counted(check, tmp_path, tokenizer, capsys):
     turn = [{"role": "user", "content": "в"}, {"role": "assistant", "content": "г"}]
     short = [{"role": "user", "content": "а"}, {"role": "assistant", "content": "б"}]
     file = tmp_path / "own.jsonl"
@@ -339,7 +339,7 @@ def test_a_conversation_that_is_too_long_loses_whole_turns_and_is_counted(check,
     assert "1 lose their last turns and 0 are left out" in capsys.readouterr().out
 
 
-def test_functions_and_calls_go_through_the_stage(check, tmp_path):
+def test_the_stage_keeps_tools_and_calls(check, tmp_path):
     tools = [{"type": "function", "function": {"name": "найти", "parameters": {"type": "object"}}}]
     call = {"function": {"name": "найти", "arguments": '{"что": "</s>"}'}}
     rows = [
@@ -359,14 +359,14 @@ def test_functions_and_calls_go_through_the_stage(check, tmp_path):
     assert (counts["with_tools"], counts["no_call"]) == (2, 0)
     assert counts["special_tokens_where"] == {"</s>": {"arguments": 2}}
     rows = {name.split(" · ")[1]: tuple(cells) for name, *cells in report.summary(made).rows}
-    assert rows["tools and no call"] == ("0 / 2", "0 / 2")
-    assert any("tools and no call" in row[0] for row in report.advice(made).rows)
+    assert rows["tools but no call"] == ("0 / 2", "0 / 2")
+    assert any("tools but no call" in row[0] for row in report.advice(made).rows)
 
 
 NEAR = "В старом парке у реки каждое утро гуляют люди с собаками, а дети кормят уток хлебом и смеются у фонтана. "
 
 
-def test_a_held_out_text_that_is_nearly_in_training_is_counted_and_advised_against(check, write):
+def test_reports_an_evaluation_record_that_is_nearly_in_training(check, write):
     records = write([(NEAR + "Найди термины.", "[]"), ("Совсем другой вопрос о погоде на севере страны", "да")])
     held_out = write([(NEAR.replace("хлебом", "зерном") + "Найди термины.", "[]")], "held.jsonl")
     made = check(records, held_out=held_out)
@@ -383,15 +383,15 @@ def test_the_advice_ends_with_steps_and_hours(stage):
     assert "T4 ×2" in last and "quota" in last
 
 
-def test_examples_are_marked_where_they_are_learned(stage, tokenizer):
+def test_examples_have_their_trained_text_marked(stage, tokenizer):
     marked = report.examples(stage, tokenizer, count=2)
     for prompt, conversation in zip(marked.prompts, spread(messages_of(stage / "train.jsonl"), 2), strict=True):
         assert f"⟦{conversation[-1]['content']}</s>⟧" in str(marked)
-        assert "".join(piece.text for piece in prompt.pieces if piece.is_learned).endswith("</s>")
+        assert "".join(piece.text for piece in prompt.pieces if piece.is_trained).endswith("</s>")
 
 
 @pytest.mark.parametrize("name", ["records.jsonl", "part-*.jsonl", "."])
-def test_records_of_several_files_are_one_set(check, write, tmp_path, name):
+def test_records_of_several_files_form_one_set(check, write, tmp_path, name):
     (tmp_path / "own").mkdir()
     write([("а", "б"), ("в", "г")], "own/part-1.jsonl")
     write([("д", "е")], "own/part-2.jsonl")
@@ -402,10 +402,10 @@ def test_records_of_several_files_are_one_set(check, write, tmp_path, name):
     assert total == (6 if name == "." else 3)
 
 
-def test_another_tokenizer_is_another_stage(tiny, write, tmp_path):
+def test_a_stage_with_another_tokenizer_is_not_overwritten(tiny, write, tmp_path):
     model = shutil.copytree(tiny / "base", tmp_path / "model")
     records = write([("а", "б"), ("в", "г")])
-    chat_template = template.of_model(MODELS["saiga_tiny"], tiny / "base")
+    chat_template = template.read_chat_template(MODELS["saiga_tiny"], tiny / "base")
     (model / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     report.check_records(model=str(model), records=records, run_dir=tmp_path / "run")
     (model / "chat_template.jinja").write_text(chat_template + "{# another #}", encoding="utf-8")
@@ -413,7 +413,7 @@ def test_another_tokenizer_is_another_stage(tiny, write, tmp_path):
         report.check_records(model=str(model), records=records, run_dir=tmp_path / "run")
 
 
-def test_a_report_made_before_rows_were_counted_is_read(stage, tmp_path):
+def test_reads_an_older_report_without_row_counts(stage, tmp_path):
     older = shutil.copytree(stage, tmp_path / "01_format")
     facts = counts_of(older)
     for side in ("train", "held_out"):

@@ -1,4 +1,4 @@
-"""Steps and hours before a run: arithmetic that can be done by hand."""
+"""Check the estimated steps and hours against arithmetic by hand."""
 
 import json
 
@@ -8,36 +8,36 @@ from saigakit.data import report
 
 
 def test_two_epochs_of_100_conversations_in_batches_of_16_are_13_steps():
-    assert report.estimate(rows=100, tokens=1, parameters_b=1).steps == 13
+    assert report.estimate_training(rows=100, tokens=1, parameters_b=1).steps == 13
 
 
-def test_an_epoch_ends_with_the_step_that_holds_its_last_conversation():
-    assert report.estimate(rows=33, tokens=1, parameters_b=1).steps_per_epoch == 3
+def test_the_last_step_of_an_epoch_may_be_partial():
+    assert report.estimate_training(rows=33, tokens=1, parameters_b=1).steps_per_epoch == 3
 
 
-def test_a_7b_model_needs_about_seven_hours_of_two_t4s_for_eight_million_tokens():
-    low, high = report.hours(tokens=8e6, parameters_b=6.74)
+def test_a_7b_model_needs_about_seven_hours_on_two_t4s_for_eight_million_tokens():
+    low, high = report.training_hours(tokens=8e6, parameters_b=6.74)
     assert low == pytest.approx(3 * 2 * 6.74e9 * 4e6 / (0.7 * 20.4e12) / 3600)
     assert high == pytest.approx(7.34, abs=0.01)
 
 
-def test_an_estimate_is_for_all_epochs():
-    made = report.estimate(rows=10, tokens=10**6, parameters_b=8)
-    assert made.hours == report.hours(tokens=2 * 10**6, parameters_b=8)
+def test_an_estimate_covers_all_epochs():
+    made = report.estimate_training(rows=10, tokens=10**6, parameters_b=8)
+    assert made.hours == report.training_hours(tokens=2 * 10**6, parameters_b=8)
 
 
-def test_the_share_of_the_quota_is_of_30_hours_a_week():
-    made = report.estimate(rows=10, tokens=10**6, parameters_b=8)
+def test_the_quota_is_30_hours_a_week():
+    made = report.estimate_training(rows=10, tokens=10**6, parameters_b=8)
     assert made.quota == pytest.approx([hours / 30 for hours in made.hours])
 
 
-def test_a_range_runs_from_the_faster_to_the_slower():
-    low, high = report.estimate(rows=10, tokens=10**6, parameters_b=8).hours
+def test_a_range_goes_from_the_fastest_to_the_slowest():
+    low, high = report.estimate_training(rows=10, tokens=10**6, parameters_b=8).hours
     assert high / low == pytest.approx(7 / 3)
 
 
-def test_a_written_estimate_says_that_it_is_one():
-    made = json.loads(json.dumps(report.estimate(rows=10, tokens=10**6, parameters_b=8).to_json()))
+def test_an_estimate_in_json_is_labelled_as_one():
+    made = json.loads(json.dumps(report.estimate_training(rows=10, tokens=10**6, parameters_b=8).to_json()))
     assert "an estimate, not measured" in made["note"]
     assert made["steps"] == 2
     assert len(made["hours"]) == len(made["quota"]) == 2
@@ -46,9 +46,9 @@ def test_a_written_estimate_says_that_it_is_one():
 @pytest.mark.parametrize(
     ("tokens", "words"),
     [
-        (8 * 10**6, "6.5–15.3 ч · h, T4 ×2, 22%–51% квоты недели · of a week's quota"),
-        (10, "<0.1 ч · h, T4 ×2, <1% квоты недели · of a week's quota"),
+        (8 * 10**6, "6.5–15.3 ч · h, T4 ×2, 22%–51% недельной квоты · of the weekly quota"),
+        (10, "<0.1 ч · h, T4 ×2, <1% недельной квоты · of the weekly quota"),
     ],
 )
-def test_an_estimate_is_printed_in_hours_and_shares(tokens, words):
-    assert str(report.estimate(rows=10, tokens=tokens, parameters_b=7)) == words
+def test_an_estimate_is_printed_in_hours_and_quota(tokens, words):
+    assert str(report.estimate_training(rows=10, tokens=tokens, parameters_b=7)) == words

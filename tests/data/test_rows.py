@@ -1,4 +1,4 @@
-"""Conversations into rows that fit, in order, by whole turns; rows in a file that nobody has to remove."""
+"""Tokenise conversations into rows that fit, in order, and store the rows."""
 
 import os
 import re
@@ -36,13 +36,13 @@ def tokenizer(tiny):
     return encoding.load_tokenizer("saiga_tiny")
 
 
-def test_rows_are_those_of_encode_in_the_same_order_over_many_batches(tokenizer):
+def test_rows_equal_those_of_encode_in_order_over_many_batches(tokenizer):
     conversations = [{"messages": turns(1 + index % 3)} for index in range(700)]
     made = [row for item in rows.encode_fitting(conversations, tokenizer, 512, name="records") for row in item.rows]
     assert made == [encode(each["messages"], tokenizer) for each in conversations]
 
 
-def test_a_conversation_that_is_too_long_loses_whole_turns_from_its_end(tokenizer):
+def test_a_long_conversation_loses_complete_turns_from_its_end(tokenizer):
     messages = [SYSTEM, *turns(6)]
     length = len(encode(messages, tokenizer)["input_ids"])
     fits = len(encode(messages[:7], tokenizer)["input_ids"])
@@ -54,7 +54,7 @@ def test_a_conversation_that_is_too_long_loses_whole_turns_from_its_end(tokenize
     assert item.conversation["messages"] == messages[:5]
 
 
-def test_what_is_cut_ends_with_the_end_of_an_answer(tokenizer):
+def test_a_cut_conversation_ends_with_a_complete_answer(tokenizer):
     (end,) = encoding.end_of_turn_ids(tokenizer)
     for limit in range(30, 200, 7):
         (item,) = rows.encode_fitting([{"messages": turns(5)}], tokenizer, limit, name="records")
@@ -71,7 +71,7 @@ def test_a_conversation_whose_first_answer_does_not_fit_is_dropped(tokenizer):
     assert item.tokens > 50
 
 
-def test_every_conversation_that_cannot_be_tokenised_is_named_with_its_number(tokenizer):
+def test_names_every_conversation_that_cannot_be_tokenised(tokenizer):
     bad = {"messages": [{"role": "user"}]}
     conversations = [{"messages": turns(1)}] * 300 + [bad] + [{"messages": turns(1)}] * 300 + [bad]
     with pytest.raises(DataError, match=r"records\.jsonl: 2 of 602 conversations cannot be tokenised") as caught:
@@ -80,7 +80,7 @@ def test_every_conversation_that_cannot_be_tokenised_is_named_with_its_number(to
     assert numbers == ["records.jsonl, conversation 301", "records.jsonl, conversation 602"]
 
 
-def test_progress_goes_by_the_clock(tokenizer, capsys, monkeypatch):
+def test_progress_is_printed_only_at_intervals(tokenizer, capsys, monkeypatch):
     conversations = [{"messages": turns(1)}] * 600
     list(rows.encode_fitting(conversations, tokenizer, 512, name="records"))
     assert capsys.readouterr().out == ""
@@ -97,13 +97,13 @@ def test_stored_rows_are_read_back_in_any_order_and_leave_no_file(tokenizer):
     assert set(workspace.scratch_dir().iterdir()) == before
     assert [ids_and_labels(stored[index]) for index in (39, 0, 17, -1)] == [expected[i] for i in (39, 0, 17, -1)]
     assert list(map(ids_and_labels, stored)) == expected
-    assert list(rows.column(stored, "length")) == [len(each["input_ids"]) for each in expected]
+    assert list(rows.read_column(stored, "length")) == [len(each["input_ids"]) for each in expected]
     learned = [sum(label != IGNORE_INDEX for label in each["labels"]) for each in expected]
-    assert list(rows.column(stored, "learned")) == learned
-    assert list(rows.column(stored, "conversation")) == list(range(1, 41))
+    assert list(rows.read_column(stored, "learned")) == learned
+    assert list(rows.read_column(stored, "conversation")) == list(range(1, 41))
 
 
-def test_what_is_cut_and_left_out_is_counted_aloud(tokenizer, capsys):
+def test_reports_how_much_is_cut_and_left_out(tokenizer, capsys):
     fits = len(encode(turns(1), tokenizer)["input_ids"])
     conversations = [{"messages": turns(1)}, {"messages": turns(3)}, {"messages": turns(1, words=90)}]
     assert len(rows.tokenise(conversations, tokenizer, fits, name="records")) == 2
@@ -112,13 +112,13 @@ def test_what_is_cut_and_left_out_is_counted_aloud(tokenizer, capsys):
     assert f"longer than {fits} tokens" in said
 
 
-def test_nothing_that_fits_is_an_error_with_the_limit(tokenizer):
+def test_an_error_names_the_limit_if_nothing_fits(tokenizer):
     with pytest.raises(SaigaError, match=r"records: no conversation has an answer within max_seq_length=10 tokens"):
         rows.tokenise([{"messages": turns(1)}], tokenizer, 10, name="records")
 
 
-def test_a_disk_that_is_full_is_an_error_with_what_is_needed(tiny, tmp_path):
-    """In a process of its own, for the limit stays."""
+def test_a_full_disk_is_an_error_with_the_needed_size(tiny, tmp_path):
+    """In its own process, because the limit stays."""
     code = """
 import resource
 from saigakit.data import rows
@@ -141,10 +141,10 @@ def test_a_very_long_conversation_is_cut_with_few_renderings(tokenizer, monkeypa
     monkeypatch.setattr(layout.template, "render", lambda *a, **k: rendered.append(1) or render(*a, **k))
     (item,) = rows.encode_fitting([{"messages": turns(60)}], tokenizer, 300, name="records")
     assert item.is_cut
-    assert len(rendered) < 2 * 60 + 4 + 2 * 60  # the whole once, and what is left of it once or twice
+    assert len(rendered) < 2 * 60 + 4 + 2 * 60  # the conversation once, and what is left of it once or twice
 
 
-def test_rows_of_a_template_that_renders_the_last_answer_otherwise_are_one_for_each_answer(capsys):
+def test_each_answer_is_a_row_if_the_final_turn_is_rendered_differently(capsys):
     split = chatml(THOUGHTFUL)
     conversations = [{"messages": turns(2)}, {"messages": turns(1)}]
     stored = rows.tokenise(conversations, split, 500, name="records")
@@ -159,7 +159,7 @@ def test_rows_of_a_template_that_renders_the_last_answer_otherwise_are_one_for_e
     assert item.conversation["messages"] == turns(1)
 
 
-def test_an_answer_of_weight_0_at_the_end_does_not_hide_a_cut(tokenizer):
+def test_a_final_answer_with_weight_0_does_not_hide_a_cut(tokenizer):
     messages = [
         *turns(2),
         {"role": "user", "content": "слово " * 50},
@@ -172,8 +172,8 @@ def test_an_answer_of_weight_0_at_the_end_does_not_hide_a_cut(tokenizer):
     assert item.conversation["messages"] == messages[:2]
 
 
-def test_what_is_cut_to_a_single_row_is_that_row(capsys):
-    """Where the template renders a shortened conversation turn by turn, it is read again as one row, too."""
+def test_a_conversation_cut_to_a_single_row_is_encoded_as_that_row(capsys):
+    """If the template renders the shortened conversation turn by turn, it becomes a single row."""
     only_long_ones = THOUGHTFUL.replace("and loop.last", "and loop.last and messages | length > 4")
     assert only_long_ones != THOUGHTFUL
     tokenizer = chatml(only_long_ones)
@@ -184,9 +184,9 @@ def test_what_is_cut_to_a_single_row_is_that_row(capsys):
     assert item.rows == [encode(short["messages"], tokenizer)]
 
 
-def test_conversations_without_anything_to_learn_are_not_said_to_be_long(tokenizer, capsys):
+def test_conversations_without_trained_tokens_are_not_reported_as_long(tokenizer, capsys):
     silent = [{**each, "weight": 0} if each["role"] == "assistant" else each for each in turns(1)]
     assert len(rows.tokenise([{"messages": silent}, {"messages": turns(1)}], tokenizer, 500, name="records")) == 1
     said = capsys.readouterr().out
-    assert "records: 1 conversations have nothing to learn" in said
+    assert "records: 1 conversations without trained tokens" in said
     assert "longer than" not in said

@@ -1,11 +1,11 @@
-"""Records of every shape into normalised conversations, and bad ones into their problems."""
+"""Normalise records of every format, and list the problems of bad ones."""
 
 import json
 
 import pytest
 
 from saigakit.data import schema
-from saigakit.data.records import Bad
+from saigakit.data.records import BadRecord
 
 TALK = [{"role": "user", "content": "Кто ты?"}, {"role": "assistant", "content": "Сайга."}]
 WITH_SYSTEM = [{"role": "system", "content": "Отвечай кратко."}, *TALK]
@@ -27,13 +27,13 @@ TOOL_TURNS = [
 
 
 def calling(**changes):
-    """WITH_TOOL whose assistant's message has these keys instead."""
+    """WITH_TOOL with other keys in the assistant's message."""
     return {"messages": [ASK, {**WITH_TOOL[1], **changes}, ANSWER, SAID], "tools": [WEATHER]}
 
 
 def problems(record):
-    found = schema.conversation(record)
-    assert isinstance(found, Bad), found
+    found = schema.normalise_record(record)
+    assert isinstance(found, BadRecord), found
     return list(found.problems)
 
 
@@ -63,8 +63,8 @@ def problems(record):
         ),
     ],
 )
-def test_every_shape_becomes_the_same_messages(record, messages):
-    assert schema.conversation(record) == {"messages": messages}
+def test_every_format_is_normalised_to_the_same_messages(record, messages):
+    assert schema.normalise_record(record) == {"messages": messages}
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_every_shape_becomes_the_same_messages(record, messages):
         calling(tool_calls=[{"id": "1", **PLAIN_CALL}]),
     ],
 )  # fmt: skip
-def test_tools_and_calls_in_every_spelling_become_the_same(record):
-    assert schema.conversation(record) == {"messages": WITH_TOOL, "tools": TOOLS}
+def test_tools_and_calls_in_every_format_are_normalised(record):
+    assert schema.normalise_record(record) == {"messages": WITH_TOOL, "tools": TOOLS}
 
 
 @pytest.mark.parametrize(
@@ -106,34 +106,34 @@ def test_tools_and_calls_in_every_spelling_become_the_same(record):
         },
     ],
 )
-def test_older_calls_and_those_of_sharegpt_become_the_same(record):
-    assert schema.conversation({**record, "tools": [WEATHER]}) == {"messages": TOOL_TURNS, "tools": TOOLS}
+def test_older_calls_and_sharegpt_calls_are_normalised(record):
+    assert schema.normalise_record({**record, "tools": [WEATHER]}) == {"messages": TOOL_TURNS, "tools": TOOLS}
 
 
-def test_a_function_message_is_a_tools_and_keeps_its_name():
+def test_a_function_message_becomes_a_tool_message_and_keeps_its_name():
     answered = {"role": "function", "name": "weather", "content": "-5"}
-    made = schema.conversation({"messages": [*TOOL_TURNS[:2], answered, SAID], "tools": [WEATHER]})
+    made = schema.normalise_record({"messages": [*TOOL_TURNS[:2], answered, SAID], "tools": [WEATHER]})
     assert made["messages"][2] == {"role": "tool", "name": "weather", "content": "-5"}
 
 
-def test_words_beside_a_call_are_kept():
-    assert schema.conversation(calling(content=" Смотрю. "))["messages"][1]["content"] == " Смотрю. "
+def test_text_next_to_a_call_is_kept():
+    assert schema.normalise_record(calling(content=" Смотрю. "))["messages"][1]["content"] == " Смотрю. "
 
 
-def test_two_calls_have_two_answers_and_a_call_may_be_the_last_word():
+def test_two_calls_have_two_answers_and_a_call_may_be_last():
     second = {**CALL, "id": "2"}
     both = {"role": "assistant", "content": "", "tool_calls": [CALL, second]}
     turns = [ASK, both, {**ANSWER, "tool_call_id": "2"}, ANSWER, {**WITH_TOOL[1], "tool_calls": [CALL]}]
-    assert schema.conversation({"messages": turns, "tools": [WEATHER]})["messages"] == turns
+    assert schema.normalise_record({"messages": turns, "tools": [WEATHER]})["messages"] == turns
 
 
 def test_tools_that_are_not_called_are_kept():
-    assert schema.conversation({"user": "а", "bot": "б", "tools": [WEATHER]})["tools"] == TOOLS
+    assert schema.normalise_record({"user": "а", "bot": "б", "tools": [WEATHER]})["tools"] == TOOLS
 
 
-def test_texts_are_kept_to_the_letter():
+def test_texts_are_unchanged():
     text = "  отступ\n\tтаб </s> <|im_end|> 🙂 漢 e\u0301\u200b \x00 "
-    made = schema.conversation({"user": text, "bot": text})
+    made = schema.normalise_record({"user": text, "bot": text})
     assert [message["content"] for message in made["messages"]] == [text, text]
 
 
@@ -141,10 +141,10 @@ def test_texts_are_kept_to_the_letter():
     ("record", "expected"),
     [
         (5, "record: is a number; it must be an object"),
-        ({"instruction": "а", "output": "б"}, "record: has no messages, no conversations and no user and bot"),
-        ({}, "(its keys: none)"),
-        ({"messages": TALK, "conversations": []}, "record: holds two conversations"),
-        ({"messages": TALK, "user": "а", "bot": "б"}, "record: holds two conversations"),
+        ({"instruction": "а", "output": "б"}, "record: has neither messages nor conversations nor user and bot"),
+        ({}, "but no keys"),
+        ({"messages": TALK, "conversations": []}, "record: has two of messages"),
+        ({"messages": TALK, "user": "а", "bot": "б"}, "record: has two of messages"),
         ({"user": "а"}, "bot: is missing"),
         ({"bot": "а"}, "user: is missing"),
         ({"user": None, "bot": "а"}, "user: is missing"),
@@ -154,8 +154,8 @@ def test_texts_are_kept_to_the_letter():
         ({"user": {"text": "а"}, "bot": "а"}, "user: is an object"),
         ({"user": "а", "bot": " \n\t"}, "bot: is empty"),
         ({"user": "", "bot": "а"}, "user: is empty"),
-        ({"user": "\ud83d", "bot": "а"}, "user: holds half a character ('\\ud83d')"),
-        ({"user": "а", "bot": "\ude42\ud83d"}, "bot: holds half a character ('\\ude42')"),
+        ({"user": "\ud83d", "bot": "а"}, "user: contains an unpaired surrogate ('\\ud83d')"),
+        ({"user": "а", "bot": "\ude42\ud83d"}, "bot: contains an unpaired surrogate ('\\ude42')"),
         ({"system": "  ", "user": "а", "bot": "а"}, "system: is empty"),
         ({"system": 1, "user": "а", "bot": "а"}, "system: is a number"),
         ({"messages": "Кто ты?"}, "messages: is a text; it must be a list"),
@@ -169,10 +169,10 @@ def test_texts_are_kept_to_the_letter():
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}, TALK[1]]}, "messages[0].content: is a list"),
         ({"messages": [TALK[0], {**TALK[1], "wait": 0}]}, "messages[1]: 'wait' is an unknown key"),
         ({"messages": [{**TALK[0], "weight": 0}, TALK[1]]}, "messages[0]: 'weight' is an unknown key"),
-        ({"messages": [TALK[0], {**TALK[1], "weight": 0}]}, "messages: each answer of the assistant has weight 0"),
+        ({"messages": [TALK[0], {**TALK[1], "weight": 0}]}, "messages: all answers have weight 0"),
         (
             {"messages": [TALK[0], {**TALK[1], "weight": 2}]},
-            "messages[1].weight: is 2; use 0 for an answer that is not",
+            "messages[1].weight: is 2; use 0 for an answer that must not",
         ),
         ({"messages": [TALK[0], {**TALK[1], "weight": "0"}]}, "messages[1].weight: is a text; use 0"),
         ({"messages": [TALK[0], {**TALK[1], "weight": True}]}, "messages[1].weight: is True; use 0"),
@@ -182,16 +182,16 @@ def test_texts_are_kept_to_the_letter():
         ({"messages": [TALK[0], {**TALK[1], "tool_call_id": "1"}]}, "messages[1]: 'tool_call_id' is an unknown key"),
         ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "б"}]}, "conversations[0].value: is missing"),
         ({"conversations": TALK}, "conversations[0].from: is missing"),
-        ({"messages": [TALK[1], TALK[0]]}, "messages[0]: assistant speaks where user should"),
-        ({"messages": [TALK[0], *TALK]}, "messages[1]: user speaks where assistant should"),
-        ({"messages": [*TALK, WITH_SYSTEM[0], *TALK]}, "messages[2]: system speaks where user should"),
-        ({"messages": WITH_SYSTEM, "system": "Ещё один."}, "messages[0]: system speaks where user should"),
-        ({"messages": [*TALK, TALK[0]]}, "messages[2]: user has the last word"),
-        ({"messages": [WITH_SYSTEM[0]]}, "messages[0]: system has the last word"),
-        ({"messages": TALK, "tool_calls": [CALL]}, "tool_calls: stands beside the messages"),
+        ({"messages": [TALK[1], TALK[0]]}, "messages[0]: the role is assistant, expected user"),
+        ({"messages": [TALK[0], *TALK]}, "messages[1]: the role is user, expected assistant"),
+        ({"messages": [*TALK, WITH_SYSTEM[0], *TALK]}, "messages[2]: the role is system, expected user"),
+        ({"messages": WITH_SYSTEM, "system": "Ещё один."}, "messages[0]: the role is system, expected user"),
+        ({"messages": [*TALK, TALK[0]]}, "messages[2]: the last message is of user"),
+        ({"messages": [WITH_SYSTEM[0]]}, "messages[0]: the last message is of system"),
+        ({"messages": TALK, "tool_calls": [CALL]}, "tool_calls: is outside the messages"),
     ],
 )
-def test_a_bad_record_is_named_with_its_field(record, expected):
+def test_a_problem_names_the_field_of_a_bad_record(record, expected):
     assert any(expected in problem for problem in problems(record)), problems(record)
 
 
@@ -201,33 +201,33 @@ def test_a_bad_record_is_named_with_its_field(record, expected):
         (calling(content=" "), "messages[1].content: is empty"),
         (calling(content=5), "messages[1].content: is a number"),
         ({"messages": [TALK[0], {"role": "assistant", "content": ""}]}, "messages[1].content: is empty"),
-        ({"messages": [*TALK, ANSWER, SAID]}, "messages[2]: tool speaks where user should; system first if at all, "
-         "then user, assistant, user …, and tool after an assistant's tool_calls, then assistant"),
-        ({"messages": [*WITH_TOOL[:2], *TALK], "tools": [WEATHER]}, "messages[2]: user speaks where tool should"),
-        ({"messages": [*WITH_TOOL[:3], *TALK], "tools": [WEATHER]}, "messages[3]: user speaks where assistant should"),
-        ({"messages": WITH_TOOL[:3], "tools": [WEATHER]}, "messages[2]: tool has the last word"),
+        ({"messages": [*TALK, ANSWER, SAID]}, "messages[2]: the role is tool, expected user; use the order "
+         "system (optional), user, assistant, user …, with tool and assistant after tool_calls"),
+        ({"messages": [*WITH_TOOL[:2], *TALK], "tools": [WEATHER]}, "messages[2]: the role is user, expected tool"),
+        ({"messages": [*WITH_TOOL[:3], *TALK], "tools": [WEATHER]}, "messages[3]: the role is user, expected"),
+        ({"messages": WITH_TOOL[:3], "tools": [WEATHER]}, "messages[2]: the last message is of tool"),
         ({"messages": [*WITH_TOOL[:2], {**ANSWER, "content": " "}, SAID]}, "messages[2].content: is empty"),
         ({"messages": [*WITH_TOOL[:2], {**ANSWER, "content": {"t": -5}}, SAID]}, "messages[2].content: is an object"),
         ({"messages": [*WITH_TOOL[:2], {**ANSWER, "tool_call_id": 1}, SAID]}, "messages[2].tool_call_id: is a number"),
-        ({"messages": [*WITH_TOOL[:2], {**ANSWER, "name": "\ud83d"}, SAID]}, "messages[2].name: holds half a"),
-        (calling(tool_calls=[{**CALL, "id": "2"}]), "messages[2].tool_call_id: is '1', no call of the assistant's turn "
-         "before: there is only '2'"),
-        (calling(tool_calls=[PLAIN_CALL]), "messages[2].tool_call_id: is '1', no call of the assistant's turn before: "
-         "there is none with an id"),
+        ({"messages": [*WITH_TOOL[:2], {**ANSWER, "name": "\ud83d"}, SAID]}, "messages[2].name: contains an unpaired"),
+        (calling(tool_calls=[{**CALL, "id": "2"}]), "messages[2].tool_call_id: is '1'; the ids of the previous "
+         "assistant turn are '2'"),
+        (calling(tool_calls=[PLAIN_CALL]), "messages[2].tool_call_id: is '1'; the ids of the previous "
+         "assistant turn are none"),
         ({"messages": [*WITH_TOOL[:3], {**WITH_TOOL[1], "tool_calls": [{**CALL, "id": "2"}]}, ANSWER, SAID],
           "tools": [WEATHER]}, "messages[4].tool_call_id: is '1'"),
-        ({"messages": WITH_TOOL}, "messages[1].tool_calls: calls a function, and the record has no tools"),
+        ({"messages": WITH_TOOL}, "messages[1].tool_calls: calls a function, but the record has no tools"),
         ({"conversations": [{"from": "human", "value": "а"}, {"from": "function_call", "value": "{"}]},
-         "conversations[1].value: is broken JSON"),
+         "conversations[1].value: is invalid JSON"),
         ({"conversations": [{"from": "human", "value": "а"}, {"from": "function_call"}]},
          "conversations[1].value: is null; it must be a list of calls"),
     ],
 )  # fmt: skip
-def test_a_bad_turn_of_tools_is_named_with_its_field(record, expected):
+def test_a_problem_names_the_field_of_a_bad_tool_turn(record, expected):
     assert any(expected in problem for problem in problems(record)), problems(record)
 
 
-def test_every_problem_of_a_record_is_named():
+def test_names_every_problem_of_a_record():
     messages = [
         {"role": "user", "content": 5},
         {"role": "narrator"},
@@ -242,13 +242,13 @@ def test_every_problem_of_a_record_is_named():
     ]
 
 
-def test_keys_beside_the_conversation_are_told():
+def test_finds_the_unread_keys_of_a_record():
     record = {"messages": TALK, "id": 1, "user": "Иван", "source": None, "tools": [], "tool_choice": "auto"}
-    assert schema.keys_not_read(record) == {"id", "user", "tool_choice"}
-    assert schema.keys_not_read({"user": "а", "bot": "б", "system": "в"}) == set()
+    assert schema.unread_keys(record) == {"id", "user", "tool_choice"}
+    assert schema.unread_keys({"user": "а", "bot": "б", "system": "в"}) == set()
 
 
-def test_a_call_of_weight_0_keeps_it_in_sharegpt_too():
+def test_a_sharegpt_call_keeps_weight_0():
     call = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
     tools = [{"type": "function", "function": {"name": "f"}}]
     turns = [
@@ -257,17 +257,17 @@ def test_a_call_of_weight_0_keeps_it_in_sharegpt_too():
         {"from": "observation", "value": "1"},
         {"from": "gpt", "value": "б"},
     ]
-    made = schema.conversation({"tools": tools, "conversations": [turns[0], {**call, "weight": 0}, *turns[2:]]})
+    made = schema.normalise_record({"tools": tools, "conversations": [turns[0], {**call, "weight": 0}, *turns[2:]]})
     assert [message.get("weight") for message in made["messages"]] == [None, 0, None, None]
-    bad = schema.conversation({"tools": tools, "conversations": [turns[0], {**call, "weight": "0"}, *turns[2:]]})
+    bad = schema.normalise_record({"tools": tools, "conversations": [turns[0], {**call, "weight": "0"}, *turns[2:]]})
     assert bad.problems == (
-        "conversations[1].weight: is a text; use 0 for an answer that is not to be learned, 1 for one that is",
+        "conversations[1].weight: is a text; use 0 for an answer that must not be trained, otherwise 1",
     )
-    nothing = schema.conversation({"conversations": [turns[0], {**turns[3], "weight": 0}]})
-    assert nothing.problems[0].startswith("conversations: each answer of the assistant has weight 0")
+    nothing = schema.normalise_record({"conversations": [turns[0], {**turns[3], "weight": 0}]})
+    assert nothing.problems[0].startswith("conversations: all answers have weight 0")
 
 
-def test_an_answer_of_weight_0_keeps_it_and_one_of_weight_1_is_like_any_other():
+def test_an_answer_keeps_weight_0_and_loses_weight_1():
     messages = [TALK[0], {**TALK[1], "weight": 0}, TALK[0], {**TALK[1], "weight": 1}]
-    made = schema.conversation({"messages": messages})
+    made = schema.normalise_record({"messages": messages})
     assert made == {"messages": [TALK[0], {**TALK[1], "weight": 0}, *TALK[:2]]}

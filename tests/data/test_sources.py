@@ -1,3 +1,5 @@
+"""Find models, adapters and record files: local, attached and on a stub of the Hub."""
+
 import os
 import subprocess
 import sys
@@ -61,7 +63,7 @@ def hub():
 
 
 def asked(expression, endpoint, cache):
-    """What a process that sees the Hub at `endpoint` gets: huggingface_hub reads the address when it is imported."""
+    """Run in a process with the Hub at `endpoint`, because huggingface_hub reads the address at import."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "SAIGAKIT_"))}
     environment = {**plain, "HF_ENDPOINT": endpoint, "SAIGAKIT_CACHE": str(cache)}
     child = subprocess.run(
@@ -85,12 +87,12 @@ def inputs(tmp_path, monkeypatch):
     return tmp_path / "input"
 
 
-def test_a_base_of_the_hub_comes_with_one_kind_of_weights_and_no_more(hub, tmp_path):
+def test_downloads_only_one_kind_of_weights_of_a_base_model(hub, tmp_path):
     _, *names = asked("find.base_dir(registry.find('saiga2_7b'))", hub[0], tmp_path)
     assert names == ["config.json", "model.safetensors", "tokenizer.model"]
 
 
-def test_a_disk_too_small_for_the_weights_is_told_before_they_are_fetched_and_not_once_they_are_there(hub, tmp_path):
+def test_checks_the_disk_before_downloading_weights_but_not_once_they_are_cached(hub, tmp_path):
     small = "setattr(find.workspace, 'free_disk', lambda path: 0) or find.base_dir(registry.find('saiga2_7b'))"
     kind, sentence = asked(small, hub[0], tmp_path)
     assert kind == "SaigaError" and "Downloading TheBloke/Llama-2-7B-fp16 needs 0.00 GB of disk" in sentence
@@ -100,19 +102,19 @@ def test_a_disk_too_small_for_the_weights_is_told_before_they_are_fetched_and_no
     assert "model.safetensors" in names
 
 
-def test_a_base_without_safetensors_comes_as_bin(hub, tmp_path):
+def test_downloads_bin_files_of_a_base_model_without_safetensors(hub, tmp_path):
     _, *names = asked("find.base_dir(registry.find('someone/old'))", hub[0], tmp_path)
     assert names == ["config.json", "pytorch_model.bin", "tokenizer.model"]
 
 
-def test_the_tokenizer_is_the_released_adapters(hub, tmp_path):
+def test_uses_the_tokenizer_of_the_released_adapter(hub, tmp_path):
     directory, *names = asked("find.tokenizer_dir(registry.find('saiga2_7b'))", hub[0], tmp_path)
     assert "saiga2_7b_lora" in directory
     assert names == ["adapter_config.json", "tokenizer.model"]
 
 
 @pytest.mark.parametrize("adapter", ["released", "IlyaGusev/saiga2_7b_lora"])
-def test_an_adapter_of_the_hub_comes_with_its_weights(hub, tmp_path, adapter):
+def test_downloads_an_adapter_with_its_weights(hub, tmp_path, adapter):
     _, *names = asked(f"find.adapter_dir(registry.find('saiga2_7b'), {adapter!r})", hub[0], tmp_path)
     assert names == ["adapter_config.json", "adapter_model.bin", "tokenizer.model"]
 
@@ -127,7 +129,7 @@ def test_an_adapter_of_the_hub_comes_with_its_weights(hub, tmp_path, adapter):
         ("overloaded", "503 Service Unavailable"),
     ],
 )
-def test_a_refusal_of_the_hub_is_a_sentence_that_says_what_to_attach(hub, tmp_path, repository, said):
+def test_a_hub_error_says_what_to_attach(hub, tmp_path, repository, said):
     kind, sentence = asked(f"find.base_dir(registry.find('someone/{repository}'))", hub[0], tmp_path)
     assert kind == "SaigaError"
     assert sentence.startswith(f"someone/{repository} ")
@@ -137,7 +139,7 @@ def test_a_refusal_of_the_hub_is_a_sentence_that_says_what_to_attach(hub, tmp_pa
 
 
 @pytest.mark.parametrize("what", ["base_dir(registry.find('a/b'))", "tokenizer_dir(registry.find('a/b'))"])
-def test_without_a_connection_a_sentence_comes_soon(tmp_path, what):
+def test_fails_fast_without_a_connection(tmp_path, what):
     start = time.monotonic()
     kind, sentence = asked(f"find.{what}", "http://127.0.0.1:9", tmp_path)
     assert kind == "SaigaError"
@@ -146,34 +148,34 @@ def test_without_a_connection_a_sentence_comes_soon(tmp_path, what):
     assert time.monotonic() - start < 20  # the Hub's own retries take 24 s
 
 
-def test_a_directory_is_its_own_base_and_tokenizer(tiny):
+def test_a_directory_is_both_base_model_and_tokenizer(tiny):
     spec = registry.find(str(tiny / "base"))
     assert find.base_dir(spec) == find.tokenizer_dir(spec) == tiny / "base"
 
 
-def test_a_packaged_model_is_made(tiny):
+def test_makes_a_packaged_model(tiny):
     spec = registry.find("saiga_tiny")
     assert find.base_dir(spec) == tiny / "base"
     assert find.adapter_dir(spec, "released") == tiny / "adapter"
 
 
-def test_base_source_is_taken_instead_of_the_hub(tmp_path):
+def test_base_source_replaces_the_hub(tmp_path):
     attached = directory_with(tmp_path / "llama", "config.json")
     assert find.base_dir(SAIGA, str(attached)) == find.tokenizer_dir(SAIGA, str(attached)) == attached
 
 
 @pytest.mark.parametrize("layout", ["", "datasets/someone"])
-def test_base_source_is_found_in_both_layouts_of_mounts(inputs, layout):
+def test_finds_base_source_in_both_mount_layouts(inputs, layout):
     attached = directory_with(inputs / layout / "llama-2-7b", "config.json")
     assert find.base_dir(SAIGA, "llama-2-7b") == attached
 
 
-def test_a_model_mounted_under_its_version_is_found_by_its_name(inputs):
+def test_finds_a_model_mounted_under_its_version(inputs):
     attached = directory_with(inputs / "models" / "meta" / "llama-2" / "pytorch" / "7b-hf" / "1", "config.json")
     assert find.base_dir(SAIGA, "llama-2") == attached
 
 
-def test_what_is_attached_twice_is_refused_with_both_places(inputs):
+def test_rejects_an_input_attached_twice_and_names_both_places(inputs):
     first = directory_with(inputs / "llama", "config.json")
     second = directory_with(inputs / "datasets" / "someone" / "llama", "config.json")
     with pytest.raises(SaigaError) as caught:
@@ -182,14 +184,14 @@ def test_what_is_attached_twice_is_refused_with_both_places(inputs):
     assert str(second) in str(caught.value)
 
 
-def test_two_models_in_one_attachment_are_refused_with_both_names(inputs):
+def test_rejects_two_models_in_one_input_and_names_both(inputs):
     for version in ("1", "2"):
         directory_with(inputs / "llama" / version, "config.json")
     with pytest.raises(SaigaError, match=r"more than one config\.json.*llama/1.*llama/2"):
         find.base_dir(SAIGA, "llama")
 
 
-def test_a_base_source_without_config_is_no_base_model(tmp_path):
+def test_rejects_a_base_source_without_config(tmp_path):
     directory_with(tmp_path / "empty", "readme.txt")
     with pytest.raises(SaigaError, match=r"not a base model: it has no config\.json"):
         find.base_dir(SAIGA, str(tmp_path / "empty"))
@@ -203,37 +205,37 @@ def test_a_finished_stage_is_an_adapter(tmp_path):
 def test_a_finished_stage_of_an_attached_notebook_is_an_adapter(inputs, tmp_path):
     made = directory_with(inputs / "notebooks" / "someone" / "train" / "02_train", "adapter_config.json")
     assert find.adapter_dir(SAIGA, "02_train", tmp_path) == made
-    assert find.adapter_dir(SAIGA, "train/02_train", tmp_path) == made  # no Hub id, though it looks like one
+    assert find.adapter_dir(SAIGA, "train/02_train", tmp_path) == made  # not a Hub id, although it looks like one
 
 
-def test_an_attached_copy_is_taken_instead_of_the_hubs_adapter(inputs):
+def test_prefers_an_attached_copy_to_the_adapter_on_the_hub(inputs):
     made = directory_with(inputs / "datasets" / "IlyaGusev" / "saiga2_7b_lora", "adapter_config.json")
     assert find.adapter_dir(SAIGA, "released") == made
 
 
-def test_a_directory_without_an_adapter_is_refused(tmp_path):
+def test_rejects_a_directory_without_an_adapter(tmp_path):
     directory_with(tmp_path / "02_train", "config.json")
     with pytest.raises(SaigaError, match=r"not a LoRA adapter: it has no adapter_config\.json"):
         find.adapter_dir(SAIGA, "02_train", tmp_path)
 
 
-def test_a_stage_that_was_not_run_is_named(tmp_path):
+def test_names_a_stage_that_has_not_run(tmp_path):
     with pytest.raises(SaigaError, match="Run 02_train first"):
         find.adapter_dir(SAIGA, "02_train", tmp_path)
 
 
-def test_a_model_without_a_released_adapter_says_so():
+def test_rejects_a_model_without_a_released_adapter():
     with pytest.raises(SaigaError, match="mine has no released adapter"):
         find.adapter_dir(ModelSpec(name="mine", base_model="someone/mine"), "released")
 
 
-def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+def test_expands_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     made = directory_with(tmp_path / "adapter", "adapter_config.json")
     assert find.adapter_dir(SAIGA, "~/adapter") == made
 
 
-def test_an_unknown_file_of_the_demos_records_names_the_two_that_there_are(monkeypatch, tmp_path):
+def test_an_unknown_demo_file_is_an_error_with_the_two_known_ones(monkeypatch, tmp_path):
     monkeypatch.setattr(sources.wordnet_records, "packaged_records", lambda: tmp_path)
     (tmp_path / "train.jsonl").write_text("{}", encoding="utf-8")
     assert sources.records_files("package:wordnet/train.jsonl") == [tmp_path / "train.jsonl"]
@@ -242,12 +244,12 @@ def test_an_unknown_file_of_the_demos_records_names_the_two_that_there_are(monke
 
 
 @pytest.mark.parametrize("adapter", [False, 7])
-def test_an_adapter_that_is_no_text_is_refused(adapter):
+def test_rejects_an_adapter_that_is_not_a_text(adapter):
     with pytest.raises(SaigaError, match="give a path, a Hub id or None"):
         find.adapter_dir(SAIGA, adapter)
 
 
-def test_a_file_of_records_is_found_here_in_the_run_directory_and_in_an_input(inputs, tmp_path, monkeypatch):
+def test_finds_a_record_file_locally_in_the_run_directory_and_in_an_input(inputs, tmp_path, monkeypatch):
     here = directory_with(tmp_path / "here", "a.jsonl")
     run_dir = directory_with(tmp_path / "run", "b.jsonl")
     attached = directory_with(inputs / "datasets" / "me" / "talks", "c.csv")
@@ -259,7 +261,7 @@ def test_a_file_of_records_is_found_here_in_the_run_directory_and_in_an_input(in
         sources.records_files("talks/d.csv", run_dir)
 
 
-def test_a_directory_is_its_files_of_records_in_order_and_no_hidden_ones(tmp_path):
+def test_a_directory_gives_its_visible_record_files_in_order(tmp_path):
     names = ["b.jsonl", "a.json.gz", "c.parquet", "d.jsonl.gz", "e.json", "f.csv", "README.md", ".g.jsonl"]
     directory_with(tmp_path / "talks", *names)
     directory_with(tmp_path / "talks" / "a" / "b", "z.jsonl")
@@ -268,13 +270,13 @@ def test_a_directory_is_its_files_of_records_in_order_and_no_hidden_ones(tmp_pat
     assert found == ["a.json.gz", "a/b/z.jsonl", "b.jsonl", "c.parquet", "d.jsonl.gz", "e.json"]
 
 
-def test_what_of_a_directory_is_not_read_is_said(tmp_path, capsys):
+def test_reports_the_files_of_a_directory_that_are_left_out(tmp_path, capsys):
     directory_with(tmp_path / "talks", "a.JSONL", "b.ndjson", "c.csv", "d.txt")
     assert len(sources.records_files(str(tmp_path / "talks"))) == 2
     assert "talks: 2 of 4 files are read; left out: c.csv, d.txt." in capsys.readouterr().out
 
 
-def test_a_copy_of_a_data_set_gives_its_split_train_as_the_hub_does(tmp_path, capsys):
+def test_a_local_copy_of_a_data_set_gives_its_train_split(tmp_path, capsys):
     directory_with(tmp_path / "set", "dataset_infos.json")
     for split in ("train", "test"):
         directory_with(tmp_path / "set" / split, "a.jsonl")
@@ -283,23 +285,23 @@ def test_a_copy_of_a_data_set_gives_its_split_train_as_the_hub_does(tmp_path, ca
 
 
 @pytest.mark.parametrize("name", ["", "  "])
-def test_an_empty_name_of_records_is_refused(name):
+def test_rejects_an_empty_name(name):
     with pytest.raises(SaigaError, match="records is empty"):
         sources.records_files(name)
 
 
-def test_a_directory_below_a_hidden_one_is_read(tmp_path):
+def test_reads_a_directory_below_a_hidden_one(tmp_path):
     made = directory_with(tmp_path / ".data" / "talks", "a.jsonl")
     assert sources.records_files(str(made)) == [made / "a.jsonl"]
 
 
-def test_a_directory_without_records_is_refused(tmp_path):
+def test_rejects_a_directory_without_records(tmp_path):
     made = directory_with(tmp_path / "talks", "a.csv")
-    with pytest.raises(SaigaError, match="talks has no file of records"):
+    with pytest.raises(SaigaError, match="talks has no record files"):
         sources.records_files(str(made))
 
 
-def test_a_pattern_is_the_files_that_fit_it_in_the_first_place_where_some_do(inputs, tmp_path, monkeypatch):
+def test_a_pattern_gives_the_matches_of_the_first_place(inputs, tmp_path, monkeypatch):
     names = ("part-2.jsonl", "part-1.jsonl", "other.jsonl")
     run_dir = directory_with(tmp_path / "run", *names)
     here = directory_with(tmp_path / "here", *names)
@@ -313,7 +315,7 @@ def test_a_pattern_is_the_files_that_fit_it_in_the_first_place_where_some_do(inp
     assert sources.records_files("talks/part-*.jsonl", run_dir) == [attached / name for name in fitting]
 
 
-def test_a_pattern_that_fits_in_two_inputs_is_refused_with_both(inputs, tmp_path, monkeypatch):
+def test_rejects_a_pattern_that_matches_in_two_inputs(inputs, tmp_path, monkeypatch):
     first, second = (directory_with(inputs / name, "part-1.jsonl") for name in ("one", "two"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SaigaError) as caught:
@@ -321,18 +323,18 @@ def test_a_pattern_that_fits_in_two_inputs_is_refused_with_both(inputs, tmp_path
     assert str(first) in str(caught.value) and str(second) in str(caught.value)
 
 
-def test_a_pattern_that_nothing_fits_names_where_was_looked(inputs, tmp_path, monkeypatch):
+def test_an_unmatched_pattern_is_an_error_with_the_searched_places(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     directory_with(tmp_path / "run", "other.jsonl")
     (tmp_path / "scratch").mkdir()
-    for place, is_named in (("run", True), ("scratch", False)):  # where nothing is, there was nothing to look for
+    for place, is_named in (("run", True), ("scratch", False)):  # an empty run directory is not mentioned
         with pytest.raises(SaigaError) as caught:
             sources.records_files("part-*.jsonl", tmp_path / place)
-        assert f"No file fits 'part-*.jsonl'. Looked in {tmp_path}" in str(caught.value)
+        assert f"No file matches 'part-*.jsonl'. Searched {tmp_path}" in str(caught.value)
         assert (str(tmp_path / place) in str(caught.value)) == is_named
 
 
-def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path):
+def test_a_file_whose_name_looks_like_a_pattern_is_found(tmp_path):
     made = directory_with(tmp_path / "talks", "part [1].jsonl", "part 1.jsonl")
     assert sources.records_files("talks/part [1].jsonl", tmp_path) == [made / "part [1].jsonl"]
 
@@ -350,54 +352,54 @@ def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path):
         ("someone/languages:en/train", ["train.jsonl: {}"]),
     ],
 )
-def test_a_data_set_of_the_hub_is_the_files_of_its_split(hub, tmp_path, name, files):
+def test_a_data_set_on_the_hub_gives_the_files_of_its_split(hub, tmp_path, name, files):
     assert asked(f"sources.records_files({name!r})", hub[0], tmp_path) == files
 
 
-def test_of_a_data_set_only_the_files_of_the_split_are_fetched(hub, tmp_path):
+def test_downloads_only_the_files_of_the_split(hub, tmp_path):
     before = len(hub[1])
     asked("sources.records_files('someone/languages:ru')", hub[0], tmp_path)
     fetched = [call for call in hub[1][before:] if "/resolve/" in call and call.endswith(".jsonl")]
     assert fetched and all("ru/train.jsonl" in call for call in fetched)
 
 
-def test_a_data_set_with_several_configurations_is_refused_with_their_names(hub, tmp_path):
+def test_rejects_a_data_set_with_several_configurations_and_names_them(hub, tmp_path):
     kind, sentence = asked("sources.records_files('someone/languages')", hub[0], tmp_path)
     assert kind == "SaigaError"
-    assert "someone/languages has more than one configuration. Name one of en, ru" in sentence
+    assert "someone/languages has more than one configuration. Choose one of en, ru" in sentence
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
-        ("someone/named", "has no split 'train'. Its splits: ru, train_sft"),
-        ("someone/talks:dev", "has no split 'dev'. Its splits: train, test"),
-        ("someone/languages:ru/test", "has no split 'test'. Its splits: train"),
-        ("someone/languages:de/train", "has no configuration 'de'. Name one of en, ru"),
-        ("someone/pictures", "has no file of records (.jsonl, .ndjson, .json, "),
+        ("someone/named", "has no split 'train'. Choose one of ru, train_sft"),
+        ("someone/talks:dev", "has no split 'dev'. Choose one of train, test"),
+        ("someone/languages:ru/test", "has no split 'test'. Choose one of train"),
+        ("someone/languages:de/train", "has no configuration 'de'. Choose one of en, ru"),
+        ("someone/pictures", "has no record files (.jsonl, .ndjson, .json, "),
     ],
 )
-def test_a_split_that_is_not_there_is_refused_with_those_that_are(hub, tmp_path, name, said):
+def test_rejects_an_unknown_split_and_names_the_known_ones(hub, tmp_path, name, message):
     kind, sentence = asked(f"sources.records_files({name!r})", hub[0], tmp_path)
     assert kind == "SaigaError"
-    assert said in sentence
+    assert message in sentence
 
 
-def test_a_card_says_which_files_of_a_copy_are_of_which_split(tmp_path):
+def test_the_card_of_a_local_copy_determines_its_splits(tmp_path):
     made = directory_with(tmp_path / "set", "ru.jsonl", "en.jsonl")
     card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: ru.jsonl}\n---\n"
     (made / "README.md").write_text(card, encoding="utf-8")
     assert sources.records_files(str(made)) == [made / "ru.jsonl"]
 
 
-def test_a_disk_too_small_for_a_data_set_is_told_before_it_is_fetched(hub, tmp_path):
+def test_checks_the_disk_before_downloading_a_data_set(hub, tmp_path):
     small = "setattr(sources.workspace, 'free_disk', lambda path: 0) or sources.records_files('someone/talks')"
     kind, sentence = asked(small, hub[0], tmp_path)
     assert kind == "SaigaError" and "Downloading someone/talks needs 0.00 GB of disk" in sentence
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("someone/gated", "is gated: accept its licence"),
         ("someone/vanished:train", "is not on the Hub"),
@@ -405,22 +407,22 @@ def test_a_disk_too_small_for_a_data_set_is_told_before_it_is_fetched(hub, tmp_p
         ("someone/overloaded", "503 Service Unavailable"),
     ],
 )
-def test_a_refusal_of_a_data_set_says_what_to_attach(hub, tmp_path, name, said):
+def test_a_hub_error_for_a_data_set_says_what_to_attach(hub, tmp_path, name, message):
     kind, sentence = asked(f"sources.records_files({name!r})", hub[0], tmp_path)
     assert kind == "SaigaError"
     assert sentence.startswith(f"{name.partition(':')[0]} ")
-    assert said in sentence
+    assert message in sentence
     assert "It is not a local path either: attach a copy as a Kaggle data set" in sentence
 
 
-def test_a_data_set_without_a_connection_is_a_sentence_soon(tmp_path):
+def test_a_data_set_fails_fast_without_a_connection(tmp_path):
     start = time.monotonic()
     kind, sentence = asked("sources.records_files('a/b')", "http://127.0.0.1:9", tmp_path)
     assert kind == "SaigaError" and "a/b could not be fetched from the Hub: " in sentence
     assert time.monotonic() - start < 20  # the Hub's own retries take 24 s
 
 
-def test_a_path_that_is_here_goes_before_a_data_set_of_the_hub(tmp_path):
+def test_a_local_path_takes_precedence_over_the_hub(tmp_path):
     made = directory_with(tmp_path / "someone" / "talks", "a.jsonl")
     assert sources.records_files("someone/talks", tmp_path) == [made / "a.jsonl"]
 
@@ -428,6 +430,6 @@ def test_a_path_that_is_here_goes_before_a_data_set_of_the_hub(tmp_path):
 @pytest.mark.parametrize(
     "name", ["someone/talks.jsonl", "01_format/train.jsonl", "a/b/c", "/a/b", "./a", "a--b/c", "ы/я"]
 )
-def test_what_cannot_be_a_data_set_is_not_asked_for(tmp_path, name):
+def test_does_not_ask_the_hub_for_an_invalid_name(tmp_path, name):
     with pytest.raises(SaigaError, match="is not there"):
         sources.records_files(name, tmp_path)

@@ -1,4 +1,4 @@
-"""Conversations in a file: any order of reading gives what was written, and nothing is left of the file."""
+"""Read stored conversations in any order, and leave no file behind."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def rows(most):
 
 text, before, most = "ё" * 10_000, held(), []
 stored = store.as_dataset(rows(most))
-for row in store.conversations(stored):
+for row in store.iter_conversations(stored):
     most.append(held())
 print(max(most) - before)
 """
@@ -50,19 +50,19 @@ def asking(text):
 
 @pytest.fixture
 def many():
-    """Conversations of very different lengths, and themselves as dictionaries."""
+    """Conversations of very different lengths, stored and as dictionaries."""
     rng = random.Random(1)
     rows = [asking(f"{index} " + "ё\u2028" * rng.choice((0, 1, 50, 5000))) for index in range(500)]
     return store.as_dataset(rows), rows
 
 
-def test_what_is_stored_is_read_in_its_order_as_often_as_one_likes(many):
+def test_stored_conversations_can_be_read_in_order_repeatedly(many):
     stored, rows = many
     assert len(stored) == 500
-    assert list(stored) == rows == list(stored) == list(store.conversations(stored))
+    assert list(stored) == rows == list(stored) == list(store.iter_conversations(stored))
 
 
-def test_each_is_read_by_its_number_also_from_the_end(many):
+def test_reads_a_conversation_by_index_also_from_the_end(many):
     stored, rows = many
     assert [stored[index] for index in (0, 499, 7, -1, -500)] == [rows[index] for index in (0, 499, 7, -1, -500)]
     for outside in (500, -501):
@@ -70,7 +70,7 @@ def test_each_is_read_by_its_number_also_from_the_end(many):
             stored[outside]
 
 
-def test_a_selection_of_a_selection_is_read_in_the_order_asked_for(many):
+def test_a_selection_of_a_selection_has_the_requested_order(many):
     stored, rows = many
     order = random.Random(2).sample(range(500), 300)
     chosen = stored.select(order)
@@ -88,7 +88,7 @@ def test_a_slice_is_a_selection(many):
     assert list(stored.select(range(100)).select(range(97, 100))) == rows[97:100]
 
 
-def test_two_readings_at_once_do_not_disturb_each_other(many):
+def test_two_simultaneous_iterations_are_independent(many):
     stored, rows = many
     second = stored.select(range(250, 500))
     assert list(zip(stored, second, strict=False)) == list(zip(rows, rows[250:], strict=False))
@@ -103,13 +103,13 @@ def test_a_child_process_and_its_parent_read_the_same_file(many):
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_what_is_read_can_be_changed_without_changing_what_is_stored(many):
+def test_changing_a_read_row_does_not_change_the_store(many):
     stored, rows = many
     stored[0]["messages"].clear()
     assert stored[0] == rows[0]
 
 
-def test_none_are_no_conversations():
+def test_stores_no_conversations():
     stored = store.as_dataset([])
     assert (len(stored), list(stored), list(stored.select([]))) == (0, [], [])
 
@@ -119,21 +119,21 @@ def test_tools_are_stored_and_other_keys_are_not():
     assert list(store.as_dataset([{**asking("а"), "tools": tools, "id": 1}])) == [{**asking("а"), "tools": tools}]
 
 
-def test_a_written_file_is_opened_as_it_is(many, tmp_path):
+def test_reads_a_written_file_unchanged(many, tmp_path):
     stored, rows = many
     file = data.write_conversations(rows, tmp_path / "records.jsonl")
     assert list(data.read_conversations(file)) == rows
-    assert b"".join(map(store.as_line, stored)) == file.read_bytes()
+    assert b"".join(map(store.to_json_line, stored)) == file.read_bytes()
 
 
-def test_a_line_has_no_other_end_and_is_the_same_json():
+def test_a_json_line_has_no_other_line_end_and_equal_content():
     row = asking('один\u2028два\u2029три\u0085 \\u2028 \\\u2028 \n"')
-    line = store.as_line(row)
+    line = store.to_json_line(row)
     assert json.loads(line) == row
     assert len(line.decode("utf-8").splitlines()) == 1
 
 
-def test_nothing_is_in_the_cache_while_the_conversations_are_read(many, monkeypatch, tmp_path):
+def test_nothing_is_left_in_the_cache_directory_while_reading(many, monkeypatch, tmp_path):
     monkeypatch.setenv("SAIGAKIT_CACHE", str(tmp_path / "cache"))
     stored = store.as_dataset([asking("а")])
     assert list((tmp_path / "cache").rglob("*")) == []
@@ -141,8 +141,8 @@ def test_nothing_is_in_the_cache_while_the_conversations_are_read(many, monkeypa
 
 
 @pytest.mark.parametrize("count", [290, 100_000])
-def test_a_disk_that_is_full_is_a_sentence_with_the_bytes_and_the_directory(tmp_path, count):
-    """A limit on the size of files stands for the disk; at 290 the last buffer is what does not fit."""
+def test_a_full_disk_is_an_error_with_the_size_and_the_directory(tmp_path, count):
+    """A limit on file sizes simulates a full disk; at 290 the last buffer does not fit."""
     environment = {**os.environ, "SAIGAKIT_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", FULL, str(count)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -152,12 +152,12 @@ def test_a_disk_that_is_full_is_a_sentence_with_the_bytes_and_the_directory(tmp_
     assert result.stderr == ""
 
 
-def test_what_cannot_fit_is_refused_before_a_byte_is_written():
+def test_rejects_what_cannot_fit_before_writing():
     with pytest.raises(SaigaError, match=r"needs 9000000\.00 GB of disk or more"):
         store.as_dataset(iter(lambda: pytest.fail("was read"), None), expected=9 * 10**15)
 
 
-def test_a_fault_of_the_source_is_not_taken_for_a_full_disk():
+def test_an_error_of_the_source_is_not_reported_as_a_full_disk():
     def failing():
         yield asking("а")
         raise FileNotFoundError("gone")

@@ -1,4 +1,4 @@
-"""Tools and calls in the spellings people have, and what is wrong with them by its field."""
+"""Normalise tools and calls of every format, and name the fields of bad ones."""
 
 import pytest
 
@@ -12,7 +12,7 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 
 def tools(**record):
     problems = []
-    return tool_calls.tools_of(record, problems), problems
+    return tool_calls.read_tools(record, problems), problems
 
 
 def read(value, names=("weather",)):
@@ -39,7 +39,7 @@ def nested(levels):
         {**FUNCTION, "parameters": '{"type": "object", "properties": {"city": {"type": "string", "default": null}}}'},
     ],
 )
-def test_a_tool_in_every_spelling_becomes_the_same_and_its_schema_keeps_its_nulls(item):
+def test_tools_in_every_format_are_normalised_and_schemas_keep_nulls(item):
     assert tools(tools=[item]) == ([TOOL], [])
 
 
@@ -48,7 +48,7 @@ def test_other_keys_of_a_tool_are_kept():
 
 
 @pytest.mark.parametrize("empty", [None, [], {}, "", "[]", "{}", "null"])
-def test_empty_tools_are_none(empty):
+def test_empty_tools_are_no_tools(empty):
     assert tools(tools=empty, functions=empty) == ([], [])
 
 
@@ -57,10 +57,10 @@ def test_empty_tools_are_none(empty):
     [
         ({"tools": 5}, "tools: is a number; it must be a list of tools"),
         ({"tools": {"name": "а"}}, "tools: is an object; it must be a list of tools"),
-        ({"tools": "[{]"}, "tools: is broken JSON (Expecting property name enclosed in double quotes, column 3)"),
+        ({"tools": "[{]"}, "tools: is invalid JSON (Expecting property name enclosed in double quotes, column 3)"),
         ({"tools": "[" * 100_000}, "tools: is nested too deeply; it must be a list of tools"),
-        ({"tools": '[{"name": "а", "name": "б"}]'}, "tools: is broken JSON (the key 'name' is there twice)"),
-        ({"tools": ["weather"]}, "tools[0]: is broken JSON"),
+        ({"tools": '[{"name": "а", "name": "б"}]'}, "tools: is invalid JSON (the key 'name' occurs twice)"),
+        ({"tools": ["weather"]}, "tools[0]: is invalid JSON"),
         ({"tools": [TOOL, 5]}, "tools[1]: is a number; it must be an object"),
         ({"tools": [{"type": "function"}]}, "tools[0].name: is missing"),
         ({"tools": [{**TOOL, "type": "retrieval"}]}, "tools[0].type: is 'retrieval'; it must be 'function'"),
@@ -69,18 +69,18 @@ def test_empty_tools_are_none(empty):
         ({"functions": [{"name": 5}]}, "functions[0].name: is a number; it must be a text"),
         ({"tools": [{"name": "а", "description": ["б"]}]}, "tools[0].description: is a list; it must be a text"),
         ({"tools": [{"name": "а", "parameters": []}]}, "tools[0].parameters: is empty; it must be an object"),
-        ({"tools": [TOOL, TOOL]}, "tools: 'weather' is there 2 times; keep one"),
+        ({"tools": [TOOL, TOOL]}, "tools: 'weather' occurs 2 times; keep one"),
         ({"tools": [TOOL], "functions": [FUNCTION]}, "record: has both tools and functions; keep tools"),
         ({"tools": [{"name": "а", "parameters": {"x y": {"b": ["в", "\ud83d"]}}}]},
-         "tools[0].parameters['x y'].b[1]: holds half a character ('\\ud83d')"),
-        ({"tools": [{"name": "а", "parameters": {"\ud83d": 1}}]}, "holds half a character"),
-        ({"tools": [{"name": "а", "parameters": {"x": float("nan")}}]}, "tools[0].parameters.x: is nan, which is no"),
+         "tools[0].parameters['x y'].b[1]: contains an unpaired surrogate ('\\ud83d')"),
+        ({"tools": [{"name": "а", "parameters": {"\ud83d": 1}}]}, "contains an unpaired surrogate"),
+        ({"tools": [{"name": "а", "parameters": {"x": float("nan")}}]}, "tools[0].parameters.x: is nan, which"),
         ({"tools": [{"name": "а", "parameters": {"x": b"y"}}]}, "tools[0].parameters.x: is of the type bytes"),
         ({"tools": [{"name": "а", "parameters": nested(101)}]}, "tools[0]: is nested too deeply"),
-        ({"tools": [{**TOOL, "note": "\ud83d"}]}, "tools[0].note: holds half a character"),
+        ({"tools": [{**TOOL, "note": "\ud83d"}]}, "tools[0].note: contains an unpaired surrogate"),
     ],
 )  # fmt: skip
-def test_a_bad_tool_is_named_with_its_field(record, expected):
+def test_a_problem_names_the_field_of_a_bad_tool(record, expected):
     _, problems = tools(**record)
     assert len(problems) == 1
     assert problems[0].startswith(expected) or expected in problems[0]
@@ -98,7 +98,7 @@ def test_a_bad_tool_is_named_with_its_field(record, expected):
         [{"id": "", "type": None, "function": {"name": "weather", "arguments": ' {"city": "\\u0422омск"} '}}],
     ],
 )
-def test_a_call_in_every_spelling_becomes_the_same(value):
+def test_calls_in_every_format_are_normalised(value):
     kept = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Томск"}'}}
     assert read(value) == ([kept], [])
 
@@ -117,54 +117,54 @@ def called(**function):
     ("value", "expected"),
     [
         (5, "calls: is a number; it must be a list of calls"),
-        ("погода", "calls: is broken JSON (Expecting value, column 1); it must be a list of calls"),
+        ("погода", "calls: is invalid JSON (Expecting value, column 1); it must be a list of calls"),
         ("[]", "calls: is empty; it must be a list of calls"),
         (["погода"], "calls[0]: is a text; it must be an object with a function"),
         ([{"function": "погода"}], "calls[0].function: is a text; it must be an object with name and arguments"),
         ([{**CALL, "type": "custom"}], "calls[0].type: is 'custom'; it must be 'function'"),
-        ([{**CALL, "index": 0}], "calls[0]: 'index' is an unknown key and would be lost"),
+        ([{**CALL, "index": 0}], "calls[0]: 'index' is an unknown key; remove it"),
         (called(strict=True), "calls[0].function: 'strict' is an unknown key"),
         ([{**CALL, "id": 5}], "calls[0].id: is a number; it must be a text"),
-        ([{**CALL, "id": "\ud83d"}], "calls[0].id: holds half a character"),
+        ([{**CALL, "id": "\ud83d"}], "calls[0].id: contains an unpaired surrogate"),
         (called(name=None), "calls[0].function.name: is missing"),
-        (called(name="time"), "calls[0].function.name: is 'time', which is not among the record's tools ('weather')"),
-        (called(arguments=None), "calls[0].function.arguments: is missing; write {} where there are none"),
-        (called(arguments=""), "calls[0].function.arguments: is broken JSON"),
+        (called(name="time"), "calls[0].function.name: is 'time', which the record's tools ('weather') lack"),
+        (called(arguments=None), "calls[0].function.arguments: is missing; write {} if there are none"),
+        (called(arguments=""), "calls[0].function.arguments: is invalid JSON"),
         (
             called(arguments='{"a": 1'),
-            "calls[0].function.arguments: is broken JSON (Expecting ',' delimiter, column 8)",
+            "calls[0].function.arguments: is invalid JSON (Expecting ',' delimiter, column 8)",
         ),
         (
             called(arguments='{"a": 1, "a": 2}'),
-            "calls[0].function.arguments: is broken JSON (the key 'a' is there twice)",
+            "calls[0].function.arguments: is invalid JSON (the key 'a' occurs twice)",
         ),
         (called(arguments="[1]"), "calls[0].function.arguments: is a list; it must be an object"),
         (called(arguments="null"), "calls[0].function.arguments: is null; it must be an object"),
         (called(arguments=5), "calls[0].function.arguments: is a number; it must be an object"),
-        (called(arguments={"a": ["\ud83d"]}), "calls[0].function.arguments.a[0]: holds half a character"),
-        (called(arguments='{"a": "\\ud83d"}'), "calls[0].function.arguments.a: holds half a character"),
-        (called(arguments='{"a": NaN}'), "calls[0].function.arguments.a: is nan, which is no number of JSON"),
+        (called(arguments={"a": ["\ud83d"]}), "calls[0].function.arguments.a[0]: contains an unpaired surrogate"),
+        (called(arguments='{"a": "\\ud83d"}'), "calls[0].function.arguments.a: contains an unpaired surrogate"),
+        (called(arguments='{"a": NaN}'), "calls[0].function.arguments.a: is nan, which JSON cannot represent"),
         (called(arguments=nested(500)), "calls[0].function.arguments: is nested too deeply"),
-        ([{**CALL, "id": "1"}, {**CALL, "id": "1"}], "calls: 2 calls have the id '1'; give each its own"),
+        ([{**CALL, "id": "1"}, {**CALL, "id": "1"}], "calls: 2 calls have the id '1'; make the ids unique"),
     ],
 )
-def test_a_bad_call_is_named_with_its_field(value, expected):
+def test_a_problem_names_the_field_of_a_bad_call(value, expected):
     _, problems = read(value)
     assert len(problems) == 1
     assert problems[0].startswith(expected)
 
 
-def test_a_call_without_tools_is_a_problem_and_one_beside_broken_tools_is_not():
-    assert read([CALL], names=[])[1] == ["calls: calls a function, and the record has no tools; add its tools"]
+def test_a_call_without_tools_is_a_problem_unless_the_tools_are_invalid():
+    assert read([CALL], names=[])[1] == ["calls: calls a function, but the record has no tools; add them"]
     assert read([CALL], names=None)[1] == []
 
 
-def test_a_value_of_just_the_depth_that_is_kept_is_no_problem():
+def test_accepts_values_of_exactly_the_maximum_depth():
     assert read(called(arguments=nested(tool_calls.NESTED)))[1] == []
     assert read(called(arguments=nested(tool_calls.NESTED + 1)))[1] != []
 
 
-def test_of_a_message_with_both_kinds_of_calls_that_is_said():
+def test_rejects_a_message_with_both_kinds_of_calls():
     problems = []
-    tool_calls.calls_of("m", {"tool_calls": [CALL], "function_call": CALL["function"]}, ("weather",), problems)
+    tool_calls.find_calls("m", {"tool_calls": [CALL], "function_call": CALL["function"]}, problems)
     assert problems == ["m: has both tool_calls and function_call; keep tool_calls"]

@@ -10,7 +10,7 @@ from saigakit.core import manifest, workspace
 from saigakit.core.files import sha256
 from saigakit.data import questions
 from saigakit.data.conversations import spread
-from saigakit.data.questions import Example
+from saigakit.data.questions import Question
 from saigakit.errors import SaigaError
 from saigakit.evaluate import comparison, results
 from saigakit.evaluate.comparison import Models, Questions
@@ -24,7 +24,7 @@ ITEMS = '[{"term": "азот", "definition": "газ"}]'
 
 
 def asking(answer):
-    return Example(TURN[:1], {"role": "assistant", "content": answer})
+    return Question(TURN[:1], {"role": "assistant", "content": answer})
 
 
 def write_conversations(file, conversations):
@@ -72,15 +72,15 @@ def test_the_prompt_is_the_conversation_up_to_its_last_answer(tmp_path):
     longer = [*TURN, {"role": "user", "content": "А я?"}, {"role": "assistant", "content": "Человек."}]
     file = write_conversations(tmp_path / "held_out.jsonl", [TURN, [*longer, {"role": "user", "content": "Да?"}]])
     assert evaluate.read_examples(file) == [
-        Example(TURN[:1], TURN[1]),
-        Example(longer[:3], longer[3]),
+        Question(TURN[:1], TURN[1]),
+        Question(longer[:3], longer[3]),
     ]
 
 
 def test_the_reference_of_a_tool_call_is_the_text_that_the_model_writes(tiny):
     tools = [{"type": "function", "function": {"name": "найти"}}]
     call = {"type": "function", "function": {"name": "найти", "arguments": {"что": "азот"}}}
-    example = Example(TURN[:1], {"role": "assistant", "content": "", "tool_calls": [call]}, tools)
+    example = Question(TURN[:1], {"role": "assistant", "content": "", "tool_calls": [call]}, tools)
     asked = Questions.of([example], encoding.load_tokenizer("saiga_tiny"))
     assert asked.references == ['<tool_call>\n{"name": "найти", "arguments": {"что": "азот"}}\n</tool_call>']
 
@@ -88,7 +88,7 @@ def test_the_reference_of_a_tool_call_is_the_text_that_the_model_writes(tiny):
 def test_line_separators_inside_a_text_do_not_end_a_record(tmp_path):
     strange = [{"role": "user", "content": "раз\u2028два\u2029три\x85\x0b"}, TURN[1]]
     file = write_conversations(tmp_path / "held_out.jsonl", [strange])
-    assert evaluate.read_examples(file) == [Example(strange[:1], strange[1])]
+    assert evaluate.read_examples(file) == [Question(strange[:1], strange[1])]
 
 
 def test_a_file_without_answers_is_refused(tmp_path):

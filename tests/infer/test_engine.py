@@ -248,7 +248,9 @@ def test_at_temperature_zero_the_streamed_answer_is_the_greedy_one(llm):
     greedily = Sampling(temperature=0.0, repeat_penalty=1.0)
     pieces = list(infer.stream(llm, MESSAGES, sampling=greedily, max_new_tokens=12))
     assert len(pieces) > 3
-    assert "".join(pieces) == b"".join(engine.piece(llm, token) for token in ids).decode("utf-8", errors="replace")
+    assert "".join(pieces) == b"".join(engine.token_bytes(llm, token) for token in ids).decode(
+        "utf-8", errors="replace"
+    )
 
 
 def make_generate(monkeypatch, llm, text, *then):

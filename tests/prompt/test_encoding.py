@@ -1,4 +1,4 @@
-"""Messages to ids and labels: on the real Llama-2 vocabulary, on the tiny Saiga and on a ChatML tokenizer made here."""
+"""Check ids and labels on the Llama-2 vocabulary, the tiny Saiga and a ChatML tokenizer."""
 
 import random
 from pathlib import Path
@@ -15,8 +15,8 @@ from saigakit.registry import MODELS
 
 LLAMA2 = Path(__file__).parents[3] / "shared" / "tokenizers" / "llama-2.model"
 BOS_EOS = {"bos_token": "<s>", "eos_token": "</s>"}
-SAIGA2 = template.of_model(MODELS["saiga2_7b"], Path())
-# Whatever may stand in a content: what looks like a special token, a byte, a space or a placeholder of ours.
+SAIGA2 = template.read_chat_template(MODELS["saiga2_7b"], Path())
+# Contents that look like a special token, a byte, a space or one of our placeholders.
 PIECES = (
     *("Привет", "мир", "код", "ё", "The quick", "return x", "2e-4", "007", "🙂", "₽", "漢字", "é", "e\u0301"),
     *(" ", " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "    ", ",", ".", "—", "«»", "\u00a0", "\u2028"),
@@ -57,7 +57,7 @@ def random_dialogue(rng: random.Random) -> list[dict[str, str]]:
 
 
 def by_message(messages, processor) -> tuple[list[int], list[int]]:
-    """The tokenisation of the released Saiga's training, message by message, without this package."""
+    """Tokenise each message as in the training of the released Saiga, without this package."""
     input_ids, labels = [], []
     for message in messages:
         header = {"assistant": "bot"}.get(message["role"], message["role"]) + "\n"
@@ -70,7 +70,7 @@ def by_message(messages, processor) -> tuple[list[int], list[int]]:
     return input_ids, labels
 
 
-def test_the_ids_are_those_that_saiga2_was_trained_on(llama2):
+def test_ids_match_those_saiga2_was_trained_on(llama2):
     assert encode(CONVERSATION, llama2)["input_ids"] == [
         *(1, 1788, 13, 30041, 29982, 813, 5212, 29977, 1779, 29889, 2, 29871, 13),
         *(1, 1404, 13, 30013, 641, 7616, 2, 29871, 13),
@@ -90,7 +90,7 @@ def test_the_prompt_ends_where_the_answer_begins(llama2):
     assert encode(CONVERSATION, llama2)["input_ids"][: len(prompt["input_ids"])] == prompt["input_ids"]
 
 
-def test_nothing_of_a_prompt_is_learned_even_of_earlier_answers(llama2):
+def test_a_generation_prompt_has_no_labels_even_for_earlier_answers(llama2):
     prompt = encode([*CONVERSATION, {"role": "user", "content": "Ещё"}], llama2, add_generation_prompt=True)
     assert learned(prompt) == []
     assert len(prompt["labels"]) == len(prompt["input_ids"])
@@ -113,24 +113,24 @@ def test_the_turn_ends_with_the_end_of_sequence(llama2, chatml):
         "▁под▁чертой",
     ],
 )
-def test_ordinary_text_has_the_ids_of_sentencepiece(llama2, processor, text):
+def test_ordinary_text_matches_sentencepiece(llama2, processor, text):
     assert llama2.encode_text(text) == processor.encode(text)
 
 
-def test_random_texts_have_the_ids_of_sentencepiece(llama2, processor):
+def test_random_texts_match_sentencepiece(llama2, processor):
     rng = random.Random(7)
     texts = [random_text(rng) for _ in range(1000)]
     assert [text for text in texts if text and llama2.encode_text(text) != processor.encode(text)] == []
 
 
-def test_random_texts_have_the_ids_of_sentencepiece_on_the_tiny_saiga(tiny_tokenizer, tiny):
+def test_random_texts_match_sentencepiece_on_the_tiny_saiga(tiny_tokenizer, tiny):
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tiny / "base" / "tokenizer.model"))
     rng = random.Random(8)
     texts = [random_text(rng) for _ in range(300)]
     assert [text for text in texts if text and tiny_tokenizer.encode_text(text) != processor.encode(text)] == []
 
 
-def test_random_dialogues_are_tokenised_message_by_message_as_saiga2_was(llama2, processor):
+def test_random_dialogues_are_tokenised_per_message_like_saiga2(llama2, processor):
     rng = random.Random(1)
     for _ in range(300):
         messages = random_dialogue(rng)
@@ -138,7 +138,7 @@ def test_random_dialogues_are_tokenised_message_by_message_as_saiga2_was(llama2,
         assert (example["input_ids"], example["labels"]) == by_message(messages, processor), messages
 
 
-def test_random_dialogues_of_the_tiny_saiga_too(tiny_tokenizer, tiny):
+def test_random_dialogues_are_tokenised_per_message_on_the_tiny_saiga(tiny_tokenizer, tiny):
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tiny / "base" / "tokenizer.model"))
     rng = random.Random(2)
     for _ in range(100):
@@ -148,7 +148,7 @@ def test_random_dialogues_of_the_tiny_saiga_too(tiny_tokenizer, tiny):
 
 
 @pytest.mark.parametrize("name", ["llama2", "tiny_tokenizer", "chatml"])
-def test_a_prompt_has_the_ids_with_which_its_answer_was_trained(name, request):
+def test_a_prompt_has_the_same_ids_as_in_training(name, request):
     tokenizer = request.getfixturevalue(name)
     rng = random.Random(3)
     for _ in range(100):
@@ -164,7 +164,7 @@ def test_a_prompt_has_the_ids_with_which_its_answer_was_trained(name, request):
 
 
 @pytest.mark.parametrize("name", ["llama2", "tiny_tokenizer", "chatml"])
-def test_what_is_learned_reads_as_the_assistants_words(name, request):
+def test_trained_tokens_decode_to_the_assistants_words(name, request):
     tokenizer = request.getfixturevalue(name)
     end = next(iter(encoding.end_of_turn_ids(tokenizer)))
     rng = random.Random(4)
@@ -183,7 +183,7 @@ def test_what_is_learned_reads_as_the_assistants_words(name, request):
 
 
 def _decoded(tokenizer: FastTokenizer, answers: list[list[int]]) -> list[str]:
-    """Decoded after a line end, as in the prompt: the decoder takes one space off the beginning of a text."""
+    """Decode after a line end, as in the prompt: the decoder strips one leading space."""
     head = tokenizer.encode_text("\n")
     return [tokenizer.decode([*head, *ids]).removeprefix("\n") for ids in answers]
 
@@ -205,7 +205,7 @@ def test_an_added_token_in_a_content_stays_text(chatml, token):
     assert chatml.decode(ids) == f"user\nа {token} б\nassistant\n{token}\n"
 
 
-def test_a_control_token_is_not_put_together_of_pieces(tiny, tmp_path):
+def test_pieces_of_a_text_do_not_form_a_control_token(tiny, tmp_path):
     """With the pieces "</" and "s>" in a vocabulary, "</s>" is one merge away from the end of sequence."""
     from sentencepiece import sentencepiece_model_pb2
 
@@ -222,7 +222,7 @@ def test_a_control_token_is_not_put_together_of_pieces(tiny, tmp_path):
     assert 2 not in theirs
 
 
-def test_a_special_token_is_not_put_together_of_two_messages(llama2):
+def test_two_messages_do_not_form_a_special_token(llama2):
     messages = [
         {"role": "user", "content": "<"},
         {"role": "assistant", "content": "/s>"},
@@ -234,13 +234,13 @@ def test_a_special_token_is_not_put_together_of_two_messages(llama2):
 
 
 @pytest.mark.parametrize("text", ["\U000f00000\U000f0001", "\U000f00001\U000f0001", "\x1f\U000f00002\U000f0001\x1f"])
-def test_a_content_that_looks_like_a_placeholder_stays_as_it_is(llama2, processor, text):
+def test_a_content_that_looks_like_a_placeholder_is_unchanged(llama2, processor, text):
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": f"{text}!"}]
     example = encode(messages, llama2)
     assert (example["input_ids"], example["labels"]) == by_message(messages, processor)
 
 
-def test_the_ids_are_those_of_transformers_on_ordinary_text(chatml):
+def test_ids_match_transformers_on_ordinary_text(chatml):
     from transformers import PreTrainedTokenizerFast
 
     theirs = PreTrainedTokenizerFast(tokenizer_object=chatml_bpe(), chat_template=CHATML)
@@ -250,8 +250,8 @@ def test_the_ids_are_those_of_transformers_on_ordinary_text(chatml):
         assert encode(messages, chatml, add_generation_prompt=prompt)["input_ids"] == ids
 
 
-def test_an_answer_that_begins_with_a_line_end_is_learned_after_the_prompts_own_ids(chatml):
-    """One token stands for several line ends, so the whole text would merge prompt and answer."""
+def test_an_answer_starting_with_a_line_end_is_trained_after_the_prompts_own_ids(chatml):
+    """One token covers several line ends, so tokenising the rendered text would merge prompt and answer."""
     assert chatml.encode_text("assistant\n\n\n") != [*chatml.encode_text("assistant\n"), *chatml.encode_text("\n\n")]
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\n\nЗдравствуй!"}]
     example = encode(messages, chatml)
@@ -266,7 +266,7 @@ LEFT_ONLY = CHATML.replace("message['content']", "message['content'].lstrip()")
 
 
 @pytest.mark.parametrize("chat_template", [CHATML, TRIMMING, STRIPPING, LEFT_ONLY])
-def test_blanks_around_a_content_are_what_the_template_makes_of_them(chat_template):
+def test_blanks_around_a_content_follow_the_template(chat_template):
     tokenizer = FastTokenizer(chatml_bpe(), chat_template, {})
     blanks = ("", " ", "\n", "\n\n  ", "\t", "\u00a0", "\x1f", "\r\n")
     for before in blanks:
@@ -277,7 +277,7 @@ def test_blanks_around_a_content_are_what_the_template_makes_of_them(chat_templa
             assert tokenizer.decode(encode(messages, tokenizer)["input_ids"]) == plain
 
 
-def test_a_template_that_trims_one_role_alone_is_followed():
+def test_follows_a_template_that_trims_only_one_role():
     chat_template = CHATML.replace(
         "message['content']", "(message['content'].strip() if message['role'] == 'user' else message['content'])"
     )
@@ -287,41 +287,41 @@ def test_a_template_that_trims_one_role_alone_is_followed():
 
 
 @pytest.mark.parametrize("text", ["", "  "])
-def test_an_empty_content_is_what_the_template_makes_of_it(text):
+def test_an_empty_content_follows_the_template(text):
     chat_template = CHATML.replace("message['content']", "(message['content'] | trim or 'пусто')")
     tokenizer = FastTokenizer(chatml_bpe(), chat_template, {})
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "б"}]
-    if text:  # a placeholder is never blank, so this cannot be followed: said, not guessed
+    if text:  # a placeholder is never blank, so this cannot be followed and must be reported
         with pytest.raises(SaigaError, match="cannot be tokenised exactly"):
             encode(messages, tokenizer)
     else:
         assert tokenizer.decode(encode(messages, tokenizer)["input_ids"]) == "user\nпусто\nassistant\nб\n"
 
 
-def test_a_template_that_rewrites_a_content_is_refused():
-    """Qwen's templates cut out what stands before </think>."""
+def test_rejects_a_template_that_rewrites_contents():
+    """Qwen's templates remove what precedes </think>."""
     chat_template = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
     tokenizer = FastTokenizer(chatml_bpe(), chat_template, {})
     assert encode(CONVERSATION, tokenizer) == encode(CONVERSATION, FastTokenizer(chatml_bpe(), CHATML, {}))
     thinking = [*CONVERSATION[:2], {"role": "assistant", "content": "<think>…</think>Здравствуй!"}]
-    with pytest.raises(SaigaError, match="does more to the contents than trim"):
+    with pytest.raises(SaigaError, match="changes contents beyond trimming"):
         encode(thinking, tokenizer)
 
 
-def test_a_template_that_drops_earlier_turns_is_refused():
+def test_rejects_a_template_that_drops_earlier_turns():
     chat_template = CHATML.replace("for message in messages", "for message in messages[-2:]")
     messages = [*CONVERSATION, {"role": "user", "content": "Ещё"}, {"role": "assistant", "content": "Да"}]
     with pytest.raises(SaigaError, match=r"leaves out messages\[0\]\.content"):
         encode(messages, FastTokenizer(chatml_bpe(), chat_template, {}))
 
 
-def test_a_template_that_does_not_end_a_turn_is_refused():
+def test_rejects_a_template_that_does_not_end_turns():
     chat_template = CHATML.replace("<|im_end|>", "")
     with pytest.raises(SaigaError, match="without a special token"):
         encode(CONVERSATION, FastTokenizer(chatml_bpe(), chat_template, {}))
 
 
-def test_a_tokenizer_without_special_tokens_is_refused():
+def test_rejects_a_tokenizer_without_special_tokens():
     bare = Tokenizer(models.BPE({"а": 0, "б": 1}, [], unk_token="а"))
     with pytest.raises(SaigaError, match="without a special token"):
         encode(CONVERSATION, FastTokenizer(bare, CHATML, {}))
@@ -339,16 +339,16 @@ def test_a_tokenizer_without_special_tokens_is_refused():
         {"role": "user", "content": "Привет", "mood": "</s><s>system"},
     ],
 )
-def test_a_message_of_another_shape_is_refused_with_its_number(llama2, message):
+def test_rejects_a_malformed_message_and_names_its_number(llama2, message):
     with pytest.raises(SaigaError, match=r"Message 2 is .*system, user, assistant, tool"):
         encode([CONVERSATION[0], message], llama2)
 
 
-def test_it_decodes_without_the_special_tokens(llama2):
+def test_decode_skips_special_tokens(llama2):
     assert llama2.decode([1, 9225, 13, 30060, 29957, 3766, 8864, 29977, 29991, 2]) == "bot\nЗдравствуй!"
 
 
-def test_the_tokenizer_of_a_registry_name_is_the_one_of_its_package(tiny_tokenizer):
+def test_a_registry_name_loads_the_packaged_tokenizer(tiny_tokenizer):
     assert tiny_tokenizer.chat_template == SAIGA2
     assert tiny_tokenizer.variables == {
         "bos_token": "<s>",
@@ -359,7 +359,7 @@ def test_the_tokenizer_of_a_registry_name_is_the_one_of_its_package(tiny_tokeniz
     assert encode(CONVERSATION, tiny_tokenizer)["input_ids"][0] == 1
 
 
-def test_a_tokenizer_of_another_model_is_refused_with_both_ids(tiny):
+def test_rejects_the_tokenizer_of_another_model_and_shows_both_ids(tiny):
     with pytest.raises(SaigaError, match=r"is not the tokenizer of saiga2_7b.*expected \[1788, 13\]"):
         encoding.load_tokenizer("saiga2_7b", str(tiny / "base"))
 
@@ -378,13 +378,13 @@ def test_a_tokenizer_json_is_preferred_and_gives_the_same_ids(llama2, tmp_path):
     assert encode(CONVERSATION, tokenizer) == encode(CONVERSATION, llama2)
 
 
-def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
+def test_rejects_a_directory_without_a_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(SaigaError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         encoding.load_tokenizer("saiga2_7b", str(tmp_path))
 
 
-def test_smollm2_speaks_chatml(smollm2):
+def test_smollm2_uses_chatml(smollm2):
     tokenizer = encoding.load_tokenizer("smollm2_135m")
     example = encode(CONVERSATION, tokenizer)
     assert example["input_ids"][0] == tokenizer.special_tokens["<|im_start|>"] == 1
@@ -392,7 +392,7 @@ def test_smollm2_speaks_chatml(smollm2):
     assert encoding.end_of_turn_ids(tokenizer) == {2}
 
 
-def test_a_prompt_of_a_template_that_drops_turns_is_tokenised_all_the_same():
+def test_prompts_work_with_a_template_that_drops_turns():
     chat_template = CHATML.replace("for message in messages", "for message in messages[-2:]")
     tokenizer = FastTokenizer(chatml_bpe(), chat_template, {})
     ids = encode([*CONVERSATION, {"role": "user", "content": "Ещё"}], tokenizer, add_generation_prompt=True)[
@@ -401,8 +401,8 @@ def test_a_prompt_of_a_template_that_drops_turns_is_tokenised_all_the_same():
     assert tokenizer.decode(ids) == "assistant\nЗдравствуй!\nuser\nЕщё\nassistant\n"
 
 
-def test_the_scores_of_a_tokenizer_model_go_before_a_tokenizer_json_that_lost_them(processor, tmp_path):
-    """As transformers 5 saves it: merges in the order of the vocabulary, so that runs of blanks split otherwise."""
+def test_prefers_tokenizer_model_to_a_tokenizer_json_without_scores(processor, tmp_path):
+    """As transformers 5 saves it: merges in vocabulary order, which splits runs of blanks differently."""
     from transformers import LlamaTokenizer
 
     (tmp_path / "tokenizer.model").write_bytes(LLAMA2.read_bytes())
@@ -416,7 +416,7 @@ def test_the_scores_of_a_tokenizer_model_go_before_a_tokenizer_json_that_lost_th
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_damaged_file_of_a_tokenizer_is_named(smollm2, tmp_path, name):
+def test_a_damaged_tokenizer_file_is_named(smollm2, tmp_path, name):
     for file in ("tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"):
         (tmp_path / file).write_bytes((smollm2 / file).read_bytes())
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-20])
@@ -424,7 +424,7 @@ def test_a_damaged_file_of_a_tokenizer_is_named(smollm2, tmp_path, name):
         encoding.load_tokenizer(str(tmp_path))
 
 
-def test_added_runs_of_blanks_are_text_and_have_their_own_ids():
+def test_added_runs_of_blanks_are_text_with_their_own_ids():
     tokenizer = chatml_bpe()
     tokenizer.add_tokens([AddedToken("\n\n\n\n", special=False, normalized=False)])
     ours = FastTokenizer(tokenizer, CHATML, {})

@@ -1,4 +1,4 @@
-"""Ten thousand dialogues on each real vocabulary: training, llama.cpp and the vocabulary's own library agree."""
+"""Compare training, llama.cpp and each vocabulary's own library on ten thousand dialogues per real vocabulary."""
 
 import base64
 import json
@@ -42,7 +42,7 @@ def pair(request, tmp_path_factory) -> Iterator[Pair]:
 
 @dataclass(frozen=True)
 class Oracle:
-    """What a dialogue must come to, by transformers' renderer of a template that marks its own special tokens."""
+    """The expected result, by transformers' renderer of a template that marks its own special tokens."""
 
     pair: Pair
     template: str
@@ -59,14 +59,14 @@ class Oracle:
         return cls(pair, template, variables, {i: text for text, i in pair.fast.special_tokens.items()})
 
     def marked(self, dialogue: Dialogue, count: int, *, prompt: bool = False) -> str:
-        """The text of the first messages, with one character for each special token of the template."""
+        """Render the first messages, with one character for each special token of the template."""
         messages, tools = [dialogue.seen[:count]], dialogue.tools
         return render_jinja_template(
             messages, tools, None, self.template, add_generation_prompt=prompt, **self.variables
         )[0][0]
 
     def learned_turns(self, dialogue: Dialogue) -> list[int]:
-        """Those that are to be learned, or the last alone where one before it is not what the model says when asked."""
+        """The answers to train, or only the last if an earlier one is rendered differently when it is asked for."""
         if self.pair.is_split:
             whole = self.marked(dialogue, len(dialogue.messages))
             if not all(whole.startswith(self.marked(dialogue, turn + 1)) for turn in dialogue.turns):
@@ -74,20 +74,20 @@ class Oracle:
         return dialogue.turns
 
     def answer(self, dialogue: Dialogue, turn: int, text: str) -> str:
-        """What is learned of a turn: from its generation prompt to its last special token; `text` is the whole."""
+        """The trained part of a turn: from its generation prompt to its last special token in `text`."""
         prompt = self.marked(dialogue, turn, prompt=True)
         whole = text if turn + 1 == len(dialogue.messages) else self.marked(dialogue, turn + 1)
         assert whole.startswith(prompt)
         return whole[len(prompt) : [found.end() for found in _MARKS.finditer(whole)][-1]]
 
     def ids(self, dialogue: Dialogue, text: str) -> list[int] | None:
-        """By the vocabulary's own library; None where it would not tell a text from a special token."""
+        """Tokenise with the vocabulary's own library; None if it would confuse a text with a special token."""
         if self.pair.is_sentencepiece:
             if any(piece in str(dialogue.conversation) for piece in self.pair.always_found):
                 return None
             runs = filter(None, _MARKS.split(text))
             return [i for run in runs for i in ([ord(run) - _MARK] if _MARKS.match(run) else self.pair.own(run))]
-        # An answer that begins with a line end has ids of its own, so that inference begins where training did.
+        # An answer that begins with a line end has its own ids, so that inference begins where training did.
         has_blank = any(each["role"] == "assistant" and each["content"][:1].isspace() for each in dialogue.messages)
         if has_blank or not dialogue.is_ordinary:
             return None
@@ -104,7 +104,7 @@ def batched(items: Iterable[Dialogue], count: int) -> Iterator[list[Dialogue]]:
 
 
 def spelled(example: Example, oracle: Oracle) -> tuple[str, list[str]]:
-    """The text of the ids with a mark for each special token, and the learned stretches of it."""
+    """Decode the ids with a mark for each special token; return the text and its trained stretches."""
     parts: list[tuple[str, bool]] = []
     run: list[tuple[int, bool]] = []
     for token, label in zip(example["input_ids"], example["labels"], strict=True):
@@ -123,7 +123,7 @@ def spelled(example: Example, oracle: Oracle) -> tuple[str, list[str]]:
 
 
 def _decoded(run: Sequence[tuple[int, bool]], pair: Pair) -> list[tuple[str, bool]]:
-    """The prompt and the answer in a run; decoded together, because a decoder takes a space off the beginning."""
+    """Decode prompt and answer of a run together, because decoders strip a leading space."""
     if not run:
         return []
     ids, learned = zip(*run, strict=True)
@@ -136,12 +136,12 @@ def _decoded(run: Sequence[tuple[int, bool]], pair: Pair) -> list[tuple[str, boo
 
 
 def encoded(conversations: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> list[Example]:
-    """Of each conversation the last row, which holds all of it."""
+    """The last row of each conversation, which contains all of it."""
     return [made[-1] for made in encoding.encode_rows(conversations, tokenizer)]
 
 
 def failures(pair: Pair, tried: Iterable[Dialogue], encode_many: Encode | None = None) -> list[_Failure]:
-    """What is wrong with which conversation."""
+    """List each problem with its conversation."""
     oracle, rng, encode_many = Oracle.of(pair), random.Random(0), encode_many or encoded
     harmless: dict[str, list[int]] = {}
     found: list[_Failure] = []
@@ -162,7 +162,7 @@ def failures(pair: Pair, tried: Iterable[Dialogue], encode_many: Encode | None =
 
 
 def _wrong(oracle: Oracle, dialogue: Dialogue, example: Example, rng: random.Random) -> dict[str, bool]:
-    """One of its answers is also asked for, of either tokenizer."""
+    """Also ask both tokenizers for the prompt of one answer."""
     pair, ids = oracle.pair, example["input_ids"]
     turns = oracle.learned_turns(dialogue)
     number, asked = rng.randrange(len(turns)), rng.choice((pair.fast, pair.gguf))
@@ -186,13 +186,13 @@ def _wrong(oracle: Oracle, dialogue: Dialogue, example: Example, rng: random.Ran
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_dialogues_have_the_same_ids_everywhere_and_no_special_token_from_a_text(pair, count, request):
+def test_all_backends_give_dialogues_the_same_ids_and_no_special_tokens_from_texts(pair, count, request):
     seed = list(CASES).index(request.node.callspec.params["pair"])
     tried = dialogues(count, seed=seed, has_tools=True)
     assert failures(pair, tried)[:3] == []
 
 
-def test_every_special_token_stays_text_wherever_it_stands_and_however_it_is_cut(pair):
+def test_every_special_token_in_a_text_stays_text_in_any_place_and_in_pieces(pair):
     special = set(pair.fast.special_tokens.values())
     conversations = [
         {"messages": [{"role": "user", "content": first}, {"role": "assistant", "content": second}]}
@@ -206,7 +206,7 @@ def test_every_special_token_stays_text_wherever_it_stands_and_however_it_is_cut
 
 
 def in_place(conversations: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> list[Example]:
-    """As most programs do it: the texts rendered into the template, and every special token parsed that is there."""
+    """As most programs do it: render the texts into the template and parse every special token."""
     special = sorted(tokenizer.special_tokens, key=len, reverse=True)
     splitter = re.compile("(" + "|".join(map(re.escape, filter(None, special))) + ")")
     examples = []
@@ -226,7 +226,7 @@ def in_place(conversations: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> l
 
 
 def without_one_id(conversations: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> list[Example]:
-    """Right but for the second of the ids, which is left out."""
+    """Leave out the second id."""
     examples = encoded(conversations, tokenizer)
     return [{name: [ids[0], *ids[2:]] for name, ids in example.items()} for example in examples]
 
@@ -239,13 +239,13 @@ def without_one_id(conversations: Iterable[dict[str, Any]], tokenizer: Tokenizer
         (without_one_id, "the ids read otherwise than the template"),
     ],
 )
-def test_the_check_finds_what_a_broken_encoding_does(pair, broken, wrong):
+def test_the_check_detects_a_broken_encoding(pair, broken, wrong):
     tried = list(dialogues(60, seed=1, has_tools=True, ordinary=0))
     assert wrong in {what for what, _ in failures(pair, tried, broken)}
 
 
 @pytest.mark.parametrize("pair", ["smollm2-hermes_tools", "qwen_tokens-hermes_tools"], indirect=True)
-def test_what_is_learned_is_what_transformers_marks_as_the_assistants(pair):
+def test_trained_tokens_are_those_in_the_assistant_mask_of_transformers(pair):
     assert "{%- generation %}" in pair.fast.chat_template
     theirs = PreTrainedTokenizerFast(
         tokenizer_file=str(pair.tokenizer_dir / "tokenizer.json"),
@@ -255,7 +255,7 @@ def test_what_is_learned_is_what_transformers_marks_as_the_assistants(pair):
     for dialogue in dialogues(300, seed=2, has_tools=True, ordinary=1):
         has_blank = any(dialogue.messages[turn]["content"][:1].isspace() for turn in dialogue.turns)
         if has_blank or dialogue.seen != dialogue.messages:
-            continue  # those have ids of their own (test_tokenization), or answers that transformers would learn
+            continue  # those have their own ids, or answers that transformers would train
         example = encoding.encode(dialogue.messages, pair.fast, tools=dialogue.tools)
         marked = theirs.apply_chat_template(
             dialogue.messages, tools=dialogue.tools, return_assistant_tokens_mask=True, return_dict=True
@@ -264,7 +264,7 @@ def test_what_is_learned_is_what_transformers_marks_as_the_assistants(pair):
         assert [int(label != IGNORE_INDEX) for label in example["labels"]] == marked["assistant_masks"]
 
 
-def test_nemos_words_are_split_and_merged_as_by_mistrals_own_tokenizer():
+def test_nemo_tokenises_words_like_mistrals_own_tokenizer():
     tiktoken = pytest.importorskip("tiktoken", reason="tiktoken comes with mistral-common")
     file = vocabularies.mistral_file("tekken_240718.json")
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -281,8 +281,8 @@ def test_nemos_words_are_split_and_merged_as_by_mistrals_own_tokenizer():
 
 
 @pytest.mark.parametrize("pair", ["nemo-saiga_nemo"], indirect=True)
-def test_llama_cpp_itself_splits_nemos_words_alike_but_around_combining_marks(pair):
-    """Its pattern has no \\p{M}: of "кто́-то" it makes other ids, so a GGUF of ours carries its tokenizer.json."""
+def test_llama_cpp_splits_nemos_words_differently_only_around_combining_marks(pair):
+    """Its pattern has no \\p{M}, so "кто́-то" gets other ids; our GGUFs carry their tokenizer.json for this."""
 
     def differs(text: str) -> bool:
         return pair.gguf._llm.tokenize(text.encode("utf-8"), add_bos=False, special=False) != pair.fast.encode_text(
@@ -299,7 +299,7 @@ def test_llama_cpp_itself_splits_nemos_words_alike_but_around_combining_marks(pa
     assert pair.gguf.encode_text("кто́-то") == pair.fast.encode_text("кто́-то")
 
 
-def test_ids_are_decoded_alike_by_both_down_to_the_longest_tokens(pair):
+def test_both_backends_decode_ids_alike_including_the_longest_tokens(pair):
     special = set(pair.fast.special_tokens.values())
     size = pair.gguf._llm.n_vocab()
     longest = sorted(range(size), key=lambda i: -len(pair.fast.decode([i])))[:100]
@@ -311,18 +311,18 @@ def test_ids_are_decoded_alike_by_both_down_to_the_longest_tokens(pair):
 @pytest.mark.parametrize(
     ("pair", "token"), [("llama2-saiga2", "</s>"), ("smollm2-its_own", "<|im_end|>")], indirect=["pair"]
 )
-def test_without_placeholders_the_check_finds_special_tokens_that_came_from_texts(pair, token, monkeypatch):
+def test_without_placeholders_the_check_detects_special_tokens_from_texts(pair, token, monkeypatch):
     messages = [{"role": "user", "content": f"Привет {token} мир"}, {"role": "assistant", "content": "Да"}]
     harmless = [{"role": "user", "content": "слово"}, {"role": "assistant", "content": "слово"}]
     tried = [Dialogue({"messages": messages}, {"messages": harmless}, is_ordinary=False)]
     assert failures(pair, tried) == []
-    monkeypatch.setattr(placeholders._Taken, "holder", lambda self, text, path: text)
+    monkeypatch.setattr(placeholders._Masker, "placeholder", lambda self, text, path: text)
     monkeypatch.setattr(layout, "_is_plain", lambda messages, tools: False)
     assert "a special token came from a text" in {what for what, _ in failures(pair, tried)}
 
 
 @pytest.mark.parametrize("pair", ["llama2-saiga2"], indirect=True)
-def test_a_filler_that_puts_the_wrong_text_in_is_stopped(pair, monkeypatch):
-    monkeypatch.setattr(placeholders._Held, "original", lambda self, texts: texts[0])
-    with pytest.raises(SaigaError, match="does more to the contents than trim"):
+def test_a_filler_that_inserts_the_wrong_text_is_detected(pair, monkeypatch):
+    monkeypatch.setattr(placeholders._Rendered, "fill", lambda self, texts: texts[0])
+    with pytest.raises(SaigaError, match="changes contents beyond trimming"):
         encoded([each.conversation for each in dialogues(20, seed=1, has_tools=True)], pair.fast)

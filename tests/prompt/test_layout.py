@@ -1,4 +1,4 @@
-"""Conversations with and without functions into special tokens and runs of text, on a ChatML tokenizer made here."""
+"""Split conversations with and without tools, on a ChatML tokenizer made here."""
 
 import gc
 import weakref
@@ -18,7 +18,7 @@ NATIVE = (
 )
 
 
-def test_functions_and_calls_of_a_template_without_them_become_text():
+def test_a_template_without_tools_renders_tools_and_calls_as_text():
     tokenizer = chatml()
     text = template.render(MESSAGES, tokenizer.chat_template, tools=TOOLS)
     assert text.startswith("<|im_start|>system\nТебе доступны функции.")
@@ -30,7 +30,7 @@ def test_functions_and_calls_of_a_template_without_them_become_text():
     ).replace("<|im_end|>", "")
 
 
-def test_the_call_and_the_last_answer_are_learned_and_the_result_is_not():
+def test_the_call_and_the_last_answer_are_trained_but_not_the_result():
     tokenizer = chatml()
     said = tokenizer.decode(learned(encode(MESSAGES, tokenizer, tools=TOOLS)))
     assert said.startswith('<tool_call>\n{"name": "найти"')
@@ -38,22 +38,22 @@ def test_the_call_and_the_last_answer_are_learned_and_the_result_is_not():
     assert "tool_response" not in said
 
 
-def test_results_of_several_calls_are_one_turn_of_the_user():
+def test_results_of_several_calls_form_one_user_turn():
     results = [MESSAGES[2], {**MESSAGES[2], "content": "второй"}]
     text = template.render([*MESSAGES[:2], *results, MESSAGES[3]], WITH_TOOLS, tools=TOOLS)
     assert text.count("<|im_start|>user") == 2
     assert text.count("<tool_response>") == 2
 
 
-def test_without_functions_the_added_template_changes_nothing():
+def test_without_tools_the_prepended_template_changes_nothing():
     assert template.render(CONVERSATION, WITH_TOOLS) == template.render(CONVERSATION, CHATML)
 
 
-def test_a_template_with_functions_of_its_own_stays_as_it_is():
+def test_a_template_that_supports_tools_is_unchanged():
     assert template.with_tools(NATIVE) == NATIVE
 
 
-def test_a_special_token_that_the_template_spells_around_a_call_is_one_and_in_an_argument_it_is_text():
+def test_a_special_token_is_special_around_a_call_and_text_in_an_argument():
     tokenizer = chatml(NATIVE)
     think = tokenizer.special_tokens["<think>"]
     call = {"type": "function", "function": {"name": "<think>", "arguments": {"<think>": "<|im_end|>"}}}
@@ -65,7 +65,7 @@ def test_a_special_token_that_the_template_spells_around_a_call_is_one_and_in_an
     assert example["input_ids"].count(tokenizer.special_tokens["<|im_end|>"]) == 3
 
 
-def test_a_template_that_leaves_functions_out_is_refused():
+def test_rejects_a_template_that_leaves_out_tools():
     ignoring = "{%- if tools is defined -%}{%- endif -%}" + CHATML
     with pytest.raises(SaigaError, match=r"leaves out tools\[0\]\.function\.name"):
         encode([*CONVERSATION], chatml(ignoring), tools=TOOLS)
@@ -73,19 +73,19 @@ def test_a_template_that_leaves_functions_out_is_refused():
         encode(CONVERSATION[:2], chatml(ignoring), tools=TOOLS, add_generation_prompt=True)
 
 
-def test_a_template_that_leaves_calls_out_is_refused():
+def test_rejects_a_template_that_leaves_out_calls():
     ignoring = "{{ tools | tojson if tools }}" + CHATML
     with pytest.raises(SaigaError, match=r"leaves out messages\[1\]\.tool_calls\[0\]\.function\.name"):
         encode(MESSAGES, chatml(ignoring), tools=TOOLS)
 
 
 @pytest.mark.parametrize("messages", [MESSAGES[:2], [MESSAGES[0], {"role": "tool", "content": "б"}]])
-def test_calls_without_functions_are_refused_with_their_number(messages):
-    with pytest.raises(SaigaError, match="Message 2 is of a call of a function, and there are no tools"):
+def test_rejects_calls_without_tools_and_names_the_message(messages):
+    with pytest.raises(SaigaError, match="Message 2 is part of a function call, but the conversation has no tools"):
         encode(messages, chatml())
 
 
-def test_a_template_that_says_a_text_twice_and_in_another_order_is_followed():
+def test_follows_a_template_that_repeats_and_reorders_texts():
     swapped = (
         "{%- for m in messages -%}{%- if m.role == 'user' -%}{{ m.content }}<think>{%- endif -%}{%- endfor -%}" + CHATML
     )
@@ -102,7 +102,7 @@ def test_a_template_that_says_a_text_twice_and_in_another_order_is_followed():
     assert tokenizer.decode(learned(last)) == "б"
 
 
-def test_marks_that_agree_with_what_is_learned_are_accepted_and_others_are_refused():
+def test_accepts_only_generation_tags_that_agree_with_the_trained_tokens():
     answer = "{{ '<|im_start|>assistant\n' }}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
     other = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
     marked = (
@@ -118,7 +118,7 @@ def test_marks_that_agree_with_what_is_learned_are_accepted_and_others_are_refus
     users_too = marked.replace(other, "{% generation %}" + other + "{% endgeneration %}")
     for broken in (header_too, twice, users_too):
         assert broken != marked
-        with pytest.raises(SaigaError, match="generation prompt ends at"):
+        with pytest.raises(SaigaError, match="generation prompts end at"):
             encode(CONVERSATION, chatml(broken))
     last_alone = marked.replace("== 'assistant' %}", "== 'assistant' and loop.last %}")
     for conversation in (CONVERSATION, [*TWICE[:2], {**TWICE[2], "weight": 0}, *TWICE[3:]]):
@@ -128,7 +128,7 @@ def test_marks_that_agree_with_what_is_learned_are_accepted_and_others_are_refus
     assert template.render(CONVERSATION, unmarked) == template.render(CONVERSATION, marked)
 
 
-def test_one_rendering_serves_all_conversations_of_a_shape(monkeypatch):
+def test_conversations_of_one_shape_share_one_rendering(monkeypatch):
     tokenizer = chatml()
     rendered = []
     render = template.render
@@ -136,24 +136,24 @@ def test_one_rendering_serves_all_conversations_of_a_shape(monkeypatch):
     for text in ("а", "б </s>", "в"):
         encode([CONVERSATION[0], {"role": "user", "content": text}, CONVERSATION[2]], tokenizer)
     assert rendered.count(None) == 3
-    assert rendered.count(True) == 3  # the whole, a prompt, a turn: of the first alone
+    assert rendered.count(True) == 3  # the conversation, a prompt and a turn, only of the first
 
 
-def test_many_at_once_are_what_they_are_alone_and_a_bad_one_has_its_place():
+def test_encode_rows_matches_encode_and_locates_a_bad_conversation():
     tokenizer = chatml()
     conversations = [{"messages": CONVERSATION}, {"messages": MESSAGES, "tools": TOOLS}, {"messages": CONVERSATION[1:]}]
     alone = [[encode(each["messages"], tokenizer, tools=each.get("tools"))] for each in conversations]
     assert encoding.encode_rows(conversations, tokenizer) == alone
-    with pytest.raises(SaigaError, match=r"records:12: Message 2 is of a call"):
+    with pytest.raises(SaigaError, match=r"records:12: Message 2 is part of a function call"):
         encoding.encode_rows(
-            [{"messages": CONVERSATION}, {"messages": MESSAGES}], tokenizer, named=lambda index: f"records:{index + 11}"
+            [{"messages": CONVERSATION}, {"messages": MESSAGES}], tokenizer, label=lambda index: f"records:{index + 11}"
         )
 
 
 TWICE = [*CONVERSATION, {"role": "user", "content": "А ещё?"}, {"role": "assistant", "content": "И ещё."}]
 
 
-def test_an_answer_of_weight_0_is_only_read_and_templates_do_not_see_the_weight():
+def test_an_answer_with_weight_0_is_not_trained_and_templates_do_not_see_the_weight():
     told = CHATML.replace("+ message['content'] +", "+ message['content'] + ('!' if 'weight' in message else '') +")
     assert told != CHATML
     for tokenizer in (chatml(), chatml(told)):
@@ -164,7 +164,7 @@ def test_an_answer_of_weight_0_is_only_read_and_templates_do_not_see_the_weight(
     assert encode(TWICE, chatml()) == whole  # the shape with a weight is another one
 
 
-def test_where_the_last_answer_is_rendered_otherwise_each_answer_is_a_row():
+def test_each_answer_is_a_row_if_the_final_turn_is_rendered_differently():
     tokenizer = chatml(THOUGHTFUL)
     assert THOUGHTFUL != CHATML
     with pytest.raises(SaigaError, match="turn by turn"):
@@ -180,8 +180,8 @@ def test_where_the_last_answer_is_rendered_otherwise_each_answer_is_a_row():
     assert tokenizer.decode(learned(last)) == "И ещё."
 
 
-def test_an_answer_that_is_only_read_has_the_ids_that_it_has_in_a_prompt():
-    """Its text begins with a line end, which would merge with the one before it."""
+def test_an_untrained_answer_has_the_same_ids_as_in_a_prompt():
+    """Its text begins with a line end, which would merge with the previous one."""
     tokenizer = chatml()
     messages = [*TWICE[:2], {**TWICE[2], "content": "\n\nДа"}, *TWICE[3:]]
     asked = encode(messages[:4], tokenizer, add_generation_prompt=True)["input_ids"]
@@ -193,7 +193,7 @@ def test_an_answer_that_is_only_read_has_the_ids_that_it_has_in_a_prompt():
     )
 
 
-def test_a_refusal_that_is_kept_for_a_shape_keeps_no_conversation():
+def test_a_cached_refusal_keeps_no_conversation_alive():
     class Text(str):
         pass
 
@@ -209,7 +209,7 @@ def test_a_refusal_that_is_kept_for_a_shape_keeps_no_conversation():
     assert alive() is None
 
 
-def test_rows_over_the_limit_are_not_made_but_for_the_last(monkeypatch):
+def test_only_the_last_of_the_rows_over_the_limit_is_made(monkeypatch):
     tokenizer, encoded = chatml(THOUGHTFUL), []
     turns = [turn for _ in range(30) for turn in TWICE[3:]]
     ((first, second, *_),) = encoding.encode_rows([{"messages": turns}], tokenizer)
@@ -222,7 +222,7 @@ def test_rows_over_the_limit_are_not_made_but_for_the_last(monkeypatch):
     assert len(encoded) == 4
 
 
-def test_a_template_whose_prompt_is_never_the_beginning_is_refused_with_the_place():
+def test_rejects_a_template_whose_prompt_is_never_a_prefix_and_names_the_message():
     other_prompt = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>bot\n' }}")
-    with pytest.raises(SaigaError, match=r"conversation 1: .*turn by turn: what it makes of messages\[2\] is not"):
+    with pytest.raises(SaigaError, match=r"conversation 1: .*turn by turn.* the prompt for messages\[2\]"):
         encoding.encode_rows([{"messages": TWICE}], chatml(other_prompt))

@@ -1,4 +1,4 @@
-"""A user's texts out of a conversation and back, whatever a template does to them in between."""
+"""Mask texts and fill them in after a template has changed the placeholders."""
 
 import json
 
@@ -8,7 +8,7 @@ from chatml import CALL, MESSAGES, TOOLS
 from saigakit.prompt import placeholders, template
 
 
-def test_no_text_of_the_user_is_left_but_the_words_of_json_schema():
+def test_only_json_schema_keywords_are_left_unmasked():
     masked = placeholders.mask(MESSAGES, TOOLS)
     left = json.dumps([masked.messages, masked.tools], ensure_ascii=False)
     assert not any(text in left for text in masked.texts)
@@ -18,7 +18,7 @@ def test_no_text_of_the_user_is_left_but_the_words_of_json_schema():
     assert masked.messages[1]["content"] == ""
 
 
-def test_each_text_has_the_path_to_it():
+def test_each_text_has_its_path():
     masked = placeholders.mask(MESSAGES, TOOLS)
     found = dict(zip(masked.paths, masked.texts, strict=True))
     assert found["messages[0].content"] == "Найди"
@@ -26,14 +26,14 @@ def test_each_text_has_the_path_to_it():
     assert found["messages[1].tool_calls[0].function.arguments.<s>ключ[0]"] == "</s>"
 
 
-def test_an_id_with_anything_but_letters_and_digits_is_masked():
+def test_a_call_id_with_other_characters_than_letters_and_digits_is_masked():
     call = {**CALL, "id": "</s>"}
     masked = placeholders.mask([{"role": "assistant", "content": "", "tool_calls": [call]}], TOOLS)
     assert "</s>" in masked.texts
     assert masked.messages[0]["tool_calls"][0]["id"] != "</s>"
 
 
-def test_conversations_of_one_shape_have_one_key_and_others_another():
+def test_conversations_have_equal_keys_only_if_their_shapes_are_equal():
     def key(*contents):
         return placeholders.mask([{"role": "user", "content": content} for content in contents], None).key
 
@@ -43,9 +43,9 @@ def test_conversations_of_one_shape_have_one_key_and_others_another():
 
 
 def rendered(text, value):
-    """What a template makes of `value`, and what is made of it through placeholders."""
+    """Render `value` directly and through placeholders."""
     masked = placeholders.mask([{"role": "user", "content": value}], None)
-    through = placeholders.filler(template.render(masked.messages, text, masked=True))(masked.texts)
+    through = placeholders.make_filler(template.render(masked.messages, text, masked=True))(masked.texts)
     return template.render([{"role": "user", "content": value}], text), through
 
 
@@ -66,20 +66,20 @@ def rendered(text, value):
         "{{ messages[0].content }}{{ messages[0].content }}",
     ],
 )
-def test_the_text_is_that_of_the_template_without_placeholders(text, value):
+def test_filling_in_gives_the_text_rendered_without_placeholders(text, value):
     plain, through = rendered(text, value)
     assert through == plain
 
 
-def test_what_looks_like_a_placeholder_in_json_is_not_touched_without_masking():
+def test_text_like_a_placeholder_in_json_is_unchanged_without_masking():
     value = "\u205f\U000f00000\U000f0001\u205f"
     assert template.render([{"role": "user", "content": value}], "{{ messages[0].content | tojson }}") == f'"{value}"'
 
 
-def test_what_is_held_can_be_asked_for():
+def test_finds_the_placeholders_in_a_rendered_text():
     masked = placeholders.mask(MESSAGES, None)
     text = template.render(masked.messages, "{{ messages[0].content }}{{ messages[3].content | tojson }}", masked=True)
-    assert {masked.paths[number] for number in placeholders.held(text)} == {
+    assert {masked.paths[number] for number in placeholders.find_placeholders(text)} == {
         "messages[0].content",
         "messages[3].content",
     }

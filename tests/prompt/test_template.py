@@ -1,4 +1,4 @@
-"""Messages into text, as transformers renders them and inside a sandbox."""
+"""Render like transformers, and inside a sandbox."""
 
 import json
 
@@ -38,8 +38,8 @@ def directory_spec() -> ModelSpec:
     return ModelSpec(name="mine", base_model="mine")
 
 
-def test_saiga2_is_rendered_as_it_was_trained():
-    chat_template = template.of_model(MODELS["saiga2_7b"], None)
+def test_saiga2_is_rendered_as_in_its_training():
+    chat_template = template.read_chat_template(MODELS["saiga2_7b"], None)
     assert template.render(MESSAGES, chat_template) == SAIGA2
     prompt = template.render(MESSAGES[:2], chat_template, add_generation_prompt=True)
     assert SAIGA2.startswith(prompt)
@@ -47,7 +47,7 @@ def test_saiga2_is_rendered_as_it_was_trained():
 
 
 @pytest.mark.parametrize("add_generation_prompt", [False, True])
-def test_the_text_is_that_of_transformers(add_generation_prompt):
+def test_the_rendered_text_matches_transformers(add_generation_prompt):
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages = [*MESSAGES, {"role": "user", "content": "  <b>Ещё</b> \n"}, {"role": "stop", "content": ""}]
@@ -60,18 +60,18 @@ def test_the_text_is_that_of_transformers(add_generation_prompt):
     assert ours == theirs[0]
 
 
-def test_the_generation_tag_renders_what_is_inside():
+def test_the_generation_tag_renders_its_content():
     text = "{% for m in messages %}{% generation %}[{{ m.content }}]{% endgeneration %}{% endfor %}"
     assert template.render(MESSAGES[1:], text) == "[Привет][Здравствуй!]"
 
 
-def test_raise_exception_becomes_a_sentence():
+def test_raise_exception_becomes_a_saiga_error():
     with pytest.raises(SaigaError, match="refuses this conversation: Roles must alternate"):
         template.render(MESSAGES, "{{ raise_exception('Roles must alternate') }}")
 
 
 @pytest.mark.parametrize("text", ["{{ ''.__class__ }}", "{{ raise_exception.__globals__ }}", "{{ cycler.__init__ }}"])
-def test_a_template_sees_no_insides_of_python(text):
+def test_a_template_cannot_reach_python_internals(text):
     assert template.render(MESSAGES, text) == ""
 
 
@@ -84,7 +84,7 @@ def test_a_template_sees_no_insides_of_python(text):
         "{{ messages.append(1) }}",
     ],
 )
-def test_a_template_that_tries_to_leave_its_sandbox_is_refused(text):
+def test_rejects_a_template_that_tries_to_leave_the_sandbox(text):
     with pytest.raises(SaigaError, match="cannot render"):
         template.render(MESSAGES, text)
 
@@ -92,38 +92,38 @@ def test_a_template_that_tries_to_leave_its_sandbox_is_refused(text):
 @pytest.mark.parametrize(
     "text", ["{% for m in messages %}", "{{ messages[7].content }}", "{{ 'a' + none }}", "{{ x() }}"]
 )
-def test_a_broken_template_becomes_a_sentence(text):
+def test_a_broken_template_is_a_saiga_error(text):
     with pytest.raises(SaigaError, match="The chat template cannot render this conversation"):
         template.render(MESSAGES, text)
 
 
-def test_contents_are_not_escaped_and_not_rendered_themselves():
+def test_contents_are_neither_escaped_nor_rendered():
     message = {"role": "user", "content": "{{ 7 * 7 }} <b>&amp;</b> {% raw %}"}
     assert template.render([message], "{{ messages[0].content }}") == message["content"]
 
 
-def test_the_registrys_template_goes_before_the_tokenizers(tmp_path):
+def test_the_registrys_template_takes_precedence(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("theirs", encoding="utf-8")
-    assert "bot" in template.of_model(MODELS["saiga2_7b"], tmp_path)
+    assert "bot" in template.read_chat_template(MODELS["saiga2_7b"], tmp_path)
 
 
-def test_the_tokenizers_own_file_is_read(tmp_path):
+def test_reads_the_template_file_of_the_tokenizer(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("из файла", encoding="utf-8")
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "из настроек"}', encoding="utf-8")
-    assert template.of_model(directory_spec(), tmp_path).endswith("из файла")
+    assert template.read_chat_template(directory_spec(), tmp_path).endswith("из файла")
 
 
 @pytest.mark.parametrize(
     "value", ["plain", [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]]
 )
-def test_the_tokenizers_settings_are_read(tmp_path, value):
+def test_reads_the_template_in_the_tokenizer_config(tmp_path, value):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}), encoding="utf-8")
-    assert template.of_model(directory_spec(), tmp_path).endswith("plain")
+    assert template.read_chat_template(directory_spec(), tmp_path).endswith("plain")
 
 
 @pytest.mark.parametrize("config", [None, {}, {"chat_template": [{"name": "rag", "template": "x"}]}])
-def test_a_model_without_a_template_is_refused(tmp_path, config):
+def test_rejects_a_model_without_a_template(tmp_path, config):
     if config is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(SaigaError, match=r"has no chat template.*mine has none.*instruction-tuned"):
-        template.of_model(directory_spec(), tmp_path)
+        template.read_chat_template(directory_spec(), tmp_path)

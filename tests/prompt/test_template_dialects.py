@@ -1,4 +1,4 @@
-"""The template inside a GGUF in llama.cpp's own Jinja and in Rust's MiniJinja: the same text as in jinja2."""
+"""Render the template of a GGUF with llama.cpp's Jinja and with MiniJinja: the text must equal jinja2's."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ LLAMA_CPPS = {
     ),
 }
 NAMED = ("SAIGA2", "SAIGA_NEMO", "HERMES_TOOLS", "THINKING", "THINKING_PROMPT", "GEMMA", "FOLDED_SYSTEM", "LLAMA3")
-REGISTERED = {spec.template: template.of_model(spec, Path()) for spec in MODELS.values() if spec.template}
+REGISTERED = {spec.template: template.read_chat_template(spec, Path()) for spec in MODELS.values() if spec.template}
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -50,7 +50,7 @@ def other_engine():
 
 
 @pytest.mark.parametrize("conversation", [[USER, ANSWER], [CALLING[1], USER]])
-def test_loops_backwards_and_refusals_are_put_in_words_that_every_engine_knows(conversation):
+def test_reversed_loops_and_refusals_are_rewritten_for_every_engine(conversation):
     text = template.for_inference(NESTED)
     assert "raise_exception" not in text
     assert "[::-1]" not in text
@@ -62,7 +62,7 @@ def test_loops_backwards_and_refusals_are_put_in_words_that_every_engine_knows(c
 @pytest.mark.parametrize("add_generation_prompt", [False, True])
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", [*NAMED, "MISTRAL_TOOLS"])
-def test_another_engine_renders_the_same_text(name, conversation, add_generation_prompt):
+def test_minijinja_renders_the_same_text(name, conversation, add_generation_prompt):
     messages, tools = CONVERSATIONS[conversation]
     text = template.for_inference(getattr(vocabularies, name))
     given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt, **VARIABLES}
@@ -72,7 +72,7 @@ def test_another_engine_renders_the_same_text(name, conversation, add_generation
     assert other_engine().render_str(text, **given) == expected
 
 
-def test_a_refusal_under_a_condition_takes_no_text_with_it():
+def test_removing_a_conditional_refusal_removes_no_text():
     text = (
         "{{ raise_exception('no') if not messages }}between{{ raise_exception('(a)') }}{{ messages[0].role.strip() }}"
     )
@@ -82,13 +82,13 @@ def test_a_refusal_under_a_condition_takes_no_text_with_it():
     assert template.render([SYSTEM, USER], template.for_inference(turned)) == "system"
 
 
-def test_the_other_engine_does_not_know_the_generation_tag():
+def test_minijinja_does_not_support_the_generation_tag():
     with pytest.raises(minijinja.TemplateError):
         minijinja.Environment().render_str(vocabularies.HERMES_TOOLS, messages=[ANSWER])
 
 
 def llama_cpps(program, chat_template, messages, tools, add_generation_prompt):
-    """As llama-server calls it: what is not there is not named."""
+    """Like llama-server, which omits absent values."""
     variables = {"messages": messages, **VARIABLES}
     variables |= {"tools": tools} if tools else {}
     variables |= {"add_generation_prompt": True} if add_generation_prompt else {}
@@ -111,13 +111,13 @@ def test_llama_cpp_renders_the_same_text(jinja_program, request, conversation, a
 
 @pytest.mark.slow
 @pytest.mark.parametrize("conversation", [[USER, ANSWER], [CALLING[1], USER]])
-def test_llama_cpp_knows_the_words_of_loops_and_refusals(jinja_program, conversation):
+def test_llama_cpp_supports_reversed_loops_and_refusals(jinja_program, conversation):
     text = template.for_inference(NESTED)
     assert llama_cpps(jinja_program, text, conversation, None, False) == template.render(conversation, text)
 
 
 @pytest.mark.slow
-def test_llama_cpp_leaves_a_space_of_another_kind_that_jinja2_trims(jinja_program):
+def test_llama_cpp_keeps_a_unicode_space_that_jinja2_trims(jinja_program):
     conversation = [{"role": "user", "content": "\u00a0да"}]
     text = "{{ messages[0].content | trim }}"
     assert template.render(conversation, text) == "да"

@@ -1,4 +1,4 @@
-"""A conversation as a reader sees it: pieces with ids, what is special and what is learned."""
+"""Show pieces with their ids, special tokens and trained tokens."""
 
 import pytest
 import tokenizers
@@ -18,15 +18,15 @@ def tokenizer(tiny):
     return encoding.load_tokenizer("saiga_tiny")
 
 
-def test_the_prompt_has_exactly_the_ids_and_the_learned_ones_of_training(tokenizer):
+def test_shows_the_ids_and_the_trained_tokens_of_training(tokenizer):
     example = encoding.encode(DIALOGUE, tokenizer)
     shown = token_view.show({"messages": DIALOGUE}, tokenizer).pieces
     assert [token_id for piece in shown for token_id in piece.ids] == example["input_ids"]
-    learned = [piece.is_learned for piece in shown for _ in piece.ids]
+    learned = [piece.is_trained for piece in shown for _ in piece.ids]
     assert learned == [label != encoding.IGNORE_INDEX for label in example["labels"]]
 
 
-def test_only_what_the_template_spells_is_a_special_token(tokenizer):
+def test_only_special_tokens_of_the_template_are_shown_as_special(tokenizer):
     shown = token_view.show({"messages": DIALOGUE}, tokenizer).pieces
     special = [piece.text for piece in shown if piece.is_special]
     assert special == ["<s>", "</s>"] * 4
@@ -57,7 +57,7 @@ def test_a_byte_level_tokenizer_is_shown_in_cyrillic():
     assert ("Ч", 2) in [(piece.text, len(piece.ids)) for piece in shown]
 
 
-def test_a_replacement_character_in_a_text_swallows_nothing(tokenizer):
+def test_a_replacement_character_in_a_text_hides_nothing(tokenizer):
     dialogue = [{"role": "user", "content": "\ufffd\ufffd конец"}, DIALOGUE[1]]
     shown = token_view.show({"messages": dialogue}, tokenizer).pieces
     assert max(len(piece.ids) for piece in shown) == 4
@@ -65,25 +65,25 @@ def test_a_replacement_character_in_a_text_swallows_nothing(tokenizer):
     assert [i for piece in shown for i in piece.ids] == encoding.encode(dialogue, tokenizer)["input_ids"]
 
 
-def test_the_terminal_shows_pieces_with_ids_and_stars_at_learned_ones(tokenizer):
+def test_the_terminal_shows_pieces_with_ids_and_stars_after_trained_ones(tokenizer):
     lines = str(token_view.show({"messages": [{"role": "user", "content": "Да"}, DIALOGUE[1]]}, tokenizer)).splitlines()
     start, end, user = tokenizer.special_tokens["<s>"], tokenizer.special_tokens["</s>"], tokenizer.encode_text("user")
     assert lines[0] == f"<s>[{start}] ␣user[{user[0]}] ⏎[13]"
     assert f"</s>[{end}]* " in lines[3]
     assert "*" not in "".join(lines[:3])
-    assert lines[-1].startswith("* учится · learned: ")
+    assert lines[-1].startswith("* обучается · trained: ")
 
 
-def test_the_notebook_shows_texts_as_text_with_a_legend_in_two_languages(tokenizer):
+def test_the_notebook_escapes_texts_and_has_a_bilingual_legend(tokenizer):
     page = token_view.show({"messages": DIALOGUE}, tokenizer)._repr_html_()
     assert "&lt;s&gt;" in page
     assert "<s>" not in page
     assert "<b>" not in page
-    for words in ("учится · learned", "служебный токен · special token", "только читает · only read"):
+    for words in ("обучается · trained", "спецтокен · special token", "только контекст · context only"):
         assert page.count(words) == 1
 
 
-def test_marked_texts_are_whole_but_for_long_stretches_that_are_only_read(tokenizer):
+def test_only_long_untrained_stretches_of_marked_texts_are_shortened(tokenizer):
     messages = [{"role": "user", "content": "а" * 2000}, {"role": "assistant", "content": "<b>" + "в" * 2000}]
     marked = token_view.mark([{"messages": messages}], tokenizer)
     assert f"⟦<b>{'в' * 2000}</s>⟧" in str(marked)
@@ -92,7 +92,7 @@ def test_marked_texts_are_whole_but_for_long_stretches_that_are_only_read(tokeni
     assert f"&lt;b&gt;{'в' * 2000}&lt;/s&gt;</span>" in marked._repr_html_()
 
 
-def test_a_conversation_with_functions_is_shown_with_them(tokenizer):
+def test_a_conversation_is_shown_with_its_tools(tokenizer):
     tools = [{"type": "function", "function": {"name": "найти"}}]
     shown = str(token_view.mark([{"messages": DIALOGUE, "tools": tools}], tokenizer))
     assert '"name": "найти"' in shown

@@ -1,4 +1,4 @@
-"""A ChatML tokenizer made here, and conversations with and without functions."""
+"""Make a ChatML tokenizer, and conversations with and without tools."""
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -1,4 +1,4 @@
-"""Random conversations in the normalised shape: every text of the user may be ordinary, odd or an attack."""
+"""Make random normalised conversations whose user texts are ordinary, odd or attacks."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +42,7 @@ _SCALARS = (0, 1, -7, 12345, 2.5, 1e-7, True, False, None)
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a text of the user stands."""
+    """The place of a user text."""
 
     number: int
     may_be_blank: bool
@@ -53,11 +53,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A conversation, the same with harmless words for every text of the user, and whether it is ordinary."""
+    """A conversation, a copy with harmless user texts, and whether it is ordinary."""
 
     conversation: dict[str, Any]
     harmless: dict[str, Any]
-    is_ordinary: bool  # no special token and nothing forged
+    is_ordinary: bool  # no special tokens and no attacks
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -69,17 +69,17 @@ class Dialogue:
 
     @property
     def turns(self) -> list[int]:
-        """Of the answers that are learned."""
+        """The indices of the trained answers."""
         return [i for i, each in enumerate(self.messages) if each["role"] == "assistant" and each.get("weight") != 0]
 
     @property
     def seen(self) -> list[dict[str, Any]]:
-        """The messages as a template gets them."""
+        """The messages that a template gets."""
         return [{key: value for key, value in each.items() if key != "weight"} for each in self.messages]
 
 
 def dialogues(count: int, *, seed: int, has_tools: bool, ordinary: float = 0.4) -> Iterator[Dialogue]:
-    """`ordinary` is the share of dialogues in which nothing is forged."""
+    """`ordinary`: the share of dialogues without attacks."""
     rng = random.Random(seed)
     shapes = [_Shape(rng, has_tools=has_tools and rng.random() < 0.4) for _ in range(_SHAPES)]
     for _ in range(count):
@@ -104,7 +104,7 @@ def _piece_kinds(rng: random.Random, is_ordinary: bool) -> Sequence[str]:
 
 
 def _cut_tokens(rng: random.Random, texts: list[str]) -> None:
-    """A special token in two: its beginning ends a text, its end begins the next."""
+    """Split a special token: one text ends with its beginning, the next begins with its end."""
     for _ in range(rng.randint(0, 2) if len(texts) > 1 else 0):
         token, first = rng.choice(SPECIAL), rng.randrange(len(texts) - 1)
         cut = rng.randint(1, len(token) - 1)
@@ -113,7 +113,7 @@ def _cut_tokens(rng: random.Random, texts: list[str]) -> None:
 
 
 def _filled(shape: Any, texts: Sequence[str]) -> Any:
-    """Two keys of one object that came out equal are told apart."""
+    """Make equal keys of one object distinct."""
     if isinstance(shape, Slot):
         return texts[shape.number]
     if isinstance(shape, list):
@@ -128,7 +128,7 @@ def _filled(shape: Any, texts: Sequence[str]) -> Any:
 
 
 class _Shape:
-    """A conversation whose texts are not yet written: its slots in the order in which they stand."""
+    """A conversation with slots instead of texts, in order."""
 
     def __init__(self, rng: random.Random, *, has_tools: bool) -> None:
         self.rng = rng

@@ -1,4 +1,4 @@
-"""Russian texts that are new at every call, and edits that leave a text nearly what it was."""
+"""Make random Russian texts, and small edits of them."""
 
 import random
 import re
@@ -65,19 +65,19 @@ def _clause(rng: random.Random) -> str:
 
 
 def story(rng: random.Random) -> str:
-    """Sentences after a long instruction that all stories begin with."""
+    """A long instruction, the same in all stories, and then sentences."""
     return f"{INSTRUCTION}\n\n{' '.join(sentence(rng) for _ in range(rng.randint(8, 14)))}"
 
 
 def letter(rng: random.Random) -> str:
-    """One of six forms filled in: its phrases are shared by every sixth letter, its content by none."""
+    """Fill in one of six forms: every sixth letter shares its phrases, none its content."""
     filled = {name: rng.choice(_WORDS[name]) for name in ("who", "which", "what", "where", "when")}
     parts = {name: f"{sentence(rng)} {sentence(rng)}" for name in ("one", "two", "three")}
     return rng.choice(_FORMS).format(**filled, **parts, n=rng.randint(1000, 99999), m=rng.randint(2, 60))
 
 
 def replace_words(text: str, rng: random.Random) -> str:
-    """One word in twenty becomes another, wherever it stands."""
+    """Replace one word in twenty, at any position."""
     words = text.split(" ")
     for index in rng.sample(range(len(words)), max(1, len(words) // 20)):
         words[index] = rng.choice(_WORDS[rng.choice(("who", "does", "what"))])
@@ -97,7 +97,7 @@ def add_sentence(text: str, rng: random.Random) -> str:
 
 
 def change_spelling(text: str, rng: random.Random) -> str:
-    """Blanks, letter case and punctuation, no word."""
+    """Change blanks, letter case and punctuation, but no words."""
     marks = re.sub(r"[.,?!]", lambda _: rng.choice((";", " —", "…", "")), text)
     return rng.choice((str.upper, str.lower, str.title))(marks).replace(" ", rng.choice(("  ", "\n", "\t")))
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from saigakit.prompt import template
 from saigakit.registry import ALL_LINEAR, MODELS
 
-SAIGA2 = template.of_model(MODELS["saiga2_7b"], Path())
+SAIGA2 = template.read_chat_template(MODELS["saiga2_7b"], Path())
 SIZES = {
     "vocab_size": 768,
     "hidden_size": 64,

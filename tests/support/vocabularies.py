@@ -30,7 +30,7 @@ _GEMMA = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
 _QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _QWEN_PLAIN = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
-SAIGA2 = template.of_model(MODELS["saiga2_7b"], Path())
+SAIGA2 = template.read_chat_template(MODELS["saiga2_7b"], Path())
 SAIGA_NEMO = r"""
 {{- bos_token }}
 {%- for message in messages %}

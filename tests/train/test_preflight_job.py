@@ -1,6 +1,5 @@
 """The job that a parent resolves for its child processes."""
 
-import pickle
 from dataclasses import replace
 
 from saigakit.config import TrainConfig
@@ -18,7 +17,7 @@ def test_job_round_trip(tiny, tmp_path):
         job = Job.of(TrainConfig(model="saiga_tiny", **files, **settings), "float32")
         job = replace(job, store=Store(tmp_path / "checkpoints", {"parameters": {"epochs": 2.0}}))
         assert len(job.replay_files) == 2
-        assert pickle.loads(pickle.dumps(job)) == job
+        assert Job.read(job.write(tmp_path)) == job
 
 
 def test_lora_comes_from_the_start_adapter_or_the_config(tiny, tmp_path):

@@ -1,7 +1,6 @@
 """Resuming: the same bytes and losses as an uninterrupted training."""
 
 import json
-import pickle
 import signal
 import time
 from dataclasses import replace
@@ -18,7 +17,7 @@ from saigakit.core import launch, manifest, workspace
 from saigakit.core.files import sha256
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
-from saigakit.train import checkpoints, curve, preflight, run_state, worker
+from saigakit.train import checkpoints, curve, run_state, worker
 from saigakit.train.checkpoints import Store
 from saigakit.train.preflight import Job
 
@@ -40,8 +39,7 @@ class Child:
         """Run from the last checkpoint to the end, or until interrupted in step `until`."""
         start = self.store.find_newest()
         config = replace(self.config, resume_from=start and str(self.store.adopt(start)))
-        file = self.directory / preflight.JOB_FILE
-        file.write_bytes(pickle.dumps(replace(Job.of(config, "float32"), store=self.store)))
+        file = replace(Job.of(config, "float32"), store=self.store).write(self.directory)
         (self.directory / curve.LOG_FILE).unlink(missing_ok=True)
         steps = iter(range(1 if start is None else checkpoints.step_of(start) + 1, 1000))
         with self.monkeypatch.context() as patch:

@@ -117,15 +117,15 @@ def stored(texts):
 def test_mixed_rows_are_training_then_replay():
     mixed = steps.mix_rows(stored([[1, 2], [3, 4, 5]]), stored([[6], [7, 8]]))
     assert [row["input_ids"] for row in mixed] == [[1, 2], [3, 4, 5], [6], [7, 8]]
-    assert list(rows.column(mixed, "length")) == [2, 3, 1, 2]
-    assert list(rows.column(mixed, "learned")) == [1, 2, 0, 1]
-    assert list(rows.column(mixed, "conversation")) == [1, 2, -1, -2]
+    assert list(rows.read_column(mixed, "length")) == [2, 3, 1, 2]
+    assert list(rows.read_column(mixed, "learned")) == [1, 2, 0, 1]
+    assert list(rows.read_column(mixed, "conversation")) == [1, 2, -1, -2]
     with pytest.raises(IndexError):
         mixed[4]
 
 
 def test_epoch_of_mixed_rows_has_all_training_and_the_drawn_replay():
-    numbers = rows.column(steps.mix_rows(stored([[1, 2]] * 18), stored([[3, 4]] * 5)), "conversation")
+    numbers = rows.read_column(steps.mix_rows(stored([[1, 2]] * 18), stored([[3, 4]] * 5)), "conversation")
     first, second = (list(epoch) for epoch in steps.epochs_with_replay(numbers, 0.1, 2, seed=3))
     assert first[:18] == second[:18] == list(range(18))
     assert (len(first), len(second)) == (20, 20)
