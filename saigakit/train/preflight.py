@@ -17,6 +17,7 @@ from saigakit.train.checkpoints import Store
 from saigakit.weights import find, fold, load, memory, tensors
 from saigakit.weights.load import NumberFormat
 from saigakit.weights.memory import Pack, TrainingStep
+from saigakit.weights.merge import Merged
 from saigakit.weights.model_shape import ModelShape
 
 _JOB_FILE = "job.json"  # written for the child
@@ -212,7 +213,7 @@ def check_model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -
         )
     lora = config.new_lora
     if adapter_dir is not None:
-        load.require_fitting(adapter_dir, base_dir)
+        Merged.open(base_dir, adapter_dir)
         lora = _lora_with_adapter(config, base_dir, adapter_dir)
     _check_modules(lora, stored, base_dir)
     check_sharded_lora(config, lora)

@@ -77,15 +77,8 @@ class Samples:
 
     def _generate(self, model: PeftModel) -> list[list[int]]:
         """Token ids of all answers, in one batch if memory allows."""
-        rows: list[list[int]] = [[] for _ in self._prompts]
         with generation_mode(model) as base, torch.no_grad():
-            budget = generate.tokens_in_memory(base)
-            for batch in generate.plan_batches([len(prompt) for prompt in self._prompts], self.max_new_tokens, budget):
-                prompts = [self._prompts[index] for index in batch]
-                generated = generate.greedy(base, prompts, self._stop_ids, self.max_new_tokens)
-                for index, row in zip(batch, generated, strict=True):
-                    rows[index] = row
-        return rows
+            return generate.greedy_in_batches(base, self._prompts, self._stop_ids, self.max_new_tokens)
 
     def _answer(self, row: list[int]) -> Answer:
         ids, length = generate.cut_at_stop(row, self._stop_ids)

@@ -175,7 +175,7 @@ class Script:
         self.texts, self.tokenizer = ["Да."], tokenizer
         monkeypatch.setattr(generate, "greedy", self)
 
-    def __call__(self, _model, prompts, stop_ids, max_new_tokens):
+    def __call__(self, _model, prompts, stop_ids, max_new_tokens, _on_ended):
         ids = [self.tokenizer.encode_text(text) for text in self.texts]
         return [[*ids[index % len(ids)], *stop_ids] for index in range(len(prompts))]
 
