@@ -23,7 +23,7 @@ from saigakit.core.display import Table
 from saigakit.data.conversations import spread
 from saigakit.demo import packages, wordnet_records
 from saigakit.export import quality
-from saigakit.llamacpp import imatrix_compute, quantization
+from saigakit.llamacpp import imatrix, quantization
 from saigakit.prompt import encoding
 
 MODEL = "smollm2_135m"
@@ -121,7 +121,7 @@ def main() -> None:
         reference = exported(directory, options.adapter, "F16", "reference", None)
         matrices: dict[str, Path | None] = {"none": None}
         for name, rows in sources.items():
-            made = imatrix_compute.compute_importance(reference, rows, dataset=name, max_tokens=options.tokens)
+            made = imatrix.compute_importance(reference, rows, dataset=name, max_tokens=options.tokens)
             matrices[name] = made.write(directory / f"{name}.gguf")
         measured: dict[str, dict[tuple[str, str], quality.Quality]] = {name: {} for name in held}
         types, gigabytes = {}, {}

@@ -21,7 +21,8 @@ from saigakit import export, registry, train
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest
 from saigakit.core.display import Table
-from saigakit.data import read_conversations, spread
+from saigakit.data import read_conversations
+from saigakit.data.conversations import spread
 from saigakit.demo.wordnet_records import packaged_records
 from saigakit.export.merge_plan import MergePlan
 from saigakit.export.other_formats import write_merged

@@ -36,11 +36,9 @@ def compare(
     base_source: str | None = None,
     max_examples: int = 240,
 ) -> Path:
-    """Run the stage 04_infer: results.json, answers.jsonl and comparison.png in `run_dir`/04_infer.
+    """Run the stage 04_infer: results.json, answers.jsonl and comparison.png, with last answers as references.
 
-    The last answer of each conversation is the reference. All models get the same ids and the same limit on the length
-    of an answer. Raises SaigaError before a model is loaded if the GGUF was made from other files or the memory is too
-    small.
+    Raises SaigaError before a model is loaded if the GGUF was made from other files or the memory is too small.
     """
     if isinstance(max_examples, bool) or not isinstance(max_examples, int) or max_examples < 1:
         raise SaigaError(f"max_examples={max_examples!r} must be an integer of at least 1.")
@@ -151,10 +149,7 @@ class Questions:
 
 
 def table_about(stage_dir: Path, name: str, hashes: Mapping[str, str]) -> Table | None:
-    """The table of the 04_infer next to `stage_dir` if it compared the files with these hashes, else None.
-
-    `name` is "adapter" or "gguf".
-    """
+    """The table of the 04_infer next to `stage_dir` if its `name` ("adapter" or "gguf") has these hashes, else None."""
     directory = stage_dir.parent / STAGE
     if not (directory / manifest.NAME).is_file():
         return None

@@ -42,10 +42,7 @@ def _items(text: str) -> Counter[str]:
 
 
 def f1(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Micro-averaged over the items of all lists; 1 if nothing was to be found and nothing was.
-
-    Items must be equal: a right term with a wrong definition is wrong.
-    """
+    """Micro-averaged over list items, which match only as a whole; 1 if nothing was to be found and nothing was."""
     found = [_items(answer) for answer in answers]
     wanted = [_items(reference) for reference in references]
     hits = sum((a & b).total() for a, b in zip(found, wanted, strict=True))

@@ -35,7 +35,7 @@ def read(directory: Path) -> list[Result]:
 def show_table(results: Sequence[Result]) -> Table:
     rows = [
         (
-            f"{row['name']} ({_meaning(row['name'])[1]})",
+            f"{row['name']} ({_MEANING.get(row['name'], _GGUF_MEANING)[1]})",
             *(f"{100 * row[share]:.1f} %" for share in _SHARES),
             f"{row['tokens_per_s']:.0f}",
             f"{row['bytes'] / 1e6:,.0f} MB",
@@ -45,10 +45,6 @@ def show_table(results: Sequence[Result]) -> Table:
     header = ("model", *(english for _, english in _SHARES.values()), "tokens/s", "size")
     note = f"{results[0]['n']} records of the evaluation set, greedy answers without a grammar, in large batches."
     return Table(header, rows, note)
-
-
-def _meaning(name: str) -> tuple[str, str]:
-    return _MEANING.get(name, _GGUF_MEANING)
 
 
 def plot(results: Sequence[Result]) -> "Figure":
@@ -80,7 +76,7 @@ def plot(results: Sequence[Result]) -> "Figure":
 def _plot_shares(axes: "Axes", results: Sequence[Result]) -> None:
     width = 0.8 / len(results)
     for index, (row, colour) in enumerate(zip(results, _COLOURS, strict=False)):
-        russian, english = _meaning(row["name"])
+        russian, english = _MEANING.get(row["name"], _GGUF_MEANING)
         bars = axes.bar(
             [place + index * width for place in range(len(_SHARES))],
             [100 * row[share] for share in _SHARES],

@@ -14,7 +14,7 @@ from saigakit.errors import SaigaError
 from saigakit.export.gguf_export import Export
 from saigakit.export.merge_plan import MergePlan
 from saigakit.export.stage import write_gguf
-from saigakit.llamacpp import imatrix_compute
+from saigakit.llamacpp import imatrix
 from saigakit.prompt import encoding
 from saigakit.weights import base_files
 
@@ -36,10 +36,9 @@ def importance_of_records(
     max_tokens: int = 50_000,
     n_gpu_layers: int = 0,
 ) -> Path:
-    """Write llama.cpp's importance matrix of the merged model to `output`; `records` as for 01_format.
+    """Write llama.cpp's importance matrix of the merged model, computed with a Q8_0 GGUF in the scratch directory.
 
-    It is computed with a Q8_0 GGUF in the scratch directory. Raises SaigaError if `output` exists, or there is no room
-    for that GGUF or, next to `output`, for files of `quant_types`.
+    Raises SaigaError first if `output` exists, or there is no room for files of `quant_types` next to it.
     """
     file = Path(output)
     require_absent(file)
@@ -47,7 +46,7 @@ def importance_of_records(
         Export.of(plan, quant_types).require_room(file.parent)
     ids = token_rows(records, plan.spec.name, plan.base_source)
     with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
-        matrix = imatrix_compute.compute_importance(
+        matrix = imatrix.compute_importance(
             write_gguf(Export.of(plan, ["Q8_0"]), Path(scratch) / "q8_0.gguf"),
             [ids[index]["input_ids"] for index in range(len(ids))],
             dataset=Path(records).name,
@@ -68,10 +67,9 @@ def importance_matrix(
     n_gpu_layers: int = 0,
     quant_type: str | None = None,
 ) -> Path | None:
-    """Resolve `importance` for merge_gguf: None, a file here or attached, or "records".
+    """Resolve `importance` for merge_gguf: None, a file, or "records": computed once, in `run_dir`/03_importance.
 
-    "records" computes a matrix on the training records of 01_format, once, in `run_dir`/03_importance. Raises
-    SaigaError before that if no GGUF of `quant_type` could be made afterwards.
+    Raises SaigaError before that if no GGUF of `quant_type` could be made afterwards.
     """
     if importance != OF_RECORDS:
         return None if importance is None else workspace.find_input(importance, run_dir=run_dir)

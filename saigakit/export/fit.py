@@ -110,10 +110,11 @@ class ModelFiles:
 
     @property
     def _cache_types(self) -> list[CacheType]:
+        """Without q8_0 where llama.cpp refuses it."""
         return [name for name in _CACHE_BYTES if name == "f16" or self.shape.head_dim % _BLOCK == 0]
 
     def needs(self, quant_type: str, n_ctx: int) -> dict[CacheType, Needs]:
-        """By type of KV cache; without q8_0 where llama.cpp refuses it."""
+        """By type of KV cache."""
         return {name: Needs.of(self.shape, self.files[quant_type], n_ctx, name) for name in self._cache_types}
 
     def _choice(self, quant_type: str, cache_type: CacheType, n_ctx: int, machine_gib: float) -> Choice:
@@ -121,10 +122,7 @@ class ModelFiles:
         return Choice(quant_type=quant_type, n_ctx=n_ctx, cache_type=cache_type, needs=needs, machine_gib=machine_gib)
 
     def best_on(self, machine_gib: float) -> Choice:
-        """The best quant type that fits with LEAST_CONTEXT tokens, and its longest context; else what needs least.
-
-        The cache is in q8_0 only if f16 does not fit.
-        """
+        """The best quant type that fits, in f16 if possible, and its longest context; else what needs least."""
         by_quality = [name for name in quantization.QUANT_TYPES if name in self.files]
         contexts = [length for length in reversed(CONTEXTS) if length <= self.longest] or [self.least_context]
         for quant_type, cache_type, n_ctx in product(by_quality, self._cache_types, contexts):
@@ -169,11 +167,16 @@ class ModelFiles:
         """Bars of GiB by quant type against MACHINES; with a q8_0 cache too where that fits a smaller machine."""
         from matplotlib.figure import Figure
 
-        bars = self._bars()
+        bars = {}
+        for quant_type in self.files:
+            needs = self.needs(quant_type, self.least_context)
+            bars[quant_type] = needs["f16"]
+            if _smallest_machine(needs)[1] == "q8_0":
+                bars[f"{quant_type}, KV q8_0"] = needs["q8_0"]
         parts = {
-            "веса / weights": ([needs.weights for needs in bars.values()], "#1a73e8"),
-            "контекст / context": ([needs.cache for needs in bars.values()], "#188038"),
-            "буферы / buffers": ([needs.buffers for needs in bars.values()], "#9aa0a6"),
+            "веса / weights": ([each.weights for each in bars.values()], "#1a73e8"),
+            "контекст / context": ([each.cache for each in bars.values()], "#188038"),
+            "буферы / buffers": ([each.buffers for each in bars.values()], "#9aa0a6"),
             "система / system": ([SYSTEM for _ in bars], "#e8eaed"),
         }
         figure = Figure(figsize=(9, 0.42 * len(bars) + 2.0), layout="constrained")
@@ -196,15 +199,6 @@ class ModelFiles:
         )
         figure.suptitle(title, fontsize=11)
         return figure
-
-    def _bars(self) -> dict[str, Needs]:
-        bars = {}
-        for quant_type in self.files:
-            needs = self.needs(quant_type, self.least_context)
-            bars[quant_type] = needs["f16"]
-            if _smallest_machine(needs)[1] == "q8_0":
-                bars[f"{quant_type}, KV q8_0"] = needs["q8_0"]
-        return bars
 
 
 def memory_table(stage_dir: Path) -> Table:

@@ -4,7 +4,7 @@ import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from saigakit.core import manifest, workspace
 from saigakit.core.files import discard_partial, replacing, require_absent, sha256
 from saigakit.export.merge_plan import MergePlan
-from saigakit.llamacpp import container, quantization, read_back, streaming, vocabulary
+from saigakit.llamacpp import quantization, read_back, streaming, vocabulary
 from saigakit.llamacpp.architecture import Architecture
 from saigakit.llamacpp.imatrix import Importance
 from saigakit.llamacpp.streaming import Written
@@ -57,9 +57,9 @@ class Export:
         for each in quant_types:
             quantization.require_known(each)
         system_prompt = plan.lineage.system_prompt  # checked before the base is fetched
-        architecture = Architecture.from_config(plan.base_dir)
-        merged = plan.merge()
-        architecture = architecture.untied() if merged.is_untied else architecture
+        architecture, merged = Architecture.from_config(plan.base_dir), plan.merge()
+        if merged.is_untied:
+            architecture = replace(architecture, shape=replace(architecture.shape, tied=False))
         source_of = architecture.source_names(merged.shapes)
         architecture.require_shapes(source_of, merged.shapes)
         shapes = {name: merged.shapes[source] for name, source in source_of.items()}
@@ -95,15 +95,17 @@ class Export:
 
     def bytes(self, quant_type: str) -> int:
         """The exact size of the complete file."""
-        return container.total_bytes(self._metadata_bytes, self.shapes, self.types(quant_type))
+        return streaming.total_bytes(self._metadata_bytes, self.shapes, self.types(quant_type))
 
     @cached_property
     def _metadata_bytes(self) -> int:
         """Measured on a file with only the vocabulary, from which llama.cpp must read the ids of the training."""
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "vocabulary.gguf"
-            container.write_header(self._writer(file, self.quant_types[0]), {}, {})
-            vocabulary.require_same_ids(file, self.tokenizer, [text for text, _ in self.plan.spec.golden_ids])
+            streaming.write_header(self._writer(file, self.quant_types[0]), {}, {})
+            texts = [vocabulary.PROBE, *(text for text, _ in self.plan.spec.golden_ids)]
+            if refused := vocabulary.compare_ids(file, self.tokenizer, texts):
+                raise refused[0]
             return file.stat().st_size
 
     def require_room(self, directory: Path) -> None:
@@ -126,13 +128,13 @@ class Export:
         return "The adapter is added to the weights that it was trained on: the base in nf4, dequantised."
 
     def write(self, file: Path, texts: Sequence[str] = (), identity: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Write `output_files` and read them back; none gets its name before all are complete.
+        """Write `output_files` and read them back; none gets its name before all are right, with the ids of `texts`.
 
-        llama.cpp must load them and give the ids of the training for `texts`. Returns facts for a manifest; with
-        `identity`, that manifest is written next to `file`.
+        Returns facts for a manifest; with `identity`, that manifest is written next to `file`.
         """
         finals, manifest_file = output_files(file, self.quant_types), manifest.path_for(file)
-        self.discard_partials(file)
+        for final in finals.values():
+            discard_partial(final)  # a killed run may have left one, and its space is needed
         self.require_room(file.parent)
         with ExitStack() as stack:
             # Renamed in reverse: `file` first, the manifest last.
@@ -149,16 +151,11 @@ class Export:
             print(f"{final.name}: {each}, {self.bytes(each) / workspace.GB:.2f} GB. {check}", flush=True)
         return self._facts(finals)
 
-    def discard_partials(self, file: Path) -> None:
-        """Free the space that a killed `write` of the same file has left occupied."""
-        for final in output_files(file, self.quant_types).values():
-            discard_partial(final)
-
     def _fill(self, files: Mapping[str, Path]) -> dict[str, list[Written]]:
         targets = []
         for quant_type, file in files.items():
             types = self.types(quant_type)
-            start = container.write_header(self._writer(file, quant_type), self.shapes, types)
+            start = streaming.write_header(self._writer(file, quant_type), self.shapes, types)
             targets.append(streaming.Target(file, types, start))
         head_dim = self.architecture.shape.head_dim
         written = streaming.write_tensors(
@@ -167,10 +164,8 @@ class Export:
         return dict(zip(files, written, strict=True))
 
     def _require_readable(self, quant_type: str, file: Path, written: Sequence[Written], texts: Sequence[str]) -> str:
-        types = self.types(quant_type)
-        container.require_complete(file, self.shapes, types, self.bytes(quant_type))
-        wanted = {key: value.value for key, value in self._writer(file, quant_type).kv_data[0].items()}
-        read_back.require_tensors(file, wanted, self.shapes, types)
+        metadata = {key: value.value for key, value in self._writer(file, quant_type).kv_data[0].items()}
+        read_back.require_tensors(file, self.bytes(quant_type), metadata, self.shapes, self.types(quant_type))
         read_back.require_written(file, written)
         return read_back.require_readable(file, len(self.shapes), self.tokenizer, texts)
 

@@ -55,8 +55,10 @@ class MergePlan:
 
     def merge(self) -> Merged:
         """Read the headers. Raises SaigaError for damaged files and adapters that do not fit."""
-        merging = self.lineage.merging
-        return Merged.open(self.base_dir, self.adapters, **merging)
+        how = self.lineage  # checked before the base is fetched
+        return Merged.open(
+            self.base_dir, self.adapters, into=how.into, number_format=how.number_format, folded_rank=how.folded_rank
+        )
 
     def require_same_base(self, base: Mapping[str, str] | None = None) -> None:
         """Raises SaigaError for an adapter trained on other weights; `base` is the base's hashes, if known."""

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import llama_cpp
 
 MODELFILE, SERVER, CARD = "Modelfile", "llama-server.txt", "README.md"
-_WEIGHTS = (".safetensors", ".bin")
 _RUN = """llama.cpp, with the chat template in the file:
 
 {server}
@@ -43,10 +42,7 @@ def companion_paths(directory: Path, prefix: str) -> dict[str, Path]:
 def write_companions(
     files: Mapping[str, Path], *, spec: ModelSpec, inputs: Mapping[str, Any], prefix: str = ""
 ) -> list[Path]:
-    """Write `companion_texts` next to the first of `files`, with `prefix` before their names.
-
-    `inputs` are those of the manifest. Raises SaigaError if a file exists already.
-    """
+    """Write `companion_texts` next to the first of `files`, with `prefix` before their names."""
     paths = companion_paths(next(iter(files.values())).parent, prefix)
     for file in paths.values():
         require_absent(file)
@@ -62,10 +58,7 @@ def companion_texts(
     title: str = "",
     measured: str = "",
 ) -> dict[str, str]:
-    """Modelfile, server command and card by name, for the one of `files` (by quant type) that fits best.
-
-    `inputs` are those of the manifest; `measured` is Markdown.
-    """
+    """Modelfile, server command and card, for the best of `files`; `inputs` of the manifest, `measured` in Markdown."""
     sizes = {quant_type: file.stat().st_size for quant_type, file in files.items()}
     with gguf_vocabulary(next(iter(files.values()))) as llm:
         tokenizer = encoding.GgufTokenizer(llm)
@@ -132,7 +125,9 @@ def _origin(inputs: Mapping[str, Any]) -> dict[str, str]:
     """SHA-256 of what the GGUF was made of and what its adapter was trained on."""
     rows: dict[str, Collection[str]] = {
         "base": lineage.weight_hashes(inputs.get("base") or {}),
-        "adapter": [digest for name, digest in (inputs.get("adapter") or {}).items() if name.endswith(_WEIGHTS)],
+        "adapter": [
+            digest for name, digest in (inputs.get("adapter") or {}).items() if name.endswith((".safetensors", ".bin"))
+        ],
         "training records": (inputs.get("train") or {}).values(),
     }
     return {

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,33 +19,20 @@ from saigakit.weights import find
 from saigakit.weights.adapter import EMBEDDINGS, Adapter
 from saigakit.weights.load import NumberFormat
 from saigakit.weights.merge import Merged
+from saigakit.weights.tensors import FLOATS
 
 if TYPE_CHECKING:
     from saigakit.weights.tensors import Array
 
 _ROWS = 4096  # of a stored copy, compared at a time
 _ROUNDING = 2.0**-7  # twice that of bfloat16: a copy may have another number format than the base
-_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _CHUNK = 1 << 24  # numbers merged at a time
 _SHARD = 5 * 10**9  # bytes of a file, at most
-_TOKENIZER_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+_COPIED = (*find.IDS_DEPEND_ON, "generation_config.json", "vocab.json", "merges.txt")
 
 
 def to_lora_gguf(*, model: str, adapter: str | Path, output: str | Path, base_source: str | None = None) -> Path:
-    """Write the adapter in float32, for `lora_path` of llama-cpp-python and --lora of llama.cpp's programs.
-
-    Raises SaigaError if `output` exists, for the adapter of another base, and for what the format cannot hold.
-    """
+    """Write the adapter in float32, for `lora_path` of llama-cpp-python and --lora of llama.cpp's programs."""
     file = Path(output)
     require_absent(file)
     plan = MergePlan.of(model, adapter, base_source=base_source, merge_into="original")
@@ -64,16 +52,10 @@ def to_lora_gguf(*, model: str, adapter: str | Path, output: str | Path, base_so
 
 
 def _require_low_rank(merged: Merged, lora: Adapter) -> None:
-    beyond = None
-    if any(update.magnitude for update in lora.updates.values()):
-        beyond = "DoRA (use_dora)"
-    elif lora.trained:
-        beyond = f"fully trained modules (modules_to_save): {', '.join(sorted(lora.trained))}"
-    elif lora.biases:
-        beyond = "LoRA biases (lora_bias)"
-    elif merged.is_untied:
+    beyond = lora.beyond_lora("dora", "trained", "biases")
+    if beyond is None and merged.is_untied:
         beyond = "LoRA on the embeddings or the head of a base that ties them"
-    else:
+    if beyond is None:
         beyond = next((f"another {name} than the base" for name in lora.copies if _differs(merged, lora, name)), None)
     if beyond is not None:
         raise SaigaError(
@@ -125,12 +107,10 @@ def _write_lora(file: Path, architecture: str, name: str, alpha: float, tensors:
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for tensor_name, tensor in tensors.items():
         writer.add_tensor(tensor_name, tensor)
-    try:
+    with closing(writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    finally:
-        writer.close()
 
 
 def _require_written(file: Path, tensors: "dict[str, Array]") -> None:
@@ -151,16 +131,14 @@ def to_safetensors(plan: MergePlan, output: str | Path, number_format: NumberFor
 
 
 def write_merged(merged: Merged, plan: MergePlan, directory: Path, number_format: NumberFormat | None = None) -> Path:
-    """Write weights, index, config and tokenizer; without `number_format` each tensor keeps that of the base.
-
-    Raises SaigaError if the disk is too small or a number too large for float16.
-    """
+    """Write weights, index, config and tokenizer; without `number_format` each tensor keeps that of the base."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    tensors = {}
+    tensors: dict[str, _Planned] = {}
+    types = {name: dtype for dtype, name in FLOATS.items()}
     for name, shape in merged.shapes.items():
         stored = merged.base.float_stored(name if name in merged.base.stored else EMBEDDINGS)
-        tensors[name] = _Planned(shape, _TYPES[number_format] if number_format else stored.dtype)
+        tensors[name] = _Planned(shape, types[number_format] if number_format else stored.dtype)
     split = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda tensor: tensor.bytes,
@@ -177,7 +155,11 @@ def write_merged(merged: Merged, plan: MergePlan, directory: Path, number_format
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             _write_json(partial / "model.safetensors.index.json", index)
         _write_config(plan.base_dir / "config.json", partial / "config.json", merged, number_format)
-        _copy_tokenizer(plan.base_dir, find.tokenizer_dir(plan.spec, plan.base_source), partial)
+        tokenizer_dir = find.tokenizer_dir(plan.spec, plan.base_source)
+        for name in _COPIED:
+            places = (source / name for source in (tokenizer_dir, plan.base_dir))
+            if file := next(filter(Path.is_file, places), None):
+                shutil.copyfile(file, partial / name)
         template = encoding.load_tokenizer(plan.spec.name, plan.base_source).chat_template
         (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
         partial.rename(directory)
@@ -197,7 +179,7 @@ class _Planned:
 
     @property
     def bytes(self) -> int:
-        return prod(self.shape) * _BYTES[self.dtype]
+        return prod(self.shape) * (4 if self.dtype == "F32" else 2)
 
 
 def _write_shard(file: Path, merged: Merged, tensors: Mapping[str, _Planned]) -> None:
@@ -213,33 +195,22 @@ def _write_shard(file: Path, merged: Merged, tensors: Mapping[str, _Planned]) ->
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)
         for name, tensor in tensors.items():
-            for part in _parts(merged, name, tensor.shape):
-                _write_numbers(stream, name, part, tensor.dtype)
-
-
-def _parts(merged: Merged, name: str, shape: tuple[int, ...]) -> "Iterator[Array]":
-    """The merged tensor, _CHUNK numbers at a time."""
-    if len(shape) < 2:
-        yield merged.read(name)
-        return
-    step = max(1, _CHUNK // prod(shape[1:]))
-    for first in range(0, shape[0], step):
-        yield merged.read(name, slice(first, min(first + step, shape[0])))
+            step = max(1, _CHUNK // prod(tensor.shape[1:]))
+            for first in range(0, tensor.shape[0], step):
+                rows = slice(first, min(first + step, tensor.shape[0]))
+                _write_numbers(stream, name, merged.read(name, rows), tensor.dtype)
 
 
 def _write_numbers(stream: BinaryIO, name: str, numbers: "Array", dtype: str) -> None:
     import torch
 
-    made = torch.from_numpy(numbers)
-    if dtype != "F32":
-        made = made.to(torch.float16 if dtype == "F16" else torch.bfloat16)
-        if not bool(made.isfinite().all()):
-            raise SaigaError(
-                f"A number of {name} is too large for float16, in which the base is stored. Export a GGUF (--format "
-                "gguf), or call to_safetensors with number_format='bfloat16' in Python."
-            )
-        made = made.view(torch.int16)
-    stream.write(made.contiguous().numpy().tobytes())
+    made = torch.from_numpy(numbers).to(getattr(torch, FLOATS[dtype]))
+    if not made.isfinite().all():
+        raise SaigaError(
+            f"A number of {name} is too large for float16, in which the base is stored. Export a GGUF (--format "
+            "gguf), or call to_safetensors with number_format='bfloat16' in Python."
+        )
+    stream.write(made.contiguous().view(torch.uint8).numpy().data)
 
 
 def _write_config(source: Path, target: Path, merged: Merged, number_format: NumberFormat | None) -> None:
@@ -254,11 +225,3 @@ def _write_config(source: Path, target: Path, merged: Merged, number_format: Num
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_tokenizer(base_dir: Path, tokenizer_dir: Path, target: Path) -> None:
-    for name in _TOKENIZER_FILES:
-        for directory in (tokenizer_dir, base_dir):
-            if (directory / name).is_file():
-                shutil.copyfile(directory / name, target / name)
-                break

@@ -46,28 +46,27 @@ class Quality:
 
 
 def compare_files(
-    reference: str | Path,
-    gguf_file: str | Path,
+    reference: Path,
+    gguf_file: Path,
     rows: Sequence[Example],
     *,
     max_tokens: int = 20_000,
     n_threads: int | None = None,
     n_gpu_layers: int = 0,
 ) -> Quality:
-    """Run both models over `rows` until `max_tokens` labels other than IGNORE_INDEX are compared.
-
-    No logits are kept: memory holds the two models and a few hundred MB. Raises SaigaError if the vocabularies differ.
-    """
+    """Run both models over `rows` until `max_tokens` labels other than IGNORE_INDEX are compared; keeps no logits."""
     length = max((len(row["input_ids"]) for row in rows), default=0)
     totals, tokens, is_due = [0.0] * 4, 0, Every()
     with ExitStack() as stack:
         expected, actual = (
-            stack.enter_context(
-                forward.open_model(Path(file), n_ctx=length, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
-            )
+            stack.enter_context(forward.open_model(file, n_ctx=length, n_threads=n_threads, n_gpu_layers=n_gpu_layers))
             for file in (reference, gguf_file)
         )
-        _require_same_vocabulary(expected, actual)
+        if expected.vocabulary != actual.vocabulary:
+            raise SaigaError(
+                f"{actual.file} has a vocabulary of {actual.vocabulary} tokens and {expected.file} one of "
+                f"{expected.vocabulary}: they are not the same model."
+            )
         for row in rows:
             for found in _compare_logits(expected, actual, row):
                 totals = [before + float(values.sum()) for before, values in zip(totals, found, strict=True)]
@@ -75,19 +74,11 @@ def compare_files(
             if tokens >= max_tokens:
                 break
             if is_due():
-                print(f"{Path(gguf_file).name}: {tokens} tokens compared", flush=True)
+                print(f"{gguf_file.name}: {tokens} tokens compared", flush=True)
     if not tokens:
         raise SaigaError("The rows have no trained tokens, so there is nothing to compare.")
     reference_loss, loss, divergence, same_top = (total / tokens for total in totals)
     return Quality(tokens, math.exp(loss), math.exp(reference_loss), divergence, same_top)
-
-
-def _require_same_vocabulary(reference: forward.Forward, model: forward.Forward) -> None:
-    if reference.vocabulary != model.vocabulary:
-        raise SaigaError(
-            f"{model.file} has a vocabulary of {model.vocabulary} tokens and {reference.file} one of "
-            f"{reference.vocabulary}: they are not the same model."
-        )
 
 
 def _compare_logits(reference: forward.Forward, model: forward.Forward, row: Example) -> Iterator[tuple["Row", ...]]:
@@ -128,9 +119,8 @@ def measure_quality(
 ) -> Table | None:
     """Measure what quantising cost a finished 03_merge_gguf, on the answers in the evaluation set of 01_format.
 
-    Files of further `quant_types` and the reference, float16 or Q8_0, are made in the scratch directory and deleted.
-    The result and a model card with it stay in 03_quality next to the stage. Returns None and prints the reason if
-    `max_tokens` is 0, or there is no evaluation set or no room.
+    Further `quant_types` and a reference are made in the scratch directory. Makes 03_quality, with a model card; or
+    prints why not and returns None.
     """
     stage = Path(stage_dir)
     content, records = manifest.require_stage(stage, EXPORT_STAGE), sources.formatted_records("held_out", stage.parent)
@@ -191,7 +181,6 @@ class _Comparison:
         return self.export.quant_types[1:]
 
     def compared_with(self, reference: str) -> set[str]:
-        """Quant types."""
         return {*self.files, *self.further} - {reference}
 
     def lack(self, reference: str) -> str | None:

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,21 +32,20 @@ def merge_gguf(
     merge_into: MergeInto = "auto",
     importance: str | Path | None = None,
 ) -> Path:
-    """Run the stage 03_merge_gguf: `run_dir`/03_merge_gguf with model.gguf, pictures, a model card and a Modelfile.
+    """Run the stage 03_merge_gguf: model.gguf, model-TYPE.gguf for further `quant_types`, pictures and a model card.
 
-    Further `quant_types` become model-TYPE.gguf, from the same read of the base. Raises SaigaError within seconds if
-    the files do not fit together, or the disk or memory is too small.
+    Raises SaigaError within seconds if the files do not fit together, or the disk or memory is too small.
     """
     plan = MergePlan.of(model, adapter, run_dir=run_dir, base_source=base_source, merge_into=merge_into)
     export = Export.of(plan, [quant_type, *quant_types], importance)
     final = Path(run_dir) / STAGE
     if is_new := not final.exists():
-        _announce(export, final)  # before gigabytes are hashed
+        _announce(export, final, [final])  # before gigabytes are hashed
     identity = _identity(export, adapter)
     if manifest.is_up_to_date(final, **identity):
         return final
     if not is_new:
-        _announce(export, final)
+        _announce(export, final, [final])
     facts: dict[str, Any] = {}
     with manifest.making(final, facts=facts, **identity) as partial:
         facts |= export.write(partial / "model.gguf", _evaluation_texts(Path(run_dir)))
@@ -63,12 +62,10 @@ def merge_gguf(
     return final
 
 
-def _announce(export: Export, final: Path) -> None:
-    discard_partial(final)  # a killed run may have left one, and its space is needed
-    _print_estimate(export, final)
-
-
-def _print_estimate(export: Export, directory: Path) -> None:
+def _announce(export: Export, directory: Path, finals: Iterable[Path]) -> None:
+    """Print an estimate. Raises SaigaError if the disk or the memory is too small."""
+    for final in finals:
+        discard_partial(final)  # a killed run may have left one, and its space is needed
     export.require_room(directory)
     print(estimate.estimate_table(export), export.describe_base(), sep="\n", flush=True)
 
@@ -113,8 +110,7 @@ def to_gguf(
 ) -> Path:
     """Export GGUF files outside a stage; several adapters are added up by their weights.
 
-    Further `quant_types` become OUTPUT-TYPE.gguf. `importance` is a file as llama.cpp writes it. `with_manifest`
-    prints an estimate and writes OUTPUT.saigakit.json. Raises SaigaError if a file exists already.
+    Further `quant_types` become OUTPUT-TYPE.gguf. `with_manifest` prints an estimate and writes OUTPUT.saigakit.json.
     """
     file, chosen = Path(output), [quant_type, *quant_types]
     for path in output_files(file, chosen).values():
@@ -124,8 +120,7 @@ def to_gguf(
     if not with_manifest:
         return write_gguf(export, file)
     require_absent(manifest.path_for(file))
-    export.discard_partials(file)
-    _print_estimate(export, file.parent)  # before gigabytes are hashed
+    _announce(export, file.parent, output_files(file, chosen).values())  # before gigabytes are hashed
     named = [(str(name), weight) for name, weight in weighted(adapter)] or None
     return write_gguf(export, file, _identity(export, named))
 

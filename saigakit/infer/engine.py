@@ -37,17 +37,20 @@ def load(
     n_threads: int | None = None,
     cache_type: CacheType = "f16",
 ) -> "llama_cpp.Llama":
-    """Load the model; close it with `llm.close()` or `with contextlib.closing(load(…)) as llm`.
+    """Load the model; close it with `llm.close()`. Raises SaigaError for a missing or damaged file.
 
-    `n_gpu_layers="auto"` puts all layers on the GPU if llama.cpp was built for one and the file fits into its free
-    memory. `cache_type="q8_0"` halves the memory of the context. Raises SaigaError for a missing or damaged file.
+    `n_gpu_layers="auto"`: all, if the file fits into the GPU. `cache_type="q8_0"` halves the memory of the context.
     """
     import llama_cpp
 
     file = Path(gguf_file)
-    _require_gguf(file)
+    if not file.is_file():
+        raise SaigaError(f"{file} does not exist. Give a .gguf file, or run 03_merge_gguf first.")
+    with file.open("rb") as stream:
+        magic = stream.read(4)
+    if magic != b"GGUF":
+        raise SaigaError(f"{file} is not a GGUF file: it begins with {magic!r}.")
     threads = n_threads or os.cpu_count() or 1
-    layers = _gpu_layers(file) if n_gpu_layers == "auto" else n_gpu_layers
 
     class Llama(llama_cpp.Llama):
         """Change settings that the constructor of llama_cpp.Llama does not take."""
@@ -63,7 +66,7 @@ def load(
         return Llama(
             str(file),
             n_ctx=n_ctx,
-            n_gpu_layers=layers,
+            n_gpu_layers=_gpu_layers(file) if n_gpu_layers == "auto" else n_gpu_layers,
             n_threads=threads,
             n_threads_batch=threads,
             flash_attn=True,  # needed by a q8_0 cache
@@ -77,15 +80,6 @@ def load(
             f"llama.cpp {llama_cpp.__version__} cannot load {file} ({error}): it is cut short or damaged, its "
             f"architecture is too new for this version, or {n_ctx} tokens of context do not fit into memory.{remedy}"
         ) from None
-
-
-def _require_gguf(file: Path) -> None:
-    if not file.is_file():
-        raise SaigaError(f"{file} does not exist. Give a .gguf file, or run 03_merge_gguf first.")
-    with file.open("rb") as stream:
-        magic = stream.read(4)
-    if magic != b"GGUF":
-        raise SaigaError(f"{file} is not a GGUF file: it begins with {magic!r}.")
 
 
 def _gpu_layers(file: Path) -> int:
@@ -110,10 +104,7 @@ def stream(
     sampling: Sampling | None = None,
     max_new_tokens: int | None = None,
 ) -> Iterator[str]:
-    """Yield the answer piece by piece, never a part of a character.
-
-    Raises SaigaError if the conversation fills the context.
-    """
+    """Yield the answer in whole characters. Raises SaigaError if the conversation fills the context."""
     tokenizer = encoding.load_gguf_tokenizer(llm)
     prompt = encoding.encode(messages, tokenizer, tools=tools, add_generation_prompt=True)["input_ids"]
     room = llm.n_ctx() - len(prompt)

@@ -40,7 +40,6 @@ _HEAD = "lm_head"
 # Prefix of the language model: alone, or next to a vision model, saved by transformers 4 and 5.
 _PREFIXES = ("model.", "language_model.model.", "model.language_model.")
 _VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
-_ROPE_FREQS = "rope_freqs.weight"
 _ROPE_SETTINGS = {  # by supported rope_type, in addition to theta
     "default": (),
     "llama3": ("low_freq_factor", "high_freq_factor", "factor", "original_max_position_embeddings"),
@@ -130,9 +129,10 @@ class Architecture:
         config, kind, shape = self.config, self.kind, self.shape
         has_wide_queries = shape.layers == kind.wide_queries
         scale = shape.hidden // shape.heads if has_wide_queries else shape.head_dim
+        activation = config.get("hidden_activation") or config.get("hidden_act") or kind.activation
         for key, value, supported in (
             ("quantization_config", bool(config.get("quantization_config")), (False,)),
-            ("hidden_act", self._activation, (kind.activation,)),
+            ("hidden_act", activation, (kind.activation,)),
             ("rope_type", self._rope_type, tuple(_ROPE_SETTINGS)),
             ("query_pre_attn_scalar", config.get("query_pre_attn_scalar") or scale, (scale,)),
             ("layer_types", "usual" if self._has_usual_windows else "unusual", ("usual",)),
@@ -147,21 +147,14 @@ class Architecture:
             raise SaigaError(
                 f"{file}: rope_type={self._rope_type!r} needs a number for {', '.join(missing)}. Download it again."
             )
-        self._require_windows(file)
-
-    def _require_windows(self, file: Path) -> None:
-        """Raises SaigaError if only some layers have a window; prints a note if all have it, as in Mistral 7B v0.1."""
-        if not (window := self._lost_window):
-            return
-        problem = f"{file}: layers see only the last {window} tokens, which llama.cpp does not support for this kind"
-        if self.kind.late_window:
-            raise SaigaError(f"{problem}. If no text is longer, write null for sliding_window and layer_types.")
-        print(f"{problem}: it uses the full context, so answers to longer texts differ.", flush=True)
-
-    @property
-    def _activation(self) -> str:
-        found = self.config.get("hidden_activation") or self.config.get("hidden_act") or self.kind.activation
-        return str(found)
+        if window := self._lost_window:
+            problem = (
+                f"{file}: layers see only the last {window} tokens, which llama.cpp does not support for this kind"
+            )
+            if kind.late_window:
+                raise SaigaError(f"{problem}. If no text is longer, write null for sliding_window and layer_types.")
+            # All layers have the window, as in Mistral 7B v0.1.
+            print(f"{problem}: it uses the full context, so answers to longer texts differ.", flush=True)
 
     @property
     def _has_usual_windows(self) -> bool:
@@ -184,10 +177,6 @@ class Architecture:
             is_late = "sliding_attention" in types
         return window if is_short and (is_late or not kind.late_window) else 0
 
-    def untied(self) -> Self:
-        """With a head separate from the embeddings."""
-        return replace(self, shape=replace(self.shape, tied=False))
-
     @property
     def _rope(self) -> Mapping[str, Any]:
         """Of layers with full attention; transformers 5 writes rope_parameters, earlier versions rope_scaling."""
@@ -203,10 +192,7 @@ class Architecture:
         return float(self._rope.get("rope_theta") or self.config.get("rope_theta") or self.kind.rope_theta)
 
     def source_names(self, names: Iterable[str]) -> dict[str, str]:
-        """Base names by GGUF name for every tensor of the file.
-
-        Raises SaigaError if the base lacks one, or has one that would be lost.
-        """
+        """Base names by GGUF name. Raises SaigaError if the base lacks a tensor, or has one that would be lost."""
         remaining = set(names)
         prefix = next((prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in remaining), _PREFIXES[0])
         head = f"{prefix.removesuffix('model.')}{_HEAD}.weight" if prefix == _PREFIXES[1] else f"{_HEAD}.weight"
@@ -269,7 +255,7 @@ class Architecture:
         factors = 1 / ((1 - smooth) / factor + smooth)
         factors[waves < original / high] = 1.0
         factors[waves > original / low] = factor
-        return {_ROPE_FREQS: factors.numpy()}
+        return {"rope_freqs.weight": factors.numpy()}
 
     def write_metadata(self, writer: "gguf.GGUFWriter") -> None:
         """Write the keys that llama.cpp's own converter writes."""

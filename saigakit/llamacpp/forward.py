@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 from saigakit.errors import SaigaError
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Logits = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+    from saigakit.weights.tensors import Array
 
 OnTensor = Callable[[int, bool], bool]  # llama.cpp's cb_eval: the address of a node, whether it only asks
 _BATCH = 256  # tokens at a time: their logits take 128 MB for a vocabulary of 128,000
@@ -57,7 +55,7 @@ class Forward:
         self.vocabulary: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         self._batch = Batch(_BATCH)
 
-    def logits(self, ids: Sequence[int], wanted: Sequence[bool]) -> Iterator["Logits"]:
+    def logits(self, ids: Sequence[int], wanted: Sequence[bool]) -> Iterator["Array"]:
         """Blocks of logits with one row per wanted position; each is valid until the next one."""
         import numpy as np
 
@@ -83,14 +81,30 @@ class Forward:
 
 
 def disable_amx(model_params: Any) -> None:  # noqa: ANN401  # a ctypes structure
-    """Turn off llama.cpp's AMX kernels if it was built with them: see `install.llama_cmake_args`.
-
-    The setting turns off all repacking of weights.
-    """
+    """Turn off repacking, and with it llama.cpp's AMX kernels, if it has them: see `install.llama_cmake_args`."""
     import llama_cpp
 
     if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
         model_params.use_extra_bufts = False
+
+
+@contextmanager
+def load_weights(gguf_file: Path, *, n_gpu_layers: int = 0, check_tensors: bool = False) -> Iterator[Any]:
+    """Yield llama.cpp's model, memory-mapped, or None if it cannot load the file."""
+    import llama_cpp
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # a thousand lines otherwise
+    params = llama_cpp.llama_model_default_params()
+    params.load_mode, params.n_gpu_layers = llama_cpp.LLAMA_LOAD_MODE_MMAP, n_gpu_layers
+    params.check_tensors = check_tensors
+    params.use_extra_bufts = False  # repacked weights would be a second copy in memory; turns AMX off too
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(str(gguf_file).encode(), params) if gguf_file.is_file() else None
+    try:
+        yield model
+    finally:
+        if model:
+            llama_cpp.llama_model_free(model)
 
 
 @contextmanager
@@ -105,25 +119,17 @@ def open_model(
     """Raises SaigaError if llama.cpp cannot load the file. `on_tensor` is called for each node of the graph."""
     import llama_cpp
 
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # a thousand lines otherwise
-    settings = llama_cpp.llama_model_default_params()
-    settings.n_gpu_layers = n_gpu_layers
-    settings.use_extra_bufts = False  # repacked weights would be a second copy in memory; turns AMX off too
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, _BATCH, _BATCH, 1
     params.n_threads = params.n_threads_batch = n_threads or os.cpu_count() or 1
     if on_tensor is not None:
         callback = on_tensor
         params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(lambda node, asks, _: callback(node, asks))
-    llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(str(gguf_file).encode(), settings) if gguf_file.is_file() else None
-    if not model:
-        raise SaigaError(f"{gguf_file} is missing, damaged, or of an architecture that llama.cpp does not know.")
-    try:
+    with load_weights(gguf_file, n_gpu_layers=n_gpu_layers) as model:
+        if not model:
+            raise SaigaError(f"{gguf_file} is missing, damaged, or of an architecture that llama.cpp does not know.")
         context = llama_cpp.llama_init_from_model(model, params)
         if not context:
             raise SaigaError(f"There is not enough memory for a context of {n_ctx} tokens of {gguf_file}.")
         with closing(Forward(gguf_file, model, context, n_ctx)) as made:
             yield made
-    finally:
-        llama_cpp.llama_model_free(model)

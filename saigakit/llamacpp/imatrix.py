@@ -1,4 +1,4 @@
-"""Read, check and write importance matrices: how much each column of a weight matters to quantisation."""
+"""Compute, read and write importance matrices: how much each column of a weight matters to quantisation."""
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from saigakit.core.display import Every
 from saigakit.core.files import replacing, require_absent
 from saigakit.errors import SaigaError
+from saigakit.llamacpp import forward, libggml
 
 if TYPE_CHECKING:
     import gguf
+    import numpy as np
 
     from saigakit.weights.tensors import Array, Shape
+
+    Sums = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _DATASETS, _CHUNKS, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
@@ -57,6 +62,8 @@ class Importance(Mapping[str, "Array"]):
             with file.open("rb") as stream:
                 is_gguf = stream.read(4) == b"GGUF"
             matrix = cls(*(_read_gguf(file) if is_gguf else _read_binary(file.read_bytes())))
+            if not matrix.squares:
+                raise ValueError("it contains no tensors")
         except (OSError, ValueError, KeyError, IndexError, OverflowError, struct.error, MemoryError) as error:
             reason = str(error).strip() or type(error).__name__
             raise SaigaError(
@@ -136,8 +143,6 @@ def _read_gguf(file: Path) -> _Fields:
         found[name] = Squares(tensors[name + _SUMS], float(counts[0]))
     if unmatched := [name for name in tensors if name.endswith(_COUNTS)]:
         raise ValueError(f"{unmatched[0]} has no sums")
-    if not found:
-        raise ValueError("it contains no tensors")
     chunks, size = (int(_value(reader, key) or 0) for key in (_CHUNKS, _CHUNK_SIZE))
     return found, tuple(_value(reader, _DATASETS) or ()), chunks, size
 
@@ -168,8 +173,6 @@ def _read_binary(content: bytes) -> _Fields:
         name = take(take_int()).decode("utf-8")
         calls = take_int()
         found[name] = Squares(np.frombuffer(take(4 * take_int()), dtype="<f4").astype(np.float32), float(calls))
-    if not found:
-        raise ValueError("it contains no tensors")
     chunks = take_int() if position < len(content) else 0
     dataset = take(take_int()).decode("utf-8", "replace") if position < len(content) else ""
     return found, (dataset,) if dataset else (), chunks, 512
@@ -183,6 +186,98 @@ def _require_sound(file: Path, name: str, squares: Squares) -> None:
             f"{file}: {name} is damaged: it has {squares.count:g} tokens, or sums that are negative or not finite. "
             "Download or compute it again."
         )
+
+
+def compute_importance(
+    gguf_file: Path,
+    id_lists: Sequence[Sequence[int]],
+    *,
+    dataset: str,
+    max_tokens: int = 50_000,
+    n_threads: int | None = None,
+    n_gpu_layers: int = 0,
+) -> Importance:
+    """Sum the squares of each weight's inputs over about `max_tokens`, in rows evenly spread over `id_lists`.
+
+    Unlike in llama.cpp's own tool, every row starts a new sequence, as in training.
+    """
+    filled = [ids for ids in id_lists if len(ids)]
+    if not filled:
+        raise SaigaError(f"{dataset} has no tokens, so no importance matrix can be computed from it.")
+    rows = sample_rows(filled, max_tokens)
+    observer, is_due, length = _Observer(), Every(), max(map(len, rows))
+    with forward.open_model(
+        gguf_file, n_ctx=length, n_threads=n_threads, n_gpu_layers=n_gpu_layers, on_tensor=observer.observe
+    ) as model:
+        for done, ids in enumerate(rows, start=1):
+            # Logits of every position: otherwise the last layer is computed only for the last token.
+            for _ in model.logits(ids, [True] * len(ids)):
+                if observer.error is not None:
+                    raise observer.error
+            if is_due():
+                print(f"Importance matrix: {done} of {len(rows)} rows read", flush=True)
+    squares = {name: Squares(sums.astype("float32"), float(count)) for name, (sums, count) in observer.found.items()}
+    return Importance(squares, (dataset,), len(rows), length)
+
+
+def _require_layout() -> None:
+    """Raises SaigaError if `libggml.Tensor` does not find the sources of a product."""
+    import llama_cpp
+
+    ggml = libggml.load()
+    context = ggml.ggml_init(libggml.ContextParams(1 << 16, None, True))
+    try:
+        weight, activation = (ggml.ggml_new_tensor_2d(context, libggml.F32, 32, rows) for rows in (3, 5))
+        product = ggml.ggml_mul_mat(context, weight, activation)
+        found = libggml.Tensor.from_address(product)
+        if (*found.ne[:2], *found.src[:2]) != (3, 5, weight, activation):
+            raise SaigaError(
+                f"llama-cpp-python {llama_cpp.__version__} has an unknown tensor layout, which computing an importance "
+                "matrix depends on. Install 0.3.36, or give a file as `importance`."
+            )
+    finally:
+        ggml.ggml_free(context)
+
+
+class _Observer:
+    """Sums of squares and token counts by weight."""
+
+    def __init__(self) -> None:
+        _require_layout()
+        self.found: dict[str, tuple[Sums, int]] = {}
+        self._ggml = libggml.load()
+        self.error: Exception | None = None
+
+    def observe(self, node: int, asks: bool) -> bool:
+        """llama.cpp's cb_eval: asks whether a node is wanted, calls again with its result; False then stops it."""
+        try:
+            if self._ggml.ggml_op_desc(node) != b"MUL_MAT":
+                return not asks
+            weight, activation = libggml.Tensor.from_address(node).src[:2]
+            # The scheduler decorates names that it copies between devices: CUDA0#blk.0.attn_k.weight#0.
+            name = self._ggml.ggml_get_name(weight).decode().split("#")[:2][-1]
+            is_wanted = name.startswith("blk.") and name.endswith(".weight")
+            if is_wanted and not asks:
+                self._add(name, activation)
+            return is_wanted or not asks
+        except Exception as error:  # ctypes would print it and continue
+            self.error = error
+            return False
+
+    def _add(self, name: str, activation: int) -> None:
+        import numpy as np
+
+        rows, numbers = self._ggml.ggml_nrows(activation), self._ggml.ggml_nelements(activation)
+        is_float32 = libggml.Tensor.from_address(activation).type == libggml.F32
+        if not is_float32 or not self._ggml.ggml_is_contiguous(activation):
+            raise SaigaError(f"The inputs of {name} are not plain float32 on this device; give `importance` as a file.")
+        inputs = np.empty((rows, numbers // rows), dtype=np.float32)
+        self._ggml.ggml_backend_tensor_get(activation, inputs.ctypes.data, 0, inputs.nbytes)
+        sums = np.square(inputs).sum(axis=0, dtype=np.float64)
+        if not np.isfinite(sums).all():
+            raise SaigaError(f"The inputs of {name} are not finite: the model is damaged or its training diverged.")
+        before, count = self.found.get(name, (0.0, 0))
+        self.found[name] = (before + sums, count + rows)
 
 
 def sample_rows(rows: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:

@@ -29,22 +29,9 @@ class ContextParams(ctypes.Structure):
     _fields_ = (("mem_size", _SIZE), ("mem_buffer", _POINTER), ("no_alloc", _BOOL))
 
 
-class ReadParams(ctypes.Structure):
-    """gguf_init_params."""
-
-    _fields_ = (("no_alloc", _BOOL), ("context", _POINTER))
-
-
 _FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
     "ggml_quantize_chunk": (_SIZE, [_INT, _POINTER, _POINTER, _INT64, _INT64, _INT64, _POINTER]),
     "ggml_validate_row_data": (_BOOL, [_INT, _POINTER, _SIZE]),
-    "gguf_init_from_file": (_POINTER, [_TEXT, ReadParams]),
-    "gguf_free": (None, [_POINTER]),
-    "gguf_get_n_tensors": (_INT64, [_POINTER]),
-    "gguf_get_tensor_name": (_TEXT, [_POINTER, _INT64]),
-    "gguf_get_tensor_type": (_INT, [_POINTER, _INT64]),
-    "gguf_get_tensor_offset": (_SIZE, [_POINTER, _INT64]),
-    "gguf_get_tensor_size": (_SIZE, [_POINTER, _INT64]),
     "ggml_op_desc": (_TEXT, [_POINTER]),
     "ggml_get_name": (_TEXT, [_POINTER]),
     "ggml_nelements": (_INT64, [_POINTER]),

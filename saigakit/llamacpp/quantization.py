@@ -89,18 +89,14 @@ def _matrix_type(
     if usual in ("F32", "F16", "BF16"):
         return usual
     if name == "output.weight" or (name == "token_embd.weight" and "output.weight" not in names):
-        return _fitting(_output_type(usual, columns), columns)
+        # For the output matrix, and for tied embeddings, which are used as one.
+        return _fitting("Q8_0" if usual == "Q8_0" or columns % _block(usual)[0] else "Q6_K", columns)
     role = name.split(".")[-2]
     chosen = _role_type(role, quant_type, _layer(name), model)
     is_shared = architecture == "qwen2" or (architecture == "llama" and model.heads != model.kv_heads)
     if role == "attn_v" and model.layers == 80 and is_shared and chosen in ("Q3_K", "Q4_K"):
         chosen = "Q5_K"  # of a 70B model: shared by eight heads, so more bits cost little
     return _fitting(chosen, columns)
-
-
-def _output_type(usual: str, columns: int) -> str:
-    """For the output matrix, and for tied embeddings, which are used as one."""
-    return "Q8_0" if usual == "Q8_0" or columns % _block(usual)[0] else "Q6_K"
 
 
 def _more_bits(layer: int, layers: int) -> bool:
@@ -161,10 +157,7 @@ def usable_cores() -> int:
 def quantise(
     matrix: "Floats", ggml_type: str, importance: "Floats | None" = None, pool: Executor | None = None
 ) -> "Bytes":
-    """Quantise a matrix on one core or in a pool; `importance` weights the errors of its columns.
-
-    Raises SaigaError if a number overflows the type.
-    """
+    """Quantise a matrix on one core or in a pool. Raises SaigaError if a number overflows the type."""
     import gguf
     import numpy as np
 
@@ -174,7 +167,7 @@ def quantise(
     quantised = np.empty((rows, row_bytes), dtype=np.uint8)
     if importance is not None and importance.shape != (columns,):
         raise ValueError(f"importance of shape {importance.shape} for {columns} columns")
-    weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
+    weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)  # of column errors
     weights_address = None if weights is None else weights.ctypes.data
     ggml, input_address, output_address = libggml.load(), source.ctypes.data, quantised.ctypes.data
     step = rows if pool is None else max(1, _SHARE // columns)

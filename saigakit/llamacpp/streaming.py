@@ -1,4 +1,4 @@
-"""Read, quantise and write a model's tensors to several GGUF files at once, in chunks of rows on all cores."""
+"""Write GGUF files: the header, and the tensors of several files at once, in chunks of rows on all cores."""
 
 import ctypes
 import math
@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING
 from saigakit.core import workspace
 from saigakit.core.display import Every
 from saigakit.errors import SaigaError
-from saigakit.llamacpp import container, quantization
+from saigakit.llamacpp import quantization
 
 if TYPE_CHECKING:
+    import gguf
+
     from saigakit.llamacpp.quantization import Bytes
     from saigakit.weights.tensors import Array, Shape
 
 _NUMBERS = 1 << 20  # per chunk, approximately: 4 MB in float32
+_ALIGNMENT = 32  # GGUF's default: each tensor starts at a multiple of it
 _ROWS = 128  # a chunk has a multiple of them: an adapter's product is computed in such blocks
 _FLUSH_S = 0.25
 _COPIES = 5  # float32 chunks that a worker holds: base, update, reordered, and spare
@@ -53,12 +56,52 @@ class Written:
 class _Chunk:
     name: str
     rows: slice
-    columns: int  # 1 for a vector
-    is_matrix: bool
+    columns: int  # 1 for a vector, which is always in float32
 
     @property
     def numbers(self) -> int:
         return int(self.rows.stop - self.rows.start) * self.columns
+
+
+def data_bytes(shapes: Mapping[str, "Shape"], types: Mapping[str, str]) -> int:
+    """Bytes of all tensors, padding included."""
+    return sum(_padded(quantization.tensor_bytes(shape, types[name])) for name, shape in shapes.items())
+
+
+def total_bytes(metadata_bytes: int, shapes: Mapping[str, "Shape"], types: Mapping[str, str]) -> int:
+    """Bytes of the file; `metadata_bytes` is the size that `write_header` gives a file without tensors."""
+    table = sum(8 + len(name.encode()) + 4 + 8 * len(shape) + 4 + 8 for name, shape in shapes.items())
+    return _padded(metadata_bytes + table) + data_bytes(shapes, types)
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def write_header(writer: "gguf.GGUFWriter", shapes: Mapping[str, "Shape"], types: Mapping[str, str]) -> int:
+    """Write metadata and the table of tensors; returns the offset where their bytes start."""
+    import gguf
+    import numpy as np
+
+    for name, shape in shapes.items():
+        size, number = quantization.tensor_bytes(shape, types[name]), gguf.GGMLQuantizationType[types[name]]
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=number)
+    writer.write_header_to_file()
+    with closing(writer):
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        stream = (writer.fout or [])[0]
+        stream.flush()
+        return _padded(stream.tell())
+
+
+def tensor_offsets(shapes: Mapping[str, "Shape"], types: Mapping[str, str], start: int) -> dict[str, int]:
+    """Where each tensor starts, the first one at `start`."""
+    offsets = {}
+    for name, shape in shapes.items():
+        offsets[name] = start
+        start += _padded(quantization.tensor_bytes(shape, types[name]))
+    return offsets
 
 
 def workers() -> int:
@@ -80,23 +123,23 @@ def write_tensors(
     row_multiple: int = 1,
     importance: Mapping[str, "Array"] | None = None,
 ) -> list[list[Written]]:
-    """Read every tensor once, in chunks of a multiple of `row_multiple` rows, and write it to every file.
-
-    Returns the parts written to each file. Raises SaigaError that names the tensor if a number overflows its type.
-    """
-    offsets = [container.tensor_offsets(shapes, target.types, target.start) for target in targets]
+    """Read every tensor once, in chunks of a multiple of `row_multiple` rows; returns the parts of each file."""
+    offsets = [tensor_offsets(shapes, target.types, target.start) for target in targets]
+    sizes = [data_bytes(shapes, target.types) for target in targets]
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(quantization.usable_cores()))
         row_pool = pool if quantization.usable_cores() > _READERS else None
-        files = [stack.enter_context(_open_for_writing(target, shapes)) for target in targets]
+        files = [stack.enter_context(target.file.open("r+b", buffering=0)).fileno() for target in targets]
+        for file, target, size in zip(files, targets, sizes, strict=True):
+            os.ftruncate(file, target.start + size)  # the final length: padding stays zero
 
         def write_chunk(chunk: _Chunk) -> list[Written]:
             tensor, weights = read(chunk.name, chunk.rows), (importance or {}).get(chunk.name)
             parts = []
             for file, target, starts in zip(files, targets, offsets, strict=True):
                 ggml_type = target.types[chunk.name]
-                content = _encode(tensor, ggml_type, weights, chunk, row_pool)
-                offset = starts[chunk.name] + _row_bytes(chunk, ggml_type) * chunk.rows.start
+                content = _encode(chunk.name, tensor, ggml_type, weights, row_pool)
+                offset = starts[chunk.name] + quantization.tensor_bytes((chunk.columns,), ggml_type) * chunk.rows.start
                 parts.append(Written(chunk.name, offset, len(content), checksum(content)))
                 _write_at(file, content, offset)
             return parts
@@ -104,7 +147,7 @@ def write_tensors(
         with _single_threaded_torch(), _flushing(files), ThreadPoolExecutor(workers()) as workers_pool:
             try:
                 results = workers_pool.map(write_chunk, _chunks(shapes, row_multiple))
-                written = _collect(results, sum(container.data_bytes(shapes, target.types) for target in targets))
+                written = _collect(results, sum(sizes))
             except BaseException:
                 workers_pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -117,7 +160,7 @@ def _chunks(shapes: Mapping[str, "Shape"], row_multiple: int) -> Iterator[_Chunk
         columns = math.prod(shape[1:])
         step = unit * max(1, _NUMBERS // (unit * columns))
         for first in range(0, shape[0], step):
-            yield _Chunk(name, slice(first, min(first + step, shape[0])), columns, len(shape) > 1)
+            yield _Chunk(name, slice(first, min(first + step, shape[0])), columns)
 
 
 def _collect(results: Iterable[list[Written]], total: int) -> list[list[Written]]:
@@ -131,17 +174,6 @@ def _collect(results: Iterable[list[Written]], total: int) -> list[list[Written]
             sizes = f"{done / workspace.GB:.2f} of {total / workspace.GB:.2f} GB"
             print(f"{sizes} written, about {left:.0f} s left", flush=True)
     return collected
-
-
-@contextmanager
-def _open_for_writing(target: Target, shapes: Mapping[str, "Shape"]) -> Iterator[int]:
-    """Open the file at its final length: padding stays zero."""
-    file = os.open(target.file, os.O_WRONLY)
-    try:
-        os.ftruncate(file, target.start + container.data_bytes(shapes, target.types))
-        yield file
-    finally:
-        os.close(file)
 
 
 @contextmanager
@@ -180,30 +212,23 @@ def _single_threaded_torch() -> Iterator[None]:
 
 
 def _keep_freed_memory() -> None:
-    """Make malloc reuse freed chunks instead of returning them to the system, which must zero new ones.
-
-    Measured: two threads that merge took half the time, and less next to other processes.
-    """
+    """Make malloc reuse freed chunks, which the system would have to zero: two threads merged in half the time."""
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:  # glibc's
         mallopt(_M_TRIM_THRESHOLD, 1 << 28)
         mallopt(_M_MMAP_THRESHOLD, 1 << 25)
 
 
-def _row_bytes(chunk: _Chunk, ggml_type: str) -> int:
-    return quantization.tensor_bytes((chunk.columns,), ggml_type) if chunk.is_matrix else 4
-
-
 def _encode(
-    tensor: "Array", ggml_type: str, importance: "Array | None", chunk: _Chunk, pool: Executor | None
+    name: str, tensor: "Array", ggml_type: str, importance: "Array | None", pool: Executor | None
 ) -> memoryview:
     import numpy as np
 
-    if not chunk.is_matrix or ggml_type == "F32":
+    if ggml_type == "F32":
         return np.ascontiguousarray(tensor, np.float32).data.cast("B")
     try:
         return quantization.quantise(tensor, ggml_type, importance, pool).data.cast("B")
     except SaigaError as error:
-        raise SaigaError(f"{chunk.name}: {error}") from None
+        raise SaigaError(f"{name}: {error}") from None
 
 
 def checksum(content: "memoryview | Bytes") -> int:

@@ -34,7 +34,7 @@ _PRE_TOKENIZERS = {
 }
 # llama.cpp's pattern lacks combining marks: "за́мок" with its stress mark is one word, but three for llama.cpp.
 _INEXACT = frozenset({"tekken"})
-_PROBE = (
+PROBE = (  # a text in which tokenizers would differ
     "Привет! Ёлка — «съешь» ещё, и\u0306од: №5, 3,14 и 12345 ₽ 🙂 don't I'LL\n\n  два  пробела\tТаб \r\nКонец. "
     "<s> </s> <|im_end|>"
 )
@@ -56,10 +56,7 @@ class Vocabulary:
 
     @classmethod
     def from_tokenizer(cls, tokenizer_dir: Path, tokenizer: FastTokenizer, config: Mapping[str, Any]) -> Self:
-        """`config` is the base's config.json.
-
-        Raises SaigaError for a kind of tokenizer that llama.cpp lacks, or with more tokens than the base has rows.
-        """
+        """Raises SaigaError for a tokenizer that llama.cpp lacks, or with more tokens than the base has rows."""
         vocabulary = cls._read_files(tokenizer_dir, config["vocab_size"])
         return replace(
             vocabulary,
@@ -102,12 +99,11 @@ class Vocabulary:
         ranks: dict[str, int] = {}
         for rank, merge in enumerate(content["model"]["merges"]):
             ranks.setdefault("".join(_pair(merge)), rank)
+        types = {f"<0x{byte:02X}>": BYTE for byte in range(256)} | {content["model"].get("unk_token"): UNKNOWN}
         found = {
-            index: (piece, BYTE if _is_byte(piece) else NORMAL, -float(ranks.get(piece, len(ranks))))
+            index: (piece, types.get(piece, NORMAL), -float(ranks.get(piece, len(ranks))))
             for piece, index in content["model"]["vocab"].items()
         }
-        unknown = content["model"].get("unk_token")
-        found = {i: (text, UNKNOWN if text == unknown else kind, score) for i, (text, kind, score) in found.items()}
         added = _not_control(found, content["added_tokens"])
         return cls(model="llama", pre="default", tokens=_arrange(found, added, rows))
 
@@ -174,17 +170,12 @@ def _adds_bos(tokenizer_dir: Path, tokenizer: FastTokenizer) -> bool:
     prompt = template.render(turn, tokenizer.chat_template, add_generation_prompt=True, variables=tokenizer.variables)
     if prompt.startswith(tokenizer.variables.get("bos_token", "")):
         return False
-    config = tokenizer_dir / "tokenizer_config.json"
-    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("add_bos_token") is True
+    return _read_json(tokenizer_dir / "tokenizer_config.json").get("add_bos_token") is True
 
 
 def _pair(merge: str | Sequence[str]) -> Sequence[str]:
     """Older tokenizer.json files store a merge as one string."""
     return merge.split(" ") if isinstance(merge, str) else merge
-
-
-def _is_byte(piece: str) -> bool:
-    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
 
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
@@ -195,28 +186,26 @@ def _kind(token: Mapping[str, Any]) -> int:
     return CONTROL if token.get("special") or _LOOKS_SPECIAL.fullmatch(token["content"]) else USER_DEFINED
 
 
-def _text(token: Mapping[str, Any]) -> str:
-    """llama.cpp searches for user-defined tokens in the raw text, where a space is not yet `▁`."""
-    text: str = token["content"]
-    return text if _kind(token) == CONTROL else text.replace("▁", " ")
-
-
 def _added_tokens(tokenizer_dir: Path) -> list[dict[str, Any]]:
-    found: dict[int, dict[str, Any]] = {}
-    file = tokenizer_dir / "added_tokens.json"
-    if file.is_file():
-        for text, token_id in json.loads(file.read_text(encoding="utf-8")).items():
-            found[token_id] = {"id": token_id, "content": text}
-    config = tokenizer_dir / "tokenizer_config.json"
-    if config.is_file():
-        decoder = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
-        found |= {int(token_id): {**token, "id": int(token_id)} for token_id, token in decoder.items()}
+    added = _read_json(tokenizer_dir / "added_tokens.json")
+    decoder = _read_json(tokenizer_dir / "tokenizer_config.json").get("added_tokens_decoder", {})
+    found = {token_id: {"id": token_id, "content": text} for text, token_id in added.items()}
+    found |= {int(token_id): {**token, "id": int(token_id)} for token_id, token in decoder.items()}
     return list(found.values())
 
 
+def _read_json(file: Path) -> dict[str, Any]:
+    """Empty if there is no such file."""
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return content
+
+
 def _arrange(found: dict[int, Token], added: Sequence[Mapping[str, Any]], rows: int) -> list[Token]:
-    """All tokens by id, padded to `rows`. Raises SaigaError if there are more."""
-    found = found | {token["id"]: (_text(token), _kind(token), -1000.0) for token in added}
+    """Add tokens to `found`, and return all by id, padded to `rows`. Raises SaigaError if there are more."""
+    for token in added:
+        text, kind = token["content"], _kind(token)
+        # llama.cpp searches for user-defined tokens in the raw text, where a space is not yet `▁`.
+        found[token["id"]] = (text if kind == CONTROL else text.replace("▁", " "), kind, -1000.0)
     if max(found) >= rows:
         raise SaigaError(
             f"The tokenizer has {max(found) + 1} tokens, but the embeddings of the base have {rows} rows: "
@@ -244,12 +233,6 @@ def _step(part: Mapping[str, Any]) -> str:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": bool(use_regex)}:
             return "words and bytes" if use_regex else "bytes"
     return json.dumps(part, ensure_ascii=False)
-
-
-def require_same_ids(gguf_file: Path, tokenizer: FastTokenizer, texts: Sequence[str]) -> None:
-    """Raises SaigaError for the first text, of `texts` and a probe, to which llama.cpp gives other ids or none."""
-    for refusal in compare_ids(gguf_file, tokenizer, [_PROBE, *texts]):
-        raise refusal
 
 
 def compare_ids(gguf_file: Path, tokenizer: FastTokenizer, texts: Sequence[str]) -> list[SaigaError]:

@@ -1,23 +1,29 @@
-"""Publish a trained adapter with its model card on the Hub."""
+"""Publish a trained adapter on the Hub, with a card of how it was trained and what was measured."""
 
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from saigakit import train
+from saigakit import evaluate, train
+from saigakit.config import TrainConfig
+from saigakit.core import hub, manifest
+from saigakit.export import markdown
 from saigakit.prompt import encoding
-from saigakit.publish import adapter_card, upload
+from saigakit.prompt.encoding import Tokenizer
+from saigakit.publish import upload
+from saigakit.train import curve
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _SHOWN = ("log.jsonl", "curve.png")  # what the card shows; samples.md contains records and stays here
 
 
 def push_adapter(stage_dir: str | Path, repo_id: str, *, private: bool = True, replace: bool = False) -> str:
-    """Push the adapter of a finished 02_train and its card to `repo_id` ("owner/name"); returns the address.
+    """Push the adapter of a finished 02_train and its card to `repo_id` in one commit; returns the address.
 
-    It is one commit: the repository changes when everything has arrived, or not at all. Of the records only their
-    SHA-256 and common system prompt are published. Needs the secret HF_TOKEN with write access. Raises SaigaError, also
-    if the repository holds anything but an earlier adapter of this model and base; `replace` then replaces the files,
-    which stay in git's history.
+    Of the records only their SHA-256 and common system prompt are published. Needs the secret HF_TOKEN. Without
+    `replace`, raises SaigaError if the repository holds anything but an earlier adapter of this model and base.
     """
     directory = Path(stage_dir)
     content = upload.require_unchanged(directory, train.STAGE)
@@ -27,7 +33,85 @@ def push_adapter(stage_dir: str | Path, repo_id: str, *, private: bool = True, r
     with tempfile.TemporaryDirectory() as scratch:
         files = {name: directory / name for name in (*_ADAPTER, *_SHOWN) if (directory / name).is_file()}
         published = upload.public_manifest(content, _ADAPTER)
-        card = adapter_card.build_card(directory, repo_id, tokenizer)
+        card = build_card(directory, repo_id, tokenizer)
         files |= upload.write_texts(Path(scratch), published, {"README.md": card})
         message = f"Adapter of {model}, trained with saigakit"
         return repository.push(files, published, message, private=private, replace=replace)
+
+
+def build_card(stage_dir: Path, repo_id: str, tokenizer: Tokenizer) -> str:
+    """The card of the adapter in `stage_dir`, with the results of 04_infer if it compared this very adapter."""
+    content = manifest.read(stage_dir)
+    config = TrainConfig.read(stage_dir / train.CONFIG_FILE)
+    base, training = markdown.linked(config.spec.base_model), content.get("training", {})
+    card = markdown.Card(
+        spec=config.spec,
+        title=repo_id.split("/")[1],
+        library="peft",
+        tags=["lora", "saiga", "saigakit"],
+        chat_template=tokenizer.chat_template,
+        system_prompt=content.get("system_prompt"),
+        versions=content.get("versions", {}),
+    )
+    comparison = evaluate.table_about(stage_dir, "adapter", manifest.hashes(stage_dir))
+    measured = [
+        _losses(config, curve.read_log(stage_dir), training.get("best_step")),
+        markdown.of_table(comparison) if comparison else "",
+        "![Training and evaluation loss](curve.png)",
+        "Measured by the author alone. Nothing else was tested: not facts, not safety, no other tasks. It may give "
+        "wrong answers in confident words.",
+    ]
+    settings = markdown.table(("setting", "value"), _settings(config, stage_dir, content))
+    records = ", ".join(f"`{digest}`" for digest in content["inputs"]["train"].values())
+    sections = {
+        "Measured": "\n\n".join(filter(None, measured)),
+        "Trained with": f"{settings}\n\nThe records are not published. SHA-256 of the training records: {records}.",
+    }
+    start = _started_from(config)
+    continued = "" if start is None else f"; it {'includes' if config.is_folded else 'continues'} {start}"
+    english = f"A LoRA adapter for {base}, trained with saigakit{continued}."
+    russian = (
+        f"Это адаптер LoRA для {base}, обученный с saigakit. Он работает только с этой базовой моделью и с шаблоном "
+        "диалога, который приведён ниже."
+    )
+    return card.text(english, russian, sections)
+
+
+def _started_from(config: TrainConfig) -> str | None:
+    """The public name of the adapter that was continued; None for a new one."""
+    name = config.start_adapter
+    return name if name is None or hub.is_hub_id(name) else "another adapter"
+
+
+def _losses(config: TrainConfig, log: list[curve.Entry], best_step: int | None) -> str:
+    evaluations = curve.evaluations(log)
+    if not evaluations:
+        return "There was no evaluation set, so no loss was measured."
+    best = [("this adapter", entry) for entry in evaluations if entry[0] == best_step]
+    named = [("before training", evaluations[0]), *best, ("last", evaluations[-1])]
+    rows = ((name, f"{step}", f"{loss:.4f}") for name, (step, loss) in named)
+    note = "The evaluation set was not trained on, but the step of this adapter was chosen by its loss."
+    if config.is_folded and config.weights_as != "none":
+        note += f" The loss was measured on the sum of the base and the released adapter in {config.weights_as}."
+    return f"{markdown.table(('evaluation loss, nats per token', 'step', 'loss'), rows)}\n\n{note}"
+
+
+def _settings(config: TrainConfig, stage_dir: Path, content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lora = json.loads((stage_dir / "adapter_config.json").read_text(encoding="utf-8"))
+    last = [entry for entry in curve.read_log(stage_dir) if "loss" in entry][-1]
+    training = content.get("training", {})
+    best_step = training.get("best_step")
+    of_all = f" of {training['steps']}, ended by max_hours" if training.get("ended") == "max_hours" else ""
+    folded = ", the released adapter's rank included" if config.is_folded else ""
+    return [
+        ("base weights", f"{config.weights_as}, {content.get('number_format', '?')}"),
+        ("LoRA", f"r {lora['r']}, alpha {lora['lora_alpha']}, dropout {lora['lora_dropout']}{folded}"),
+        ("layers", ", ".join(sorted(lora["target_modules"]))),
+        ("learning rate", f"{config.peak_learning_rate:g}"),
+        ("epochs", f"{config.epochs:g}"),
+        ("conversations per step", f"{config.batch_size}"),
+        ("longest conversation", f"{config.sequence_budget} tokens"),
+        ("steps", f"{last['step']}{of_all}" + (f", adapter of step {best_step}" if best_step is not None else "")),
+        ("tokens", f"{last['tokens']:,}"),
+        ("seed", f"{config.seed}"),
+    ]

@@ -14,16 +14,14 @@ from saigakit.kaggle import kernels, models
 from saigakit.publish import upload
 
 _PUBLISHED = (".gguf", ".png")
-_FRAMEWORK = "gguf"  # as in Kaggle's paths
 # Kaggle's names for licences; the card names any other licence.
 _LICENCES = {"apache-2.0": "Apache 2.0", "mit": "MIT", "gemma": "Gemma", "llama2": "Llama 2", "llama3": "Llama 3"}
 
 
 def push_to_hub(made: str | Path, repo_id: str, *, private: bool = True, replace: bool = False) -> str:
-    """Push the GGUF files of `made`, what other programs need to run them, and a model card; returns the address.
+    """Push the GGUF files of `made` with their companion files as `push_adapter` does; returns the address.
 
-    `made` is a finished 03_merge_gguf, or the first file of a `saigakit export`. The card has the table of 04_infer if
-    that compared these very files. No record is published. One commit, and the same refusals as `push_adapter`.
+    `made` is a finished 03_merge_gguf, or the first file of a `saigakit export`.
     """
     directory, content = _read_finished(Path(made))
     repository = upload.HubRepository(repo_id)
@@ -36,8 +34,7 @@ def push_to_hub(made: str | Path, repo_id: str, *, private: bool = True, replace
 def push_to_kaggle(made: str | Path, name: str, *, private: bool = True) -> str:
     """Push a new version of the Kaggle model `name` of the logged-in user, which is created if there is none.
 
-    `made` as for `push_to_hub`; the variation is the quant type. Returns owner/name/gguf/variation/version after
-    comparing the size of every file. Raises SaigaError, also for errors that the kaggle command line only prints.
+    `made` as for `push_to_hub`; the variation is the quant type. Returns owner/name/gguf/variation/version.
     """
     if not re.fullmatch(r"[a-z0-9](-?[a-z0-9])+", name) or not 6 <= len(name) <= 50:
         raise SaigaError(
@@ -53,10 +50,13 @@ def push_to_kaggle(made: str | Path, name: str, *, private: bool = True) -> str:
         folder = Path(scratch) / "upload"
         folder.mkdir()
         for file_name, file in files.items():
-            _link_or_copy(file, folder / file_name)
+            try:  # gigabytes are copied only if the file system cannot link them
+                (folder / file_name).hardlink_to(file.resolve())
+            except OSError:
+                shutil.copyfile(file, folder / file_name)
         reference = models.push_version(
             folder,
-            f"{model}/{_FRAMEWORK}/{variation}",
+            f"{model}/gguf/{variation}",
             card=files["README.md"].read_text(encoding="utf-8"),
             licence=_LICENCES.get(spec.licence, "Other"),
             private=private,
@@ -79,14 +79,6 @@ def _read_finished(made: Path) -> tuple[Path, manifest.Manifest]:
     if damaged := manifest.changed(made.parent, content):
         raise SaigaError(f"{made.parent}: {', '.join(damaged)} changed since it was made. Export it again.")
     return made.parent, content
-
-
-def _link_or_copy(file: Path, to: Path) -> None:
-    """Gigabytes are copied only if the file system cannot link them."""
-    try:
-        to.hardlink_to(file.resolve())
-    except OSError:
-        shutil.copyfile(file, to)
 
 
 def _collect_files(

@@ -17,6 +17,7 @@ from saigakit.train.checkpoints import Store
 from saigakit.weights import find, fold, load, memory, tensors
 from saigakit.weights.load import NumberFormat
 from saigakit.weights.memory import Pack, TrainingStep
+from saigakit.weights.merge import Merged
 from saigakit.weights.model_shape import ModelShape
 
 JOB_FILE = "job.json"  # a Job, written for the child
@@ -202,7 +203,7 @@ def check_model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -
 
 def _lora_with_adapter(config: TrainConfig, base_dir: Path, adapter_dir: Path) -> Lora:
     """The settings of the continued adapter, or of the new LoRA next to a folded one."""
-    load.require_fitting(adapter_dir, base_dir)
+    Merged.open(base_dir, adapter_dir)  # an adapter that cannot be merged is not trained
     released = load.lora_of(adapter_dir)
     if config.is_folded:
         fold.require_foldable(base_dir, adapter_dir)

@@ -25,6 +25,7 @@ from saigakit.train.run_state import Log, Run
 from saigakit.train.samples import Samples
 from saigakit.train.steps import Plan
 from saigakit.weights import fold
+from saigakit.weights.adapter import Adapter
 
 _LOCK_PATIENCE_S = 5.0
 
@@ -135,7 +136,7 @@ def _finish(run: Run, loaded: Loaded, step: int) -> None:
         if run.config.is_folded:
             released = loaded.job.adapter_dir
             assert released is not None
-            trained, folded_rank = fold.combine(released, trained, Path(scratch) / "both"), fold.adapter_rank(released)
+            trained, folded_rank = fold.combine(released, trained, Path(scratch) / "both"), Adapter.open(released).rank
         shutil.copytree(trained, directory, dirs_exist_ok=True)
     if best is not None:
         run.log.print(f"Saved the adapter of step {best.step}, which has the best evaluation loss: {best.loss:.4f}.")

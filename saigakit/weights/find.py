@@ -10,7 +10,7 @@ from saigakit.errors import SaigaError
 from saigakit.registry import ModelSpec
 from saigakit.weights import base_files
 
-_IDS_DEPEND_ON = (
+IDS_DEPEND_ON = (  # files of a tokenizer
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -27,13 +27,16 @@ _PACKAGED: dict[str, Callable[[], Path]] = {
 
 def base_dir(spec: ModelSpec, base_source: str | None = None) -> Path:
     """A directory with config.json and weights. Raises SaigaError that names what to attach instead."""
-    if base_source is not None:
-        return _require_base(workspace.find_input(base_source))
-    if spec.base_model in _PACKAGED:
+    if base_source is None and spec.base_model in _PACKAGED:
         return _PACKAGED[spec.base_model]()
-    if Path(spec.base_model).is_dir():
-        return _require_base(Path(spec.base_model))
-    return hub.snapshot(spec.base_model, (*base_files.CONFIG_FILES, *_weight_patterns(spec.base_model)))
+    if base_source is not None or Path(spec.base_model).is_dir():
+        directory = Path(spec.base_model) if base_source is None else workspace.find_input(base_source)
+        remedy = "Give the directory of the original Hugging Face files (config.json, *.safetensors, the tokenizer)."
+        return _require_file(directory, "config.json", "is not a base model", remedy)
+    _, sizes = hub.list_files(spec.base_model)
+    weights = base_files.weight_files(sizes)
+    hub.require_room(spec.base_model, "model", sum(sizes[name] for name in weights))
+    return hub.snapshot(spec.base_model, (*base_files.CONFIG_FILES, *map(glob.escape, weights)))
 
 
 def tokenizer_dir(spec: ModelSpec, base_source: str | None = None) -> Path:
@@ -46,7 +49,7 @@ def tokenizer_dir(spec: ModelSpec, base_source: str | None = None) -> Path:
 def tokenizer_files(spec: ModelSpec, base_source: str | None = None) -> list[Path]:
     """The files of `tokenizer_dir` that the token ids of a prompt depend on."""
     directory = tokenizer_dir(spec, base_source)
-    return [directory / name for name in _IDS_DEPEND_ON if (directory / name).is_file()]
+    return [directory / name for name in IDS_DEPEND_ON if (directory / name).is_file()]
 
 
 def adapter_dir(spec: ModelSpec, adapter: str, run_dir: str | Path | None = None) -> Path:
@@ -64,11 +67,6 @@ def adapter_dir(spec: ModelSpec, adapter: str, run_dir: str | Path | None = None
     return _require_file(workspace.find_input(name, run_dir=run_dir), "adapter_config.json", *problem)
 
 
-def _require_base(directory: Path) -> Path:
-    remedy = "Give the directory of the original Hugging Face files (config.json, *.safetensors, the tokenizer)."
-    return _require_file(directory, "config.json", "is not a base model", remedy)
-
-
 def _require_file(directory: Path, name: str, problem: str, remedy: str) -> Path:
     """`directory`, or its only subdirectory with the file: Kaggle mounts a model under its version number."""
     if (directory / name).is_file():
@@ -79,11 +77,3 @@ def _require_file(directory: Path, name: str, problem: str, remedy: str) -> Path
     if below:
         raise SaigaError(f"{directory} contains more than one {name}: give one of {', '.join(map(str, below))}.")
     raise SaigaError(f"{directory} {problem}: it has no {name}. {remedy}")
-
-
-def _weight_patterns(repo: str) -> tuple[str, ...]:
-    """The weight files to download. Raises SaigaError if the disk has no room for those that are missing."""
-    _, sizes = hub.list_files(repo)
-    names = base_files.weight_files(sizes)
-    hub.require_room(repo, "model", sum(sizes[name] for name in names))
-    return tuple(map(glob.escape, names))

@@ -28,10 +28,7 @@ def require_foldable(base_dir: Path, adapter_dir: Path) -> None:
 
 
 def fold_adapter(model: "PreTrainedModel", base_dir: Path, adapter_dir: Path) -> None:
-    """Add the adapter to `model`, loaded from `base_dir`, before a new LoRA is attached.
-
-    Each changed matrix is read from the files again, so that a quantised one is quantised once, from the float32 sum.
-    """
+    """Add the adapter to `model`; each matrix is read again, so that it is quantised once, from the float32 sum."""
     import torch
 
     merged = Merged.open(base_dir, adapter_dir)
@@ -69,20 +66,10 @@ def _weight_like(module: "torch.nn.Module", matrix: "torch.Tensor", dtype: "torc
     return quantised
 
 
-def adapter_rank(adapter_dir: Path) -> int:
-    """The largest rank of its matrices."""
-    return _rank(Adapter.open(adapter_dir))
-
-
-def _rank(adapter: Adapter) -> int:
-    return max(adapter.weights.stored[update.a].shape[0] for update in adapter.updates.values())
-
-
 def combine(released_dir: Path, new_dir: Path, out_dir: Path) -> Path:
     """Write the released adapter and the new one, trained on the folded base, as one adapter of the original base.
 
-    A = [A1; A2] and B = [s1 B1, s2 B2] with a scale of 1, in float32: the ranks add up, and a module that one adapter
-    does not change gets zeros. Raises SaigaError if one has more than plain LoRA, or `out_dir` contains an adapter.
+    A = [A1; A2] and B = [s1 B1, s2 B2] in float32; a module that one adapter does not change gets zeros.
     """
     from safetensors.numpy import save_file
 
@@ -92,7 +79,7 @@ def combine(released_dir: Path, new_dir: Path, out_dir: Path) -> Path:
     adapters = [Adapter.open(directory) for directory in (released_dir, new_dir)]
     for adapter in adapters:
         adapter.require_linear_lora("folding")
-    ranks = list(map(_rank, adapters))
+    ranks = [adapter.rank for adapter in adapters]
     names = sorted({name.removesuffix(".weight") for adapter in adapters for name in adapter.updates})
     matrices: dict[str, Array] = {}
     for name in names:

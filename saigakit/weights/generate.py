@@ -126,7 +126,7 @@ def greedy(
 ) -> list[list[int]]:
     """Continue a left-padded batch greedily; rows are padded after their stop id, see `cut_at_stop`."""
     import torch
-    from transformers import GenerationConfig, StoppingCriteriaList
+    from transformers import StoppingCriteriaList
 
     width = max(map(len, prompts))
     pad = min(stop_ids)  # masked before a prompt, cut off after a stop id
@@ -139,17 +139,14 @@ def greedy(
         on_ended(int(torch.isin(ids[:, width:], stops).any(dim=1).sum()))
         return torch.zeros(len(ids), dtype=torch.bool, device=device)
 
-    settings = GenerationConfig(
+    output: Any = model.generate(  # type: ignore[operator]
+        input_ids=input_ids,
+        attention_mask=mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         use_cache=True,
         eos_token_id=sorted(stop_ids),
         pad_token_id=pad,
-    )
-    output: Any = model.generate(  # type: ignore[operator]
-        input_ids=input_ids,
-        attention_mask=mask,
-        generation_config=settings,
         stopping_criteria=StoppingCriteriaList([watch]),
     )
     rows: list[list[int]] = output[:, width:].tolist()

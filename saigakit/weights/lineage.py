@@ -25,17 +25,11 @@ class Lineage:
     into: Into
     folded_rank: int = 0  # this many first ranks were in the base when nf4 training quantised it
 
-    @property
-    def merging(self) -> dict[str, Any]:
-        """Settings of `Merged.open`."""
-        return {"into": self.into, "number_format": self.number_format, "folded_rank": self.folded_rank}
-
     @classmethod
     def read(cls, spec: ModelSpec, adapter_dirs: Sequence[Path], into: MergeInto) -> Self:
         """Resolve "auto" to what a single adapter was trained on: the dequantised base after nf4, else the original.
 
-        Measured by benchmarks/merge_into.py. Raises SaigaError for an adapter of another model, or one without an nf4
-        base to merge into.
+        Raises SaigaError for an adapter of another model, or one without an nf4 base to merge into.
         """
         if into not in get_args(MergeInto):
             raise SaigaError(f"merge_into={into!r} is unknown; use one of {', '.join(get_args(MergeInto))}.")

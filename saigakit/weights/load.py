@@ -15,7 +15,6 @@ from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora, ModelSpec, Quantization
 from saigakit.weights import adapter, tensors
-from saigakit.weights.model_shape import ModelShape
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +27,7 @@ _FIRST_BF16 = (8, 0)  # older GPUs emulate bfloat16 although torch reports it as
 
 
 def number_format(spec: ModelSpec, gpus: Sequence[Gpu]) -> NumberFormat:
-    """Use float16 on a T4 (sm_75), bfloat16 from sm_80 on and float32 on a CPU.
-
-    Raises SaigaError for a GPU that torch has no kernels for, and for a model that overflows float16.
-    """
+    """Raises SaigaError for a GPU that torch has no kernels for, and for a model that overflows float16 on it."""
     if not gpus:
         return "float32"
     oldest = min(gpus, key=lambda gpu: gpu.capability)
@@ -85,10 +81,7 @@ def base_model(
 
 
 def with_adapter(model: "PreTrainedModel", adapter_dir: Path | None, lora: Lora) -> "PeftModel":
-    """Continue the adapter with the settings of its own config, or attach a new one; trained weights are float32.
-
-    Raises SaigaError for the adapter of another base.
-    """
+    """Attach a new LoRA, or continue `adapter_dir` with its own settings. Raises SaigaError if the base is another."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     _without_tensor_parallel()
@@ -131,11 +124,7 @@ def _trained_in_float32(adapted: "PeftModel") -> "PeftModel":
 
 
 def require_formats(model: "torch.nn.Module", dtype: "torch.dtype") -> None:
-    """Check a model that is ready to train.
-
-    Raises TypeError if a trained weight is not float32 (GradScaler unscales nothing else), or a frozen one is neither
-    `dtype` nor float32 (a T4 emulates bfloat16, slowly).
-    """
+    """Check that trained weights are float32 (for GradScaler) and frozen ones `dtype` or float32 (for a T4)."""
     import torch
 
     for name, parameter in model.named_parameters():
@@ -158,28 +147,11 @@ def _require_all_used(adapted: "PeftModel", adapter_dir: Path) -> None:
         raise SaigaError(_other_base(adapter_dir, str(adapted.config.name_or_path), reason))
 
 
-def require_fitting(adapter_dir: Path, base_dir: Path) -> None:
-    """Raises SaigaError for the adapter of another base, comparing only headers."""
-    shape = ModelShape.from_config(base_dir)
-    for name, size in adapter_shapes(adapter_dir).items():
-        found = re.search(r"\.layers\.(\d+)\.\w+\.(\w+)\.lora_([AB])\.", name)
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            fits = size == (shape.vocabulary, shape.hidden)
-        elif found is not None:
-            out, into = shape.linear.get(found[2], (0, 0))
-            fits = int(found[1]) < shape.layers and (size[1] == into if found[3] == "A" else size[0] == out)
-        else:  # LoRA on the head or DoRA magnitudes: checked when the model is loaded
-            continue
-        if not fits:
-            raise SaigaError(_other_base(adapter_dir, str(base_dir), f"{name} {tuple(size)} does not fit"))
-
-
 def _other_base(adapter_dir: Path, base: str, reason: str) -> str:
     trained_on = adapter.read_config(adapter_dir).get("base_model_name_or_path")
     return (
         f"The adapter in {adapter_dir} belongs to another base model than {base}: {reason}. "
-        f"It was trained on {trained_on}. "
-        "Give the adapter that belongs to `model`, or adapter=None for a new LoRA."
+        f"It was trained on {trained_on}. Give the adapter that belongs to `model`, or adapter=None for a new LoRA."
     )
 
 
@@ -218,10 +190,7 @@ def silence_libraries() -> None:
 
 @contextmanager
 def fast_matmul() -> Iterator[None]:
-    """Multiply float32 matrices in bf16 on a CPU that is faster at it.
-
-    Only for forward and backward passes: exact work, such as folding an adapter into the base, stays outside.
-    """
+    """Multiply float32 matrices in bf16 where that is faster: in forward and backward passes, not in exact work."""
     import torch
 
     before = torch.get_float32_matmul_precision()

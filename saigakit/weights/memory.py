@@ -149,10 +149,7 @@ class TrainingStep:
         return total
 
     def _int8_inputs_per_token(self, *, shared_with_lora: bool) -> int:
-        """Inputs of int8 matrices, which bitsandbytes keeps outside of autograd and checkpointing.
-
-        `shared_with_lora`: LoRA keeps the same tensors as its own inputs, which it does not under checkpointing.
-        """
+        """Inputs of int8 matrices, which bitsandbytes keeps outside of autograd, if LoRA does not keep them anyway."""
         if self.quantization != "int8":
             return 0
         is_shared = shared_with_lora and self.itemsize == 4 and not self.lora.dropout

@@ -26,10 +26,9 @@ _CACHED_SCALES = 4  # matrices: the last rows of one are read while the next one
 
 @dataclass(frozen=True)
 class Merged:
-    """A base and the adapters that fit it; a tensor is computed when it is read.
+    """A base and the adapters that fit it; a tensor is W + the sum of weight * scale * B @ A, computed when it is read.
 
-    `into` is what the update is added to: the published weights, or those that nf4 training computed with in
-    `number_format`. With several adapters the merged weight is W + the sum of weight * scale * B @ A.
+    `into` is what W is: the published weights, or those that nf4 training computed with in `number_format`.
     """
 
     base: Shards
@@ -189,7 +188,7 @@ class Merged:
 
 def _require_addable(adapters: Sequence[tuple[Adapter, float]]) -> None:
     for adapter, weight in adapters:
-        beyond = adapter.beyond_lora()
+        beyond = adapter.beyond_lora("dora", "trained", "copies")
         if beyond is not None and (len(adapters) > 1 or weight != 1):
             raise SaigaError(
                 f"{adapter.directory} uses {beyond}, which can be neither added to other adapters nor weighted. "

@@ -26,10 +26,7 @@ def is_quantised(name: str, dimensions: int) -> bool:
 
 
 def block_scales(read: "Callable[[slice], Array]", shape: "Shape", number_format: str) -> "torch.Tensor":
-    """One scale per block, after double quantisation, which depends on the mean over the whole matrix.
-
-    `read` returns rows of the matrix; `number_format` is the one that training held it in.
-    """
+    """One scale per block after double quantisation, which depends on the mean over all rows that `read` returns."""
     import torch
     from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 Headers = dict[str, tuple[Shape, str]]
 ReadRows = Callable[[str, slice], "torch.Tensor"]
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # torch's name by that of safetensors
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Shards:
     def float_stored(self, name: str) -> Stored:
         """Raises SaigaError if the tensor is not of floats."""
         stored = self.stored[name]
-        if stored.dtype not in _FLOATS:
+        if stored.dtype not in FLOATS:
             raise SaigaError(
                 f"{stored.file}: {name} is of type {stored.dtype}: quantised weights cannot be merged. "
                 "Give the original float16, bfloat16 or float32 model as base_source."
@@ -70,8 +71,6 @@ class Shards:
 
 
 def _open(file: Path) -> tuple[Headers, ReadRows]:
-    import pickle
-
     from safetensors import SafetensorError
 
     try:
@@ -82,10 +81,7 @@ def _open(file: Path) -> tuple[Headers, ReadRows]:
 
 
 def _open_safetensors(file: Path) -> tuple[Headers, ReadRows]:
-    """Let the library check the header, but read the numbers without its memory mapping.
-
-    Measured on one core: 0.2 ns per float16 number, 0.5 ns through the mapping.
-    """
+    """Let the library check the header, but read without its mapping: 0.2 ns per float16 number instead of 0.5."""
     import torch
     from safetensors import safe_open
 
@@ -100,7 +96,7 @@ def _open_safetensors(file: Path) -> tuple[Headers, ReadRows]:
     def read(name: str, rows: slice) -> "torch.Tensor":
         shape, dtype = headers[name]
         first, stop, _ = rows.indices(shape[0])
-        tensor = torch.empty((stop - first, *shape[1:]), dtype=getattr(torch, _FLOATS[dtype]))
+        tensor = torch.empty((stop - first, *shape[1:]), dtype=getattr(torch, FLOATS[dtype]))
         buffer = tensor.view(-1).view(torch.uint8).numpy().data
         offset = offsets[name] + first * math.prod(shape[1:]) * tensor.itemsize
         while buffer:
@@ -119,7 +115,7 @@ def _open_bin(file: Path) -> tuple[Headers, ReadRows]:
     found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
         raise damaged(file, "it contains something other than named tensors")
-    types = {getattr(torch, name): short for short, name in _FLOATS.items()}
+    types = {getattr(torch, name): short for short, name in FLOATS.items()}
     headers = {name: (tuple(x.shape), types.get(x.dtype, str(x.dtype))) for name, x in found.items()}
 
     def read(name: str, rows: slice) -> "torch.Tensor":
@@ -145,20 +141,16 @@ def open_base(base_dir: Path) -> Shards:
     for index_name, pattern in base_files.WEIGHT_FORMATS:
         index = base_dir / index_name
         if index.is_file():
-            return _open_indexed(index)
+            try:
+                shard_of: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise damaged(index, str(error)) from None
+            weights = Shards([base_dir / name for name in sorted(set(shard_of.values()))])
+            if missing := sorted(set(shard_of) - set(weights.stored)):
+                raise damaged(base_dir / shard_of[missing[0]], f"{missing[0]} is not in it")
+            return weights
         if files := sorted(base_dir.glob(pattern)):
             return Shards(files)
     raise SaigaError(
         f"{base_dir} has no weights (model*.safetensors or pytorch_model*.bin). Attach the complete model."
     )
-
-
-def _open_indexed(index: Path) -> Shards:
-    try:
-        shard_of: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise damaged(index, str(error)) from None
-    weights = Shards([index.parent / name for name in sorted(set(shard_of.values()))])
-    if missing := sorted(set(shard_of) - set(weights.stored)):
-        raise damaged(index.parent / shard_of[missing[0]], f"{missing[0]} is not in it")
-    return weights

@@ -15,6 +15,7 @@ from saigakit.core import manifest
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
 from saigakit.weights import fold, load
+from saigakit.weights.adapter import Adapter
 
 IDS = [1, 404, 505, 606, 7, 8, 9, 300]
 
@@ -98,7 +99,7 @@ def test_an_adapter_trained_on_a_folded_nf4_base_is_merged_into_that_base(tiny, 
     fold.fold_adapter(base, base_dir, released)
     trained = logits_of(load.with_adapter(base, adapter_dir, Lora()))
     parameters = {"model": str(base_dir), "quantization": "nf4", "adapter": "folded"}
-    facts = {"number_format": "float32", "training": {"folded_rank": fold.adapter_rank(released)}}
+    facts = {"number_format": "float32", "training": {"folded_rank": Adapter.open(released).rank}}
     stage = tmp_path / "02_train"
     with manifest.making(stage, stage="02_train", parameters=parameters, inputs={}, facts=facts) as partial:
         fold.combine(released, adapter_dir, partial)

@@ -221,7 +221,7 @@ def test_ids_on_the_evaluation_set_are_compared_with_those_of_the_file(made, tmp
 @pytest.mark.parametrize("damage", ["a byte", "metadata", "the end", "llama.cpp"])
 def test_a_damaged_file_never_gets_its_final_name(made, tmp_path, monkeypatch, damage):
     chosen = Export.of(MergePlan.of(str(made[0]), made[1]), ["Q8_0"])
-    write_at, fill = streaming._write_at, streaming.write_tensors
+    write_at, write_tensors = streaming._write_at, streaming.write_tensors
     if damage == "a byte":
 
         def other_byte(file, content, offset):
@@ -233,7 +233,7 @@ def test_a_damaged_file_never_gets_its_final_name(made, tmp_path, monkeypatch, d
     else:
 
         def filled(targets, *given, **named):
-            made = fill(targets, *given, **named)
+            made = write_tensors(targets, *given, **named)
             content = targets[0].file.read_bytes()
             changed = (
                 content.replace(b"general.sampling.temp", b"general.sampling.tEmp")

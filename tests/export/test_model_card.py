@@ -107,7 +107,7 @@ def test_nothing_is_overwritten(file, tmp_path):
     copy = tmp_path / file.name
     copy.write_bytes(file.read_bytes())
     (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(SaigaError, match=r"README\.md already exists"):
+    with pytest.raises(SaigaError, match=r"README\.md already exists; nothing was overwritten"):
         model_card.write_companions({"Q4_K_M": copy}, spec=registry.find("saiga_tiny"), inputs={})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "model.gguf"]
     made = model_card.write_companions({"Q4_K_M": copy}, spec=registry.find("saiga_tiny"), inputs={}, prefix="mine.")

@@ -98,7 +98,7 @@ def test_tokenizer_and_template_are_copied(base_dir, adapter_dir, tmp_path):
 
 
 def test_an_existing_directory_is_not_overwritten(base_dir, adapter_dir, tmp_path):
-    with pytest.raises(SaigaError, match="already exists"):
+    with pytest.raises(SaigaError, match="already exists; nothing was overwritten"):
         to_safetensors(MergePlan.of(str(base_dir), adapter_dir), tmp_path)
     assert list(tmp_path.iterdir()) == []
 

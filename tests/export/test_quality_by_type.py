@@ -130,9 +130,7 @@ def test_reference_and_file_must_fit_into_memory_together(stage, monkeypatch, ca
 
 
 def test_an_impossible_export_is_reported_before_its_matrix_is_computed(run_dir, monkeypatch):
-    monkeypatch.setattr(
-        calibration.imatrix_compute, "compute_importance", lambda *_, **__: pytest.fail("it is computed")
-    )
+    monkeypatch.setattr(calibration.imatrix, "compute_importance", lambda *_, **__: pytest.fail("it is computed"))
     options = {"model": MODEL, "adapter": "released", "run_dir": run_dir, "max_tokens": 400}
     with pytest.raises(SaigaError, match="quant_type='Q4_KM' is unknown"):
         calibration.importance_matrix("records", quant_type="Q4_KM", **options)

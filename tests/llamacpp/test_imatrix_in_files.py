@@ -11,7 +11,7 @@ from matrix import matrix
 
 from saigakit import export
 from saigakit.errors import SaigaError
-from saigakit.llamacpp import imatrix_compute
+from saigakit.llamacpp import imatrix
 from saigakit.llamacpp.imatrix import Importance, Squares
 
 # Enough layers for the rules about eighths, and shared keys.
@@ -27,7 +27,7 @@ def made(request, tiny, tmp_path_factory):
     base_dir = small_models.base(directory / "base", tiny / "base", **request.param)
     adapter_dir = small_models.adapter(directory / "adapter", base_dir)
     whole = export.to_gguf(model=str(base_dir), adapter=adapter_dir, output=directory / "f32.gguf", quant_type="F32")
-    matrix = imatrix_compute.compute_importance(whole, ROWS, dataset="train.jsonl", n_threads=1).write(
+    matrix = imatrix.compute_importance(whole, ROWS, dataset="train.jsonl", n_threads=1).write(
         directory / "imatrix.gguf"
     )
     return base_dir, adapter_dir, whole, matrix

@@ -23,7 +23,7 @@ from saigakit.export import markdown
 from saigakit.export.gguf_export import Export
 from saigakit.export.merge_plan import MergePlan
 from saigakit.prompt import encoding
-from saigakit.publish import adapter_card
+from saigakit.publish import adapter as published
 from saigakit.train import curve
 
 TOKEN = "hf_SecretOfTheTests"
@@ -271,7 +271,7 @@ def tokenizer(tiny):
 
 
 def test_the_card_has_metadata_that_the_hub_accepts(stage, tokenizer):
-    metadata = yaml.safe_load(adapter_card.build_card(stage, REPO, tokenizer).split("---\n")[1])
+    metadata = yaml.safe_load(published.build_card(stage, REPO, tokenizer).split("---\n")[1])
     assert metadata["language"] == ["ru"] and metadata["license"] == "apache-2.0"
     assert "base_model" not in metadata  # "package:saiga_tiny" is not on the Hub
     of_saiga = yaml.safe_load(markdown.metadata(registry.find("saiga2_7b"), "peft", []))
@@ -281,7 +281,7 @@ def test_the_card_has_metadata_that_the_hub_accepts(stage, tokenizer):
 
 
 def test_the_card_describes_the_training_and_the_measurements(stage, tokenizer):
-    text = adapter_card.build_card(stage, REPO, tokenizer)
+    text = published.build_card(stage, REPO, tokenizer)
     for part in ("# saiga-cats\n", "Это адаптер LoRA", "| before training | 0 | 2.5000 |",
                  "| this adapter | 4 | 0.7500 |",
                  "| last | 8 | 0.8750 |", "`hash of the records`", "8, adapter of step 4", "| epochs | 2 |",
@@ -297,7 +297,7 @@ def test_the_card_reports_an_unfinished_and_folded_training(stage, tokenizer, tm
     (changed / "train_config.json").write_text(json.dumps(config), encoding="utf-8")
     content = manifest.read(changed) | {"training": {"ended": "max_hours", "step": 8, "steps": 50, "best_step": None}}
     (changed / manifest.NAME).write_text(json.dumps(content), encoding="utf-8")
-    text = adapter_card.build_card(changed, REPO, tokenizer)
+    text = published.build_card(changed, REPO, tokenizer)
     assert "8 of 50, ended by max_hours" in text
     assert "the released adapter's rank included" in text
     assert "it includes another adapter" in text and "it continues" not in text
@@ -306,9 +306,9 @@ def test_the_card_reports_an_unfinished_and_folded_training(stage, tokenizer, tm
 
 def test_the_card_names_the_adapter_that_was_continued():
     files = {"model": "saiga2_7b", "train_file": "", "output_dir": ""}
-    assert adapter_card._started_from(TrainConfig(**files)) == "IlyaGusev/saiga2_7b_lora"
-    assert adapter_card._started_from(TrainConfig(**files, adapter=None)) is None
-    assert adapter_card._started_from(TrainConfig(**files, adapter="/home/me/mine")) == "another adapter"
+    assert published._started_from(TrainConfig(**files)) == "IlyaGusev/saiga2_7b_lora"
+    assert published._started_from(TrainConfig(**files, adapter=None)) is None
+    assert published._started_from(TrainConfig(**files, adapter="/home/me/mine")) == "another adapter"
 
 
 def compared(run_dir, adapter_hashes):
@@ -322,11 +322,11 @@ def compared(run_dir, adapter_hashes):
 def test_the_card_has_the_results_of_04_only_for_this_adapter(stage, tokenizer, tmp_path, capsys):
     mine = shutil.copytree(stage, tmp_path / "02_train")
     compared(tmp_path, manifest.hashes(mine))
-    text = adapter_card.build_card(mine, REPO, tokenizer)
+    text = published.build_card(mine, REPO, tokenizer)
     assert "| after (with the adapter, transformers) | 100.0 % | 50.0 % | 75.0 % |" in text
     shutil.rmtree(tmp_path / evaluate.STAGE)
     compared(tmp_path, {"adapter_model.safetensors": "another"})
-    assert "| after" not in adapter_card.build_card(mine, REPO, tokenizer)
+    assert "| after" not in published.build_card(mine, REPO, tokenizer)
     assert "compared another adapter" in capsys.readouterr().out
 
 

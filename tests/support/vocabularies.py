@@ -15,7 +15,7 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from saigakit.llamacpp import container, vocabulary
+from saigakit.llamacpp import streaming, vocabulary
 from saigakit.llamacpp.vocabulary import Vocabulary
 from saigakit.prompt import encoding, template
 from saigakit.prompt.encoding import FastTokenizer, GgufTokenizer
@@ -255,7 +255,7 @@ def gguf_file(tokenizer_dir: Path, tokenizer: FastTokenizer) -> Path:
     writer.add_layer_norm_rms_eps(1e-6)
     found.write_metadata(writer)
     writer.add_chat_template(template.for_inference(tokenizer.chat_template))
-    container.write_header(writer, {}, {})
+    streaming.write_header(writer, {}, {})
     return file
 
 

@@ -90,7 +90,7 @@ def test_refuses_lora_settings_with_a_continued_adapter(tiny):
 
 def test_refuses_the_adapter_of_another_base(tiny, tmp_path):
     other = base(tmp_path / "base", tiny / "base", hidden_size=32)
-    with pytest.raises(SaigaError, match="belongs to another base model"):
+    with pytest.raises(SaigaError, match="is the adapter of another base"):
         preflight.check_model(config(), tiny / "base", adapter(tmp_path / "adapter", other))
 
 

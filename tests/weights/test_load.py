@@ -12,6 +12,7 @@ from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
 from saigakit.registry import ATTENTION, MODELS, Lora
 from saigakit.weights import load
+from saigakit.weights.merge import Merged
 
 T4, P100, L4 = (Gpu(name, capability, 16 << 30, 15 << 30) for name, capability in
                 (("Tesla T4", (7, 5)), ("Tesla P100", (6, 0)), ("NVIDIA L4", (8, 9))))  # fmt: skip
@@ -104,7 +105,7 @@ def test_a_saved_adapter_is_continued_bit_for_bit_and_trained(tiny, tmp_path, lo
     first = with_random_b(load.with_adapter(loaded(tiny, quantization), None, lora))
     before = logits(first)
     first.save_pretrained(tmp_path, save_embedding_layers=False)
-    load.require_fitting(tmp_path, tiny / "base")
+    Merged.open(tiny / "base", tmp_path)
     described = load.lora_of(tmp_path)
     assert described == replace(
         lora, target_modules=tuple(sorted(lora.target_modules)), modules_to_save=described.modules_to_save
@@ -152,10 +153,11 @@ def test_refuses_number_formats_that_a_t4_cannot_train_in(tiny):
 def test_refuses_a_fully_trained_module_of_another_vocabulary_by_its_header(tiny, tmp_path, module):
     first = load.with_adapter(loaded(tiny), None, Lora(rank=2, modules_to_save=(module,)))
     first.save_pretrained(tmp_path / "a", save_embedding_layers=False)
-    load.require_fitting(tmp_path / "a", tiny / "base")
-    other = small_models.base(tmp_path / "base", tiny / "base", vocab_size=800, num_hidden_layers=2)
-    with pytest.raises(SaigaError, match=rf"{module}.*\(768, 64\) does not fit"):
-        load.require_fitting(tmp_path / "a", other)
+    Merged.open(tiny / "base", tmp_path / "a")
+    sizes = {"intermediate_size": 256, "num_hidden_layers": 2}
+    other = small_models.base(tmp_path / "base", tiny / "base", vocab_size=800, **sizes)
+    with pytest.raises(SaigaError, match=rf"{module}.* of shape \[768, 64\].* is the adapter of another base"):
+        Merged.open(other, tmp_path / "a")
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -218,10 +220,10 @@ def test_refuses_an_adapter_whose_modules_the_base_lacks(tiny, tmp_path):
     ],
 )
 def test_recognises_the_adapter_of_another_base_by_its_header(tiny, tmp_path, change):
-    load.require_fitting(tiny / "adapter", tiny / "base")
+    Merged.open(tiny / "base", tiny / "adapter")
     adapter = changed_adapter(tiny, tmp_path / "a", change)
-    with pytest.raises(SaigaError, match=r"belongs to another base model.*does not fit"):
-        load.require_fitting(adapter, tiny / "base")
+    with pytest.raises(SaigaError, match="is the adapter of another base"):
+        Merged.open(tiny / "base", adapter)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])

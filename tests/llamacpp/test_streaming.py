@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 
 from saigakit.errors import SaigaError
-from saigakit.llamacpp import container, streaming
+from saigakit.llamacpp import read_back, streaming
 
 SHAPES = {"output_norm.weight": (5,), "blk.0.ffn_up.weight": (3, 64)}
+METADATA = {"general.architecture": "llama", "general.name": "имя"}
 TYPES = {"output_norm.weight": "F32", "blk.0.ffn_up.weight": "Q8_0"}
 TENSORS = {name: np.random.default_rng(1).normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
 
@@ -13,7 +14,7 @@ TENSORS = {name: np.random.default_rng(1).normal(size=shape).astype(np.float32) 
 def write_header(file, shapes):
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_string("general.name", "имя")
-    return container.write_header(writer, shapes, TYPES)
+    return streaming.write_header(writer, shapes, TYPES)
 
 
 def write(file):
@@ -30,7 +31,7 @@ def file(tmp_path):
 @pytest.fixture
 def total(tmp_path):
     write_header(tmp_path / "empty.gguf", {})
-    return container.total_bytes((tmp_path / "empty.gguf").stat().st_size, SHAPES, TYPES)
+    return streaming.total_bytes((tmp_path / "empty.gguf").stat().st_size, SHAPES, TYPES)
 
 
 def test_estimates_the_size_of_the_file_to_the_byte(file, total):
@@ -44,21 +45,21 @@ def test_gguf_reads_what_was_written(file):
 
 
 def test_accepts_a_complete_file(file, total):
-    container.require_complete(file, SHAPES, TYPES, total)
+    read_back.require_tensors(file, total, METADATA, SHAPES, TYPES)
 
 
 def test_refuses_a_truncated_file(file, total):
     file.write_bytes(file.read_bytes()[:-32])
-    with pytest.raises(SaigaError, match=f"{total - 32} bytes, expected 2 in {total}"):
-        container.require_complete(file, SHAPES, TYPES, total)
+    with pytest.raises(SaigaError, match=f"{total - 32} bytes, expected {total}"):
+        read_back.require_tensors(file, total, METADATA, SHAPES, TYPES)
 
 
 def test_refuses_a_damaged_header(file, total):
     file.write_bytes(b"\0" * 64 + file.read_bytes()[64:])
-    with pytest.raises(SaigaError, match="0 tensors"):
-        container.require_complete(file, SHAPES, TYPES, total)
+    with pytest.raises(SaigaError, match="gguf cannot read it"):
+        read_back.require_tensors(file, total, METADATA, SHAPES, TYPES)
 
 
 def test_refuses_a_tensor_of_another_type(file, total):
-    with pytest.raises(SaigaError, match="was not written correctly"):
-        container.require_complete(file, SHAPES, {**TYPES, "blk.0.ffn_up.weight": "Q4_0"}, total)
+    with pytest.raises(SaigaError, match="was not written correctly: types, sizes"):
+        read_back.require_tensors(file, total, METADATA, SHAPES, {**TYPES, "blk.0.ffn_up.weight": "Q4_0"})
