@@ -69,5 +69,5 @@ class Table:
 
 
 def _html_row(cells: Sequence[str], tag: str) -> str:
-    style = "text-align:left;vertical-align:top"
-    return "<tr>" + "".join(f'<{tag} style="{style}">{html.escape(cell)}</{tag}>' for cell in cells) + "</tr>"
+    begin = f'<{tag} style="text-align:left;vertical-align:top">'
+    return f"<tr>{''.join(f'{begin}{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"

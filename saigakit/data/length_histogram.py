@@ -31,7 +31,6 @@ def count_bars(lengths: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def make_table(bars: Sequence[Sequence[int]], limit: int) -> Table:
-    """Show the bars in a terminal."""
     most = max(count for *_, count in bars)
     rows = []
     for first, last, count in bars:
@@ -48,19 +47,18 @@ def plot(lengths: Sequence[int], limit: int) -> "Figure":
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    shortest, longest, border = min(*lengths, limit), max(*lengths, limit) + 1, limit + 0.5
     edges = _edges(lengths, limit)
     fitting = [tokens for tokens in lengths if tokens <= limit]
     axes.hist(fitting, edges, color=_BLUE, rwidth=0.92, label=f"{len(fitting):,} помещаются (fit)")
     if too_long := [tokens for tokens in lengths if tokens > limit]:
         axes.hist(too_long, edges, color=_RED, rwidth=0.92, label=f"{len(too_long):,} длиннее (over the limit)")
-    axes.axvline(border, color=_RED, linestyle="--", label=f"лимит {limit:,} (max_seq_length)")
+    axes.axvline(limit + 0.5, color=_RED, linestyle="--", label=f"лимит {limit:,} (max_seq_length)")
     axes.set_xscale("log", base=2)
-    ticks = [2**power for power in range(math.floor(math.log2(shortest)), math.ceil(math.log2(longest)) + 1)]
+    ticks = [2**power for power in range(math.floor(math.log2(edges[0])), math.ceil(math.log2(edges[-1])) + 1)]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlim(shortest / 1.1, longest * 1.1)
+    axes.set_xlim(edges[0] / 1.1, edges[-1] * 1.1)
     axes.set_xlabel("токенов в диалоге\ntokens per conversation")
     axes.set_ylabel("диалогов\nconversations")
     axes.set_title("Длина диалогов / lengths of conversations", fontsize=11)

@@ -155,10 +155,7 @@ def _record_batch(examples: Sequence[tuple[int, Example]], schema: "pyarrow.Sche
 
 def read_column(rows: "Dataset", name: str) -> "array[int]":
     """Read one of the integer columns of `as_dataset`."""
-    import numpy as np
-
-    values = rows.with_format("arrow")[name][:]
-    return array("i", values.to_numpy().astype(np.int32).tobytes())
+    return array("i", rows.with_format("arrow")[name][:].to_numpy().astype("int32").tobytes())
 
 
 def tokenise(

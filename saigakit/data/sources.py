@@ -46,12 +46,8 @@ def _choose_files(directory: Path) -> list[Path]:
     """Take the split train, or all files if there are no splits, and print what is left out."""
     names = sorted(file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file())
     names = [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
-    base = directory.resolve()
-    splits = {
-        split: [Path(file).relative_to(base).as_posix() for file in files]
-        for split, files in _find_local_splits(base).items()
-    }
-    chosen = sorted(set(_choose_split(str(directory), splits, "", names)) & set(names))
+    prefix = f"{directory.resolve().as_posix()}/"
+    chosen = sorted(_choose_split(str(directory), _find_local_splits(directory.resolve()), "", prefix, names))
     if others := [name for name in names if name not in chosen]:
         shown = ", ".join(others[:10]) + (f" and {len(others) - 10} more" if len(others) > 10 else "")
         print(f"{directory.name}: {len(chosen)} of {len(names)} files are read; left out: {shown}.", flush=True)
@@ -89,19 +85,24 @@ def _find_splits(source: str, configuration: str, **place: str | None) -> dict[s
     return {str(split): files for split, files in (builder.config.data_files or {}).items()}
 
 
-def _choose_split(source: str, splits: Mapping[str, Sequence[str]], wanted: str, names: Sequence[str]) -> Sequence[str]:
-    """The record files of `wanted`, or else of train or the only split. `names`: all files."""
-    usable = {split: [file for file in files if file.lower().endswith(_FILES)] for split, files in splits.items()}
-    usable = {split: files for split, files in usable.items() if files}
+def _choose_split(
+    source: str, splits: Mapping[str, Sequence[str]], wanted: str, prefix: str, names: Sequence[str]
+) -> list[str]:
+    """The record files of `wanted`, or else of train or the only split, without `prefix`. `names`: all files."""
+    record_files = {prefix + name for name in names if name.lower().endswith(_FILES)}
+    chosen = {
+        split: [file.removeprefix(prefix) for file in files if file in record_files] for split, files in splits.items()
+    }
+    usable = {split: files for split, files in chosen.items() if files}
     if not usable:
         raise SaigaError(
             f"{source} has no record files ({', '.join(records.SUFFIXES)}) but {', '.join(names[:10]) or 'nothing'}. "
             "Convert the records to JSONL."
         )
-    chosen = wanted or ("train" if "train" in usable or len(usable) > 1 else next(iter(usable)))
-    if chosen not in usable:
-        raise SaigaError(f"{source} has no split {chosen!r}. Choose one of {', '.join(usable)}.")
-    return usable[chosen]
+    split = wanted or ("train" if "train" in usable or len(usable) > 1 else next(iter(usable)))
+    if split not in usable:
+        raise SaigaError(f"{source} has no split {split!r}. Choose one of {', '.join(usable)}.")
+    return usable[split]
 
 
 def _find_matching(pattern: str, run_dir: str | Path | None) -> list[Path]:
@@ -142,9 +143,5 @@ def _choose_remote(repo: str, commit: str, choice: str, names: Sequence[str]) ->
     configuration, _, split = choice.rpartition("/")
     if split and not configuration and split in get_dataset_config_names(repo, **place):
         configuration, split = split, ""
-    prefix = f"hf://datasets/{repo}@{commit}/"
-    splits = {
-        name: [file.removeprefix(prefix) for file in files]
-        for name, files in _find_splits(repo, configuration, **place).items()
-    }
-    return [name for name in _choose_split(repo, splits, split, names) if name in names]
+    splits = _find_splits(repo, configuration, **place)
+    return _choose_split(repo, splits, split, f"hf://datasets/{repo}@{commit}/", names)

@@ -22,10 +22,7 @@ _IDS_SHOWN = 6
 _NO_PROBLEM = "ничего · nothing"
 _SECOND_BOS = "в обучении такого начала не было · no training prompt begins like this"
 _NO_SPACE = "без пробела перед ролью другие токены · without the leading space the roles are other tokens"
-_SEPARATE = (
-    "роль и текст токенизируются отдельно, между репликами ничего · roles and contents tokenised separately, "
-    "nothing between messages"
-)
+_SEPARATE = "роль и текст токенизируются отдельно · roles and contents are tokenised separately"
 
 
 @dataclass(frozen=True)
