@@ -138,7 +138,7 @@ def packaged_records() -> Path:
     return packages.make_once(workspace.scratch_dir() / "records" / made_of[:16], write_records)
 
 
-def write_records(directory: Path, *, train: int = 480, held_out: int = 200, seed: int = 7) -> tuple[Path, Path]:
+def write_records(directory: Path, *, train: int = 800, held_out: int = 200, seed: int = 7) -> tuple[Path, Path]:
     """Write train.jsonl and held_out.jsonl without duplicates; no term of an evaluation text occurs in training.
 
     Half of the evaluation texts consist of phrasings and fillers that training never shows. The first text of each file

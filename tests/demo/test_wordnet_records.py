@@ -244,7 +244,7 @@ def test_the_packaged_wordnet_gives_eleven_thousand_pairs_in_plain_russian(packa
 def test_the_first_texts_each_define_a_plain_noun(packaged, tmp_path, monkeypatch):
     monkeypatch.setattr(wordnet_records, "definitions", lambda: packaged)
     train, held_out = written(tmp_path)
-    assert (len(train), len(held_out)) == (480, 200)
+    assert (len(train), len(held_out)) == (800, 200)
     assert train[0][1]["content"] == "Весы — это прибор для измерения массы."
     assert held_out[0][1]["content"] == "Биология — это наука о живой природе."
 
