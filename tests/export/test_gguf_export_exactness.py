@@ -251,10 +251,12 @@ def real(request):
 
 
 def _made(request, cases):
-    """(our export, llama.cpp's file in float32) by case; the converter runs once for all."""
+    """(our export, llama.cpp's file in float32) by case that a test of this run needs; the converter runs once."""
     converter, directory = request.getfixturevalue("converter"), request.getfixturevalue("tmp_path_factory")
     exports, jobs = {}, []
-    for name, case in cases.items():
+    tests = [item for item in request.session.items if request.fixturename in getattr(item, "fixturenames", ())]
+    needed = {item.callspec.params["name"] for item in tests if not item.get_closest_marker("skip")}
+    for name, case in ((name, cases[name]) for name in cases if name in needed):
         here = directory.mktemp("exactness")
         make = _registered if isinstance(case, Registered) else _small
         exports[name], pre = make(request, here, case)
