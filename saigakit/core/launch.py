@@ -69,7 +69,8 @@ def run(command: Sequence[str], *, environment: Mapping[str, str] | None = None,
     with tempfile.TemporaryDirectory() as scratch, _sigterm_raises():
         error_file = Path(scratch) / "error.txt"
         workspace.session_start()  # children count their hours from here
-        inherited = _DEFAULTS | os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **(environment or {})}
+        defaults = {} if "OMP_WAIT_POLICY" in os.environ else _DEFAULTS  # a spin count overrules the policy
+        inherited = defaults | os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **(environment or {})}
         inherited |= {_ERROR_FILE: str(error_file)}
         with subprocess.Popen(
             list(command),

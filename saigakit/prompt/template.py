@@ -120,11 +120,12 @@ def decode_row(messages: Sequence[Message], tools: Tools | str | None) -> tuple[
     return decoded, tools
 
 
-def _decode_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = dict(call["function"])
-    if isinstance(function.get("arguments"), str):
-        function["arguments"] = _parse_json("arguments", function["arguments"])
-    return drop_nulls(call) | {"function": function}
+def _decode_call(call: object) -> object:
+    if not isinstance(call, Mapping) or not isinstance(function := call.get("function"), Mapping):
+        return call  # the template renders or refuses it
+    if isinstance(arguments := function.get("arguments"), str):
+        function = {**function, "arguments": _parse_json("arguments", arguments)}
+    return {**drop_nulls(call), "function": function}
 
 
 def drop_nulls(item: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,8 +56,6 @@ def identity(parameters: Mapping[str, Any], inputs: Mapping[str, Any]) -> Manife
 
 @dataclass(frozen=True)
 class Store:
-    """The checkpoints of one run."""
-
     directory: Path
     identity: Manifest
 

@@ -139,7 +139,6 @@ class Merged:
         return blocks[first - start : stop - start]
 
     def _before_nf4(self, name: str, rows: slice) -> "Array":
-        """What training quantised."""
         matrix = self.base.read(name, rows)
         if self.folded is not None and name in self.folded.updates:
             self.folded.add(matrix, name, rows)

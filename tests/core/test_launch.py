@@ -209,11 +209,12 @@ def test_children_inherit_the_start_of_the_session(capfd):
     assert float(capfd.readouterr().out) <= time.time()
 
 
-@pytest.mark.parametrize(("set_by_user", "seen"), [(None, "passive"), ("active", "active")])
+@pytest.mark.parametrize(("set_by_user", "seen"), [(None, "passive 6000"), ("active", "active None")])
 def test_threads_of_a_child_wait_passively_unless_the_user_sets_otherwise(set_by_user, seen, capfd, monkeypatch):
     if set_by_user is None:
         monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     else:
         monkeypatch.setenv("OMP_WAIT_POLICY", set_by_user)
-    launch.run(python("import os; print(os.environ['OMP_WAIT_POLICY'])"))
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)  # it would overrule the policy of the user
+    launch.run(python("import os; print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'))"))
     assert capfd.readouterr().out == f"{seen}\n"

@@ -127,3 +127,34 @@ def test_rejects_a_model_without_a_template(tmp_path, config):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(SaigaError, match=r"has no chat template.*mine has none.*instruction-tuned"):
         template.read_chat_template(directory_spec(), tmp_path)
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "найти", "arguments": {"что": "</s>", "раз": 2}}}
+TOOLS = [{"type": "function", "function": {"name": "найти", "parameters": {"type": "object"}}}]
+
+
+def test_a_row_of_a_dataset_becomes_the_messages_and_tools_it_was_made_of():
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    text = json.dumps(CALL["function"]["arguments"], ensure_ascii=False)
+    as_text = {**CALL, "id": None, "function": {"name": "найти", "arguments": text}}
+    row = [
+        {**MESSAGES[1], "tool_calls": None, "weight": None},
+        {**called, "tool_calls": [as_text], "weight": None},
+    ]
+    without_id = {key: value for key, value in CALL.items() if key != "id"}
+    expected = [MESSAGES[1], {**called, "tool_calls": [without_id]}]
+    assert template.decode_row(row, json.dumps(TOOLS)) == (expected, TOOLS)
+    assert row[1]["tool_calls"] == [as_text]  # the row itself is not changed
+
+
+@pytest.mark.parametrize("calls", [[CALL["function"]], ["найти"], [{"function": "найти"}]])
+def test_calls_of_another_shape_are_left_to_the_template(calls):
+    messages = [{"role": "assistant", "content": "", "tool_calls": calls}]
+    assert template.decode_row(messages, TOOLS) == (messages, TOOLS)
+
+
+@pytest.mark.parametrize(("arguments", "tools", "name"), [("{bad", TOOLS, "arguments"), ({}, "[bad", "tools")])
+def test_text_that_is_not_json_is_refused_with_its_name(arguments, tools, name):
+    calls = [{"type": "function", "function": {"name": "найти", "arguments": arguments}}]
+    with pytest.raises(SaigaError, match=f"^{name} is not valid JSON"):
+        template.decode_row([{"role": "assistant", "content": "", "tool_calls": calls}], tools)
