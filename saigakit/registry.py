@@ -54,8 +54,6 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """One row of the registry."""
-
     name: str
     base_model: str  # a Hub id, a directory, or "package:NAME" for weights from a Python package
     released_adapter: str | None = None

@@ -75,6 +75,8 @@ def download_errors_explained(repo: str, repo_type: str) -> Iterator[None]:
         problem = f"{repo} is gated: accept its licence on its Hub page and set the secret HF_TOKEN."
     except errors.RepositoryNotFoundError:
         problem = f"{repo} is not on the Hub, or HF_TOKEN has no access to it."
+    except errors.RevisionNotFoundError:
+        problem = f"{repo} has no revision of that name: give a branch, a tag or a commit."
     # HTTPError is httpx's in huggingface_hub 1 and httpx2's in 2. Without a connection it is raised too, not OSError.
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         reason = _one_line(error)[:300].rstrip(".:")

@@ -1,6 +1,7 @@
 """Find models, adapters and record files: local, attached and on a stub of the Hub."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ DATA_SETS = {
     "datasets/someone/named": {"data/train_sft-00000-of-00001.jsonl": b"1", "data/ru-00000-of-00001.jsonl": b"2"},
 }
 DATA_SETS["datasets/someone/pictures"] = {"train/a.png": b"picture"}
+DATA_SETS[f"datasets/someone/named@{hub_stub.OTHER_BRANCH}"] = {"data/ru-00000-of-00001.jsonl": b"an older 2"}
 REPOSITORIES = {SAIGA.base_model: BASE, SAIGA.released_adapter: ADAPTER, **OLD, **DATA_SETS}
 ASK = """
 import sys
@@ -348,6 +350,7 @@ def test_a_file_whose_name_looks_like_a_pattern_is_found(tmp_path):
         ("someone/named:train_sft", ["train_sft-00000-of-00001.jsonl: 1"]),
         ("someone/named:ru", ["ru-00000-of-00001.jsonl: 2"]),
         (f"someone/named@{hub_stub.COMMIT}:ru", ["ru-00000-of-00001.jsonl: 2"]),
+        (f"someone/named@{hub_stub.OTHER_BRANCH}:ru", ["ru-00000-of-00001.jsonl: an older 2"]),
         ("someone/languages:ru", ["train.jsonl: []"]),
         ("someone/languages:en/train", ["train.jsonl: {}"]),
     ],
@@ -402,6 +405,7 @@ def test_checks_the_disk_before_downloading_a_data_set(hub, tmp_path):
     ("name", "message"),
     [
         ("someone/gated", "is gated: accept its licence"),
+        ("someone/named@2023:ru", "has no revision of that name: give a branch, a tag or a commit."),
         ("someone/vanished:train", "is not on the Hub"),
         ("my/talks", "is not on the Hub"),
         ("someone/overloaded", "503 Service Unavailable"),
@@ -410,7 +414,7 @@ def test_checks_the_disk_before_downloading_a_data_set(hub, tmp_path):
 def test_a_hub_error_for_a_data_set_says_what_to_attach(hub, tmp_path, name, message):
     kind, sentence = asked(f"sources.records_files({name!r})", hub[0], tmp_path)
     assert kind == "SaigaError"
-    assert sentence.startswith(f"{name.partition(':')[0]} ")
+    assert sentence.startswith(f"{re.split('[:@]', name)[0]} ")
     assert message in sentence
     assert "It is not a local path either: attach a copy as a Kaggle data set" in sentence
 

@@ -1,17 +1,20 @@
 """A loopback stand-in for the Hub's API: repositories as dictionaries, and the answers of a repository that is not.
 
-A data set has the name "datasets/owner/name".
+A data set has the name "datasets/owner/name". Every repository has the commit COMMIT, which is main; other content of a
+branch stands under "owner/name@branch", with a commit of its own.
 """
 
 import hashlib
 import http.server
 import json
+import re
 import threading
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 COMMIT = "0" * 39 + "1"
+OTHER_BRANCH, OTHER_COMMIT = "old", "0" * 39 + "2"
 REFUSALS = {  # as the Hub answers: status, X-Error-Code
     "someone/gated": (403, "GatedRepo"),
     "someone/vanished": (404, "RepoNotFound"),
@@ -49,14 +52,20 @@ class _Answers(http.server.BaseHTTPRequestHandler):
             self._reply(404, b"{}", with_body, {"X-Error-Code": "RepoNotFound"})
 
     def _serve(self, path: str, repository: str, with_body: bool, asked: list[str]) -> None:
-        files = self.repositories[repository]
+        named = re.search(r"/(?:revision|resolve|tree|paths-info)/([^/]+)", path)
+        revision = urllib.parse.unquote(named[1]) if named else "main"
+        if revision not in ("main", COMMIT, OTHER_BRANCH, OTHER_COMMIT):
+            return self._reply(404, b"{}", with_body, {"X-Error-Code": "RevisionNotFound"})
+        is_other = revision in (OTHER_BRANCH, OTHER_COMMIT) and f"{repository}@{OTHER_BRANCH}" in self.repositories
+        files = self.repositories[f"{repository}@{OTHER_BRANCH}" if is_other else repository]
+        commit = OTHER_COMMIT if is_other else COMMIT
         listed: object
         if "/resolve/" in path:
             name = urllib.parse.unquote(path.split("/resolve/")[1].split("/", 1)[1])
             if name not in files:
-                return self._reply(404, b"{}", with_body, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+                return self._reply(404, b"{}", with_body, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
             etag = f'"{hashlib.sha1(files[name], usedforsecurity=False).hexdigest()}"'
-            return self._reply(200, files[name], with_body, {"ETag": etag, "X-Repo-Commit": COMMIT})
+            return self._reply(200, files[name], with_body, {"ETag": etag, "X-Repo-Commit": commit})
         if "/tree/" in path:
             below = urllib.parse.unquote(path.split("/tree/")[1].partition("/")[2])
             if below and not any(name.startswith(f"{below}/") for name in files):
@@ -67,7 +76,7 @@ class _Answers(http.server.BaseHTTPRequestHandler):
             listed = [entry for entry in everything if entry["path"] in asked]
         else:
             siblings = [{"rfilename": name, "size": len(files[name])} for name in files]
-            listed = {"id": repository.removeprefix("datasets/"), "sha": COMMIT, "siblings": siblings}
+            listed = {"id": repository.removeprefix("datasets/"), "sha": commit, "siblings": siblings}
         return self._reply(200, json.dumps(listed).encode(), with_body, {})
 
     @staticmethod
