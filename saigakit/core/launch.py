@@ -27,8 +27,8 @@ _ERROR_FILE = "SAIGAKIT_ERROR_FILE"
 _NODES = "SAIGAKIT_NODES"
 _LAST_LINES = 40
 # Where the user has not set them. OpenMP threads that wait for each other sleep after 0.1 ms instead of spinning.
-# Measured in tokens/s of the demo's training on two cores, idle and next to two busy processes: always spinning 277 and
-# 13 to 27, this 340 and 151, never spinning 214 and 190.
+# Measured in tokens/s of the demo's training on two cores, idle and next to two busy processes: never spinning
+# 208 to 230 and 186 to 224, this 340 and 151; always spinning 277 idle.
 _DEFAULTS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "6000"}
 
 

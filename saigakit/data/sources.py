@@ -81,7 +81,8 @@ def _find_splits(source: str, configuration: str, **place: str | None) -> dict[s
     except ValueError:
         known = ", ".join(get_dataset_config_names(source, **place))
         problem = f"no configuration {configuration!r}" if configuration else "more than one configuration"
-        raise SaigaError(f"{source} has {problem}. Choose one of {known}, as in {source}:NAME.") from None
+        remedy = f"as in {source}:NAME" if place else "by naming its files or its directory"
+        raise SaigaError(f"{source} has {problem}. Choose one of {known}, {remedy}.") from None
     return {str(split): files for split, files in (builder.config.data_files or {}).items()}
 
 

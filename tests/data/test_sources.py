@@ -437,3 +437,13 @@ def test_a_local_path_takes_precedence_over_the_hub(tmp_path):
 def test_does_not_ask_the_hub_for_an_invalid_name(tmp_path, name):
     with pytest.raises(SaigaError, match="is not there"):
         sources.records_files(name, tmp_path)
+
+
+def test_a_copy_with_several_configurations_is_refused_with_a_way_that_works_here(tmp_path):
+    made = directory_with(tmp_path / "set", "ru.jsonl", "en.jsonl")
+    (made / "README.md").write_text(
+        "---\nconfigs:\n- {config_name: en, data_files: en.jsonl}\n- {config_name: ru, data_files: ru.jsonl}\n---\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(SaigaError, match=r"more than one configuration\. Choose one of en, ru, by naming its files"):
+        sources.records_files(str(made))
