@@ -147,7 +147,7 @@ def test_check_shows_the_counts_of_a_file(tiny):
     done = shell("check", tiny / "records.jsonl", "--model", "saiga_tiny")
     assert done.returncode == 0, done.stderr
     assert "conversations, each is well-formed" in done.stdout
-    assert "learned" in done.stdout
+    assert "trained" in done.stdout
 
 
 def test_check_reads_and_names_the_current_directory(tiny, tmp_path, monkeypatch):

@@ -254,7 +254,8 @@ def _made(request, cases):
     """(our export, llama.cpp's file in float32) by case that a test of this run needs; the converter runs once."""
     converter, directory = request.getfixturevalue("converter"), request.getfixturevalue("tmp_path_factory")
     exports, jobs = {}, []
-    tests = [item for item in request.session.items if request.fixturename in getattr(item, "fixturenames", ())]
+    in_file = [item for item in request.session.items if item.path == request.path]
+    tests = [item for item in in_file if request.fixturename in item.fixturenames]
     needed = {item.callspec.params["name"] for item in tests if not item.get_closest_marker("skip")}
     for name, case in ((name, cases[name]) for name in cases if name in needed):
         here = directory.mktemp("exactness")
