@@ -139,7 +139,7 @@ def greedy(
         on_ended(int(torch.isin(ids[:, width:], stops).any(dim=1).sum()))
         return torch.zeros(len(ids), dtype=torch.bool, device=device)
 
-    output: Any = model.generate(  # type: ignore[operator]
+    output: Any = model.generate(
         input_ids=input_ids,
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
