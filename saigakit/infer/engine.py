@@ -152,10 +152,10 @@ def greedy(
     on_progress(0, len(prompts))
     with closing(_Sequences(llm, head, slots, length)) as sequences:
         while waiting or running:
-            for slot, index in running.items():
-                sequences.add(slot, rows[index][-1:])
-            for slot in sorted(set(range(slots)) - set(running)):
-                if waiting and sequences.has_room(len(prompts[waiting[0]])):
+            for slot in range(slots):  # llama.cpp computes together only sequences that are given in this order
+                if slot in running:
+                    sequences.add(slot, rows[running[slot]][-1:])
+                elif waiting and sequences.has_room(len(prompts[waiting[0]])):
                     running[slot] = waiting.popleft()
                     sequences.begin(slot, prompts[running[slot]][len(head) :])
             for slot, token in sequences.decode().items():
@@ -225,7 +225,8 @@ class _Sequences:
             self.decode()
 
     def has_room(self, count: int) -> bool:
-        return len(self._batch) + count <= self._size
+        """Whether a prompt fits into the next batch beside one token of every sequence."""
+        return len(self._batch) + count + self._head_slot <= self._size
 
     def begin(self, slot: int, tokens: Sequence[int]) -> None:
         self._api.llama_memory_seq_rm(self._memory, slot, -1, -1)

@@ -137,6 +137,42 @@ def test_slots_are_reused(llm, prompts, monkeypatch):
     assert ask(llm, prompts).ids == expected
 
 
+@pytest.fixture
+def batches(monkeypatch):
+    """The slots of each batch that is computed, in the order in which their tokens were added."""
+    seen = [[]]
+    add, decode = engine._Sequences.add, engine._Sequences.decode
+
+    def recording_add(self, slot, tokens):
+        seen[-1].append(slot)
+        add(self, slot, tokens)
+        assert len(self._batch) <= self._size
+
+    def recording_decode(self):
+        seen.append([])
+        return decode(self)
+
+    monkeypatch.setattr(engine._Sequences, "add", recording_add)
+    monkeypatch.setattr(engine._Sequences, "decode", recording_decode)
+    return seen
+
+
+def test_a_batch_lists_its_sequences_in_order(llm, prompts, batches, monkeypatch):
+    # llama.cpp's split_equal computes sequences in several parts if their numbers are not consecutive.
+    free = ask(llm, prompts).ids
+    stop_ids = frozenset({free[0][2], free[1][5], free[2][7]})
+    monkeypatch.setattr(engine, "MAX_SEQUENCES", 3)
+    assert len(set(map(len, ask(llm, prompts * 2, stop_ids=stop_ids).ids))) > 2  # answers end at different times
+    assert max(map(len, batches)) > 2
+    assert batches == [sorted(batch) for batch in batches]
+
+
+def test_prompts_that_start_together_leave_room_for_running_sequences(llm, batches):
+    prompts = [[token] + [7] * 169 for token in range(10, 40)]  # three would leave 2 of 512 places to 13 others
+    assert [len(row) for row in ask(llm, prompts, max_new_tokens=6).ids] == [6] * len(prompts)
+    assert max(map(len, batches)) > 10
+
+
 def test_answers_do_not_depend_on_the_free_memory(llm, prompts, monkeypatch):
     expected = ask(llm, prompts).ids
     monkeypatch.setattr(workspace, "available_memory", lambda: 1)
