@@ -1,6 +1,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from saigakit.weights.generate import HfModel, cut_at_stop, plan_batches
@@ -87,6 +88,27 @@ def test_progress_counts_up_to_all_texts(base_dir):
     )
     assert seen == sorted(seen)
     assert (seen[0], seen[-1]) == ((0, 4), (4, 4))
+
+
+class LargestTensor(TorchDispatchMode):
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+def test_the_head_is_not_copied_for_every_row_of_a_batch(base_dir, adapter_dir):
+    # torch.nn.functional.linear expands a frozen weight if its input is a slice, as the hidden states of a prompt are.
+    model = HfModel(base_dir, adapter_dir, "none")
+    with LargestTensor() as largest:
+        ask(model, PROMPTS * 4, max_new_tokens=2)
+    head = model._model.get_output_embeddings()
+    assert largest.numbers <= 16 * 7 * 128  # all logits
+    assert largest.numbers < 16 * head.weight.numel()
+    assert not head._forward_pre_hooks
 
 
 def test_every_prompt_is_in_one_batch_and_no_batch_exceeds_the_budget():
