@@ -202,20 +202,16 @@ def _single_threaded_torch() -> Iterator[None]:
     """Every core has a worker already, so further threads would only compete with them."""
     import torch
 
-    _keep_freed_memory()
+    # Let malloc reuse freed chunks, which the system would have to zero: two threads merged in half the time.
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:  # glibc's
+        mallopt(_M_TRIM_THRESHOLD, 1 << 28)
+        mallopt(_M_MMAP_THRESHOLD, 1 << 25)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _keep_freed_memory() -> None:
-    """Make malloc reuse freed chunks, which the system would have to zero: two threads merged in half the time."""
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:  # glibc's
-        mallopt(_M_TRIM_THRESHOLD, 1 << 28)
-        mallopt(_M_MMAP_THRESHOLD, 1 << 25)
 
 
 def _encode(

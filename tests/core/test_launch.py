@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from saigakit.core import launch
+from saigakit.core import launch, workspace
 from saigakit.errors import SaigaError
 
 
@@ -207,6 +207,19 @@ def test_each_of_two_processes_knows_its_rank(tmp_path, capfd, monkeypatch):
 def test_children_inherit_the_start_of_the_session(capfd):
     launch.run(python("import os; print(os.environ['SAIGAKIT_SESSION_START'])"))
     assert float(capfd.readouterr().out) <= time.time()
+
+
+@pytest.mark.parametrize("set_by_user", [None, "glibc.malloc.arena_max=1"])
+def test_training_on_a_cpu_keeps_freed_memory_unless_the_user_sets_otherwise(set_by_user, tmp_path, capfd, monkeypatch):
+    if set_by_user is None:
+        monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    else:
+        monkeypatch.setenv("GLIBC_TUNABLES", set_by_user)
+    monkeypatch.setattr(workspace, "gpus", list)
+    (tmp_path / "tunables.py").write_text("import os; print(os.environ['GLIBC_TUNABLES'])")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    launch.distributed("tunables", [], processes=1)
+    assert capfd.readouterr().out.strip() == (set_by_user or launch._KEEP_MEMORY)
 
 
 @pytest.mark.parametrize(("set_by_user", "seen"), [(None, "passive 6000"), ("active", "active None")])
