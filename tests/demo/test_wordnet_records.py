@@ -141,12 +141,12 @@ def test_a_label_or_a_stem_in_any_sense_makes_a_term_coarse(wordnet, text):
 @pytest.mark.parametrize(
     ("term", "definition"),
     [
-        ("лексика", "совокупность слов какого-либо языка"),
+        ("лексика", "совокупность слов языка"),
         ("половодье", "разлив реки при таянии снега"),
         ("пустырь", "место, где легко заблудиться"),
-        ("громкость", "сила звука негромкого или громкого"),
+        ("громкость", "сила негромкого звука"),
         ("вода", "прозрачная бесцветная жидкость"),
-        ("секстет", "музыкальный коллектив из шести исполнителей"),
+        ("секстет", "ансамбль из шести музыкантов"),
     ],
 )
 def test_a_word_that_only_contains_a_coarse_stem_is_kept(wordnet, term, definition):
@@ -234,17 +234,17 @@ def test_too_many_records_are_refused_and_nothing_is_written(thousand, tmp_path)
     assert not (tmp_path / "records").exists()
 
 
-def test_the_packaged_wordnet_gives_eleven_thousand_pairs_in_plain_russian(packaged):
-    assert 11_000 <= len(packaged) <= 19_000
+def test_the_packaged_wordnet_gives_thousands_of_pairs_in_plain_russian(packaged):
+    assert 4_000 <= len(packaged) <= 11_000
     assert all(re.fullmatch(r"[а-яё]{4,14}", term) for term, _ in packaged)
-    assert all(re.fullmatch(r"[а-яё, -]{1,45}", definition) for _, definition in packaged)
+    assert all(re.fullmatch(r"[а-яё, -]{1,30}", definition) for _, definition in packaged)
     assert len({definition for _, definition in packaged}) == len(packaged)
 
 
 def test_the_first_texts_each_define_a_plain_noun(packaged, tmp_path, monkeypatch):
     monkeypatch.setattr(wordnet_records, "definitions", lambda: packaged)
     train, held_out = written(tmp_path)
-    assert (len(train), len(held_out)) == (800, 200)
+    assert (len(train), len(held_out)) == (640, 200)
     assert train[0][1]["content"] == "Весы — это прибор для измерения массы."
     assert held_out[0][1]["content"] == "Биология — это наука о живой природе."
 
