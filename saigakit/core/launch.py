@@ -164,9 +164,9 @@ def _end(process: "subprocess.Popen[str]", output: _Output, scratch: Path, *, sa
     """Ask the child and its children to end, and kill them if they do not or at a second Ctrl-C."""
     with handling_signals(lambda: _kill(process, scratch)):
         if saving:
-            print("Ending after this step, with a checkpoint. Interrupt again to end at once.", flush=True)
             assert process.stdin is not None
-            process.stdin.close()
+            process.stdin.close()  # before a print, which raises if nobody reads this process's output any more
+            print("Ending after this step, with a checkpoint. Interrupt again to end at once.", flush=True)
             output.echo(SAVING_PATIENCE_S)
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -74,7 +75,7 @@ launch.run([sys.executable, "-c", child])
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_child_outlives_its_parent(number):
-    with subprocess.Popen(python(PARENT), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
+    with started(PARENT) as parent:
         child = int(parent.stdout.readline())
         parent.send_signal(number)
         assert gone_within(child, 20)
@@ -84,7 +85,7 @@ def interrupted(code, *, saving, number=signal.SIGINT, times=1, after=""):
     """(seconds to the end, exit code, output) of a parent that is interrupted when the child is ready."""
     parent = "from saigakit.core import launch\nlaunch.PATIENCE_S = 0.5\n"
     parent += f"launch.run({python(code)!r}, saving={saving}){after}"
-    with subprocess.Popen(python(parent), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with started(parent) as process:
         assert process.stdout.readline() == "ready\n"
         start = time.monotonic()
         process.send_signal(number)
@@ -98,6 +99,17 @@ def interrupted(code, *, saving, number=signal.SIGINT, times=1, after=""):
     return time.monotonic() - start, process.returncode, printed
 
 
+@contextmanager
+def started(code):
+    """A Python process that does not outlive a failure of the test."""
+    with subprocess.Popen(python(code), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True)\n"
 STUBBORN += "while True: time.sleep(1)"
 GENTLE = """
@@ -105,11 +117,11 @@ import os, time
 from saigakit.core import launch
 from saigakit.errors import SaigaError
 with launch.child(), launch.ending_gently():
-    print("ready", flush=True)
+    os.write(1, b"ready\\n")  # in one piece: two processes write into one pipe
     while not launch.is_asked_to_end():
         time.sleep(0.01)
     time.sleep(SAVING)
-    os.write(1, b"saved\\n")  # in one piece: two processes write into one pipe
+    os.write(1, b"saved\\n")
     raise SaigaError("Call it again.")
 """
 
@@ -135,12 +147,23 @@ def test_a_second_interrupt_ends_a_saving_child_at_once():
 
 def test_a_saving_child_may_finish_after_its_parent_has_ended():
     parent = f"from saigakit.core import launch\nlaunch.run({python(GENTLE.replace('SAVING', '0.5'))!r}, saving=True)"
-    with subprocess.Popen(python(parent), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with started(parent) as process:
         assert process.stdout.readline() == "ready\n"
         child = psutil.Process(process.pid).children()[0].pid
         process.kill()
         assert not gone_within(child, 0.3)
         assert gone_within(child, 10)
+
+
+def test_a_child_ends_when_nobody_reads_the_output_of_its_parent():
+    parent = "from saigakit.core import launch\nlaunch.HEARTBEAT_S = 0.1\n"
+    parent += f"launch.run({python(GENTLE.replace('SAVING', '0'))!r}, saving=True)"
+    with started(parent) as process:
+        assert process.stdout.readline() == "ready\n"
+        child = psutil.Process(process.pid).children()[0].pid
+        process.stdout.close()
+        process.wait(20)
+    assert gone_within(child, 5)
 
 
 def test_all_distributed_processes_are_asked_to_end(tmp_path, monkeypatch):
@@ -149,7 +172,7 @@ def test_all_distributed_processes_are_asked_to_end(tmp_path, monkeypatch):
     (tmp_path / "gentle.py").write_text(GENTLE.replace("SAVING", "0.1"), encoding="utf-8")
     parent = "from saigakit.core import launch\nlaunch.distributed('gentle', [], processes=2)"
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-    with subprocess.Popen(python(parent), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with started(parent) as process:
         for _ in range(2):
             assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
