@@ -5,6 +5,7 @@ import mmap
 import os
 import tempfile
 import uuid
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from itertools import islice
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 BATCH = 256  # rows that are Python objects at once
+_RELEASED = 1024  # rows after which mapped pages are given back
+_mapped: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
 _LINE_ENDS = {character: f"\\u{ord(character):04x}" for character in "\u0085\u2028\u2029"}
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
@@ -86,7 +89,14 @@ def map_into_memory(
     finally:
         with suppress(OSError):  # of a full disk: the buffer has no room either
             stream.close()
+    _mapped.add(content)
     return pyarrow.ipc.open_stream(pyarrow.py_buffer(content)).read_all()
+
+
+def release_pages() -> None:
+    """Take mapped pages out of this process; what is read again comes from the system's cache or the disk."""
+    for content in list(_mapped):
+        content.madvise(mmap.MADV_DONTNEED)
 
 
 def make_dataset(table: "pyarrow.Table") -> "Dataset":
@@ -106,7 +116,10 @@ def iter_conversations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Conversati
     if isinstance(rows, Dataset):
         batches = rows.iter(BATCH)
         rows = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
-    yield from map(clean_row, rows)
+    for count, row in enumerate(rows, start=1):
+        yield clean_row(row)
+        if count % _RELEASED == 0:
+            release_pages()
 
 
 def clean_row(row: Mapping[str, Any]) -> Conversation:

@@ -24,7 +24,6 @@ from saigakit.weights.memory import CacheType
 if TYPE_CHECKING:
     import llama_cpp
 
-
 _CACHE_TYPES: dict[CacheType, int] = {"f16": 1, "q8_0": 8}  # ggml_type
 MAX_SEQUENCES = 16  # measured on one core: 171, 199 and 214 tokens/s with 8, 16 and 32
 

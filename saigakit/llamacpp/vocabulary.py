@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 Token = tuple[str, int, float]  # text, type, score
 # Token types; SentencePiece and llama.cpp use the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+_LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # GGUF's names by Hugging Face's
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _SIGNS, _SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -146,9 +148,6 @@ def _not_control(found: Mapping[int, Token], added: Sequence[Mapping[str, Any]])
     return [token for token in added if found.get(token["id"], ("", UNUSED, 0.0))[1] not in (UNKNOWN, CONTROL)]
 
 
-_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # GGUF's names by Hugging Face's
-
-
 def _special_ids(texts: Sequence[str], tokenizer: FastTokenizer, config: Mapping[str, Any]) -> dict[str, int]:
     """From the tokenizer, else from config.json; eot is what ends a turn, if that is not eos."""
     ids: dict[str, int] = {}
@@ -176,9 +175,6 @@ def _adds_bos(tokenizer_dir: Path, tokenizer: FastTokenizer) -> bool:
 def _pair(merge: str | Sequence[str]) -> Sequence[str]:
     """Older tokenizer.json files store a merge as one string."""
     return merge.split(" ") if isinstance(merge, str) else merge
-
-
-_LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
 
 
 def _kind(token: Mapping[str, Any]) -> int:

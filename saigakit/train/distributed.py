@@ -11,6 +11,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from saigakit.errors import SaigaError
 
+_LORA = r".*\.lora_(A|B|dropout)(\..*)?"  # module names
+
 
 def on_first_process(act: Callable[[], object]) -> None:
     """Let the first process act while the others wait. Its SaigaError is raised in all of them."""
@@ -29,9 +31,6 @@ def shut_down() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-_LORA = r".*\.lora_(A|B|dropout)(\..*)?"  # module names
 
 
 def fsdp_options(layer_class_name: str) -> dict[str, Any]:

@@ -22,6 +22,10 @@ from saigakit.train.steps import Plan
 MIN_EVALUATED = 24  # conversations: enough for a curve
 _TRAINING_PER_EVALUATION = 20  # tokens of training per token of all evaluations together
 EVALUATIONS = 4  # in a run without eval_steps, besides the one before the first step
+MIN_PROGRESS_S = 15.0  # between two progress lines
+MAX_PROGRESS_LINES = 250  # in a run: Kaggle keeps every line
+MARGIN_S = 60.0  # for the curve, the hashes and everything else after the last step
+Ending = Literal["finished", "early_stopping", "max_hours", "interrupted"]
 
 
 def evaluation_interval(steps: int, eval_steps: int | None) -> int:
@@ -34,10 +38,6 @@ def count_evaluated(lengths: Sequence[int], *, steps: int, tokens: int, eval_ste
     evaluations = 1 + math.ceil(steps / evaluation_interval(steps, eval_steps))
     affordable = tokens / _TRAINING_PER_EVALUATION / evaluations
     return min(len(lengths), max(MIN_EVALUATED, int(affordable * len(lengths) / max(1, sum(lengths)))))
-
-
-MIN_PROGRESS_S = 15.0  # between two progress lines
-MAX_PROGRESS_LINES = 250  # in a run: Kaggle keeps every line
 
 
 class Log:
@@ -85,10 +85,6 @@ class Log:
         left = timedelta(seconds=math.ceil((of - tokens) / speed + more_s))
         ends = (datetime.now().astimezone() + left).strftime("%H:%M")
         self.print(f"step {step} of {steps}: loss {loss:.3f}, {speed:,.0f} tokens/s, {left} left, ends at {ends}")
-
-
-MARGIN_S = 60.0  # for the curve, the hashes and everything else after the last step
-Ending = Literal["finished", "early_stopping", "max_hours", "interrupted"]
 
 
 @dataclass

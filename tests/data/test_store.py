@@ -28,11 +28,11 @@ import datasets, pyarrow, re
 from pathlib import Path
 from saigakit.data import store
 
-def held():  # KB, without the pages of files, which the system takes back when it needs them
-    return int(re.search(r"RssAnon:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+def held():  # KB, with mapped pages
+    return int(re.search(r"VmRSS:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
 def rows(most):
-    for _ in range(5000):  # 100 MB
+    for _ in range(10_000):  # 200 MB
         most.append(held())
         yield {"messages": [{"role": "user", "content": text}]}
 
@@ -168,4 +168,4 @@ def test_an_error_of_the_source_is_not_reported_as_a_full_disk():
 
 def test_memory_does_not_grow_with_the_texts():
     result = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 60_000  # KB
+    assert int(result.stdout) < 100_000  # KB
