@@ -108,7 +108,7 @@ def dequantise(gguf_file: Path, directory: Path) -> None:
     folder, name = str(gguf_file.parent), gguf_file.name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     del model.config.quantization_config  # with it save_pretrained refuses: "quantized with gguf"
-    model.hf_quantizer = None  # torch's Module does not declare it
+    model.hf_quantizer = None  # type: ignore[assignment]  # torch's Module does not declare it
     model.save_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     # The file says "smollm", which splits numbers into digits; the reader makes every byte-level tokenizer GPT-2's.

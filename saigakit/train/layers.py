@@ -82,7 +82,7 @@ def use_chunked_loss(model: PreTrainedModel | PeftModel) -> bool:
     In training mode its output then has hidden states in place of logits. Returns False, and leaves the model alone,
     if the model scales or caps its logits. Raises SaigaError if the head itself is trained.
     """
-    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[assignment]
     plain, loss_before = base.get_output_embeddings(), base.loss_function
     if any(parameter.requires_grad for parameter in plain.parameters()):
         raise SaigaError("The loss cannot be computed in chunks while lm_head is trained; leave out modules_to_save.")

@@ -87,7 +87,7 @@ class StepTrainer(Trainer):
         plan = cast("Dataset[Step]", self.run.plan)
         return DataLoader(plan, batch_size=1, collate_fn=lambda one: one[0])
 
-    def training_step(  # a Step, where Trainer has a dict
+    def training_step(  # type: ignore[override]  # a Step, where Trainer has a dict
         self, model: torch.nn.Module, inputs: Step, num_items_in_batch: object = None
     ) -> torch.Tensor:
         model.train()
@@ -178,8 +178,8 @@ class StepTrainer(Trainer):
             state = directory / checkpoints.STATE
             save_adapter(self.model, state)
             # The LoRA is never sharded, so the first process has all of this.
-            torch.save(self.optimizer.state_dict(), state / "optimizer.pt")
-            torch.save(self.lr_scheduler.state_dict(), state / "scheduler.pt")
+            torch.save(self.optimizer.state_dict(), state / "optimizer.pt")  # type: ignore[union-attr]
+            torch.save(self.lr_scheduler.state_dict(), state / "scheduler.pt")  # type: ignore[union-attr]
             self._save_scaler(str(state))
             for files in rng_states:
                 for name, content in files.items():

@@ -109,7 +109,7 @@ def _train(run: Run, loaded: Loaded, start: Path | None) -> int:
     else:
         loaded.run_trial(made, run.log)
     made.train(resume_from_checkpoint=None if start is None else str(start / checkpoints.STATE))
-    step: int = made.state.global_step
+    step = made.state.global_step
     if run.ending == "interrupted":
         raise SaigaError(
             f"Training was interrupted and saved at step {step} of {len(run.plan)}. Run it again with the same run_dir "
