@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 BATCH = 256  # rows that are Python objects at once
-_RELEASED = 1024  # rows after which mapped pages are given back
+_PER_RELEASE = 1024  # rows after which mapped pages are given back
 _mapped: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
 _LINE_ENDS = {character: f"\\u{ord(character):04x}" for character in "\u0085\u2028\u2029"}
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
@@ -93,7 +93,7 @@ def map_into_memory(
     return pyarrow.ipc.open_stream(pyarrow.py_buffer(content)).read_all()
 
 
-def release_pages() -> None:
+def _release_pages() -> None:
     """Take mapped pages out of this process; what is read again comes from the system's cache or the disk."""
     for content in list(_mapped):
         content.madvise(mmap.MADV_DONTNEED)
@@ -118,8 +118,8 @@ def iter_conversations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Conversati
         rows = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
     for count, row in enumerate(rows, start=1):
         yield clean_row(row)
-        if count % _RELEASED == 0:
-            release_pages()
+        if count % _PER_RELEASE == 0:
+            _release_pages()
 
 
 def clean_row(row: Mapping[str, Any]) -> Conversation:

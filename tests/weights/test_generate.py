@@ -106,8 +106,7 @@ def test_the_head_is_not_copied_for_every_row_of_a_batch(base_dir, adapter_dir):
     with LargestTensor() as largest:
         ask(model, PROMPTS * 4, max_new_tokens=2)
     head = model._model.get_output_embeddings()
-    assert largest.numbers <= 16 * 7 * 128  # all logits
-    assert largest.numbers < 16 * head.weight.numel()
+    assert largest.numbers <= 16 * 7 * 128 < 16 * head.weight.numel()  # at most all logits
     assert not head._forward_pre_hooks
 
 
