@@ -22,7 +22,7 @@ test-all: test
 	$(BIN)/pytest -n 2 --slow only
 
 .venv/ready: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "saigakit needs Python 3.11 or later: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "saigakit needs Python 3.11 or later: make PYTHON=python3.11")'
 	@echo "Making .venv: about 10 minutes the first time, because llama.cpp is compiled; later runs start at once."
 	$(PYTHON) -m venv .venv
 	@# With a heartbeat, for pip is silent while it compiles. This part of saigakit needs no package.

@@ -1,12 +1,12 @@
-"""The export against llama.cpp's own chain and against what the machine allows, on random weights.
+"""Compare the export with llama.cpp's own chain of tools and with the machine's limit, on random weights.
 
 python benchmarks/export.py [--shape 2b] [--types Q4_0 Q4_K_M Q8_0] [--rounds 3] [--cold] [--scratch DIR]
-python benchmarks/export.py --shape 7b --types Q4_K_M     (exports alone: time and memory)
+python benchmarks/export.py --shape 7b --types Q4_K_M     (only the export: time and memory)
 
 The chain is what users run: peft merges and saves, convert_hf_to_gguf.py --outtype f16, llama_model_quantize; each step
-is a process of its own. The limit reads the base's bytes, quantises tensors of the same shapes to the same types and
-writes the results, in the same threads and chunks as the export, and nothing else. Memory is sampled from
-/proc/PID/smaps_rollup: anonymous, and mapped (pages of files, which give way when asked).
+is a separate process. The limit reads the base's bytes, quantises tensors of the same shapes to the same types and
+writes the results, with the same threads and chunks as the export, and does nothing else. Memory is sampled from
+/proc/PID/smaps_rollup: anonymous memory, and mapped file pages, which the system can reclaim.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from saigakit.llamacpp import libggml, quantization, streaming
 from saigakit.registry import ALL_LINEAR
 from saigakit.weights import find
 
-MODEL = "saiga_tiny"  # whose tokenizer the random weights get
+MODEL = "saiga_tiny"  # its tokenizer is copied next to the random weights
 THREADS = 2
 SHAPES = {  # hidden, intermediate, layers, heads, kv_heads, vocabulary
     "small": (1024, 2816, 8, 16, 16, 32_000),
@@ -47,25 +47,25 @@ SHAPES = {  # hidden, intermediate, layers, heads, kv_heads, vocabulary
     "7b": (4096, 11_008, 32, 32, 32, 32_000),
     "8b": (4096, 14_336, 32, 32, 8, 128_256),
 }
-ALONE = ("7b", "8b", "head")
+ONLY_EXPORTED = ("7b", "8b", "head")
 RANK = 16
 SHARD_LAYERS = 8
-BLOCK = 1 << 22  # random numbers that are repeated
+BLOCK = 1 << 22  # random numbers, repeated to fill the weights
 
 
 @dataclass
 class Run:
-    """A process that ended: all of it, and what it says of itself."""
+    """Measurements of a finished process, and the JSON object that it printed last."""
 
     seconds: float
     anonymous: int
     mapped: int
     written: int
-    said: dict[str, Any]
+    reported: dict[str, Any]
 
 
-def weights(shape: str) -> list[dict[str, tuple[int, ...]]]:
-    """Shards of a Llama: name to shape."""
+def shard_shapes(shape: str) -> list[dict[str, tuple[int, ...]]]:
+    """List the shards of a Llama; each maps the names of its tensors to their shapes."""
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
     key_rows = hidden // heads * kv_heads
     ends = {"model.embed_tokens": (vocabulary, hidden), "model.norm": (hidden,), "lm_head": (vocabulary, hidden)}
@@ -89,13 +89,13 @@ def weights(shape: str) -> list[dict[str, tuple[int, ...]]]:
 
 
 def make_base(directory: Path, shape: str) -> Path:
-    """float16; one random block over and over, as fast as the disk writes."""
+    """Write a float16 base from one random block, repeated, as fast as the disk allows."""
     import numpy as np
 
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
     directory.mkdir(parents=True)
     block = np.random.default_rng(1).normal(0, 0.02, BLOCK).astype(np.float16).tobytes()
-    shards = weights(shape)
+    shards = shard_shapes(shape)
     names = [f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
         header, offset = {}, 0
@@ -145,7 +145,7 @@ def make_adapter(directory: Path, base_dir: Path, shape: str) -> Path:
 
     directory.mkdir()
     tensors = {}
-    for shard in weights(shape):
+    for shard in shard_shapes(shape):
         for name, size in shard.items():
             module = name.removesuffix(".weight")
             if module.rpartition(".")[2] in ALL_LINEAR:
@@ -182,7 +182,7 @@ def step_export(base: str, adapter: str, output: str, into: str, *quant_types: s
 
 
 def step_limit(base: str, adapter: str, output: str, _: str, quant_type: str) -> dict[str, float]:
-    """The threads, chunks and bytes of the export, into buffers that are made once; the numbers are always the same."""
+    """Use the export's threads, chunks and byte counts, with buffers made once and the same numbers throughout."""
     import gguf
     import numpy as np
 
@@ -196,13 +196,13 @@ def step_limit(base: str, adapter: str, output: str, _: str, quant_type: str) ->
     out, places = os.open(output, os.O_WRONLY | os.O_CREAT), {"read": 0, "written": 0}
     ggml = libggml.load()
 
-    def advanced(which: str, size: int) -> int:
+    def advance(which: str, size: int) -> int:
         with lock:
             places[which] += size
             return places[which] - size
 
     def read_at(place: int, into: memoryview) -> None:
-        """Of the files one behind another."""
+        """Read from the files as if they were concatenated."""
         while into and place < ends[-1]:
             index = bisect.bisect_right(ends, place)
             got = os.preadv(sources[index], [into], place - (ends[index - 1] if index else 0))
@@ -215,14 +215,14 @@ def step_limit(base: str, adapter: str, output: str, _: str, quant_type: str) ->
                 if (chunk := next(chunks, None)) is None:
                     return
             size = 2 * chunk.numbers
-            read_at(advanced("read", size), stored[:size].data)
+            read_at(advance("read", size), stored[:size].data)
             kind = gguf.GGMLQuantizationType[types[chunk.name]]
             content = numbers[: chunk.numbers].view(np.uint8)
             if kind != gguf.GGMLQuantizationType.F32:
                 rows, addresses = chunk.numbers // chunk.columns, (numbers.ctypes.data, written.ctypes.data)
                 size = ggml.ggml_quantize_chunk(int(kind), *addresses, 0, rows, chunk.columns, None)
                 content = written[:size]
-            streaming._write_at(out, content.data, advanced("written", content.nbytes))
+            streaming._write_at(out, content.data, advance("written", content.nbytes))
 
     start = time.monotonic()
     with streaming._flushing([out]), ThreadPoolExecutor(streaming.workers()) as pool:
@@ -257,7 +257,7 @@ STEPS = {"export": step_export, "limit": step_limit, "merge": step_merge, "quant
 
 
 def run(*command: str) -> Run:
-    """A step of this file, or a script; sampled until it ends."""
+    """Run a step of this file, or a script, and sample its memory until it ends."""
     line = [sys.executable, __file__, "--step", *command] if command[0] in STEPS else [sys.executable, *command]
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "OPENBLAS_NUM_THREADS": str(THREADS)}
     start = time.monotonic()
@@ -266,7 +266,7 @@ def run(*command: str) -> Run:
     ended = threading.Event()
 
     def sample() -> None:
-        while not ended.wait(0.2):  # each look holds the process up for a moment
+        while not ended.wait(0.2):  # each sample stalls the process for a moment
             try:
                 text = Path(f"/proc/{child.pid}/smaps_rollup").read_text(encoding="ascii")
             except OSError:
@@ -285,19 +285,19 @@ def run(*command: str) -> Run:
     if child.returncode != 0:
         raise SystemExit(f"{' '.join(line)} failed:\n{errors[-3000:]}")
     last = out.strip().splitlines()[-1] if out.strip() else ""
-    said = json.loads(last) if last.startswith("{") else {}
-    return Run(seconds, peak["Anonymous"], peak["mapped"], _written() - before, said)
+    reported = json.loads(last) if last.startswith("{") else {}
+    return Run(seconds, peak["Anonymous"], peak["mapped"], _written() - before, reported)
 
 
 def _written() -> int:
-    """Bytes that children which ended have written to files."""
+    """Count the bytes that finished child processes have written to files."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_oublock * 512
 
 
-def converter(directory: Path) -> Path:
-    """convert_hf_to_gguf.py from the source of the installed llama-cpp-python."""
+def download_converter(directory: Path) -> Path:
+    """Get llama.cpp's directory with convert_hf_to_gguf.py from the source of the installed llama-cpp-python."""
     version = importlib.metadata.version("llama-cpp-python")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
     subprocess.run([*pip, "--dest", str(directory), f"llama-cpp-python=={version}"], check=True)
@@ -306,26 +306,26 @@ def converter(directory: Path) -> Path:
     return next(directory.glob("*/vendor/llama.cpp"))
 
 
-def row(name: str, done: Run, ratio: str) -> tuple[str, ...]:
+def format_row(name: str, done: Run, ratio: str) -> tuple[str, ...]:
     sizes = [f"{size / 1e9:.2f}" for size in (done.anonymous, done.mapped, done.written)]
-    stream = f"{done.said['stream_s']:.1f}" if "stream_s" in done.said else ""
+    stream = f"{done.reported['stream_s']:.1f}" if "stream_s" in done.reported else ""
     return (name, f"{done.seconds:.1f}", stream, *sizes, ratio)
 
 
 HEADER = ("", "seconds", "streaming", "anonymous GB", "mapped GB", "written GB", "ratio")
 
 
-def forget(directory: Path) -> None:
-    """The next reader finds the files on the disk, not in the memory of the system, as with a base just attached."""
+def drop_from_page_cache(directory: Path) -> None:
+    """Make the next reader load the files from the disk, as with a base that was just attached."""
     for file in directory.iterdir():
         opened = os.open(file, os.O_RDONLY)
-        os.fsync(opened)  # what is not yet on the disk stays in memory
+        os.fsync(opened)  # pages not yet written to the disk would stay in memory
         os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(opened)
 
 
 def median(runs: Sequence[Run]) -> Run:
-    return sorted(runs, key=lambda run: run.said["stream_s"])[len(runs) // 2]
+    return sorted(runs, key=lambda run: run.reported["stream_s"])[len(runs) // 2]
 
 
 def compare(scratch: Path, base: Path, adapter: Path, given: argparse.Namespace, converter_dir: Path) -> Table:
@@ -334,7 +334,7 @@ def compare(scratch: Path, base: Path, adapter: Path, given: argparse.Namespace,
     script = str(converter_dir / "convert_hf_to_gguf.py")
     converted = run(script, str(scratch / "merged"), "--outfile", str(whole), "--outtype", "f16")
     shutil.rmtree(scratch / "merged")
-    rows = [row("peft merges and saves", merged, ""), row("convert_hf_to_gguf.py", converted, "")]
+    rows = [format_row("peft merges and saves", merged, ""), format_row("convert_hf_to_gguf.py", converted, "")]
     for quant_type in given.types:
         file = scratch / "x.gguf"
         theirs = run("quantise", str(whole), str(file), quant_type)
@@ -342,11 +342,11 @@ def compare(scratch: Path, base: Path, adapter: Path, given: argparse.Namespace,
         took: dict[str, list[Run]] = {"limit": [], "export": []}
         for step in list(took) * given.rounds:
             if given.cold:
-                forget(base)
+                drop_from_page_cache(base)
             took[step].append(run(step, str(base), str(adapter), str(file), "original", quant_type))
             file.unlink()
         limit, ours = map(median, took.values())
-        ratios = [x.said["stream_s"] / y.said["stream_s"] for x, y in zip(*took.values(), strict=True)]
+        ratios = [x.reported["stream_s"] / y.reported["stream_s"] for x, y in zip(*took.values(), strict=True)]
         steps = (merged, converted, theirs)
         chain = Run(
             sum(step.seconds for step in steps),
@@ -356,29 +356,31 @@ def compare(scratch: Path, base: Path, adapter: Path, given: argparse.Namespace,
             {},
         )
         spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if given.rounds > 1 else ""
-        ratio = f"{limit.said['stream_s'] / ours.said['stream_s']:.2f}{spread}"
+        ratio = f"{limit.reported['stream_s'] / ours.reported['stream_s']:.2f}{spread}"
         rows += [
-            row(f"{quant_type}: llama.cpp's chain", chain, f"{chain.seconds / ours.seconds:.1f} of ours"),
-            row(f"{quant_type}: export", ours, f"{ratio} of the limit"),
-            row(f"{quant_type}: limit", limit, ""),
+            format_row(
+                f"{quant_type}: llama.cpp's chain", chain, f"{chain.seconds / ours.seconds:.1f} times the export's time"
+            ),
+            format_row(f"{quant_type}: export", ours, f"{ratio} of the limit's speed"),
+            format_row(f"{quant_type}: limit", limit, ""),
         ]
         print(*rows[-3:], sep="\n", flush=True)
     if len(given.types) > 1:
         together = run("export", str(base), str(adapter), str(scratch / "y.gguf"), "original", *given.types)
-        rows.append(row(f"export of {', '.join(given.types)} at once", together, ""))
-    kept = "the base is read from the disk" if given.cold else "the base is in the system's memory"
-    note = "whole processes; streaming is what is left of them without start, checks before and reading back."
-    return Table(HEADER, rows, f"{THREADS} threads; {kept}; medians of {given.rounds}; {note}")
+        rows.append(format_row(f"export of {', '.join(given.types)} at once", together, ""))
+    kept = "the base is read from the disk" if given.cold else "the base is in the page cache"
+    note = "times of complete processes; streaming excludes startup, prior checks and reading the file back."
+    return Table(HEADER, rows, f"{THREADS} threads; {kept}; medians of {given.rounds} rounds; {note}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="2b", choices=SHAPES)
     parser.add_argument("--types", nargs="+", default=["Q4_0", "Q4_K_M", "Q8_0"], choices=quantization.QUANT_TYPES)
-    parser.add_argument("--rounds", type=int, default=3, help="limit and export in turn, for the median")
-    parser.add_argument("--cold", action="store_true", help="before each, the base is put out of the system's memory")
-    parser.add_argument("--scratch", type=Path, help="where gigabytes may be written for a while")
-    parser.add_argument("--converter", type=Path, help="llama.cpp's source with convert_hf_to_gguf.py, else fetched")
+    parser.add_argument("--rounds", type=int, default=3, help="alternating runs of limit and export, for the medians")
+    parser.add_argument("--cold", action="store_true", help="drop the base from the page cache before each run")
+    parser.add_argument("--scratch", type=Path, help="directory for gigabytes of temporary files")
+    parser.add_argument("--converter", type=Path, help="directory with convert_hf_to_gguf.py; downloaded if not given")
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
@@ -389,19 +391,21 @@ def main() -> None:
         scratch = Path(directory)
         base = make_base(scratch / "base", arguments.shape)
         adapter = make_adapter(scratch / "adapter", base, arguments.shape)
-        if arguments.shape in ALONE:
+        if arguments.shape in ONLY_EXPORTED:
             rows = []
             for into in ("original", "dequantized"):
                 done = run("export", str(base), str(adapter), str(scratch / "x.gguf"), into, *arguments.types)
-                rows.append(row(f"export of {', '.join(arguments.types)}, merged into the {into} base", done, ""))
+                rows.append(
+                    format_row(f"export of {', '.join(arguments.types)}, merged into the {into} base", done, "")
+                )
                 for file in scratch.glob("x*.gguf"):
                     file.unlink()
             table = Table(HEADER, rows)
         else:
-            found = arguments.converter or converter(scratch)
+            found = arguments.converter or download_converter(scratch)
             table = compare(scratch, base, adapter, arguments, found)
-    numbers = sum(prod(size) for shard in weights(arguments.shape) for size in shard.values())
-    print(f"{arguments.shape}: {numbers / 1e9:.2f}·10⁹ numbers\n{table}")
+    numbers = sum(prod(size) for shard in shard_shapes(arguments.shape) for size in shard.values())
+    print(f"{arguments.shape}: {numbers / 1e9:.2f}·10⁹ parameters\n{table}")
 
 
 if __name__ == "__main__":

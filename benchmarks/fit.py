@@ -1,12 +1,12 @@
-"""Memory of an answering llama.cpp as saigakit predicts it, against what its process has, for models of random weights.
+"""Compare the predicted memory of llama.cpp inference with what its process uses, on models of random weights.
 
     python benchmarks/fit.py
 
-Each model is loaded in a child by `infer.load` and reads a prompt of the whole context. "resident": what the process
-has then, with tensors used where they are in the mapped file. "copied": the same where llama.cpp keeps copies of them
-in another order, as it does by itself; "needed": what of that comes back after all pages of the file are taken away
-and the prompt is read again, as on a machine without room: the copied tensors are not read from the file any more,
-and of the embeddings only the rows of the prompt's tokens.
+Each model is loaded in a child process by `infer.load` and reads a prompt that fills the context. "resident" is the
+memory of that process when tensors are used where they lie in the mapped file. "copied" is the same when llama.cpp
+keeps copies of them in another order, as it does by default. "needed" is what is resident after all pages of the file
+are evicted and the prompt is read again, as on a machine short of memory: the file's pages of copied tensors are not
+needed any more, and of the embeddings only the rows of the prompt's tokens are.
 """
 
 import argparse
@@ -41,13 +41,13 @@ from pathlib import Path
 import llama_cpp
 from saigakit import infer
 file, n_ctx, copies, cache_type = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "copies", sys.argv[4]
-if not copies:  # infer.load leaves them out on such a processor
+if not copies:  # infer.load makes no copies if llama.cpp has AMX kernels
     llama_cpp.llama_print_system_info = lambda: b"AMX_INT8 = 1"
 
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
-def take_pages_away():
+def evict_pages():
     libc = ctypes.CDLL(None)
     for line in Path("/proc/self/maps").read_text().splitlines():
         if line.endswith(file):
@@ -61,7 +61,7 @@ prompt = [300 + i * 37 % (llm.n_vocab() - 300) for i in range(n_ctx - 4)]
 llm.eval(prompt)
 mapped = resident() - before
 if copies:
-    take_pages_away()
+    evict_pages()
     llm.reset()
     llm.eval(prompt)
 print(json.dumps([mapped, resident() - before]))
@@ -69,7 +69,7 @@ print(json.dumps([mapped, resident() - before]))
 
 
 def random_model(file: Path, shape: ModelShape, quant_type: str = "Q4_K_M") -> Path:
-    """A GGUF of `shape`; rows repeat, for only their number counts."""
+    """Write a GGUF of `shape`; its rows repeat, since only their number matters."""
     import gguf
     import numpy as np
 
@@ -112,7 +112,7 @@ def random_model(file: Path, shape: ModelShape, quant_type: str = "Q4_K_M") -> P
 
 
 def measured(file: Path, n_ctx: int, cache_type: str, *, copies: bool) -> tuple[int, int]:
-    """Bytes of resident memory that a child gets: with all pages of the file, and with those that it needs."""
+    """Return the bytes resident in a child process: with all pages of the file, and with only those that it needs."""
     command = [sys.executable, "-c", _CHILD, str(file), str(n_ctx), "copies" if copies else "none", cache_type]
     mapped, needed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return mapped, needed
@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048])
     contexts = parser.parse_args().contexts
-    print(f"{'MB of':18}  context cache predicted resident  ratio  copied  needed")
+    print(f"{'model, sizes in MB':18}  context cache predicted resident  ratio  copied  needed")
     with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
         for name, shape in SHAPES.items():
             file = random_model(Path(scratch) / "model.gguf", shape)

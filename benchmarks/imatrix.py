@@ -1,11 +1,12 @@
-"""What an importance matrix wins at each quant type, made of the user's records, of Russian or of English sentences.
+"""Measure how much importance matrices computed from different texts improve each quant type.
 
 python benchmarks/imatrix.py [--adapter 02_train] [--records 40] [--sentences 12] [--tokens 20000] [--types Q4_K_M …]
 
-On SmolLM2-135M, merged with `--adapter` where one is given. Measured against the same model in float16: on answers of
-the demo's held-out records (learned tokens) and on Russian sentences (examples in the Wiktionary's WordNet, all of it).
-The matrices are made of the demo's training records, of other such sentences, and of Python's language reference, which
-every Python brings along (pydoc_data). Hidden size 576 is no multiple of 256: the last table says what types it got.
+On SmolLM2-135M, merged with `--adapter` where one is given. Each file is compared with the same model in float16, on
+the answers in the demo's evaluation set (trained tokens) and on Russian sentences (usage examples in the Wiktionary's
+WordNet, all tokens). The matrices are computed from the demo's training records, from other such sentences, and from
+Python's language reference, which comes with every Python (pydoc_data). The hidden size 576 is not a multiple of 256,
+which k-quants require; the last table lists the types that the tensors got.
 """
 
 import argparse
@@ -28,11 +29,11 @@ from saigakit.prompt import encoding
 
 MODEL = "smollm2_135m"
 QUANT_TYPES = ("Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K")
-LENGTH = 256  # tokens of a row of plain text
+LENGTH = 256  # tokens in a row of plain text
 
 
 def russian_sentences() -> list[str]:
-    """Examples of use from literature and newspapers, in random order."""
+    """Read usage examples from literature and newspapers, in random order."""
     file = packages.package_file(packages.WORDNET)
     with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
         rows = database.execute("SELECT definition FROM synsets ORDER BY synset_id").fetchall()
@@ -46,8 +47,8 @@ def english_paragraphs() -> list[str]:
     return random.Random(5).sample(found, len(found))
 
 
-def rows_of(texts: list[str], tokenizer: encoding.FastTokenizer, tokens: int) -> list[list[int]]:
-    """So many tokens of text in rows of LENGTH."""
+def fill_rows(texts: list[str], tokenizer: encoding.FastTokenizer, tokens: int) -> list[list[int]]:
+    """Fill rows of LENGTH with the first `tokens` tokens of the texts."""
     ids: list[int] = []
     for text in texts:
         ids += tokenizer.encode_text(text + "\n")
@@ -56,21 +57,21 @@ def rows_of(texts: list[str], tokenizer: encoding.FastTokenizer, tokens: int) ->
     return [ids[first : first + LENGTH] for first in range(0, tokens, LENGTH)]
 
 
-def exported(directory: Path, adapter: str | None, quant_type: str, name: str, importance: Path | None) -> Path:
+def export_gguf(directory: Path, adapter: str | None, quant_type: str, name: str, importance: Path | None) -> Path:
     output = directory / f"{quant_type}.{name}.gguf"
     return export.to_gguf(model=MODEL, adapter=adapter, output=output, quant_type=quant_type, importance=importance)
 
 
-def got(file: Path) -> str:
-    """How many matrices got which type."""
+def count_types(file: Path) -> str:
+    """Count the matrices of each tensor type."""
     import gguf
 
     types = Counter(x.tensor_type.name for x in gguf.GGUFReader(file).tensors if len(x.shape) == 2)
     return ", ".join(f"{count} {name}" for name, count in types.most_common())
 
 
-def results(measured: dict[tuple[str, str], quality.Quality], title: str) -> Table:
-    """A row for each type: perplexity and divergence without, and what share of the divergence each matrix takes."""
+def quality_table(measured: dict[tuple[str, str], quality.Quality], title: str) -> Table:
+    """Show the quality of each type without a matrix and with each one, with the relative change in divergence."""
     rows = []
     for quant_type in dict.fromkeys(quant_type for quant_type, _ in measured):
         plain, *others = (found for (name, _), found in measured.items() if name == quant_type)
@@ -90,10 +91,10 @@ def results(measured: dict[tuple[str, str], quality.Quality], title: str) -> Tab
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--adapter", help="merged into the model first")
-    parser.add_argument("--records", type=int, default=40, help="held-out records that are compared")
-    parser.add_argument("--sentences", type=int, default=12, help="rows of Russian sentences that are compared")
-    parser.add_argument("--tokens", type=int, default=20_000, help="of which each matrix is made")
+    parser.add_argument("--adapter", help="adapter to merge into the model first")
+    parser.add_argument("--records", type=int, default=40, help="records of the evaluation set to compare on")
+    parser.add_argument("--sentences", type=int, default=12, help="rows of Russian sentences to compare on")
+    parser.add_argument("--tokens", type=int, default=20_000, help="tokens from which each matrix is computed")
     parser.add_argument("--types", nargs="+", default=QUANT_TYPES, choices=quantization.QUANT_TYPES)
     options = parser.parse_args()
     tokenizer, records, sentences = (
@@ -106,19 +107,19 @@ def main() -> None:
         for name in ("train.jsonl", "held_out.jsonl")
     )
     half = len(sentences) // 2
-    texts = rows_of(sentences[:half], tokenizer, LENGTH * options.sentences)
+    texts = fill_rows(sentences[:half], tokenizer, LENGTH * options.sentences)
     held = {
-        "answers of held-out records": spread(held_out, options.records),
+        "answers in the evaluation set": spread(held_out, options.records),
         "Russian sentences": [{"input_ids": ids, "labels": ids} for ids in texts],
     }
     sources = {
         "records": [row["input_ids"] for row in train],
-        "Russian": rows_of(sentences[half:], tokenizer, options.tokens),
-        "English": rows_of(english_paragraphs(), tokenizer, options.tokens),
+        "Russian": fill_rows(sentences[half:], tokenizer, options.tokens),
+        "English": fill_rows(english_paragraphs(), tokenizer, options.tokens),
     }
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        reference = exported(directory, options.adapter, "F16", "reference", None)
+        reference = export_gguf(directory, options.adapter, "F16", "reference", None)
         matrices: dict[str, Path | None] = {"none": None}
         for name, rows in sources.items():
             made = imatrix.compute_importance(reference, rows, dataset=name, max_tokens=options.tokens)
@@ -127,17 +128,17 @@ def main() -> None:
         types, gigabytes = {}, {}
         for quant_type in options.types:
             for name, matrix in matrices.items():
-                file = exported(directory, options.adapter, quant_type, name, matrix)
+                file = export_gguf(directory, options.adapter, quant_type, name, matrix)
                 for title, rows in held.items():
                     measured[title][quant_type, name] = quality.compare_files(reference, file, rows)
                     print(f"{quant_type:7} {name:8} {title}: {measured[title][quant_type, name]}", flush=True)
-                types[quant_type, name], gigabytes[quant_type, name] = got(file), file.stat().st_size / 1e6
+                types[quant_type, name], gigabytes[quant_type, name] = count_types(file), file.stat().st_size / 1e6
                 file.unlink()
-            for title, found in measured.items():  # after each type: a long run that is cut has its tables
-                print(f"\n{results(found, title)}", flush=True)
+            for title, found in measured.items():  # after each type, so that an interrupted run has shown its tables
+                print(f"\n{quality_table(found, title)}", flush=True)
     shown = [(quant_type, f"{gigabytes[quant_type, name]:.1f}", types[quant_type, name]) for quant_type, name in types
              if name in ("none", "records")]  # fmt: skip
-    print(f"\n{Table(('type', 'MB', 'types of its matrices, without and with importance'), shown)}")
+    print(f"\n{Table(('type', 'MB', 'tensor types, first without and then with a matrix'), shown)}")
 
 
 if __name__ == "__main__":

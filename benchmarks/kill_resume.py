@@ -1,10 +1,11 @@
-"""Training killed with SIGKILL at random moments, most of them in the middle of saving, and what is lost: nothing.
+"""Kill training with SIGKILL at random moments and check that the resumed run is bit-identical.
 
 python benchmarks/kill_resume.py [--kills 50] [--processes 1]
 
-Each killed run of the tiny Saiga (nf4, dropout 0.05, a checkpoint after every step) is called again and must end with
-the adapter and every logged loss of a run that nobody killed, bit for bit. Each call of train_adapter is a process of
-its own, forked from one that has imported the libraries; it trains in that process and in forks of it.
+Most kills hit while a checkpoint is being saved. Each killed run of the tiny Saiga (nf4, dropout 0.05, a checkpoint
+after every step) is started again and must end with the same adapter and logged losses as a run that was never killed.
+Each call of train_adapter runs in a separate process, forked from one that has already imported the libraries; it
+trains in that process and in forks of it.
 """
 
 import argparse
@@ -31,8 +32,8 @@ from saigakit.demo import packages
 from saigakit.errors import SaigaError
 from saigakit.train import checkpoints, curve, worker
 
-STEPS = 12  # of the run; the last is left alone
-SAVING_S = 0.02  # about what a checkpoint of the tiny Saiga takes
+STEPS = 12  # in a run; no kill is planned for the last one
+SAVING_S = 0.02  # about how long saving a checkpoint of the tiny Saiga takes
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["torch", "transformers.trainer", "peft", "bitsandbytes", "saigakit.train", __name__])
 
@@ -43,7 +44,7 @@ class Result(NamedTuple):
 
 
 class Kill(NamedTuple):
-    """At which step, and how long after its checkpoint is begun or, not `saving`, after its line in the log."""
+    """Kill `after_s` seconds after the checkpoint of `step` is begun or, if not `saving`, after the step is logged."""
 
     step: int
     saving: bool
@@ -58,7 +59,7 @@ def config_for(directory, **settings):
 
 
 def start(config):
-    """A process, and the file that it prints into."""
+    """Start a run; return its process and the file that holds its output."""
     file = Path(config.output_dir).with_name("config.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     printed = file.with_name("printed.txt")
@@ -79,7 +80,7 @@ def _call(config_file, printed):
 
 
 def _forked(_, arguments, *, processes, **__):
-    """In place of torch.distributed.run, which would import the libraries for each process anew."""
+    """Replace torch.distributed.run, which would import the libraries again in each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -95,27 +96,27 @@ def _forked(_, arguments, *, processes, **__):
 
 
 def finished(config):
-    """(result, what it printed) of a run to the end."""
+    """Run to the end; return (result, printed output)."""
     process, printed = start(config)
     process.join()
     if process.exitcode:
         raise RuntimeError(printed.read_text(encoding="utf-8"))
-    return result(config), printed.read_text(encoding="utf-8")
+    return read_result(config), printed.read_text(encoding="utf-8")
 
 
-def result(config):
+def read_result(config):
     made = Path(config.output_dir)
     log = [{key: value for key, value in entry.items() if key != "seconds"} for entry in curve.read_log(made)]
     return Result(sha256(made / "adapter_model.safetensors"), log)
 
 
-def planned(generator):
+def plan_kill(generator):
     saving = generator.random() < 0.8
     return Kill(generator.randrange(1, STEPS), saving, generator.uniform(0, SAVING_S if saving else 2 * SAVING_S))
 
 
 def kill(config, moment):
-    """Starts the run, ends all of it without a warning; says where that was."""
+    """Start the run, kill all its processes at `moment` and return what they were doing."""
     began, stage = time.time(), Path(config.output_dir)
     process, _ = start(config)
     store = checkpoints.directory_for(stage)
@@ -135,11 +136,11 @@ def kill(config, moment):
     psutil.wait_procs(family)
     if not family:
         return "too late: it had ended"
-    return "while saving" if list(store.glob(".step-*.partial")) else "between two savings"
+    return "while saving" if list(store.glob(".step-*.partial")) else "between two saves"
 
 
 def losses_in(log, *, since):
-    """How many, in a log of this run: a killed one leaves its own, which is emptied."""
+    """Count the losses in the log of this run; a killed run leaves an older one, which is emptied."""
     try:
         is_ours = log.stat().st_mtime > since
         return log.read_text(encoding="utf-8").count('"loss"') if is_ours else 0
@@ -148,7 +149,7 @@ def losses_in(log, *, since):
 
 
 def survive(directory, moments, **settings):
-    """(the result of one run killed at each of these moments and then left alone, where the kills were, its output)."""
+    """Kill one run at each of `moments` and let it finish; return (result, what each kill hit, printed output)."""
     config = config_for(directory, **settings)
     where = [kill(config, moment) for moment in moments]
     result, printed = finished(config)
@@ -166,16 +167,17 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         unkilled, _ = finished(config_for(Path(scratch) / "unkilled", processes=wanted.processes))
         for number in range(wanted.kills):
-            moment = planned(generator)
+            moment = plan_kill(generator)
             made, (where,), printed = survive(Path(scratch) / str(number), [moment], processes=wanted.processes)
             seen[where] += 1
             equal[where] += made == unkilled
             resumed[where] += "Resuming from step" in printed
             print(f"{number + 1} of {wanted.kills}: {moment}, {where}: {'equal' if made == unkilled else 'DIFFERS'}")
     rows = [(where, f"{count}", f"{resumed[where]}", f"{equal[where]}") for where, count in sorted(seen.items())]
-    header = ("killed", "times", "went on from a checkpoint", "adapter and losses equal, bit for bit")
+    header = ("killed", "times", "resumed from a checkpoint", "adapter and losses bit-identical")
     note = (
-        f"Tiny Saiga, nf4, {len(unkilled.log)} entries in the log; the others began anew: killed before the first save."
+        f"Tiny Saiga, nf4, {len(unkilled.log)} entries in the log; "
+        "runs killed before the first save started again from the beginning."
     )
     print("", Table(header, rows, note), sep="\n")
     if sum(equal.values()) < wanted.kills:

@@ -1,12 +1,12 @@
-"""Merge an adapter that was trained in nf4 into the published weights, or into the dequantised nf4 ones?
+"""Compare merging an adapter trained in nf4 into the published weights with merging it into the dequantised ones.
 
 python benchmarks/merge_into.py [--steps 60] [--held-out 40]
 
-On SmolLM2-135M: an adapter on all linear layers learns the demo's task on the base in nf4 (double-quantised, computed
-in float32). bitsandbytes on a CPU is many times slower than plain matrices, so that training runs on the same numbers
-dequantised once; that the real nf4 model with this adapter has the same loss is checked. Then the held-out loss per
-learned token of that trained model and of both merged models, in float32 and after quantisation to GGUF types,
-computed by llama.cpp with keys and values in float32.
+On SmolLM2-135M: train an adapter on all linear layers for the demo's task, on the base in nf4 (double-quantised,
+computed in float32). bitsandbytes on a CPU is many times slower than plain matrices, so training runs on the same
+weights dequantised once; the script checks that the real nf4 model with this adapter has the same loss. Then it
+measures the loss per trained token on the evaluation set, for that trained model and for both merged models in float32
+and quantised to GGUF types. The merged models run in llama.cpp, with keys and values in float32.
 """
 
 import argparse
@@ -37,11 +37,11 @@ MODEL, BATCH, LENGTH = "smollm2_135m", 4, 768
 RATE = 5e-4
 QUANT_TYPES = ("F32", "Q8_0", "Q4_K_M")
 CHECKED = 2  # conversations on which the real nf4 model must have the same loss
-Logits = Callable[[Sequence[int]], Any]  # ids to an array [tokens, vocabulary] in float32
+Logits = Callable[[Sequence[int]], Any]  # token ids to an array [tokens, vocabulary] in float32
 
 
-def learned(directory: Path, base_dir: Path, records: Path, held_out: Path, steps: int) -> Path:
-    """A 02_train of so many steps on `base_dir`, said to be one in nf4."""
+def run_training(directory: Path, base_dir: Path, records: Path, held_out: Path, steps: int) -> Path:
+    """Run 02_train for `steps` steps on `base_dir` and record it as a run in nf4."""
     count = len(records.read_text(encoding="utf-8").splitlines())
     config = TrainConfig(
         model=MODEL,
@@ -59,14 +59,14 @@ def learned(directory: Path, base_dir: Path, records: Path, held_out: Path, step
         eval_steps=steps,
     )
     made = train.train_adapter(config)
-    told = json.loads((made / manifest.NAME).read_text(encoding="utf-8"))
-    told["parameters"]["quantization"] = "nf4"
-    (made / manifest.NAME).write_text(json.dumps(told), encoding="utf-8")
+    content = json.loads((made / manifest.NAME).read_text(encoding="utf-8"))
+    content["parameters"]["quantization"] = "nf4"
+    (made / manifest.NAME).write_text(json.dumps(content), encoding="utf-8")
     return made
 
 
 def loss(logits: Logits, examples: Sequence[Example]) -> float:
-    """Mean over all learned tokens."""
+    """Average over all trained tokens."""
     import torch
 
     total, count = 0.0, 0
@@ -95,7 +95,7 @@ def loss_of_gguf(file: Path, examples: Sequence[Example]) -> float:
 
 
 def loss_of(base_dir: Path, adapter_dir: Path | None, quantization: str, examples: Sequence[Example]) -> float:
-    """Of base and adapter as training has them; without the adapter of the base alone."""
+    """Load the base as training does, with the adapter if one is given, and compute the loss."""
     import torch
 
     model = load.base_model(base_dir, quantization, torch.float32, "cpu")
@@ -127,10 +127,15 @@ def main() -> None:
         directory = Path(scratch)
         dequantised = Merged.open(base_dir, None, into="dequantized", number_format="float32")
         nf4_dir = write_merged(dequantised, MergePlan.of(MODEL, None), directory / "nf4", "float32")
-        adapter_dir = learned(directory, nf4_dir, packaged / "train.jsonl", packaged / "held_out.jsonl", given.steps)
+        adapter_dir = run_training(
+            directory, nf4_dir, packaged / "train.jsonl", packaged / "held_out.jsonl", given.steps
+        )
         few = examples[:CHECKED]
         real, same = (loss_of(base, adapter_dir, how, few) for base, how in ((base_dir, "nf4"), (nf4_dir, "none")))
-        print(f"{CHECKED} conversations: {real:.6f} in nf4 by bitsandbytes, {same:.6f} dequantised once.", flush=True)
+        print(
+            f"Loss on {CHECKED} conversations: {real:.6f} in nf4 by bitsandbytes, {same:.6f} dequantised once.",
+            flush=True,
+        )
         assert abs(real - same) < 1e-3
         rows: list[tuple[str, ...]] = [
             ("base", f"{loss_of(base_dir, None, 'none', examples):.4f}"),
@@ -151,8 +156,8 @@ def main() -> None:
                 print(rows[-1], flush=True)
                 file.unlink()
     tokens = sum(label != IGNORE_INDEX for example in examples for label in example["labels"])
-    note = f"{tokens} learned tokens of {len(examples)} held-out conversations; {given.steps} steps of {BATCH}."
-    print(Table(("model", "held-out loss per token"), rows, note))
+    note = f"{tokens} trained tokens in {len(examples)} rows of the evaluation set; {given.steps} steps of {BATCH}."
+    print(Table(("model", "loss per trained token"), rows, note))
 
 
 if __name__ == "__main__":

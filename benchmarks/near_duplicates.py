@@ -1,4 +1,4 @@
-"""How well and how fast near-duplicates are found, beside datasketch where it is installed.
+"""Measure how well and how fast near-duplicates are found, compared with datasketch if it is installed.
 
 PYTHONPATH=tests/support python benchmarks/near_duplicates.py [--records 100000]
 """
@@ -24,8 +24,8 @@ SEEDS = (0, 1, 2)
 KINDS = {"story": russian_texts.story, "letter": russian_texts.letter}
 
 
-def ours(texts, common):
-    """(near index of each text, s to sign, s to search)."""
+def search_with_saigakit(texts, common):
+    """Return (index of a near-duplicate of each text or -1, s to sign, s to search)."""
     signer = near_duplicates.Signer(common)
     signing = 0.0
     while batch := list(islice(texts, 1000)):
@@ -38,8 +38,8 @@ def ours(texts, common):
     return near, signing, time.perf_counter() - start
 
 
-def datasketchs(texts, common):
-    """The same phrases at the same threshold in datasketch's own index; a candidate must pass its estimate."""
+def search_with_datasketch(texts, common):
+    """Search the same phrases at the same threshold; a candidate must also pass datasketch's estimate."""
     from datasketch import MinHash, MinHashLSH
 
     index = MinHashLSH(threshold=near_duplicates.THRESHOLD, num_perm=128)
@@ -60,8 +60,8 @@ def datasketchs(texts, common):
     return np.array(near), signing, searching
 
 
-def quality(find, kind, seed):
-    """Share of edited texts whose original is found, by kind of edit, and of new texts for which one is found."""
+def measure_quality(find, kind, seed):
+    """Return the share of edited texts whose original is found, for each edit, and of new texts that match one."""
     rng = random.Random(seed)
     originals = [KINDS[kind](rng) for _ in range(PLANTED)]
     common = near_duplicates.find_boilerplate(originals)
@@ -73,8 +73,8 @@ def quality(find, kind, seed):
     return [*found, (unrelated >= 0).mean()]
 
 
-def cost(find, records):
-    """(µs per record to sign, s to search, MiB at the peak beyond a process that has signed one record)."""
+def measure_cost(find, records):
+    """Return (µs per record to sign, s to search, peak memory in MiB above that after one record)."""
     rng = random.Random(0)
     common = near_duplicates.find_boilerplate(russian_texts.story(rng) for _ in range(1000))
     find(iter([russian_texts.story(rng)]), common)
@@ -84,13 +84,13 @@ def cost(find, records):
 
 
 def peak_mib():
-    """Linux's own count for this program; that of getrusage begins with the peak of the parent."""
+    """Read Linux's count for this program, since getrusage's starts from the peak of the parent."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
-def alone(measure, *arguments):
-    """In a process of its own, so that a peak of memory is its own too."""
+def run_alone(measure, *arguments):
+    """Run in a separate process, so that the peak memory is that of the measurement."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(measure, *arguments).result()
 
@@ -99,23 +99,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=100_000)
     records = parser.parse_args().records
-    libraries = {"rensa": ours}
+    libraries = {"rensa": search_with_saigakit}
     if find_spec("datasketch"):
-        libraries["datasketch"] = datasketchs
+        libraries["datasketch"] = search_with_datasketch
     rows = []
     for name, find in libraries.items():
         for kind in KINDS:
-            shares = np.mean([quality(find, kind, seed) for seed in SEEDS], axis=0)
+            shares = np.mean([measure_quality(find, kind, seed) for seed in SEEDS], axis=0)
             rows.append((name, kind, *(f"{share:.1%}" for share in shares)))
     header = ("library", "texts", *(f"found: {edit}" for edit in russian_texts.EDITS), "false")
-    print(Table(header, rows, f"{len(SEEDS)} seeds, {PLANTED} texts of a kind each; false: new texts said to be near."))
-    costs = {name: alone(cost, find, records) for name, find in libraries.items()}
+    print(Table(header, rows, f"{len(SEEDS)} seeds, {PLANTED} texts of each kind; false: new texts that match one."))
+    costs = {name: run_alone(measure_cost, find, records) for name, find in libraries.items()}
     rows = [(name, f"{sign:.0f}", f"{search:.1f}", f"{peak:.0f}") for name, (sign, search, peak) in costs.items()]
     length = np.mean([len(russian_texts.story(random.Random(seed)).encode()) for seed in range(1000)])
     note = f"{records:,} stories of {length:.0f} bytes."
     print("", Table(("library", "sign, µs per record", "search, s", "peak, MiB"), rows, note), sep="\n")
     if "datasketch" not in libraries:
-        print("datasketch: not installed")
+        print("datasketch is not installed.")
 
 
 if __name__ == "__main__":

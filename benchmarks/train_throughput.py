@@ -1,17 +1,17 @@
-"""How many real tokens a second four ways of training give, side by side: the same model, adapter and conversations.
+"""Compare four ways of training by real tokens per second, on the same model, adapter and conversations.
 
 python benchmarks/train_throughput.py [--hidden 1024] [--layers 4] [--conversations 48] [--rounds 4] [--threads 2]
 
-- tutorial: the 2023 tutorial's collator and batches: two conversations padded to a multiple of 8, in random order, a
-  language-model head over all positions, everything learned.
-- grouped: the same, conversations of like lengths together.
-- TRL: SFTTrainer with packing="bfd", where `pip install trl datasets` was run.
-- saigakit: packs without padding, attention document by document, the head on learned positions alone.
+- tutorial: the 2023 tutorial's collator and batches: two conversations padded to a multiple of 8, in random order, the
+  language-model head on all positions, all tokens trained.
+- grouped: the same, with conversations of similar length in one batch.
+- TRL: SFTTrainer with packing="bfd", if trl and datasets are installed (`pip install trl datasets`).
+- saigakit: packs without padding, attention within each document, the head on trained positions only.
 
-Lengths are log-normal as in dialogues (mean 598 tokens, median 417), scaled with the model's width: attention has
-the share of the work that it has in a 7B model. Each way makes one optimizer step over all conversations, in a process
-of its own, in rounds that alternate; activation checkpointing is on in all. Also measured: the operations that saigakit
-executes, recomputation included, against torch.mm at the model's shapes.
+Lengths are log-normal as in dialogues (mean 598 tokens, median 417), scaled with the model's width so that attention
+has the same share of the work as in a 7B model. Each way makes one optimizer step over all conversations, in a separate
+process and in alternating rounds; activation checkpointing is always on. The script also compares the speed of the
+operations that saigakit executes, recomputation included, with that of torch.mm at the model's shapes.
 """
 
 import argparse
@@ -37,10 +37,10 @@ from saigakit.train import checkpoints, layers, run_state, steps, trainer
 
 WAYS = ("tutorial", "grouped", "TRL", "saigakit")
 VOCABULARY, WIDTH_7B, PACK_7B = 32_000, 4096, 3584
-LEARNED = 0.3  # of a conversation, at its end
+TRAINED = 0.3  # share of a conversation, at its end
 
 
-def conversations(count: int, hidden: int, seed: int = 0) -> list[dict[str, list[int]]]:
+def make_conversations(count: int, hidden: int, seed: int = 0) -> list[dict[str, list[int]]]:
     rng = random.Random(seed)
     sigma = math.sqrt(2 * math.log(598 / 417))
     made = []
@@ -48,13 +48,13 @@ def conversations(count: int, hidden: int, seed: int = 0) -> list[dict[str, list
         length = min(3500, max(50, rng.lognormvariate(math.log(417), sigma)))
         length = max(8, round(length * hidden / WIDTH_7B))
         ids = [rng.randrange(3, VOCABULARY) for _ in range(length)]
-        answer = round(LEARNED * length)
+        answer = round(TRAINED * length)
         made.append({"input_ids": ids, "labels": [IGNORE_INDEX] * (length - answer) + ids[length - answer :]})
     return made
 
 
 def make_model(hidden: int, layers: int):
-    """A Llama of random weights with a LoRA on its attention, as Saiga's adapters have."""
+    """Make a Llama of random weights with a LoRA on its attention, like Saiga's adapters."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -76,7 +76,7 @@ def make_model(hidden: int, layers: int):
     return get_peft_model(base, lora)
 
 
-def arguments(directory: str, **more):
+def training_arguments(directory: str, **more):
     from transformers import TrainingArguments
 
     return TrainingArguments(**_settings(directory), **more)
@@ -96,8 +96,8 @@ def _settings(directory: str) -> dict:
     }
 
 
-def padded(model, made, directory: str, *, grouped: bool):
-    """The tutorial's Trainer: everything is learned, padding to a multiple of 8."""
+def build_padded(model, made, directory: str, *, grouped: bool):
+    """Build the tutorial's Trainer: all tokens are trained, rows are padded to a multiple of 8."""
     import torch
     from transformers import Trainer
 
@@ -120,13 +120,13 @@ def padded(model, made, directory: str, *, grouped: bool):
         def _get_train_sampler(self, *_):
             return torch.utils.data.SequentialSampler(order)
 
-    settings = arguments(
+    settings = training_arguments(
         directory, per_device_train_batch_size=2, gradient_accumulation_steps=math.ceil(len(order) / 2)
     )
     return InOrder(model=model, args=settings, train_dataset=order, data_collator=collate)
 
 
-def with_trl(model, made, directory: str, budget: int):
+def build_trl(model, made, directory: str, budget: int):
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -152,7 +152,7 @@ def with_trl(model, made, directory: str, budget: int):
     return SFTTrainer(model=model, args=settings, train_dataset=Dataset.from_list(made), processing_class=tokenizer)
 
 
-def with_saigakit(model, made, directory: str, budget: int):
+def build_saigakit(model, made, directory: str, budget: int):
     layers.use_packed_attention(model.get_base_model())
     stored = rows.as_dataset(enumerate(made, start=1))
     config = TrainConfig(
@@ -169,22 +169,22 @@ def with_saigakit(model, made, directory: str, budget: int):
     return trainer.build(run, model, "float32", resumed=False)
 
 
-def measured(way: str, given: argparse.Namespace) -> dict:
-    """In a process of its own: loss of the first step, seconds of the second, peak memory."""
+def measure(way: str, given: argparse.Namespace) -> dict:
+    """Measure the loss of the first step, the seconds of the second and this process's peak memory."""
     import torch
     import transformers
 
     torch.set_num_threads(given.threads)
     transformers.logging.set_verbosity_error()
-    made = conversations(given.conversations, given.hidden)
+    made = make_conversations(given.conversations, given.hidden)
     budget = round(PACK_7B * given.hidden / WIDTH_7B)
     model = make_model(given.hidden, given.layers)
     with tempfile.TemporaryDirectory() as directory:
         build = {
-            "tutorial": lambda: padded(model, made, directory, grouped=False),
-            "grouped": lambda: padded(model, made, directory, grouped=True),
-            "TRL": lambda: with_trl(model, made, directory, budget),
-            "saigakit": lambda: with_saigakit(model, made, directory, budget),
+            "tutorial": lambda: build_padded(model, made, directory, grouped=False),
+            "grouped": lambda: build_padded(model, made, directory, grouped=True),
+            "TRL": lambda: build_trl(model, made, directory, budget),
+            "saigakit": lambda: build_saigakit(model, made, directory, budget),
         }[way]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         run = build()
@@ -194,7 +194,7 @@ def measured(way: str, given: argparse.Namespace) -> dict:
         run.train()
         seconds = clock.seconds[-1]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        flops = counted(run) if way == "saigakit" else 0
+        flops = count_flops(run) if way == "saigakit" else 0
     return {
         "loss": loss,
         "seconds": seconds,
@@ -227,8 +227,8 @@ class Clock:
         return clock
 
 
-def counted(run) -> int:
-    """Floating-point operations of one more step, recomputation included."""
+def count_flops(run) -> int:
+    """Count the floating-point operations of one more step, recomputation included."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -236,8 +236,8 @@ def counted(run) -> int:
     return counter.get_total_flops()
 
 
-def matrix_products(hidden: int, threads: int, tokens: int) -> float:
-    """FLOP/s of torch.mm at the shapes of a layer."""
+def measure_torch_mm(hidden: int, threads: int, tokens: int) -> float:
+    """Measure the FLOP/s of torch.mm at the shapes of a layer."""
     import torch
 
     torch.set_num_threads(threads)
@@ -253,7 +253,7 @@ def matrix_products(hidden: int, threads: int, tokens: int) -> float:
     return sum(2 * m * k * n for m, k, n in shapes) / best
 
 
-def in_child(way: str, given: argparse.Namespace) -> dict:
+def measure_in_child(way: str, given: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, "--way", way]
     for name in ("hidden", "layers", "conversations", "threads"):
         command += [f"--{name}", str(getattr(given, name))]
@@ -274,15 +274,15 @@ def main() -> None:
     parser.add_argument("--way", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.way:
-        print(json.dumps(measured(given.way, given)))
+        print(json.dumps(measure(given.way, given)))
         return
     ways = [way for way in WAYS if way != "TRL" or (util.find_spec("trl") and util.find_spec("datasets"))]
     found: dict[str, list[dict]] = {way: [] for way in ways}
     reached: list[float] = []
     for number in range(given.rounds):
         for way in ways if number % 2 == 0 else ways[::-1]:
-            found[way].append(in_child(way, given))
-        reached.append(matrix_products(given.hidden, given.threads, round(PACK_7B * given.hidden / WIDTH_7B)))
+            found[way].append(measure_in_child(way, given))
+        reached.append(measure_torch_mm(given.hidden, given.threads, round(PACK_7B * given.hidden / WIDTH_7B)))
         print(f"round {number + 1} of {given.rounds} is done", flush=True)
     print(table(found, given))
     work = [
@@ -290,9 +290,9 @@ def main() -> None:
         for one, products in zip(found["saigakit"], reached, strict=True)
     ]
     print(
-        f"\nsaigakit executes {found['saigakit'][0]['tflop']:.2f} TFLOP in a step, recomputation included: "
-        f"{statistics.median(work):.0%} ({min(work):.0%} to {max(work):.0%}) of the speed of torch.mm at these shapes, "
-        f"{statistics.median(reached) / 1e9:.0f} GFLOP/s."
+        f"\nsaigakit executes {found['saigakit'][0]['tflop']:.2f} TFLOP per step, recomputation included, at "
+        f"{statistics.median(work):.0%} ({min(work):.0%} to {max(work):.0%}) of the speed of torch.mm at these shapes "
+        f"({statistics.median(reached) / 1e9:.0f} GFLOP/s)."
     )
 
 
@@ -312,15 +312,15 @@ def table(found: dict[str, list[dict]], given: argparse.Namespace) -> Table:
         )
     if "TRL" in found:
         ratios = [a["seconds"] / b["seconds"] for a, b in zip(found["TRL"], found["saigakit"], strict=True)]
-        told = f" saigakit / TRL: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})."
+        comparison = f" saigakit / TRL: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})."
     else:
-        told = " TRL is not installed."
+        comparison = " TRL is not installed."
     note = (
         f"{found['saigakit'][0]['tokens']:,} real tokens, {given.conversations} conversations, hidden {given.hidden}, "
-        f"{given.layers} layers, {given.threads} threads, {given.rounds} rounds.{told}\n"
-        "The tutorial's ways learn everything, so their loss is another one."
+        f"{given.layers} layers, {given.threads} threads, {given.rounds} rounds.{comparison}\n"
+        "tutorial and grouped train all tokens, so their loss is not comparable."
     )
-    header = ("way", "real tokens/s", "of tutorial", "in single rounds", "peak MB above the model", "loss")
+    header = ("way", "real tokens/s", "relative to tutorial", "in single rounds", "peak MB above the model", "loss")
     return Table(header, lines, note)
 
 

@@ -1,11 +1,11 @@
-"""What training keeps in memory: saigakit.weights.memory's prediction against real models on a CPU.
+"""Compare the training memory that saigakit.weights.memory predicts with that of real models on a CPU.
 
     python benchmarks/training_memory.py            the grid: predicted, measured, ratio
-    python benchmarks/training_memory.py --models   what the models of the registry need on a T4
+    python benchmarks/training_memory.py --models   the memory that the registry's models need on a T4
 
-Measured are the tensors that autograd holds between the forward and the backward pass, parameters left out, each
-storage once (what int8 matrices keep is out of its sight); and the highest sum of all that torch's allocator gave out
-in one step, with the profiler.
+Two values are measured: the tensors that autograd keeps between the forward and the backward pass, without parameters
+and each storage counted once (what int8 matrices keep is not visible there); and, with the profiler, the peak of the
+memory that torch's allocator hands out during one step.
 """
 
 import argparse
@@ -32,7 +32,7 @@ NO_DROPOUT = Lora(dropout=0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A random model, an adapter and one pack of it."""
+    """A random model, an adapter and one pack of documents."""
 
     kind: str = "llama"
     hidden: int = 256
@@ -60,7 +60,7 @@ class Bytes:
 
 
 def compare(case: Case) -> tuple[Bytes, Bytes]:
-    """What autograd keeps, and the highest moment of a step."""
+    """Return what autograd keeps, and the peak of a step."""
     model, shape = build(case)
     pack = Pack(documents=case.documents, trained=sum(size // 2 for size in case.documents))
     batch = batch_of(pack, case.vocabulary)
@@ -75,10 +75,10 @@ def compare(case: Case) -> tuple[Bytes, Bytes]:
     )
     kept, parts = step.activations + step.saved_by_loss, step.memory()
     step_bytes = sum(parts[name] for name in ("activations", "logits", "working buffers"))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4  # gradients are made in the step
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4  # gradients, allocated in the step
     return (
         Bytes(predicted=kept, measured=kept_by_autograd(model, batch, case)),
-        Bytes(predicted=step_bytes + trained, measured=highest(model, batch, case)),
+        Bytes(predicted=step_bytes + trained, measured=measure_peak(model, batch, case)),
     )
 
 
@@ -150,8 +150,8 @@ def kept_by_autograd(model: torch.nn.Module, batch: dict[str, torch.Tensor], cas
     return sum(size for pointer, size in storages.items() if pointer not in frozen)
 
 
-def highest(model: torch.nn.Module, batch: dict[str, torch.Tensor], case: Case) -> int:
-    """Bytes above those held before the step."""
+def measure_peak(model: torch.nn.Module, batch: dict[str, torch.Tensor], case: Case) -> int:
+    """Return the bytes above those held before the step."""
     loss_of(model, batch, case).backward()
     model.zero_grad()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -192,7 +192,7 @@ def grid() -> list[Case]:
     return found
 
 
-def say(case: Case) -> str:
+def describe(case: Case) -> str:
     modules = "all" if len(case.lora.target_modules) == len(ALL_LINEAR) else "attention"
     extras = [name for name in ("checkpointing", "chunked", "autocast") if getattr(case, name)]
     extras += ["dora"] if case.lora.dora else []
@@ -219,11 +219,11 @@ MODELS_CONFIGS = {
 }  # fmt: skip
 
 
-def models_table() -> None:
-    """In nf4 with activation checkpointing, float16: one pack of the model's own max_seq_length."""
+def print_models_table() -> None:
+    """Assume nf4, float16, activation checkpointing and one pack of the model's own max_seq_length."""
     names = ["weights", "adapter and optimizer", "activations", "logits", "working buffers", "CUDA"]
-    print(f"{'GB':30} tokens {' '.join(f'{name:>21}' for name in names)}   together   T4: 16.1")
-    for (name, config), learned in itertools.product(MODELS_CONFIGS.items(), (0.5, 1.0)):
+    print(f"{'GB':30} tokens {' '.join(f'{name:>21}' for name in names)}      total   T4: 16.1")
+    for (name, config), trained in itertools.product(MODELS_CONFIGS.items(), (0.5, 1.0)):
         spec = MODELS[name]
         with tempfile.TemporaryDirectory() as directory:
             (Path(directory) / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -232,13 +232,13 @@ def models_table() -> None:
         parts = TrainingStep(
             shape=shape,
             lora=spec.lora,
-            pack=Pack(documents=(tokens,), trained=int(tokens * learned)),
+            pack=Pack(documents=(tokens,), trained=int(tokens * trained)),
             quantization="nf4",
             itemsize=2,
             checkpointing=True,
         ).memory()
         numbers = " ".join(f"{parts[part] / 1e9:21.2f}" for part in names)
-        print(f"{name:18} {learned:4.0%} learned {tokens:6} {numbers} {sum(parts.values()) / 1e9:10.2f}")
+        print(f"{name:18} {trained:4.0%} trained {tokens:6} {numbers} {sum(parts.values()) / 1e9:10.2f}")
 
 
 def main() -> None:
@@ -246,12 +246,12 @@ def main() -> None:
     parser.add_argument("--models", action="store_true")
     load.silence_libraries()
     if parser.parse_args().models:
-        return models_table()
-    print(f"{'':86}kept by autograd, MB          highest moment of a step, MB")
+        return print_models_table()
+    print(f"{'':86}kept by autograd, MB          peak of a step, MB")
     print(f"{'':86}predicted  measured  ratio    predicted  measured  ratio")
     for case in grid():
         numbers = [f"{b.predicted / 1e6:9.1f} {b.measured / 1e6:9.1f} {b.ratio:6.2f}" for b in compare(case)]
-        print(f"{say(case):86}{'    '.join(numbers)}", flush=True)
+        print(f"{describe(case):86}{'    '.join(numbers)}", flush=True)
     return None
 
 

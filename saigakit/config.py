@@ -43,7 +43,7 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything a training run depends on. None takes the default of the model's registry row.
+    """Everything a training run depends on. None in a field marked with "registry" takes the model's default there.
 
     `adapter`: "folded" adds the released adapter to the base and trains a new LoRA on all linear layers; the result is
     one adapter. "released" continues the released adapter. "auto" means "folded", which learned better
@@ -57,12 +57,12 @@ class TrainConfig:
     eval_file: str | None = None
     base_source: str | None = None
     adapter: str | None = "auto"
-    quantization: Quantization | None = None
-    lora: Lora | None = None
-    learning_rate: float | None = None
+    quantization: Quantization | None = None  # registry
+    lora: Lora | None = None  # registry
+    learning_rate: float | None = None  # registry
     epochs: float = 2.0
     batch_size: int = 16  # conversations per optimizer step, over all processes
-    max_seq_length: int | None = None  # tokens of a conversation and of a pack
+    max_seq_length: int | None = None  # registry; tokens of a conversation and of a pack
     eval_steps: int | None = None  # optimizer steps between evaluations; None: five evaluations in the run
     early_stopping: int | None = None  # evaluations without a lower evaluation loss; None: never
     neftune_alpha: float | None = None  # noise on the embeddings, arXiv:2310.05914; usually 5

@@ -61,6 +61,14 @@ def callers_cache(tmp_path_factory) -> Iterator[Path]:
         yield callers
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """llama.cpp computes in one thread: two workers share two cores."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "cpu_count", lambda: 1)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(callers_cache) -> Path:
     """The tiny Saiga of `package:saiga_tiny`: base/, adapter/, records.jsonl."""

@@ -25,7 +25,7 @@ from saigakit.prompt import encoding
 
 _PARAMETERS = click.option(
     "-p", "--parameter", "parameters", type=(str, parse_value), multiple=True, metavar="NAME VALUE",
-    help="Set a parameter, overriding the file; repeatable",
+    help="Set a parameter, overriding that of a file; repeatable",
 )  # fmt: skip
 _MODEL = click.option("--model", required=True, help="Name in the registry, Hub id or directory")
 _BASE_SOURCE = click.option("--base-source", help="Directory of the base model, instead of the Hub")
@@ -215,6 +215,8 @@ def push(name: str, files: Sequence[str], parameters: Sequence[tuple[str, Any]])
       saigakit push wheels dist/saigakit-0.1.0-py3-none-any.whl
       saigakit push 02_train -p epochs 3
     """
+    if kernels.is_dataset(name) and parameters:
+        raise SaigaError(f"{name} is a data set and has no parameters. Leave out -p.")
     if kernels.is_dataset(name):
         kernels.push_dataset(name, [Path(file) for file in files])
     elif files:
@@ -227,7 +229,7 @@ def push(name: str, files: Sequence[str], parameters: Sequence[tuple[str, Any]])
 @click.argument("made", metavar="RUN_DIR")
 @click.argument("name")
 @click.option("--public", is_flag=True, help="Make it public instead of private")
-@click.option("--replace", is_flag=True, help="Replace the contents of an existing repository")
+@click.option("--replace", is_flag=True, help="Replace the contents of an existing repository on the Hub")
 @click.option("--gguf", is_flag=True, help="Publish the GGUF of 03_merge_gguf instead of the adapter")
 @click.option("--kaggle", is_flag=True, help="Publish the GGUF on Kaggle Models under this NAME")
 def publish(made: str, name: str, public: bool, replace: bool, gguf: bool, kaggle: bool) -> None:
@@ -243,6 +245,8 @@ def publish(made: str, name: str, public: bool, replace: bool, gguf: bool, kaggl
       saigakit publish runs/terms saiga2-7b-terms --kaggle
     """
     model = Path(made) if (is_file := made.endswith(".gguf")) else Path(made) / "03_merge_gguf"
+    if kaggle and replace:
+        raise SaigaError("--replace is for the Hub: on Kaggle Models a new version is added, and old ones stay.")
     if kaggle:
         address = publishing.push_to_kaggle(model, name, private=not public)
     elif gguf or is_file:
@@ -289,5 +293,5 @@ def doctor() -> None:
     for stage in install.STAGES:
         lacking = install.missing(install.needs(stage, kaggle=workspace.on_kaggle()))
         click.echo(f"{stage}: " + (f"lacks {', '.join(lacking)}; {install.pip_command(stage)}" if lacking else "ready"))
-    lacking = install.missing(("papermill", "ipykernel", "nbconvert"))
+    lacking = install.missing(install.packages("run"))
     click.echo("run, demo: " + (f"lack {', '.join(lacking)}; pip install 'saigakit[run]'" if lacking else "ready"))

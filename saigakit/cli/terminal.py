@@ -22,6 +22,8 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # `saigakit … | head`: click exits with 1 and prints nothing
         except (SaigaError, OSError) as error:
             message = str(error)
         except ModuleNotFoundError as error:

@@ -21,14 +21,9 @@ def require_absent(path: Path) -> None:
         raise SaigaError(f"{path} already exists; nothing was overwritten. Delete it or choose another name.")
 
 
-def partial_of(final: Path) -> Path:
-    """The temporary path, next to `final`, of a file or directory that is being written."""
-    return final.with_name(f".{final.name}.partial")
-
-
 def discard_partial(final: Path) -> Path:
-    """Delete what a killed run left at the temporary path of `final`, and return that path."""
-    partial = partial_of(final)
+    """The temporary path, next to `final`, of a file or directory; what a killed run left there is deleted."""
+    partial = final.with_name(f".{final.name}.partial")
     if partial.is_dir():
         shutil.rmtree(partial, ignore_errors=True)
     else:
@@ -57,22 +52,28 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to. On success it is flushed to disk and renamed to `file`.
+def replacing(final: Path) -> Iterator[Path]:
+    """Yield a temporary path for a file or a directory. On success it is flushed to disk and renamed to `final`.
 
-    Otherwise it is deleted and `file` stays as it was. Raises SaigaError if the disk is full or fails.
+    Otherwise it is deleted and `final` stays as it was. Raises SaigaError if the disk is full or fails.
     """
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = discard_partial(file)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial = discard_partial(final)
         yield partial
-        fsync(partial)
-        partial.replace(file)
+        for path in (*partial.rglob("*"), partial):
+            fsync(path)
+        partial.replace(final)
+        fsync(final.parent)
     except OSError as error:
-        raise SaigaError(f"{file} could not be written: {error}.") from None
+        named = Path(str(error.filename or final))  # a failed write has no file name; that of an input is another
+        is_ours = named.is_relative_to(final.parent) or final.is_relative_to(named)
+        if isinstance(error, BrokenPipeError) or not is_ours:
+            raise
+        raise SaigaError(f"{final} could not be written: {error}.") from None
     finally:
         with suppress(OSError):
-            partial_of(file).unlink(missing_ok=True)
+            discard_partial(final)
 
 
 def write_text(file: Path, text: str) -> Path:

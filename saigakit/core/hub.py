@@ -79,6 +79,8 @@ def download_errors_explained(repo: str, repo_type: str) -> Iterator[None]:
         problem = f"{repo} has no revision of that name: give a branch, a tag or a commit."
     # HTTPError is httpx's in huggingface_hub 1 and httpx2's in 2. Without a connection it is raised too, not OSError.
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
+        if isinstance(error, OSError) and workspace.is_full(error):
+            raise workspace.scratch_full(f"Downloading {repo}", 0) from None
         reason = _one_line(error)[:300].rstrip(".:")
         problem = f"{repo} could not be fetched from the Hub: {reason}. On Kaggle, switch Internet on."
     raise SaigaError(f"{problem} {_ATTACH[repo_type]}") from None

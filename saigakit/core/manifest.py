@@ -159,7 +159,7 @@ def making(
 ) -> Iterator[Path]:
     """Yield a directory next to `final` to write to. On success add its manifest and rename it to `final`.
 
-    `facts` go into the manifest and may be filled inside the block; `may_replace` is that of `is_up_to_date`. On an
+    `facts` go into the manifest and may be filled inside the block; `may_replace`: see `is_up_to_date`. On an
     error an older `final` stays as it was.
     """
     partial = discard_partial(final)

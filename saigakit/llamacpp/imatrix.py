@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from saigakit.core import install
 from saigakit.core.display import Every
 from saigakit.core.files import replacing, require_absent
 from saigakit.errors import SaigaError
@@ -194,7 +195,6 @@ def compute_importance(
     *,
     dataset: str,
     max_tokens: int = 50_000,
-    n_threads: int | None = None,
     n_gpu_layers: int = 0,
 ) -> Importance:
     """Sum the squares of each weight's inputs over about `max_tokens`, in rows evenly spread over `id_lists`.
@@ -206,9 +206,7 @@ def compute_importance(
         raise SaigaError(f"{dataset} has no tokens, so no importance matrix can be computed from it.")
     rows = sample_rows(filled, max_tokens)
     observer, is_due, length = _Observer(), Every(), max(map(len, rows))
-    with forward.open_model(
-        gguf_file, n_ctx=length, n_threads=n_threads, n_gpu_layers=n_gpu_layers, on_tensor=observer.observe
-    ) as model:
+    with forward.open_model(gguf_file, n_ctx=length, n_gpu_layers=n_gpu_layers, on_tensor=observer.observe) as model:
         for done, ids in enumerate(rows, start=1):
             # Logits of every position: otherwise the last layer is computed only for the last token.
             for _ in model.logits(ids, [True] * len(ids)):
@@ -233,7 +231,7 @@ def _require_layout() -> None:
         if (*found.ne[:2], *found.src[:2]) != (3, 5, weight, activation):
             raise SaigaError(
                 f"llama-cpp-python {llama_cpp.__version__} has an unknown tensor layout, which computing an importance "
-                "matrix depends on. Install 0.3.36, or give a file as `importance`."
+                f"matrix depends on. Install {install.PINS['llama-cpp-python'][0]}, or give a file as `importance`."
             )
     finally:
         ggml.ggml_free(context)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def require_readable(file: Path, tensors: int, tokenizer: FastTokenizer, texts: Sequence[str]) -> str:
-    """Describes who can read the file. Raises SaigaError if llama.cpp cannot, or gives other token ids."""
+    """Load the file with llama.cpp, compare token ids, and say what was checked. Raises SaigaError if a check fails."""
     _require_loadable(file)
     checks = [f"gguf reads its {tensors} tensors", "llama.cpp loads it and all its blocks are valid"]
     if texts:

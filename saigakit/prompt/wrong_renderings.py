@@ -74,7 +74,7 @@ def list_renderings(tokenizer: Tokenizer) -> list[Rendering]:
 def compare(tokenizer: Tokenizer) -> Table:
     """Show each rendering from its first difference to ours."""
     first, *others = list_renderings(tokenizer)
-    rows = [(first.name, _format_ids(first.ids[:_IDS_SHOWN], tokenizer, first.ids), str(len(first.ids)), first.problem)]
+    rows = [(first.name, _format_ids(first.ids[:_IDS_SHOWN], tokenizer, first.ids), "0", first.problem)]
     for each in others:
         parts = SequenceMatcher(None, first.ids, each.ids, autojunk=False).get_opcodes()
         changed = [spans for kind, *spans in parts if kind != "equal"]

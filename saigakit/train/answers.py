@@ -12,13 +12,13 @@ from saigakit.errors import SaigaError
 FILE = "samples.md"
 _TITLE = """# Ответы во время обучения · answers during training
 
-Одни и те же вопросы из валидационной выборки, greedy-генерация. Ошибка — loss на токен этой выборки.
+Одни и те же вопросы из валидационной выборки, декодирование жадное. Loss — средний на токен этой выборки.
 
 *The same questions of the evaluation set each time, greedy answers. The loss is per token of the evaluation set.*
 """
 _QUESTION, _REFERENCE = "**Вопрос · question**", "**Верный ответ · right answer**"
 _INDENT = "    "  # Markdown shows such lines verbatim; no other line of the file begins with it
-_HEADING = re.compile(r"\*\*Шаг (\d+), ошибка ([\d.]+|nan|inf)(?:, обрезан на (\d+) токенах)? · .*\*\*")
+_HEADING = re.compile(r"\*\*Шаг (\d+), (?:loss|ошибка) ([\d.]+|nan|inf)(?:, обрезан на (\d+) токенах)? · .*\*\*")
 
 
 class Section(NamedTuple):
@@ -55,7 +55,7 @@ def _indented(text: str) -> str:
 
 def _heading(entry: Entry, number: int) -> str:
     limit = entry.answers[number].cut_at
-    russian = f"Шаг {entry.step}, ошибка {entry.loss}" + (f", обрезан на {limit} токенах" if limit else "")
+    russian = f"Шаг {entry.step}, loss {entry.loss}" + (f", обрезан на {limit} токенах" if limit else "")
     english = f"step {entry.step}, loss {entry.loss}" + (f", cut at {limit} tokens" if limit else "")
     return f"**{russian} · {english}**"
 

@@ -25,10 +25,7 @@ STILL_FALLING = 0.05  # share of the total fall that came with the last evaluati
 _BLUE, _GREEN = "#1a73e8", "#188038"
 NEIGHBOURS = 10  # training steps that are averaged: the loss of a single step is noisy
 _VERDICTS = {
-    "few": (
-        "Для вывода нужно хотя бы три оценки на валидации, а их меньше. · "
-        "Fewer than three evaluations: not enough to judge."
-    ),
+    "few": "Для вывода нужно хотя бы три оценки на валидации. · Fewer than three evaluations: not enough to judge.",
     "overfits": (
         "Переобучается: loss на валидации был лучшим на шаге {best_step} из {last_step} и с тех пор вырос на {rise} "
         "({lowest} → {last}), а на обучении падает. Уменьшите epochs или добавьте данных. · "
@@ -60,10 +57,10 @@ _VERDICTS = {
         "More epochs may help."
     ),
     "learned": (
-        "Обучена: loss на валидации упал с {first} до {last} и больше не меняется. Увеличивать epochs незачем, помогут "
-        "новые данные. · "
-        "Converged: evaluation loss fell from {first} to {last} and has levelled off. More epochs will not help; more "
-        "data may."
+        "Обучена: loss на валидации упал с {first} до {last} и почти не меняется. От новых epochs пользы мало, больше "
+        "дадут новые данные. · "
+        "Converged: evaluation loss fell from {first} to {last} and has levelled off. More epochs will change "
+        "little; more data may help."
     ),
 }
 _ENDED = {
@@ -126,7 +123,7 @@ def summary(directory: Path) -> Table:
         predicted, peak = (f"{memory[f'memory_{name}'] / GB:.2f} GB" if f"memory_{name}" in memory else "?"
                            for name in ("predicted", "peak"))  # fmt: skip
         rows.append(("память: оценка, пик · memory: estimated, peak", f"{predicted}, {peak}"))
-    return Table(("обучение · training", ""), rows, "Loss: mean over the trained tokens, in nats per token.")
+    return Table(("обучение · training", ""), rows, "Loss в натах на обучаемый токен. · Loss: nats per trained token.")
 
 
 def verdict(log: Sequence[Entry]) -> str:

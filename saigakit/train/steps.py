@@ -92,8 +92,6 @@ def _balance(lengths: Sequence[int], processes: int) -> list[list[int]]:
 
 def replay_count(count_train: int, fraction: float) -> int:
     """The number of replay conversations that make up `fraction` of an epoch, to the nearest conversation."""
-    if not 0 <= fraction < 1:
-        raise SaigaError(f"replay_fraction={fraction!r} must be at least 0 and below 1.")
     return round(fraction * count_train / (1 - fraction))
 
 
@@ -103,8 +101,6 @@ def choose_replay(count_train: int, count_replay: int, fraction: float, epochs: 
     No conversation is drawn again before all have been drawn, across epochs. More epochs do not change the first ones.
     """
     needed = replay_count(count_train, fraction)
-    if needed and not count_replay:
-        raise SaigaError("replay_file has no conversations. Use another file, or leave it out.")
     rng = random.Random(f"replay {seed}")  # independent of the shuffling of training conversations
     left: list[int] = []
     drawn = []

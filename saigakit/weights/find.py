@@ -26,7 +26,7 @@ _PACKAGED: dict[str, Callable[[], Path]] = {
 
 
 def base_dir(spec: ModelSpec, base_source: str | None = None) -> Path:
-    """A directory with config.json and weights. Raises SaigaError that names what to attach instead."""
+    """A directory with config.json and weights. Raises SaigaError saying what to attach."""
     if base_source is None and spec.base_model in _PACKAGED:
         return _PACKAGED[spec.base_model]()
     if base_source is not None or Path(spec.base_model).is_dir():

@@ -41,7 +41,7 @@ def number_format(spec: ModelSpec, gpus: Sequence[Gpu]) -> NumberFormat:
         return "bfloat16"
     if not spec.float16_safe:
         raise SaigaError(
-            f"{spec.name} cannot be trained on {name}, which computes only in float16: the activations of this model "
+            f"{spec.name} cannot run on {name}, which computes only in float16: the activations of this model "
             "overflow float16 (NaN). Use a GPU of sm_80 or later, or another model, for example saiga_nemo_12b."
         )
     return "float16"

@@ -57,6 +57,15 @@ def test_version_is_that_of_the_package():
     assert shell("--version").stdout == f"saigakit, version {cli_commands.__version__}\n"
 
 
+def test_a_closed_pipe_ends_a_command_without_a_message():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "saigakit.cli", "doctor"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_each_command_shows_an_example(command):
     shown = CliRunner().invoke(cli.main, [command, "--help"])
@@ -205,7 +214,7 @@ def test_export_writes_a_gguf_with_its_companion_files(tiny, tmp_path):
     assert output.read_bytes()[:4] == b"GGUF" and f"saigakit chat {output}" in done.stdout
     beside = {"model.Modelfile", "model.README.md", "model.gguf", "model.llama-server.txt", "model.saigakit.json"}
     assert {file.name for file in tmp_path.iterdir()} == beside
-    assert "total · всего" in done.stdout.split("model.gguf")[0]  # the plan comes first
+    assert "всего · total" in done.stdout.split("model.gguf")[0]  # the plan comes first
     content = manifest.read_for(output)
     assert content["outputs"] == {"model.gguf": sha256(output)} and content["quant_type"] == "Q8_0"
     assert content["inputs"]["base"] == manifest.hashes(tiny / "base")
@@ -416,6 +425,17 @@ def test_missing_kernel_is_one_message(tmp_path, arguments):
     assert "kernel-metadata.json" in error_of(*arguments, cwd=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["push", "wheels", "a.whl", "-p", "epochs", "3"], "wheels is a data set and has no parameters. Leave out -p."),
+        (["publish", "runs/terms", "me/name", "--kaggle", "--replace"], "--replace is for the Hub"),
+    ],
+)
+def test_an_option_that_would_have_no_effect_is_refused(arguments, message):
+    assert error_of(*arguments).startswith(message)
+
+
 def test_doctor_shows_the_machine_and_each_stage():
     shown = shell("doctor").stdout
     assert "CPU" in shown and "tokenizers" in shown
@@ -423,8 +443,11 @@ def test_doctor_shows_the_machine_and_each_stage():
 
 
 def test_doctor_names_missing_packages_and_how_to_install_them(monkeypatch):
-    monkeypatch.setattr("saigakit.core.install.missing", lambda names: [name for name in names if name == "peft"])
+    monkeypatch.setattr(
+        "saigakit.core.install.missing", lambda names: [name for name in names if name in ("peft", "jupyter")]
+    )
     shown = CliRunner().invoke(cli.main, ["doctor"]).output
+    assert "run, demo: lack jupyter; pip install 'saigakit[run]'" in shown
     assert "02_train: lacks peft; pip install" in shown and "01_format: ready" in shown
 
 

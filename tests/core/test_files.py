@@ -81,6 +81,29 @@ def test_a_full_disk_is_reported_with_the_file_and_leaves_the_old_one(tmp_path, 
     assert names(tmp_path) == ["x.json"] and file.read_text() == "before"
 
 
+def test_a_directory_appears_when_the_block_ends(tmp_path):
+    with files.replacing(tmp_path / "merged") as partial:
+        partial.mkdir()
+        (partial / "config.json").touch()
+        assert not (tmp_path / "merged").exists()
+    assert names(tmp_path) == ["merged"] and names(tmp_path / "merged") == ["config.json"]
+    with pytest.raises(ValueError), files.replacing(tmp_path / "other") as partial:
+        (partial / "deep").mkdir(parents=True)
+        raise ValueError
+    assert names(tmp_path) == ["merged"]
+
+
+def test_a_missing_input_and_a_closed_pipe_are_not_failures_of_the_output(tmp_path):
+    with pytest.raises(FileNotFoundError, match="shard"), files.replacing(tmp_path / "out" / "x"):
+        (tmp_path / "base" / "shard").read_bytes()
+    with pytest.raises(BrokenPipeError), files.replacing(tmp_path / "out" / "x"):
+        raise BrokenPipeError(32, "Broken pipe")
+    ours = pytest.raises(SaigaError, match=r"x could not be written: .*Is a directory")
+    with ours, files.replacing(tmp_path / "out" / "x") as partial:
+        partial.mkdir()
+        partial.write_text("", encoding="utf-8")
+
+
 def test_an_existing_file_or_directory_is_refused(tmp_path):
     files.require_absent(tmp_path / "x")
     with pytest.raises(SaigaError, match="already exists; nothing was overwritten"):
@@ -89,7 +112,7 @@ def test_an_existing_file_or_directory_is_refused(tmp_path):
 
 def test_discards_a_partial_file_and_a_partial_directory(tmp_path):
     for final in (tmp_path / "file", tmp_path / "directory"):
-        assert files.discard_partial(final) == files.partial_of(final)
+        assert files.discard_partial(final) == tmp_path / f".{final.name}.partial"
     (tmp_path / ".directory.partial" / "half").mkdir(parents=True)
     (tmp_path / ".file.partial").touch()
     for final in (tmp_path / "file", tmp_path / "directory"):

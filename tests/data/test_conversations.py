@@ -229,6 +229,14 @@ def test_reads_conversations_with_tools_from_parquet(tmp_path):
     assert first["messages"] == rows[0]
 
 
+def test_with_a_limit_only_the_first_records_are_read(files, capsys):
+    source = files(a=['{"user": "1", "bot": "1", "id": 1}', '{"user": "2", "bot": "2"}', "{"])
+    assert [row["messages"][0]["content"] for row in data.read_conversations(source, limit=2)] == ["1", "2"]
+    assert capsys.readouterr().out == ""  # the complete reading says what is ignored
+    with pytest.raises(DataError, match="1 of 3 records cannot be used"):
+        data.read_conversations(source, limit=3)
+
+
 def test_names_the_number_of_a_bad_parquet_row(tmp_path):
     file = tmp_path / "records.parquet"
     parquet.write_table(pyarrow.table({"user": ["а", None], "bot": ["б", "в"]}), file)

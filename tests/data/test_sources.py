@@ -1,5 +1,6 @@
 """Find models, adapters and record files: local, attached and on a stub of the Hub."""
 
+import errno
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import hub_stub
 import pytest
 
 from saigakit import registry
+from saigakit.core import hub as hub_client
 from saigakit.data import sources
 from saigakit.errors import SaigaError
 from saigakit.registry import MODELS, ModelSpec
@@ -138,6 +140,14 @@ def test_a_hub_error_says_what_to_attach(hub, tmp_path, repository, said):
     assert said in sentence
     assert "attach a copy" in sentence
     assert "base_source" in sentence
+
+
+def test_a_full_disk_during_a_download_is_not_blamed_on_the_connection(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAIGAKIT_CACHE", str(tmp_path))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    refused = pytest.raises(SaigaError, match=r"Downloading a/b needs .*SAIGAKIT_CACHE")
+    with refused, hub_client.download_errors_explained("a/b", "model"):
+        raise full
 
 
 @pytest.mark.parametrize("what", ["base_dir(registry.find('a/b'))", "tokenizer_dir(registry.find('a/b'))"])

@@ -249,6 +249,12 @@ def test_with_a_gpu_its_memory_is_checked(copied, monkeypatch):
         evaluate.compare(model="saiga_tiny", run_dir=copied, adapter="released")
 
 
+def test_a_model_that_overflows_float16_is_refused_on_a_t4(monkeypatch, tmp_path):
+    monkeypatch.setattr(workspace, "gpus", lambda: [workspace.Gpu("Tesla T4", (7, 5), 16 * 10**9, 15 * 10**9)])
+    with pytest.raises(SaigaError, match=r"saiga_gemma3_12b cannot run on Tesla T4 \(sm_75\).*overflow float16"):
+        evaluate.compare(model="saiga_gemma3_12b", run_dir=tmp_path)
+
+
 def test_the_needed_memory_is_that_of_weights_one_question_and_the_libraries(tiny, monkeypatch):
     tokenizer = encoding.load_tokenizer("saiga_tiny")
     asked = Questions.of([asking("Да.")], tokenizer)

@@ -16,6 +16,7 @@ from saigakit.errors import SaigaError
 from saigakit.llamacpp import imatrix, libggml
 from saigakit.llamacpp.architecture import Architecture
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = ([1, 404, 505, 606, 7, 8, 9, 300], [1, 5], list(range(10, 90)) * 4, [1, 260, 261, 700, 2, 13, 1, 300, 301])
 SHAPE = {"hidden_size": 256, "intermediate_size": 288, "num_attention_heads": 8, "num_key_value_heads": 2}
 
@@ -72,7 +73,7 @@ def by_transformers(base_dir, rows):
 
 def test_equals_the_mean_squared_input_of_each_column(base_dir, float_file, exact_attention):
     expected, tokens = by_transformers(base_dir, ROWS)
-    made = imatrix.compute_importance(float_file, ROWS, dataset="train.jsonl", n_threads=1)
+    made = imatrix.compute_importance(float_file, ROWS, dataset="train.jsonl")
     assert set(made) == set(expected) == {name for name in expected if name.startswith("blk.")}
     assert {squares.count for squares in made.squares.values()} == {tokens}
     for name, squares in expected.items():
@@ -80,8 +81,8 @@ def test_equals_the_mean_squared_input_of_each_column(base_dir, float_file, exac
 
 
 def test_every_row_starts_a_new_sequence(float_file):
-    alone = [imatrix.compute_importance(float_file, [row], dataset="one", n_threads=1) for row in ROWS[:2]]
-    both = imatrix.compute_importance(float_file, ROWS[:2], dataset="two", n_threads=1)
+    alone = [imatrix.compute_importance(float_file, [row], dataset="one") for row in ROWS[:2]]
+    both = imatrix.compute_importance(float_file, ROWS[:2], dataset="two")
     for name in both:
         sums = alone[0].squares[name].sums + alone[1].squares[name].sums
         np.testing.assert_allclose(both.squares[name].sums, sums, rtol=1e-5, err_msg=name)
@@ -89,25 +90,25 @@ def test_every_row_starts_a_new_sequence(float_file):
 
 def test_samples_rows_evenly_up_to_max_tokens(float_file):
     rows = [[1, 300 + index] for index in range(100)]
-    made = imatrix.compute_importance(float_file, rows, dataset="many", max_tokens=20, n_threads=1)
+    made = imatrix.compute_importance(float_file, rows, dataset="many", max_tokens=20)
     assert (made.chunks, made.datasets) == (10, ("many",))
     assert {squares.count for squares in made.squares.values()} == {20}
 
 
 def test_refuses_the_ids_of_another_tokenizer(float_file):
     with pytest.raises(SaigaError, match=r"up to id 768.*vocabulary of 768"):
-        imatrix.compute_importance(float_file, [[1, 768]], dataset="other", n_threads=1)
+        imatrix.compute_importance(float_file, [[1, 768]], dataset="other")
 
 
 def test_llama_cpp_prints_nothing(float_file, capfd):
     logging.getLogger("llama-cpp-python").setLevel(logging.NOTSET)  # as before its class is used
-    imatrix.compute_importance(float_file, ROWS[:1], dataset="one", n_threads=1)
+    imatrix.compute_importance(float_file, ROWS[:1], dataset="one")
     assert capfd.readouterr() == ("", "")
 
 
 def test_refuses_rows_without_tokens(float_file):
     with pytest.raises(SaigaError, match="no tokens"):
-        imatrix.compute_importance(float_file, [[]], dataset="empty", n_threads=1)
+        imatrix.compute_importance(float_file, [[]], dataset="empty")
 
 
 def test_refuses_an_unknown_layout_of_ggmls_tensors(monkeypatch):

@@ -14,6 +14,7 @@ from saigakit.errors import SaigaError
 from saigakit.llamacpp import imatrix
 from saigakit.llamacpp.imatrix import Importance, Squares
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 # Enough layers for the rules about eighths, and shared keys.
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9, "num_attention_heads": 8}
 ODD = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 9, "num_key_value_heads": 1}
@@ -27,9 +28,7 @@ def made(request, tiny, tmp_path_factory):
     base_dir = small_models.base(directory / "base", tiny / "base", **request.param)
     adapter_dir = small_models.adapter(directory / "adapter", base_dir)
     whole = export.to_gguf(model=str(base_dir), adapter=adapter_dir, output=directory / "f32.gguf", quant_type="F32")
-    matrix = imatrix.compute_importance(whole, ROWS, dataset="train.jsonl", n_threads=1).write(
-        directory / "imatrix.gguf"
-    )
+    matrix = imatrix.compute_importance(whole, ROWS, dataset="train.jsonl").write(directory / "imatrix.gguf")
     return base_dir, adapter_dir, whole, matrix
 
 

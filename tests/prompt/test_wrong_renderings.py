@@ -47,6 +47,11 @@ def row_of(tokenizer, name) -> tuple[str, ...]:
     return found
 
 
+def test_our_own_rendering_has_no_differences(tiny_tokenizer):
+    _, shown, differences, problem = row_of(tiny_tokenizer, "saigakit")
+    assert shown and (differences, problem) == ("0", "ничего · nothing")
+
+
 @pytest.mark.parametrize(
     ("name", "ids"),
     [

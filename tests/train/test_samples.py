@@ -145,7 +145,7 @@ def test_samples_leak_no_gpu_memory(tiny, tokenizer, held_out, tmp_path):
 def test_answers_equal_those_of_separate_generation(tiny, tokenizer, held_out, tmp_path):
     asked = Samples(tokenizer, held_out, tmp_path / "samples.md")
     asked.write(0, 1.0, in_training(tiny))
-    hf = generate.HfModel(tiny / "base", tiny / "adapter", "none")
+    hf = generate.HfModel(tiny / "base", tiny / "adapter", "none", "float32")
     expected = []
     for conversation in spread(held_out, 4):
         prompt = encoding.encode(conversation["messages"][:-1], tokenizer, add_generation_prompt=True)["input_ids"]
@@ -197,8 +197,8 @@ def test_file_shows_question_right_answer_and_answers_by_step(script, model, tok
     script.texts = ["Это газ.\n## 2\n**жирный**"]
     asked.write(40, 0.5, model)
     text = file.read_text(encoding="utf-8")
-    frame = ["    Что такое азот?", "    Газ.", "**Шаг 0, ошибка 2.3457 · step 0, loss 2.3457**", "    Да.",
-             "**Шаг 40, ошибка 0.5000 · step 40, loss 0.5000**", "    Это газ.\n    ## 2\n    **жирный**"]  # fmt: skip
+    frame = ["    Что такое азот?", "    Газ.", "**Шаг 0, loss 2.3457 · step 0, loss 2.3457**", "    Да.",
+             "**Шаг 40, loss 0.5000 · step 40, loss 0.5000**", "    Это газ.\n    ## 2\n    **жирный**"]  # fmt: skip
     places = [text.index(part) for part in frame]
     assert places == sorted(places)
     assert "cut at" not in text

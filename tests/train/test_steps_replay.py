@@ -67,17 +67,6 @@ def test_fraction_of_zero_draws_nothing():
     assert steps.choose_replay(100, 0, 0, 1, seed=5) == [[]]
 
 
-@pytest.mark.parametrize("fraction", [1, 1.5, -0.1, float("nan")])
-def test_refuses_an_invalid_fraction(fraction):
-    with pytest.raises(SaigaError, match="replay_fraction="):
-        steps.choose_replay(100, 60, fraction, 1, seed=5)
-
-
-def test_refuses_replay_without_conversations():
-    with pytest.raises(SaigaError, match="replay_file has no conversations"):
-        steps.choose_replay(100, 0, 0.1, 1, seed=5)
-
-
 def test_leaves_out_and_counts_replay_that_asks_evaluation_questions(tmp_path, capsys):
     held_out = store.as_dataset([talk("Сколько планет вокруг нашего Солнца?"), talk("Кто ты?")])
     file = file_of(tmp_path, ["Как дела сегодня у тебя?", "сколько  планет вокруг нашего солнца?", "Кто ты?", "Где?"])

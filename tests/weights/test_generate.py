@@ -58,32 +58,32 @@ def greedy_by_hand(base_dir, prompt, count):
 
 
 def test_a_batch_answers_like_one_prompt_at_a_time(base_dir):
-    model = HfModel(base_dir, None, "none")
+    model = HfModel(base_dir, None, "none", "float32")
     assert ask(model, PROMPTS).ids == [ask(model, [prompt]).ids[0] for prompt in PROMPTS]
 
 
 def test_answers_are_greedy_whatever_the_models_own_defaults_are(base_dir):
-    assert ask(HfModel(base_dir, None, "none"), PROMPTS).ids == [
+    assert ask(HfModel(base_dir, None, "none", "float32"), PROMPTS).ids == [
         greedy_by_hand(base_dir, prompt, 12) for prompt in PROMPTS
     ]
 
 
 def test_the_adapter_is_used_only_on_request(base_dir, adapter_dir):
-    model = HfModel(base_dir, adapter_dir, "none")
+    model = HfModel(base_dir, adapter_dir, "none", "float32")
     bare = ask(model, PROMPTS).ids
     assert ask(model, PROMPTS, adapted=True).ids != bare
-    assert bare == ask(HfModel(base_dir, None, "none"), PROMPTS).ids
+    assert bare == ask(HfModel(base_dir, None, "none", "float32"), PROMPTS).ids
 
 
 def test_no_answer_is_longer_than_the_limit(base_dir):
-    made = ask(HfModel(base_dir, None, "none"), PROMPTS, max_new_tokens=3)
+    made = ask(HfModel(base_dir, None, "none", "float32"), PROMPTS, max_new_tokens=3)
     assert max(map(len, made.ids)) <= 3
     assert made.tokens <= 3 * len(PROMPTS)
 
 
 def test_progress_counts_up_to_all_texts(base_dir):
     seen = []
-    HfModel(base_dir, None, "none").answers(
+    HfModel(base_dir, None, "none", "float32").answers(
         PROMPTS, adapted=False, stop_ids=STOP, max_new_tokens=4, on_progress=lambda *counts: seen.append(counts)
     )
     assert seen == sorted(seen)
@@ -102,7 +102,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_the_head_is_not_copied_for_every_row_of_a_batch(base_dir, adapter_dir):
     # torch.nn.functional.linear expands a frozen weight if its input is a slice, as the hidden states of a prompt are.
-    model = HfModel(base_dir, adapter_dir, "none")
+    model = HfModel(base_dir, adapter_dir, "none", "float32")
     with LargestTensor() as largest:
         ask(model, PROMPTS * 4, max_new_tokens=2)
     head = model._model.get_output_embeddings()
