@@ -41,6 +41,7 @@ from saigakit.weights import find
 MODEL = "saiga_tiny"  # its tokenizer is copied next to the random weights
 THREADS = 2
 SHAPES = {  # hidden, intermediate, layers, heads, kv_heads, vocabulary
+    "tiny": (256, 704, 2, 2, 2, 32_000),
     "small": (1024, 2816, 8, 16, 16, 32_000),
     "head": (4096, 14_336, 1, 32, 8, 128_256),  # Llama 3's embeddings and head, and one layer
     "2b": (2560, 6912, 22, 20, 20, 32_000),

@@ -26,11 +26,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     given = parser.parse_args()
+    reading, generating = measure(given.file, rounds=given.rounds, n_threads=given.threads)
+    amx = "yes" if "AMX_INT8 = 1" in llama_cpp.llama_print_system_info().decode() else "no"
+    row = (amx, f"{reading:.1f}", f"{generating:.2f}")
+    print(Table(("AMX kernels", "prompt tokens/s", "generated tokens/s"), [row], f"The best of {given.rounds} rounds."))
+
+
+def measure(file: str, *, rounds: int, **settings: int) -> tuple[float, float]:
+    """Tokens per second of reading a prompt and of generating; `settings`: those of llama_cpp.Llama."""
     with redirect_stderr(io.StringIO()):
-        llm = llama_cpp.Llama(given.file, n_ctx=PROMPT + ANSWER, n_batch=PROMPT, n_threads=given.threads, verbose=False)
+        llm = llama_cpp.Llama(file, n_ctx=PROMPT + ANSWER, n_batch=PROMPT, verbose=False, **settings)
     prompt = [10 + 37 * index % (llm.n_vocab() - 10) for index in range(PROMPT)]
     reading, generating = [], []
-    for _ in range(given.rounds):
+    for _ in range(rounds):
         llm.reset()
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm.ctx), True)
         start = time.perf_counter()
@@ -40,10 +48,7 @@ def main() -> None:
             decode(llm, [token])
         reading.append(PROMPT / (read - start))
         generating.append(ANSWER / (time.perf_counter() - read))
-    instructions = llama_cpp.llama_print_system_info().decode()
-    amx = "yes" if "AMX_INT8 = 1" in instructions else "no"
-    row = (amx, f"{max(reading):.1f}", f"{max(generating):.2f}")
-    print(Table(("AMX kernels", "prompt tokens/s", "generated tokens/s"), [row], f"The best of {given.rounds} rounds."))
+    return max(reading), max(generating)
 
 
 def decode(llm: llama_cpp.Llama, ids: list[int]) -> None:

@@ -83,11 +83,13 @@ def training_arguments(directory: str, **more):
 
 
 def _settings(directory: str) -> dict:
+    import torch
+
     return {
         "output_dir": directory,
         "num_train_epochs": 1,
         "learning_rate": 1e-4,
-        "use_cpu": True,
+        "use_cpu": not torch.cuda.is_available(),
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",
@@ -96,7 +98,7 @@ def _settings(directory: str) -> dict:
     }
 
 
-def build_padded(model, made, directory: str, *, grouped: bool):
+def build_padded(model, made, directory: str, *, grouped: bool, **more):
     """Build the tutorial's Trainer: all tokens are trained, rows are padded to a multiple of 8."""
     import torch
     from transformers import Trainer
@@ -121,7 +123,7 @@ def build_padded(model, made, directory: str, *, grouped: bool):
             return torch.utils.data.SequentialSampler(order)
 
     settings = training_arguments(
-        directory, per_device_train_batch_size=2, gradient_accumulation_steps=math.ceil(len(order) / 2)
+        directory, per_device_train_batch_size=2, gradient_accumulation_steps=math.ceil(len(order) / 2), **more
     )
     return InOrder(model=model, args=settings, train_dataset=order, data_collator=collate)
 
