@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import re
 from pathlib import Path
 
 import nbformat
@@ -145,13 +146,13 @@ def test_every_setting_of_training_is_explained_in_02():
 def test_every_argument_of_the_2023_tutorial_is_in_the_table_of_02(argument):
     [cell] = [cell for cell in read("02_train").cells if cell.id == "every_parameter"]
     rows = [line.split("|")[1:-1] for line in cell.source.splitlines() if f"`{argument}`" in line]
-    assert rows and all(len(row) == 5 and all(map(str.strip, row)) for row in rows)
+    assert rows and all(len(row) == 4 and all(map(str.strip, row)) for row in rows)
 
 
 def test_the_defaults_in_the_table_of_02_are_those_of_the_library():
     cells = {cell.id: cell.source for cell in read("02_train").cells}
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in cells["every_parameter"].splitlines()]
-    ours = {row[0].split(",")[0].strip("`"): row[2] for row in rows if len(row) == 5}
+    ours = {re.split("[,<]", row[0])[0].strip("`"): row[1] for row in rows if len(row) == 4}
     config, spec = TrainConfig(model="saiga2_7b", train_file="", output_dir=""), registry.find("saiga2_7b")
     for name, value in (
         ("learning_rate", f"{spec.learning_rate:.0e}".replace("e-0", "e-")),
