@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from saigakit.core.display import Every
 from saigakit.core.files import replacing
@@ -28,7 +28,7 @@ def read_conversations(source: str | Path | Sequence[str | Path], limit: int | N
     """Read records from JSONL (.gz too), JSON arrays or Parquet; see `schema.normalise_record` for their formats.
 
     A row has "messages" and, if any record has them, "tools"; tools and the arguments of calls are JSON text.
-    Ignored keys of records ("id") are printed. Raises DataError with the problems of all files: no record is dropped.
+    Keys that are not read ("id") are printed. Raises DataError with the problems of all files: no record is dropped.
     With `limit`, only the first conversations are read, and what follows is not checked.
     """
     files = [Path(file) for file in ([source] if isinstance(source, str | Path) else source)]
@@ -66,7 +66,7 @@ class _Reader:
         self.files = files
         self.records = self.bad = self.empty = self.more_problems = 0
         self.problems: list[str] = []
-        self.ignored: Counter[str] = Counter()
+        self.notes = schema.Notes()
 
     def conversations(self) -> Iterator[Conversation]:
         """Yield conversations up to the first problem, then only collect problems."""
@@ -75,12 +75,11 @@ class _Reader:
             before = self.records
             for line, record in records.read_records(file):
                 self.records += 1
-                found = record if isinstance(record, BadRecord) else schema.normalise_record(record)
+                found = record if isinstance(record, BadRecord) else schema.normalise_record(record, self.notes)
                 if isinstance(found, BadRecord):
                     self.bad += 1
                     self._add(f"{label}:{line}: {problem}" for problem in found.problems)
                 elif not self.problems:
-                    self.ignored.update(schema.unread_keys(cast(dict[str, Any], record)))
                     yield found
                 if is_due():
                     print(f"{label}: {self.records - before:,} records checked", flush=True)
@@ -96,7 +95,7 @@ class _Reader:
                 self.more_problems += 1
 
     def conclude(self) -> None:
-        """Raise DataError if there were problems, and print the ignored keys."""
+        """Raise DataError if there were problems, and print what was not read as it is."""
         what = str(self.files[0]) if len(self.files) == 1 else f"{len(self.files)} files"
         if not self.records:
             raise DataError(f"{what} has no records; write one JSON object per line.", [])
@@ -104,11 +103,13 @@ class _Reader:
             empty = f", and {self.empty} of the files have none" if self.empty else ""
             summary = f"{what}: {self.bad} of {self.records} records cannot be used{empty}."
             raise DataError(summary, self.problems, more=self.more_problems)
-        if self.ignored:
-            counts = ", ".join(f"{quote(key)} in {count} records" for key, count in self.ignored.most_common(10))
-            more = f" and {len(self.ignored) - 10} more" if len(self.ignored) > 10 else ""
-            name = self.files[0].name if len(self.files) == 1 else what
-            print(f"{name}: ignored keys of records: {counts}{more}.", flush=True)
+        name, unread = self.files[0].name if len(self.files) == 1 else what, self.notes.unread
+        if unread:
+            counts = ", ".join(f"{quote(key)} in {count} records" for key, count in unread.most_common(10))
+            more = f" and {len(unread) - 10} more" if len(unread) > 10 else ""
+            print(f"{name}: keys that are not read: {counts}{more}.", flush=True)
+        if self.notes.as_json:
+            print(f"{name}: {self.notes.as_json} answers are lists or objects; they become JSON text.", flush=True)
 
 
 class PromptDigests(NamedTuple):

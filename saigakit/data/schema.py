@@ -1,31 +1,32 @@
 """Normalise a record of any supported format to a conversation, or list its problems."""
 
+import dataclasses
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from saigakit.data import tool_calls
+from saigakit.data import shapes, tool_calls
 from saigakit.data.records import BadRecord, quote
-from saigakit.data.tool_calls import describe_type, text_problems
+from saigakit.data.shapes import Shape
+from saigakit.data.tool_calls import describe_type, is_empty, text_problems
 
-Message = dict[str, Any]  # "role", "content" and, if present, "tool_calls", "tool_call_id", "name", "weight"
+# "role", "content" and, if present, "reasoning_content", "tool_calls", "tool_call_id", "name", "weight"
+Message = dict[str, Any]
 Conversation = dict[str, Any]  # "messages" and, if present, "tools"
 _Turn = tuple[str, Message]  # the name of the content's field, and the message
 _ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",  # its text is JSON of calls
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "bot", "gpt", "chatgpt", "model"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+    "function_call": "call",  # its text is JSON of calls
 }
-_LISTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
-_OF_RECORD = frozenset({"tools", "functions"})
-_OF_ROLE = {"assistant": ("tool_calls", "function_call", "weight"), "tool": ("tool_call_id", "name")}
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_OF_RESULT = ("tool_call_id", "name")  # of the call that a tool's message answers
+_OF_ANSWER = ("tool_calls", "function_call", "weight", *_THOUGHTS)
+_OF_ROLE = {"assistant": _OF_ANSWER, "call": ("weight", *_THOUGHTS), "tool": _OF_RESULT}
 _OF_MESSAGE = ("function_call", "tool_call_id", "tool_calls")
+_Calls = tuple[str, object] | None  # their field and value
 _NEXT = {
     "start": ("system", "user"),
     "system": ("user",),
@@ -38,97 +39,181 @@ _ORDER = "use the order system (optional), user, assistant, user …"
 _TOOL_ORDER = f"{_ORDER}, with tool and assistant after tool_calls"
 
 
-def normalise_record(record: object) -> Conversation | BadRecord:
-    """Accept {"messages": [{"role", "content"}]}, {"system"?, "user", "bot"} or ShareGPT's {"conversations"}.
+@dataclasses.dataclass
+class Notes:
+    """What was not taken as it is, over all records."""
 
-    A "system" next to a list becomes its first message. "tools" and calls become OpenAI's, with tools and arguments
-    as JSON text, so that they fit one column of a Dataset. Unknown keys of messages are problems.
+    unread: Counter[str] = dataclasses.field(default_factory=Counter)  # keys, with the number of records that have them
+    as_json: int = 0  # answers that were lists or objects
+
+
+def normalise_record(record: object, notes: Notes | None = None) -> Conversation | BadRecord:
+    """Accept a list of messages (OpenAI's or ShareGPT's) or a question and its answer, under the keys in `shapes`.
+
+    A "system" beside them becomes the first message. "tools" and calls become OpenAI's, with tools and arguments as
+    JSON text, so that they fit one column of a Dataset. A thought before an answer becomes its "reasoning_content".
+    What is empty is ignored; what is not used is counted in `notes`.
     """
+    record = {"messages": record} if isinstance(record, list) else record
     if not isinstance(record, dict):
         return BadRecord((f"record: is {describe_type(record)}; it must be an object",))
-    shape = _find_shape(record)
-    if isinstance(shape, BadRecord):
-        return shape
+    found = shapes.find_shapes(record)
+    if isinstance(found, BadRecord):
+        return found
     problems = [f"{key}: is outside the messages; move it into its message" for key in _OF_MESSAGE if record.get(key)]
     tools = tool_calls.read_tools(record, problems)
     names = None if problems else [tool["function"]["name"] for tool in tools]
-    turns = [("system", _message("system", record["system"]))] if record.get("system") not in (None, "") else []
-    if shape in _LISTS:
-        turns += _read_list(shape, record[shape], names, problems)
-    else:
-        turns += [("user", _message("user", record.get("user"))), ("bot", _message("assistant", record.get("bot")))]
-    for field, message in turns:
-        may_be_empty = "tool_calls" in message or message["role"] == "tool"  # a call, or an empty result
-        if not (may_be_empty and message["content"] == ""):
-            problems += text_problems(field, message["content"])
-    if not problems:
-        problems += _order_problems(turns) or _answer_problems(turns) or _weight_problems(turns)
+    first, *others = [_Reading(shape, record, names) for shape in found]
+    if any(other.messages != first.messages for other in others):
+        named = ", ".join(" and ".join(shape) for shape in found)
+        return BadRecord((f"record: has different conversations under {named}; write each as a record",))
+    problems += first.problems
+    problems = (
+        problems or _order_problems(first.turns) or _answer_problems(first.turns) or _weight_problems(first.turns)
+    )
     if problems:
         return BadRecord(tuple(problems))
-    return {"messages": [message for _, message in turns], **({"tools": tool_calls.to_json(tools)} if tools else {})}
+    if notes:
+        unused = record.keys() - shapes.READ[found[0]].union(*found[1:])
+        notes.unread.update([*shapes.informative(record, unused), *first.unread])
+        notes.as_json += first.as_json
+    return {"messages": first.messages, **({"tools": tool_calls.to_json(tools)} if tools else {})}
 
 
-def _find_shape(record: Mapping[str, Any]) -> str | BadRecord:
-    """The key of the list of messages, or "user"."""
-    present = {key for key in record if record[key] is not None}
-    shapes = [key for key in _LISTS if key in present]
-    if not shapes and not {"user", "bot"} & present:
-        shapes = [key for key in _LISTS if key in record][:1]  # null, which is reported
-    if not shapes and not {"user", "bot"} & record.keys():
-        keys = ", ".join(map(quote, list(record)[:10])) or "no keys"
-        return BadRecord(
-            (f"record: has neither messages nor conversations nor user and bot, but {keys}; add one of them",)
-        )
-    if len(shapes) + ({"user", "bot"} <= present) > 1:
-        return BadRecord(("record: has two of messages, conversations, and user and bot; keep one",))
-    return shapes[0] if shapes else "user"
+class _Reading:
+    """The turns of a record of one shape, their problems, and what is not used."""
 
+    def __init__(self, shape: Shape, record: Mapping[str, Any], names: Collection[str] | None) -> None:
+        """`names`: the functions that can be called, or None if unknown."""
+        self.names = names
+        self.turns: list[_Turn] = []
+        self.problems: list[str] = []
+        self.unread: set[str] = set()
+        self.as_json = 0
+        if not is_empty(record.get("system")):
+            self._add("system", "system", record["system"])
+        if len(shape) == 1:
+            self._add_list(shape[0], record[shape[0]])
+        else:
+            self._add_pair(shape, record)
 
-def unread_keys(record: Mapping[str, Any]) -> set[str]:
-    present = {key for key in record if record[key] is not None}
-    read = {"system", *(_LISTS if _LISTS.keys() & present else ("user", "bot")), *_OF_RECORD, *_OF_MESSAGE}
-    return present - read
+    @property
+    def messages(self) -> list[Message]:
+        return [message for _, message in self.turns]
 
+    def _add_pair(self, shape: Shape, record: Mapping[str, Any]) -> None:
+        if not is_empty(record.get("history")):
+            self._add_history(record["history"])
+        *given, last = shape
+        keys = given if len(given) == 1 else shapes.informative(record, given) or given[:1]
+        question, answer = record.get(keys[0]), record.get(last)
+        if len(keys) > 1:  # one line end, as in LLaMA-Factory's converter and axolotl's AlpacaPrompter for chats
+            others = [record[key] for key in keys if not isinstance(record[key], str)]
+            question = others[0] if others else "\n".join(record[key] for key in keys)
+        is_list = shapes.is_messages(question)
+        if is_list:
+            self._add_list(keys[0], question)
+        else:
+            self._add(keys[0] if len(keys) == 1 else " and ".join(keys), "user", question)
+        if is_list and shapes.is_messages(answer):
+            self._add_list(last, answer)
+        else:
+            self._add(last, "assistant", answer)
 
-def _message(role: str, content: object) -> Message:
-    return {"role": role, "content": content}
+    def _add_history(self, history: object) -> None:
+        """Add earlier turns, which LLaMA-Factory's Alpaca has as pairs of a question and an answer."""
+        for index, pair in enumerate(tool_calls.decode("history", history, list, "a list", self.problems) or ()):
+            where = f"history[{index}]"
+            if isinstance(pair, list) and len(pair) == 2:
+                self._add(f"{where}[0]", "user", pair[0])
+                self._add(f"{where}[1]", "assistant", pair[1])
+            else:
+                self.problems.append(
+                    f"{where}: is {describe_type(pair)}; it must be a list of a question and an answer"
+                )
 
+    def _add_list(self, name: str, messages: object) -> None:
+        for index, message in enumerate(self._rows(name, messages)):
+            where = f"{name}[{index}]"
+            if not isinstance(message, dict):
+                self.problems.append(
+                    f"{where}: is {describe_type(message)}; it must be an object with role and content"
+                )
+                continue
+            is_sharegpt = not message.get("role") and ("from" in message or "value" in message)
+            role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
+            given, content = message.get(role_key), message.get(content_key)
+            role = _ROLES.get(given) or _ROLES.get(given.strip().lower()) if isinstance(given, str) else None
+            if role is None:
+                self.problems.append(f"{where}.{role_key}: {_role_problem(given)}")
+            elif len(message) == 2 and content is not None:  # most messages have nothing else
+                self._add(f"{where}.{content_key}", role, content)
+            else:
+                known = (role_key, content_key, *_OF_ROLE.get(role, ()))
+                self.unread |= tool_calls.unread_keys(where, message, known)
+                self._add(f"{where}.{content_key}", role, content, {key: message.get(key) for key in known[2:]})
 
-def _read_list(name: str, messages: object, names: Collection[str] | None, problems: list[str]) -> list[_Turn]:
-    """Contents are checked by the caller. `names`: the functions that can be called, or None if unknown."""
-    role_key, content_key = _LISTS[name]
-    if not isinstance(messages, list) or not messages:
-        problems.append(f"{name}: is {describe_type(messages)}; it must be a list of messages")
-        return []
-    turns = []
-    for index, message in enumerate(messages):
-        field = f"{name}[{index}]"
-        if not isinstance(message, dict):
-            problems.append(
-                f"{field}: is {describe_type(message)}; it must be an object with {role_key} and {content_key}"
-            )
-            continue
-        given = message.get(role_key)
-        role = _ROLES.get(given) if isinstance(given, str) else None
-        problems += tool_calls.unknown_keys(field, message, (role_key, content_key, *_OF_ROLE.get(role or "", ())))
-        if role is None:
-            problems.append(f"{field}.{role_key}: {_role_problem(given)}")
-            continue
-        turn = _message(role, message.get(content_key))
-        if given == "function_call":
-            calls = tool_calls.read_calls(f"{field}.{content_key}", turn["content"], names, problems)
-            turn |= {"content": "", "tool_calls": calls}
-        elif role == "assistant" and (given_calls := tool_calls.find_calls(field, message, problems)):
-            turn["tool_calls"] = tool_calls.read_calls(*given_calls, names, problems)
-            turn["content"] = "" if turn["content"] is None else turn["content"]
-        elif role == "tool":  # the id and the function's name of the call that it answers
-            answered = {key: message[key] for key in _OF_ROLE["tool"] if message.get(key) not in (None, "")}
-            problems += [each for key, text in answered.items() for each in text_problems(f"{field}.{key}", text)]
+    def _rows(self, name: str, messages: object) -> Sequence[object]:
+        """The messages, also from JSON text, and from columns, as `datasets` stores a sequence of objects."""
+        if isinstance(messages, str) and messages.lstrip().startswith(("[", "{")):
+            before = len(self.problems)
+            messages = tool_calls.decode(name, messages, object, "a list of messages", self.problems)
+            if len(self.problems) > before:
+                return ()
+        if isinstance(messages, dict) and (columns := {k: v for k, v in messages.items() if v and isinstance(v, list)}):
+            self.unread |= tool_calls.unread_keys(name, messages, columns)
+            if len({len(column) for column in columns.values()}) == 1:
+                return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            lengths = ", ".join(f"{quote(key)} {len(column)}" for key, column in columns.items())
+            self.problems.append(f"{name}: its columns have different lengths ({lengths}); add what is missing")
+            return ()
+        if not isinstance(messages, list) or not messages:
+            self.problems.append(f"{name}: is {describe_type(messages)}; it must be a list of messages")
+            return ()
+        return messages
+
+    def _add(self, where: str, role: str, content: object, others: Mapping[str, Any] | None = None) -> None:
+        """`where`: the field of the content. `others`: what else the message has."""
+        calls = (where, content) if role == "call" else None
+        turn: Message = {"role": "assistant" if calls else role, "content": ""}
+        if others:
+            calls = self._add_others(where.rpartition(".")[0], others, turn) or calls
+        if calls:
+            turn["tool_calls"] = tool_calls.read_calls(*calls, self.names, self.problems, self.unread)
+            content = "" if role == "call" or is_empty(content) else content
+        text = content if isinstance(content, str) else self._as_text(where, content, turn["role"])
+        if text and turn["role"] == "assistant":
+            text = shapes.split_thought(where, text, turn, self.problems)
+        if text is not None and not (text == "" and (calls or role == "tool")):  # a call, or an empty result
+            self.problems += text_problems(f"{where} after the thought" if "reasoning_content" in turn else where, text)
+        turn["content"] = text
+        self.turns.append((where, turn))
+
+    def _add_others(self, where: str, others: Mapping[str, Any], turn: Message) -> tuple[str, object] | None:
+        """Return the calls."""
+        if turn["role"] == "tool":
+            answered = {key: text for key, text in others.items() if not is_empty(text)}
+            self.problems += [each for key, text in answered.items() for each in text_problems(f"{where}.{key}", text)]
             turn |= answered
-        if role == "assistant":
-            turn |= _read_weight(f"{field}.weight", message.get("weight"), problems)
-        turns.append((f"{field}.{content_key}", turn))
-    return turns
+        if turn["role"] != "assistant":
+            return None
+        turn |= _read_weight(f"{where}.weight", others.get("weight"), self.problems)
+        for key in shapes.informative(others, _THOUGHTS):
+            shapes.add_thought(f"{where}.{key}", others[key], turn, self.problems)
+        return tool_calls.find_calls(where, others, self.problems)
+
+    def _as_text(self, where: str, content: object, role: str) -> str | None:
+        """None if there are problems."""
+        before, text = len(self.problems), ""
+        if shapes.is_parts(content):
+            text = shapes.join_parts(where, content, self.problems, self.unread)
+        elif role == "assistant" and isinstance(content, list | dict):
+            self.problems += tool_calls.value_problems(where, content)
+            self.as_json += 1
+            text = tool_calls.to_json(content) if len(self.problems) == before else ""
+        else:
+            self.problems += text_problems(where, content)
+        return text if len(self.problems) == before else None
 
 
 def _read_weight(field: str, weight: object, problems: list[str]) -> dict[str, int]:

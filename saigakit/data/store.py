@@ -58,7 +58,8 @@ def _schema(used: Set[str] | None = None) -> "pyarrow.Schema":
 
     text = pa.string()
     call = pa.struct({"id": text, "type": text, "function": pa.struct({"name": text, "arguments": text})})
-    optional = {"tool_calls": pa.list_(call), "tool_call_id": text, "name": text, "weight": pa.int64()}
+    optional = {"reasoning_content": text, "tool_calls": pa.list_(call), "tool_call_id": text, "name": text}
+    optional["weight"] = pa.int64()
     message = pa.struct([pa.field("role", text), pa.field("content", text), *kept(optional)])
     return pa.schema([pa.field("messages", pa.list_(message)), *kept({"tools": text})])
 

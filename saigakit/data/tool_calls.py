@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
@@ -14,7 +15,13 @@ Tool = dict[str, Any]
 T = TypeVar("T")
 NESTED = 100  # levels of lists and objects in tools or arguments, well below Python's recursion limit
 _ABSENT: tuple[Any, ...] = (None, [], {}, "", "[]", "{}", "null")
+_INDEX = re.compile(r"\[\d+\]")
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
+def is_empty(value: object) -> bool:
+    """Whether it is null or has nothing in it; 0 and false say something."""
+    return not value and value != 0
 
 
 def describe_type(value: object) -> str:
@@ -45,13 +52,15 @@ def _surrogate_problems(field: str, text: str) -> list[str]:
 
 def read_tools(record: Mapping[str, Any], problems: list[str]) -> list[Tool]:
     """Read `tools` or the older `functions`; either may be JSON text."""
-    given = [key for key in ("tools", "functions") if record.get(key) not in _ABSENT]
+    given = [key for key in ("tools", "functions") if record.get(key) and record[key] not in _ABSENT]
+    if not given:
+        return []
     if len(given) > 1:
         problems.append("record: has both tools and functions; keep tools")
         return []
     tools = []
     for field in given:
-        for index, item in enumerate(_decoded(field, record[field], list, "a list of tools", problems) or ()):
+        for index, item in enumerate(decode(field, record[field], list, "a list of tools", problems) or ()):
             tool = _tool(f"{field}[{index}]", item, problems)
             tools += [tool] if tool else []
     counts = Counter(tool["function"]["name"] for tool in tools)
@@ -62,7 +71,7 @@ def read_tools(record: Mapping[str, Any], problems: list[str]) -> list[Tool]:
 def _tool(field: str, item: object, problems: list[str]) -> Tool | None:
     """Return {"type": "function", "function": …}, also for a bare function; None if it has problems."""
     before = len(problems)
-    given = _decoded(field, item, dict, "an object", problems)
+    given = decode(field, item, dict, "an object", problems)
     if given is None:
         return None
     others = {key: value for key, value in given.items() if key != "type" and value is not None}
@@ -78,7 +87,7 @@ def _tool(field: str, item: object, problems: list[str]) -> Tool | None:
 
 
 def _function(field: str, value: object, problems: list[str]) -> dict[str, Any]:
-    given = _decoded(field, value, dict, "an object", problems)
+    given = decode(field, value, dict, "an object", problems)
     if given is None:
         return {}
     function = {key: value for key, value in given.items() if value is not None}
@@ -86,7 +95,7 @@ def _function(field: str, value: object, problems: list[str]) -> dict[str, Any]:
     if "description" in function and not isinstance(function["description"], str):
         problems.append(f"{field}.description: is {describe_type(function['description'])}; it must be a text")
     if "parameters" in function:
-        function["parameters"] = _decoded(f"{field}.parameters", function["parameters"], dict, "an object", problems)
+        function["parameters"] = decode(f"{field}.parameters", function["parameters"], dict, "an object", problems)
     problems += value_problems(field, {key: value for key, value in function.items() if key != "name"})
     return function
 
@@ -99,10 +108,12 @@ def find_calls(field: str, message: Mapping[str, Any], problems: list[str]) -> t
     return (f"{field}.{given[0]}", message[given[0]]) if given else None
 
 
-def read_calls(field: str, value: object, names: Collection[str] | None, problems: list[str]) -> list[Call]:
+def read_calls(
+    field: str, value: object, names: Collection[str] | None, problems: list[str], unread: set[str]
+) -> list[Call]:
     """Read one call or several, perhaps as JSON text. `names`: the known functions, or None if unknown."""
     before = len(problems)
-    found = _decoded(field, value, object, "a list of calls", problems)
+    found = decode(field, value, object, "a list of calls", problems)
     if not isinstance(found, list | dict) or not found:
         if len(problems) == before:
             problems.append(f"{field}: is {describe_type(found)}; it must be a list of calls")
@@ -111,13 +122,15 @@ def read_calls(field: str, value: object, names: Collection[str] | None, problem
         problems.append(f"{field}: calls a function, but the record has no tools; add them")
         names = None
     items = [(field, found)] if isinstance(found, dict) else [(f"{field}[{i}]", item) for i, item in enumerate(found)]
-    calls = [call for where, item in items if (call := _call(where, item, names, problems))]
+    calls = [call for where, item in items if (call := _call(where, item, names, problems, unread))]
     ids = Counter(call["id"] for call in calls if "id" in call)
     problems += [f"{field}: {n} calls have the id {quote(key)}; make the ids unique" for key, n in ids.items() if n > 1]
     return calls
 
 
-def _call(field: str, item: object, names: Collection[str] | None, problems: list[str]) -> Call | None:
+def _call(
+    field: str, item: object, names: Collection[str] | None, problems: list[str], unread: set[str]
+) -> Call | None:
     """Return {"type", "id"?, "function"}, also for a bare {"name", "arguments"}; None if it has problems."""
     before = len(problems)
     if not isinstance(item, dict):
@@ -130,8 +143,8 @@ def _call(field: str, item: object, names: Collection[str] | None, problems: lis
         problems.append(f"{inner}: is {describe_type(function)}; it must be an object with name and arguments")
         return None
     own, its = ("id", "type"), ("name", "arguments")
-    problems += unknown_keys(field, item, own + (its if is_bare else ("function",)))
-    problems += () if is_bare else unknown_keys(inner, function, its)
+    unread |= unread_keys(field, item, own + (its if is_bare else ("function",)))
+    unread |= set() if is_bare else unread_keys(inner, function, its)
     if item.get("type") not in (None, "function"):
         problems.append(f"{field}.type: is {_describe(item['type'])}; it must be 'function'")
     call_id, name = item.get("id"), function.get("name")
@@ -155,18 +168,19 @@ def _arguments(field: str, value: object, problems: list[str]) -> dict[str, Any]
     if value is None:
         problems.append(f"{field}: is missing; write {{}} if there are none")
         return None
-    found: dict[str, Any] | None = _decoded(field, value, dict, "an object", problems)
+    # OpenAI's models call a function without parameters with "".
+    found: dict[str, Any] | None = {} if value == "" else decode(field, value, dict, "an object", problems)
     if found is not None:
         problems += value_problems(field, found)
     return found
 
 
-def unknown_keys(field: str, item: Mapping[str, Any], known: Collection[str]) -> list[str]:
-    unknown = sorted(key for key in item if key not in known and item[key] is not None)
-    return [f"{field}: {quote(key)} is an unknown key; remove it" for key in unknown]
+def unread_keys(field: str, item: Mapping[str, Any], read: Collection[str]) -> set[str]:
+    """The other keys that say something, as in "messages[].name"."""
+    return {_INDEX.sub("[]", f"{field}.{key}") for key in item if key not in read and not is_empty(item[key])}
 
 
-def _decoded(field: str, value: object, expected: type[T], what: str, problems: list[str]) -> T | None:
+def decode(field: str, value: object, expected: type[T], what: str, problems: list[str]) -> T | None:
     """Parse JSON text; None if the value is not of the `expected` type, which goes to `problems`."""
     if isinstance(value, str):
         try:

@@ -103,7 +103,7 @@ def test_reports_nothing_if_no_key_is_ignored(read, capsys):
 def test_names_a_bad_line_and_checks_the_next_ones(problems, line, expected):
     found = problems("\n".join(['{"user": "a", "bot": "b"}', line, "[]"]))
     assert found[0].startswith(f"records.jsonl:2: {expected}")
-    assert found[1:] == ["records.jsonl:3: record: is empty; it must be an object"]
+    assert found[1:] == ["records.jsonl:3: messages: is empty; it must be a list of messages"]
 
 
 def test_a_surrogate_pair_is_a_character(read):
@@ -195,7 +195,7 @@ def test_an_empty_file_among_others_is_a_problem(files):
 
 def test_ignored_keys_are_counted_over_all_files(files, capsys):
     data.read_conversations(files(a=['{"user": "2", "bot": "2", "id": 1}'], b=['{"user": "3", "bot": "3", "id": 2}']))
-    assert capsys.readouterr().out == "2 files: ignored keys of records: 'id' in 2 records.\n"
+    assert capsys.readouterr().out == "2 files: keys that are not read: 'id' in 2 records.\n"
 
 
 def test_reads_conversations_with_tools_from_parquet(tmp_path):

@@ -17,7 +17,7 @@ def tools(**record):
 
 def read(value, names=("weather",)):
     problems = []
-    return tool_calls.read_calls("calls", value, names, problems), problems
+    return tool_calls.read_calls("calls", value, names, problems, set()), problems
 
 
 def nested(levels):
@@ -109,6 +109,19 @@ def test_an_id_is_kept_and_empty_arguments_are_an_object():
     assert made == [{"type": "function", "id": "7", "function": {"name": "weather", "arguments": "{}"}}]
 
 
+def test_the_empty_arguments_of_a_call_without_parameters_are_an_object():
+    made, problems = read([{"function": {"name": "weather", "arguments": ""}}])
+    assert (made[0]["function"]["arguments"], problems) == ("{}", [])
+
+
+def test_other_keys_of_a_call_are_not_read_unless_they_are_empty():
+    unread = set()
+    call = {**CALL, "index": 0, "id": None, "note": "", "function": {**CALL["function"], "strict": False, "extra": {}}}
+    made = tool_calls.read_calls("m[3].tool_calls", [call], ["weather"], [], unread)
+    assert made == read([CALL])[0]
+    assert unread == {"m[].tool_calls[].index", "m[].tool_calls[].function.strict"}
+
+
 def called(**function):
     return [{"function": {**CALL["function"], **function}}]
 
@@ -122,14 +135,12 @@ def called(**function):
         (["погода"], "calls[0]: is a text; it must be an object with a function"),
         ([{"function": "погода"}], "calls[0].function: is a text; it must be an object with name and arguments"),
         ([{**CALL, "type": "custom"}], "calls[0].type: is 'custom'; it must be 'function'"),
-        ([{**CALL, "index": 0}], "calls[0]: 'index' is an unknown key; remove it"),
-        (called(strict=True), "calls[0].function: 'strict' is an unknown key"),
         ([{**CALL, "id": 5}], "calls[0].id: is a number; it must be a text"),
         ([{**CALL, "id": "\ud83d"}], "calls[0].id: contains an unpaired surrogate"),
         (called(name=None), "calls[0].function.name: is missing"),
         (called(name="time"), "calls[0].function.name: is 'time', which the record's tools ('weather') lack"),
         (called(arguments=None), "calls[0].function.arguments: is missing; write {} if there are none"),
-        (called(arguments=""), "calls[0].function.arguments: is invalid JSON"),
+        (called(arguments=" "), "calls[0].function.arguments: is invalid JSON"),
         (
             called(arguments='{"a": 1'),
             "calls[0].function.arguments: is invalid JSON (Expecting ',' delimiter, column 8)",
