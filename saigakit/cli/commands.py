@@ -85,24 +85,24 @@ def run(file: str | None, parameters: Sequence[tuple[str, Any]], run_dir: str | 
 
 
 @main.command()
-@click.argument("file")
+@click.argument("files", nargs=-1, required=True)
 @click.option("--model", default="saiga2_7b", show_default=True, help="Model whose tokenizer counts the tokens")
 @_BASE_SOURCE
-@click.option("--held-out", help="Evaluation records, instead of a share of FILE")
+@click.option("--held-out", multiple=True, help="Evaluation records, instead of a share of FILES; repeatable")
 @click.option("--max-seq-length", type=int, help="Maximum tokens of a conversation")
-def check(file: str, **options: Any) -> None:  # noqa: ANN401
+def check(files: Sequence[str], held_out: Sequence[str], **options: Any) -> None:  # noqa: ANN401
     """Check records as 01_format does, without keeping anything.
 
-    FILE is a file, a directory, a pattern like "part-*.jsonl", or a data set on the Hub (owner/name).
+    FILES are files, directories, patterns like "part-*.jsonl", or data sets on the Hub (owner/name).
 
     \b
     Example:
       saigakit check records.jsonl --model saiga2_7b
     """
-    exists = bool(file) and Path(file).exists()
-    records = str(Path(file).absolute()) if exists else file  # "." is this directory, not the temporary one
+    # "." is this directory, not the temporary one
+    records = [str(Path(file).absolute()) if file and Path(file).exists() else file for file in files]
     with tempfile.TemporaryDirectory() as scratch:
-        stage = report.check_records(records=records, run_dir=scratch, **options)
+        stage = report.check_records(records=records, held_out=held_out or None, run_dir=scratch, **options)
         marked = report.examples(stage, encoding.load_tokenizer(options["model"], options["base_source"]))
         found = report.read_report(stage)
         bars = length_histogram.make_table(found["lengths"], found["max_seq_length"])

@@ -162,15 +162,21 @@ def _fingerprint(stage: Stage, run_dir: Path, earlier: Sequence[str]) -> str:
         "cells": [[cell["cell_type"], "".join(cell["source"])] for cell in cells],
         "values": stage.values,
         "files": {
-            key: _fingerprint_path(value, run_dir) for key, value in stage.values.items() if isinstance(value, str)
+            key: _fingerprint_path(value, run_dir)
+            for key, value in stage.values.items()
+            if isinstance(value, str | list)
         },
         "earlier": {name: sha256(run_dir / name / manifest.NAME) for name in earlier},
     }
     return hashlib.sha256(json.dumps(dependencies, sort_keys=True).encode()).hexdigest()
 
 
-def _fingerprint_path(value: str, run_dir: Path) -> object:
+def _fingerprint_path(value: object, run_dir: Path) -> object:
     """Hash a file; of a directory, which may be a base model of 14 GB, take names, sizes and times. Else None."""
+    if isinstance(value, list):
+        return [_fingerprint_path(each, run_dir) for each in value]
+    if not isinstance(value, str):
+        return None
     # os.path, because Path's methods raise for a text that is too long for a file name.
     given = Path(os.path.expanduser(value))  # noqa: PTH111
     for path in (given, run_dir / given):

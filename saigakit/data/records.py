@@ -1,34 +1,30 @@
-"""Read records with their line numbers from JSONL, JSON arrays (both optionally gzipped) and Parquet."""
+"""Read records with their line numbers from JSONL, JSON, CSV, Parquet and Arrow files."""
 
 import codecs
-import gzip
+import csv
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from saigakit.data import formats
 from saigakit.errors import SaigaError
 
 if TYPE_CHECKING:
     import pyarrow
 
-# The files that are read of a directory or a data set.
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 LINE_LIMIT = 100 * 10**6  # bytes; no conversation is that long, but a file without line ends is
-ARRAY_LIMIT = 10**9  # bytes of a JSON array, which is read into memory
-_PARQUET_MAGIC = b"PAR1"
-_PARQUET_ROWS = 256  # that are Python objects at once
-_TABLE = "is a table; convert it to JSONL or Parquet with the columns user and bot (and system), or messages"
-REFUSED = {  # what to do about other kinds of files
-    ".zst": "is compressed with zstd; decompress it with `zstd -d`, or use gzip instead",
-    ".csv": _TABLE,
-    ".xlsx": _TABLE,
-    ".zip": "is an archive; unpack it and name the file or the directory in it",
-    ".parquet.gz": "is a gzipped Parquet file; decompress it with `gunzip`",
-}
+ARRAY_LIMIT = 10**9  # bytes of JSON over several lines, which is read into memory
+_HEAD = 2**16  # bytes by which the layout and the encoding are recognised
+_ROWS = 256  # of a table that are Python objects at once
+# A table with none of these columns is another one. What they mean is up to schema.normalise_record.
+_COLUMNS = {"messages", "conversations", "user", "bot", "instruction", "output"}
+_COLUMNS |= {"prompt", "completion", "response", "question", "answer"}
+_REST = "the rest of the file was not read"
 
 
 @dataclass(frozen=True)
@@ -39,29 +35,39 @@ class BadRecord:
 
 
 def read_records(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line, record or BadRecord); the "line" in Parquet is the number of the row.
+    """Yield (line, record or BadRecord); the "line" in Parquet and Arrow is the number of the row.
 
     Raises SaigaError if the file itself is damaged or of an unsupported kind.
     """
-    for ending, remedy in REFUSED.items():
-        if path.name.lower().removesuffix(".gz" if ending.count(".") == 1 else "").endswith(ending):
-            raise SaigaError(f"{path} {remedy}.")
-    with path.open("rb") as stream:
-        is_parquet = stream.read(4) == _PARQUET_MAGIC
-    if is_parquet or path.suffix.lower() == ".parquet":
-        yield from _parquet_rows(path)
+    kind = formats.kind_of(path)
+    if kind in (".parquet", ".arrow"):
+        yield from _table_rows(path, kind)
         return
     try:
-        with _open(path) as stream:
-            is_array = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-        with _open(path) as stream:
-            yield from _array_items(stream) if is_array else _line_records(stream)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise SaigaError(f"{path} is a damaged gzip file ({error}); copy it again.") from None
+        with formats.open_text(path, kind) as stream:
+            head = stream.read(_HEAD)
+        formats.refuse_by_content(path, head)
+        with formats.open_text(path, kind) as stream:
+            yield from _text_records(stream, head, path.name.lower())
+    except (EOFError, OSError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the decompression
+            raise
+        packing = "gzip" if kind == ".gz" else "zstd"
+        raise SaigaError(f"{path} is a damaged {packing} file ({error}); copy it again.") from None
 
 
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb"))
+def _text_records(stream: BinaryIO, head: bytes, name: str) -> Iterator[tuple[int, object]]:
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if found := formats.find_other_encoding(head):
+        line, encoding = found
+        remedy = f"save it as UTF-8, for example with `iconv -f {encoding} -t utf-8`"
+        yield line, BadRecord((f"file: looks like {encoding}, not UTF-8; {remedy}",))
+    elif name.endswith(formats.TABLES):
+        yield from _csv_rows(stream, "\t" if ".tsv" in name[-8:] else ",")
+    elif start.startswith(b"[") or _spans_lines(start):
+        yield from _json_items(stream)
+    else:
+        yield from _line_records(stream)
 
 
 def _line_records(stream: BinaryIO) -> Iterator[tuple[int, object]]:
@@ -100,9 +106,26 @@ def explain_json_error(error: ValueError | RecursionError) -> str:
     return f"invalid JSON ({detail})"
 
 
-def _bad_json(error: ValueError | RecursionError, remedy: str) -> BadRecord:
-    remedy = "save the file as UTF-8" if isinstance(error, UnicodeDecodeError) else remedy
-    return BadRecord((f"line: is {explain_json_error(error)}; {remedy}",))
+def _bad_json(error: ValueError | RecursionError, remedy: str, rest: str = "") -> BadRecord:
+    remedy = _find_remedy(error) or remedy
+    return BadRecord((f"line: is {explain_json_error(error)}; {remedy}{rest}",))
+
+
+def _find_remedy(error: ValueError | RecursionError) -> str | None:
+    if isinstance(error, UnicodeDecodeError):
+        return "save the file as UTF-8"
+    if not isinstance(error, json.JSONDecodeError):
+        return None
+    before, after = error.doc[max(0, error.pos - 20) : error.pos].rstrip(), error.doc[error.pos :][:20].lstrip()
+    if after.startswith("\ufeff"):
+        return "remove the byte order mark (U+FEFF) that joining files has left in front of it"
+    if after.startswith(("'", "None", "True", "False")):
+        return "this is Python, not JSON: write it with json.dumps"
+    if re.match(r",\s*[\]}]", "," * before.endswith(",") + after):
+        return "remove the comma before the bracket"
+    if after.startswith(","):
+        return "remove the comma after the object, or put [ ] around all objects"
+    return None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -118,37 +141,70 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def _array_items(stream: BinaryIO) -> Iterator[tuple[int, object]]:
+def _spans_lines(head: bytes) -> bool:
+    """Whether the first object goes on in the next line, which a damaged line of JSONL does not."""
+    first, _, rest = head.partition(b"\n")
+    second = rest.lstrip().partition(b"\n")[0].rstrip()
+    if not second or (second.startswith(b"{") and second.endswith(b"}")):
+        return False
+    try:
+        parse_json(first.decode("utf-8").strip())
+    except json.JSONDecodeError as error:
+        return error.pos >= len(error.doc)  # not in a text: there, the error is at its first quote
+    except (ValueError, RecursionError):
+        return False
+    return False
+
+
+def _json_items(stream: BinaryIO) -> Iterator[tuple[int, object]]:
     content = stream.read(ARRAY_LIMIT + 1)
     if len(content) > ARRAY_LIMIT:
-        yield 1, BadRecord((f"file: is a JSON array of more than {ARRAY_LIMIT / 10**9:g} GB; write it as JSONL",))
+        limit = f"{ARRAY_LIMIT / 10**9:g} GB"
+        yield 1, BadRecord((f"file: is JSON over several lines of more than {limit}; write it as JSONL",))
         return
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         yield content.count(b"\n", 0, error.start) + 1, _bad_json(error, "")
         return
     line = counted = 0
-    for place, record in _items(text):
+    for place, record in _array_items(text) if text.lstrip().startswith("[") else _objects(text):
         line, counted = line + text.count("\n", counted, place), place
         yield line + 1, record
 
 
-def _items(text: str) -> Iterator[tuple[int, object]]:
+def _objects(text: str) -> Iterator[tuple[int, object]]:
+    """Yield (offset, object) of objects one after another up to the first broken one."""
+    place = _after_blanks(text, 0)
+    while place < len(text):
+        start, (record, place) = place, _decode_item(text, place, "fix the object")
+        yield start if not isinstance(record, BadRecord) else place, record
+        place = len(text) if isinstance(record, BadRecord) else _after_blanks(text, place)
+
+
+def _decode_item(text: str, place: int, remedy: str) -> tuple[object, int]:
+    """The item at `place` and its end, or a BadRecord and the place of the error."""
+    try:
+        return _DECODER.raw_decode(text, place)
+    except (ValueError, RecursionError) as error:
+        at = error.pos if isinstance(error, json.JSONDecodeError) else place
+        return _bad_json(error, remedy, f"; {_REST}"), at
+
+
+def _array_items(text: str) -> Iterator[tuple[int, object]]:
     """Yield (offset, item) of a JSON array up to the first broken one."""
     place = _after_blanks(text, text.index("[") + 1)
     is_over = text.startswith("]", place)
     while not is_over:
-        try:
-            record, end = _DECODER.raw_decode(text, place)
-        except (ValueError, RecursionError) as error:
-            yield place, _bad_json(error, "fix the array; the rest of it was not read")
+        record, end = _decode_item(text, place, "fix the array")
+        if isinstance(record, BadRecord):
+            yield end, record
             return
         yield place, record
         place = _after_blanks(text, end)
         is_over = text.startswith("]", place)
         if not is_over and not text.startswith(",", place):
-            yield place, BadRecord(("line: a comma or ] is missing; fix the array; the rest of it was not read",))
+            yield place, BadRecord((f"line: a comma or ] is missing; fix the array; {_REST}",))
             return
         place = place if is_over else _after_blanks(text, place + 1)
     if text[place + 1 :].strip():
@@ -161,27 +217,79 @@ def _after_blanks(text: str, place: int) -> int:
     return place
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
+def _csv_rows(stream: BinaryIO, delimiter: str) -> Iterator[tuple[int, object]]:
+    """Yield rows as objects without their empty cells; the first row names the columns."""
+    csv.field_size_limit(LINE_LIMIT)  # the default of 131,072 characters is too little for long documents
+    rows = csv.reader(codecs.iterdecode(stream, "utf-8-sig"), delimiter=delimiter, strict=True)
+    columns: list[str] = []
+    following = 1
+    try:
+        for cells in filter(None, rows):
+            line, following = rows.line_num - sum(cell.count("\n") for cell in cells), rows.line_num + 1
+            if not columns:
+                columns = [cell.strip() for cell in cells]
+                if problem := _header_problem(columns):
+                    yield line, BadRecord((f"file: {problem}",))
+                    return
+            elif len(cells) != len(columns):
+                count = f"{len(cells)} cells under {len(columns)} columns"
+                yield line, BadRecord((f"line: has {count}; put quotes around a cell with the separator in it",))
+            else:
+                yield line, {name: cell for name, cell in zip(columns, cells, strict=True) if cell}
+    except csv.Error as error:
+        yield following, BadRecord((f"line: is invalid CSV ({error}); double the quotes in a cell; {_REST}",))
+    except UnicodeDecodeError as error:
+        yield rows.line_num + 1, _bad_json(error, "", f"; {_REST}")
+
+
+def _header_problem(columns: list[str]) -> str | None:
+    if twice := [name for name, count in Counter(columns).items() if count > 1]:
+        return f"the column {quote(twice[0])} occurs twice; keep one"
+    if _COLUMNS & set(columns):
+        return None
+    shown = ", ".join(map(quote, columns[:10]))
+    remedy = "begin with a line such as user,bot"
+    if len(columns) == 1 and (other := re.search(r"[,;\t]", columns[0])):
+        remedy = f"the separator is {other[0]!r}: save .csv files with commas, .tsv files with tabs"
+    return f"the columns are {shown}, and none of user, bot, instruction, output, messages …; {remedy}"
+
+
+def _table_rows(path: Path, kind: str) -> Iterator[tuple[int, object]]:
     import pyarrow
-    from pyarrow import parquet
 
     number = 0
     try:
-        # With a buffer, a row group is read piece by piece; without one, all at once.
-        with parquet.ParquetFile(path, buffer_size=2**20) as file:
-            to_json = _converter(pyarrow.struct(list(file.schema_arrow)))
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    try:
-                        record = to_json(row)
-                    except ValueError as error:
-                        record = BadRecord((f"record: {error}; keep one",))
-                    yield number, record
+        for schema, rows in _batches(path, kind):
+            to_json = _converter(pyarrow.struct(list(schema)))
+            for row in rows:
+                number += 1
+                try:
+                    record = to_json(row)
+                except ValueError as error:
+                    record = BadRecord((f"record: {error}; keep one",))
+                yield number, record
     except (OverflowError, UnicodeDecodeError) as error:  # a time that Python cannot represent, or invalid UTF-8
         raise SaigaError(f"{path}, after row {number}: {error}. Remove the column with this value.") from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise SaigaError(f"{path} is a damaged Parquet file ({' '.join(str(error).split())}); copy it again.") from None
+        reason = " ".join(str(error).split())
+        raise SaigaError(f"{path} is a damaged {kind[1:].title()} file ({reason}); copy it again.") from None
+
+
+def _batches(path: Path, kind: str) -> Iterator[tuple["pyarrow.Schema", list[dict[str, Any]]]]:
+    if kind == ".arrow":
+        from datasets import Dataset
+
+        table = Dataset.from_file(str(path))
+        for columns in table.iter(_ROWS):
+            rows = zip(*columns.values(), strict=True)
+            yield table.features.arrow_schema, [dict(zip(columns, row, strict=True)) for row in rows]
+        return
+    from pyarrow import parquet
+
+    # With a buffer, a row group is read piece by piece; without one, all at once.
+    with parquet.ParquetFile(path, buffer_size=2**20) as file:
+        for batch in file.iter_batches(batch_size=_ROWS):
+            yield file.schema_arrow, batch.to_pylist()
 
 
 def _converter(kind: "pyarrow.DataType") -> Callable[[Any], Any]:

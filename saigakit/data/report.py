@@ -89,8 +89,8 @@ def _format_range(values: tuple[float, float], *, least: float, form: str) -> st
 def check_records(
     *,
     model: str,
-    records: str,
-    held_out: str | None = None,
+    records: str | Sequence[str],
+    held_out: str | Sequence[str] | None = None,
     eval_fraction: float = 0.15,
     max_seq_length: int | None = None,
     run_dir: str | Path,
@@ -104,15 +104,16 @@ def check_records(
     """
     spec = registry.find(model)
     limit = sequence_budget(spec, max_seq_length)
-    require_name("records", records)
-    require_name("held_out", held_out, is_optional=True)
-    named = {"records": records, "held_out": held_out}
-    names = {part: name and Path(name).absolute().name for part, name in named.items()}  # absolute: "." has no name
-    files = {part: sources.records_files(name, run_dir) for part, name in named.items() if name is not None}
+    named = {"records": records} if held_out is None else {"records": records, "held_out": held_out}
+    names = {part: _names(part, each) for part, each in named.items()}
+    labels = {part: ", ".join(found) for part, found in names.items()}
+    alone = held_out is None
+    files = {part: sources.records_files(each, run_dir, offers_evaluation=alone) for part, each in named.items()}
     parameters = {
         "model": model,
         "base_source": base_source,
-        **names,
+        "held_out": None,
+        **{part: found[0] if len(found) == 1 else found for part, found in names.items()},
         "eval_fraction": eval_fraction,
         "max_seq_length": limit,
         "seed": seed,
@@ -128,14 +129,15 @@ def check_records(
         return final
     read = _make_all(files, lambda part: read_conversations(files[part]))  # before the tokenizer is downloaded
     for part, found in read.items():
-        print(f"{names[part]}: {len(found):,} conversations, each is well-formed.", flush=True)
+        print(f"{labels[part]}: {len(found):,} conversations, each is well-formed.", flush=True)
     tokenizer = encoding.load_tokenizer(model, base_source)
     facts: dict[str, Any] = {
         "chat_template_sha256": hashlib.sha256(tokenizer.chat_template.encode("utf-8")).hexdigest()
     }
     with manifest.making(final, **identity(), facts=facts) as partial:
         fitted = _make_all(
-            read, lambda part: FittedConversations(read[part], tokenizer, limit, files[part], name=str(names[part]))
+            read,
+            lambda part: FittedConversations(read[part], tokenizer, limit, files[part], name=", ".join(names[part])),
         )
         written, facts["system_prompt"] = _write_split(fitted, tokenizer, partial, eval_fraction, seed)
         report = {"model": model, "max_seq_length": limit, **written}
@@ -145,6 +147,14 @@ def check_records(
         write_text(partial / "report.json", json.dumps(report, ensure_ascii=False, indent=2))
         length_histogram.plot(lengths, limit).savefig(partial / "lengths.png", dpi=110)
     return final
+
+
+def _names(parameter: str, given: str | Sequence[str]) -> list[str]:
+    """The last part of each path or name, since directories differ between machines."""
+    names: Sequence[str] = given if isinstance(given, list | tuple) else [str(given)]
+    for name in names if isinstance(given, list | tuple) else [given]:
+        require_name(parameter, name)
+    return [Path(name).absolute().name for name in names]  # absolute: "." has no name
 
 
 def _make_all(parts: Iterable[str], make: Callable[[str], T]) -> dict[str, T]:

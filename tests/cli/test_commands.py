@@ -169,6 +169,15 @@ def test_check_reads_and_names_the_current_directory(tiny, tmp_path, monkeypatch
     assert "█" in done.stdout
 
 
+def test_check_reads_several_files(tiny, tmp_path):
+    for name in ("a", "b", "c"):
+        shutil.copy(tiny / "records.jsonl", tmp_path / f"{name}.jsonl")
+    files = [tmp_path / f"{name}.jsonl" for name in ("a", "b")]
+    done = shell("check", *files, "--held-out", tmp_path / "c.jsonl", "--model", "saiga_tiny")
+    assert "a.jsonl, b.jsonl: 120 conversations" in done.stdout
+    assert "c.jsonl: 60 conversations" in done.stdout
+
+
 def test_check_lists_bad_records_with_their_lines(tmp_path):
     file = tmp_path / "records.jsonl"
     file.write_text('{"messages": []}\nno json\n', encoding="utf-8")

@@ -127,6 +127,16 @@ def test_changed_input_file_reruns_its_stage(again, place):
     assert again({"records": str(records)}) == ["01_format"]
 
 
+def test_changed_file_of_a_list_reruns_its_stage(again, place):
+    files = [place / "a.jsonl", place / "b.jsonl"]
+    for file in files:
+        file.write_text("a", encoding="utf-8")
+    assert again({"records": list(map(str, files))})[0] == "01_format"
+    assert again({"records": list(map(str, files))}) == []
+    files[1].write_text("b", encoding="utf-8")
+    assert again({"records": list(map(str, files))}) == ["01_format"]
+
+
 def test_another_version_of_saigakit_reruns_everything(again, monkeypatch):
     monkeypatch.setattr("saigakit.__version__", "9.9.9")
     assert again() == [*small_notebooks.STAGES]

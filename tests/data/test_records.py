@@ -1,11 +1,14 @@
 """Read lines, array items and Parquet rows, including broken ones."""
 
+import bz2
 import gzip
 import json
+import lzma
 from datetime import date
 
 import pyarrow
 import pytest
+from datasets import Dataset
 from pyarrow import parquet
 
 from saigakit.data import records
@@ -30,8 +33,8 @@ def read(tmp_path):
 def problems(read):
     """The problems of a file, each after its line number."""
 
-    def of(content):
-        bad = [(line, record) for line, record in read(content) if isinstance(record, records.BadRecord)]
+    def of(content, name="records.jsonl"):
+        bad = [(line, record) for line, record in read(content, name) if isinstance(record, records.BadRecord)]
         return [f"{line}: {problem}" for line, record in bad for problem in record.problems]
 
     return of
@@ -107,7 +110,7 @@ def test_problems_of_a_json_array_have_line_numbers(problems, text, expected):
 
 
 def test_names_the_line_of_a_json_array_in_another_encoding(problems):
-    assert problems('[\n{"user": "Кто?"}]'.encode("cp1251"))[0].startswith("2: line: is not UTF-8")
+    assert problems('[\n{"user": "Кто?"}]'.encode("cp1251"))[0].startswith("2: file: looks like cp1251, not UTF-8")
 
 
 def test_rejects_a_json_array_over_the_limit(problems, monkeypatch):
@@ -197,12 +200,12 @@ def test_an_error_names_a_parquet_file_damaged_in_the_middle(read_table, read, t
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("records.jsonl.zst", "decompress it with `zstd -d`"),
-        ("records.csv", "is a table; convert it to JSONL or Parquet"),
-        ("records.csv.gz", "is a table"),
-        ("records.XLSX", "is a table"),
+        ("records.XLSX", "is a table of Excel; save it as CSV in UTF-8"),
         ("records.zip", "is an archive; unpack it"),
+        ("records.jsonl.xz", "decompress it with `xz -d`"),
+        ("records.jsonl.bz2", "decompress it with `bunzip2`"),
         ("records.parquet.gz", "decompress it with `gunzip`"),
+        ("records.parquet.zst", "decompress it with `zstd -d`"),
     ],
 )
 def test_rejects_other_kinds_of_files_with_a_remedy(read, name, remedy):
@@ -212,6 +215,248 @@ def test_rejects_other_kinds_of_files_with_a_remedy(read, name, remedy):
     assert remedy in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["records.txt", "records", "records.csv.jsonl", "my.zip.json"])
+def zstd(text):
+    return pyarrow.compress(text.encode("utf-8"), codec="zstd", asbytes=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        zstd(f"{LINE}\n{LINE}"),
+        b"".join([zstd(f"{LINE}\n"), zstd(LINE[:9]), zstd(LINE[9:])]),  # one frame per record, as appending tools write
+        b"\x50\x2a\x4d\x18\x04\x00\x00\x00size" + zstd(f"{LINE}\n{LINE}"),  # pzstd begins with a skippable frame
+    ],
+)
+def test_reads_zstd_with_any_number_of_frames(read, content):
+    assert read(content, "records.jsonl.zst") == [(1, RECORD), (2, RECORD)]
+
+
+def test_reads_arrays_and_tables_in_zstd(read):
+    assert read(zstd(json.dumps([RECORD])), "records.json.zst") == [(1, RECORD)]
+    assert read(zstd("user,bot\nа,б"), "records.csv.zst") == [(2, {"user": "а", "bot": "б"})]
+
+
+@pytest.mark.parametrize("damaged", [zstd(LINE)[:-3], b"plain text", zstd(LINE) + b"and more text", zstd(LINE)[:9]])
+def test_an_error_names_a_damaged_zstd_file(read, damaged):
+    with pytest.raises(SaigaError, match=r"records\.jsonl\.zst is a damaged zstd file \(.*\); copy it again"):
+        read(damaged, "records.jsonl.zst")
+
+
+def test_recognises_compression_by_the_first_bytes(read):
+    for packed in (gzip.compress(LINE.encode("utf-8")), zstd(LINE)):
+        assert read(packed, "records.jsonl") == [(1, RECORD)]
+    assert read(zstd(LINE), "records.jsonl.gz") == [(1, RECORD)]
+
+
+@pytest.mark.parametrize(
+    ("packed", "remedy"),
+    [
+        (lzma.compress(LINE.encode("utf-8")), "is compressed with xz; decompress it with `xz -d`"),
+        (bz2.compress(LINE.encode("utf-8")), "is compressed with bzip2"),
+        (b"PK\x03\x04" + bytes(30), "is an archive; unpack it"),
+        (gzip.compress(b"PK\x03\x04" + bytes(30)), "is an archive; unpack it"),
+        (gzip.compress(b"PAR1" + bytes(30)), "a compressed parquet file; decompress it"),
+        (gzip.compress(zstd(LINE)), "is compressed twice"),
+    ],
+)
+def test_rejects_other_compression_by_the_first_bytes(read, packed, remedy):
+    with pytest.raises(SaigaError, match=r"records\.jsonl is ") as caught:
+        read(packed, "records.jsonl")
+    assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", "user,bot\nа,б\n", [(2, {"user": "а", "bot": "б"})]),
+        ("a.CSV", "\ufeffuser,bot\r\nа,б\r\n\r\nв,г", [(2, {"user": "а", "bot": "б"}), (4, {"user": "в", "bot": "г"})]),
+        ("a.tsv", "user\tbot\nа, б\tв", [(2, {"user": "а, б", "bot": "в"})]),
+        (
+            "a.csv",
+            'user,bot\n"а\n\nб","в ""г"", д"\nе,ж',
+            [(2, {"user": "а\n\nб", "bot": 'в "г", д'}), (5, {"user": "е", "bot": "ж"})],
+        ),
+        (
+            "a.csv",
+            ",instruction,input,output\n0,а,,б",
+            [(2, {"": "0", "instruction": "а", "output": "б"})],
+        ),
+        (
+            "a.csv",
+            f'id,messages\n1,"{json.dumps([RECORD]).replace(chr(34), chr(34) * 2)}"',
+            [(2, {"id": "1", "messages": json.dumps([RECORD])})],
+        ),
+        ("a.csv", "user,bot\n" + "к" * 200_000 + ",б", [(2, {"user": "к" * 200_000, "bot": "б"})]),
+        ("a.csv", "", []),
+    ],
+)
+def test_reads_tables_with_a_header(read, name, content, expected):
+    assert read(content, name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", "user,bot\nа,б,в\nг,д", ["2: line: has 3 cells under 2 columns; put quotes around a cell"]),
+        ("a.csv", "user,bot\nа\nб", ["2: line: has 1 cells", "3: line: has 1 cells"]),
+        ("a.csv", "title,url\nа,б\nв,г", ["1: file: the columns are 'title', 'url', and none of user, bot, instr"]),
+        ("a.csv", "user;bot\nа;б\nв;г", ["the separator is ';': save .csv files with commas, .tsv files with tabs"]),
+        ("a.tsv", "user,bot\nа,б", ["the separator is ',': "]),
+        ("a.csv", "user,bot,user\nа,б,в", ["1: file: the column 'user' occurs twice; keep one"]),
+        ("a.csv", 'user,bot\nа,б\n"в,г\nд,е', ["3: line: is invalid CSV (unexpected end of data); double the quotes"]),
+        ("a.csv", 'user,bot\n"а"б,в\nд,е', ["2: line: is invalid CSV"]),
+        ("a.csv", "user,bot\nа,б\nв,г\n".encode() + b"\xff,\xff\n" * 9, ["4: line: is not UTF-8 (byte 0xff); save"]),
+        ("a.csv", "user;bot\nПривет;Ответ\n".encode("cp1251"), ["2: file: looks like cp1251"]),
+        ("a.csv", "user\tbot\nа\tб\n".encode("utf-16"), ["1: file: looks like utf-16"]),  # Excel's "Unicode text"
+    ],
+)
+def test_problems_of_tables_have_line_numbers(problems, name, content, expected):
+    found = problems(content, name)
+    assert len(found) == len(expected)
+    assert all(part in problem for part, problem in zip(expected, found, strict=True)), found
+
+
+PRETTY = json.dumps(RECORD, ensure_ascii=False, indent=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (PRETTY, [(1, RECORD)]),
+        (f"\ufeff{PRETTY}\r\n{PRETTY}\n\n{PRETTY}{LINE}", [(1, RECORD), (5, RECORD), (10, RECORD), (13, RECORD)]),
+        ('{"user": "а",\n "bot": "б"}', [(1, {"user": "а", "bot": "б"})]),
+        (
+            '{"messages": [\n{"role": "user"},\n{"role": "bot"}\n]}\n{}',
+            [(1, {"messages": [{"role": "user"}, {"role": "bot"}]}), (5, {})],
+        ),
+        ('{"a":\n\n 1}', [(1, {"a": 1})]),
+    ],
+)
+def test_reads_objects_over_several_lines(read, content, expected):
+    assert read(content) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (f"{PRETTY}\n{PRETTY[:-20]}\n{PRETTY}\n{PRETTY}", "; fix the object; the rest of the file was not read"),
+        (
+            f"{PRETTY},\n{PRETTY},\n{PRETTY}",
+            "(Expecting value, column 2); remove the comma after",
+        ),
+        ('{\n"user": "а",\n"bot": "б",\n}\n', "remove the comma before the bracket; the rest of the file was not read"),
+        (
+            f"{PRETTY}\n\ufeff{PRETTY}",
+            "5: line: is invalid JSON (Expecting value, column 1); remove the byte",
+        ),
+        ('{\n"a": 1,\n"a": 2\n}\n{}', "1: line: is invalid JSON (the key 'a' occurs twice); fix the object"),
+    ],
+)
+def test_broken_objects_over_several_lines_are_one_problem(problems, content, expected):
+    (problem,) = problems(content)
+    assert expected in problem
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        '{"user": "а", "bot": "б"',
+        '{"user": "а",',
+        '{"user":',
+        '{"messages": [',
+        '{"messages": [{"role": "user"},',
+        "{",
+        '{"user": "а',
+        "{'user': 'а'}",
+        '{"user": "а", "user": "б"}',
+    ],
+)
+def test_a_damaged_first_line_of_jsonl_does_not_hide_the_others(read, problems, first):
+    content = f"{first}\n{LINE}\n{LINE}"
+    assert [number for number, record in read(content) if record == RECORD] == [2, 3]
+    assert len(problems(content)) == 1 and problems(content)[0].startswith("1: line: ")
+
+
+def test_a_line_end_in_a_text_does_not_hide_the_other_lines(read, problems):
+    content = f'{{"user": "а\nб", "bot": "в"}}\n{LINE}'
+    assert read(content)[2] == (3, RECORD) and len(problems(content)) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ('{"user": "а",}', "remove the comma before the bracket"),
+        ('{"messages": [1, ]}', "remove the comma before the bracket"),
+        (f"{LINE},", "remove the comma after the object, or put [ ] around all objects"),
+        (f"\ufeff{LINE}", "remove the byte order mark (U+FEFF) that joining files has left in front of it"),
+        (f"{LINE}\ufeff{LINE}", "remove the byte order mark"),
+        (str(RECORD), "this is Python, not JSON: write it with json.dumps"),
+        ('{"user": None}', "this is Python, not JSON"),
+        ("{\"user\": 'а'}", "this is Python, not JSON"),
+        ('{"user": "а", ', "write one complete JSON object per line"),
+        (f"{LINE} {LINE}", "write one complete JSON object per line"),
+    ],
+)
+def test_the_remedy_fits_the_mistake(read, problems, line, remedy):
+    assert problems(f"{LINE}\n{line}\n{LINE}") == [problems(f"{LINE}\n{line}")[0]]
+    assert problems(f"{LINE}\n{line}")[0].startswith("2: line: is invalid JSON (")
+    assert problems(f"{LINE}\n{line}")[0].endswith(f"; {remedy}") or remedy in problems(f"{LINE}\n{line}")[0]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "remedy"),
+    [
+        ("utf-16", "looks like utf-16, not UTF-8; save it as UTF-8, for example with `iconv -f utf-16 -t utf-8`"),
+        ("utf-16le", "`iconv -f utf-16le -t utf-8`"),
+        ("utf-16be", "`iconv -f utf-16be -t utf-8`"),
+        ("cp1251", "looks like cp1251, not UTF-8; save it as UTF-8, for example with `iconv -f cp1251 -t utf-8`"),
+        ("koi8-r", "`iconv -f koi8-r -t utf-8`"),
+        ("cp866", "`iconv -f cp866 -t utf-8`"),
+    ],
+)
+@pytest.mark.parametrize("layout", [lambda text: f"{text}\n" * 50, lambda text: f"[{text},\n{text}]"])
+def test_names_another_encoding_once_per_file(problems, encoding, remedy, layout):
+    text = json.dumps({"user": "Как зовут кота?", "bot": "Его зовут Матроскин."}, ensure_ascii=False)
+    (problem,) = problems(layout(text).encode(encoding))
+    assert problem.startswith("1: file: ") and remedy in problem
+
+
+def test_names_the_first_line_in_another_encoding(problems):
+    content = "{}\n{}\n" + '{"user": "Как зовут кота?"}\n' * 3
+    assert problems(content.encode("cp1251"))[0].startswith("3: file: looks like cp1251")
+
+
+@pytest.mark.parametrize("text", ["été déjà là", "über größer"])
+def test_does_not_guess_an_encoding_that_is_not_russian(problems, text):
+    assert problems(f'{{"user": "{text}"}}'.encode("latin-1"))[0].startswith("1: line: is not UTF-8 (byte 0x")
+
+
+def test_half_a_letter_at_the_end_of_the_head_is_still_utf8(read):
+    for shift in range(2):
+        record = {"user": "a" * shift + "к" * 70_000}
+        assert read(json.dumps(record, ensure_ascii=False)) == [(1, record)]
+
+
+def test_reads_a_saved_data_set_without_the_nulls_that_fill_it(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "а"}], "system": "б"},
+        {"messages": [{"role": "user", "content": "а"}, {"role": "assistant", "content": "в", "weight": 1}]},
+    ]
+    Dataset.from_list(rows * 300).save_to_disk(tmp_path / "saved")
+    read = list(records.read_records(tmp_path / "saved" / "data-00000-of-00001.arrow"))
+    assert read == [(number + 1, rows[number % 2]) for number in range(600)]
+
+
+def test_an_error_names_a_damaged_arrow_file(tmp_path):
+    Dataset.from_list([RECORD] * 100).save_to_disk(tmp_path / "saved")
+    file = tmp_path / "saved" / "data-00000-of-00001.arrow"
+    whole = file.read_bytes()
+    for damaged in (whole[:-200], b"{}", b""):
+        file.write_bytes(damaged)
+        with pytest.raises(SaigaError, match=r"\.arrow is a damaged Arrow file"):
+            list(records.read_records(file))
+
+
+@pytest.mark.parametrize("name", ["records.txt", "records", "records.csv.jsonl", "my.zip.json", "my.csv.txt"])
 def test_accepts_any_other_name(read, name):
     assert read(LINE, name) == [(1, RECORD)]

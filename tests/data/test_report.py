@@ -107,6 +107,39 @@ def test_counts_the_tokens_that_training_gets(stage, tokenizer):
         assert counts["learned_tokens"] == sum(label != -100 for example in examples for label in example["labels"])
 
 
+def test_records_and_held_out_may_be_lists(write, check, tmp_path):
+    pairs = [(f"Вопрос номер {index} сюда?", "Да.") for index in range(8)]
+    files = [write(pairs[start : start + 2], f"{start}.jsonl") for start in (0, 2, 4, 6)]
+    made = check(files[:2], held_out=files[2:])
+    assert manifest.read(made)["parameters"]["records"] == ["0.jsonl", "2.jsonl"]
+    assert manifest.read(made)["parameters"]["held_out"] == ["4.jsonl", "6.jsonl"]
+    assert list(manifest.read(made)["inputs"]["records"]) == ["0.jsonl", "2.jsonl"]
+    assert [len(messages_of(made / name)) for name in ("train.jsonl", "held_out.jsonl")] == [4, 4]
+    assert check(files[:2], held_out=files[2:]) == made
+
+
+def test_a_list_of_one_name_is_that_name(tiny, check, capsys):
+    made = check(str(tiny / "records.jsonl"))
+    assert check([str(tiny / "records.jsonl")]) == made
+    assert "is up to date, reusing it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("names", "message"), [([], "records is empty"), (["a.jsonl", 7], "records=7 is a int; give")])
+def test_rejects_a_list_without_names(check, names, message):
+    with pytest.raises(SaigaError, match=message):
+        check(names)
+
+
+def test_a_split_is_offered_only_without_held_out(tmp_path, tiny, check, capsys):
+    for split in ("train", "test"):
+        (tmp_path / "talks" / split).mkdir(parents=True)
+        shutil.copy(tiny / "records.jsonl", tmp_path / "talks" / split)
+    name = str(tmp_path / "talks")
+    with pytest.raises(SaigaError, match="was made differently"):
+        check(name) and check(name, held_out=f"{name}:test")
+    assert capsys.readouterr().out.count(f'held_out="{name}:test" uses it for evaluation.') == 1
+
+
 def test_a_second_call_reuses_the_stage_and_reports_it(tiny, check, capsys):
     made = check(str(tiny / "records.jsonl"))
     before = {file.name: file.stat().st_mtime_ns for file in made.iterdir()}

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import hub_stub
 import pytest
+from datasets import Dataset, DatasetDict
 
 from saigakit import registry
 from saigakit.core import hub as hub_client
 from saigakit.data import sources
+from saigakit.data.conversations import read_conversations
 from saigakit.errors import SaigaError
 from saigakit.registry import MODELS, ModelSpec
 from saigakit.weights import find
@@ -43,6 +45,14 @@ DATA_SETS = {
 }
 DATA_SETS["datasets/someone/pictures"] = {"train/a.png": b"picture"}
 DATA_SETS[f"datasets/someone/named@{hub_stub.OTHER_BRANCH}"] = {"data/ru-00000-of-00001.jsonl": b"an older 2"}
+DATA_SETS["datasets/someone/merged"] = {"ru.jsonl": b"1", "en.jsonl": b"2", "dataset_infos.json": b"{}"}
+DATA_SETS["datasets/someone/sft"] = {f"{name}.jsonl": name.encode() for name in ("train_sft", "train_gen", "test_sft")}
+DATA_SETS["datasets/someone/packed"] = {"train.jsonl.zst": b"1", "dev.jsonl.zst": b"2"}
+DATA_SETS["datasets/someone/tables"] = {"train.csv": b"1", "validation.csv": b"2"}
+DATA_SETS["datasets/someone/both"] = {
+    **{f"{language}/{part}.jsonl": part.encode() for language in ("en", "ru") for part in ("train", "validation")},
+    "README.md": b"---\nconfigs:\n- {config_name: en, data_dir: en}\n- {config_name: ru, data_dir: ru}\n---\n",
+}
 REPOSITORIES = {SAIGA.base_model: BASE, SAIGA.released_adapter: ADAPTER, **OLD, **DATA_SETS}
 ASK = """
 import sys
@@ -293,10 +303,87 @@ def test_a_local_copy_of_a_data_set_gives_its_train_split(tmp_path, capsys):
     for split in ("train", "test"):
         directory_with(tmp_path / "set" / split, "a.jsonl")
     assert sources.records_files(str(tmp_path / "set")) == [tmp_path / "set" / "train" / "a.jsonl"]
-    assert "left out: dataset_infos.json, test/a.jsonl" in capsys.readouterr().out
+    assert "left out: test/a.jsonl." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["", "  "])
+@pytest.mark.parametrize("name", ["dataset-metadata.json", "dataset_info.json", "dataset_dict.json", "state.json"])
+def test_metadata_next_to_records_is_left_out_silently(tmp_path, capsys, name):
+    made = directory_with(tmp_path / "talks", "a.jsonl", name, ".DS_Store")
+    assert sources.records_files(str(made)) == [made / "a.jsonl"]
+    assert capsys.readouterr().out == ""
+
+
+def test_tables_are_read_if_a_directory_has_no_other_records(tmp_path, capsys):
+    made = directory_with(tmp_path / "tables", "a.csv", "b.tsv", "c.csv.zst", "d.xlsx")
+    assert [file.name for file in sources.records_files(str(made))] == ["a.csv", "b.tsv", "c.csv.zst"]
+    (made / "e.jsonl").write_text("{}", encoding="utf-8")
+    assert sources.records_files(str(made)) == [made / "e.jsonl"]
+    assert "left out: a.csv, b.tsv, c.csv.zst, d.xlsx." in capsys.readouterr().out
+
+
+def test_a_directory_offers_its_evaluation_split_and_gives_it_by_name(tmp_path, capsys, monkeypatch):
+    for split in ("train", "dev"):
+        directory_with(tmp_path / "talks" / split, "a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert sources.records_files("talks", offers_evaluation=True) == [Path("talks/train/a.jsonl")]
+    assert 'talks also has the split validation: held_out="talks:validation" uses it' in capsys.readouterr().out
+    assert sources.records_files("talks:validation") == [Path("talks/dev/a.jsonl")]
+    with pytest.raises(SaigaError, match=r"talks has no split 'test'\. Choose one of train, validation, a"):
+        sources.records_files("talks:test")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory of save_to_disk, with the cache that `shuffle` leaves there."""
+    rows = [{"user": str(index), "bot": "а"} for index in range(10)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved", num_shards=2)
+    (tmp_path / "saved" / "cache-2d0a802b78a30b76.arrow").write_bytes(b"an index")
+    return tmp_path / "saved"
+
+
+def test_reads_a_data_set_of_save_to_disk_without_its_caches(saved, capsys):
+    files = sources.records_files(str(saved))
+    assert [file.name for file in files] == ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    assert [row["messages"][0]["content"] for row in read_conversations(files)] == list("0123456789")
+    assert "left out: cache-2d0a802b78a30b76.arrow." in capsys.readouterr().out
+
+
+def test_reads_the_train_split_of_a_saved_dict_and_offers_another(tmp_path, capsys):
+    parts = {name: Dataset.from_list([{"user": name, "bot": "а"}]) for name in ("train", "test")}
+    DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    name = str(tmp_path / "saved")
+    for asked_for, split in ((name, "train"), (f"{name}:test", "test")):
+        (row,) = read_conversations(sources.records_files(asked_for, offers_evaluation=True))
+        assert row["messages"][0]["content"] == split
+    assert f'held_out="{name}:test" uses it for evaluation.' in capsys.readouterr().out
+
+
+def test_an_incomplete_saved_data_set_is_an_error(saved):
+    (saved / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(SaigaError, match=r"saved lost data-00001-of-00002\.arrow; save the data set again"):
+        sources.records_files(str(saved))
+    (saved / "state.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(SaigaError, match=r"state\.json is not the state of a saved data set"):
+        sources.records_files(str(saved))
+
+
+def test_records_next_to_a_saved_data_set_are_read_instead_of_it(saved, capsys):
+    (saved / "a.jsonl").write_text("{}", encoding="utf-8")
+    assert sources.records_files(str(saved)) == [saved / "a.jsonl"]
+    assert "left out: cache-2d0a802b78a30b76.arrow, data-00000" in capsys.readouterr().out
+
+
+def test_a_list_gives_the_files_of_each_name_in_order(tmp_path):
+    made = directory_with(tmp_path / "talks", "a.jsonl", "b.jsonl", "c.jsonl")
+    names = ["c.jsonl", "[ab].jsonl"]
+    assert sources.records_files(names, made) == [made / "c.jsonl", made / "a.jsonl", made / "b.jsonl"]
+    with pytest.raises(SaigaError, match=r"a\.jsonl is named twice; name it once"):
+        sources.records_files(["a.jsonl", "*.jsonl"], made)
+    with pytest.raises(SaigaError, match=r"a\.jsonl is named twice; name it once"):
+        sources.records_files([str(made / "a.jsonl"), "a.jsonl"], made)
+
+
+@pytest.mark.parametrize("name", ["", "  ", [], [""], ["package:wordnet/train.jsonl", " "]])
 def test_rejects_an_empty_name(name):
     with pytest.raises(SaigaError, match="records is empty"):
         sources.records_files(name)
@@ -308,7 +395,7 @@ def test_reads_a_directory_below_a_hidden_one(tmp_path):
 
 
 def test_rejects_a_directory_without_records(tmp_path):
-    made = directory_with(tmp_path / "talks", "a.csv")
+    made = directory_with(tmp_path / "talks", "a.xlsx")
     with pytest.raises(SaigaError, match="talks has no record files"):
         sources.records_files(str(made))
 
@@ -363,10 +450,73 @@ def test_a_file_whose_name_looks_like_a_pattern_is_found(tmp_path):
         (f"someone/named@{hub_stub.OTHER_BRANCH}:ru", ["ru-00000-of-00001.jsonl: an older 2"]),
         ("someone/languages:ru", ["train.jsonl: []"]),
         ("someone/languages:en/train", ["train.jsonl: {}"]),
+        ("someone/merged:ru", ["ru.jsonl: 1"]),
+        ("someone/sft:train_sft", ["train_sft.jsonl: train_sft"]),
+        ("someone/sft:test", ["test_sft.jsonl: test_sft"]),
+        ("someone/packed", ["train.jsonl.zst: 1"]),
+        ("someone/packed:dev", ["dev.jsonl.zst: 2"]),
+        ("someone/tables", ["train.csv: 1"]),
+        ("someone/both:ru/validation", ["validation.jsonl: validation"]),
+        (["someone/merged:ru", "someone/merged:en"], ["ru.jsonl: 1", "en.jsonl: 2"]),
     ],
 )
 def test_a_data_set_on_the_hub_gives_the_files_of_its_split(hub, tmp_path, name, files):
     assert asked(f"sources.records_files({name!r})", hub[0], tmp_path) == files
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        (
+            "someone/merged",
+            ['someone/merged: train is made of the files en, ru; name one as in "someone/merged:en".'],
+        ),
+        (
+            "someone/sft",
+            [
+                'someone/sft: train is made of the files train_gen, train_sft; name one as in "someone/sft:train_gen".',
+                'someone/sft also has the split test: held_out="someone/sft:test" uses it for evaluation.',
+            ],
+        ),
+        (
+            "someone/sft:train_sft",
+            ['someone/sft also has the split test_sft: held_out="someone/sft:test_sft" uses it for evaluation.'],
+        ),
+        ("someone/sft:test", []),
+        (
+            "someone/talks",
+            ['someone/talks also has the split test: held_out="someone/talks:test" uses it for evaluation.'],
+        ),
+        (
+            "someone/both:ru",
+            [
+                "someone/both also has the split validation: "
+                'held_out="someone/both:ru/validation" uses it for evaluation.'
+            ],
+        ),
+        (
+            f"someone/packed@{hub_stub.COMMIT}",
+            [
+                f"someone/packed@{hub_stub.COMMIT} also has the split validation: "
+                f'held_out="someone/packed@{hub_stub.COMMIT}:validation" uses it for evaluation.'
+            ],
+        ),
+        ("someone/languages:ru", []),
+    ],
+)
+def test_reports_merged_files_and_a_split_for_evaluation(hub, tmp_path, name, lines):
+    def reported(options):
+        found = asked(f"sources.records_files({name!r}{options})", hub[0], tmp_path)
+        return [line for line in found if line.endswith(".")]
+
+    assert reported(", offers_evaluation=True") == lines
+    assert reported("") == [line for line in lines if "is made of" in line]
+
+
+def test_the_offered_split_is_the_one_that_held_out_then_takes(hub, tmp_path):
+    offer, _ = asked("sources.records_files('someone/both:ru', offers_evaluation=True)", hub[0], tmp_path)
+    (name,) = re.findall('held_out="(.*)"', offer)
+    assert asked(f"sources.records_files({name!r})", hub[0], tmp_path) == ["validation.jsonl: validation"]
 
 
 def test_downloads_only_the_files_of_the_split(hub, tmp_path):
@@ -388,6 +538,7 @@ def test_rejects_a_data_set_with_several_configurations_and_names_them(hub, tmp_
         ("someone/named", "has no split 'train'. Choose one of ru, train_sft"),
         ("someone/talks:dev", "has no split 'dev'. Choose one of train, test"),
         ("someone/languages:ru/test", "has no split 'test'. Choose one of train"),
+        ("someone/merged:de", "has no split 'de'. Choose one of train, en, ru"),
         ("someone/languages:de/train", "has no configuration 'de'. Choose one of en, ru"),
         ("someone/pictures", "has no record files (.jsonl, .ndjson, .json, "),
     ],
