@@ -64,7 +64,7 @@ def _text_records(stream: BinaryIO, head: bytes, name: str) -> Iterator[tuple[in
         yield line, BadRecord((f"file: looks like {encoding}, not UTF-8; {remedy}",))
     elif name.endswith(formats.TABLES):
         yield from _csv_rows(stream, "\t" if ".tsv" in name[-8:] else ",")
-    elif start.startswith(b"[") or _spans_lines(start):
+    elif (start.startswith(b"[") and not _has_lists_in_lines(start)) or _spans_lines(start):
         yield from _json_items(stream)
     else:
         yield from _line_records(stream)
@@ -139,6 +139,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 # Made once: json.loads builds one per call. Checking for duplicate keys then costs 1 µs of 10 for 2 KB of Russian.
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _has_lists_in_lines(head: bytes) -> bool:
+    """Whether each line is a list of messages, which is a record."""
+    first, _, rest = head.partition(b"\n")
+    try:
+        found = parse_json(first.decode("utf-8").strip())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, list) and rest.lstrip().startswith(b"[")
 
 
 def _spans_lines(head: bytes) -> bool:

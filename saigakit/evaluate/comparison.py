@@ -14,10 +14,10 @@ from saigakit.core import manifest, workspace
 from saigakit.core.display import Progress, Table
 from saigakit.core.files import write_text
 from saigakit.data.conversations import spread
-from saigakit.data.questions import MARGIN, Question, read_examples
 from saigakit.errors import SaigaError
 from saigakit.evaluate import metrics, results
 from saigakit.prompt import encoding
+from saigakit.prompt.questions import MARGIN, Question, read_examples
 from saigakit.weights import base_files, find, generate, lineage, load, memory
 from saigakit.weights.generate import Generated
 from saigakit.weights.model_shape import ModelShape

@@ -11,10 +11,9 @@ from peft import PeftModel
 from transformers import GenerationConfig
 
 from saigakit.core.files import write_text
-from saigakit.data import questions
 from saigakit.data.conversations import spread
 from saigakit.errors import SaigaError
-from saigakit.prompt import encoding
+from saigakit.prompt import encoding, questions
 from saigakit.prompt.encoding import Tokenizer
 from saigakit.train.answers import FILE, Answer, Entry, Section, format_answers, read_answers
 from saigakit.weights import generate, load

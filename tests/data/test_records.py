@@ -339,6 +339,18 @@ def test_reads_objects_over_several_lines(read, content, expected):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
+        ('[{"a": 1}]\n[{"a": 2}, {"a": 3}]\n', [(1, [{"a": 1}]), (2, [{"a": 2}, {"a": 3}])]),
+        ('[{"a": 1},\n {"a": 2}]\n', [(1, {"a": 1}), (2, {"a": 2})]),
+        ('[{"a": 1}]\n', [(1, {"a": 1})]),  # one line is an array of records
+    ],
+)
+def test_lists_in_lines_are_records(read, content, expected):
+    assert read(content) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
         (f"{PRETTY}\n{PRETTY[:-20]}\n{PRETTY}\n{PRETTY}", "; fix the object; the rest of the file was not read"),
         (
             f"{PRETTY},\n{PRETTY},\n{PRETTY}",

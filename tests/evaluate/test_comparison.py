@@ -8,13 +8,12 @@ import pytest
 from saigakit import evaluate, export, registry
 from saigakit.core import manifest, workspace
 from saigakit.core.files import sha256
-from saigakit.data import questions
 from saigakit.data.conversations import spread
-from saigakit.data.questions import Question
 from saigakit.errors import SaigaError
 from saigakit.evaluate import comparison, results
 from saigakit.evaluate.comparison import Models, Questions
-from saigakit.prompt import encoding
+from saigakit.prompt import encoding, questions
+from saigakit.prompt.questions import Question
 from saigakit.weights import find, memory
 from saigakit.weights.generate import Generated
 from saigakit.weights.model_shape import ModelShape

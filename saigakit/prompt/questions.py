@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saigakit.data.store import clean_row
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
-from saigakit.prompt.template import Message
+from saigakit.prompt.template import Message, drop_nulls
 
 MARGIN = 16  # tokens by which an answer may exceed the longest reference
 
@@ -34,8 +33,7 @@ class Question(NamedTuple):
 
 def make_question(conversation: Mapping[str, Any]) -> Question | None:
     """Ask for the last answer whose weight is not 0; None if the assistant never answers."""
-    conversation = clean_row(conversation)
-    messages = conversation["messages"]
+    messages: list[Message] = [drop_nulls(message) for message in conversation["messages"]]
     last = max(encoding.trained_answers(messages), default=0)
     return Question(messages[:last], messages[last], conversation.get("tools")) if last else None
 
