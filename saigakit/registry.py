@@ -60,7 +60,7 @@ class ModelSpec:
     template: str | None = None  # templates/<template>.jinja; None: the tokenizer's own
     system_prompt: str | None = None
     context_length: int = 8192  # tokens that the model was trained for
-    max_seq_length: int = 2048  # tokens of a training conversation that a T4 can hold
+    max_seq_length: int = 2048  # tokens that a T4 can hold: tests/train/test_preflight_max_seq_length.py
     golden_ids: tuple[tuple[str, tuple[int, ...]], ...] = ()  # (text, ids), asserted at every load
     sampling: Sampling = field(default_factory=Sampling)
     lora: Lora = field(default_factory=Lora)
@@ -89,6 +89,7 @@ _ROWS = (
         template="saiga2",
         system_prompt=SAIGA_SYSTEM_PROMPT,
         context_length=4096,
+        max_seq_length=4096,
         golden_ids=_SAIGA2_GOLDEN,
         parameters_b=6.74,
         licence="llama2",
@@ -99,8 +100,8 @@ _ROWS = (
         released_adapter="IlyaGusev/saiga2_13b_lora",
         template="saiga2",
         system_prompt=SAIGA_SYSTEM_PROMPT,
-        context_length=2000,
-        max_seq_length=1024,
+        context_length=4096,
+        max_seq_length=4096,
         golden_ids=_SAIGA2_GOLDEN,
         parameters_b=13.0,
         licence="llama2",
@@ -112,6 +113,7 @@ _ROWS = (
         template="saiga2",
         system_prompt=SAIGA_SYSTEM_PROMPT,
         context_length=4096,
+        max_seq_length=4096,
         golden_ids=(
             ("system\n", (1587, 13)),
             ("user\n", (2188, 13)),
@@ -125,6 +127,7 @@ _ROWS = (
         name="saiga_llama3_8b",
         base_model="IlyaGusev/saiga_llama3_8b",
         system_prompt=SAIGA_SYSTEM_PROMPT,
+        max_seq_length=7168,
         sampling=_LLAMA3_SAMPLING,
         parameters_b=8.03,
         licence="llama3",
@@ -134,7 +137,7 @@ _ROWS = (
         base_model="IlyaGusev/saiga_nemo_12b",
         system_prompt=SAIGA_SYSTEM_PROMPT,
         context_length=16384,
-        max_seq_length=1024,
+        max_seq_length=3584,
         sampling=_LLAMA3_SAMPLING,
         parameters_b=12.2,
         licence="apache-2.0",
@@ -144,6 +147,7 @@ _ROWS = (
         base_model="IlyaGusev/saiga_yandexgpt_8b",
         system_prompt=SAIGA_SYSTEM_PROMPT,
         context_length=16384,
+        max_seq_length=7168,
         sampling=_LLAMA3_SAMPLING,
         parameters_b=8.04,
         licence="yandexgpt-5-lite-8b",
@@ -162,6 +166,7 @@ _ROWS = (
         name="tlite_2.1_8b",
         base_model="t-tech/T-lite-it-2.1",
         context_length=32768,
+        max_seq_length=6656,
         sampling=_LLAMA3_SAMPLING,
         parameters_b=8.19,
         licence="apache-2.0",
@@ -170,10 +175,51 @@ _ROWS = (
         name="vikhr_nemo_12b",
         base_model="Vikhrmodels/Vikhr-Nemo-12B-Instruct-R-21-09-24",
         context_length=16384,
-        max_seq_length=1024,
+        max_seq_length=3584,
         sampling=Sampling(temperature=0.3),
         parameters_b=12.2,
         licence="apache-2.0",
+    ),
+    ModelSpec(
+        name="avibe",
+        base_model="AvitoTech/avibe",  # AvitoTech/avibe-eagle serves it in float16; but see unsloth#3155, NaN in Qwen3
+        max_seq_length=7168,
+        parameters_b=7.9,
+        licence="apache-2.0",
+    ),
+    ModelSpec(
+        name="qvikhr3_4b",
+        base_model="Vikhrmodels/QVikhr-3-4B-Instruction",
+        context_length=40960,
+        max_seq_length=14336,
+        parameters_b=4.02,
+        licence="apache-2.0",
+    ),
+    ModelSpec(
+        name="ruadapt_qwen3_4b",
+        base_model="RefalMachine/RuadaptQwen3-4B-Instruct",
+        context_length=32768,
+        max_seq_length=14336,
+        parameters_b=4.0,
+        licence="apache-2.0",
+    ),
+    ModelSpec(
+        name="qwen3_4b_2507",
+        base_model="Qwen/Qwen3-4B-Instruct-2507",
+        context_length=262144,
+        max_seq_length=14336,
+        sampling=Sampling(temperature=0.7, top_p=0.8, top_k=20, repeat_penalty=1.0),
+        parameters_b=4.02,
+        licence="apache-2.0",
+    ),
+    ModelSpec(
+        name="yandexgpt5_lite_8b_instruct",
+        base_model="yandex/YandexGPT-5-Lite-8B-instruct",
+        context_length=32768,
+        max_seq_length=7168,
+        sampling=Sampling(temperature=0.3),
+        parameters_b=8.04,
+        licence="yandexgpt-5-lite-8b",
     ),
     ModelSpec(
         name="smollm2_135m",

@@ -19,6 +19,11 @@ PROMISED = (
     "saiga_gemma3_12b",
     "tlite_2.1_8b",
     "vikhr_nemo_12b",
+    "avibe",
+    "qvikhr3_4b",
+    "ruadapt_qwen3_4b",
+    "qwen3_4b_2507",
+    "yandexgpt5_lite_8b_instruct",
     "smollm2_135m",
     "saiga_tiny",
 )
@@ -52,6 +57,16 @@ def test_a_conversation_in_training_fits_the_context(spec):
 def test_a_model_with_a_released_adapter_has_a_template_of_ours(spec):
     """The adapters of 2023 bring no chat template."""
     assert (spec.released_adapter is None) == (spec.template is None)
+
+
+def test_three_models_have_at_most_4_billion_parameters_and_no_toy_weights():
+    small = [spec.name for spec in MODELS.values() if 1 < spec.parameters_b < 4.1]
+    assert small == ["qvikhr3_4b", "ruadapt_qwen3_4b", "qwen3_4b_2507"]
+
+
+@pytest.mark.parametrize("name", ["saiga2_7b", "saiga2_13b"])
+def test_saiga_2_has_the_context_of_llama_2(name):
+    assert MODELS[name].context_length == 4096
 
 
 def test_role_ids_are_those_of_the_vocabulary_of_the_model():

@@ -36,6 +36,7 @@ _PRE_TOKENIZERS = {
 }
 # llama.cpp's pattern lacks combining marks: "за́мок" with its stress mark is one word, but three for llama.cpp.
 _INEXACT = frozenset({"tekken"})
+_IGNORES_MERGES = frozenset({"llama-bpe", "tekken"})  # here llama.cpp takes a word that is a token without merging it
 PROBE = (  # a text in which tokenizers would differ
     "Привет! Ёлка — «съешь» ещё, и\u0306од: №5, 3,14 и 12345 ₽ 🙂 don't I'LL\n\n  два  пробела\tТаб \r\nКонец. "
     "<s> </s> <|im_end|>"
@@ -113,6 +114,8 @@ class Vocabulary:
     def _read_byte_level(cls, file: Path, content: Mapping[str, Any], rows: int) -> Self:
         found = {index: (text, NORMAL, 0.0) for text, index in content["model"]["vocab"].items()}
         pre = _pre_tokenizer(file, content.get("pre_tokenizer") or {})
+        if bool(content["model"].get("ignore_merges")) != (pre in _IGNORES_MERGES):
+            _require_merges(file, content, pre)
         return cls(
             model="gpt2",
             pre=pre,
@@ -218,6 +221,17 @@ def _pre_tokenizer(file: Path, content: Mapping[str, Any]) -> str:
             f"Supported are the tokenizers of {', '.join(_PRE_TOKENIZERS.values())}."
         )
     return _PRE_TOKENIZERS[steps]
+
+
+def _require_merges(file: Path, content: Mapping[str, Any], pre: str) -> None:
+    """Raises SaigaError if merges do not make each token: then llama.cpp's other `ignore_merges` changes the ids."""
+    from tokenizers import models
+
+    model, added = content["model"], {token["content"] for token in content["added_tokens"]}
+    merging = models.BPE(model["vocab"], [(left, right) for left, right in map(_pair, model["merges"])])
+    if split := [word for word in model["vocab"].keys() - added if len(merging.tokenize(word)) > 1]:
+        problem = f"its merges do not make {len(split)} of its tokens, such as {min(split)!r}"
+        raise SaigaError(f"{file}: {problem}, and llama.cpp's ignore_merges for {pre} differs, so its ids would too.")
 
 
 def _step(part: Mapping[str, Any]) -> str:

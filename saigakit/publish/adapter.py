@@ -29,6 +29,7 @@ def push_adapter(stage_dir: str | Path, repo_id: str, *, private: bool = True, r
     content = upload.require_unchanged(directory, train.STAGE)
     repository = upload.HubRepository(repo_id)
     model = content["parameters"]["model"]
+    upload.print_terms(model)
     tokenizer = encoding.load_tokenizer(model, content["parameters"].get("base_source"))
     with tempfile.TemporaryDirectory() as scratch:
         files = {name: directory / name for name in (*_ADAPTER, *_SHOWN) if (directory / name).is_file()}

@@ -85,6 +85,7 @@ def _collect_files(
     directory: Path, content: manifest.Manifest, scratch: Path, title: str
 ) -> tuple[dict[str, Path], dict[str, Any]]:
     """The files to publish, with texts written again in `scratch`, and the public manifest."""
+    upload.print_terms(content["parameters"]["model"])
     scratch.mkdir(exist_ok=True)
     files = {name: directory / name for name in content["outputs"] if name.endswith(_PUBLISHED)}
     largest_first = sorted(content["files"].items(), key=lambda item: -item[1]["bytes"])

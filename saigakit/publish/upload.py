@@ -6,12 +6,14 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from saigakit import registry
 from saigakit.core import hub, manifest
 from saigakit.core.files import sha256, write_text
 from saigakit.errors import SaigaError
 from saigakit.weights import lineage
 
 _OF_THE_HUB = {".gitattributes", "README.md"}  # the Hub makes them itself
+_YANDEXGPT_CAP = "YandexGPT's licence: from 10 million output tokens a month on you need an agreement with Yandex."
 
 
 def require_unchanged(directory: Path, stage: str) -> manifest.Manifest:
@@ -20,6 +22,12 @@ def require_unchanged(directory: Path, stage: str) -> manifest.Manifest:
     if damaged := manifest.changed(directory, content):
         raise SaigaError(f"{directory}: {', '.join(damaged)} changed since it was made. Run {stage} again.")
     return content
+
+
+def print_terms(model: str) -> None:
+    """Print the cap in section I.b of YandexGPT's licence if the base of `model` is a YandexGPT."""
+    if "yandexgpt" in registry.find(model).base_model.lower():
+        print(_YANDEXGPT_CAP, flush=True)
 
 
 def public_manifest(content: Mapping[str, Any], kept: Container[str]) -> dict[str, Any]:

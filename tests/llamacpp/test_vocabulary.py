@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from saigakit import export, infer
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
+from saigakit.prompt.backends import TOKENIZER_JSON_KEY
 
 LLAMA2 = Path(__file__).parents[3] / "shared" / "tokenizers" / "llama-2.model"
 CONVERSATION = [
@@ -41,6 +42,14 @@ SPLITS = {
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 
+TAKES_WORDS = ("llama-bpe", "tekken")  # with "ignore_merges" in the files of Llama 3 and Mistral Nemo, not in Qwen's
+RUSSIAN = (
+    "Терминологический словарь: определение понятия",
+    "клавиатура, калавишный инструмент и за\u0301мок",
+    "Наименьшее общее кратное чисел 12 и 12345",
+    "съешь ещё этих мягких\nфранцузских булок, да выпей чаю; новая клавиатура",
+)
+
 
 def texts(count=300):
     rng = random.Random(5)
@@ -56,9 +65,9 @@ def splitter(name):
     return byte_level
 
 
-def bpe_dir(tiny, directory, pre_tokenizer, vocab_size=764):
+def bpe_dir(tiny, directory, pre_tokenizer, vocab_size=764, ignore_merges=False):
     """A model with byte-level BPE: 764 tokens and four special ones, one of which is not flagged as special."""
-    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
@@ -77,11 +86,29 @@ def bpe_dir(tiny, directory, pre_tokenizer, vocab_size=764):
     return directory
 
 
+def extend(base_dir, words, *, merged):
+    """Add `words` to the vocabulary of `bpe_dir`, with all merges that can make them or with none."""
+    content = json.loads((base_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    special = {token["content"] for token in content["added_tokens"]}
+    vocab = {text: index for text, index in content["model"]["vocab"].items() if text not in special}
+    start = len(vocab)
+    for word in sorted(set(words) - vocab.keys(), key=lambda word: (len(word), word)):
+        pairs = [[word[:cut], word[cut:]] for cut in range(1, len(word)) if word[:cut] in vocab and word[cut:] in vocab]
+        if pairs or not merged:
+            vocab[word] = len(vocab)
+            content["model"]["merges"] += pairs if merged else []
+    for index, token in enumerate(content["added_tokens"], len(vocab)):
+        token["id"] = index
+    content["model"]["vocab"] = vocab
+    (base_dir / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return range(start, len(vocab))
+
+
 def require_same(gguf_file, tokenizer):
     """Ids of ordinary texts and of a complete prompt."""
     with closing(infer.load(gguf_file, n_ctx=64)) as llm:
         found = encoding.load_gguf_tokenizer(llm)
-        for text in texts():
+        for text in (*texts(), *RUSSIAN):
             assert found.encode_text(text) == tokenizer.encode_text(text), text
         prompts = [encoding.encode(CONVERSATION, each, add_generation_prompt=True) for each in (found, tokenizer)]
         assert prompts[0] == prompts[1]
@@ -117,12 +144,61 @@ def test_sentencepiece_saved_as_json_gives_the_same_ids(tiny, tmp_path):
 
 @pytest.mark.parametrize("name", [*SPLITS, "smollm", "gpt-2"])
 def test_recognises_a_byte_level_vocabulary_and_gives_the_same_ids(tiny, tmp_path, name):
-    base_dir = bpe_dir(tiny, tmp_path / "base", splitter(name))
+    base_dir = bpe_dir(tiny, tmp_path / "base", splitter(name), ignore_merges=name in TAKES_WORDS)
     file = export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "x.gguf")
     metadata = require_same(file, encoding.load_tokenizer(str(base_dir)))
     assert metadata["tokenizer.ggml.pre"] == name
+    assert (TOKENIZER_JSON_KEY in metadata) == (name == "tekken")
     assert metadata["tokenizer.ggml.eos_token_id"] == "765"
     assert "tokenizer.ggml.eot_token_id" not in metadata
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "qwen2"])
+def test_bpe_extended_by_russian_unigrams_gives_the_same_ids(tiny, tmp_path, name):
+    """As Ruadapt extends cl100k, whose pattern is llama-bpe's: a unigram gets every merge that can make it."""
+    base_dir = bpe_dir(tiny, tmp_path / "base", splitter(name), vocab_size=600, ignore_merges=name in TAKES_WORDS)
+    unigram = Tokenizer(models.Unigram())
+    unigram.pre_tokenizer = splitter(name)
+    unigram.train_from_iterator(RUSSIAN * 50, trainers.UnigramTrainer(vocab_size=400, show_progress=False))
+    added = extend(base_dir, unigram.get_vocab(), merged=True)
+    tokenizer = encoding.load_tokenizer(str(base_dir))
+    file = export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "x.gguf")
+    metadata = require_same(file, tokenizer)
+    assert metadata["tokenizer.ggml.pre"] == name
+    assert len({i for text in RUSSIAN for i in tokenizer.encode_text(text) if i in added}) > 30
+
+
+@pytest.mark.parametrize("ignore_merges", [False, True])
+@pytest.mark.parametrize("name", ["llama-bpe", "qwen2"])
+def test_words_that_no_merge_makes_are_read_as_in_training_or_refused(tiny, tmp_path, name, ignore_merges):
+    """llama.cpp knows `ignore_merges` by the name of the pre-tokenizer alone."""
+    base_dir = bpe_dir(tiny, tmp_path / "base", splitter(name), vocab_size=600, ignore_merges=ignore_merges)
+    words = ["\u0120" + word for word, _ in splitter(name).pre_tokenize_str("клавиатура")]
+    (added,) = extend(base_dir, words, merged=False)
+    if ignore_merges != (name in TAKES_WORDS):
+        message = rf"do not make 1 of its tokens, such as '{words[0]}'.*ignore_merges for {name} differs"
+        with pytest.raises(SaigaError, match=message):
+            export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "x.gguf")
+        return
+    tokenizer = encoding.load_tokenizer(str(base_dir))
+    require_same(export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "x.gguf"), tokenizer)
+    assert (tokenizer.encode_text(" клавиатура") == [added]) == ignore_merges
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "qwen2"])
+def test_ignore_merges_does_not_matter_if_merges_make_every_token(tiny, tmp_path, name):
+    base_dir = bpe_dir(tiny, tmp_path / "base", splitter(name), ignore_merges=name not in TAKES_WORDS)
+    file = export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "x.gguf")
+    assert TOKENIZER_JSON_KEY not in require_same(file, encoding.load_tokenizer(str(base_dir)))
+
+
+@pytest.mark.parametrize("pattern", [r"\p{N}{1,3}|\p{L}+|\s+|.", SPLITS["qwen2"].replace(r"\p{L}+", r"[\p{L}\p{M}]+")])
+def test_refuses_a_pattern_that_llama_cpp_has_no_name_for(tiny, tmp_path, pattern):
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    base_dir = bpe_dir(tiny, tmp_path, pre_tokenizers.Sequence([split, byte_level]))
+    with pytest.raises(SaigaError, match=r"splits text in an unknown way.*Supported are the tokenizers of llama-bpe"):
+        export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "x.gguf")
 
 
 def test_writes_an_end_of_turn_other_than_the_end_of_text(tiny, tmp_path):

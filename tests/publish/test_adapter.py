@@ -113,6 +113,28 @@ def test_the_adapter_arrives_with_its_card_and_without_the_records(push, hub, st
     assert not any("секретный вопрос".encode() in content or b"/home/me" in content for content in files.values())
 
 
+@pytest.mark.parametrize("model", ["saiga_tiny", "saiga_yandexgpt_8b", "yandexgpt5_lite_8b_instruct"])
+def test_the_cap_of_yandexgpts_licence_is_printed_before_the_push(monkeypatch, capsys, tiny, tmp_path, model):
+    class Repository:
+        def __init__(self, repo_id):
+            self.repo_id = repo_id
+
+        def push(self, files, content, message, *, private, replace):
+            return capsys.readouterr().out
+
+    tokenizer = encoding.load_tokenizer("saiga_tiny", str(tiny / "base"))
+    monkeypatch.setattr(published.encoding, "load_tokenizer", lambda model, source: tokenizer)
+    monkeypatch.setattr(published.upload, "HubRepository", Repository)
+    printed = publish.push_adapter(stage_02(tmp_path, tiny, model=model), REPO)
+    assert ("10 million output tokens a month" in printed) == (model != "saiga_tiny")
+
+
+@pytest.mark.parametrize(("base", "is_yandexgpt"), [("yandex/YandexGPT-5-Lite-8B-pretrain", True), ("a/b", False)])
+def test_a_base_outside_the_registry_is_known_by_its_name(capsys, base, is_yandexgpt):
+    published.upload.print_terms(base)
+    assert bool(capsys.readouterr().out) == is_yandexgpt
+
+
 def test_a_pushed_adapter_can_be_exported_by_03(push, hub, tiny, tmp_path):
     push()
     fetched = tmp_path / "fetched"

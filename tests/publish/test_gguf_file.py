@@ -242,3 +242,12 @@ def test_an_error_that_kaggle_only_prints_is_raised(kaggle, stage):
 def test_a_name_that_kaggle_does_not_allow_is_refused(stage, name):
     with pytest.raises(SaigaError, match="is not the name of a Kaggle model"):
         gguf_file.push_to_kaggle(stage, name)
+
+
+@pytest.mark.parametrize(("model", "is_printed"), [("saiga_tiny", False), ("saiga_yandexgpt_8b", True)])
+def test_the_cap_of_yandexgpts_licence_is_printed(kaggle, stage, tmp_path, capsys, model, is_printed):
+    copied = shutil.copytree(stage, tmp_path / "03_merge_gguf")
+    small_models.edit_json(copied / manifest.NAME, parameters={**manifest.read(stage)["parameters"], "model": model})
+    kaggle.answers = Listing(kaggle)
+    gguf_file.push_to_kaggle(copied, "saiga-cats")
+    assert ("10 million output tokens a month" in capsys.readouterr().out) == is_printed

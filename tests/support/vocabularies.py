@@ -333,7 +333,7 @@ def _renamed(
     pattern = next(steps[0] for steps, name in vocabulary._PRE_TOKENIZERS.items() if name == pre)
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     content["pre_tokenizer"] = json.loads(pre_tokenizers.Sequence([split, _byte_level()]).__getstate__())
-    content["model"]["ignore_merges"] = True
+    content["model"]["ignore_merges"] = pre == "llama-bpe"  # as in the files of Llama 3 and of Qwen
     content["normalizer"] = {"type": "NFC"} if pre == "qwen2" else None
     _write(directory / "tokenizer.json", content)
 
