@@ -29,7 +29,8 @@ def sequence_budget(spec: ModelSpec, max_seq_length: int | None) -> int:
 def require_name(parameter: str, value: object, *, is_optional: bool = False) -> None:
     """Raise SaigaError if `value` is not text, such as a number without quotes in YAML."""
     if not isinstance(value, str) and not (is_optional and value is None):
-        raise SaigaError(f"{parameter}={value!r} is a {type(value).__name__}; give a path or a name in quotes.")
+        given = f"{parameter} is not set" if value is None else f"{parameter}={value!r} is not text"
+        raise SaigaError(f"{given}; give a path or a name in quotes.")
 
 
 def _require_count(parameter: str, value: object) -> None:
@@ -80,7 +81,7 @@ class TrainConfig:
         spec = registry.find(self.model)
         if self.adapter in ("released", "folded") and spec.released_adapter is None:
             raise SaigaError(
-                f"adapter={self.adapter!r}: {spec.name} has no released adapter; use adapter=None for a new LoRA."
+                f"adapter={self.adapter!r}: {spec.name} has no released adapter; leave adapter out for a new LoRA."
             )
         left_open = {each.name for each in fields(self) if each.default is None and getattr(self, each.name) is None}
         numbers = {"learning_rate", "epochs", "max_hours", "save_minutes", "neftune_alpha", "replay_fraction"}
@@ -88,8 +89,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not _is_number(value):
                 raise SaigaError(
-                    f"{name}={value!r} is a {type(value).__name__}, not a number. "
-                    "In YAML write 2.0e-4: without the dot, 2e-4 is read as text."
+                    f"{name}={value!r} is not a number. In YAML write 2.0e-4: without the dot, 2e-4 is read as text."
                 )
             if not 0 < value < math.inf:  # refuses NaN too
                 raise SaigaError(f"{name}={value!r} must be above 0.")

@@ -253,7 +253,7 @@ MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _ROWS}
 def find(model: str) -> ModelSpec:
     """The row for a registry name, a Hub id (`owner/name`) or a model directory."""
     if not isinstance(model, str):
-        raise SaigaError(f"model={model!r} is a {type(model).__name__}; give a name.")
+        raise SaigaError(f"model={model!r} is not text; give a name.")
     if model in MODELS:
         return MODELS[model]
     if (model and Path(model).is_dir()) or (model.count("/") == 1 and not model.startswith((".", "/"))):

@@ -91,7 +91,7 @@ def run(file: str | None, parameters: Sequence[tuple[str, Any]], run_dir: str | 
 @click.option("--held-out", multiple=True, help="Evaluation records, instead of a share of FILES; repeatable")
 @click.option("--max-seq-length", type=int, help="Maximum tokens of a conversation")
 def check(files: Sequence[str], held_out: Sequence[str], **options: Any) -> None:  # noqa: ANN401
-    """Check records as 01_format does, without keeping anything.
+    """Check records as 01_format does, without keeping anything. One record is enough.
 
     FILES are files, directories, patterns like "part-*.jsonl", or data sets on the Hub (owner/name).
 
@@ -102,7 +102,9 @@ def check(files: Sequence[str], held_out: Sequence[str], **options: Any) -> None
     # "." is this directory, not the temporary one
     records = [str(Path(file).absolute()) if file and Path(file).exists() else file for file in files]
     with tempfile.TemporaryDirectory() as scratch:
-        stage = report.check_records(records=records, held_out=held_out or None, run_dir=scratch, **options)
+        stage = report.check_records(
+            records=records, held_out=held_out or None, run_dir=scratch, may_lack_held_out=True, **options
+        )
         marked = report.examples(stage, encoding.load_tokenizer(options["model"], options["base_source"]))
         found = report.read_report(stage)
         bars = length_histogram.make_table(found["lengths"], found["max_seq_length"])

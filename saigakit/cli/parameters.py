@@ -32,6 +32,6 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise SaigaError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
-        found = "is empty" if content is None else f"holds a {type(content).__name__}"
+        found = "is empty" if content is None else "holds a list" if isinstance(content, list) else "holds one value"
         raise SaigaError(f"{file} {found}; write lines of `name: value`.")
     return {str(name): value for name, value in content.items()}

@@ -90,7 +90,7 @@ def read_stages(notebooks_dir: Path, given: Mapping[str, Any]) -> list[Stage]:
     for name, value in given.items():
         _require_known(name, defaults)
         if not _is_literal(value):
-            raise SaigaError(f"{name}={value!r} is a {type(value).__name__}; use text, a number, true, false or null.")
+            raise SaigaError(f"{name}={value!r} cannot be a parameter; use text, a number, true, false or null.")
     stages = []
     for notebook in notebooks:
         found, prefix = defaults[notebook.stem], f"{notebook.stem}."

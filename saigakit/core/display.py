@@ -8,6 +8,11 @@ from dataclasses import dataclass
 EVERY_S = 10  # seconds between progress lines
 
 
+def count(number: int, noun: str) -> str:
+    """Such as "1 record" or "2,000 records"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class Every:
     """Calling it returns True at most once every EVERY_S seconds."""
 
@@ -42,7 +47,7 @@ class Progress:
             return
         took = f"{self._is_due.spent:.0f} s"
         left = f"about {self._is_due.left(done, total):.0f} s left" if done else f"{took} so far"
-        print(f"{self.what}: {done} of {total} texts, {left if done < total else took}", flush=True)
+        print(f"{self.what}: {done} of {count(total, 'text')}, {left if done < total else took}", flush=True)
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,7 +9,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
-from saigakit.core.display import Every
+from saigakit.core.display import Every, count
 from saigakit.core.files import replacing
 from saigakit.data import records, schema, store
 from saigakit.data.records import BadRecord, quote
@@ -24,11 +24,14 @@ _SHORT = 3  # spaces in a text that says too little to be a question of its own
 KEPT_PROBLEMS = 1000  # the others are only counted
 
 
-def read_conversations(source: str | Path | Sequence[str | Path], limit: int | None = None) -> "Dataset":
+def read_conversations(
+    source: str | Path | Sequence[str | Path], limit: int | None = None, *, max_bad: float = 0.0
+) -> "Dataset":
     """Read records from JSONL (.gz too), JSON arrays or Parquet; see `schema.normalise_record` for their formats.
 
     A row has "messages" and, if any record has them, "tools"; tools and the arguments of calls are JSON text.
-    Keys that are not read ("id") are printed. Raises DataError with the problems of all files: no record is dropped.
+    Keys that are not read ("id") are printed. Raises DataError with the problems of all files: no record is dropped,
+    unless at most the share `max_bad` of them cannot be used; then they are left out, which is printed.
     With `limit`, only the first conversations are read, and what follows is not checked.
     """
     files = [Path(file) for file in ([source] if isinstance(source, str | Path) else source)]
@@ -36,7 +39,7 @@ def read_conversations(source: str | Path | Sequence[str | Path], limit: int | N
         if not file.is_file():
             problem = "is a directory; name the files in it" if file.is_dir() else "is not there"
             raise SaigaError(f"{file} {problem}.")
-    reader = _Reader(files)
+    reader = _Reader(files, max_bad)
     expected = sum(file.stat().st_size for file in files) if limit is None else 0
     dataset = store.as_dataset(islice(reader.conversations(), limit), expected=expected)
     if len(dataset) != limit:
@@ -54,22 +57,25 @@ def file_labels(files: Sequence[Path]) -> list[str]:
     ]
 
 
-def locate_record(files: Sequence[Path], index: int) -> str:
-    """Where `read_conversations` found a conversation, such as "records.jsonl:17"."""
+def locate_records(files: Sequence[Path], indices: Sequence[int]) -> list[str]:
+    """Where `read_conversations` found conversations, such as "records.jsonl:17"; one pass, up to the last of them."""
+    wanted = set(indices)
     labelled = zip(files, file_labels(files), strict=True)
-    places = (f"{label}:{line}" for file, label in labelled for line, _ in records.read_records(file))
-    return next(islice(places, index, None))
+    places = ((label, line) for file, label in labelled for line, _ in records.read_records(file))
+    numbered = enumerate(islice(places, max(wanted, default=-1) + 1))
+    found = {index: f"{label}:{line}" for index, (label, line) in numbered if index in wanted}
+    return [found[index] for index in indices]
 
 
 class _Reader:
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = files
+    def __init__(self, files: Sequence[Path], max_bad: float) -> None:
+        self.files, self.max_bad = files, max_bad
         self.records = self.bad = self.empty = self.more_problems = 0
         self.problems: list[str] = []
         self.notes = schema.Notes()
 
     def conversations(self) -> Iterator[Conversation]:
-        """Yield conversations up to the first problem, then only collect problems."""
+        """Yield conversations, up to the first problem if none is allowed, and collect problems."""
         is_due = Every()
         for file, label in zip(self.files, file_labels(self.files), strict=True):
             before = self.records
@@ -79,7 +85,7 @@ class _Reader:
                 if isinstance(found, BadRecord):
                     self.bad += 1
                     self._add(f"{label}:{line}: {problem}" for problem in found.problems)
-                elif not self.problems:
+                elif self.max_bad or not self.problems:
                     yield found
                 if is_due():
                     print(f"{label}: {self.records - before:,} records checked", flush=True)
@@ -95,21 +101,23 @@ class _Reader:
                 self.more_problems += 1
 
     def conclude(self) -> None:
-        """Raise DataError if there were problems, and print what was not read as it is."""
+        """Raise DataError if there were too many problems; print those left out and what was not read as it is."""
         what = str(self.files[0]) if len(self.files) == 1 else f"{len(self.files)} files"
+        name = self.files[0].name if len(self.files) == 1 else what
         if not self.records:
             raise DataError(f"{what} has no records; write one JSON object per line.", [])
-        if self.problems:
-            empty = f", and {self.empty} of the files have none" if self.empty else ""
-            summary = f"{what}: {self.bad} of {self.records} records cannot be used{empty}."
-            raise DataError(summary, self.problems, more=self.more_problems)
-        name, unread = self.files[0].name if len(self.files) == 1 else what, self.notes.unread
-        if unread:
-            counts = ", ".join(f"{quote(key)} in {count} records" for key, count in unread.most_common(10))
+        bad = f"{self.bad:,} of {count(self.records, 'record')} cannot be used"
+        if self.empty or self.bad > self.max_bad * self.records:
+            empty = f"; files without records: {self.empty}" if self.empty else ""
+            raise DataError(f"{what}: {bad}{empty}.", self.problems, more=self.more_problems)
+        if self.bad:
+            print(f"{name}: {bad}: left out. The first: {self.problems[0]}", flush=True)
+        if unread := self.notes.unread:
+            counts = ", ".join(f"{quote(key)} in {count(n, 'record')}" for key, n in unread.most_common(10))
             more = f" and {len(unread) - 10} more" if len(unread) > 10 else ""
             print(f"{name}: keys that are not read: {counts}{more}.", flush=True)
-        if self.notes.as_json:
-            print(f"{name}: {self.notes.as_json} answers are lists or objects; they become JSON text.", flush=True)
+        if as_json := self.notes.as_json:
+            print(f"{name}: answers that are lists or objects, which become JSON text: {as_json:,}.", flush=True)
 
 
 class PromptDigests(NamedTuple):
@@ -161,11 +169,14 @@ def split_conversations(conversations: "Dataset", *, eval_fraction: float, seed:
     return store.select_rows(conversations, train), store.select_rows(conversations, held_out)
 
 
-def split_indices(conversations: "Dataset", *, eval_fraction: float, seed: int) -> tuple["array[int]", "array[int]"]:
+def split_indices(
+    conversations: "Dataset", *, eval_fraction: float, seed: int, may_be_empty: bool = False
+) -> tuple["array[int]", "array[int]"]:
     """Shuffle once with `seed`, hold out at least one conversation, and ask no question in both parts.
 
     Conversations with a common user text stay together, except for short texts ("Спасибо") and instructions that many
-    share. A group that is too big for the fraction goes to training.
+    share. A group that is too big for the fraction goes to training. If there is only one group, all go to training
+    with `may_be_empty`; otherwise SaigaError is raised.
     """
     if isinstance(eval_fraction, bool) or not isinstance(eval_fraction, int | float) or not 0 < eval_fraction < 1:
         raise SaigaError(f"eval_fraction={eval_fraction!r} must be a number between 0 and 1, such as 0.05.")
@@ -173,10 +184,12 @@ def split_indices(conversations: "Dataset", *, eval_fraction: float, seed: int) 
     random.Random(seed).shuffle(order)
     group_of = _group(conversations)
     groups = sum(group == index for index, group in enumerate(group_of))
+    if groups < 2 and may_be_empty:
+        return order, array("q")
     if groups < 2:
         raise SaigaError(
-            f"{len(order)} conversations with {groups} distinct prompts cannot be split: at least 2 without a common "
-            "user text are needed. Add records or set held_out to a file."
+            f"{count(len(order), 'conversation')} with {count(groups, 'distinct prompt')} cannot be split: at least 2 "
+            "without a common user text are needed. Add records or set held_out to a file."
         )
     is_held_out = _choose_groups(order, group_of, min(len(order) - 1, max(1, round(eval_fraction * len(order)))))
     train = array("q", (index for index in order if not is_held_out[group_of[index]]))

@@ -43,7 +43,7 @@ class Signatures:
     """One row per record. `judged` is False for records that are only compared exactly."""
 
     slots: "Slots"
-    texts: "Keys"  # hashes: equal texts are exact duplicates, which are counted elsewhere
+    texts: "Keys"  # hashes; `audit` counts those with equal texts: as duplicates or as one question, different answers
     judged: "Flags"
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ def split_shingles(text: str, common: frozenset[str]) -> list[str]:
 
 
 def find_within(records: Signatures) -> "Indices":
-    """For each record the index of an earlier near-duplicate or -1; also -1 for exact duplicates."""
+    """For each record the index of an earlier near-duplicate or -1; also -1 for one with an equal text."""
     import numpy as np
 
     near = np.full(len(records), -1)
@@ -124,7 +124,7 @@ def find_within(records: Signatures) -> "Indices":
 
 
 def find_across(records: Signatures, training: Signatures) -> "Indices":
-    """For each record the index of a near-duplicate in training or -1; also -1 for exact duplicates."""
+    """For each record the index of a near-duplicate in training or -1; also -1 for one with an equal text."""
     import numpy as np
 
     near = np.full(len(records), -1)

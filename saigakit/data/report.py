@@ -1,5 +1,6 @@
 """Check records: run the stage 01_format and show its table and its advice."""
 
+import functools
 import hashlib
 import json
 import math
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from saigakit import registry
 from saigakit.config import TrainConfig, require_name, sequence_budget
 from saigakit.core import manifest
-from saigakit.core.display import Every, Table
+from saigakit.core.display import Every, Table, count
 from saigakit.core.files import sha256, write_text
 from saigakit.data import audit, length_histogram, near_duplicates, sources, store
 from saigakit.data.conversations import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 T = TypeVar("T")
+_Split = Callable[["Dataset"], Sequence[Sequence[int]]]  # the indices of training and evaluation
 STAGE, TRAIN_FILE = "01_format", "train.jsonl"
 _NOTE = "оценка, не измерение · an estimate, not measured"
 _T4_FLOPS = 20.4e12  # float16, measured for 4096³ on Kaggle's T4 by unsloth_zoo
@@ -96,11 +98,13 @@ def check_records(
     run_dir: str | Path,
     base_source: str | None = None,
     seed: int = 42,
+    may_lack_held_out: bool = False,
 ) -> Path:
     """Write train.jsonl, held_out.jsonl, report.json and lengths.png to `run_dir`/01_format.
 
     `records`, `held_out`: see `sources.records_files`. Without `held_out`, `eval_fraction` of the records is held out.
     A conversation over `max_seq_length` tokens loses its last turns, or is dropped if the first answer does not fit.
+    `may_lack_held_out`: records that are too few to split all go to train.jsonl.
     """
     spec = registry.find(model)
     limit = sequence_budget(spec, max_seq_length)
@@ -129,7 +133,7 @@ def check_records(
         return final
     read = _make_all(files, lambda part: read_conversations(files[part]))  # before the tokenizer is downloaded
     for part, found in read.items():
-        print(f"{labels[part]}: {len(found):,} conversations, each is well-formed.", flush=True)
+        print(f"{labels[part]}: {count(len(found), 'conversation')}, each is well-formed.", flush=True)
     tokenizer = encoding.load_tokenizer(model, base_source)
     facts: dict[str, Any] = {
         "chat_template_sha256": hashlib.sha256(tokenizer.chat_template.encode("utf-8")).hexdigest()
@@ -139,13 +143,9 @@ def check_records(
             read,
             lambda part: FittedConversations(read[part], tokenizer, limit, files[part], name=", ".join(names[part])),
         )
-        written, facts["system_prompt"] = _write_split(fitted, tokenizer, partial, eval_fraction, seed)
-        report = {"model": model, "max_seq_length": limit, **written}
-        report["estimate"] = _estimate(report).to_json()
-        lengths = [tokens for part in fitted.values() for tokens in part.lengths]
-        report["lengths"] = length_histogram.count_bars(lengths, limit)
-        write_text(partial / "report.json", json.dumps(report, ensure_ascii=False, indent=2))
-        length_histogram.plot(lengths, limit).savefig(partial / "lengths.png", dpi=110)
+        split = functools.partial(split_indices, eval_fraction=eval_fraction, seed=seed, may_be_empty=may_lack_held_out)
+        written, facts["system_prompt"] = _write_split(fitted, tokenizer, partial, split)
+        _write_report(partial, {"model": model, "max_seq_length": limit, **written}, fitted)
     return final
 
 
@@ -155,6 +155,19 @@ def _names(parameter: str, given: str | Sequence[str]) -> list[str]:
     for name in names if isinstance(given, list | tuple) else [given]:
         require_name(parameter, name)
     return [Path(name).absolute().name for name in names]  # absolute: "." has no name
+
+
+def _write_report(directory: Path, report: dict[str, Any], fitted: Mapping[str, FittedConversations]) -> None:
+    """Write report.json, with the warnings about all records and the estimate, and lengths.png."""
+    limit = report["max_seq_length"]
+    for part, each in fitted.items():
+        report["warnings"] += audit.length_warnings(part, each.cut + len(each.dropped), len(each.lengths), limit)
+        report["warnings"] += audit.damage_warnings(each.damaged)
+    report["estimate"] = _estimate(report).to_json()
+    lengths = [tokens for part in fitted.values() for tokens in part.lengths]
+    report["lengths"] = length_histogram.count_bars(lengths, limit)
+    write_text(directory / "report.json", json.dumps(report, ensure_ascii=False, indent=2))
+    length_histogram.plot(lengths, limit).savefig(directory / "lengths.png", dpi=110)
 
 
 def _make_all(parts: Iterable[str], make: Callable[[str], T]) -> dict[str, T]:
@@ -177,27 +190,29 @@ def _hash_files(files: Sequence[Path]) -> dict[str, str]:
 
 
 def _write_split(
-    fitted: Mapping[str, FittedConversations], tokenizer: Tokenizer, directory: Path, eval_fraction: float, seed: int
+    fitted: Mapping[str, FittedConversations], tokenizer: Tokenizer, directory: Path, split: _Split
 ) -> tuple[dict[str, Any], str | None]:
     """Write train.jsonl and held_out.jsonl; return the report on them and the common system prompt of training."""
     sources_of = fitted["records"], fitted.get("held_out", fitted["records"])
     indices: Sequence[Sequence[int]] = [range(len(source.conversations)) for source in sources_of]
     if "held_out" not in fitted:
-        indices = split_indices(sources_of[0].conversations, eval_fraction=eval_fraction, seed=seed)
+        indices = split(sources_of[0].conversations)
     train, held_out = (
         store.select_rows(source.conversations, rows) for source, rows in zip(sources_of, indices, strict=True)
     )
-    counts = [map(source.counts, rows) for source, rows in zip(sources_of, indices, strict=True)]
+    parts = [_Part(*each) for each in zip((train, held_out), sources_of, indices, strict=True)]
     sample = spread(train, near_duplicates.SAMPLE)
     common = near_duplicates.find_boilerplate(near_duplicates.join_user_texts(each["messages"]) for each in sample)
     special = tokenizer.special_tokens
-    of_train, signed, prompt = _write_part(directory / TRAIN_FILE, train, counts[0], special, common)
-    of_held_out, held_out_signed, _ = _write_part(directory / "held_out.jsonl", held_out, counts[1], special, common)
+    of_train, signed, prompt = _write_part(directory / TRAIN_FILE, parts[0], special, common)
+    of_held_out, held_out_signed, _ = _write_part(directory / "held_out.jsonl", parts[1], special, common)
     repeated = len(asking_alike(train, held_out))
     near = _count_near((train, held_out), (signed, held_out_signed))
     report = {
         "cut": {part: each.cut for part, each in fitted.items()},
-        "dropped": {part: each.dropped for part, each in fitted.items()},
+        "dropped": {part: len(each.dropped) for part, each in fitted.items()},
+        "left_out": {part: each.left_out for part, each in fitted.items()},
+        "damaged": {part: each.damaged for part, each in fitted.items()},
         "of": {part: len(each.lengths) for part, each in fitted.items()},
         "train": of_train,
         "held_out": of_held_out,
@@ -208,30 +223,40 @@ def _write_split(
     return report, prompt
 
 
+@dataclass(frozen=True)
+class _Part:
+    """The training or the evaluation set: these rows of the conversations of `source`."""
+
+    conversations: "Dataset"
+    source: FittedConversations
+    rows: Sequence[int]
+
+    def show_difference(self, *indices: int) -> str:
+        one, other = (store.clean_row(self.conversations[index]) for index in indices)
+        return audit.show_difference(one, other, self.source.locate(self.rows[index] for index in indices))
+
+
 def _write_part(
-    file: Path,
-    part: "Dataset",
-    counts: Iterable[audit.TokenCounts],
-    special_tokens: Iterable[str],
-    common: frozenset[str],
+    file: Path, part: _Part, special_tokens: Iterable[str], common: frozenset[str]
 ) -> tuple[dict[str, Any], Signatures, str | None]:
     """Write a file in one pass; return its counts, its signatures and its common system prompt."""
     split_audit, signer, is_due = audit.SplitAudit(special_tokens), near_duplicates.Signer(common), Every()
     prompts: set[str] = set()
 
     def checked() -> Iterator[Conversation]:
-        numbered = enumerate(zip(store.iter_conversations(part), counts, strict=True), start=1)
+        counts = map(part.source.counts, part.rows)
+        numbered = enumerate(zip(store.iter_conversations(part.conversations), counts, strict=True), start=1)
         for done, (conversation, tokens) in numbered:
             split_audit.add(conversation, tokens)
             signer.add(near_duplicates.join_user_texts(conversation["messages"]))
             if len(prompts) < 2:
                 prompts.add(system_prompt(conversation))
             if is_due():
-                print(f"{file.name}: {done:,} of {len(part):,} conversations checked", flush=True)
+                print(f"{file.name}: {done:,} of {count(len(part.rows), 'conversation')} checked", flush=True)
             yield conversation
 
     write_conversations(checked(), file)
-    return split_audit.facts(), signer.finish(), prompts.pop() if len(prompts) == 1 else None
+    return split_audit.facts(part.show_difference), signer.finish(), prompts.pop() if len(prompts) == 1 else None
 
 
 def _count_near(parts: Sequence["Dataset"], signed: Sequence[Signatures]) -> dict[str, Any]:
@@ -253,8 +278,9 @@ def read_report(directory: str | Path) -> dict[str, Any]:
     """Read report.json of a finished 01_format."""
     manifest.require_stage(Path(directory), STAGE)
     report: dict[str, Any] = json.loads((Path(directory) / "report.json").read_text(encoding="utf-8"))
-    for part in (report["train"], report["held_out"]):  # older reports do not count rows: there was one each
+    for part in (report["train"], report["held_out"]):  # older reports do not count rows, of which each had one
         part.setdefault("rows", part["conversations"])
+        part.setdefault("different_answers", 0)
     return report
 
 
@@ -282,13 +308,17 @@ def summary(directory: str | Path) -> Table:
         ("диалогов · conversations", counts("conversations")),
         *([("строк, по одной на ответ · rows, one for each answer", counts("rows"))] if has_more_rows else []),
         ("токенов · tokens", counts("tokens")),
-        ("обучаемых токенов · trained tokens", [f"{part['learned_tokens'] / part['tokens']:.1%}" for part in parts]),
+        (
+            "обучаемых токенов · trained tokens",
+            [f"{part['learned_tokens'] / (part['tokens'] or 1):.1%}" for part in parts],
+        ),
         ("самый длинный · longest", counts("longest")),
         (f"длиннее {limit}, обрезано · too long, last turns cut off", of_files("cut")),
         (f"длиннее {limit}, удалено · too long, left out", of_files("dropped")),
         ("без обучаемых токенов · without trained tokens", counts("without_learned_tokens")),
         ("ответов без токена конца · answers without an end token", counts("answers_without_end")),
         ("дубликатов · duplicates", counts("duplicates")),
+        ("один вопрос, разные ответы · one question, different answers", counts("different_answers")),
         ("почти дубликатов · near-duplicates", [near["train"], near["held_out"]]),
         ("вопрос есть в обучении · question is in training", ["–", report["held_out_prompts_in_train"]]),
         ("похожий вопрос есть в обучении · similar question is in training", ["–", near["held_out_in_train"]]),
@@ -309,7 +339,7 @@ def advice(directory: str | Path) -> Table:
     report = read_report(directory)
     estimate = _estimate(report)
     lines = report["warnings"] or ["проблем не найдено · no issues found"]
-    steps = f"{estimate.steps_per_epoch:,} шагов за эпоху · steps per epoch"
+    steps = f"шагов за эпоху · steps per epoch: {estimate.steps_per_epoch:,}"
     lines = [*lines, f"{steps}; эпох · epochs: {TrainConfig.epochs:g}; {estimate}"]
     if report["model"] not in registry.MODELS:
         lines.append("размер модели неизвестен, взято 7B · unknown model size, assumed 7B")

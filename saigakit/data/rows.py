@@ -2,17 +2,19 @@
 
 import gc
 from array import array
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from saigakit.core.display import Every
+from saigakit.core.display import Every, count
 from saigakit.data import audit, store
-from saigakit.data.conversations import locate_record
+from saigakit.data.audit import find_damage
+from saigakit.data.conversations import locate_records
 from saigakit.errors import DataError, SaigaError
 from saigakit.prompt import encoding
 from saigakit.prompt.encoding import IGNORE_INDEX, Example, Tokenizer
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _BATCH, _BATCH_MESSAGES = 256, 2048  # conversations, and their messages together, at most
+_SHOWN_DAMAGE = 3  # places of each kind
 _THREADS = 4  # one prepares a batch while others are in the tokenizers library, which uses all cores
 Conversation = Mapping[str, Any]
 _Encoding = Future[list[list[Example]]]
@@ -63,9 +66,9 @@ def encode_fitting(
                 yield _fit(conversation, rows, tokenizer, limit)
         done += len(batch)
         if is_due():
-            print(f"{name}: {done:,} of {len(conversations):,} conversations tokenised", flush=True)
+            print(f"{name}: {done:,} of {count(len(conversations), 'conversation')} tokenised", flush=True)
     if problems:
-        raise DataError(f"{name}: {len(problems)} of {done} conversations cannot be tokenised.", problems)
+        raise DataError(f"{name}: {len(problems)} of {count(done, 'conversation')} cannot be tokenised.", problems)
 
 
 def _batches(
@@ -179,19 +182,20 @@ def tokenise(
     if not len(rows):
         raise SaigaError(f"{name}: no conversation has an answer within max_seq_length={limit} tokens.")
     if untrained:
-        print(f"{name}: {untrained:,} conversations without trained tokens are left out.", flush=True)
+        print(f"{name}: left out {count(untrained, 'conversation')} without trained tokens.", flush=True)
     if len(rows) > kept:
         reason = "one for each answer, because the chat template renders the final turn differently."
-        print(f"{name}: {kept:,} conversations are {len(rows):,} rows, {reason}", flush=True)
+        print(f"{name}: {len(rows):,} rows of {count(kept, 'conversation')}, {reason}", flush=True)
     _report_too_long(name, len(conversations), cut, dropped, limit)
     return rows
 
 
-def _report_too_long(name: str, total: int, cut: int, dropped: int, limit: int) -> None:
+def _report_too_long(name: str, total: int, cut: int, dropped: int, limit: int, places: Sequence[str] = ()) -> None:
     if cut or dropped:
+        more = f" and {dropped - len(places):,} more" if dropped > len(places) else ""
         print(
-            f"{name}: of {total:,} conversations {cut:,} lose their last turns and {dropped:,} are left out, because "
-            f"they are longer than {limit:,} tokens.",
+            f"{name}: {cut:,} of {count(total, 'conversation')} cut after an earlier answer and {dropped:,} left out, "
+            f"because of more than {limit:,} tokens{': ' * bool(places)}{', '.join(places)}{more if places else ''}.",
             flush=True,
         )
 
@@ -202,26 +206,43 @@ class FittedConversations:
     def __init__(
         self, conversations: "Dataset", tokenizer: Tokenizer, limit: int, files: Sequence[Path], *, name: str
     ) -> None:
+        self.files = files
         self.lengths = array("i")  # tokens of all conversations, before anything was cut
-        self.cut = self.dropped = 0
+        self.cut = 0
+        self.dropped = array("q")  # the indices of those that do not fit
+        self._damage: dict[str, array[int]] = {}  # the indices of each kind
         self._counts = array("i")  # audit.TokenCounts of each that fits
-        encoded = encode_fitting(conversations, tokenizer, limit, name=name, place=partial(locate_record, files))
+        encoded = encode_fitting(
+            conversations, tokenizer, limit, name=name, place=lambda index: locate_records(files, [index])[0]
+        )
         self.conversations = store.as_dataset(self._count(encoded, encoding.end_of_turn_ids(tokenizer)))
         if not len(self.conversations):
             raise SaigaError(
-                f"{name}: all {self.dropped} conversations are longer than max_seq_length={limit} tokens; the "
-                f"shortest has {min(self.lengths)}. Raise max_seq_length or shorten the texts."
+                f"{name}: none of {count(len(self.dropped), 'conversation')} fits into max_seq_length={limit} tokens; "
+                f"the shortest has {min(self.lengths)}. Raise max_seq_length or shorten the texts."
             )
-        _report_too_long(name, len(self.lengths), self.cut, self.dropped, limit)
+        shown = [self.dropped[: DataError.SHOWN], *(found[:_SHOWN_DAMAGE] for found in self._damage.values())]
+        places = iter(locate_records(files, list(chain(*shown))))
+        self.left_out, *damaged = (list(islice(places, len(some))) for some in shown)
+        self.damaged = {kind: (len(found), damaged.pop(0)) for kind, found in self._damage.items()}
+        _report_too_long(name, len(self.lengths), self.cut, len(self.dropped), limit, self.left_out)
 
     def _count(self, encoded: Iterable[Encoded], end_ids: frozenset[int]) -> Iterator[dict[str, Any]]:
         for each in encoded:
             self.lengths.append(each.tokens)
             self.cut += each.is_cut
-            self.dropped += not each.rows
-            if each.rows:
+            for kind in find_damage(each.conversation["messages"]):
+                self._damage.setdefault(kind, array("q")).append(len(self.lengths) - 1)
+            if not each.rows:
+                self.dropped.append(len(self.lengths) - 1)
+            else:
                 self._counts.extend(audit.count_tokens(each.rows, end_ids))
                 yield dict(each.conversation)
+
+    def locate(self, indices: Iterable[int]) -> list[str]:
+        """Where the files have the kept conversations with these indices."""
+        kept_before = [dropped - nth for nth, dropped in enumerate(self.dropped)]
+        return locate_records(self.files, [index + bisect_right(kept_before, index) for index in indices])
 
     def counts(self, index: int) -> audit.TokenCounts:
         size = len(audit.TokenCounts._fields)

@@ -43,7 +43,7 @@ def show_table(results: Sequence[Result]) -> Table:
         for row in results
     ]
     header = ("model", *(english for _, english in _SHARES.values()), "tokens/s", "size")
-    note = f"{results[0]['n']} records of the evaluation set, greedy answers without a grammar, in large batches."
+    note = f"Evaluation records: {results[0]['n']}, greedy answers without a grammar, in large batches."
     return Table(header, rows, note)
 
 
@@ -109,5 +109,5 @@ def examples_table(answers_file: Path, count: int = 6) -> Table:
         for row in rows[:count]
     ]
     wrong = sum(not all(row["exact"][name] for name in trained) for row in rows)
-    note = f"{wrong} of {len(rows)} records have a wrong answer after training; they come first."
+    note = f"Wrong answers after training: {wrong} of {len(rows)}; they come first."
     return Table(("text", "reference", *names), shown, note)

@@ -143,7 +143,7 @@ def encode_rows(
         except SaigaError as error:
             problems.append(f"{label(index)}: {error}")
     if problems:
-        raise DataError(f"{len(problems)} conversations cannot be tokenised.", problems)
+        raise DataError(f"Conversations that cannot be tokenised: {len(problems)}.", problems)
     single = iter(_assemble(layouts, tokenizer))
     return [several[index] if index in several else [next(single)] for index in range(len(layouts) + len(several))]
 

@@ -63,7 +63,7 @@ def push_to_kaggle(made: str | Path, name: str, *, private: bool = True) -> str:
         )
         sizes = {file_name: file.stat().st_size for file_name, file in files.items()}
     models.require_arrived(reference, sizes)
-    print(f"All {len(sizes)} files arrived: https://www.kaggle.com/models/{reference}", flush=True)
+    print(f"All files ({len(sizes)}) arrived: https://www.kaggle.com/models/{reference}", flush=True)
     return reference
 
 

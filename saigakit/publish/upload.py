@@ -74,13 +74,13 @@ class HubRepository:
         with hub.uploading(self.repo_id, self._token):
             names = self._open(content, private=private, replace=replace)
             size = sum(file.stat().st_size for file in files.values())
-            print(f"Uploading {len(files)} files, {size / 1e6:,.1f} MB, to {self.repo_id} …", flush=True)
+            print(f"Uploading to {self.repo_id}, files: {len(files)}, {size / 1e6:,.1f} MB …", flush=True)
             added = [CommitOperationAdd(name, str(file)) for name, file in files.items()]
             removed = [CommitOperationDelete(name) for name in names if name not in files]
             commit = self.api.create_commit(self.repo_id, [*added, *removed], commit_message=message)
             self._require_arrived(files, commit.oid)
         url = f"{self.api.endpoint}/{self.repo_id}"
-        print(f"All {len(files)} files arrived: {url}", flush=True)
+        print(f"All files ({len(files)}) arrived: {url}", flush=True)
         return url
 
     def _open(self, content: Mapping[str, Any], *, private: bool, replace: bool) -> list[str]:

@@ -218,7 +218,7 @@ def _lora_with_adapter(config: TrainConfig, base_dir: Path, adapter_dir: Path) -
         raise SaigaError(
             f"lora has no effect with adapter={config.adapter!r}: {adapter_dir} keeps its own settings (rank "
             f"{released.rank}, alpha {released.alpha}, {', '.join(released.target_modules)}). Leave lora out, or use "
-            "adapter=None for a new LoRA."
+            "adapter=None (in YAML null) for a new LoRA."
         )
     return released
 

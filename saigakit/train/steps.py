@@ -15,11 +15,14 @@ from datasets import Dataset, concatenate_datasets
 
 from saigakit import data
 from saigakit.config import TrainConfig
+from saigakit.core.display import count
 from saigakit.data import store
 from saigakit.data.conversations import asking_alike
 from saigakit.data.rows import read_column
 from saigakit.errors import SaigaError
 from saigakit.prompt.encoding import IGNORE_INDEX
+
+_MAX_BAD_REPLAY = 0.5  # of the records: with more, the file is the wrong one
 
 
 def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -113,18 +116,21 @@ def choose_replay(count_train: int, count_replay: int, fraction: float, epochs: 
 
 
 def read_replay(name: str, files: Sequence[Path], held_out: Dataset | None) -> Dataset:
-    """Read replay conversations, leaving out and reporting those that ask a question of the evaluation set."""
-    conversations = data.read_conversations(files)
+    """Read replay conversations, leaving out and reporting bad ones and those with a question of the evaluation set.
+
+    Raises DataError if more than half of the records are bad.
+    """
+    conversations = data.read_conversations(files, max_bad=_MAX_BAD_REPLAY)
     leaking = set() if held_out is None else set(asking_alike(held_out, conversations))
     if not leaking:
         return conversations
     if len(leaking) == len(conversations):
         raise SaigaError(
-            f"replay_file={name!r}: all {len(conversations)} conversations ask questions of the evaluation set. Use "
+            f"replay_file={name!r}: all conversations ({len(conversations)}) ask questions of the evaluation set. Use "
             "general dialogues instead."
         )
     print(
-        f"{name}: leaving out {len(leaking):,} of {len(conversations):,} conversations, which ask questions of the "
+        f"{name}: leaving out {len(leaking):,} of {len(conversations):,} conversations, for asking questions of the "
         "evaluation set.",
         flush=True,
     )
@@ -149,7 +155,7 @@ def epochs_with_replay(numbers: Sequence[int], fraction: float, epochs: float, s
 def describe_mix(training: int, replay: int, fraction: float) -> str:
     needed = replay_count(training, fraction)
     repeated = "" if needed <= replay else f"; there are only {replay:,}, so some are repeated"
-    return f"Each epoch mixes {needed:,} replay conversations into {training:,} of training{repeated}."
+    return f"Each epoch mixes {count(needed, 'replay conversation')} into {training:,} of training{repeated}."
 
 
 class Step(NamedTuple):

@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from saigakit import data
 from saigakit.core import launch
+from saigakit.core.display import count
 from saigakit.data import rows, store
 from saigakit.data.conversations import spread
 from saigakit.errors import SaigaError
@@ -47,8 +48,8 @@ def main(job_file: Path) -> None:
     questions = None if job.eval_file is None else data.read_conversations(job.eval_file)
     with contextlib.redirect_stdout(io.StringIO()) if rank > 0 else contextlib.nullcontext():  # only the first reports
         plan = Plan(config, _training_rows(job, tokenizer, questions, log), processes=processes, process=rank)
-        length = f"{len(plan):,} steps, {plan.tokens:,} tokens (epochs={config.epochs:g})"
-        log.print(f"Training set: {len(plan.rows):,} rows; {length}.")
+        length = f"{count(len(plan), 'step')}, {plan.tokens:,} tokens (epochs={config.epochs:g})"
+        log.print(f"Training set: {count(len(plan.rows), 'row')}; {length}.")
         held_out = _evaluation_rows(job, questions, tokenizer, plan, log)
     transformers.set_seed(config.seed)  # a new adapter is initialised at random
     loaded = Loaded.of(job, plan, "cpu" if not on_gpu else f"cuda:{device}", log)
@@ -56,7 +57,7 @@ def main(job_file: Path) -> None:
     if start is not None:
         run.saved_step = checkpoints.step_of(start)
         if (before := len([*(start / checkpoints.STATE).glob("rng_state*")])) != processes:
-            log.print(f"Resuming on {processes} processes instead of {before}, so dropout will differ.")
+            log.print(f"Resuming with processes={processes} instead of {before}, so dropout will differ.")
     if config.is_sharded:
         log.print(f"{answers.FILE} is not written with sharding='fsdp', because no process has the complete model.")
     elif questions is not None and rank == 0:
@@ -92,10 +93,10 @@ def _evaluation_rows(
         return None
     found = rows.tokenise(questions, tokenizer, job.config.sequence_budget, name=job.eval_file.name)
     lengths = rows.read_column(found, "length")
-    count = run_state.count_evaluated(lengths, steps=len(plan), tokens=plan.tokens, eval_steps=job.config.eval_steps)
+    chosen = run_state.count_evaluated(lengths, steps=len(plan), tokens=plan.tokens, eval_steps=job.config.eval_steps)
     every = run_state.evaluation_interval(len(plan), job.config.eval_steps)
-    log.print(f"Evaluation set: {count:,} of {len(found):,} rows, evaluated every {every:,} steps.")
-    return store.select_rows(found, spread(range(len(found)), count))
+    log.print(f"Evaluation set: {chosen:,} of {count(len(found), 'row')}, evaluated every {count(every, 'step')}.")
+    return store.select_rows(found, spread(range(len(found)), chosen))
 
 
 def _train(run: Run, loaded: Loaded, start: Path | None) -> int:

@@ -55,10 +55,10 @@ def tokenizer_files(spec: ModelSpec, base_source: str | None = None) -> list[Pat
 def adapter_dir(spec: ModelSpec, adapter: str, run_dir: str | Path | None = None) -> Path:
     """A directory with adapter_config.json for "released", a path, the name of a finished stage or a Hub id."""
     if not isinstance(adapter, str):
-        raise SaigaError(f"adapter={adapter!r} is a {type(adapter).__name__}; give a path, a Hub id or None.")
+        raise SaigaError(f"adapter={adapter!r} is not text; give a path or a Hub id, or leave it out.")
     name = spec.released_adapter if adapter == "released" else adapter
     if name is None:
-        raise SaigaError(f"{spec.name} has no released adapter; use adapter=None for a new LoRA.")
+        raise SaigaError(f"{spec.name} has no released adapter; leave adapter out.")
     if name == "package:saiga_tiny":
         return packages.tiny_saiga() / "adapter"
     if hub.is_hub_id(name) and not workspace.is_local(name, run_dir):

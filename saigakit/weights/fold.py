@@ -23,7 +23,7 @@ def require_foldable(base_dir: Path, adapter_dir: Path) -> None:
         Merged.open(base_dir, adapter_dir).adapters[0][0].require_linear_lora("folding")
     except SaigaError as error:
         raise SaigaError(
-            f"{error} To continue training it unfolded, use adapter='released'; adapter=None starts without it."
+            f"{error} To continue training it unfolded, use adapter='released'; adapter=None (YAML: null) omits it."
         ) from None
 
 

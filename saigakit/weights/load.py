@@ -151,7 +151,7 @@ def _other_base(adapter_dir: Path, base: str, reason: str) -> str:
     trained_on = adapter.read_config(adapter_dir).get("base_model_name_or_path")
     return (
         f"The adapter in {adapter_dir} belongs to another base model than {base}: {reason}. "
-        f"It was trained on {trained_on}. Give the adapter that belongs to `model`, or adapter=None for a new LoRA."
+        f"It was trained on {trained_on}. Give the adapter that belongs to `model`, or leave adapter out."
     )
 
 

@@ -203,5 +203,5 @@ def _require_fit(base_dir: Path, merged: Merged, adapter: Adapter) -> None:
             raise SaigaError(
                 f"{adapter.directory} changes {name} of shape {list(wanted)}, but the base {base_dir} has {problem}: "
                 f"it is the adapter of another base. It was trained on {adapter.trained_on}. Give the adapter that "
-                "belongs to `model` and base_source, or adapter=None."
+                "belongs to `model` and base_source, or none."
             )

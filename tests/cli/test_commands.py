@@ -178,6 +178,13 @@ def test_check_reads_several_files(tiny, tmp_path):
     assert "c.jsonl: 60 conversations" in done.stdout
 
 
+def test_check_of_a_single_record_reports_it(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"user": "Кто ты?", "bot": "Я Сайга."}', encoding="utf-8")
+    done = shell("check", tmp_path / "one.jsonl", "--model", "saiga_tiny")
+    assert done.returncode == 0, done.stderr
+    assert "one.jsonl: 1 conversation, each is well-formed" in done.stdout and "no evaluation set" in done.stdout
+
+
 def test_check_lists_bad_records_with_their_lines(tmp_path):
     file = tmp_path / "records.jsonl"
     file.write_text('{"messages": []}\nno json\n', encoding="utf-8")

@@ -213,7 +213,7 @@ def test_refuses_before_the_first_stage_what_would_fail_later(made, tmp_path, gi
 
 
 def test_refuses_a_value_that_notebooks_cannot_hold(made, tmp_path):
-    with pytest.raises(SaigaError, match="is a set"):
+    with pytest.raises(SaigaError, match="is not text"):
         runner.run({"model": {"a"}}, tmp_path / "run", notebooks_dir=made / "notebooks")
 
 

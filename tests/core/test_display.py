@@ -47,3 +47,10 @@ def test_progress_reports_the_elapsed_time_while_nothing_is_done(capsys, clock):
     clock[0] += 12
     progress(0, 240)
     assert capsys.readouterr().out == "after: 0 of 240 texts, 12 s so far\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 records"), (1, "1 record"), (2, "2 records"), (1000, "1,000 records")]
+)
+def test_a_noun_follows_its_number(number, text):
+    assert display.count(number, "record") == text

@@ -197,6 +197,7 @@ def test_sets_without_problems_have_no_warnings(facts):
         ({"without_learned_tokens": 1}, "without trained tokens (training): 1 of 1,000"),
         ({"answers_without_end": 1}, "without an end-of-turn token (training): 1;"),
         ({"duplicates": 11}, "Exact duplicates (training): 11 of 1,000, 1.1%"),
+        ({"different_answers": 2}, "Questions with different answers (training): 2;"),
         ({"learned_tokens": 199}, "Only 2.0% of the tokens are trained (training)"),
         ({"structured": 500, "nothing_found": 99}, "nothing was found: 99 of 1,000, under 10%"),
         ({"with_tools": 100, "no_call": 9}, "tools but no call: 9 of 100, under 10%"),
@@ -275,3 +276,72 @@ def test_untrained_answers_are_not_counted_but_distinguish_conversations():
         counted(LEARNED),
     )
     assert side.facts()["no_call"] == 1
+
+
+HISTORY = [{"role": "system", "content": "Ты — кот."}, *dialogue("Привет", "Мяу")]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "count"),
+    [
+        (dialogue("а б", "[]"), dialogue("а б", '[{"term": "атом"}]'), 1),
+        (dialogue("а б", "да"), dialogue("  А\n Б ", "нет"), 1),
+        (dialogue("а б", "да"), dialogue("а в", "нет"), 0),
+        (dialogue("а б", "да"), dialogue("а б", "да"), 0),
+        (dialogue("а б", "Да, так."), dialogue("а б", "да,  так.\n"), 0),
+        (dialogue("а", '{"a": 1, "b": [2]}'), dialogue("а", ' {"b":[2],"a":1.0}'), 0),
+        (dialogue("а", '{"a": 1}'), dialogue("а", '{"a": "1"}'), 1),
+        (dialogue("а", '{"a": 1}'), dialogue("а", '{"a": true}'), 1),
+        (dialogue("а", "[1, 2]"), dialogue("а", "[2, 1]"), 1),
+        ([*HISTORY, *dialogue("а", "да")], [*HISTORY, *dialogue("а", "нет")], 1),
+        ([*HISTORY, *dialogue("а", "да")], dialogue("а", "нет"), 0),
+        ([*HISTORY, *dialogue("а", "да")], [*HISTORY[1:], *dialogue("а", "нет")], 0),
+        ([*dialogue("а", "б"), *dialogue()], [*dialogue("а", "в"), *dialogue()], 0),
+        ({"messages": dialogue("а", "да"), "tools": TOOLS}, dialogue("а", "нет"), 0),
+        (calling({"q": 1, "r": 2})[:2], calling({"r": 2, "q": 1.0}, call_id="2")[:2], 0),
+        (calling({"q": 1})[:2], calling({"q": 2})[:2], 1),
+        (calling({"q": 1})[:2], dialogue("а", "б"), 1),
+        (calling({"q": 1}), [*calling({"q": 1}, call_id="2")[:3], {"role": "assistant", "content": "д"}], 1),
+    ],
+)
+def test_one_question_with_different_answers(one, other, count):
+    assert facts_of(one, other)["different_answers"] == count
+    assert facts_of(other, dialogue("иной", "вопрос"), one)["different_answers"] == count
+
+
+def test_questions_with_different_answers_are_counted_not_records():
+    made = facts_of(*(dialogue("а", str(n)) for n in range(5)), dialogue("б", "1"), dialogue("б", "2"), dialogue("в"))
+    assert (made["different_answers"], made["duplicates"]) == (2, 0)
+
+
+def test_the_example_is_the_first_question_with_different_answers():
+    side = SplitAudit(SPECIAL)
+    for question, answer in [("в", "1"), ("а", "1"), ("б", "1"), ("б", "1"), ("а", "1"), ("б", "2"), ("а", "2")]:
+        side.add({"messages": dialogue(question, answer)}, counted(LEARNED))
+    assert side.facts()["different_answers_example"] == "1, 6"
+
+
+def test_a_difference_is_quoted_from_shortly_before_it():
+    same = '[{"term": "водород", "kind": "элемент"}, {"term": '
+    one, other = ({"messages": dialogue("Найди\n термины: " + "а" * 99, same + end)} for end in ('"вода"}]', '"лёд"}]'))
+    shown = audit.show_difference(one, other, ["a:1", "b:2"])
+    assert shown.startswith("«Найди термины: ааа") and len(shown) < 200
+    assert 'мент"}, {"term": "вода"}]» (a:1), «…' in shown and shown.endswith('"лёд"}]» (b:2)')
+
+
+def test_different_calls_are_quoted():
+    one, other = ({"messages": calling({"q": number})[:2]} for number in (1, 2))
+    assert "search" in audit.show_difference(one, other, ["a:1", "a:2"])
+    assert "2}]]» (a:2)" in audit.show_difference(one, other, ["a:1", "a:2"])
+
+
+@pytest.mark.parametrize(("count", "warns"), [(5, False), (6, True), (100, True), (0, False)])
+def test_warns_if_more_than_a_twentieth_is_too_long(count, warns):
+    assert [f"{count} of 100" in warning for warning in audit.length_warnings("records", count, 100, 512)] == [
+        True
+    ] * warns
+
+
+def test_an_empty_evaluation_set_is_named_so(facts):
+    (warning,) = warned(facts, facts_of())
+    assert warning.startswith("There is no evaluation set")

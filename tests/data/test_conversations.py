@@ -80,7 +80,7 @@ def test_reports_ignored_keys_with_counts(read, capsys):
     read([{"id": 1, "user": "а", "bot": "б"}, {"id": 2, "messages": TALK, "user": "Иван", "source": None}])
     said = capsys.readouterr().out
     assert "'id' in 2 records" in said
-    assert "'user' in 1 records" in said
+    assert "'user' in 1 record." in said
     assert "source" not in said
 
 
@@ -189,7 +189,7 @@ def test_files_with_equal_directory_names_are_labelled_with_their_paths():
 def test_an_empty_file_among_others_is_a_problem(files):
     with pytest.raises(DataError) as caught:
         data.read_conversations(files(a=['{"user": "2", "bot": "2"}'], b=[]))
-    assert caught.value.summary == "2 files: 0 of 1 records cannot be used, and 1 of the files have none."
+    assert caught.value.summary == "2 files: 0 of 1 record cannot be used; files without records: 1."
     assert caught.value.problems == ["b.jsonl: has no records; write one JSON object per line, or leave the file out"]
 
 
@@ -316,7 +316,7 @@ def test_both_parts_of_a_split_have_at_least_one_conversation():
 
 
 def test_letter_case_and_blanks_do_not_make_prompts_distinct():
-    with pytest.raises(SaigaError, match="3 conversations with 1 distinct prompts cannot be split"):
+    with pytest.raises(SaigaError, match="3 conversations with 1 distinct prompt cannot be split"):
         data.split_conversations(asking(["Кто ты?", "кто  ты?", " Кто ты?\n"]), eval_fraction=0.5, seed=1)
 
 
@@ -442,8 +442,10 @@ def test_locates_each_conversation_by_file_and_line(tmp_path):
     files[0].write_text("\n".join([line % 1, "", line % 2]), encoding="utf-8")
     files[1].write_text("[\n" + line % 3 + ",\n\n" + line % 4 + "]", encoding="utf-8")
     assert len(data.read_conversations(files)) == 4
-    places = [data_conversations.locate_record(files, index) for index in range(4)]
-    assert places == ["a.jsonl:1", "a.jsonl:3", "b.json:2", "b.json:4"]
+    places = ["a.jsonl:1", "a.jsonl:3", "b.json:2", "b.json:4"]
+    assert data_conversations.locate_records(files, range(4)) == places
+    assert data_conversations.locate_records(files, [2, 0, 2]) == [places[2], places[0], places[2]]
+    assert data_conversations.locate_records(files, []) == []
 
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"город": "Томск", "часы": [1]}}}
@@ -494,3 +496,17 @@ def test_load_dataset_reads_a_long_file_with_the_features_of_the_conversations(t
     made = data.read_conversations(file)
     rows = loaded(data.write_conversations(made, tmp_path / "written.jsonl"), features=made.features)
     assert list(store.iter_conversations(rows)) == list(store.iter_conversations(made))
+
+
+def test_up_to_a_share_of_bad_records_is_left_out_and_counted(files, capsys):
+    good = [f'{{"user": "{number}", "bot": "да"}}' for number in range(3)]
+    paths = files(a=[good[0], "{", good[1]], b=['{"user": 1}', good[2]])
+    made = data.read_conversations(paths, max_bad=0.5)
+    assert [row["messages"][0]["content"] for row in made] == ["0", "1", "2"]
+    assert capsys.readouterr().out.startswith(
+        "2 files: 2 of 5 records cannot be used: left out. The first: a.jsonl:2: "
+    )
+    with pytest.raises(DataError, match="2 of 5 records cannot be used"):
+        data.read_conversations(paths, max_bad=0.3)
+    with pytest.raises(DataError, match="files without records: 1"):
+        data.read_conversations(files(a=good, b=[]), max_bad=0.5)

@@ -124,7 +124,7 @@ def test_a_list_of_one_name_is_that_name(tiny, check, capsys):
     assert "is up to date, reusing it" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("names", "message"), [([], "records is empty"), (["a.jsonl", 7], "records=7 is a int; give")])
+@pytest.mark.parametrize(("names", "message"), [([], "records is empty"), (["a.jsonl", 7], "records=7 is not text; give")])
 def test_rejects_a_list_without_names(check, names, message):
     with pytest.raises(SaigaError, match=message):
         check(names)
@@ -172,7 +172,7 @@ def test_bad_records_leave_nothing_in_the_run_directory(check, tmp_path, write):
 
 def test_names_the_bad_records_of_both_files_at_once(check, write):
     records, held_out = write([("а", "б"), ("в", "")]), write([("", "б")], "held.jsonl")
-    with pytest.raises(DataError, match=r"1 of 2 records cannot be used.*1 of 1 records cannot be used") as caught:
+    with pytest.raises(DataError, match=r"1 of 2 records cannot be used.*1 of 1 record cannot be used") as caught:
         check(records, held_out=held_out)
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["own.jsonl", "held.jsonl"]
 
@@ -214,8 +214,9 @@ def test_long_conversations_are_left_out_and_reported(check, write, tokenizer, c
     longest = len(encoding.encode(messages_of(write(pairs))[2], tokenizer)["input_ids"])
     made = check(write(pairs), max_seq_length=longest - 1, eval_fraction=0.5)
     assert counts_of(made)["dropped"] == {"records": 1}
-    said = f"of 3 conversations 0 lose their last turns and 1 are left out, because they are longer than {longest - 1}"
-    assert said in capsys.readouterr().out
+    said = f"0 of 3 conversations cut after an earlier answer and 1 left out, because of more than {longest - 1} tokens"
+    assert f"own.jsonl: {said}: own.jsonl:3.\n" in capsys.readouterr().out
+    assert counts_of(made)["left_out"] == {"records": ["own.jsonl:3"]}
     kept = messages_of(made / "train.jsonl") + messages_of(made / "held_out.jsonl")
     assert sorted(messages[0]["content"] for messages in kept) == ["а", "в"]
 
@@ -228,7 +229,7 @@ def test_keeps_a_conversation_of_exactly_the_limit(check, write, tokenizer, caps
 
 
 def test_an_error_names_the_limit_and_the_shortest_length_if_nothing_fits(check, write, tmp_path):
-    with pytest.raises(SaigaError, match=r"all 2 conversations are longer than max_seq_length=3 tokens; the shortest"):
+    with pytest.raises(SaigaError, match=r"none of 2 conversations fits into max_seq_length=3 tokens; the shortest"):
         check(write([("а", "б"), ("в", "г")]), max_seq_length=3)
     assert not (tmp_path / "run" / "01_format").exists()
 
@@ -241,7 +242,7 @@ def test_rejects_a_limit_over_the_context_length(check, write):
 @pytest.mark.parametrize("given", [{"records": 5}, {"records": None}, {"records": "own.jsonl", "held_out": 7}])
 def test_rejects_records_that_are_not_a_text_and_names_the_parameter(check, given):
     name, value = list(given.items())[-1]
-    with pytest.raises(SaigaError, match=f"^{name}={value} is a .*; give a path or a name in quotes"):
+    with pytest.raises(SaigaError, match=f"^{name}(={value} is not text| is not set); give a path or a name in quotes"):
         check(**given)
 
 
@@ -272,7 +273,7 @@ def test_progress_is_printed_only_at_intervals(check, write, capsys, monkeypatch
     check(write([("а", "б"), ("в", "г")]))
     lines = capsys.readouterr().out.splitlines()
     assert "own.jsonl: 2 of 2 conversations tokenised" in lines
-    assert "train.jsonl: 1 of 1 conversations checked" in lines
+    assert "train.jsonl: 1 of 1 conversation checked" in lines
 
 
 def test_names_file_and_line_of_a_conversation_that_the_template_refuses(tiny, tmp_path):
@@ -334,7 +335,7 @@ def test_counts_and_cuts_rows_if_the_final_turn_is_rendered_differently(tiny, tm
     assert counts[3] == sum(label != -100 for row in rows for label in row["labels"])
     stage, counts = made(100)
     assert counts[:3] == [18, 18, 18]
-    assert "9 lose their last turns" in capsys.readouterr().out
+    assert "9 of 18 conversations cut after an earlier answer" in capsys.readouterr().out
     assert "rows, one for each answer" not in str(report.summary(stage))
 
 
@@ -345,6 +346,7 @@ def test_the_summary_has_all_counts(check, write):
     rows = {name.split(" · ")[1]: tuple(cells) for name, *cells in report.summary(made).rows}
     assert rows["conversations"] == ("4", "2")
     assert rows["duplicates"] == ("1", "0")
+    assert rows["one question, different answers"] == ("0", "0")
     assert rows["question is in training"] == ("–", "1")
     assert rows["answers that nothing was found"] == ("3 (75.0%)", "1 (50.0%)")
     assert rows["special tokens as text"] == ("</s>: 2, <s>: 1", "0")
@@ -369,7 +371,7 @@ def test_a_long_conversation_loses_complete_turns_and_is_counted(check, tmp_path
     assert counts_of(made)["cut"] == {"records": 1}
     kept = messages_of(made / "train.jsonl") + messages_of(made / "held_out.jsonl")
     assert sorted(map(len, kept)) == [2, 4]
-    assert "1 lose their last turns and 0 are left out" in capsys.readouterr().out
+    assert "1 of 2 conversations cut after an earlier answer and 0 left out" in capsys.readouterr().out
 
 
 def test_the_stage_keeps_tools_and_calls(check, tmp_path):
@@ -412,7 +414,7 @@ def test_reports_an_evaluation_record_that_is_nearly_in_training(check, write):
 
 def test_the_advice_ends_with_steps_and_hours(stage):
     last = report.advice(stage).rows[-1][0]
-    assert last.startswith("4 шагов за эпоху · steps per epoch")
+    assert last.startswith("шагов за эпоху · steps per epoch: 4; ")
     assert "T4 ×2" in last and "quota" in last
 
 
@@ -450,7 +452,54 @@ def test_reads_an_older_report_without_row_counts(stage, tmp_path):
     older = shutil.copytree(stage, tmp_path / "01_format")
     facts = counts_of(older)
     for side in ("train", "held_out"):
-        del facts[side]["rows"]
+        del facts[side]["rows"], facts[side]["different_answers"]
     (older / "report.json").write_text(json.dumps(facts), encoding="utf-8")
     assert str(report.summary(older)) == str(report.summary(stage))
     assert str(report.advice(older)) == str(report.advice(stage))
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [[("Кто ты?", "Я")], [("Кто ты?", "Я")] * 2, [("Кто ты такой сегодня?", "Я"), ("кто ты такой  сегодня?", "Он")]],
+)
+def test_records_too_few_to_split_all_become_the_training_set(check, write, pairs):
+    with pytest.raises(SaigaError, match="cannot be split"):
+        check(write(pairs))
+    made = check(write(pairs), may_lack_held_out=True)
+    assert len(messages_of(made / "train.jsonl")) == len(pairs)
+    assert (made / "held_out.jsonl").read_text(encoding="utf-8") == ""
+    assert str(report.summary(made)) and len(report.advice(made).rows) >= 2
+    assert any("There is no evaluation set" in row[0] for row in report.advice(made).rows)
+
+
+def test_enough_records_are_split_even_if_they_need_not_be(check, write):
+    made = check(write([("а", "б"), ("в", "г")]), may_lack_held_out=True)
+    assert counts_of(made)["held_out"]["conversations"] == 1
+
+
+def test_different_answers_are_shown_with_their_lines(check, write):
+    records = write([("длинный", "да " * 900), ("в", "б"), ("Где он?", "[]"), ("г", "д"), ("где  он?", '["тут"]')])
+    made = check(records, held_out=write([("x", "1"), ("x", "2")], "held.jsonl"))
+    shown = {name.split(" · ")[1]: tuple(cells) for name, *cells in report.summary(made).rows}
+    assert shown["one question, different answers"] == ("1", "1")
+    advice = "\n".join(row[0] for row in report.advice(made).rows)
+    assert '«Где он?» → «[]» (own.jsonl:3), «["тут"]» (own.jsonl:5)' in advice
+    assert "«x» → «1» (held.jsonl:1), «2» (held.jsonl:2)" in advice
+
+
+def test_damaged_records_are_counted_with_three_places(check, write):
+    made = check(write([("а", "б"), *[(f"РџСЂРёРІРµС‚ {n}", "\x00") for n in range(5)], ("в", "мои\u0306")]))
+    assert counts_of(made)["damaged"]["records"] == {
+        "mojibake": [5, ["own.jsonl:2", "own.jsonl:3", "own.jsonl:4"]],
+        "control": [5, ["own.jsonl:2", "own.jsonl:3", "own.jsonl:4"]],
+        "decomposed": [1, ["own.jsonl:7"]],
+    }
+    assert any("wrong encoding: 5; read the original files" in row[0] for row in report.advice(made).rows)
+
+
+def test_names_fifty_of_those_left_out_and_warns(check, write, capsys):
+    made = check(write([("а", "б"), ("в", "г"), *[(f"д {n}", "длинно " * 300) for n in range(53)]]))
+    assert ": own.jsonl:3, own.jsonl:4, " in (said := capsys.readouterr().out)
+    assert said.endswith(", own.jsonl:52 and 3 more.\n")
+    assert len(counts_of(made)["left_out"]["records"]) == 50
+    assert any("(records): 53 of 55, 96.4%" in row[0] for row in report.advice(made).rows)

@@ -108,8 +108,8 @@ def test_reports_how_much_is_cut_and_left_out(tokenizer, capsys):
     conversations = [{"messages": turns(1)}, {"messages": turns(3)}, {"messages": turns(1, words=90)}]
     assert len(rows.tokenise(conversations, tokenizer, fits, name="records")) == 2
     said = capsys.readouterr().out
-    assert "records: of 3 conversations 1 lose their last turns and 1 are left out" in said
-    assert f"longer than {fits} tokens" in said
+    assert "records: 1 of 3 conversations cut after an earlier answer and 1 left out" in said
+    assert f"more than {fits} tokens.\n" in said
 
 
 def test_an_error_names_the_limit_if_nothing_fits(tokenizer):
@@ -150,11 +150,11 @@ def test_each_answer_is_a_row_if_the_final_turn_is_rendered_differently(capsys):
     stored = rows.tokenise(conversations, split, 500, name="records")
     ends = [encoding.encode_rows([{"messages": turns(count)}], split)[0][-1] for count in (1, 2, 1)]
     assert list(map(ids_and_labels, stored)) == ends
-    assert "records: 2 conversations are 3 rows, one for each answer" in capsys.readouterr().out
+    assert "records: 3 rows of 2 conversations, one for each answer" in capsys.readouterr().out
     shorter = len(ends[1]["input_ids"]) - 1
     stored = rows.tokenise(conversations, split, shorter, name="records")
     assert list(map(ids_and_labels, stored)) == [ends[0], ends[2]]
-    assert "1 lose their last turns" in capsys.readouterr().out
+    assert "1 of 2 conversations cut" in capsys.readouterr().out
     (item, _) = rows.encode_fitting(conversations, split, shorter, name="records")
     assert item.conversation["messages"] == turns(1)
 
@@ -188,5 +188,5 @@ def test_conversations_without_trained_tokens_are_not_reported_as_long(tokenizer
     silent = [{**each, "weight": 0} if each["role"] == "assistant" else each for each in turns(1)]
     assert len(rows.tokenise([{"messages": silent}, {"messages": turns(1)}], tokenizer, 500, name="records")) == 1
     said = capsys.readouterr().out
-    assert "records: 1 conversations without trained tokens" in said
+    assert "records: left out 1 conversation without trained tokens" in said
     assert "longer than" not in said

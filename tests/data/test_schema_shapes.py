@@ -247,8 +247,8 @@ def test_reports_once_what_is_not_read_and_what_became_json(tmp_path, capsys):
     (tmp_path / "а.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data.read_conversations(tmp_path / "а.jsonl")
     assert capsys.readouterr().out.splitlines() == [
-        "а.jsonl: keys that are not read: 'messages[].name' in 1 records, 'id' in 1 records.",
-        "а.jsonl: 2 answers are lists or objects; they become JSON text.",
+        "а.jsonl: keys that are not read: 'messages[].name' in 1 record, 'id' in 1 record.",
+        "а.jsonl: answers that are lists or objects, which become JSON text: 2.",
     ]
 
 

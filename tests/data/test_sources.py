@@ -267,7 +267,7 @@ def test_an_unknown_demo_file_is_an_error_with_the_two_known_ones(monkeypatch, t
 
 @pytest.mark.parametrize("adapter", [False, 7])
 def test_rejects_an_adapter_that_is_not_a_text(adapter):
-    with pytest.raises(SaigaError, match="give a path, a Hub id or None"):
+    with pytest.raises(SaigaError, match="give a path or a Hub id, or leave it out"):
         find.adapter_dir(SAIGA, adapter)
 
 

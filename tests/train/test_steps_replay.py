@@ -74,7 +74,7 @@ def test_leaves_out_and_counts_replay_that_asks_evaluation_questions(tmp_path, c
     assert [each["messages"][0]["content"] for each in found] == ["Как дела сегодня у тебя?", "Где?"]
     assert asking_alike(found, held_out) == []
     assert (
-        "general: leaving out 2 of 4 conversations, which ask questions of the evaluation set"
+        "general: leaving out 2 of 4 conversations, for asking questions of the evaluation set"
         in capsys.readouterr().out
     )
 
@@ -88,7 +88,7 @@ def test_prints_nothing_if_no_replay_is_left_out(tmp_path, capsys):
 
 def test_refuses_replay_of_evaluation_questions_alone(tmp_path):
     held_out = store.as_dataset([talk("Раз?"), talk("Два?")])
-    with pytest.raises(SaigaError, match="all 2 conversations ask questions of the evaluation set"):
+    with pytest.raises(SaigaError, match=r"all conversations \(2\) ask questions of the evaluation set"):
         steps.read_replay("general", [file_of(tmp_path, ["Раз?", "Два?"])], held_out)
 
 
@@ -124,3 +124,17 @@ def test_epoch_of_mixed_rows_has_all_training_and_the_drawn_replay():
 def test_describes_the_replay_of_an_epoch():
     assert steps.describe_mix(18, 5, 0.1) == "Each epoch mixes 2 replay conversations into 18 of training."
     assert steps.describe_mix(18, 5, 0.5).endswith("; there are only 5, so some are repeated.")
+
+
+@pytest.mark.parametrize("bad", [1, 2, 3, 4])
+def test_bad_replay_records_are_left_out_unless_they_are_most(tmp_path, capsys, bad):
+    file = file_of(tmp_path, [f"Вопрос {number}?" for number in range(4 - bad)])
+    file.write_text("{}\n" * bad + file.read_text(encoding="utf-8"), encoding="utf-8")
+    if bad > 2:
+        with pytest.raises(DataError, match=rf"{bad} of 4 records cannot be used[^0]*general\.jsonl:1: "):
+            steps.read_replay("general", [file], None)
+    else:
+        assert len(steps.read_replay("general", [file], None)) == 4 - bad
+        assert f"general.jsonl: {bad} of 4 records cannot be used: left out. The first: general.jsonl:1: " in (
+            capsys.readouterr().out
+        )
