@@ -16,7 +16,7 @@ from saigakit.errors import SaigaError
 from saigakit.llamacpp import forward
 from saigakit.prompt import encoding
 from saigakit.prompt.backends import token_bytes
-from saigakit.prompt.template import Message
+from saigakit.prompt.template import BROKEN, Message, broken
 from saigakit.registry import Sampling
 from saigakit.weights.generate import BATCH_TOKENS, Generated, OnProgress, cut_at_stop
 from saigakit.weights.memory import CacheType
@@ -73,6 +73,8 @@ def load(
             type_v=_CACHE_TYPES[cache_type],
             verbose=False,
         )
+    except BROKEN as error:  # llama-cpp-python compiles the template
+        raise broken(error, file) from None
     except ValueError as error:
         remedy = "" if cache_type == "f16" else " A q8_0 cache needs a head_dim of 32, 64, …; try cache_type='f16'."
         raise SaigaError(

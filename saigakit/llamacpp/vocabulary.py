@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding, template
-from saigakit.prompt.backends import NORMALIZATION_KEY, TOKENIZER_JSON_KEY, GgufTokenizer, gguf_vocabulary
+from saigakit.prompt.backends import (
+    NORMALIZATION_KEY,
+    TOKENIZER_JSON_KEY,
+    GgufTokenizer,
+    gguf_vocabulary,
+    sentencepiece_tokens,
+)
 from saigakit.prompt.encoding import FastTokenizer
 
 if TYPE_CHECKING:
@@ -73,27 +79,23 @@ class Vocabulary:
     def _read_files(cls, tokenizer_dir: Path, rows: int) -> Self:
         file = tokenizer_dir / "tokenizer.json"
         if not file.is_file():
-            return cls._read_sentencepiece(tokenizer_dir, [], rows)
+            return cls._read_sentencepiece(tokenizer_dir / "tokenizer.model", rows)
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["model"].get("type") != "BPE":
             raise SaigaError(f"{file} is of type {content['model'].get('type')}; only BPE can be exported to GGUF.")
         if not content["model"].get("byte_fallback"):
             return cls._read_byte_level(file, content, rows)
         if (tokenizer_dir / "tokenizer.model").is_file():
-            return cls._read_sentencepiece(tokenizer_dir, content["added_tokens"], rows)
+            return cls._read_sentencepiece(tokenizer_dir / "tokenizer.model", rows)
         return cls._read_byte_fallback(content, rows)
 
     @classmethod
-    def _read_sentencepiece(cls, tokenizer_dir: Path, saved: Sequence[Mapping[str, Any]], rows: int) -> Self:
-        """`saved`: added tokens of a tokenizer.json, some of which the older files lack."""
-        from sentencepiece import sentencepiece_model_pb2
-
-        spm: Any = sentencepiece_model_pb2  # protobuf creates its classes at run time
-        pieces = spm.ModelProto.FromString((tokenizer_dir / "tokenizer.model").read_bytes()).pieces
+    def _read_sentencepiece(cls, file: Path, rows: int) -> Self:
+        proto, added = sentencepiece_tokens(file)
         # llama.cpp's converter makes user-defined pieces normal tokens too.
         rename = {USER_DEFINED: NORMAL}
-        found = {i: (piece.piece, rename.get(piece.type, piece.type), piece.score) for i, piece in enumerate(pieces)}
-        added = [*_not_control(found, saved), *_added_tokens(tokenizer_dir)]
+        pieces = enumerate(proto.pieces)
+        found = {i: (piece.piece, rename.get(piece.type, piece.type), piece.score) for i, piece in pieces}
         return cls(model="llama", pre="default", tokens=_arrange(found, added, rows))
 
     @classmethod
@@ -172,7 +174,7 @@ def _adds_bos(tokenizer_dir: Path, tokenizer: FastTokenizer) -> bool:
     prompt = template.render(turn, tokenizer.chat_template, add_generation_prompt=True, variables=tokenizer.variables)
     if prompt.startswith(tokenizer.variables.get("bos_token", "")):
         return False
-    return _read_json(tokenizer_dir / "tokenizer_config.json").get("add_bos_token") is True
+    return template.read_json(tokenizer_dir / "tokenizer_config.json").get("add_bos_token") is True
 
 
 def _pair(merge: str | Sequence[str]) -> Sequence[str]:
@@ -183,20 +185,6 @@ def _pair(merge: str | Sequence[str]) -> Sequence[str]:
 def _kind(token: Mapping[str, Any]) -> int:
     """Like llama.cpp's converter, treat added tokens that look like control tokens as such."""
     return CONTROL if token.get("special") or _LOOKS_SPECIAL.fullmatch(token["content"]) else USER_DEFINED
-
-
-def _added_tokens(tokenizer_dir: Path) -> list[dict[str, Any]]:
-    added = _read_json(tokenizer_dir / "added_tokens.json")
-    decoder = _read_json(tokenizer_dir / "tokenizer_config.json").get("added_tokens_decoder", {})
-    found = {token_id: {"id": token_id, "content": text} for text, token_id in added.items()}
-    found |= {int(token_id): {**token, "id": int(token_id)} for token_id, token in decoder.items()}
-    return list(found.values())
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Empty if there is no such file."""
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return content
 
 
 def _arrange(found: dict[int, Token], added: Sequence[Mapping[str, Any]], rows: int) -> list[Token]:

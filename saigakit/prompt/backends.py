@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from saigakit.errors import SaigaError
+from saigakit.prompt.template import BROKEN, broken, read_json
 
 if TYPE_CHECKING:
     import llama_cpp
@@ -158,7 +159,10 @@ def gguf_vocabulary(file: Path) -> Iterator["llama_cpp.Llama"]:
     import llama_cpp
 
     with redirect_stderr(io.StringIO()):  # it warns that a vocabulary has no context
-        llm = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+        try:
+            llm = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+        except BROKEN as error:  # it compiles the template
+            raise broken(error, file) from None
     with closing(llm):
         yield llm
 
@@ -188,19 +192,44 @@ def from_json_file(file: Path) -> "tokenizers.Tokenizer":
         raise SaigaError(f"{file} is damaged or in an unknown format ({error}); download it again.") from None
 
 
-def from_sentencepiece(file: Path, saved: "tokenizers.Tokenizer | None" = None) -> "tokenizers.Tokenizer":
-    """Read a tokenizer.model with its scores, and a prefix space after every special token (`legacy`) as in llama.cpp.
+def sentencepiece_tokens(file: Path) -> tuple[Any, list[dict[str, Any]]]:
+    """The model in a tokenizer.model, and the tokens that the files next to it add to its pieces or treat as special.
 
-    `saved`: the same vocabulary as a tokenizer.json, from which added tokens are taken.
+    Runs of blanks that SentencePiece finds in any text are among them; other pieces of this kind, such as `<table>`,
+    are not: like every token that is not a control token, they never come from a text.
     """
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
-    from tokenizers.models import BPE
 
     spm: Any = sentencepiece_model_pb2  # protobuf makes its classes at run time
     proto = spm.ModelProto.FromString(file.read_bytes())
+    found = {i: {"id": i, "content": text} for text, i in read_json(file.parent / "added_tokens.json").items()}
+    decoder = read_json(file.parent / "tokenizer_config.json").get("added_tokens_decoder", {})
+    found |= {int(i): {**token, "id": int(i)} for i, token in decoder.items()}
+    found |= {token["id"]: token for token in read_json(file.parent / "tokenizer.json").get("added_tokens", [])}
+    for i, piece in enumerate(proto.pieces):
+        if piece.type == piece.USER_DEFINED and _is_blank(piece.piece):
+            found[i] = {"id": i, "content": piece.piece}
+        elif piece.type in (piece.CONTROL, piece.UNKNOWN) or not found.get(i, {"special": False}).get("special", True):
+            found.pop(i, None)
+    return proto, [found[i] for i in sorted(found)]
+
+
+def _is_blank(text: str) -> bool:
+    return not text.replace("▁", "").strip()
+
+
+def from_sentencepiece(file: Path) -> "tokenizers.Tokenizer":
+    """Read a tokenizer.model with its scores and the added tokens of the files next to it.
+
+    If it puts a space before a text, it does so after every special token too (`legacy`), as llama.cpp does.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+
+    proto, added = sentencepiece_tokens(file)
     spec = proto.normalizer_spec
-    if spec.precompiled_charsmap or spec.remove_extra_whitespaces or not spec.add_dummy_prefix:
+    has_blanks = any(_is_blank(token["content"]) for token in added)
+    if spec.precompiled_charsmap or spec.remove_extra_whitespaces or (spec.add_dummy_prefix and has_blanks):
         raise SaigaError(
             f"{file} normalises text ({spec.name}) in a way that saigakit does not support. "
             "Use the tokenizer.json of this model."
@@ -214,20 +243,25 @@ def from_sentencepiece(file: Path, saved: "tokenizers.Tokenizer | None" = None) 
         if text[:cut] in scores and text[cut:] in scores
     ]
     merges.sort(key=lambda item: -item[0])  # the best score merges first; ties in vocabulary order
+    for token in added:
+        if _is_blank(token["content"]):  # found in the raw text, where a space is not yet `▁`
+            vocabulary.pop(token["content"], None)
+            token["content"] = token["content"].replace("▁", " ")
+            vocabulary[token["content"]] = token["id"]
     tokenizer = Tokenizer(
         BPE(vocabulary, [pair for _, pair in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    prefix = [normalizers.Prepend("▁")] if spec.add_dummy_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     control = [piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    added = {} if saved is None else saved.get_added_tokens_decoder()
-    for number, token in sorted(added.items()):
-        if token.content in vocabulary:
-            continue
-        tokenizer.add_tokens([token])
-        if tokenizer.token_to_id(token.content) != number:
-            raise SaigaError(f"{file} and its tokenizer.json have different vocabularies; download both again.")
+    for token in added:
+        flags = {name: bool(token.get(name)) for name in ("special", "lstrip", "rstrip", "single_word")}
+        tokenizer.add_tokens([AddedToken(token["content"], normalized=False, **flags)])
+        if tokenizer.token_to_id(token["content"]) != token["id"]:
+            raise SaigaError(f"{file} and the files next to it have different vocabularies; download them again.")
     return tokenizer

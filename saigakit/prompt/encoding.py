@@ -29,19 +29,22 @@ _PROBE = (
 )
 
 
-def load_tokenizer(model: str, source: str | None = None) -> FastTokenizer:
+def load_tokenizer(model: str, source: str | None = None, chat_template: str | None = None) -> FastTokenizer:
     """Load the tokenizer of `model`; `source` (base_source): a directory to use instead of the Hub.
+
+    `chat_template`: a name in template.PACKAGED or a file, to use instead of the model's own.
 
     Raises SaigaError if the model was trained with another tokenizer, or if `encode` cannot reproduce its ids.
     """
     spec = registry.find(model)
-    return read_tokenizer(spec, find.tokenizer_dir(spec, source))
+    return read_tokenizer(spec, find.tokenizer_dir(spec, source), chat_template)
 
 
-def read_tokenizer(spec: ModelSpec, directory: Path) -> FastTokenizer:
+def read_tokenizer(spec: ModelSpec, directory: Path, chat_template: str | None = None) -> FastTokenizer:
     """Load the tokenizer of `spec` from the directory that `find.tokenizer_dir` found."""
     raw = _read_raw(directory)
-    tokenizer = FastTokenizer(raw, template.read_chat_template(spec, directory), _read_named_tokens(directory))
+    chosen = template.read_chat_template(spec, directory, chat_template)
+    tokenizer = FastTokenizer(raw, chosen, _read_named_tokens(directory))
     for text, ids in spec.golden_ids:
         if (got := tokenizer.encode_text(text)) != list(ids):
             raise SaigaError(
@@ -57,7 +60,7 @@ def _read_raw(directory: Path) -> "tokenizers.Tokenizer":
     if as_json.is_file():
         tokenizer = from_json_file(as_json)
         is_sentencepiece = json.loads(tokenizer.to_str())["model"].get("byte_fallback")
-        return from_sentencepiece(as_model, tokenizer) if is_sentencepiece and as_model.is_file() else tokenizer
+        return from_sentencepiece(as_model) if is_sentencepiece and as_model.is_file() else tokenizer
     if as_model.is_file():
         return from_sentencepiece(as_model)
     raise SaigaError(f"{directory} has neither tokenizer.json nor tokenizer.model.")
@@ -85,11 +88,7 @@ def _require_same_ids(raw: "tokenizers.Tokenizer", tokenizer: FastTokenizer) -> 
 def _read_named_tokens(directory: Path) -> dict[str, str]:
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (directory / name).is_file():
-            try:
-                settings |= json.loads((directory / name).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise SaigaError(f"{directory / name} is damaged ({error}); download it again.") from None
+        settings |= template.read_json(directory / name)
     values = {name: settings.get(name) for name in _NAMED_TOKENS}
     texts = {name: value["content"] if isinstance(value, dict) else value for name, value in values.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
@@ -126,9 +125,9 @@ def encode_rows(
 ) -> list[list[Example]]:
     """Encode each conversation as the rows it is trained on, with one call of the tokenizer for all.
 
-    One row each, except for templates that render the final turn differently (Qwen3): they need one row per answer,
-    with only that answer trained. Of those rows that exceed `limit` tokens only the last is made, for its length.
-    Raises DataError with the `label` of every conversation that cannot be tokenised.
+    One row each, except for templates that render the final turn differently (Qwen3, Mistral-Nemo): they need one row
+    per answer, with only that answer trained. Of those rows that exceed `limit` tokens only the last is made, for its
+    length. Raises DataError with the `label` of every conversation that cannot be tokenised.
     """
     layouts: list[Layout] = []
     several: dict[int, list[Example]] = {}  # by the index of the conversation

@@ -4,20 +4,22 @@ The split depends only on the shape of a conversation, so it is made once per sh
 """
 
 import re
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import replace
 from typing import NamedTuple, Self
 from weakref import WeakKeyDictionary
 
 from saigakit.errors import SaigaError
-from saigakit.prompt import placeholders, template
+from saigakit.prompt import placeholders, template, thoughts
 from saigakit.prompt.backends import Tokenizer
 from saigakit.prompt.placeholders import Filler, Masked
 from saigakit.prompt.template import Message, Tools
 
 _ROLES = ("system", "user", "assistant", "tool")
-_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "weight"}
+_KEYS = {"role", "content", thoughts.KEY, "tool_calls", "tool_call_id", "name", "weight"}
 _NEEDED = re.compile(r"messages\[\d+\]\.(content|tool_calls\[\d+\]\.function\..*)|tools\[\d+\](\.function)?\.name")
 _MARK = re.compile("[" + "".join(template.MARKS) + "]")
+_LEFT_OUT = "The chat template leaves out {}, so the model cannot be trained or prompted with it."
 _SHAPES_KEPT = 2048
 _Span = tuple[int, int]
 
@@ -73,12 +75,52 @@ def build_layout(
     untrained = frozenset([index for index, message in enumerate(messages) if message.get("weight") == 0])
     if any("weight" in message for message in messages):  # templates must not see it
         messages = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    folded = messages if _is_plain(messages, tools) else thoughts.fold(messages, tokenizer.chat_template)
+    render = _renderer(folded, tools, tokenizer)
+
+    def is_exact(layout: Layout) -> bool:
+        text = "".join([part.text for part in layout])
+        rendered = render(len(folded), add_generation_prompt)
+        if text == rendered or add_generation_prompt or _trained_answers(folded, untrained) != [len(folded) - 1]:
+            return text == rendered
+        prompt = render(len(folded) - 1, True)
+        return text.startswith(prompt) and rendered.endswith(text[len(prompt) :])
+
+    layout = _fill_shape(messages, tools, tokenizer, add_generation_prompt, untrained)
+    if not is_exact(layout):
+        split = thoughts.split(messages, tokenizer.chat_template)
+        layout = _fill_shape(split, tools, tokenizer, add_generation_prompt, untrained)
+        if not is_exact(layout):
+            raise SaigaError(_describe_change(messages, tokenizer))
+    return layout
+
+
+def _describe_change(messages: Sequence[Message], tokenizer: Tokenizer) -> str:
+    contents = [text for message in messages for text in (message["content"], message.get(thoughts.KEY, ""))]
+    in_template = [text for text in (*tokenizer.special_tokens, thoughts.END) if text in tokenizer.chat_template]
+    found = [repr(text) for text in dict.fromkeys(in_template) if any(text in content for content in contents)]
+    beginnings = ", ".join(repr(message["content"][:30]) for message in messages)
+    return (
+        "The chat template changes contents beyond trimming their ends, so they cannot be tokenised exactly. "
+        f"Remove {' or '.join(found) or 'what it reacts to'}; the contents begin with {beginnings}."
+    )
+
+
+def _fill_shape(
+    messages: Sequence[Message],
+    tools: Tools | None,
+    tokenizer: Tokenizer,
+    add_generation_prompt: bool,
+    untrained: frozenset[int],
+) -> Layout:
     masked = None if _is_plain(messages, tools) else placeholders.mask(messages, tools)
     if masked is None:  # most conversations are plain: the same as masking them, in a fifth of the time
         texts = [message["content"] for message in messages if message["content"]]
         roles = tuple([(message["role"], not message["content"]) for message in messages])
         key: _Key = (roles, add_generation_prompt, untrained)
     else:
+        # After masking, so that the tags may be special tokens, which they never are in a text.
+        masked = replace(masked, messages=thoughts.fold(masked.messages, tokenizer.chat_template))
         texts, key = masked.texts, (masked.key, add_generation_prompt, untrained)
     shapes = _shapes.setdefault(tokenizer, {})
     if (shape := shapes.get(key)) is None:
@@ -92,21 +134,7 @@ def build_layout(
         shapes[key] = shape
     if isinstance(shape, NotTurnByTurnError):
         raise NotTurnByTurnError(*shape.args)
-    layout = [slot.fill(texts) for slot in shape]
-    rendered = template.render(
-        messages,
-        tokenizer.chat_template,
-        tools=tools,
-        add_generation_prompt=add_generation_prompt,
-        variables=tokenizer.variables,
-    )
-    if "".join([part.text for part in layout]) != rendered:
-        beginnings = ", ".join(repr(message["content"][:30]) for message in messages)
-        raise SaigaError(
-            "The chat template changes contents beyond trimming their ends, so they cannot be tokenised exactly. "
-            f"Remove what it reacts to; the contents begin with {beginnings}."
-        )
-    return layout
+    return [slot.fill(texts) for slot in shape]
 
 
 def _is_plain(messages: Sequence[Message], tools: Tools | None) -> bool:
@@ -117,45 +145,57 @@ def _require_messages(messages: Sequence[Message], tools: Tools | None) -> None:
     """Reject messages with anything else in them: it would enter the prompt unmasked."""
     for number, message in enumerate(messages, start=1):
         is_known = message.get("role") in _ROLES and message.keys() <= _KEYS
-        if not is_known or not isinstance(message.get("content"), str):
+        is_text = isinstance(message.get("content"), str) and isinstance(message.get(thoughts.KEY, ""), str)
+        if not (is_known and is_text) or (thoughts.KEY in message and message["role"] != "assistant"):
             raise SaigaError(
                 f"Message {number} is {str(dict(message))[:80]}: it must have a role ({', '.join(_ROLES)}) and a text "
-                "as content, and may have tool_calls, tool_call_id, name and weight."
+                "as content, and may have tool_calls, tool_call_id, name and weight; an answer may have a text as "
+                f"{thoughts.KEY}."
             )
         if not tools and (message["role"] == "tool" or "tool_calls" in message):
             raise SaigaError(f"Message {number} is part of a function call, but the conversation has no tools.")
+
+
+def _trained_answers(messages: Sequence[Message], untrained: Set[int]) -> list[int]:
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant" and i not in untrained]
+
+
+def _renderer(
+    messages: Sequence[Message], tools: Tools | None, tokenizer: Tokenizer, *, masked: bool = False
+) -> Callable[[int, bool], str]:
+    """Return a function of the number of messages, and whether the text ends with a generation prompt."""
+    text, variables = tokenizer.chat_template, tokenizer.variables
+    return lambda count, is_prompt: template.render(
+        messages[:count], text, tools=tools, add_generation_prompt=is_prompt, variables=variables, masked=masked
+    )
 
 
 def _split_shape(
     masked: Masked, tokenizer: Tokenizer, add_generation_prompt: bool, untrained: frozenset[int]
 ) -> Iterator[Part]:
     """The parts, with placeholders as their texts."""
-
-    def render(count: int, is_prompt: bool) -> str:
-        return template.render(
-            masked.messages[:count],
-            tokenizer.chat_template,
-            tools=masked.tools,
-            add_generation_prompt=is_prompt,
-            masked=True,
-            variables=tokenizer.variables,
-        )
-
+    render = _renderer(masked.messages, masked.tools, tokenizer, masked=True)
     longest_first = sorted(filter(None, tokenizer.special_tokens), key=len, reverse=True)
     special = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
-    marked = render(len(masked.messages), add_generation_prompt)
+    count = len(masked.messages)
+    to_train = [] if add_generation_prompt else _trained_answers(masked.messages, untrained)
+    marked = render(count, add_generation_prompt)
+    if to_train == [count - 1]:
+        marked = _answer_after(render(count - 1, True), marked)
     text = _MARK.sub("", marked)
-    _require_all_texts(text, masked, is_prompt=add_generation_prompt)
+    _require_all_texts(text, masked, is_prompt=add_generation_prompt, is_row=to_train in ([], [count - 1]))
     spans: list[_Span] = []
     trained: list[_Span] = []
-    for index in [index for index, message in enumerate(masked.messages) if message["role"] == "assistant"]:
-        prompt, complete = (_MARK.sub("", render(index + end, not end)) for end in (0, 1))
-        is_trained = index not in untrained and not add_generation_prompt
+    for index in _trained_answers(masked.messages, frozenset()):
+        prompt = _MARK.sub("", render(index, True))
+        complete = text if to_train == [index] == [count - 1] else _MARK.sub("", render(index + 1, False))
         if complete.startswith(prompt) and text.startswith(complete):
             # Untrained ones too: their runs are split in a prompt, so they must be in training.
             spans.append(_answer_span(prompt, complete, special))
-            trained += spans[-1:] if is_trained else []
-        elif is_trained:  # in a prompt, earlier answers get the ids of training only where that is possible
+            if index in to_train:
+                trained.append(spans[-1])
+                _require_thought(complete, masked, index)
+        elif index in to_train:  # in a prompt, earlier answers get the ids of training only where that is possible
             raise NotTurnByTurnError(
                 "The chat template does not render turn by turn, so it cannot be trained on: "
                 f"the prompt for messages[{index}] and that answer are not a prefix of the rendered conversation."
@@ -165,22 +205,38 @@ def _split_shape(
     return _split_parts(text, spans, set(trained), special, tokenizer)
 
 
-def _require_all_texts(text: str, masked: Masked, *, is_prompt: bool) -> None:
-    """Require every text in what is trained; a prompt may lack earlier turns."""
+def _answer_after(prompt: str, marked: str) -> str:
+    """The last answer after its prompt, even where the template renders a system prompt only in a prompt (Mistral)."""
+    end = prompt[placeholders.last_start(prompt) :]  # the question and the beginning of the answer
+    if not end or marked.startswith(prompt) or end not in marked:
+        return marked
+    return prompt + marked.rpartition(end)[2]
+
+
+def _require_all_texts(text: str, masked: Masked, *, is_prompt: bool, is_row: bool) -> None:
+    """Require every text in what is trained; a prompt may lack earlier turns.
+
+    Raises NotTurnByTurnError if the conversation is more than a row, whose answers may still be trained one by one.
+    """
     found = placeholders.find_placeholders(text)
     for number, path in enumerate(masked.paths):
         is_needed = path.startswith("tools") or not is_prompt
         if number not in found and is_needed and _NEEDED.fullmatch(path):
-            raise SaigaError(
-                f"The chat template leaves out {path}, so the model cannot be trained or prompted with it."
-            )
+            raise (SaigaError if is_row else NotTurnByTurnError)(_LEFT_OUT.format(path))
+
+
+def _require_thought(complete: str, masked: Masked, index: int) -> None:
+    """A template may leave out the thoughts of earlier answers, but not of one that it ends with."""
+    path = f"messages[{index}].{thoughts.KEY}"
+    if path in masked.paths and masked.paths.index(path) not in placeholders.find_placeholders(complete):
+        raise SaigaError(_LEFT_OUT.format(path))
 
 
 def _answer_span(prompt: str, complete: str, special: re.Pattern[str]) -> _Span:
     """(start, end) of an answer: after its generation prompt, up to and including the token that ends the turn."""
     ends = [match.end() for match in special.finditer(complete, len(prompt))]
     if not ends:
-        raise SaigaError("The chat template ends the assistant's turn without a special token.")
+        raise SaigaError("The chat template ends the assistant's turn without a special token of this vocabulary.")
     return len(prompt), ends[-1]
 
 

@@ -51,7 +51,9 @@ class _Masker:
         self.paths: list[str] = []
 
     def mask_message(self, message: Mapping[str, Any], path: str) -> dict[str, Any]:
-        masked = {"role": message["role"], "content": self.placeholder(message["content"], f"{path}.content")}
+        masked = {"role": message["role"]}
+        for key in ("content", "reasoning_content"):  # texts whatever they are, even a keyword of JSON Schema
+            masked |= {key: self.placeholder(message[key], f"{path}.{key}")} if key in message else {}
         return masked | {
             key: self.mask_value(message[key], f"{path}.{key}", key) for key in message if key not in masked
         }
@@ -115,3 +117,8 @@ def make_filler(text: str) -> Filler:
 def find_placeholders(text: str) -> set[int]:
     """The indices of the texts whose placeholders are in `text`."""
     return {int(found[2]) for found in _PLACEHOLDER.finditer(text)}
+
+
+def last_start(text: str) -> int:
+    """Where the last placeholder in `text` begins; the end of `text` if it has none."""
+    return max([found.start() for found in _PLACEHOLDER.finditer(text)], default=len(text))

@@ -21,7 +21,10 @@ from saigakit.registry import ModelSpec
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
+PACKAGED = ("saiga2", "chatml")
 MARKS = ("\U000f0002", "\U000f0003")
+# What the code of a template raises when it is compiled.
+BROKEN = (jinja2.TemplateError, SyntaxError, RecursionError)
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 _REFUSAL = re.compile(r"(\{\{[-+]?)\s*raise_exception\((?:(?!\}\}).)*?\)\s*([-+]?\}\})", re.DOTALL)
 _REVERSED = re.compile(r"(\{%[-+]?\s*for\s+[^%]+?\s+in\s+)([\w.]+)\[::-1\](?!\[)")
@@ -104,8 +107,17 @@ def render(
             add_generation_prompt=add_generation_prompt,
             **(variables or {}),
         )
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:  # raised by its code
-        raise SaigaError(f"The chat template cannot render this conversation: {error}") from None
+    except (*BROKEN, AttributeError, TypeError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
+        raise SaigaError(f"The chat template cannot render this conversation: {_reason(error)}") from None
+
+
+def broken(error: Exception, place: object = "") -> SaigaError:
+    """`place`: the file that the template is in."""
+    return SaigaError(f"The chat template{place and f' in {place}'} is broken: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__  # Jinja adds the line of a file that has no name
 
 
 def decode_row(messages: Sequence[Message], tools: Tools | str | None) -> tuple[Sequence[Message], Tools | None]:
@@ -149,32 +161,53 @@ def with_tools(chat_template: str) -> str:
     """Prepend a template that turns tools and calls into text, unless this one handles `tools` itself."""
     environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
     try:
-        parsed = environment.parse(chat_template)
-    except jinja2.TemplateError as error:
-        raise SaigaError(f"The chat template is broken: {error}") from None
-    return chat_template if "tools" in meta.find_undeclared_variables(parsed) else _packaged("hermes") + chat_template
+        names = meta.find_undeclared_variables(environment.parse(chat_template))
+    except BROKEN as error:
+        raise broken(error) from None
+    return chat_template if "tools" in names else _packaged("hermes") + chat_template
 
 
 def _packaged(name: str) -> str:
     return resources.files("saigakit.prompt").joinpath(f"templates/{name}.jinja").read_text(encoding="utf-8")
 
 
-def read_chat_template(spec: ModelSpec, tokenizer_dir: Path) -> str:
-    """The registry's template or the tokenizer's own, with support for tools."""
-    return with_tools(_packaged(spec.template) if spec.template else _read_own(spec, tokenizer_dir))
+def read_chat_template(spec: ModelSpec, tokenizer_dir: Path, chat_template: str | None = None) -> str:
+    """`chat_template` (a name in PACKAGED or a file), the registry's template or the tokenizer's own, with tools."""
+    name = chat_template or spec.template
+    if name is None:
+        return with_tools(_read_own(spec, tokenizer_dir))
+    if name not in PACKAGED and not Path(name).is_file():
+        raise SaigaError(f"chat_template={name!r} is unknown. Give {' or '.join(PACKAGED)}, or an existing file.")
+    return with_tools(_packaged(name) if name in PACKAGED else _read_text(Path(name)))
 
 
 def _read_own(spec: ModelSpec, tokenizer_dir: Path) -> str:
     file = tokenizer_dir / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    config = tokenizer_dir / "tokenizer_config.json"
-    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+        return _read_text(file)
+    template = read_json(tokenizer_dir / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several named templates
-        template = next((item["template"] for item in template if item["name"] == "default"), None)
+        template = next((item.get("template") for item in template if item.get("name") == "default"), None)
     if not isinstance(template, str):
         raise SaigaError(
             f"{tokenizer_dir} has no chat template (chat_template.jinja or tokenizer_config.json), "
-            f"and {spec.name} has none in the registry. Use an instruction-tuned model."
+            f"and {spec.name} has none in the registry. Use an instruction-tuned model, or give a chat_template: "
+            f"{', '.join(PACKAGED)} or a file."
         )
     return template
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Empty if there is no such file."""
+    try:
+        content: dict[str, Any] = json.loads(_read_text(file)) if file.is_file() else {}
+    except ValueError as error:
+        raise SaigaError(f"{file} is damaged ({error}); download it again.") from None
+    return content
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SaigaError(f"{file} is damaged ({error}); download it again.") from None

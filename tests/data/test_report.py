@@ -124,7 +124,9 @@ def test_a_list_of_one_name_is_that_name(tiny, check, capsys):
     assert "is up to date, reusing it" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("names", "message"), [([], "records is empty"), (["a.jsonl", 7], "records=7 is not text; give")])
+@pytest.mark.parametrize(
+    ("names", "message"), [([], "records is empty"), (["a.jsonl", 7], "records=7 is not text; give")]
+)
 def test_rejects_a_list_without_names(check, names, message):
     with pytest.raises(SaigaError, match=message):
         check(names)

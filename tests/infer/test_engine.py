@@ -17,6 +17,7 @@ from saigakit.demo import packages
 from saigakit.errors import SaigaError
 from saigakit.infer import engine
 from saigakit.prompt import encoding
+from saigakit.prompt.backends import gguf_vocabulary
 from saigakit.registry import Sampling
 
 MESSAGES = [{"role": "user", "content": "Азот — газ без цвета."}]
@@ -248,6 +249,19 @@ def test_a_truncated_file_is_refused(gguf_file, tmp_path, share):
     damaged.write_bytes(content[: int(len(content) * share) + 4])
     with pytest.raises(SaigaError, match=r"cannot load .*damaged\.gguf .* cut short or damaged"):
         infer.load(damaged)
+
+
+def test_a_broken_template_in_a_gguf_is_one_sentence(gguf_file, tmp_path):
+    own = "{%- for message in messages -%}"
+    content = gguf_file.read_bytes()
+    assert content.count(own.encode()) == 2  # in the part for tools too
+    for length, text in ((len(own), "{{ 'a' | unknown }}"), (len(own), "{% endfor %}")):
+        file = tmp_path / "broken.gguf"
+        file.write_bytes(content.replace(own.encode(), text.ljust(length).encode()))
+        with pytest.raises(SaigaError, match=r"^The chat template in .*broken\.gguf is broken: .+"):
+            infer.load(file)
+        with pytest.raises(SaigaError, match=r"is broken: .+"), gguf_vocabulary(file):
+            pass
 
 
 def test_a_file_that_is_not_a_gguf_is_refused(tmp_path):

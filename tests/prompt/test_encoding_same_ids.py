@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +24,9 @@ from saigakit.prompt import encoding, layout, placeholders
 from saigakit.prompt.encoding import IGNORE_INDEX, FastTokenizer, Tokenizer
 
 COUNTS = [150, pytest.param(10_000, marks=pytest.mark.slow)]
-SLOW = {"nemo-saiga_nemo", "nemo-tools"}  # half a minute to make: Mistral's largest vocabulary
-# The character for the special token of id 0, and those of all: no dialogue has them.
+# Half a minute to make: the largest vocabularies.
+SLOW = {"nemo-saiga_nemo", "nemo-tools", "llama3-llama3", "qwen2-hermes_tools"}
+# The character for the first special token, and those of all: no dialogue has them.
 _MARK, _MARKS = 0x100000, re.compile("([\U00100000-\U001003ff])")
 Example = dict[str, list[int]]
 Encode = Callable[[Iterable[dict[str, Any]], Tokenizer], list[Example]]
@@ -33,8 +35,8 @@ _Failure = tuple[str, dict[str, Any]]
 
 @pytest.fixture(scope="module", params=matrix(CASES, CASES.keys() - SLOW))
 def pair(request, tmp_path_factory) -> Iterator[Pair]:
-    needs_smollm2 = vocabularies.needs_smollm2(request.param)
-    source = request.getfixturevalue("smollm2") if needs_smollm2 else None
+    fixture = vocabularies.source_fixture(request.param)
+    source = request.getfixturevalue(fixture) if fixture else None
     made = vocabularies.pair(request.param, tmp_path_factory.mktemp("vocabularies"), source)
     yield made
     made.gguf._llm.close()
@@ -48,15 +50,17 @@ class Oracle:
     template: str
     variables: dict[str, str]
     names: dict[int, str]  # of the special tokens
+    marks: dict[int, str]  # their characters
 
     @classmethod
     def of(cls, pair: Pair) -> "Oracle":
-        marks = {text: chr(_MARK + i) for text, i in pair.fast.special_tokens.items()}
+        marks = {text: chr(_MARK + number) for number, text in enumerate(pair.fast.special_tokens)}
         template = pair.fast.chat_template
         for text in sorted(marks, key=len, reverse=True):
             template = template.replace(text, marks[text])
         variables = {name: marks[text] for name, text in pair.fast.variables.items()}
-        return cls(pair, template, variables, {i: text for text, i in pair.fast.special_tokens.items()})
+        names = {i: text for text, i in pair.fast.special_tokens.items()}
+        return cls(pair, template, variables, names, {i: marks[text] for i, text in names.items()})
 
     def marked(self, dialogue: Dialogue, count: int, *, prompt: bool = False) -> str:
         """Render the first messages, with one character for each special token of the template."""
@@ -86,14 +90,16 @@ class Oracle:
             if any(piece in str(dialogue.conversation) for piece in self.pair.always_found):
                 return None
             runs = filter(None, _MARKS.split(text))
-            return [i for run in runs for i in ([ord(run) - _MARK] if _MARKS.match(run) else self.pair.own(run))]
+            ids = {mark: i for i, mark in self.marks.items()}
+            return [i for run in runs for i in ([ids[run]] if run in ids else self.pair.own(run))]
         # An answer that begins with a line end has its own ids, so that inference begins where training did.
         has_blank = any(each["role"] == "assistant" and each["content"][:1].isspace() for each in dialogue.messages)
         if has_blank or not dialogue.is_ordinary:
             return None
         # The last answer is asked for: a merge may cross the end of its prompt, and inference begins there.
         prompt = self.marked(dialogue, dialogue.turns[-1], prompt=True) if self.pair.is_split else ""
-        named = [_MARKS.sub(lambda mark: self.names[ord(mark[0]) - _MARK], each) for each in (prompt, text)]
+        names = {mark: self.names[i] for i, mark in self.marks.items()}
+        named = [_MARKS.sub(lambda mark: names[mark[0]], each) for each in (prompt, text)]
         return self.pair.own(named[0]) + self.pair.own(named[1].removeprefix(named[0]))
 
 
@@ -109,7 +115,7 @@ def spelled(example: Example, oracle: Oracle) -> tuple[str, list[str]]:
     run: list[tuple[int, bool]] = []
     for token, label in zip(example["input_ids"], example["labels"], strict=True):
         if token in oracle.names:
-            parts += [*_decoded(run, oracle.pair), (chr(_MARK + token), label == token)]
+            parts += [*_decoded(run, oracle.pair), (oracle.marks[token], label == token)]
             run = []
         else:
             run.append((token, label == token))
@@ -262,6 +268,23 @@ def test_trained_tokens_are_those_in_the_assistant_mask_of_transformers(pair):
         )
         assert example["input_ids"] == marked["input_ids"]
         assert [int(label != IGNORE_INDEX) for label in example["labels"]] == marked["assistant_masks"]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("llama3-llama3", "qwen2-hermes_tools")],
+    indirect=True,
+)
+def test_a_real_vocabulary_gives_the_ids_that_llama_cpps_own_tests_expect(pair, converter):
+    """They are those of the model's own tokenizer."""
+    name = {"llama3": "llama-bpe"}.get(pair.tokenizer_dir.name.partition("-")[0], "qwen2")
+    file = converter / "models" / f"ggml-vocab-{name}.gguf"
+    texts = Path(f"{file}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    lines = Path(f"{file}.out").read_text(encoding="utf-8").split("\n")
+    expected = [[int(number) for number in line.split()] for line in lines]
+    assert 40 < len(texts) <= len(expected)
+    for text, ids in zip(texts, expected, strict=False):
+        assert pair.fast.encode_text(text) == pair.gguf.encode_text(text) == ids
 
 
 def test_nemo_tokenises_words_like_mistrals_own_tokenizer():

@@ -135,8 +135,8 @@ def test_conversations_of_one_shape_share_one_rendering(monkeypatch):
     monkeypatch.setattr(layout.template, "render", lambda *a, **k: rendered.append(k.get("masked")) or render(*a, **k))
     for text in ("а", "б </s>", "в"):
         encode([CONVERSATION[0], {"role": "user", "content": text}, CONVERSATION[2]], tokenizer)
-    assert rendered.count(None) == 3
-    assert rendered.count(True) == 3  # the conversation, a prompt and a turn, only of the first
+    assert rendered.count(False) == 3
+    assert rendered.count(True) == 3  # the conversation, and its prompt twice, only of the first
 
 
 def test_encode_rows_matches_encode_and_locates_a_bad_conversation():
@@ -226,3 +226,67 @@ def test_rejects_a_template_whose_prompt_is_never_a_prefix_and_names_the_message
     other_prompt = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>bot\n' }}")
     with pytest.raises(SaigaError, match=r"conversation 1: .*turn by turn.* the prompt for messages\[2\]"):
         encoding.encode_rows([{"messages": TWICE}], chatml(other_prompt))
+    with pytest.raises(SaigaError, match=r"turn by turn.* the prompt for messages\[1\]"):
+        encode([{"role": "user", "content": ""}, TWICE[2]], chatml(other_prompt))
+
+
+# As Mistral-Nemo's own: the system prompt is rendered if the last message is the user's, so only in a prompt.
+NEMO = """
+{%- set system = messages[0].content if messages[0].role == 'system' %}
+{%- for message in (messages[1:] if system else messages) %}
+    {%- if message.role == 'user' and loop.last and system %}{{- '<think>' + system + '\n\n' + message.content }}
+    {%- elif message.role == 'user' %}{{- '<think>' + message.content }}
+    {%- else %}{{- '<|im_start|>' + message.content + '<|im_end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>' }}{%- endif %}"""
+
+
+def test_a_system_prompt_that_only_prompts_have_is_trained_as_they_have_it():
+    tokenizer = chatml(NEMO)
+    assert "Сайга" not in template.render(TWICE, NEMO)
+    ((first, last),) = encoding.encode_rows([{"messages": TWICE}], tokenizer)
+    assert first == encode(TWICE[:3], tokenizer)
+    assert tokenizer.decode(first["input_ids"]) == "Ты — Сайга.\n\nПриветЗдравствуй!"
+    assert tokenizer.decode(last["input_ids"]) == "ПриветЗдравствуй!Ты — Сайга.\n\nА ещё?И ещё."
+    for row, count in ((first, 3), (last, 5)):
+        asked = encode(TWICE[: count - 1], tokenizer, add_generation_prompt=True)["input_ids"]
+        assert row["input_ids"][: len(asked)] == asked
+        assert row["labels"][len(asked) :] == row["input_ids"][len(asked) :]
+        assert tokenizer.decode(learned(row)) == TWICE[count - 1]["content"]
+    assert encoding.encode_rows([{"messages": TWICE[1:]}], tokenizer) == [[encode(TWICE[1:], tokenizer)]]
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "<think>", "Привет", "Здравствуй!", " "])
+def test_texts_stay_texts_where_an_answer_follows_its_prompt(text):
+    tokenizer = chatml(NEMO)
+    special = set(tokenizer.special_tokens.values())
+    messages = [{**each, "content": text} for each in TWICE]
+    ((first, last),) = encoding.encode_rows([{"messages": messages}], tokenizer)
+    for row, count, of_template in ((first, 2, 3), (last, 4, 6)):
+        asked = encode(messages[:count], tokenizer, add_generation_prompt=True)["input_ids"]
+        assert row["input_ids"][: len(asked)] == asked
+        assert tokenizer.decode(learned(row)) == text
+        assert len([i for i in row["input_ids"] if i in special]) == of_template
+
+
+def test_rejects_a_system_prompt_that_an_answer_after_a_call_would_lack():
+    """Then the result of the call is the last message, so not even a prompt has the system prompt."""
+    told = [{"role": "system", "content": "Ты — Сайга."}, *MESSAGES]
+    calling = NEMO.replace(
+        "+ '<|im_end|>'", "+ (message.tool_calls | tojson if message.tool_calls else '') + '<|im_end|>'"
+    )
+    tokenizer = chatml("{{ tools | tojson if tools }}" + calling)
+    assert len(encoding.encode_rows([{"messages": told[1:], "tools": TOOLS}], tokenizer)[0]) == 1
+    with pytest.raises(SaigaError, match=r"leaves out messages\[0\]\.content"):
+        encoding.encode_rows([{"messages": told, "tools": TOOLS}], tokenizer)
+
+
+def test_rejects_a_template_that_changes_an_answer_that_follows_its_prompt():
+    with pytest.raises(SaigaError, match="changes contents beyond trimming"):
+        encode(
+            CONVERSATION,
+            chatml(NEMO.replace("message.content + '<|im_end|>'", "message.content | upper + '!<|im_end|>'")),
+        )
+    with pytest.raises(SaigaError, match="changes contents beyond trimming"):
+        encode(CONVERSATION, chatml(NEMO.replace("+ system +", "+ system | upper +")))

@@ -1,11 +1,13 @@
 """Render like transformers, and inside a sandbox."""
 
 import json
+from pathlib import Path
 
 import pytest
+from chatml import CHATML
 
 from saigakit.errors import SaigaError
-from saigakit.prompt import template
+from saigakit.prompt import encoding, template
 from saigakit.registry import MODELS, ModelSpec
 
 MESSAGES = [
@@ -89,12 +91,47 @@ def test_rejects_a_template_that_tries_to_leave_the_sandbox(text):
         template.render(MESSAGES, text)
 
 
+NESTED_TOO_DEEPLY = "{% for m in messages %}" * 25 + "{% endfor %}" * 25  # for Python, when it is rendered
+WITHOUT_MEANING = [
+    *("{% for m in messages %}", "{{ 'a' | unknown }}", "{% unknown %}"),
+    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+]
+
+
 @pytest.mark.parametrize(
-    "text", ["{% for m in messages %}", "{{ messages[7].content }}", "{{ 'a' + none }}", "{{ x() }}"]
+    "text",
+    [
+        *(*WITHOUT_MEANING, "{{ messages[7].content }}", "{{ 'a' + none }}", "{{ x() }}", "{{ 1 is unknown }}"),
+        *("{{ 3 | dictsort }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ 'a' * 10**15 }}"),
+        NESTED_TOO_DEEPLY,
+    ],
 )
 def test_a_broken_template_is_a_saiga_error(text):
     with pytest.raises(SaigaError, match="The chat template cannot render this conversation"):
         template.render(MESSAGES, text)
+
+
+@pytest.mark.parametrize("text", WITHOUT_MEANING)
+def test_a_template_that_cannot_be_compiled_is_broken_before_tools_are_added(text):
+    with pytest.raises(SaigaError, match=r"The chat template is broken: .") as caught:
+        template.with_tools(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{{ 'a' | unknown }}", "{{ 1 is unknown }}", "{{ unknown() }}"])
+def test_a_base_with_a_broken_template_is_a_saiga_error(tiny, tmp_path, text):
+    for file in ("config.json", "tokenizer.model"):
+        (tmp_path / file).write_bytes((tiny / "base" / file).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(text, encoding="utf-8")
+    with pytest.raises(SaigaError, match=r"The chat template .*unknown"):
+        encoding.load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_damaged_file_with_the_template_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"chat_template": "\xff"')
+    with pytest.raises(SaigaError, match=f"{name} is damaged"):
+        template.read_chat_template(directory_spec(), tmp_path)
 
 
 def test_contents_are_neither_escaped_nor_rendered():
@@ -127,6 +164,48 @@ def test_rejects_a_model_without_a_template(tmp_path, config):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(SaigaError, match=r"has no chat template.*mine has none.*instruction-tuned"):
         template.read_chat_template(directory_spec(), tmp_path)
+
+
+def test_a_packaged_template_or_a_file_replaces_the_models_own(tmp_path):
+    own = tmp_path / "own.jinja"
+    own.write_text("из файла", encoding="utf-8")
+    for spec in (directory_spec(), MODELS["saiga2_7b"]):
+        assert template.read_chat_template(spec, tmp_path, str(own)).endswith("из файла")
+        assert template.read_chat_template(spec, tmp_path, "chatml").endswith(CHATML_ROWS)
+    saiga2 = template.read_chat_template(MODELS["saiga2_7b"], tmp_path)
+    assert template.read_chat_template(directory_spec(), tmp_path, "saiga2") == saiga2
+
+
+CHATML_ROWS = template._packaged("chatml")
+
+
+@pytest.mark.parametrize("add_generation_prompt", [False, True])
+def test_the_packaged_chatml_renders_as_chatml(add_generation_prompt):
+    options = {"add_generation_prompt": add_generation_prompt}
+    assert template.render(MESSAGES, CHATML_ROWS, **options) == template.render(MESSAGES, CHATML, **options)
+
+
+@pytest.mark.parametrize("name", ["hermes", "нет", "../x", ""])
+def test_rejects_an_unknown_template_and_lists_the_packaged_ones(tmp_path, name):
+    with pytest.raises(SaigaError, match=r"Give .*saiga2 or chatml|chat_template: saiga2, chatml or a file"):
+        template.read_chat_template(directory_spec(), tmp_path, name)
+
+
+def test_every_packaged_template_but_the_one_for_tools_can_be_chosen():
+    files = {file.stem for file in Path(template.__file__).with_name("templates").iterdir()}
+    assert files == {*template.PACKAGED, "hermes"}
+    assert {spec.template for spec in MODELS.values()} <= {*template.PACKAGED, None}
+
+
+def test_a_base_without_a_template_is_trained_with_the_chosen_one(tiny, smollm2, tmp_path):
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((smollm2 / file).read_bytes())
+    with pytest.raises(SaigaError, match="has no chat template"):
+        encoding.load_tokenizer(str(tmp_path))
+    chosen = encoding.load_tokenizer(str(tmp_path), chat_template="chatml")
+    assert encoding.encode(MESSAGES, chosen)["input_ids"][0] == chosen.special_tokens["<|im_start|>"]
+    with pytest.raises(SaigaError, match="without a special token"):
+        encoding.load_tokenizer("saiga_tiny", str(tiny / "base"), chat_template="chatml")
 
 
 CALL = {"id": "1", "type": "function", "function": {"name": "найти", "arguments": {"что": "</s>", "раз": 2}}}

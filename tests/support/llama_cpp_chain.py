@@ -23,6 +23,7 @@ import pytest
 
 _CONVERTER = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/")
 _SERVER = ("common/arg.cpp",)
+_VOCABULARIES = ("models/ggml-vocab-llama-bpe.gguf", "models/ggml-vocab-qwen2.gguf")  # with texts and their ids
 _JINJA = ("common/jinja/", "common/json.", "common/unicode.", "vendor/nlohmann/", "ggml/include/ggml.h")
 # Prints the text of each template with its variables, or {"error": …}.
 _RENDERER = """
@@ -80,7 +81,7 @@ def download_source(cache_dir: Path) -> Path:
     Skips the test if they are not available.
     """
     version = importlib.metadata.version("llama-cpp-python")
-    kept = cache_dir / f"llama_cpp_source_{version}_2"  # changed when more files are kept
+    kept = cache_dir / f"llama_cpp_source_{version}_3"  # changed when more files are kept
     if not kept.is_dir():
         with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
             archive = _download(version, Path(scratch))
@@ -140,7 +141,7 @@ def _unpack(archive: Path, target: Path) -> None:
     with tarfile.open(archive) as tar:
         for item in tar:
             _, is_there, name = item.name.partition("/vendor/llama.cpp/")
-            if is_there and item.isfile() and name.startswith((*_CONVERTER, *_JINJA, *_SERVER)):
+            if is_there and item.isfile() and name.startswith((*_CONVERTER, *_JINJA, *_SERVER, *_VOCABULARIES)):
                 stream = tar.extractfile(item)
                 assert stream is not None
                 (target / name).parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import gguf
 import llama_cpp
+import llama_cpp_chain
 import pytest
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -196,6 +197,40 @@ def gemma_tokens(directory: Path, source: Path | None) -> None:
     _write(directory / "tokenizer_config.json", {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"})
 
 
+def llama3(directory: Path, source: Path | None) -> None:
+    _from_gguf(directory, source, "llama-bpe")
+    _write(directory / "tokenizer_config.json", {"bos_token": _LLAMA3[1], "eos_token": _LLAMA3[2]})
+
+
+def qwen2(directory: Path, source: Path | None) -> None:
+    _from_gguf(directory, source, "qwen2")
+    _write(directory / "tokenizer_config.json", {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
+
+
+def _from_gguf(directory: Path, source: Path, pre: str) -> None:
+    """A tokenizer.json with the words of a vocabulary that llama.cpp's source has for its own tests."""
+    metadata = llama_cpp_chain.File.of(source / "models" / f"ggml-vocab-{pre}.gguf").metadata
+    assert metadata["tokenizer.ggml.pre"] == pre
+    texts, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    if "[PAD" in texts[-1]:  # the rows of the embeddings without a token
+        texts = texts[: next(i for i, text in enumerate(texts) if text.startswith("[PAD"))]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = {vocabulary.CONTROL: True, vocabulary.USER_DEFINED: False}
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    tokenizer.pre_tokenizer = _splitter(pre)
+    tokenizer.decoder = decoders.ByteLevel()
+    content = json.loads(tokenizer.to_str())
+    content["model"]["vocab"] = {text: i for i, text in enumerate(texts)}
+    content["model"]["merges"] = [merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]]
+    content["normalizer"] = {"type": "NFC"} if pre == "qwen2" else None
+    content["added_tokens"] = [
+        {"id": i, "content": text, "special": special[kind], **flags}
+        for i, (text, kind) in enumerate(zip(texts, types, strict=False))
+        if kind in special
+    ]
+    _write(directory / "tokenizer.json", content)
+
+
 # Each vocabulary with the templates whose special tokens it has.
 CASES = {
     "llama2-saiga2": (llama2, SAIGA2),
@@ -210,23 +245,29 @@ CASES = {
     "qwen_tokens-hermes_tools": (qwen_tokens, HERMES_TOOLS),
     "qwen_tokens-thinking": (qwen_tokens, THINKING),
     "qwen_tokens-thinking_prompt": (qwen_tokens, THINKING_PROMPT),
+    "llama3-llama3": (llama3, LLAMA3),
+    "qwen2-hermes_tools": (qwen2, HERMES_TOOLS),
     "gemma_tokens-saiga_gemma": (gemma_tokens, GEMMA),
     "gemma_tokens-folded_system": (gemma_tokens, FOLDED_SYSTEM),
 }
 
 
-def needs_smollm2(case: str) -> bool:
-    return CASES[case][0] in (smollm2, llama3_tokens, qwen_tokens, gemma_tokens)
+def source_fixture(case: str) -> str | None:
+    """The fixture with the directory that `case` is made from."""
+    make = CASES[case][0]
+    if make in (llama3, qwen2):
+        return "converter"
+    return "smollm2" if make in (smollm2, llama3_tokens, qwen_tokens, gemma_tokens) else None
 
 
-def pair(case: str, directory: Path, smollm2_dir: Path | None = None) -> Pair:
+def pair(case: str, directory: Path, source: Path | None = None) -> Pair:
     """Create `case` of CASES in `directory`; skips the test if the vocabulary is not available."""
     make, chat_template = CASES[case]
     made = directory / case
     made.mkdir()
-    make(made, smollm2_dir)
+    make(made, source)
     if chat_template is None:
-        chat_template = (smollm2_dir / "chat_template.jinja").read_text(encoding="utf-8")
+        chat_template = (source / "chat_template.jinja").read_text(encoding="utf-8")
     (made / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     _write(made / "config.json", {})
     fast = encoding.load_tokenizer(str(made))
@@ -246,7 +287,8 @@ def pair(case: str, directory: Path, smollm2_dir: Path | None = None) -> Pair:
 def gguf_file(tokenizer_dir: Path, tokenizer: FastTokenizer) -> Path:
     """A GGUF with only the vocabulary, as 03_merge_gguf writes it."""
     file = tokenizer_dir / "vocabulary.gguf"
-    found = Vocabulary.from_tokenizer(tokenizer_dir, tokenizer, {"vocab_size": tokenizer._text_only.get_vocab_size()})
+    size = max(tokenizer._text_only.get_vocab_size(), *[i + 1 for i in tokenizer.special_tokens.values()])
+    found = Vocabulary.from_tokenizer(tokenizer_dir, tokenizer, {"vocab_size": size})
     writer = gguf.GGUFWriter(file, "llama")
     for add in (writer.add_block_count, writer.add_embedding_length, writer.add_feed_forward_length):
         add(1)
@@ -310,6 +352,11 @@ _TEKKEN_SPECIAL = (
 )
 
 
+def _splitter(pre: str) -> pre_tokenizers.Sequence:
+    pattern = next(steps[0] for steps, name in vocabulary._PRE_TOKENIZERS.items() if name == pre)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), _byte_level()])
+
+
 def _byte_level() -> pre_tokenizers.ByteLevel:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
@@ -330,9 +377,7 @@ def _renamed(
         del words[token["content"]]
         words[text] = token["id"]
         token |= {"content": text, "special": text in special}
-    pattern = next(steps[0] for steps, name in vocabulary._PRE_TOKENIZERS.items() if name == pre)
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    content["pre_tokenizer"] = json.loads(pre_tokenizers.Sequence([split, _byte_level()]).__getstate__())
+    content["pre_tokenizer"] = json.loads(_splitter(pre).__getstate__())
     content["model"]["ignore_merges"] = pre == "llama-bpe"  # as in the files of Llama 3 and of Qwen
     content["normalizer"] = {"type": "NFC"} if pre == "qwen2" else None
     _write(directory / "tokenizer.json", content)
