@@ -1,5 +1,6 @@
 """Look up everything that follows from a model's name: base model, adapter, prompt, context, defaults."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,19 @@ class Sampling:
     temperature: float = 0.2
     top_p: float = 0.9
     top_k: int = 30
-    repeat_penalty: float = 1.1
+    repeat_penalty: float = 1.0  # a penalty breaks JSON and code, which repeat themselves
+
+    @classmethod
+    def of(cls, spec: "ModelSpec", base_dir: Path) -> Self:
+        """What the registry states, else what the base's generation_config.json recommends, else the defaults."""
+        file = base_dir / "generation_config.json"
+        try:
+            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except ValueError as error:
+            raise SaigaError(f"{file} is damaged ({error}); download it again.") from None
+        names = {"repetition_penalty": "repeat_penalty"} | {name: name for name in ("temperature", "top_p", "top_k")}
+        recommended = {ours: found[name] for name, ours in names.items() if found.get(name) is not None}
+        return cls(**{**recommended, **spec.sampling})
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, str]) -> Self:
@@ -62,7 +75,7 @@ class ModelSpec:
     context_length: int = 8192  # tokens that the model was trained for
     max_seq_length: int = 2048  # tokens that a T4 can hold: tests/train/test_preflight_max_seq_length.py
     golden_ids: tuple[tuple[str, tuple[int, ...]], ...] = ()  # (text, ids), asserted at every load
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # fields of Sampling; see Sampling.of for the others
     lora: Lora = field(default_factory=Lora)
     learning_rate: float = 1e-4
     quantization: Quantization = "nf4"
@@ -79,7 +92,8 @@ _SAIGA2_GOLDEN = (
     # Runs of spaces: a tokenizer.json that transformers 5 converts from tokenizer.model splits them differently.
     ("if x:\n            return x", (565, 921, 29901, 13, 9651, 736, 921)),
 )
-_LLAMA3_SAMPLING = Sampling(temperature=0.6)
+_SAIGA2_SAMPLING = {"temperature": 0.2, "top_p": 0.9, "top_k": 30, "repeat_penalty": 1.1}  # of rulm
+_LLAMA3_SAMPLING = {**_SAIGA2_SAMPLING, "temperature": 0.6}
 
 _ROWS = (
     ModelSpec(
@@ -88,6 +102,7 @@ _ROWS = (
         released_adapter="IlyaGusev/saiga2_7b_lora",
         template="saiga2",
         system_prompt=SAIGA_SYSTEM_PROMPT,
+        sampling=_SAIGA2_SAMPLING,
         context_length=4096,
         max_seq_length=4096,
         golden_ids=_SAIGA2_GOLDEN,
@@ -100,6 +115,7 @@ _ROWS = (
         released_adapter="IlyaGusev/saiga2_13b_lora",
         template="saiga2",
         system_prompt=SAIGA_SYSTEM_PROMPT,
+        sampling=_SAIGA2_SAMPLING,
         context_length=4096,
         max_seq_length=4096,
         golden_ids=_SAIGA2_GOLDEN,
@@ -112,6 +128,7 @@ _ROWS = (
         released_adapter="IlyaGusev/saiga_mistral_7b_lora",
         template="saiga2",
         system_prompt=SAIGA_SYSTEM_PROMPT,
+        sampling=_SAIGA2_SAMPLING,
         context_length=4096,
         max_seq_length=4096,
         golden_ids=(
@@ -167,7 +184,7 @@ _ROWS = (
         base_model="t-tech/T-lite-it-2.1",
         context_length=32768,
         max_seq_length=6656,
-        sampling=_LLAMA3_SAMPLING,
+        sampling={"temperature": 0.6},
         parameters_b=8.19,
         licence="apache-2.0",
     ),
@@ -176,7 +193,7 @@ _ROWS = (
         base_model="Vikhrmodels/Vikhr-Nemo-12B-Instruct-R-21-09-24",
         context_length=16384,
         max_seq_length=3584,
-        sampling=Sampling(temperature=0.3),
+        sampling={"temperature": 0.3},
         parameters_b=12.2,
         licence="apache-2.0",
     ),
@@ -208,7 +225,7 @@ _ROWS = (
         base_model="Qwen/Qwen3-4B-Instruct-2507",
         context_length=262144,
         max_seq_length=14336,
-        sampling=Sampling(temperature=0.7, top_p=0.8, top_k=20, repeat_penalty=1.0),
+        sampling={"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repeat_penalty": 1.0},
         parameters_b=4.02,
         licence="apache-2.0",
     ),
@@ -217,7 +234,7 @@ _ROWS = (
         base_model="yandex/YandexGPT-5-Lite-8B-instruct",
         context_length=32768,
         max_seq_length=7168,
-        sampling=Sampling(temperature=0.3),
+        sampling={"temperature": 0.3},
         parameters_b=8.04,
         licence="yandexgpt-5-lite-8b",
     ),
@@ -226,7 +243,7 @@ _ROWS = (
         base_model="package:smollm2_135m",
         max_seq_length=1024,
         golden_ids=(("<|im_start|>", (44, 108, 306, 79, 3738, 108, 46)),),  # as text, never the special token 1
-        sampling=Sampling(temperature=0.0, repeat_penalty=1.0),  # it copies terms: greedy, free to repeat
+        sampling={"temperature": 0.0, "repeat_penalty": 1.0},  # it copies terms: greedy, free to repeat
         lora=Lora(rank=32, alpha=64, dropout=0.0),
         learning_rate=1e-3,
         quantization="none",
@@ -239,6 +256,7 @@ _ROWS = (
         released_adapter="package:saiga_tiny",
         template="saiga2",
         system_prompt=SAIGA_SYSTEM_PROMPT,
+        sampling=_SAIGA2_SAMPLING,
         context_length=1024,
         max_seq_length=512,
         lora=Lora(rank=4, alpha=8),
@@ -256,6 +274,10 @@ def find(model: str) -> ModelSpec:
         raise SaigaError(f"model={model!r} is not text; give a name.")
     if model in MODELS:
         return MODELS[model]
+    if model.endswith(".gguf"):
+        raise SaigaError(
+            f"model={model!r} is a GGUF file, which cannot be trained or merged. Did you mean its base model?"
+        )
     if (model and Path(model).is_dir()) or (model.count("/") == 1 and not model.startswith((".", "/"))):
         return ModelSpec(name=model, base_model=model)
     raise SaigaError(

@@ -1,13 +1,14 @@
 """The registry has every promised model, with all that follows from its name."""
 
 import dataclasses
+import json
 from importlib import resources
 
 import pytest
 
 from saigakit import registry
 from saigakit.errors import SaigaError
-from saigakit.registry import MODELS
+from saigakit.registry import MODELS, Sampling
 
 PROMISED = (
     "saiga2_7b",
@@ -104,3 +105,39 @@ def test_a_misspelt_name_is_answered_with_the_right_one(typed, meant):
 def test_an_unknown_model_is_refused_with_all_names(name):
     with pytest.raises(SaigaError, match=r"is unknown.*saiga2_7b, .*saiga_tiny.*Hub id"):
         registry.find(name)
+
+
+def test_a_gguf_file_is_not_a_model():
+    with pytest.raises(SaigaError, match=r"'runs/model\.gguf' is a GGUF file.*Did you mean its base model"):
+        registry.find("runs/model.gguf")
+
+
+# Qwen/Qwen3-8B, and Qwen2.5, which recommends a small penalty
+QWEN3 = {"do_sample": True, "eos_token_id": [151645, 151643], "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+
+
+@pytest.mark.parametrize(
+    ("model", "recommended", "expected"),
+    [
+        ("owner/other", QWEN3, Sampling(temperature=0.6, top_p=0.95, top_k=20, repeat_penalty=1.0)),
+        ("owner/other", {"repetition_penalty": 1.05, "top_k": None}, Sampling(repeat_penalty=1.05)),
+        ("owner/other", None, Sampling(temperature=0.2, top_p=0.9, top_k=30, repeat_penalty=1.0)),
+        ("tlite_2.1_8b", {**QWEN3, "temperature": 0.7}, Sampling(temperature=0.6, top_p=0.95, top_k=20)),
+        ("saiga2_7b", QWEN3, Sampling(temperature=0.2, top_p=0.9, top_k=30, repeat_penalty=1.1)),
+    ],
+)
+def test_sampling_is_the_registrys_then_the_bases_then_the_default(tmp_path, model, recommended, expected):
+    if recommended is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(recommended))
+    assert Sampling.of(registry.find(model), tmp_path) == expected
+
+
+def test_a_damaged_generation_config_is_named(tmp_path):
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(SaigaError, match=r"generation_config\.json is damaged"):
+        Sampling.of(registry.find("owner/other"), tmp_path)
+
+
+@pytest.mark.parametrize("spec", MODELS.values(), ids=lambda spec: spec.name)
+def test_every_row_states_fields_of_sampling(spec, tmp_path):
+    assert Sampling.of(spec, tmp_path)

@@ -150,6 +150,7 @@ def train(file: str, parameters: Sequence[tuple[str, Any]], nnodes: int, node_ra
     help="Merged GGUF, LoRA GGUF, or merged model for transformers",
 )  # fmt: skip
 @_BASE_SOURCE
+@click.option("--tokenizer", metavar="DIR", help="Tokenizer and template of the training, instead of those found")
 def export(**options: Any) -> None:  # noqa: ANN401
     """Merge base and adapter into GGUF files.
 

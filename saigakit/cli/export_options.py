@@ -25,7 +25,9 @@ def export(*, file_format: str, adapters: Sequence[str], **options: Any) -> list
     if file_format == "gguf":
         return _export_gguf(weighted, quant_types or ("Q4_K_M",), importance, given)
     only_gguf = {"quant-type": quant_types, "importance": importance}
-    not_taken = only_gguf | ({"merge-into": given.get("merge_into")} if file_format == "lora" else {})
+    not_taken = only_gguf | (
+        {name: given.get(name.replace("-", "_")) for name in ("merge-into", "tokenizer") if file_format == "lora"}
+    )
     if unused := [name for name, value in not_taken.items() if value]:
         raise SaigaError(f"--format {file_format} does not take --{unused[0]}.")
     if file_format == "safetensors":
@@ -46,25 +48,40 @@ def _export_gguf(
         quantization.require_known(each)
     prefix = f"{output.stem}."
     companions = model_card.companion_paths(output.parent, prefix)
-    for file in [
-        *gguf_export.output_files(output, quant_types).values(),
-        *companions.values(),
-        manifest.path_for(output),
-    ]:
-        require_absent(file)
     adapter = weighted[0][0] if len(weighted) == 1 and weighted[0][1] == 1 else weighted or None
+    asked = {"base_source": None, "merge_into": "auto", **given, "adapter": weighted or None}
+    asked |= {"quant_type": quant_types[0], "quant_types": list(dict.fromkeys(quant_types))[1:]}
+    lacks_companions = not importance and not all(map(Path.exists, companions.values()))
+    if completes := lacks_companions and _is_made(output, asked):
+        print(f"{output} is there and intact; only its missing companion files are written.", flush=True)
+    finals = gguf_export.output_files(output, quant_types)
+    for file in [] if completes else [*finals.values(), *companions.values(), manifest.path_for(output)]:
+        require_absent(file)
     options = dict(given)
     if importance:
         is_matrix = Path(importance).suffix in _MATRIX_SUFFIXES
         options["importance"] = importance if is_matrix else _make_matrix(importance, adapter, quant_types, given)
     if further := list(quant_types[1:]):
         options["quant_types"] = further
-    made = exporting.to_gguf(adapter=adapter, quant_type=quant_types[0], with_manifest=True, **options)
-    files, spec = gguf_export.output_files(made, quant_types), registry.find(given["model"])
-    inputs = manifest.read_for(made)["inputs"]
-    written = [*model_card.write_companions(files, spec=spec, inputs=inputs, prefix=prefix), manifest.path_for(output)]
+    if not completes:
+        output = exporting.to_gguf(adapter=adapter, quant_type=quant_types[0], with_manifest=True, **options)
+    files, spec = gguf_export.output_files(output, quant_types), registry.find(given["model"])
+    inputs = manifest.read_for(output)["inputs"]
+    written = model_card.write_companions(files, spec=spec, inputs=inputs, prefix=prefix, completes=completes)
     lines = [f"model: {_with_size(file)}" for file in files.values()]
-    return [*lines, f"also:  {', '.join(file.name for file in written)}", f"talk:  saigakit chat {made}"]
+    also = ", ".join(file.name for file in [*written, manifest.path_for(output)])
+    return [*lines, f"also:  {also}", f"talk:  saigakit chat {output}"]
+
+
+def _is_made(output: Path, asked: dict[str, Any]) -> bool:
+    """Whether an earlier run has written the GGUF files that are asked for, with their manifest."""
+    if not manifest.path_for(output).is_file():
+        return False
+    content = manifest.read_for(output)
+    made = {"quant_types": [], **content["parameters"]}
+    return made == manifest.as_stored({name: asked[name] for name in made}) and not manifest.changed(
+        output.parent, content
+    )
 
 
 def _make_matrix(
@@ -78,7 +95,7 @@ def _make_matrix(
 
 
 def _plan(adapter: str | _Weighted | None, given: dict[str, Any]) -> MergePlan:
-    options = {name: given[name] for name in ("base_source", "merge_into") if name in given}
+    options = {name: given[name] for name in ("base_source", "merge_into", "tokenizer") if name in given}
     return MergePlan.of(given["model"], adapter, **options)
 
 

@@ -15,7 +15,6 @@ from saigakit.export.gguf_export import Export
 from saigakit.export.merge_plan import MergePlan
 from saigakit.export.stage import write_gguf
 from saigakit.llamacpp import imatrix
-from saigakit.prompt import encoding
 from saigakit.weights import base_files
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def importance_of_records(
     require_absent(file)
     if quant_types:  # before hours of computing
         Export.of(plan, quant_types).require_room(file.parent)
-    ids = token_rows(records, plan.spec.name, plan.base_source)
+    ids = token_rows(records, plan)
     with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
         matrix = imatrix.compute_importance(
             write_gguf(Export.of(plan, ["Q8_0"]), Path(scratch) / "q8_0.gguf"),
@@ -102,8 +101,7 @@ def importance_matrix(
     return final / _MATRIX
 
 
-def token_rows(records: str | Path, model: str, base_source: str | None) -> "Dataset":
+def token_rows(records: str | Path, plan: MergePlan) -> "Dataset":
     """Conversations evenly spread over the records, encoded as for training."""
     conversations = spread(data.read_conversations(sources.records_files(str(records))), _CONVERSATIONS)
-    tokenizer = encoding.load_tokenizer(model, base_source)
-    return rows.tokenise(conversations, tokenizer, _LONGEST, name=Path(records).name)
+    return rows.tokenise(conversations, plan.read_tokenizer(), _LONGEST, name=Path(records).name)

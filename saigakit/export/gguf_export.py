@@ -12,21 +12,25 @@ from typing import TYPE_CHECKING, Any, Self
 
 from saigakit.core import manifest, workspace
 from saigakit.core.files import discard_partial, replacing, require_absent, sha256
+from saigakit.errors import SaigaError
 from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp import quantization, read_back, streaming, vocabulary
 from saigakit.llamacpp.architecture import Architecture
 from saigakit.llamacpp.imatrix import Importance
 from saigakit.llamacpp.streaming import Written
 from saigakit.llamacpp.vocabulary import Vocabulary
-from saigakit.prompt import encoding, template
+from saigakit.prompt import template
 from saigakit.prompt.encoding import FastTokenizer
-from saigakit.weights import find, lineage
+from saigakit.registry import Sampling
+from saigakit.weights import lineage
 from saigakit.weights.merge import Merged
 
 if TYPE_CHECKING:
     import gguf
 
     from saigakit.weights.tensors import Array, Shape
+
+_COMPANIONS = 10**6  # bytes of the manifest, the pictures and the model card, at most
 
 
 def output_files(file: Path, quant_types: Sequence[str]) -> dict[str, Path]:
@@ -60,6 +64,13 @@ class Export:
         architecture, merged = Architecture.from_config(plan.base_dir), plan.merge()
         if merged.is_untied:
             architecture = replace(architecture, shape=replace(architecture.shape, tied=False))
+        if merged.vocabulary is not None:
+            if merged.vocabulary > architecture.shape.vocabulary and not plan.own_tokenizer_dirs:
+                raise SaigaError(
+                    f"The adapter was trained with {merged.vocabulary} tokens instead of the base's "
+                    f"{architecture.shape.vocabulary}, and its tokenizer is not next to it. Give it as --tokenizer DIR."
+                )
+            architecture = architecture.resized(merged.vocabulary)
         source_of = architecture.source_names(merged.shapes)
         architecture.require_shapes(source_of, merged.shapes)
         shapes = {name: merged.shapes[source] for name, source in source_of.items()}
@@ -67,15 +78,14 @@ class Export:
         matrix = None if importance is None else Importance.read(importance)
         if matrix is not None:
             matrix.require_fit(shapes, str(importance))
-        tokenizer = encoding.load_tokenizer(plan.spec.name, plan.base_source)
-        tokenizer_dir = find.tokenizer_dir(plan.spec, plan.base_source)
+        tokenizer = plan.read_tokenizer()
         return cls(
             plan=plan,
             quant_types=list(dict.fromkeys(quant_types)),
             system_prompt=system_prompt,
             merged=merged,
             architecture=architecture,
-            vocabulary=Vocabulary.from_tokenizer(tokenizer_dir, tokenizer, architecture.config),
+            vocabulary=Vocabulary.from_tokenizer(plan.tokenizer_dir, tokenizer, architecture.config),
             tokenizer=tokenizer,
             shapes={name: shapes[name] for name in quantization.sort_names(shapes)},
             source_of=source_of,
@@ -110,7 +120,7 @@ class Export:
 
     def require_room(self, directory: Path) -> None:
         """Raises SaigaError if the disk or the memory is too small."""
-        size = sum(map(self.bytes, self.quant_types))
+        size = sum(map(self.bytes, self.quant_types)) + _COMPANIONS
         named = "GGUF" if len(self.quant_types) == 1 else "GGUF files"
         workspace.require_disk(directory, size, f"The {', '.join(self.quant_types)} {named} of {self.plan.spec.name}")
         workspace.require_memory(self.memory, "The export", "Close other programs or restart the notebook.")
@@ -198,10 +208,11 @@ class Export:
         writer.add_name(Path(spec.name).name)
         writer.add_size_label(gguf.size_label(self._parameters, self._parameters, 0, 0))
         writer.add_license(spec.licence)
-        writer.add_sampling_top_k(spec.sampling.top_k)
-        writer.add_sampling_top_p(spec.sampling.top_p)
-        writer.add_sampling_temp(spec.sampling.temperature)
-        writer.add_sampling_penalty_repeat(spec.sampling.repeat_penalty)
+        sampling = Sampling.of(spec, self.plan.base_dir)
+        writer.add_sampling_top_k(sampling.top_k)
+        writer.add_sampling_top_p(sampling.top_p)
+        writer.add_sampling_temp(sampling.temperature)
+        writer.add_sampling_penalty_repeat(sampling.repeat_penalty)
         self.architecture.write_metadata(writer)
         self.vocabulary.write_metadata(writer)
         writer.add_chat_template(template.for_inference(self.tokenizer.chat_template))

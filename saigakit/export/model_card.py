@@ -40,14 +40,18 @@ def companion_paths(directory: Path, prefix: str) -> dict[str, Path]:
 
 
 def write_companions(
-    files: Mapping[str, Path], *, spec: ModelSpec, inputs: Mapping[str, Any], prefix: str = ""
+    files: Mapping[str, Path], *, spec: ModelSpec, inputs: Mapping[str, Any], prefix: str = "", completes: bool = False
 ) -> list[Path]:
-    """Write `companion_texts` next to the first of `files`, with `prefix` before their names."""
+    """Write `companion_texts` next to the first of `files`, with `prefix` before their names.
+
+    `completes`: keep those that are there, which a full disk has interrupted, instead of refusing them.
+    """
     paths = companion_paths(next(iter(files.values())).parent, prefix)
-    for file in paths.values():
-        require_absent(file)
+    if not completes:
+        for file in paths.values():
+            require_absent(file)
     texts = companion_texts(files, spec=spec, inputs=inputs)
-    return [write_text(paths[name], text) for name, text in texts.items()]
+    return [path if path.exists() else write_text(path, texts[name]) for name, path in paths.items()]
 
 
 def companion_texts(

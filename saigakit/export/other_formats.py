@@ -14,9 +14,8 @@ from saigakit.core.files import replacing, require_absent
 from saigakit.errors import SaigaError
 from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp.architecture import Architecture
-from saigakit.prompt import encoding
 from saigakit.weights import find
-from saigakit.weights.adapter import EMBEDDINGS, Adapter
+from saigakit.weights.adapter import Adapter
 from saigakit.weights.load import NumberFormat
 from saigakit.weights.merge import Merged
 from saigakit.weights.tensors import FLOATS
@@ -52,9 +51,11 @@ def to_lora_gguf(*, model: str, adapter: str | Path, output: str | Path, base_so
 
 
 def _require_low_rank(merged: Merged, lora: Adapter) -> None:
-    beyond = lora.beyond_lora("dora", "trained", "biases")
+    beyond = lora.beyond_lora("dora", "trained", "tokens", "biases")
     if beyond is None and merged.is_untied:
         beyond = "LoRA on the embeddings or the head of a base that ties them"
+    if beyond is None:
+        beyond = "a resized vocabulary" if merged.vocabulary else None
     if beyond is None:
         beyond = next((f"another {name} than the base" for name in lora.copies if _differs(merged, lora, name)), None)
     if beyond is not None:
@@ -89,7 +90,7 @@ def _lora_tensors(lora: Adapter, architecture: Architecture, names: dict[str, st
         rest = update.scale * ranks[name] / alpha
         b = b if abs(rest - 1) < 1e-12 else b * np.float32(rest)
         # For embeddings llama.cpp takes rows of A, one per token.
-        a, b = (a.T, b) if name == EMBEDDINGS else (a, architecture.reorder(names[name], b))
+        a, b = (a.T, b) if update.of_embeddings else (a, architecture.reorder(names[name], b))
         for letter, matrix in (("a", a), ("b", b)):
             if not np.isfinite(matrix).all():
                 raise SaigaError(f"{lora.directory} contains NaN or infinity in {name}: the training diverged.")
@@ -137,7 +138,7 @@ def write_merged(merged: Merged, plan: MergePlan, directory: Path, number_format
     tensors: dict[str, _Planned] = {}
     types = {name: dtype for dtype, name in FLOATS.items()}
     for name, shape in merged.shapes.items():
-        stored = merged.base.float_stored(name if name in merged.base.stored else EMBEDDINGS)
+        stored = merged.base.float_stored(name if name in merged.base.stored else merged.names.embeddings)
         tensors[name] = _Planned(shape, types[number_format] if number_format else stored.dtype)
     split = split_state_dict_into_shards_factory(
         tensors,
@@ -154,12 +155,11 @@ def write_merged(merged: Merged, plan: MergePlan, directory: Path, number_format
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             _write_json(partial / "model.safetensors.index.json", index)
         _write_config(plan.base_dir / "config.json", partial / "config.json", merged, number_format)
-        tokenizer_dir = find.tokenizer_dir(plan.spec, plan.base_source)
         for name in _COPIED:
-            places = (source / name for source in (tokenizer_dir, plan.base_dir))
+            places = (source / name for source in (plan.tokenizer_dir, plan.base_dir))
             if file := next(filter(Path.is_file, places), None):
                 shutil.copyfile(file, partial / name)
-        template = encoding.load_tokenizer(plan.spec.name, plan.base_source).chat_template
+        template = plan.read_tokenizer().chat_template
         (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
     return directory
 
@@ -214,6 +214,8 @@ def _write_config(source: Path, target: Path, merged: Merged, number_format: Num
         config |= dict.fromkeys(keys, number_format)
     if merged.is_untied:
         config["tie_word_embeddings"] = False
+    if merged.vocabulary is not None:
+        config.get("text_config", config)["vocab_size"] = merged.vocabulary
     _write_json(target, config)
 
 

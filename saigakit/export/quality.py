@@ -206,7 +206,7 @@ class _Comparison:
             files = output_files(file, export.quant_types) | dict(self.files)
             sizes = {each: files[each].stat().st_size for each in self.compared_with(reference)}
             sizes = dict(sorted(sizes.items(), key=lambda item: -item[1]))
-            held_out = calibration.token_rows(records, export.plan.spec.name, export.plan.base_source)
+            held_out = calibration.token_rows(records, export.plan)
             rows = spread(held_out, len(held_out) * max_tokens // max(1, sum(read_column(held_out, "learned"))) + 1)
             options = {"max_tokens": max_tokens, "n_gpu_layers": n_gpu_layers}
             types = {each: asdict(compare_files(file, files[each], rows, **options)) for each in sizes}

@@ -77,7 +77,9 @@ def _identity(export: Export, adapter: object) -> dict[str, Any]:
     parameters |= {"model": plan.spec.name, "quant_type": quant_type}
     inputs: dict[str, Any] = {
         "base": base_files.hashes(plan.base_dir),
-        "tokenizer": {file.name: sha256(file) for file in find.tokenizer_files(plan.spec, plan.base_source)},
+        "tokenizer": {
+            name: sha256(file) for name in find.IDS_DEPEND_ON if (file := plan.tokenizer_dir / name).is_file()
+        },
         "adapter": _numbered([manifest.hashes(directory) for directory in plan.adapter_dirs]),
         "train": _numbered([lineage.training_records(directory) for directory in plan.adapter_dirs]),
     }
@@ -106,6 +108,7 @@ def to_gguf(
     base_source: str | None = None,
     merge_into: MergeInto = "auto",
     importance: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     with_manifest: bool = False,
 ) -> Path:
     """Export GGUF files outside a stage; several adapters are added up by their weights.
@@ -115,7 +118,7 @@ def to_gguf(
     file, chosen = Path(output), [quant_type, *quant_types]
     for path in output_files(file, chosen).values():
         require_absent(path)
-    plan = MergePlan.of(model, adapter, base_source=base_source, merge_into=merge_into)
+    plan = MergePlan.of(model, adapter, base_source=base_source, merge_into=merge_into, tokenizer=tokenizer)
     export = Export.of(plan, chosen, importance)
     if not with_manifest:
         return write_gguf(export, file)

@@ -43,6 +43,8 @@ def load(
     import llama_cpp
 
     file = Path(gguf_file)
+    if file.is_dir() and (found := sorted(file.rglob("*.gguf"))):
+        raise SaigaError(f"{file} is a directory. Did you mean {found[0]}?")
     if not file.is_file():
         raise SaigaError(f"{file} does not exist. Give a .gguf file, or run 03_merge_gguf first.")
     with file.open("rb") as stream:
@@ -61,25 +63,28 @@ def load(
                 self.context_params.n_ctx = min(self.context_params.n_ctx, value.n_ctx_train())  # type: ignore[attr-defined]
             super().__setattr__(name, value)
 
+    reasons: list[str] = []
     try:
-        return Llama(
-            str(file),
-            n_ctx=n_ctx,
-            n_gpu_layers=_gpu_layers(file) if n_gpu_layers == "auto" else n_gpu_layers,
-            n_threads=threads,
-            n_threads_batch=threads,
-            flash_attn=True,  # needed by a q8_0 cache
-            type_k=_CACHE_TYPES[cache_type],
-            type_v=_CACHE_TYPES[cache_type],
-            verbose=False,
-        )
+        with forward.collecting_errors() as reasons:
+            return Llama(
+                str(file),
+                n_ctx=n_ctx,
+                n_gpu_layers=_gpu_layers(file) if n_gpu_layers == "auto" else n_gpu_layers,
+                n_threads=threads,
+                n_threads_batch=threads,
+                flash_attn=True,  # needed by a q8_0 cache
+                type_k=_CACHE_TYPES[cache_type],
+                type_v=_CACHE_TYPES[cache_type],
+                verbose=False,
+            )
     except BROKEN as error:  # llama-cpp-python compiles the template
         raise broken(error, file) from None
     except ValueError as error:
         remedy = "" if cache_type == "f16" else " A q8_0 cache needs a head_dim of 32, 64, …; try cache_type='f16'."
         raise SaigaError(
-            f"llama.cpp {llama_cpp.__version__} cannot load {file} ({error}): it is cut short or damaged, its "
-            f"architecture is too new for this version, or {n_ctx} tokens of context do not fit into memory.{remedy}"
+            f"llama.cpp {llama_cpp.__version__} cannot load {file} ({next(iter(reasons), error)}): it is cut short or "
+            f"damaged, its architecture is too new for this version, or {n_ctx} tokens of context do not fit into "
+            f"memory.{remedy}"
         ) from None
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from saigakit.errors import SaigaError
 from saigakit.weights.model_shape import ModelShape
+from saigakit.weights.names import Names
 
 if TYPE_CHECKING:
     import gguf
@@ -36,15 +37,17 @@ _NORMS_AROUND = {
 }
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _GLOBAL = {"token_embd": "embed_tokens", "output_norm": "norm"}
-_HEAD = "lm_head"
-# Prefix of the language model: alone, or next to a vision model, saved by transformers 4 and 5.
-_PREFIXES = ("model.", "language_model.model.", "model.language_model.")
 _VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 _ROPE_SETTINGS = {  # by supported rope_type, in addition to theta
     "default": (),
     "llama3": ("low_freq_factor", "high_freq_factor", "factor", "original_max_position_embeddings"),
     "linear": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
+# What llama.cpp computes with, whatever the file says: it reads betas only for other architectures.
+_YARN: dict[str, Any] = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+_YARN |= dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim", "extrapolation_factor"))
+_QKV = ("attn_q", "attn_k", "attn_v")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +64,11 @@ class Kind:
     lost_window: int = 0  # transformers' default of a window that llama.cpp ignores
     late_window: bool = False  # only layers from max_window_layers on have it, if use_sliding_window
     wide_queries: int = 0  # with this many layers queries are scaled by hidden / heads, else by head_dim
+    biases: tuple[str, ...] = _QKV  # of which llama.cpp reads a bias
     keys: Mapping[str, str] = field(default_factory=dict)  # method of GGUFWriter by setting of config.json
 
 
-_LLAMA = Kind(name="llama", interleaved_rope=True)
+_LLAMA = Kind(name="llama", interleaved_rope=True, biases=(*_QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down"))
 _GEMMA2 = Kind(
     name="gemma2",
     layer=_NORMS_AROUND,
@@ -133,7 +137,7 @@ class Architecture:
         for key, value, supported in (
             ("quantization_config", bool(config.get("quantization_config")), (False,)),
             ("hidden_act", activation, (kind.activation,)),
-            ("rope_type", self._rope_type, tuple(_ROPE_SETTINGS)),
+            ("rope_type", self._rope_type, tuple(_ROPE_SETTINGS)[: 3 if kind.window_period else None]),
             ("query_pre_attn_scalar", config.get("query_pre_attn_scalar") or scale, (scale,)),
             ("layer_types", "usual" if self._has_usual_windows else "unusual", ("usual",)),
         ):
@@ -146,6 +150,11 @@ class Architecture:
         if missing := [key for key in needed if not isinstance(rope.get(key), int | float)]:
             raise SaigaError(
                 f"{file}: rope_type={self._rope_type!r} needs a number for {', '.join(missing)}. Download it again."
+            )
+        if lost := [key for key in _YARN if self._rope_type == "yarn" and rope.get(key) not in (None, _YARN[key])]:
+            raise SaigaError(
+                f"{file}: rope_type='yarn' has {lost[0]}={rope[lost[0]]!r}, which llama.cpp computes differently. "
+                "Give a model without it."
             )
         if window := self._lost_window:
             problem = (
@@ -191,11 +200,16 @@ class Architecture:
     def _rope_theta(self) -> float:
         return float(self._rope.get("rope_theta") or self.config.get("rope_theta") or self.kind.rope_theta)
 
+    def resized(self, vocabulary: int) -> Self:
+        """With another number of tokens than config.json has."""
+        shape = replace(self.shape, vocabulary=vocabulary)
+        return replace(self, shape=shape, config={**self.config, "vocab_size": vocabulary})
+
     def source_names(self, names: Iterable[str]) -> dict[str, str]:
         """Base names by GGUF name. Raises SaigaError if the base lacks a tensor, or has one that would be lost."""
         remaining = set(names)
-        prefix = next((prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in remaining), _PREFIXES[0])
-        head = f"{prefix.removesuffix('model.')}{_HEAD}.weight" if prefix == _PREFIXES[1] else f"{_HEAD}.weight"
+        spelled = Names.of(remaining)
+        prefix, head = spelled.prefix, spelled.head
         wanted = {f"{new}.weight": f"{prefix}{old}.weight" for new, old in _GLOBAL.items()}
         for index in range(self.shape.layers):
             for new, old in {**_LAYER, **self.kind.layer}.items():
@@ -204,13 +218,17 @@ class Architecture:
             remaining.discard(head)
         else:
             wanted["output.weight"] = head
-        biases = {new.replace(".weight", ".bias"): old.replace(".weight", ".bias") for new, old in wanted.items()}
+        biases = {
+            new.replace(".weight", ".bias"): old.replace(".weight", ".bias")
+            for new, old in wanted.items()
+            if new.split(".")[-2] in self.kind.biases
+        }
         wanted |= {new: old for new, old in biases.items() if old in remaining}
         if missing := [old for old in wanted.values() if old not in remaining]:
             raise SaigaError(
                 f"The base has no {missing[0]} ({len(missing)} tensors are missing). Add the missing shard."
             )
-        if prefix != _PREFIXES[0]:
+        if spelled != Names():
             remaining = {name for name in remaining if not _VISION.match(name)}
         remaining = {name for name in remaining - set(wanted.values()) if not name.endswith(".rotary_emb.inv_freq")}
         if remaining:
@@ -269,9 +287,14 @@ class Architecture:
         writer.add_head_count(shape.heads)
         writer.add_head_count_kv(shape.kv_heads)
         writer.add_rope_freq_base(self._rope_theta)
-        if self._rope_type == "linear":
-            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        if self._rope_type in ("linear", "yarn"):
+            writer.add_rope_scaling_type(gguf.RopeScalingType(self._rope_type))
             writer.add_rope_scaling_factor(self._rope["factor"])
+        if self._rope_type == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(self._rope["original_max_position_embeddings"])
+            for key in ("beta_fast", "beta_slow"):
+                if self._rope.get(key) is not None:
+                    getattr(writer, f"add_rope_scaling_yarn_{key}")(self._rope[key])
         writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
         writer.add_key_length(shape.head_dim)
         writer.add_value_length(shape.head_dim)

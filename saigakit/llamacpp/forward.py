@@ -1,5 +1,6 @@
 """Run token ids through a GGUF model and return logits, one sequence after another."""
 
+import ctypes
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from saigakit.weights.tensors import Array
 
 OnTensor = Callable[[int, bool], bool]  # llama.cpp's cb_eval: the address of a node, whether it only asks
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
 _BATCH = 256  # tokens at a time: their logits take 128 MB for a vocabulary of 128,000
 
 
@@ -89,8 +91,28 @@ def disable_amx(model_params: Any) -> None:  # noqa: ANN401  # a ctypes structur
 
 
 @contextmanager
+def collecting_errors() -> Iterator[list[str]]:
+    """Collect the reasons that llama.cpp only logs; its callback is one for the whole process."""
+    import llama_cpp
+    from llama_cpp import _logger
+
+    reasons: list[str] = []
+
+    def collect(level: int, text: bytes, _: object) -> None:
+        if level == _ERROR:
+            reasons.append(text.decode("utf-8", "replace").strip().rpartition("error loading model: ")[2])
+
+    callback = llama_cpp.llama_log_callback(collect)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    try:
+        yield reasons
+    finally:
+        llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+
+
+@contextmanager
 def load_weights(gguf_file: Path, *, n_gpu_layers: int = 0, check_tensors: bool = False) -> Iterator[Any]:
-    """Yield llama.cpp's model, memory-mapped, or None if it cannot load the file."""
+    """Yield llama.cpp's model, memory-mapped. Raises SaigaError with its reason if it cannot load the file."""
     import llama_cpp
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # a thousand lines otherwise
@@ -99,12 +121,14 @@ def load_weights(gguf_file: Path, *, n_gpu_layers: int = 0, check_tensors: bool 
     params.check_tensors = check_tensors
     params.use_extra_bufts = False  # repacked weights would be a second copy in memory; turns AMX off too
     llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(str(gguf_file).encode(), params) if gguf_file.is_file() else None
+    with collecting_errors() as reasons:
+        model = llama_cpp.llama_model_load_from_file(str(gguf_file).encode(), params)
+    if not model:
+        raise SaigaError(f"llama.cpp {llama_cpp.__version__} cannot load {gguf_file}: {'; '.join(reasons[:1])}.")
     try:
         yield model
     finally:
-        if model:
-            llama_cpp.llama_model_free(model)
+        llama_cpp.llama_model_free(model)
 
 
 @contextmanager
@@ -125,8 +149,6 @@ def open_model(
         callback = on_tensor
         params.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(lambda node, asks, _: callback(node, asks))
     with load_weights(gguf_file, n_gpu_layers=n_gpu_layers) as model:
-        if not model:
-            raise SaigaError(f"{gguf_file} is missing, damaged, or of an architecture that llama.cpp does not know.")
         context = llama_cpp.llama_init_from_model(model, params)
         if not context:
             raise SaigaError(f"There is not enough memory for a context of {n_ctx} tokens of {gguf_file}.")

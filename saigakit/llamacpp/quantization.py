@@ -8,7 +8,7 @@ from functools import cache
 from math import prod
 from typing import TYPE_CHECKING
 
-from saigakit.errors import SaigaError
+from saigakit.errors import SaigaError, suggestion
 from saigakit.llamacpp import libggml
 from saigakit.weights.model_shape import ModelShape
 
@@ -49,7 +49,8 @@ _SHARE = 1 << 18  # numbers per task where several cores share a matrix
 def require_known(quant_type: str) -> None:
     """Raises SaigaError for an unknown quant type."""
     if quant_type not in QUANT_TYPES:
-        raise SaigaError(f"quant_type={quant_type!r} is unknown; use one of {', '.join(QUANT_TYPES)}.")
+        meant = suggestion(quant_type.upper(), QUANT_TYPES)
+        raise SaigaError(f"quant_type={quant_type!r} is unknown.{meant} Use one of {', '.join(QUANT_TYPES)}.")
 
 
 def sort_names(names: Iterable[str]) -> list[str]:

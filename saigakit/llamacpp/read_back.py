@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def require_readable(file: Path, tensors: int, tokenizer: FastTokenizer, texts: Sequence[str]) -> str:
     """Load the file with llama.cpp, compare token ids, and say what was checked. Raises SaigaError if a check fails."""
-    _require_loadable(file)
+    with forward.load_weights(file, check_tensors=True):
+        pass
     checks = [f"gguf reads its {tensors} tensors", "llama.cpp loads it and all its blocks are valid"]
     if texts:
         checks.append(_check_ids(file, tokenizer, texts))
@@ -132,12 +133,6 @@ def _read_texts(data: memoryview, count: int) -> tuple[list[bytes], int]:
             raise ValueError("an array of texts exceeds the file")
         found.append(bytes(data[position - length : position]))
     return found, position
-
-
-def _require_loadable(file: Path) -> None:
-    with forward.load_weights(file, check_tensors=True) as model:
-        if not model:
-            raise _wrong(file, "llama.cpp cannot load it")
 
 
 def _wrong(file: Path, problem: str) -> SaigaError:

@@ -1,5 +1,6 @@
 """Read a LoRA adapter and add its update to a weight, some rows at a time and in float32."""
 
+import importlib.util
 import json
 import math
 import re
@@ -9,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from saigakit.errors import SaigaError
+from saigakit.weights.names import Names, without_wrappers
 from saigakit.weights.tensors import Shape, Shards, damaged, open_adapter
 
 if TYPE_CHECKING:
     from saigakit.weights.tensors import Array
 
 CONFIG = "adapter_config.json"
-EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # How a tensor's name ends after its module; some versions of peft leave in the adapter's name, `.default`.
 _PARTS = {
     "A": r"lora_A(\.default)?\.weight",
@@ -25,47 +26,21 @@ _PARTS = {
     "embedding_B": r"lora_embedding_B(\.default)?",
     "magnitude": r"lora_magnitude_vector(\.default)?(\.weight)?",
     "trained": r"modules_to_save(\.default)?\.(weight|bias)",
-    "copy": r"(base_layer\.)?(weight|bias)",
+    "tokens": r"token_adapter\.trainable_tokens_delta(\.default)?",
+    "copy": r"((token_adapter\.)?base_layer\.|original_module\.)?(weight|bias)",
 }
 _NAME = re.compile(
     r"base_model\.model\.(?P<module>.+?)\.(?:" + "|".join(f"(?P<{part}>{end})" for part, end in _PARTS.items()) + ")"
 )
 # Settings of adapter_config.json that do not affect merging, or that are handled here.
 _SUPPORTED = {
-    "alpha_pattern",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "bias",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_alpha",
-    "lora_bias",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "merge_weights",
-    "modules_to_save",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "rank_pattern",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-    "use_dora",
-    "use_rslora",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
+    "merge_weights", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
     "velora_config",
-}
+}  # fmt: skip
 _READABLE = {"fan_in_fan_out": "transposed layers (fan_in_fan_out)"}
 _INITS_KEEPING_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base weights too
 # BLAS may round differently when it multiplies other rows: with fixed blocks, rows read alone are bit-equal.
@@ -95,13 +70,14 @@ class Adapter:
     biases: Mapping[str, tuple[str, float]] = field(default_factory=dict)  # stored name and scale
     trained: Mapping[str, str] = field(default_factory=dict)  # tensors that replace the base's
     copies: Mapping[str, str] = field(default_factory=dict)  # of base tensors, saved with LoRA on embeddings or head
+    tokens: Mapping[str, tuple[str, list[int]]] = field(default_factory=dict)  # stored rows, and which they replace
     keeps_tied: bool = False  # embeddings and head were trained as one matrix
     ranks: slice = field(default_factory=lambda: slice(None))  # rows of A and columns of B in use
     _cache: "dict[str, Array]" = field(default_factory=dict, compare=False)
 
     @classmethod
-    def open(cls, directory: Path) -> Self:
-        """Raises SaigaError if it is damaged or of a kind that cannot be merged."""
+    def open(cls, directory: Path, names: Names | None = None) -> Self:
+        """`names`: those of the base. Raises SaigaError if it is damaged or of a kind that cannot be merged."""
         config = read_config(directory)
         _require_supported(directory, config)
         weights = open_adapter(directory)
@@ -109,14 +85,20 @@ class Adapter:
         biases: dict[str, tuple[str, float]] = {}
         trained: dict[str, str] = {}
         copies: dict[str, str] = {}
+        tokens: dict[str, tuple[str, list[int]]] = {}
         matrices: dict[str, dict[str, str]] = {}  # stored names by module and part
         saved = tuple(f".{name}" for name in config.get("modules_to_save") or ())
         for name in weights.stored:
-            if (match := _NAME.fullmatch(name)) is None:
+            if (match := _NAME.fullmatch(without_wrappers(name))) is None:
                 raise SaigaError(f"{directory} contains {name}, which is not a LoRA tensor that saigakit can merge.")
             module, part = match["module"], next(part for part in _PARTS if match[part])
-            if part in ("trained", "copy"):
-                is_trained = part == "trained" or f".{module}".endswith(saved)
+            module = names.spell(module) if names else module
+            if part == "tokens":
+                ids = _token_ids(directory, config, module, weights.stored[name].shape[0])
+                tokens[f"{module}.weight"] = (name, ids)
+            elif part in ("trained", "copy"):
+                is_saved = f".{module}".endswith(saved) and "original_module" not in name
+                is_trained = part == "trained" or is_saved
                 (trained if is_trained else copies)[f"{module}.{name.rpartition('.')[2]}"] = name
             else:
                 matrices.setdefault(module, {})[part] = name
@@ -127,8 +109,9 @@ class Adapter:
             updates[f"{module}.weight"] = update
             if "bias" in parts:
                 biases[f"{module}.bias"] = (parts["bias"], update.scale)
-        tied = bool(config.get("ensure_weight_tying"))
-        return cls(directory, config.get("base_model_name_or_path"), weights, updates, biases, trained, copies, tied)
+        copies = {name: stored for name, stored in copies.items() if name not in trained}
+        tied, trained_on = bool(config.get("ensure_weight_tying")), config.get("base_model_name_or_path")
+        return cls(directory, trained_on, weights, updates, biases, trained, copies, tokens, tied)
 
     @property
     def rank(self) -> int:
@@ -142,12 +125,13 @@ class Adapter:
         shapes |= {name: stored[source].shape for name, (source, _) in self.biases.items()}
         return shapes | {name: stored[source].shape for name, source in {**self.trained, **self.copies}.items()}
 
-    def beyond_lora(self, *kinds: Literal["dora", "trained", "copies", "biases", "embeddings"]) -> str | None:
+    def beyond_lora(self, *kinds: Literal["dora", "trained", "tokens", "copies", "biases", "embeddings"]) -> str | None:
         """Describes the first of `kinds` that the adapter has in addition to LoRA on linear layers."""
         updates = self.updates.values()
         found = {
             "dora": any(update.magnitude for update in updates) and "DoRA (use_dora)",
             "trained": self.trained and f"fully trained modules (modules_to_save): {', '.join(sorted(self.trained))}",
+            "tokens": self.tokens and "trained tokens (trainable_token_indices)",
             "copies": self.copies and f"a full copy of {', '.join(sorted(self.copies))}",
             "biases": self.biases and "LoRA biases (lora_bias)",
             "embeddings": any(update.of_embeddings for update in updates) and "LoRA on embeddings",
@@ -156,7 +140,7 @@ class Adapter:
 
     def require_linear_lora(self, purpose: str) -> None:
         """Raises SaigaError if the adapter has more than LoRA on the weights of linear layers."""
-        if beyond := self.beyond_lora("dora", "trained", "copies", "biases", "embeddings"):
+        if beyond := self.beyond_lora("dora", "trained", "tokens", "copies", "biases", "embeddings"):
             raise SaigaError(f"{self.directory} uses {beyond}, but {purpose} needs plain LoRA on linear layers.")
 
     def split(self, rank: int) -> tuple[Self, Self]:
@@ -232,12 +216,33 @@ def _require_supported(directory: Path, config: Mapping[str, Any]) -> None:
             f"{directory} was trained with init_lora_weights={config['init_lora_weights']!r}, which also changes the "
             "base weights, so it cannot be merged. Convert it to plain LoRA with peft first."
         )
-    used = {key for key, value in config.items() if value not in (None, False, "none", [], {})} - _SUPPORTED
-    if used:
+    used = {key: value for key, value in config.items() if value not in (None, False, "none", [], {})}
+    used = {key: value for key, value in used.items() if key not in _SUPPORTED}
+    defaults = _defaults_of_peft() if used else {}
+    if used := {key: value for key, value in used.items() if key not in defaults or defaults[key] != value}:
         names = ", ".join(_READABLE.get(key, key) for key in sorted(used))
         raise SaigaError(
             f"{directory} uses {names}, which saigakit cannot merge: use LoRA, rsLoRA or DoRA, or merge it with peft."
         )
+
+
+def _defaults_of_peft() -> Mapping[str, Any]:
+    """Of LoraConfig, for settings that are newer than this file; none without peft, which merging does not need."""
+    if importlib.util.find_spec("peft") is None:
+        return {}
+    from peft import LoraConfig
+
+    return dict(LoraConfig().to_dict())
+
+
+def _token_ids(directory: Path, config: Mapping[str, Any], module: str, count: int) -> list[int]:
+    """The tokens that trainable_token_indices names for a module: a list for all, or one by the end of its name."""
+    given = config.get("trainable_token_indices")
+    by_name = given if isinstance(given, dict) else {"": given}
+    ids = next((by_name[name] for name in by_name if module.endswith(name)), None)
+    if not isinstance(ids, list) or len(ids) != count:
+        raise damaged(directory / CONFIG, f"trainable_token_indices does not name the {count} tokens of {module}")
+    return ids
 
 
 def _update(

@@ -150,8 +150,9 @@ def _require_all_used(adapted: "PeftModel", adapter_dir: Path) -> None:
 def _other_base(adapter_dir: Path, base: str, reason: str) -> str:
     trained_on = adapter.read_config(adapter_dir).get("base_model_name_or_path")
     return (
-        f"The adapter in {adapter_dir} belongs to another base model than {base}: {reason}. "
-        f"It was trained on {trained_on}. Give the adapter that belongs to `model`, or leave adapter out."
+        f"The adapter in {adapter_dir} belongs to another base model than {base}, or its vocabulary was resized: "
+        f"{reason}. It was trained on {trained_on}. Give the adapter that belongs to `model`, merge it first "
+        "(saigakit export --format safetensors), or leave adapter out."
     )
 
 

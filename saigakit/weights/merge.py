@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal, Self, get_args
 
 from saigakit.errors import SaigaError
 from saigakit.weights import nf4, tensors
-from saigakit.weights.adapter import EMBEDDINGS, HEAD, Adapter
+from saigakit.weights.adapter import Adapter
 from saigakit.weights.model_shape import ModelShape
+from saigakit.weights.names import Names
 from saigakit.weights.tensors import Shape, Shards
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Merged:
     adapters: Sequence[tuple[Adapter, float]] = ()
     into: Into = "original"
     number_format: str = "float16"
+    names: Names = field(default_factory=Names)
     is_tied: bool = False  # the base uses its embeddings as its head
     folded: Adapter | None = None  # was part of the base when training quantised it
     _scales: "dict[str, torch.Tensor]" = field(default_factory=dict, compare=False)  # of nf4 blocks
@@ -60,12 +62,14 @@ class Merged:
         if into == "dequantized":
             nf4.import_bitsandbytes()  # fails early if it is not installed
         base = tensors.open_base(base_dir)
+        names = Names.of(base.stored)
         given = [(adapters, 1.0)] if isinstance(adapters, Path) else list(adapters or ())
-        opened = [(Adapter.open(directory), weight) for directory, weight in given]
+        opened = [(Adapter.open(directory, names), weight) for directory, weight in given]
         _require_addable(opened)
-        changes_embeddings = any({EMBEDDINGS, HEAD} & adapter.changed().keys() for adapter, _ in opened)
+        changed = {name for adapter, _ in opened for name in [*adapter.changed(), *adapter.tokens]}
+        changes_embeddings = not changed.isdisjoint((names.embeddings, names.head))
         is_tied = changes_embeddings and ModelShape.from_config(base_dir).tied
-        merged = cls(base, opened, into, number_format, is_tied)
+        merged = cls(base, opened, into, number_format, names, is_tied)
         if folded_rank and into == "dequantized":
             ((adapter, weight),) = opened
             folded, rest = adapter.split(folded_rank)
@@ -79,17 +83,32 @@ class Merged:
         """Whether a tied matrix becomes two: the adapter changes embeddings or head, but not both as one."""
         if not self.is_tied:
             return False
+        both = {embeddings := self.names.embeddings, head := self.names.head}
         return any(
-            {EMBEDDINGS, HEAD} & adapter.updates.keys()
-            or ({EMBEDDINGS, HEAD} & adapter.trained.keys() and not adapter.keeps_tied)
+            both & adapter.updates.keys()
+            or (both & adapter.trained.keys() and not adapter.keeps_tied)
+            or (head in adapter.tokens and adapter.tokens[head][1] != adapter.tokens.get(embeddings, ("", []))[1])
             for adapter, _ in self.adapters
         )
+
+    @cached_property
+    def vocabulary(self) -> int | None:
+        """Rows of embeddings and head, if the adapter has its own for a resized vocabulary."""
+        own = filter(None, map(self.replacement, (self.names.embeddings, self.names.head)))
+        rows, base = (
+            [weights.stored[name].shape[0] for weights, name in own],
+            self.base.stored.get(self.names.embeddings),
+        )
+        return next((count for count in rows if base is not None and count != base.shape[0]), None)
 
     @property
     def shapes(self) -> dict[str, Shape]:
         shapes = {name: stored.shape for name, stored in self.base.stored.items()}
         if self.is_untied:
-            shapes[HEAD] = shapes[EMBEDDINGS]
+            shapes[self.names.head] = shapes[self.names.embeddings]
+        if self.vocabulary is not None:
+            both = {self.names.embeddings, self.names.head} & shapes.keys()
+            shapes |= {name: (self.vocabulary, *shapes[name][1:]) for name in both}
         return shapes
 
     def read(self, name: str, rows: slice | None = None) -> "Array":
@@ -104,9 +123,14 @@ class Merged:
             if name in adapter.biases:
                 stored, scale = adapter.biases[name]
                 tensor = tensor + weight * scale * adapter.weights.read(stored, rows)
+            if name in adapter.tokens:
+                stored, ids = adapter.tokens[name]
+                first = (rows.start or 0) if rows else 0
+                wanted = [at for at, token in enumerate(ids) if first <= token < first + len(tensor)]
+                tensor[[ids[at] - first for at in wanted]] = adapter.weights.read(stored)[wanted]
         numbers = torch.from_numpy(tensor)
         if not numbers.sum().isfinite() and not numbers.isfinite().all():  # a sum is fast, but may overflow
-            base_file = self.base.stored[name if name in self.base.stored else EMBEDDINGS].file
+            base_file = self.base.stored[name if name in self.base.stored else self.names.embeddings].file
             where = "".join(f" and {adapter.directory}" for adapter, _ in self.adapters if name in adapter.changed())
             raise SaigaError(
                 f"{name} contains NaN or infinity after merging {base_file}{where}: the training diverged or a file "
@@ -116,10 +140,10 @@ class Merged:
 
     def _before_update(self, name: str, rows: slice | None) -> "Array":
         """What the update is added to, as a copy."""
-        if (source := self._replacement(name)) is not None:
+        if (source := self.replacement(name)) is not None:
             return source[0].read(source[1], rows)
-        if self.is_untied and name == HEAD:
-            name = EMBEDDINGS
+        if self.is_untied and name == self.names.head:
+            name = self.names.embeddings
         if self.into == "original" or not nf4.is_quantised(name, len(self.base.stored[name].shape)):
             return self.base.read(name, rows)
         return self._dequantised(name, rows or slice(None))
@@ -144,14 +168,15 @@ class Merged:
             self.folded.add(matrix, name, rows)
         return matrix
 
-    def _replacement(self, name: str) -> tuple[Shards, str] | None:
+    def replacement(self, name: str) -> tuple[Shards, str] | None:
         """The stored tensor that replaces the base's, if there is one. A copy of a tied matrix replaces both."""
-        same = (name, EMBEDDINGS, HEAD) if self.is_tied and name in (EMBEDDINGS, HEAD) else (name,)
+        both = embeddings, head = self.names.embeddings, self.names.head
+        same = (name, *both) if self.is_tied and name in both else (name,)
         for adapter, _ in self.adapters:
             if name in adapter.trained:
                 return adapter.weights, adapter.trained[name]
-            if name == EMBEDDINGS and self.is_tied and adapter.keeps_tied and HEAD in adapter.trained:
-                return adapter.weights, adapter.trained[HEAD]
+            if name == embeddings and self.is_tied and adapter.keeps_tied and head in adapter.trained:
+                return adapter.weights, adapter.trained[head]
             if copies := [adapter.copies[each] for each in same if each in adapter.copies]:
                 return adapter.weights, copies[0]
         return None
@@ -187,7 +212,7 @@ class Merged:
 
 def _require_addable(adapters: Sequence[tuple[Adapter, float]]) -> None:
     for adapter, weight in adapters:
-        beyond = adapter.beyond_lora("dora", "trained", "copies")
+        beyond = adapter.beyond_lora("dora", "trained", "tokens", "copies")
         if beyond is not None and (len(adapters) > 1 or weight != 1):
             raise SaigaError(
                 f"{adapter.directory} uses {beyond}, which can be neither added to other adapters nor weighted. "
@@ -196,8 +221,22 @@ def _require_addable(adapters: Sequence[tuple[Adapter, float]]) -> None:
 
 
 def _require_fit(base_dir: Path, merged: Merged, adapter: Adapter) -> None:
-    shapes = merged.shapes | ({HEAD: merged.shapes[EMBEDDINGS]} if merged.is_tied else {})
-    for name, wanted in adapter.changed().items():
+    names, shapes = merged.names, merged.shapes
+    if merged.is_tied:
+        shapes[names.head] = shapes[names.embeddings]
+    changed, both = adapter.changed(), {names.embeddings, names.head} & shapes.keys()
+    for name in both & changed.keys():
+        (rows, *width), (base_rows, *base_width) = changed[name], merged.base.stored[names.embeddings].shape
+        if rows != base_rows and width == base_width and not all(map(merged.replacement, both)):
+            raise SaigaError(
+                f"{adapter.directory} was trained with a vocabulary of {rows} tokens, but the base {base_dir} has "
+                f"{base_rows}, and the adapter does not contain all resized embeddings. Save it again with "
+                "save_embedding_layers=True, or give the resized base as base_source."
+            )
+    for name, (_, ids) in adapter.tokens.items():
+        if name not in shapes or not all(0 <= token < shapes[name][0] for token in ids):
+            raise SaigaError(f"{adapter.directory} replaces tokens {ids} of {name}, which the base {base_dir} lacks.")
+    for name, wanted in changed.items():
         if (found := shapes.get(name)) != wanted:
             problem = "no such tensor" if found is None else f"the shape {list(found)} there"
             raise SaigaError(

@@ -131,9 +131,16 @@ def damaged(file: Path, reason: str) -> SaigaError:
 
 
 def open_adapter(adapter_dir: Path) -> Shards:
-    """Raises SaigaError if the adapter's weights are missing or damaged."""
+    """Raises SaigaError if the adapter's weights are missing or damaged, or were left in the training's processes."""
     file = adapter_dir / "adapter_model.safetensors"
-    return Shards([file if file.is_file() else adapter_dir / "adapter_model.bin"])
+    weights = Shards([file if file.is_file() else adapter_dir / "adapter_model.bin"])
+    if not weights.stored or any(0 in stored.shape for stored in weights.stored.values()):
+        raise SaigaError(
+            f"{adapter_dir} contains empty tensors or none: it was saved under DeepSpeed ZeRO-3 or FSDP without "
+            "gathering the weights of all processes. Save it again from the last checkpoint, with "
+            "stage3_gather_16bit_weights_on_model_save: true, or with FSDP's FULL_STATE_DICT."
+        )
+    return weights
 
 
 def open_base(base_dir: Path) -> Shards:

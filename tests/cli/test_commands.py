@@ -240,6 +240,32 @@ def test_export_writes_a_gguf_with_its_companion_files(tiny, tmp_path):
     assert "ends with .gguf" in error_of("export", "--model", "saiga_tiny", "--output", tmp_path / "model")
 
 
+def test_export_completes_the_companions_of_a_finished_gguf(tiny, tmp_path, monkeypatch):
+    def exported(*options):
+        arguments = ["--model", "saiga_tiny", "--output", str(tmp_path / "m.gguf"), "--quant-type", "Q8_0", *options]
+        return CliRunner().invoke(cli.main, ["export", *arguments])
+
+    def full(file, text):
+        raise SaigaError(f"{file} could not be written: No space left on device.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model_card, "write_text", full)
+        assert exported().exit_code == 1
+    (tmp_path / "m.Modelfile").write_text("written before the disk was full")
+    before = (tmp_path / "m.gguf").stat()
+    assert "already exists" in exported("--adapter", "released").output
+    done = exported()
+    assert done.exit_code == 0 and "is there and intact" in done.output
+    names = {"m.Modelfile", "m.README.md", "m.gguf", "m.llama-server.txt", "m.saigakit.json"}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    assert (tmp_path / "m.gguf").stat() == before
+    assert (tmp_path / "m.Modelfile").read_text() == "written before the disk was full"
+    (tmp_path / "m.README.md").unlink()
+    with (tmp_path / "m.gguf").open("ab") as stream:
+        stream.write(b"x")
+    assert "already exists" in exported().output
+
+
 def test_repeated_quant_type_gives_one_file(tiny, tmp_path):
     twice = ["--quant-type", "Q4_0", "--quant-type", "Q4_0"]
     output = str(tmp_path / "model.gguf")
@@ -294,6 +320,7 @@ def test_export_writes_lora_safetensors_and_an_importance_matrix(tiny, tmp_path)
     assert "does not take --quant-type" in exported("x", *adapter, "--format", "lora", "--quant-type", "Q8_0")
     assert "does not take --importance" in exported("x", *adapter, "--format", "safetensors", "--importance", "i.gguf")
     assert "takes one --adapter" in exported("x", "--format", "lora")
+    assert "does not take --tokenizer" in exported("x", *adapter, "--format", "lora", "--tokenizer", "t")
     assert not (tmp_path / "x").exists()
 
 
@@ -313,6 +340,7 @@ def test_export_writes_lora_safetensors_and_an_importance_matrix(tiny, tmp_path)
             ["--merge-into", "dequantized", "--importance", "i.gguf"],
             {"adapter": None, "quant_type": "Q4_K_M", "merge_into": "dequantized", "importance": "i.gguf"},
         ),
+        (["--tokenizer", "t"], {"adapter": None, "quant_type": "Q4_K_M", "tokenizer": "t"}),
     ],
 )
 def test_export_passes_its_options_on(tmp_path, monkeypatch, arguments, expected):

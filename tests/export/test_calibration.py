@@ -42,7 +42,7 @@ def test_files_quantised_with_and_without_a_matrix_are_compared(tiny, matrix, tm
         for name, importance in (("plain", None), ("weighed", matrix))
     }
     assert gguf.GGUFReader(files["Q4_0 weighed"]).get_field("quantize.imatrix.file").contents() == "imatrix.gguf"
-    rows = calibration.token_rows(tiny / "records.jsonl", MODEL, None)
+    rows = calibration.token_rows(tiny / "records.jsonl", MergePlan.of(MODEL, None))
     found = {name: quality.compare_files(reference, file, rows, max_tokens=500) for name, file in files.items()}
     assert found["Q4_0 plain"].divergence != found["Q4_0 weighed"].divergence
     assert all(0 < one.divergence < 1 and one.tokens >= 500 for one in found.values())

@@ -61,6 +61,16 @@ def test_llama_cpp_computes_what_the_trained_model_computes(tiny, tmp_path, sett
     require_near(logits_of_gguf(exported(base_dir, adapter_dir, tmp_path)), logits_of(model))
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_llama_cpp_extends_the_context_by_yarn_as_transformers_does(tiny, tmp_path, kind):
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "head_dim": 64}
+    base_dir = small_models.base(
+        tmp_path / "base", tiny / "base", kind=kind, rope_parameters=small_models.YARN, **sizes
+    )
+    wanted = logits_of(AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32))
+    require_near(logits_of_gguf(exported(base_dir, None, tmp_path)), wanted)
+
+
 def test_several_adapters_are_added_up_by_their_weights(base_dir, adapter_dir, tmp_path):
     one = logits_of_gguf(exported(base_dir, adapter_dir, tmp_path))
     (tmp_path / "x.gguf").unlink()

@@ -51,7 +51,7 @@ SAMPLING = {
     "general.sampling.top_k": (30, ABSENT),
     "general.sampling.top_p": (approx(0.9), ABSENT),
     "general.sampling.temp": (approx(0.2), ABSENT),
-    "general.sampling.penalty_repeat": (approx(1.1), ABSENT),
+    "general.sampling.penalty_repeat": (1.0, ABSENT),
 }
 USUAL = {**NAMED, **SAMPLING}
 # From the tokenizer; the converter reads only tokenizer.json, which these directories do not have.
@@ -152,6 +152,17 @@ SHAPES = {
     ),
     "qwen2": Case({**GROUPED, "kind": "qwen2"}, different={**TINY, **head_dim(32)}),
     "qwen3": Case({**GROUPED, "kind": "qwen3", "head_dim": 64}),
+    "qwen2 yarn": Case(
+        {**GROUPED, "kind": "qwen2", "rope_parameters": small_models.YARN}, different={**TINY, **head_dim(32)}
+    ),
+    "qwen3 yarn": Case(
+        {
+            **GROUPED,
+            "kind": "qwen3",
+            "head_dim": 64,
+            "rope_parameters": {**small_models.YARN, "beta_fast": 32.0, "beta_slow": 1.0},
+        }
+    ),
     "gemma-2": Case(
         {**GEMMA, "kind": "gemma2"},
         # The default of llama.cpp.

@@ -35,7 +35,7 @@ def instructions(text):
 
 def test_the_modelfile_has_the_settings_that_the_model_was_trained_with():
     spec = MODELS["saiga2_7b"]
-    made = made_with(spec.system_prompt, stops=["</s>", "<eos>"], sampling=spec.sampling)
+    made = made_with(spec.system_prompt, stops=["</s>", "<eos>"], sampling=Sampling(**spec.sampling))
     assert instructions(made) == [
         "FROM ./model.gguf",
         "REQUIRES 0.30.11",
@@ -77,7 +77,7 @@ def test_a_system_prompt_that_a_modelfile_cannot_hold_is_left_out_with_a_note(pr
 
 
 def test_the_server_command_uses_the_template_of_the_file_and_keeps_the_sampling():
-    made = settings(name="m.gguf", sampling=MODELS["saiga2_7b"].sampling, choice=LARGE).llama_server()
+    made = settings(name="m.gguf", sampling=Sampling(**MODELS["saiga2_7b"].sampling), choice=LARGE).llama_server()
     assert made.splitlines()[1] == (
         "llama-server -m m.gguf -c 4096 --jinja --temp 0.2 --top-p 0.9 --top-k 30 --min-p 0 --repeat-penalty 1.1 "
         f"--cache-ram {LARGE.free_mib}"

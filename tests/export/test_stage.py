@@ -219,7 +219,7 @@ def test_the_quantised_file_answers(tiny, tmp_path):
 def test_the_file_recommends_the_sampling_of_the_registry(tiny, tmp_path):
     file = export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
     with closing(infer.load(file, n_ctx=64)) as llm:
-        assert Sampling.from_gguf(llm.metadata) == registry.find("saiga_tiny").sampling
+        assert Sampling.from_gguf(llm.metadata) == Sampling(**registry.find("saiga_tiny").sampling)
         assert llm.metadata["general.license"] == "apache-2.0"
         assert llm.metadata["general.file_type"] == "15"
 

@@ -270,6 +270,25 @@ def test_a_file_that_is_not_a_gguf_is_refused(tmp_path):
         infer.load(tmp_path / "model.gguf")
 
 
+def test_the_reason_of_llama_cpp_is_in_the_error(gguf_file, tmp_path):
+    other = tmp_path / "other.gguf"
+    other.write_bytes(
+        gguf_file.read_bytes().replace(
+            b"\x05\x00\x00\x00\x00\x00\x00\x00llama", b"\x05\x00\x00\x00\x00\x00\x00\x00lemma"
+        )
+    )
+    with pytest.raises(SaigaError, match=r"cannot load .*other\.gguf \(unknown model architecture: 'lemma'\)"):
+        infer.load(other)
+
+
+def test_a_directory_is_answered_with_the_file_in_it(gguf_file, tmp_path):
+    made = tmp_path / "03_merge_gguf" / "model.gguf"
+    made.parent.mkdir()
+    made.write_bytes(gguf_file.read_bytes())
+    with pytest.raises(SaigaError, match=rf"is a directory\. Did you mean {made}\?"):
+        infer.load(tmp_path)
+
+
 def test_a_missing_file_is_named_with_the_stage_that_makes_it(tmp_path):
     with pytest.raises(SaigaError, match=r"model\.gguf does not exist.*03_merge_gguf"):
         infer.load(tmp_path / "model.gguf")
@@ -360,7 +379,7 @@ def test_the_sampling_is_read_from_the_file(gguf_file, tmp_path):
 
 
 def test_the_sampling_of_the_registry_is_in_the_file(llm):
-    assert Sampling.from_gguf(llm.metadata) == registry.find("saiga_tiny").sampling
+    assert Sampling.from_gguf(llm.metadata) == Sampling(**registry.find("saiga_tiny").sampling)
 
 
 def test_a_file_without_sampling_gets_the_defaults(llm, monkeypatch):

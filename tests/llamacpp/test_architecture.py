@@ -34,9 +34,16 @@ def test_refuses_an_unknown_architecture_listing_the_supported_ones(base_dir):
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-            "rope_type='yarn', but saigakit can export only 'default' or 'llama3' or 'linear'",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+            "rope_type='dynamic', but saigakit can export only 'default' or 'llama3' or 'linear' or 'yarn'",
         ),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "needs a number for original_max_position_emb"),
+        (
+            {"rope_parameters": {**small_models.YARN, "attention_factor": 2.0}},
+            "rope_type='yarn' has attention_factor=2.0, which llama.cpp computes differently",
+        ),
+        ({"rope_parameters": {**small_models.YARN, "truncate": False}}, "rope_type='yarn' has truncate=False"),
+        ({"rope_parameters": {**small_models.YARN, "beta_fast": 16}}, "rope_type='yarn' has beta_fast=16"),
         (
             {"rope_parameters": {"rope_type": "llama3", "factor": None, "low_freq_factor": 1.0}},
             r"config\.json: rope_type='llama3' needs a number for high_freq_factor, factor, original_max",
@@ -95,6 +102,7 @@ GEMMA3 = {"num_hidden_layers": 7, "query_pre_attn_scalar": 16, "tie_word_embeddi
         ({"layer_types": None, "sliding_window_pattern": 3}, "layer_types='unusual'"),
         ({"query_pre_attn_scalar": 224}, "query_pre_attn_scalar=224"),
         ({"hidden_activation": "gelu"}, "hidden_act='gelu'"),
+        ({"rope_scaling": small_models.YARN, "rope_parameters": None}, "rope_type='yarn'"),
     ],
 )
 def test_refuses_a_gemma_that_llama_cpp_would_compute_differently(tiny, tmp_path, settings, named):
@@ -115,6 +123,28 @@ def test_names_a_tensor_that_would_be_lost(base_dir):
     names = [*Merged.open(base_dir, None).shapes, "model.layers.0.mlp.router.weight"]
     with pytest.raises(SaigaError, match=r"mlp\.router\.weight, which a llama GGUF has no place for"):
         Architecture.from_config(base_dir).source_names(names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "has_place"),
+    [
+        ("llama", "mlp.down_proj", True),
+        ("llama", "input_layernorm", False),
+        ("qwen2", "self_attn.q_proj", True),
+        ("qwen2", "self_attn.o_proj", False),
+        ("qwen3", "self_attn.o_proj", False),
+        ("qwen3", "mlp.up_proj", False),
+    ],
+)
+def test_names_a_bias_that_llama_cpp_does_not_read(tiny, tmp_path, kind, module, has_place):
+    base_dir = small_models.base(tmp_path, tiny / "base", kind=kind)
+    names = [*Merged.open(base_dir, None).shapes, *(f"model.layers.{i}.{module}.bias" for i in range(3))]
+    architecture = Architecture.from_config(base_dir)
+    if has_place:
+        assert set(architecture.source_names(names).values()) == set(names)
+        return
+    with pytest.raises(SaigaError, match=rf"model\.layers\.0\.{module}\.bias, which a {kind} GGUF has no place for"):
+        architecture.source_names(names)
 
 
 def test_leaves_out_buffers_of_old_checkpoints(base_dir):

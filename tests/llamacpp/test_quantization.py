@@ -78,7 +78,7 @@ def test_an_important_column_has_a_smaller_error(matrix):
 
 
 def test_an_unknown_quant_type_is_refused_listing_the_known_ones():
-    with pytest.raises(SaigaError, match=r"'q4_k_m' is unknown.*Q4_K_M"):
+    with pytest.raises(SaigaError, match=r"'q4_k_m' is unknown\. Did you mean 'Q4_K_M'\? Use one of F32"):
         quantization.require_known("q4_k_m")
 
 

@@ -33,6 +33,9 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+# As Qwen's model cards tell to enter it for long texts.
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
+
 
 def base(
     directory: Path, tokenizer_dir: Path, *, kind: str = "llama", qwen3: bool = False, shards: str = "50GB", **settings
