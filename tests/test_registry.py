@@ -44,9 +44,11 @@ def test_a_template_of_the_registry_exists(spec):
     assert spec.template is None or file.is_file()
 
 
-def test_every_template_file_except_hermes_belongs_to_a_model():
+def test_every_template_file_belongs_to_a_model_or_can_be_chosen():
     files = {file.name for file in resources.files("saigakit.prompt").joinpath("templates").iterdir()}
-    assert files == {"hermes.jinja"} | {f"{spec.template}.jinja" for spec in MODELS.values() if spec.template}
+    assert files == {"hermes.jinja", "chatml.jinja"} | {
+        f"{spec.template}.jinja" for spec in MODELS.values() if spec.template
+    }
 
 
 @pytest.mark.parametrize("spec", MODELS.values(), ids=lambda spec: spec.name)

@@ -46,7 +46,8 @@ def load(
     if file.is_dir() and (found := sorted(file.rglob("*.gguf"))):
         raise SaigaError(f"{file} is a directory. Did you mean {found[0]}?")
     if not file.is_file():
-        raise SaigaError(f"{file} does not exist. Give a .gguf file, or run 03_merge_gguf first.")
+        problem = "is a directory without a .gguf file" if file.is_dir() else "does not exist"
+        raise SaigaError(f"{file} {problem}. Give a .gguf file, or run 03_merge_gguf first.")
     with file.open("rb") as stream:
         magic = stream.read(4)
     if magic != b"GGUF":

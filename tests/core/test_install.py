@@ -80,6 +80,7 @@ NOT_REACHED = {
     "saigakit.demo.tiny_model": {"torch", "safetensors"},
     "saigakit.prompt.encoding": {"llama_cpp"},
     "saigakit.prompt.backends": {"llama_cpp"},
+    "saigakit.weights.adapter": {"peft"},  # only if it is installed
 }
 
 

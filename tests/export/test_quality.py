@@ -105,7 +105,7 @@ def test_rows_without_trained_tokens_are_refused(files):
 
 def test_a_damaged_file_is_refused(files, tmp_path):
     (tmp_path / "cut.gguf").write_bytes(files["Q8_0"].read_bytes()[:5000])
-    with pytest.raises(SaigaError, match=r"cut.gguf is missing, damaged"):
+    with pytest.raises(SaigaError, match=r"cannot load .*cut\.gguf: .*failed to read key-value pairs"):
         quality.compare_files(files["F32"], tmp_path / "cut.gguf", ROWS)
 
 

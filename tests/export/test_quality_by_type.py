@@ -139,7 +139,7 @@ def test_an_impossible_export_is_reported_before_its_matrix_is_computed(run_dir,
         calibration.importance_matrix("records", quant_type="Q4_K_M", **options)
 
 
-@pytest.mark.parametrize(("tokens", "said"), [(0, "max_tokens is 0"), (10, "no 01_format/held_out.jsonl in ")])
+@pytest.mark.parametrize(("tokens", "said"), [(0, "quality_tokens is 0"), (10, "no 01_format/held_out.jsonl in ")])
 def test_the_reason_for_not_measuring_is_printed(stage, capsys, tokens, said):
     if tokens:
         (stage.parent / "01_format" / "held_out.jsonl").unlink()

@@ -359,7 +359,7 @@ def test_the_disk_is_checked_for_the_exact_size_of_the_file(tiny, tmp_path, monk
     asked = []
     monkeypatch.setattr(workspace, "require_disk", lambda path, needed, what: asked.append(needed))
     file = export.to_gguf(model="saiga_tiny", adapter="released", output=tmp_path / "x.gguf")
-    assert asked == [file.stat().st_size]
+    assert asked == [file.stat().st_size + 10**6]  # the files next to it
 
 
 def test_too_little_memory_is_reported(trained, monkeypatch):

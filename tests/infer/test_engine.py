@@ -287,6 +287,9 @@ def test_a_directory_is_answered_with_the_file_in_it(gguf_file, tmp_path):
     made.write_bytes(gguf_file.read_bytes())
     with pytest.raises(SaigaError, match=rf"is a directory\. Did you mean {made}\?"):
         infer.load(tmp_path)
+    with pytest.raises(SaigaError, match=r"empty is a directory without a \.gguf file"):
+        (tmp_path / "empty").mkdir()
+        infer.load(tmp_path / "empty")
 
 
 def test_a_missing_file_is_named_with_the_stage_that_makes_it(tmp_path):
@@ -392,6 +395,6 @@ def test_an_answer_is_sampled_as_the_file_recommends(llm, monkeypatch):
     drawn = []
     monkeypatch.setattr(llm, "generate", lambda _, **settings: drawn.append(settings) or iter([llm.token_eos()]))
     answer_of(llm, MESSAGES)
-    expected = registry.find("saiga_tiny").sampling
+    expected = Sampling(**registry.find("saiga_tiny").sampling)
     assert drawn[0]["temp"] == pytest.approx(expected.temperature)
     assert (drawn[0]["top_k"], drawn[0]["repeat_penalty"]) == (expected.top_k, pytest.approx(expected.repeat_penalty))
