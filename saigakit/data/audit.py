@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
+from saigakit.prompt import thoughts
 from saigakit.prompt.encoding import IGNORE_INDEX, trained_answers
 
 _MIN_NOTHING = _MIN_NO_CALL = 0.10  # of the answers: fewer do not teach the model to hold back
@@ -95,10 +96,11 @@ class SplitAudit:
         tools = conversation.get("tools") or ""
         calls = [_JSON(_calls_without_ids(message)) if message.get("tool_calls") else "" for message in messages]
         texts = [(message["role"], message["content"], call) for message, call in zip(messages, calls, strict=True)]
+        reasoning = [(thoughts.KEY, text, "") for each in messages if (text := each.get(thoughts.KEY))]
         trained = trained_answers(messages)
         answer = messages[trained[-1]]["content"] if trained else ""  # empty if it is only a call
         value, compared = _parse_json(answer)
-        self._hashes.append(hash((tools, tuple(trained), *texts)))
+        self._hashes.append(hash((tools, tuple(trained), *texts, *reasoning)))
         asked = [(role, _plain(content), call) for role, content, call in texts[: trained[-1] if trained else 0]]
         self._questions.append(hash((tools, *asked)))
         self._answers.append(hash((compared, calls[trained[-1]] if trained else "")))
@@ -120,7 +122,7 @@ class SplitAudit:
         self._longest_answer = max(self._longest_answer, counts.longest_answer)
         found = {
             (token, place)
-            for role, content, call in [*texts, ("tools", tools, "")]
+            for role, content, call in [*texts, *reasoning, ("tools", tools, "")]
             for place, text in ((role, content), ("arguments", call))
             if text
             for token in self._special.findall(text)
@@ -320,9 +322,10 @@ def _branches(node: _Tree) -> str:
 
 
 def find_damage(messages: Sequence[Mapping[str, Any]]) -> set[str]:
-    """The kinds of damage in the contents of messages and in the arguments of calls."""
+    """The kinds of damage in the contents and thoughts of messages and in the arguments of calls."""
     calls = (call["function"]["arguments"] for each in messages for call in each.get("tool_calls") or ())
-    text = "\n".join([*(each["content"] for each in messages), *calls])
+    contents = (each.get(key) or "" for each in messages for key in ("content", thoughts.KEY))
+    text = "\n".join([*contents, *calls])
     return {str(match.lastgroup) for match in _DAMAGE.finditer(text)} if _SUSPECT.search(text) else set()
 
 

@@ -175,6 +175,16 @@ def test_special_tokens_are_found_in_tools_arguments_and_results():
     assert where == {"</s>": {"tools": 1}, "<s>": {"arguments": 1}, "[INST]": {"tool": 1}}
 
 
+def test_a_thought_counts_as_a_text_of_its_record():
+    one, other = ([*dialogue()[:-1], {**dialogue()[-1], "reasoning_content": text}] for text in ("а</s>", "б"))
+    facts = facts_of(one, other, dialogue(), one)
+    assert facts["duplicates"] == 1 and facts["different_answers"] == 0
+    assert facts["special_tokens_where"] == {"</s>": {"reasoning_content": 2}}
+    assert audit.find_damage(one[:-1]) == set() and audit.find_damage([{**one[-1], "reasoning_content": "\x00"}]) == {
+        "control"
+    }
+
+
 def test_finds_the_right_one_of_a_thousand_reserved_tokens():
     side = SplitAudit([f"<SPECIAL_{number}>" for number in range(1000)])
     side.add({"messages": dialogue("<SPECIAL_7> <SPECIAL_777> <SPECIAL_1000> <SPECIAL_")}, counted(LEARNED))
