@@ -233,6 +233,7 @@ def test_with_a_limit_only_the_first_records_are_read(files, capsys):
     source = files(a=['{"user": "1", "bot": "1", "id": 1}', '{"user": "2", "bot": "2"}', "{"])
     assert [row["messages"][0]["content"] for row in data.read_conversations(source, limit=2)] == ["1", "2"]
     assert capsys.readouterr().out == ""  # the complete reading says what is ignored
+    assert len(data.read_conversations(source, limit=1)) == 1
     with pytest.raises(DataError, match="1 of 3 records cannot be used"):
         data.read_conversations(source, limit=3)
 
