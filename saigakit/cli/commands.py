@@ -29,6 +29,7 @@ _PARAMETERS = click.option(
 )  # fmt: skip
 _MODEL = click.option("--model", required=True, help="Name in the registry, Hub id or directory")
 _BASE_SOURCE = click.option("--base-source", help="Directory of the base model, instead of the Hub")
+_CHAT_TEMPLATE = click.option("--chat-template", help="saiga2, chatml or a file, instead of the model's own template")
 _NOTEBOOKS = click.option("--notebooks", help="Directory of the four notebooks, if saigakit is not run from a checkout")
 
 
@@ -88,6 +89,7 @@ def run(file: str | None, parameters: Sequence[tuple[str, Any]], run_dir: str | 
 @click.argument("files", nargs=-1, required=True)
 @click.option("--model", default="saiga2_7b", show_default=True, help="Model whose tokenizer counts the tokens")
 @_BASE_SOURCE
+@_CHAT_TEMPLATE
 @click.option("--held-out", multiple=True, help="Evaluation records, instead of a share of FILES; repeatable")
 @click.option("--max-seq-length", type=int, help="Maximum tokens of a conversation")
 def check(files: Sequence[str], held_out: Sequence[str], **options: Any) -> None:  # noqa: ANN401
@@ -105,7 +107,8 @@ def check(files: Sequence[str], held_out: Sequence[str], **options: Any) -> None
         stage = report.check_records(
             records=records, held_out=held_out or None, run_dir=scratch, may_lack_held_out=True, **options
         )
-        marked = report.examples(stage, encoding.load_tokenizer(options["model"], options["base_source"]))
+        of_tokenizer = (options[name] for name in ("model", "base_source", "chat_template"))
+        marked = report.examples(stage, encoding.load_tokenizer(*of_tokenizer))
         found = report.read_report(stage)
         bars = length_histogram.make_table(found["lengths"], found["max_seq_length"])
         parts = (marked, bars, report.summary(stage), report.near_pairs(stage), report.advice(stage))
@@ -151,6 +154,7 @@ def train(file: str, parameters: Sequence[tuple[str, Any]], nnodes: int, node_ra
 )  # fmt: skip
 @_BASE_SOURCE
 @click.option("--tokenizer", metavar="DIR", help="Tokenizer and template of the training, instead of those found")
+@_CHAT_TEMPLATE
 def export(**options: Any) -> None:  # noqa: ANN401
     """Merge base and adapter into GGUF files.
 

@@ -14,6 +14,7 @@ from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp import quantization
 
 _MATRIX_SUFFIXES = (".gguf", ".dat", ".imatrix")
+_OF_PLAN = ("base_source", "merge_into", "tokenizer", "chat_template")
 _Weighted = list[tuple[str, float]]  # adapters with their weights
 
 
@@ -25,9 +26,8 @@ def export(*, file_format: str, adapters: Sequence[str], **options: Any) -> list
     if file_format == "gguf":
         return _export_gguf(weighted, quant_types or ("Q4_K_M",), importance, given)
     only_gguf = {"quant-type": quant_types, "importance": importance}
-    not_taken = only_gguf | (
-        {name: given.get(name.replace("-", "_")) for name in ("merge-into", "tokenizer") if file_format == "lora"}
-    )
+    only_merged = {name.replace("_", "-"): given.get(name) for name in _OF_PLAN[1:]}
+    not_taken = only_gguf | (only_merged if file_format == "lora" else {})
     if unused := [name for name, value in not_taken.items() if value]:
         raise SaigaError(f"--format {file_format} does not take --{unused[0]}.")
     if file_format == "safetensors":
@@ -95,7 +95,7 @@ def _make_matrix(
 
 
 def _plan(adapter: str | _Weighted | None, given: dict[str, Any]) -> MergePlan:
-    options = {name: given[name] for name in ("base_source", "merge_into", "tokenizer") if name in given}
+    options = {name: given[name] for name in _OF_PLAN if name in given}
     return MergePlan.of(given["model"], adapter, **options)
 
 

@@ -16,6 +16,10 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def sha256_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
 def require_absent(path: Path) -> None:
     if path.exists():
         raise SaigaError(f"{path} already exists; nothing was overwritten. Delete it or choose another name.")

@@ -1,7 +1,6 @@
 """Check records: run the stage 01_format and show its table and its advice."""
 
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from saigakit import registry
 from saigakit.config import TrainConfig, require_name, sequence_budget
 from saigakit.core import manifest
 from saigakit.core.display import Every, Table, count
-from saigakit.core.files import sha256, write_text
+from saigakit.core.files import sha256, sha256_of_text, write_text
 from saigakit.data import audit, length_histogram, near_duplicates, sources, store
 from saigakit.data.conversations import (
     asking_alike,
@@ -28,7 +27,7 @@ from saigakit.data.near_duplicates import Signatures
 from saigakit.data.rows import FittedConversations
 from saigakit.data.schema import Conversation
 from saigakit.errors import DataError
-from saigakit.prompt import encoding, token_view
+from saigakit.prompt import encoding, template, token_view
 from saigakit.prompt.encoding import Tokenizer
 from saigakit.weights import find
 
@@ -97,6 +96,7 @@ def check_records(
     max_seq_length: int | None = None,
     run_dir: str | Path,
     base_source: str | None = None,
+    chat_template: str | None = None,
     seed: int = 42,
     may_lack_held_out: bool = False,
 ) -> Path:
@@ -104,6 +104,7 @@ def check_records(
 
     `records`, `held_out`: see `sources.records_files`. Without `held_out`, `eval_fraction` of the records is held out.
     A conversation over `max_seq_length` tokens loses its last turns, or is dropped if the first answer does not fit.
+    `chat_template`: "saiga2", "chatml" or a file, instead of the model's own; later stages read it from the manifest.
     `may_lack_held_out`: records that are too few to split all go to train.jsonl.
     """
     spec = registry.find(model)
@@ -122,7 +123,10 @@ def check_records(
         "max_seq_length": limit,
         "seed": seed,
     }
-    hashes = {part: _hash_files(found) for part, found in files.items()}
+    hashes: dict[str, Any] = {part: _hash_files(found) for part, found in files.items()}
+    chosen = None if chat_template is None else template.find_chat_template(chat_template)
+    if chosen is not None:
+        hashes["chat_template"] = sha256_of_text(chosen)
 
     def identity() -> dict[str, Any]:
         tokenizer_files = _hash_files(find.tokenizer_files(spec, base_source))
@@ -134,10 +138,9 @@ def check_records(
     read = _make_all(files, lambda part: read_conversations(files[part]))  # before the tokenizer is downloaded
     for part, found in read.items():
         print(f"{labels[part]}: {count(len(found), 'conversation')}, each is well-formed.", flush=True)
-    tokenizer = encoding.load_tokenizer(model, base_source)
-    facts: dict[str, Any] = {
-        "chat_template_sha256": hashlib.sha256(tokenizer.chat_template.encode("utf-8")).hexdigest()
-    }
+    tokenizer = encoding.load_tokenizer(model, base_source, chosen)
+    facts: dict[str, Any] = {"chat_template_sha256": sha256_of_text(tokenizer.chat_template)}
+    facts |= {} if chosen is None else {"chat_template": chosen}
     with manifest.making(final, **identity(), facts=facts) as partial:
         fitted = _make_all(
             read,

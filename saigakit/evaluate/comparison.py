@@ -16,7 +16,7 @@ from saigakit.core.files import write_text
 from saigakit.data.conversations import spread
 from saigakit.errors import SaigaError
 from saigakit.evaluate import metrics, results
-from saigakit.prompt import encoding
+from saigakit.prompt import encoding, template
 from saigakit.prompt.questions import MARGIN, Question, read_examples
 from saigakit.weights import base_files, find, generate, lineage, load, memory
 from saigakit.weights.generate import Generated
@@ -54,7 +54,7 @@ def compare(
     if manifest.is_up_to_date(final, **identity):
         return final
     examples = spread(read_examples(models.held_out_file), max_examples)
-    questions = Questions.of(examples, encoding.load_tokenizer(model, base_source))
+    questions = Questions.of(examples, encoding.load_tokenizer(model, base_source, models.chat_template))
     _require_memory(models.base_dir, spec.quantization, questions)
     workspace.require_disk(final, DISK, STAGE)
     with manifest.making(final, facts={"compared": models.files}, **identity) as partial:
@@ -99,6 +99,11 @@ class Models:
                 )
         quant_type = made["parameters"]["quant_type"]
         return cls(format_dir / "held_out.jsonl", base_dir, adapter_dir, gguf_dir / "model.gguf", quant_type, inputs)
+
+    @property
+    def chat_template(self) -> str | None:
+        """That 01_format was given."""
+        return template.formatted_template(self.held_out_file.parent)
 
     @property
     def files(self) -> dict[str, list[str]]:

@@ -1,6 +1,5 @@
 """Export the merged model as GGUF files: check everything before the first byte, then stream."""
 
-import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from saigakit.core import manifest, workspace
-from saigakit.core.files import discard_partial, replacing, require_absent, sha256
+from saigakit.core.files import discard_partial, replacing, require_absent, sha256, sha256_of_text
 from saigakit.errors import SaigaError
 from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp import quantization, read_back, streaming, vocabulary
@@ -65,7 +64,7 @@ class Export:
         if merged.is_untied:
             architecture = replace(architecture, shape=replace(architecture.shape, tied=False))
         if merged.vocabulary is not None:
-            if merged.vocabulary > architecture.shape.vocabulary and not plan.own_tokenizer_dirs:
+            if merged.vocabulary > architecture.shape.vocabulary and not plan.has_own_tokenizer:
                 raise SaigaError(
                     f"The adapter was trained with {merged.vocabulary} tokens instead of the base's "
                     f"{architecture.shape.vocabulary}, and its tokenizer is not next to it. Give it as --tokenizer DIR."
@@ -186,7 +185,7 @@ class Export:
             bits = round(8 * size / self._parameters, 3)
             facts = {"quant_type": quant_type, "bytes": size, "bits_per_weight": bits, "tensors": len(self.shapes)}
             by_name[file.name] = facts
-        template_hash = hashlib.sha256(self.tokenizer.chat_template.encode("utf-8")).hexdigest()
+        template_hash = sha256_of_text(self.tokenizer.chat_template)
         return {**next(iter(by_name.values())), "files": by_name, "chat_template_sha256": template_hash}
 
     @property

@@ -1,6 +1,5 @@
 """Build the model cards of adapters and GGUF files in Markdown, with the metadata that the Hub reads."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 from saigakit.core import hub
 from saigakit.core.display import Table
+from saigakit.core.files import sha256_of_text
 from saigakit.registry import ModelSpec
 
 # The Hub's names for licences: https://huggingface.co/docs/hub/repositories-licenses
@@ -30,7 +30,7 @@ class Card:
 
     def text(self, english: str, russian: str, sections: Mapping[str, str]) -> str:
         """The complete card: two introductions, `sections` by their headings, the prompt and the versions."""
-        licence, digest = self.spec.licence, hashlib.sha256(self.chat_template.encode("utf-8")).hexdigest()
+        licence, digest = self.spec.licence, sha256_of_text(self.chat_template)
         prompt = [f"Chat template (SHA-256 `{digest}`):", block(self.chat_template, "jinja")]
         if self.system_prompt:
             prompt.append(f"System prompt: {code(self.system_prompt)}")

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from saigakit.core import manifest
-from saigakit.core.files import discard_partial, require_absent, sha256
+from saigakit.core.files import discard_partial, require_absent, sha256, sha256_of_text
 from saigakit.data import sources
 from saigakit.export import estimate, fit, model_card
 from saigakit.export.gguf_export import Export, output_files
 from saigakit.export.merge_plan import AdapterNames, MergePlan, weighted
 from saigakit.llamacpp import quantization
+from saigakit.prompt import template
 from saigakit.weights import base_files, find, lineage
 from saigakit.weights.lineage import MergeInto
 
@@ -85,6 +86,8 @@ def _identity(export: Export, adapter: object) -> dict[str, Any]:
     }
     if further:
         parameters["quant_types"] = further
+    if (chosen := plan.chat_template or plan.formatted_template) is not None:
+        inputs["chat_template"] = sha256_of_text(template.find_chat_template(chosen))
     if export.importance_file is not None:
         inputs["importance"] = sha256(export.importance_file)
     plan.require_same_base(inputs["base"])
@@ -109,6 +112,7 @@ def to_gguf(
     merge_into: MergeInto = "auto",
     importance: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    chat_template: str | None = None,
     with_manifest: bool = False,
 ) -> Path:
     """Export GGUF files outside a stage; several adapters are added up by their weights.
@@ -118,7 +122,14 @@ def to_gguf(
     file, chosen = Path(output), [quant_type, *quant_types]
     for path in output_files(file, chosen).values():
         require_absent(path)
-    plan = MergePlan.of(model, adapter, base_source=base_source, merge_into=merge_into, tokenizer=tokenizer)
+    plan = MergePlan.of(
+        model,
+        adapter,
+        base_source=base_source,
+        merge_into=merge_into,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+    )
     export = Export.of(plan, chosen, importance)
     if not with_manifest:
         return write_gguf(export, file)

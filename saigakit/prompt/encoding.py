@@ -32,8 +32,7 @@ _PROBE = (
 def load_tokenizer(model: str, source: str | None = None, chat_template: str | None = None) -> FastTokenizer:
     """Load the tokenizer of `model`; `source` (base_source): a directory to use instead of the Hub.
 
-    `chat_template`: a name in template.PACKAGED or a file, to use instead of the model's own.
-
+    `chat_template` replaces the model's own; see `template.find_chat_template`.
     Raises SaigaError if the model was trained with another tokenizer, or if `encode` cannot reproduce its ids.
     """
     spec = registry.find(model)

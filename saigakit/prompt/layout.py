@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 from weakref import WeakKeyDictionary
 
 from saigakit.errors import SaigaError
-from saigakit.prompt import placeholders, template, thoughts
+from saigakit.prompt import call_ids, placeholders, template, thoughts
 from saigakit.prompt.backends import Tokenizer
 from saigakit.prompt.placeholders import Filler, Masked
 from saigakit.prompt.template import Message, Tools
@@ -75,24 +75,27 @@ def build_layout(
     untrained = frozenset([index for index, message in enumerate(messages) if message.get("weight") == 0])
     if any("weight" in message for message in messages):  # templates must not see it
         messages = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    if tools:
+        messages = call_ids.fit(messages, tokenizer.chat_template)
     folded = messages if _is_plain(messages, tools) else thoughts.fold(messages, tokenizer.chat_template)
     render = _renderer(folded, tools, tokenizer)
-
-    def is_exact(layout: Layout) -> bool:
-        text = "".join([part.text for part in layout])
-        rendered = render(len(folded), add_generation_prompt)
-        if text == rendered or add_generation_prompt or _trained_answers(folded, untrained) != [len(folded) - 1]:
-            return text == rendered
+    rendered = render(len(folded), add_generation_prompt)
+    prompt = None
+    if not add_generation_prompt and _trained_answers(folded, untrained) == [len(folded) - 1]:
         prompt = render(len(folded) - 1, True)
-        return text.startswith(prompt) and rendered.endswith(text[len(prompt) :])
+    # The template may move a thought out of a content itself.
+    for each in (messages, thoughts.split(messages, tokenizer.chat_template)):
+        layout = _fill_shape(each, tools, tokenizer, add_generation_prompt, untrained)
+        if _is_exact("".join([part.text for part in layout]), rendered, prompt):
+            return layout
+    raise SaigaError(_describe_change(messages, tokenizer))
 
-    layout = _fill_shape(messages, tools, tokenizer, add_generation_prompt, untrained)
-    if not is_exact(layout):
-        split = thoughts.split(messages, tokenizer.chat_template)
-        layout = _fill_shape(split, tools, tokenizer, add_generation_prompt, untrained)
-        if not is_exact(layout):
-            raise SaigaError(_describe_change(messages, tokenizer))
-    return layout
+
+def _is_exact(text: str, rendered: str, prompt: str | None) -> bool:
+    """Whether it is what the template renders, or else (Mistral-Nemo) the `prompt` and then the rendered answer."""
+    return text == rendered or (
+        prompt is not None and text.startswith(prompt) and rendered.endswith(text.removeprefix(prompt))
+    )
 
 
 def _describe_change(messages: Sequence[Message], tokenizer: Tokenizer) -> str:

@@ -15,6 +15,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
 from saigakit.prompt import placeholders
 from saigakit.registry import ModelSpec
@@ -22,6 +23,7 @@ from saigakit.registry import ModelSpec
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
 PACKAGED = ("saiga2", "chatml")
+FILE = "chat_template.jinja"
 MARKS = ("\U000f0002", "\U000f0003")
 # What the code of a template raises when it is compiled.
 BROKEN = (jinja2.TemplateError, SyntaxError, RecursionError)
@@ -172,17 +174,33 @@ def _packaged(name: str) -> str:
 
 
 def read_chat_template(spec: ModelSpec, tokenizer_dir: Path, chat_template: str | None = None) -> str:
-    """`chat_template` (a name in PACKAGED or a file), the registry's template or the tokenizer's own, with tools."""
-    name = chat_template or spec.template
-    if name is None:
-        return with_tools(_read_own(spec, tokenizer_dir))
-    if name not in PACKAGED and not Path(name).is_file():
+    """`chat_template` as `find_chat_template` takes it, the registry's template or the tokenizer's own, with tools."""
+    name = spec.template if chat_template is None else chat_template
+    return with_tools(_read_own(spec, tokenizer_dir)) if name is None else find_chat_template(name)
+
+
+def find_chat_template(name: str) -> str:
+    """`name`: one of PACKAGED, a file, also in an attached input, or a template's text. With tools."""
+    if name in PACKAGED:
+        return with_tools(_packaged(name))
+    if "{%" in name or "{{" in name:
+        return with_tools(name)
+    file = workspace.find_optional_input(name) if name else None
+    if file is None or not file.is_file():
         raise SaigaError(f"chat_template={name!r} is unknown. Give {' or '.join(PACKAGED)}, or an existing file.")
-    return with_tools(_packaged(name) if name in PACKAGED else _read_text(Path(name)))
+    return with_tools(_read_text(file))
+
+
+def formatted_template(format_dir: Path | None) -> str | None:
+    """The text of the template that was chosen in this 01_format; None if it took the model's."""
+    if format_dir is None or not (format_dir / manifest.NAME).is_file():
+        return None
+    chosen: str | None = manifest.read(format_dir).get("chat_template")
+    return chosen
 
 
 def _read_own(spec: ModelSpec, tokenizer_dir: Path) -> str:
-    file = tokenizer_dir / "chat_template.jinja"
+    file = tokenizer_dir / FILE
     if file.is_file():
         return _read_text(file)
     template = read_json(tokenizer_dir / "tokenizer_config.json").get("chat_template")
@@ -190,7 +208,7 @@ def _read_own(spec: ModelSpec, tokenizer_dir: Path) -> str:
         template = next((item.get("template") for item in template if item.get("name") == "default"), None)
     if not isinstance(template, str):
         raise SaigaError(
-            f"{tokenizer_dir} has no chat template (chat_template.jinja or tokenizer_config.json), "
+            f"{tokenizer_dir} has no chat template ({FILE} or tokenizer_config.json), "
             f"and {spec.name} has none in the registry. Use an instruction-tuned model, or give a chat_template: "
             f"{', '.join(PACKAGED)} or a file."
         )

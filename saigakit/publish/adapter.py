@@ -10,12 +10,12 @@ from saigakit import evaluate, train
 from saigakit.config import TrainConfig
 from saigakit.core import hub, manifest
 from saigakit.export import markdown
-from saigakit.prompt import encoding
+from saigakit.prompt import encoding, template
 from saigakit.prompt.encoding import Tokenizer
 from saigakit.publish import upload
 from saigakit.train import curve
 
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", template.FILE)
 _SHOWN = ("log.jsonl", "curve.png")  # what the card shows; samples.md contains records and stays here
 
 
@@ -30,7 +30,9 @@ def push_adapter(stage_dir: str | Path, repo_id: str, *, private: bool = True, r
     repository = upload.HubRepository(repo_id)
     model = content["parameters"]["model"]
     upload.print_terms(model)
-    tokenizer = encoding.load_tokenizer(model, content["parameters"].get("base_source"))
+    chosen = directory / template.FILE  # of 01_format
+    source = content["parameters"].get("base_source")
+    tokenizer = encoding.load_tokenizer(model, source, str(chosen) if chosen.is_file() else None)
     with tempfile.TemporaryDirectory() as scratch:
         files = {name: directory / name for name in (*_ADAPTER, *_SHOWN) if (directory / name).is_file()}
         published = upload.public_manifest(content, _ADAPTER)

@@ -12,6 +12,7 @@ from saigakit.core.launch import Nodes
 from saigakit.core.workspace import Gpu
 from saigakit.data import sources
 from saigakit.errors import SaigaError
+from saigakit.prompt import template
 from saigakit.registry import Lora
 from saigakit.train.checkpoints import Store
 from saigakit.weights import find, fold, load, memory, tensors
@@ -37,6 +38,7 @@ class Job:
     base_dir: Path
     tokenizer_dir: Path
     adapter_dir: Path | None  # the adapter to start from
+    chat_template: str | None  # that 01_format was given
     lora: Lora  # the adapter to train: the continued one's own settings, or new ones
     shape: ModelShape
     number_format: NumberFormat
@@ -60,6 +62,7 @@ class Job:
             base_dir=base_dir,
             tokenizer_dir=find.tokenizer_dir(config.spec, config.base_source),
             adapter_dir=adapter_dir,
+            chat_template=template.formatted_template(train_file.parent),
             lora=check_model(config, base_dir, adapter_dir),
             shape=ModelShape.from_config(base_dir),
             number_format=number_format,

@@ -12,11 +12,12 @@ from typing import Any
 from saigakit import data
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest, workspace
-from saigakit.core.files import sha256
+from saigakit.core.files import sha256, sha256_of_text, write_text
 from saigakit.core.launch import Nodes
 from saigakit.data import report, sources
 from saigakit.data.conversations import common_system_prompt
 from saigakit.errors import SaigaError
+from saigakit.prompt import template
 from saigakit.train import checkpoints, curve, preflight
 from saigakit.train.checkpoints import Store
 from saigakit.train.preflight import Job
@@ -58,6 +59,8 @@ def train_adapter(config: TrainConfig) -> Path:
         result_file.unlink()
         curve.plot(curve.read_log(partial)).savefig(partial / "curve.png", dpi=110)
         job.config.write(partial / CONFIG_FILE)
+        if job.chat_template is not None:  # where 03_merge_gguf and other programs look for it
+            write_text(partial / template.FILE, job.chat_template)
         if facts["training"]["ended"] == "max_hours" and (last := store.find_newest()) is not None:
             _copy_checkpoint(last, partial / checkpoints.IN_STAGE)
     store.delete()
@@ -106,6 +109,10 @@ def _differing(content: dict[str, Any], config: TrainConfig) -> list[str]:
         found = sources.records_files(file, Path(config.output_dir).parent) if file else []
         if [sha256(path) for path in found] != list((content["inputs"].get(part) or {}).values()):
             names.append(f"{labels[part]} records")
+    formatted = sources.records_files(config.train_file, Path(config.output_dir).parent)[0].parent
+    chosen = template.formatted_template(formatted)
+    if content["inputs"].get("chat_template") != (None if chosen is None else sha256_of_text(chosen)):
+        names.append("chat template")
     return names
 
 
@@ -115,6 +122,8 @@ def _hash_inputs(job: Job) -> dict[str, Any]:
         inputs["held_out"] = manifest.hashes(job.eval_file)
     if job.config.replay_file is not None:
         inputs["replay"] = {str(number): sha256(file) for number, file in enumerate(job.replay_files)}
+    if job.chat_template is not None:
+        inputs["chat_template"] = sha256_of_text(job.chat_template)
     inputs["base"] = base_files.hashes(job.base_dir)
     inputs["adapter"] = None if job.adapter_dir is None else manifest.hashes(job.adapter_dir)
     return inputs

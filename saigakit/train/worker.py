@@ -44,7 +44,7 @@ def main(job_file: Path) -> None:
     start = None if config.resume_from is None else Path(config.resume_from)
     directory = Path(config.output_dir)
     log = Log(directory / curve.LOG_FILE, quiet=rank > 0, resumed_from=start and start / checkpoints.LOG)
-    tokenizer = encoding.read_tokenizer(config.spec, job.tokenizer_dir)
+    tokenizer = encoding.read_tokenizer(config.spec, job.tokenizer_dir, job.chat_template)
     questions = None if job.eval_file is None else data.read_conversations(job.eval_file)
     with contextlib.redirect_stdout(io.StringIO()) if rank > 0 else contextlib.nullcontext():  # only the first reports
         plan = Plan(config, _training_rows(job, tokenizer, questions, log), processes=processes, process=rank)
