@@ -15,7 +15,7 @@ from saigakit.prompt.encoding import Tokenizer
 from saigakit.publish import upload
 from saigakit.train import curve
 
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", template.FILE)
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", template.FILE)
 _SHOWN = ("log.jsonl", "curve.png")  # what the card shows; samples.md contains records and stays here
 
 
@@ -34,8 +34,8 @@ def push_adapter(stage_dir: str | Path, repo_id: str, *, private: bool = True, r
     source = content["parameters"].get("base_source")
     tokenizer = encoding.load_tokenizer(model, source, str(chosen) if chosen.is_file() else None)
     with tempfile.TemporaryDirectory() as scratch:
-        files = {name: directory / name for name in (*_ADAPTER, *_SHOWN) if (directory / name).is_file()}
-        published = upload.public_manifest(content, _ADAPTER)
+        files = {name: directory / name for name in (*ADAPTER_FILES, *_SHOWN) if (directory / name).is_file()}
+        published = upload.public_manifest(content, ADAPTER_FILES)
         card = build_card(directory, repo_id, tokenizer)
         files |= upload.write_texts(Path(scratch), published, {"README.md": card})
         message = f"Adapter of {model}, trained with saigakit"
