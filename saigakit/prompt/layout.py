@@ -80,22 +80,20 @@ def build_layout(
     folded = messages if _is_plain(messages, tools) else thoughts.fold(messages, tokenizer.chat_template)
     render = _renderer(folded, tools, tokenizer)
     rendered = render(len(folded), add_generation_prompt)
-    prompt = None
-    if not add_generation_prompt and _trained_answers(folded, untrained) == [len(folded) - 1]:
-        prompt = render(len(folded) - 1, True)
-    # The template may move a thought out of a content itself.
+    is_row = not add_generation_prompt and _trained_answers(folded, untrained) == [len(folded) - 1]
+
+    def is_exact(text: str) -> bool:
+        if text == rendered or not is_row:
+            return text == rendered
+        prompt = render(len(folded) - 1, True)  # of Mistral-Nemo, only prompts have the system prompt
+        return text.startswith(prompt) and rendered.endswith(text.removeprefix(prompt))
+
+    # The template may take a thought out of a content itself.
     for each in (messages, thoughts.split(messages, tokenizer.chat_template)):
         layout = _fill_shape(each, tools, tokenizer, add_generation_prompt, untrained)
-        if _is_exact("".join([part.text for part in layout]), rendered, prompt):
+        if is_exact("".join([part.text for part in layout])):
             return layout
     raise SaigaError(_describe_change(messages, tokenizer))
-
-
-def _is_exact(text: str, rendered: str, prompt: str | None) -> bool:
-    """Whether it is what the template renders, or else (Mistral-Nemo) the `prompt` and then the rendered answer."""
-    return text == rendered or (
-        prompt is not None and text.startswith(prompt) and rendered.endswith(text.removeprefix(prompt))
-    )
 
 
 def _describe_change(messages: Sequence[Message], tokenizer: Tokenizer) -> str:
