@@ -259,9 +259,10 @@ def from_sentencepiece(file: Path) -> "tokenizers.Tokenizer":
     )
     control = [piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    for token in added:
-        flags = {name: bool(token.get(name)) for name in ("special", "lstrip", "rstrip", "single_word")}
-        tokenizer.add_tokens([AddedToken(token["content"], normalized=False, **flags)])
-        if tokenizer.token_to_id(token["content"]) != token["id"]:
-            raise SaigaError(f"{file} and the files next to it have different vocabularies; download them again.")
+    flags = ("special", "lstrip", "rstrip", "single_word")
+    tokenizer.add_tokens(  # in one call: each one prepares the search for all of them
+        [AddedToken(t["content"], normalized=False, **{name: bool(t.get(name)) for name in flags}) for t in added]
+    )
+    if any(tokenizer.token_to_id(token["content"]) != token["id"] for token in added):
+        raise SaigaError(f"{file} and the files next to it have different vocabularies; download them again.")
     return tokenizer
