@@ -18,7 +18,7 @@ def sequence_budget(spec: ModelSpec, max_seq_length: int | None) -> int:
     """
     if max_seq_length is None:
         return spec.max_seq_length
-    _require_count("max_seq_length", max_seq_length)
+    require_count("max_seq_length", max_seq_length)
     if max_seq_length > spec.context_length:
         raise SaigaError(
             f"max_seq_length={max_seq_length} is over the context length of {spec.name}, {spec.context_length} tokens."
@@ -33,7 +33,7 @@ def require_name(parameter: str, value: object, *, is_optional: bool = False) ->
         raise SaigaError(f"{given}; give a path or a name in quotes.")
 
 
-def _require_count(parameter: str, value: object) -> None:
+def require_count(parameter: str, value: object) -> None:
     if type(value) is not int or value < 1:  # isinstance would accept True
         raise SaigaError(f"{parameter}={value!r} must be a whole number of at least 1.")
 
@@ -94,7 +94,7 @@ class TrainConfig:
             if not 0 < value < math.inf:  # refuses NaN too
                 raise SaigaError(f"{name}={value!r} must be above 0.")
         for name in sorted({"batch_size", "eval_steps", "early_stopping", "save_steps", "processes"} - left_open):
-            _require_count(name, getattr(self, name))
+            require_count(name, getattr(self, name))
         if type(self.seed) is not int or self.seed not in range(2**32):
             raise SaigaError(f"seed={self.seed!r} must be a whole number from 0 to {2**32 - 1}.")
         for name in ("train_file", "output_dir", "eval_file", "replay_file", "resume_from", "base_source", "adapter"):
@@ -149,11 +149,8 @@ class TrainConfig:
         """The starting point as part of a run's identity: equal settings give equal values, however they are spelt."""
         return {"adapter": self.start_adapter, "folded": self.is_folded}
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     def write(self, file: Path) -> Path:
-        file.write_text(json.dumps(self.to_json(), ensure_ascii=False, indent=2), encoding="utf-8")
+        file.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2), encoding="utf-8")
         return file
 
     @classmethod
@@ -180,8 +177,8 @@ class TrainConfig:
 def _require_lora(lora: object) -> None:
     if not isinstance(lora, Lora):
         raise SaigaError(f"lora={lora!r}: give a Lora, for example Lora(rank=32) of `from saigakit import Lora`.")
-    _require_count("lora.rank", lora.rank)
-    _require_count("lora.alpha", lora.alpha)
+    require_count("lora.rank", lora.rank)
+    require_count("lora.alpha", lora.alpha)
     if not _is_number(lora.dropout) or not 0 <= lora.dropout < 1:
         raise SaigaError(f"lora.dropout={lora.dropout!r} must be a number from 0 to below 1.")
     for name, names in (("target_modules", lora.target_modules), ("modules_to_save", lora.modules_to_save)):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -84,53 +84,50 @@ class ModelSpec:
     licence: str = ""
 
 
-_SAIGA2_GOLDEN = (
-    # Role headers of Saiga-2 in the Llama-2 vocabulary, as rulm trained them (1587/2188/12435 are Mistral's).
-    ("system\n", (1788, 13)),
-    ("user\nПривет", (1404, 13, 30013, 641, 7616)),
-    ("bot\n", (9225, 13)),
-    # Runs of spaces: a tokenizer.json that transformers 5 converts from tokenizer.model splits them differently.
-    ("if x:\n            return x", (565, 921, 29901, 13, 9651, 736, 921)),
+_SAIGA2_7B = ModelSpec(
+    name="saiga2_7b",
+    base_model="TheBloke/Llama-2-7B-fp16",
+    released_adapter="IlyaGusev/saiga2_7b_lora",
+    template="saiga2",
+    system_prompt=SAIGA_SYSTEM_PROMPT,
+    sampling={"temperature": 0.2, "top_p": 0.9, "top_k": 30, "repeat_penalty": 1.1},  # of rulm
+    context_length=4096,
+    max_seq_length=4096,
+    golden_ids=(
+        # Role headers of Saiga-2 in the Llama-2 vocabulary, as rulm trained them (1587/2188/12435 are Mistral's).
+        ("system\n", (1788, 13)),
+        ("user\nПривет", (1404, 13, 30013, 641, 7616)),
+        ("bot\n", (9225, 13)),
+        # Runs of spaces: a tokenizer.json that transformers 5 converts from tokenizer.model splits them differently.
+        ("if x:\n            return x", (565, 921, 29901, 13, 9651, 736, 921)),
+    ),
+    parameters_b=6.74,
+    licence="llama2",
 )
-_SAIGA2_SAMPLING = {"temperature": 0.2, "top_p": 0.9, "top_k": 30, "repeat_penalty": 1.1}  # of rulm
-_LLAMA3_SAMPLING = {**_SAIGA2_SAMPLING, "temperature": 0.6}
+_SAIGA_LLAMA3_8B = ModelSpec(
+    name="saiga_llama3_8b",
+    base_model="IlyaGusev/saiga_llama3_8b",
+    system_prompt=SAIGA_SYSTEM_PROMPT,
+    max_seq_length=7168,
+    sampling={**_SAIGA2_7B.sampling, "temperature": 0.6},
+    parameters_b=8.03,
+    licence="llama3",
+)
 
 _ROWS = (
-    ModelSpec(
-        name="saiga2_7b",
-        base_model="TheBloke/Llama-2-7B-fp16",
-        released_adapter="IlyaGusev/saiga2_7b_lora",
-        template="saiga2",
-        system_prompt=SAIGA_SYSTEM_PROMPT,
-        sampling=_SAIGA2_SAMPLING,
-        context_length=4096,
-        max_seq_length=4096,
-        golden_ids=_SAIGA2_GOLDEN,
-        parameters_b=6.74,
-        licence="llama2",
-    ),
-    ModelSpec(
+    _SAIGA2_7B,
+    replace(
+        _SAIGA2_7B,
         name="saiga2_13b",
         base_model="meta-llama/Llama-2-13b-hf",
         released_adapter="IlyaGusev/saiga2_13b_lora",
-        template="saiga2",
-        system_prompt=SAIGA_SYSTEM_PROMPT,
-        sampling=_SAIGA2_SAMPLING,
-        context_length=4096,
-        max_seq_length=4096,
-        golden_ids=_SAIGA2_GOLDEN,
         parameters_b=13.0,
-        licence="llama2",
     ),
-    ModelSpec(
+    replace(
+        _SAIGA2_7B,
         name="saiga_mistral_7b",
         base_model="Open-Orca/Mistral-7B-OpenOrca",
         released_adapter="IlyaGusev/saiga_mistral_7b_lora",
-        template="saiga2",
-        system_prompt=SAIGA_SYSTEM_PROMPT,
-        sampling=_SAIGA2_SAMPLING,
-        context_length=4096,
-        max_seq_length=4096,
         golden_ids=(
             ("system\n", (1587, 13)),
             ("user\n", (2188, 13)),
@@ -140,41 +137,29 @@ _ROWS = (
         parameters_b=7.24,
         licence="apache-2.0",
     ),
-    ModelSpec(
-        name="saiga_llama3_8b",
-        base_model="IlyaGusev/saiga_llama3_8b",
-        system_prompt=SAIGA_SYSTEM_PROMPT,
-        max_seq_length=7168,
-        sampling=_LLAMA3_SAMPLING,
-        parameters_b=8.03,
-        licence="llama3",
-    ),
-    ModelSpec(
+    _SAIGA_LLAMA3_8B,
+    replace(
+        _SAIGA_LLAMA3_8B,
         name="saiga_nemo_12b",
         base_model="IlyaGusev/saiga_nemo_12b",
-        system_prompt=SAIGA_SYSTEM_PROMPT,
         context_length=16384,
         max_seq_length=3584,
-        sampling=_LLAMA3_SAMPLING,
         parameters_b=12.2,
         licence="apache-2.0",
     ),
-    ModelSpec(
+    replace(
+        _SAIGA_LLAMA3_8B,
         name="saiga_yandexgpt_8b",
         base_model="IlyaGusev/saiga_yandexgpt_8b",
-        system_prompt=SAIGA_SYSTEM_PROMPT,
         context_length=16384,
-        max_seq_length=7168,
-        sampling=_LLAMA3_SAMPLING,
         parameters_b=8.04,
         licence="yandexgpt-5-lite-8b",
     ),
-    ModelSpec(
+    replace(
+        _SAIGA_LLAMA3_8B,
         name="saiga_gemma3_12b",
         base_model="IlyaGusev/saiga_gemma3_12b",
-        system_prompt=SAIGA_SYSTEM_PROMPT,
         max_seq_length=1024,
-        sampling=_LLAMA3_SAMPLING,
         float16_safe=False,  # huggingface/transformers#36814: NaN in float16
         parameters_b=12.2,
         licence="gemma",
@@ -250,15 +235,14 @@ _ROWS = (
         parameters_b=0.135,
         licence="apache-2.0",
     ),
-    ModelSpec(
+    replace(
+        _SAIGA2_7B,
         name="saiga_tiny",
         base_model="package:saiga_tiny",
         released_adapter="package:saiga_tiny",
-        template="saiga2",
-        system_prompt=SAIGA_SYSTEM_PROMPT,
-        sampling=_SAIGA2_SAMPLING,
         context_length=1024,
         max_seq_length=512,
+        golden_ids=(),
         lora=Lora(rank=4, alpha=8),
         learning_rate=1e-3,
         parameters_b=0.0001,
@@ -275,9 +259,7 @@ def find(model: str) -> ModelSpec:
     if model in MODELS:
         return MODELS[model]
     if model.endswith(".gguf"):
-        raise SaigaError(
-            f"model={model!r} is a GGUF file, which cannot be trained or merged. Did you mean its base model?"
-        )
+        raise SaigaError(f"model={model!r} is a GGUF file, which cannot be trained. Did you mean its base model?")
     if (model and Path(model).is_dir()) or (model.count("/") == 1 and not model.startswith((".", "/"))):
         return ModelSpec(name=model, base_model=model)
     raise SaigaError(

@@ -9,6 +9,7 @@ import click
 
 from saigakit import __version__
 from saigakit import evaluate as evaluation
+from saigakit import export as exporting
 from saigakit import publish as publishing
 from saigakit import train as training
 from saigakit.cli import chat as terminal_chat
@@ -192,7 +193,7 @@ def chat(file: str, **options: Any) -> None:  # noqa: ANN401
 @main.command()
 @_MODEL
 @click.option("--run-dir", required=True, help="Directory with 01_format, 02_train and 03_merge_gguf")
-@click.option("--adapter", default="02_train", show_default=True, help="Adapter to compare, in --run-dir or elsewhere")
+@click.option("--adapter", default=training.STAGE, show_default=True, help="Adapter, in --run-dir or elsewhere")
 @_BASE_SOURCE
 @click.option(
     "--max-examples", type=click.IntRange(min=1), default=240, show_default=True, help="Maximum number of questions"
@@ -251,7 +252,7 @@ def publish(made: str, name: str, public: bool, replace: bool, gguf: bool, kaggl
       saigakit publish runs/terms me/saiga2_7b_terms_gguf --gguf
       saigakit publish runs/terms saiga2-7b-terms --kaggle
     """
-    model = Path(made) if (is_file := made.endswith(".gguf")) else Path(made) / "03_merge_gguf"
+    model = Path(made) if (is_file := made.endswith(".gguf")) else Path(made) / exporting.STAGE
     if kaggle and replace:
         raise SaigaError("--replace is for the Hub: on Kaggle Models a new version is added, and old ones stay.")
     if kaggle:
@@ -259,7 +260,7 @@ def publish(made: str, name: str, public: bool, replace: bool, gguf: bool, kaggl
     elif gguf or is_file:
         address = publishing.push_to_hub(model, name, private=not public, replace=replace)
     else:
-        address = publishing.push_adapter(Path(made) / "02_train", name, private=not public, replace=replace)
+        address = publishing.push_adapter(Path(made) / training.STAGE, name, private=not public, replace=replace)
     click.echo(f"published: {address}")
 
 

@@ -32,10 +32,8 @@ def read_parameters(notebook: Path) -> dict[str, Any]:
     """Read names and defaults from the cell tagged `parameters`."""
     if not notebook.is_file():
         raise SaigaError(f"{notebook} does not exist.")
-    try:
-        import papermill
-    except ModuleNotFoundError as error:
-        raise SaigaError(f"{error.name} is not installed. Run: pip install 'saigakit[run]'") from None
+    import papermill
+
     try:
         inspected = papermill.inspect_notebook(_escape_braces(notebook))
     except ValueError as error:
@@ -45,13 +43,11 @@ def read_parameters(notebook: Path) -> dict[str, Any]:
         try:
             found[key] = ast.literal_eval(parameter["default"])
         except (ValueError, SyntaxError):
-            raise SaigaError(
-                f"{notebook}: the parameter {key} = {parameter['default']} must be a literal value."
-            ) from None
+            raise SaigaError(f"{notebook}: {key} = {parameter['default']} must be a literal value.") from None
     return found
 
 
-def execute(notebook: Path, values: Mapping[str, Any], run_dir: Path, terminal: "Terminal", lock: int) -> None:
+def execute(notebook: Path, values: Mapping[str, Any], run_dir: Path, screen: "Screen", lock: int) -> None:
     """Write `run_dir`/<stage>.ipynb and .html once the stage is complete.
 
     The kernel inherits the file descriptor `lock`, so that the next run also waits for the kernel of a killed one.
@@ -70,8 +66,8 @@ def execute(notebook: Path, values: Mapping[str, Any], run_dir: Path, terminal: 
                 parameters={**values, "run_dir": str(run_dir)},
                 kernel_name="python3",
                 progress_bar=False,
-                stdout_file=terminal,
-                stderr_file=terminal,
+                stdout_file=screen,
+                stderr_file=screen,
                 kernel_manager_class=_kernel_class(lock, log),
             )
         manifest.require_stage(run_dir / stage, stage)
@@ -151,7 +147,7 @@ def _kernel_class(lock: int, log: TextIO) -> "type[AsyncKernelManager]":
     return Kernel
 
 
-class Terminal:
+class Screen:
     """Prints the output of a notebook as it comes, and a heartbeat when there is none."""
 
     def __init__(self) -> None:

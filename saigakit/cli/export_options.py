@@ -49,13 +49,11 @@ def _export_gguf(
     prefix = f"{output.stem}."
     companions = model_card.companion_paths(output.parent, prefix)
     adapter = weighted[0][0] if len(weighted) == 1 and weighted[0][1] == 1 else weighted or None
-    asked = {"base_source": None, "merge_into": "auto", **given, "adapter": weighted or None}
-    asked |= {"quant_type": quant_types[0], "quant_types": list(dict.fromkeys(quant_types))[1:]}
-    lacks_companions = not importance and not all(map(Path.exists, companions.values()))
-    if completes := lacks_companions and _is_made(output, asked):
-        print(f"{output} is there and intact; only its missing companion files are written.", flush=True)
     finals = gguf_export.output_files(output, quant_types)
-    for file in [] if completes else [*finals.values(), *companions.values(), manifest.path_for(output)]:
+    # A full disk may have kept the last files from being written.
+    is_made = output.is_file() and manifest.path_for(output).is_file()
+    completes = is_made and not all(file.exists() for file in companions.values())
+    for file in () if completes else (*finals.values(), *companions.values(), manifest.path_for(output)):
         require_absent(file)
     options = dict(given)
     if importance:
@@ -63,25 +61,13 @@ def _export_gguf(
         options["importance"] = importance if is_matrix else _make_matrix(importance, adapter, quant_types, given)
     if further := list(quant_types[1:]):
         options["quant_types"] = further
-    if not completes:
-        output = exporting.to_gguf(adapter=adapter, quant_type=quant_types[0], with_manifest=True, **options)
+    output = exporting.to_gguf(adapter=adapter, quant_type=quant_types[0], with_manifest=True, **options)
     files, spec = gguf_export.output_files(output, quant_types), registry.find(given["model"])
     inputs = manifest.read_for(output)["inputs"]
     written = model_card.write_companions(files, spec=spec, inputs=inputs, prefix=prefix, completes=completes)
     lines = [f"model: {_with_size(file)}" for file in files.values()]
     also = ", ".join(file.name for file in [*written, manifest.path_for(output)])
     return [*lines, f"also:  {also}", f"talk:  saigakit chat {output}"]
-
-
-def _is_made(output: Path, asked: dict[str, Any]) -> bool:
-    """Whether an earlier run has written the GGUF files that are asked for, with their manifest."""
-    if not manifest.path_for(output).is_file():
-        return False
-    content = manifest.read_for(output)
-    made = {"quant_types": [], **content["parameters"]}
-    return made == manifest.as_stored({name: asked[name] for name in made}) and not manifest.changed(
-        output.parent, content
-    )
 
 
 def _make_matrix(

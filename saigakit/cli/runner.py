@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import saigakit
-from saigakit import evaluate, registry
+from saigakit import evaluate, export, registry
 from saigakit.cli import execution, summary
-from saigakit.cli.execution import Terminal
+from saigakit.cli.execution import Screen
 from saigakit.core import launch, manifest
 from saigakit.core.files import lock_directory, sha256, write_text
 from saigakit.errors import SaigaError, suggestion
@@ -54,15 +54,12 @@ def run(parameters: Mapping[str, Any], run_dir: str | Path, *, notebooks_dir: st
     if "quant_type" in parameters:
         quantization.require_known(parameters["quant_type"])
     stages = read_stages(find_notebooks() if notebooks_dir is None else Path(notebooks_dir).absolute(), parameters)
-    with (
-        lock_directory(run_dir / _STATE, _LOCK_PATIENCE_S) as lock,
-        launch.handling_signals(_interrupt),
-        Terminal() as terminal,
-    ):
-        _finish_all(stages, run_dir, terminal, lock)
+    locked = lock_directory(run_dir / _STATE, _LOCK_PATIENCE_S)
+    with locked as lock, launch.handling_signals(_interrupt), Screen() as screen:
+        _finish_all(stages, run_dir, screen, lock)
         report = summary.write_report(run_dir)
         write_text(run_dir / results.FILE, (run_dir / evaluate.STAGE / results.FILE).read_text("utf-8"))
-    gguf_file = run_dir / "03_merge_gguf" / "model.gguf"
+    gguf_file = run_dir / export.STAGE / "model.gguf"
     print(f"\n{results.show_table(results.read(run_dir / evaluate.STAGE))}\n")
     print(f"report: {report}\nmodel:  {gguf_file}\ntalk:   saigakit chat {gguf_file}", flush=True)
     return report
@@ -81,21 +78,23 @@ def find_notebooks() -> Path:
 
 def read_stages(notebooks_dir: Path, given: Mapping[str, Any]) -> list[Stage]:
     """Assign values to notebooks: `name` for all that have this parameter, `02_train.name` for one."""
-    notebooks = [notebooks_dir / f"{name}.ipynb" for name in summary.STAGES]
-    defaults = {notebook.stem: execution.read_parameters(notebook) for notebook in notebooks}
-    for notebook in notebooks:
-        if "run_dir" not in defaults[notebook.stem]:
-            raise SaigaError(f"{notebook} needs a parameter run_dir in a cell tagged `parameters`.")
-        del defaults[notebook.stem]["run_dir"]
+    notebooks = {name: notebooks_dir / f"{name}.ipynb" for name in summary.STAGES}
+    defaults = {name: execution.read_parameters(notebook) for name, notebook in notebooks.items()}
+    for stage, found in defaults.items():
+        if "run_dir" not in found:
+            raise SaigaError(f"{notebooks[stage]} needs a parameter run_dir in a cell tagged `parameters`.")
+        del found["run_dir"]
     for name, value in given.items():
         _require_known(name, defaults)
-        if not _is_literal(value):
-            raise SaigaError(f"{name}={value!r} cannot be a parameter; use text, a number, true, false or null.")
+        try:
+            json.dumps(value)  # papermill can write these values into a notebook
+        except TypeError:  # such as a date in YAML
+            message = f"{name}={value!r} cannot be a parameter; use text, a number, true, false or null."
+            raise SaigaError(message) from None
     stages = []
-    for notebook in notebooks:
-        found, prefix = defaults[notebook.stem], f"{notebook.stem}."
-        own = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
-        stages.append(Stage(notebook, found, {name: given[name] for name in found if name in given} | own))
+    for stage, found in defaults.items():
+        own = {key: given[f"{stage}.{key}"] for key in found if f"{stage}.{key}" in given}
+        stages.append(Stage(notebooks[stage], found, {key: given[key] for key in found if key in given} | own))
     return stages
 
 
@@ -113,45 +112,36 @@ def _require_known(name: str, defaults: Mapping[str, Mapping[str, Any]]) -> None
         raise SaigaError(f"{name!r} means different things in different notebooks; use one of {different}.")
 
 
-def _is_literal(value: object) -> bool:
-    """Whether papermill can write the value into a notebook."""
-    if isinstance(value, list | tuple):
-        return all(map(_is_literal, value))
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_literal(item) for key, item in value.items())
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _finish_all(stages: Sequence[Stage], run_dir: Path, terminal: Terminal, lock: int) -> None:
+def _finish_all(stages: Sequence[Stage], run_dir: Path, screen: Screen, lock: int) -> None:
     finished: list[str] = []
     for number, stage in enumerate(stages, 1):
         try:
-            _finish(stage, run_dir, finished, terminal, label=f"[{number}/{len(stages)}]", lock=lock)
+            _finish(stage, run_dir, finished, screen, label=f"[{number}/{len(stages)}]", lock=lock)
         except KeyboardInterrupt:
             done = f"finished stages: {', '.join(finished)}" if finished else "no stage was finished"
-            terminal.print_line(f"interrupted in {stage.name}; {done}. Run the same command to resume.", sys.stderr)
+            screen.print_line(f"interrupted in {stage.name}; {done}. Run the same command to resume.", sys.stderr)
             raise
         finished.append(stage.name)
 
 
-def _finish(stage: Stage, run_dir: Path, earlier: Sequence[str], terminal: Terminal, *, label: str, lock: int) -> None:
+def _finish(stage: Stage, run_dir: Path, earlier: Sequence[str], screen: Screen, *, label: str, lock: int) -> None:
     """Run a stage unless it is up to date."""
     made_file, times_file = run_dir / _STATE / f"{stage.name}.json", run_dir / summary.TIMES_FILE
     times = json.loads(times_file.read_text(encoding="utf-8")) if times_file.is_file() else {}
-    terminal.begin(stage.name)
+    screen.begin(stage.name)
     execution.failed_file(run_dir, stage.name).unlink(missing_ok=True)
     fingerprint = _fingerprint(stage, run_dir, earlier)
     if _is_finished(run_dir / stage.name, made_file, fingerprint):
-        terminal.print_line(f"{label} {stage.name}: up to date, reusing it")
+        screen.print_line(f"{label} {stage.name}: up to date, reusing it")
         return
     usual = f" (last time {execution.format_duration(times[stage.name])})" if stage.name in times else ""
-    terminal.print_line(f"{label} {stage.name} …{usual}")
+    screen.print_line(f"{label} {stage.name} …{usual}")
     start = time.monotonic()
-    execution.execute(stage.notebook, stage.given, run_dir, terminal, lock)
+    execution.execute(stage.notebook, stage.given, run_dir, screen, lock)
     seconds = time.monotonic() - start
     write_text(times_file, json.dumps({**times, stage.name: round(seconds, 1)}))
     write_text(made_file, json.dumps({"fingerprint": fingerprint}))
-    terminal.print_line(f"{label} {stage.name}: done in {seconds:.0f} s")
+    screen.print_line(f"{label} {stage.name}: done in {seconds:.0f} s")
 
 
 def _fingerprint(stage: Stage, run_dir: Path, earlier: Sequence[str]) -> str:

@@ -35,18 +35,18 @@ def discard_partial(final: Path) -> Path:
     return partial
 
 
-def replace_directory(partial: Path, final: Path) -> None:
-    """Rename `partial` to `final`, and delete an older `final` only then."""
+def put_in_place(partial: Path, final: Path) -> None:
+    """Rename `partial` to `final`, and delete an older directory only then."""
     replaced = final.with_name(f".{final.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
+    if final.is_dir():
         final.rename(replaced)
-    partial.rename(final)
-    fsync(final.parent)
+    partial.replace(final)
+    _fsync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def fsync(path: Path) -> None:
+def _fsync(path: Path) -> None:
     """Flush a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -66,9 +66,8 @@ def replacing(final: Path) -> Iterator[Path]:
         partial = discard_partial(final)
         yield partial
         for path in (*partial.rglob("*"), partial):
-            fsync(path)
-        partial.replace(final)
-        fsync(final.parent)
+            _fsync(path)
+        put_in_place(partial, final)
     except OSError as error:
         named = Path(str(error.filename or final))  # a failed write has no file name; that of an input is another
         is_ours = named.is_relative_to(final.parent) or final.is_relative_to(named)

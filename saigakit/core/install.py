@@ -41,18 +41,15 @@ def prepare(stage: str) -> None:
     workspace.session_start()  # max_hours counts from here
     if stage not in STAGES:
         raise SaigaError(f"stage={stage!r} is unknown; use one of {', '.join(STAGES)}.")
-    lacking = missing(needs(stage, kaggle=workspace.on_kaggle()))
-    if not workspace.on_kaggle():
-        if lacking:
-            raise SaigaError(f"{stage} needs {', '.join(lacking)}, not installed here. Run: {pip_command(stage)}")
-        if "train" in STAGES[stage]:
-            require_no_old_torchao()
-        return
-    if "train" in STAGES[stage] and (torchao := _old_torchao()):
-        print(f"Removing torchao {torchao}: peft refuses to load an adapter with a version below 0.16.", flush=True)
-        _pip(["uninstall", "--yes", "torchao"])
-        if _old_torchao():
-            raise SaigaError(f"pip could not remove torchao {torchao}. Choose another environment in the settings.")
+    on_kaggle = workspace.on_kaggle()
+    lacking = missing(needs(stage, kaggle=on_kaggle))
+    if lacking and not on_kaggle:
+        raise SaigaError(f"{stage} needs {', '.join(lacking)}, not installed here. Run: {pip_command(stage)}")
+    if "train" in STAGES[stage]:
+        if on_kaggle and (torchao := _old_torchao()):
+            print(f"Removing torchao {torchao}: peft refuses to load an adapter with a version below 0.16.", flush=True)
+            _pip(["uninstall", "--yes", "torchao"])
+        require_no_old_torchao()
     if lacking:
         _install(lacking)
 
@@ -84,7 +81,7 @@ def packages(extra: str) -> list[str]:
 
 
 def missing(names: Sequence[str]) -> list[str]:
-    return [name for name in names if _version(name) is None]
+    return [name for name in names if installed_version(name) is None]
 
 
 def pip_command(stage: str) -> str:
@@ -142,7 +139,6 @@ def _places_of_wheels(name: str, wheels: Sequence[Path]) -> list[str]:
 def _install(names: Sequence[str]) -> None:
     if "torch" in names:
         raise SaigaError("This image has no torch. In the notebook's settings choose the latest environment.")
-    torch_before = _version("torch")
     wheels = [wheel for root in workspace.input_roots() for wheel in sorted(root.rglob("*.whl"))]
     gpu = bool(workspace.gpus())
     for name in names:
@@ -153,16 +149,12 @@ def _install(names: Sequence[str]) -> None:
     importlib.invalidate_caches()
     if absent := missing(names):
         raise SaigaError(f"pip reported success, but {', '.join(absent)} cannot be found. Restart the session.")
-    if (torch_after := _version("torch")) != torch_before:
-        raise SaigaError(
-            f"Installing {', '.join(names)} changed torch from {torch_before} to {torch_after}: restart the session."
-        )
     # In a child process: a broken wheel should fail here, before a model is loaded.
     for module in [PINS[name][1] for name in names if name in PINS]:
         _run_python(["-c", f"import {module}"], f"{module} was installed but cannot be imported:")
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -171,7 +163,7 @@ def _version(name: str) -> str | None:
 
 def _old_torchao() -> str | None:
     """The version of an installed torchao that is too old for peft."""
-    version = _version("torchao")
+    version = installed_version("torchao")
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
     return version if numbers and (int(numbers[1]), int(numbers[2])) < _OLDEST_TORCHAO else None
 

@@ -3,12 +3,12 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from importlib import metadata
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from saigakit.core.files import discard_partial, replace_directory, sha256, write_text
+from saigakit.core import install
+from saigakit.core.files import discard_partial, put_in_place, sha256, write_text
 from saigakit.errors import SaigaError
 
 NAME = "saigakit.json"
@@ -80,11 +80,7 @@ def require_stage(directory: Path, stage: str, *, model: str | None = None) -> M
 
 def versions() -> dict[str, str]:
     """Versions of the installed packages that can change a result."""
-    found = {}
-    for name in _PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    return {name: found for name in _PACKAGES if (found := install.installed_version(name)) is not None}
 
 
 def as_stored(identity: Mapping[str, Any]) -> Manifest:
@@ -136,6 +132,14 @@ def changed(directory: Path, content: Manifest) -> list[str]:
     return [name for name, file in files.items() if not file.is_file() or sha256(file) != content["outputs"][name]]
 
 
+def describes(file: Path, **identity: Unpack[Identity]) -> bool:
+    """Whether `file` has a manifest with this identity, and it and the files made with it are intact."""
+    if not path_for(file).is_file():
+        return False
+    content = read_for(file)
+    return not differences(content, as_stored(identity)) and not changed(file.parent, content)
+
+
 def _problem(final: Path, stage: str, wanted: Manifest) -> str | None:
     """Why an existing stage is not the wanted one."""
     try:
@@ -168,7 +172,7 @@ def making(
     write(partial / NAME, **identity, facts=facts or {}, outputs=hashes(partial))
     if final.exists() and not _can_be_replaced(final, may_replace):
         raise SaigaError(f"{final} appeared while {partial} was written; nothing was overwritten.")
-    replace_directory(partial, final)
+    put_in_place(partial, final)
 
 
 def write(file: Path, *, facts: Mapping[str, Any], outputs: Mapping[str, str], **identity: Unpack[Identity]) -> Path:

@@ -59,10 +59,8 @@ def find_input(name: str, *, run_dir: str | Path | None = None) -> Path:
         return found
     first = f" Run {stage[0]} first." if (stage := re.match(r"\d\d_\w+(?=/|$)", name)) else ""
     looked = ", ".join(map(str, _places(name, run_dir)))
-    attached = [str(path) for root in input_roots() for path in sorted(root.glob("*/*"))[:20]]
-    raise SaigaError(
-        f"{name!r} is not there.{first} Looked at {looked}; attached inputs: {', '.join(attached) or 'none'}."
-    )
+    attached = [str(path) for root in input_roots() for path in sorted(root.glob("*/*"))[:20]] or ["none"]
+    raise SaigaError(f"{name!r} is not there.{first} Looked at {looked}; attached inputs: {', '.join(attached)}.")
 
 
 def find_optional_input(name: str, *, run_dir: str | Path | None = None) -> Path | None:
@@ -171,12 +169,13 @@ def _left_in_cgroup(directory: Path, default: int) -> int:
     return int(text) - int((directory / "memory.current").read_text(encoding="ascii")) + files
 
 
-def require_memory(needed: int, what: str, remedy: str) -> None:
-    """Raise SaigaError with both numbers if `needed` bytes of RAM are not available."""
-    available = available_memory()
-    if available < needed:
+def require_memory(needed: int, what: str, remedy: str, gpu: Gpu | None = None) -> None:
+    """Raise SaigaError with the numbers if `needed` bytes of RAM, or of the memory of `gpu`, are not free."""
+    free = available_memory() if gpu is None else gpu.free
+    if free < needed:
+        where, of = ("", "") if gpu is None else (f" on {gpu.name}", f" of {gpu.memory / GB:.1f} GB")
         raise SaigaError(
-            f"{what} needs about {needed / GB:.1f} GB of memory, and {available / GB:.1f} GB are free. {remedy}"
+            f"{what} needs about {needed / GB:.1f} GB of memory{where}, and {free / GB:.1f} GB{of} are free. {remedy}"
         )
 
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from saigakit.core import launch, workspace
-from saigakit.core.files import sha256
+from saigakit.core.files import lock_directory, replacing, sha256
 from saigakit.demo import tiny_model
 from saigakit.errors import SaigaError
+
+_PATIENCE_S = 600.0  # for another process that downloads and unpacks
 
 
 @dataclass(frozen=True)
@@ -122,19 +124,12 @@ def tiny_saiga() -> Path:
 
 
 def make_once(directory: Path, fill: Callable[[Path], object]) -> Path:
-    """Return `directory`; if it does not exist, let `fill` write a temporary one and rename it when complete."""
-    if directory.is_dir():
-        return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
-        partial = Path(scratch) / directory.name
-        partial.mkdir()
-        fill(partial)
-        try:
-            partial.rename(directory)
-        except OSError:
-            if not directory.is_dir():  # otherwise another process was faster
-                raise
+    """Return `directory`; if it does not exist, let `fill` write it while other processes wait."""
+    with lock_directory(directory.with_name(f".{directory.name}.lock"), _PATIENCE_S):
+        if not directory.is_dir():
+            with replacing(directory) as partial:
+                partial.mkdir()
+                fill(partial)
     return directory
 
 

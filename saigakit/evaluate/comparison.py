@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from saigakit import infer, registry
+from saigakit.config import require_count
 from saigakit.core import manifest, workspace
 from saigakit.core.display import Progress, Table
 from saigakit.core.files import write_text
+from saigakit.data import report
 from saigakit.data.conversations import spread
 from saigakit.errors import SaigaError
 from saigakit.evaluate import metrics, results
@@ -23,6 +25,7 @@ from saigakit.weights.generate import Generated
 from saigakit.weights.model_shape import ModelShape
 
 STAGE = "04_infer"
+_EXPORTED = "03_merge_gguf"  # export.STAGE, but the packages of that room are not needed here
 DISK = 100 * 10**6  # bytes; 240 answers and the plot are under 1 MB
 OVERHEAD = 10**9  # bytes; torch, transformers and peft in the child process
 Answers = tuple[list[str], Generated]
@@ -40,10 +43,9 @@ def compare(
 
     Raises SaigaError before a model is loaded if the GGUF was made from other files or the memory is too small.
     """
-    if isinstance(max_examples, bool) or not isinstance(max_examples, int) or max_examples < 1:
-        raise SaigaError(f"max_examples={max_examples!r} must be an integer of at least 1.")
+    require_count("max_examples", max_examples)
     spec = registry.find(model)
-    load.number_format(spec, workspace.gpus()[:1])  # raises SaigaError
+    number_format = load.number_format(spec, workspace.gpus()[:1])
     models = Models.of(model, run_dir, adapter, base_source)
     final = Path(run_dir) / STAGE
     identity: dict[str, Any] = {
@@ -58,7 +60,7 @@ def compare(
     _require_memory(models.base_dir, spec.quantization, questions)
     workspace.require_disk(final, DISK, STAGE)
     with manifest.making(final, facts={"compared": models.files}, **identity) as partial:
-        answers = _ask_transformers(questions, models, spec)
+        answers = _ask_transformers(questions, models, spec.quantization, number_format)
         answers[models.quant_type] = _ask_gguf(questions, models.gguf_file)
         _write(partial, questions.pairs, answers, models.sizes)
     return final
@@ -79,10 +81,10 @@ class Models:
     def of(cls, model: str, run_dir: str | Path, adapter: str | None, base_source: str | None) -> Self:
         """Raises SaigaError if the GGUF was made from another base or adapter."""
         spec = registry.find(model)
-        format_dir = workspace.find_input("01_format", run_dir=run_dir)
-        gguf_dir = workspace.find_input("03_merge_gguf", run_dir=run_dir)
-        manifest.require_stage(format_dir, "01_format", model=model)
-        made = manifest.require_stage(gguf_dir, "03_merge_gguf", model=model)
+        format_dir = workspace.find_input(report.STAGE, run_dir=run_dir)
+        gguf_dir = workspace.find_input(_EXPORTED, run_dir=run_dir)
+        manifest.require_stage(format_dir, report.STAGE, model=model)
+        made = manifest.require_stage(gguf_dir, _EXPORTED, model=model)
         base_dir = find.base_dir(spec, base_source)
         adapter_dir = None if adapter is None else find.adapter_dir(spec, adapter, run_dir)
         inputs = {
@@ -95,7 +97,7 @@ class Models:
             if _weights(made["inputs"][name]) != _weights(inputs[name]):
                 raise SaigaError(
                     f"{gguf_dir} was made from another {name} than {directory or 'none'}, which it would be compared "
-                    f"with. Give the {name} of 03_merge_gguf, or run 03_merge_gguf again."
+                    f"with. Give the {name} of {_EXPORTED}, or run {_EXPORTED} again."
                 )
         quant_type = made["parameters"]["quant_type"]
         return cls(format_dir / "held_out.jsonl", base_dir, adapter_dir, gguf_dir / "model.gguf", quant_type, inputs)
@@ -170,29 +172,24 @@ def _require_memory(base_dir: Path, quantization: registry.Quantization, questio
     gpus = workspace.gpus()
     itemsize = 2 if gpus or workspace.cpu_has_bf16() else 4  # at least: the child measures which is faster
     tokens = max(map(len, questions.prompts)) + questions.max_new_tokens
-    parts = memory.inference_memory(ModelShape.from_config(base_dir), quantization, itemsize, tokens)
-    what = (
-        f"Answering with {base_dir.name} ({memory.format_parts(parts)}, {OVERHEAD / workspace.GB:.1f} GB of libraries)"
-    )
-    needed = sum(parts.values()) + OVERHEAD
-    if not gpus:
-        workspace.require_memory(needed, what, "Close other programs or run 04_infer on a GPU.")
-    elif gpus[0].free < needed:
-        raise SaigaError(
-            f"{what} needs about {needed / workspace.GB:.1f} GB of GPU memory, and "
-            f"{gpus[0].free / workspace.GB:.1f} GB of {gpus[0].name} are free. Stop other programs that use it."
-        )
+    model = memory.inference_memory(ModelShape.from_config(base_dir), quantization, itemsize, tokens)
+    parts = model | {"libraries": OVERHEAD}
+    what = f"Answering with {base_dir.name} ({memory.format_parts(parts)})"
+    remedy = "Stop other programs that use it, or run 04_infer on a larger machine."
+    workspace.require_memory(sum(parts.values()), what, remedy, gpus[0] if gpus else None)
 
 
-def _ask_transformers(questions: Questions, models: Models, spec: registry.ModelSpec) -> dict[str, Answers]:
+def _ask_transformers(
+    questions: Questions, models: Models, quantization: registry.Quantization, number_format: load.NumberFormat
+) -> dict[str, Answers]:
     request = generate.Request(
         prompts=questions.prompts,
         stop_ids=sorted(questions.stop_ids),
         max_new_tokens=questions.max_new_tokens,
         base_dir=str(models.base_dir),
         adapter_dir=None if models.adapter_dir is None else str(models.adapter_dir),
-        quantization=spec.quantization,
-        number_format=load.number_format(spec, workspace.gpus()[:1]),
+        quantization=quantization,
+        number_format=number_format,
     )
     with tempfile.TemporaryDirectory() as scratch:
         generated = generate.in_child(request, Path(scratch))

@@ -117,10 +117,13 @@ def to_gguf(
 ) -> Path:
     """Export GGUF files outside a stage; several adapters are added up by their weights.
 
-    Further `quant_types` become OUTPUT-TYPE.gguf. `with_manifest` prints an estimate and writes OUTPUT.saigakit.json.
+    Further `quant_types` become OUTPUT-TYPE.gguf. `with_manifest` prints an estimate and writes OUTPUT.saigakit.json;
+    files that such a call has made from the same inputs are kept.
     """
     file, chosen = Path(output), [quant_type, *quant_types]
-    for path in output_files(file, chosen).values():
+    finals = [*output_files(file, chosen).values(), *([manifest.path_for(file)] if with_manifest else [])]
+    is_made = with_manifest and file.is_file() and manifest.path_for(file).is_file()
+    for path in [] if is_made else finals:
         require_absent(path)
     plan = MergePlan.of(
         model,
@@ -133,10 +136,15 @@ def to_gguf(
     export = Export.of(plan, chosen, importance)
     if not with_manifest:
         return write_gguf(export, file)
-    require_absent(manifest.path_for(file))
-    _announce(export, file.parent, output_files(file, chosen).values())  # before gigabytes are hashed
-    named = [(str(name), weight) for name, weight in weighted(adapter)] or None
-    return write_gguf(export, file, _identity(export, named))
+    if not is_made:
+        _announce(export, file.parent, output_files(file, chosen).values())  # before gigabytes are hashed
+    identity = _identity(export, [(str(name), weight) for name, weight in weighted(adapter)] or None)
+    if manifest.describes(file, **identity):
+        print(f"{file} is there and intact.", flush=True)
+        return file
+    for path in finals:
+        require_absent(path)
+    return write_gguf(export, file, identity)
 
 
 def write_gguf(export: Export, file: Path, identity: Mapping[str, Any] | None = None) -> Path:

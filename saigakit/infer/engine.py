@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
@@ -32,13 +32,12 @@ def load(
     gguf_file: str | Path,
     *,
     n_ctx: int = 4096,
-    n_gpu_layers: int | Literal["auto"] = "auto",
     n_threads: int | None = None,
     cache_type: CacheType = "f16",
 ) -> "llama_cpp.Llama":
-    """Load the model; close it with `llm.close()`. Raises SaigaError for a missing or damaged file.
+    """Load the model, onto the GPU if it fits; close it with `llm.close()`.
 
-    `n_gpu_layers="auto"`: all, if the file fits into the GPU. `cache_type="q8_0"` halves the memory of the context.
+    `cache_type="q8_0"` halves the memory of the context. Raises SaigaError for a missing or damaged file.
     """
     import llama_cpp
 
@@ -70,7 +69,7 @@ def load(
             return Llama(
                 str(file),
                 n_ctx=n_ctx,
-                n_gpu_layers=_gpu_layers(file) if n_gpu_layers == "auto" else n_gpu_layers,
+                n_gpu_layers=_gpu_layers(file),
                 n_threads=threads,
                 n_threads_batch=threads,
                 flash_attn=True,  # needed by a q8_0 cache

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from saigakit.core import manifest
-from saigakit.core.files import discard_partial, require_absent
+from saigakit.core.files import replacing, require_absent
 from saigakit.errors import SaigaError
 
 METADATA = Path("kaggle-metadata")
@@ -110,15 +110,14 @@ def fetch(kernel: str, directory: str | Path) -> Path:
     """
     final, reference = Path(directory), _reference(kernel)
     require_absent(final)
-    partial = discard_partial(final)
-    partial.mkdir(parents=True)
-    run_kaggle("kernels", "output", reference, "-p", str(partial), echo=True)
-    if not any(partial.rglob("*")):
-        raise SaigaError(f"{reference} has no output. Check with `saigakit watch {reference}` whether it has finished.")
-    for file in sorted(partial.rglob(manifest.NAME)):
-        if damaged := manifest.changed(file.parent, manifest.read(file.parent)):
-            raise SaigaError(f"{', '.join(damaged)} of {reference} arrived damaged (see {partial}). Fetch again.")
-    partial.rename(final)
+    with replacing(final) as partial:
+        partial.mkdir()
+        run_kaggle("kernels", "output", reference, "-p", str(partial), echo=True)
+        if not any(partial.rglob("*")):
+            raise SaigaError(f"{reference} has no output. Check whether it has finished: `saigakit watch {reference}`.")
+        for file in sorted(partial.rglob(manifest.NAME)):
+            if damaged := manifest.changed(file.parent, manifest.read(file.parent)):
+                raise SaigaError(f"{', '.join(damaged)} of {reference} arrived damaged. Fetch again.")
     return final
 
 

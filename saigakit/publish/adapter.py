@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def build_card(stage_dir: Path, repo_id: str, tokenizer: Tokenizer) -> str:
     """The card of the adapter in `stage_dir`, with the results of 04_infer if it compared this very adapter."""
     content = manifest.read(stage_dir)
     config = TrainConfig.read(stage_dir / train.CONFIG_FILE)
-    base, training = markdown.linked(config.spec.base_model), content.get("training", {})
+    base = markdown.linked(config.spec.base_model)
     card = markdown.Card(
         spec=config.spec,
         title=repo_id.split("/")[1],
@@ -58,7 +58,8 @@ def build_card(stage_dir: Path, repo_id: str, tokenizer: Tokenizer) -> str:
     )
     comparison = evaluate.table_about(stage_dir, "adapter", manifest.hashes(stage_dir))
     measured = [
-        _losses(config, curve.read_log(stage_dir), training.get("best_step")),
+        markdown.of_table(curve.summary(stage_dir)),
+        _about_losses(config, curve.evaluations(curve.read_log(stage_dir))),
         markdown.of_table(comparison) if comparison else "",
         "![Training and evaluation loss](curve.png)",
         "Measured by the author alone. Nothing else was tested: not facts, not safety, no other tasks. It may give "
@@ -86,25 +87,17 @@ def _started_from(config: TrainConfig) -> str | None:
     return name if name is None or hub.is_hub_id(name) else "another adapter"
 
 
-def _losses(config: TrainConfig, log: list[curve.Entry], best_step: int | None) -> str:
-    evaluations = curve.evaluations(log)
+def _about_losses(config: TrainConfig, evaluations: Sequence[tuple[int, float]]) -> str:
     if not evaluations:
-        return "There was no evaluation set, so no loss was measured."
-    best = [("this adapter", entry) for entry in evaluations if entry[0] == best_step]
-    named = [("before training", evaluations[0]), *best, ("last", evaluations[-1])]
-    rows = ((name, f"{step}", f"{loss:.4f}") for name, (step, loss) in named)
+        return "There was no evaluation set."
     note = "The evaluation set was not trained on, but the step of this adapter was chosen by its loss."
     if config.is_folded and config.weights_as != "none":
         note += f" The loss was measured on the sum of the base and the released adapter in {config.weights_as}."
-    return f"{markdown.table(('evaluation loss, nats per token', 'step', 'loss'), rows)}\n\n{note}"
+    return note
 
 
 def _settings(config: TrainConfig, stage_dir: Path, content: Mapping[str, Any]) -> list[tuple[str, str]]:
     lora = json.loads((stage_dir / "adapter_config.json").read_text(encoding="utf-8"))
-    last = [entry for entry in curve.read_log(stage_dir) if "loss" in entry][-1]
-    training = content.get("training", {})
-    best_step = training.get("best_step")
-    of_all = f" of {training['steps']}, ended by max_hours" if training.get("ended") == "max_hours" else ""
     folded = ", the released adapter's rank included" if config.is_folded else ""
     return [
         ("base weights", f"{config.weights_as}, {content.get('number_format', '?')}"),
@@ -114,7 +107,5 @@ def _settings(config: TrainConfig, stage_dir: Path, content: Mapping[str, Any]) 
         ("epochs", f"{config.epochs:g}"),
         ("conversations per step", f"{config.batch_size}"),
         ("longest conversation", f"{config.sequence_budget} tokens"),
-        ("steps", f"{last['step']}{of_all}" + (f", adapter of step {best_step}" if best_step is not None else "")),
-        ("tokens", f"{last['tokens']:,}"),
         ("seed", f"{config.seed}"),
     ]

@@ -1,8 +1,7 @@
 """Read and write samples.md: the answers to a few evaluation questions at each evaluation."""
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ _TITLE = """# Ответы во время обучения · answers during tr
 """
 _QUESTION, _REFERENCE = "**Вопрос · question**", "**Верный ответ · right answer**"
 _INDENT = "    "  # Markdown shows such lines verbatim; no other line of the file begins with it
+_BLOCK = re.compile(rf"^(\*\*.*\*\*)\n\n({_INDENT}.*(?:\n{_INDENT}.*)*)", re.MULTILINE)  # heading and text
 _HEADING = re.compile(r"\*\*Шаг (\d+), (?:loss|ошибка) ([\d.]+|nan|inf)(?:, обрезан на (\d+) токенах)? · .*\*\*")
 
 
@@ -31,8 +31,7 @@ class Answer(NamedTuple):
     cut_at: int = 0  # the limit of tokens, if the answer had not ended by then
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One evaluation: the loss as printed, and an answer for each section."""
 
     step: int
@@ -66,7 +65,8 @@ def read_answers(file: Path) -> tuple[list[Section], list[Entry]]:
     steps: dict[tuple[int, str], list[Answer]] = {}
     try:
         for text in file.read_bytes().decode("utf-8").split("\n## ")[1:]:
-            (_, question), (_, reference), *answers = _blocks(text)
+            blocks = [(heading, re.sub(rf"(?m)^{_INDENT}", "", lines)) for heading, lines in _BLOCK.findall(text)]
+            (_, question), (_, reference), *answers = blocks
             sections.append(Section(question, reference))
             for heading, answer in answers:
                 if (found := _HEADING.fullmatch(heading)) is None:
@@ -77,18 +77,6 @@ def read_answers(file: Path) -> tuple[list[Section], list[Entry]]:
     except ValueError as error:
         raise SaigaError(f"{file} is damaged ({error}). Delete it to start a new one.") from None
     return sections, [Entry(step, loss, tuple(answers)) for (step, loss), answers in sorted(steps.items())]
-
-
-def _blocks(section: str) -> Iterator[tuple[str, str]]:
-    """Yield each bold heading with the indented text below it."""
-    heading, lines = "", list[str]()
-    for line in [*section.split("\n"), "**"]:
-        if line.startswith(_INDENT):
-            lines.append(line.removeprefix(_INDENT))
-        elif line.startswith("**"):
-            if heading:
-                yield heading, "\n".join(lines)
-            heading, lines = line, []
 
 
 def answers_table(stage_dir: str | Path) -> Table:

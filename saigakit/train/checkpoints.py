@@ -7,29 +7,25 @@ best evaluation so far, `log.jsonl` the log so far, and MARK, written last, list
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saigakit.core import manifest, workspace
-from saigakit.core.files import discard_partial, fsync, lock_directory, replace_directory, sha256
+from saigakit.core.files import lock_directory, replacing
 from saigakit.core.manifest import Manifest
 from saigakit.errors import SaigaError
+from saigakit.train import curve
 
 MARK = "checkpoint.json"
-STATE, BEST, LOG = "state", "best", "log.jsonl"
+STATE, BEST, LOG = "state", "best", curve.LOG_FILE
 IN_STAGE = "checkpoint"  # the last one, kept inside a stage that ran out of time
 _NAME = re.compile(r"step-(\d{8})")
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-_REQUIRED = {  # without these transformers resumes silently, with different results
-    **{f"{STATE}/{name}": "the adapter" for name in _ADAPTER},
-    f"{STATE}/optimizer.pt": "the optimizer's state",
-    f"{STATE}/scheduler.pt": "the schedule's state",
-    f"{STATE}/trainer_state.json": "the step",
-    LOG: "the log",
-}
+# Beginnings of file names. Without one of these transformers resumes silently, with different results.
+_IN_STATE = ("adapter_config", "adapter_model", "optimizer", "scheduler", "trainer_state", "rng_state")
+_REQUIRED = (*(f"{STATE}/{name}" for name in _IN_STATE), LOG)
 # Settings that do not change the result. Inputs are identified by their hashes, not by their paths.
 NOT_IDENTITY = (
     "adapter",
@@ -73,21 +69,14 @@ class Store:
 
         Raises SaigaError with the bytes needed and free if it cannot be written; older checkpoints then stay.
         """
-
-        def fill_all(partial: Path) -> None:
+        made = self.directory / f"step-{step:08d}"
+        with _writing(made, f"The checkpoint of step {step}", needed) as partial:
             fill(partial)
             if self.best_dir.is_dir():
                 shutil.copytree(self.best_dir, partial / BEST)
-            files = {
-                name: {"sha256": digest, "bytes": (partial / name).stat().st_size}
-                for name, digest in manifest.hashes(partial).items()
-            }
-            content = {"step": step, **self.identity, "versions": manifest.versions(), "files": files}
+            facts = {"versions": manifest.versions(), "outputs": manifest.hashes(partial)}
+            content = {"step": step, **self.identity, **facts}
             (partial / MARK).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-
-        made = _write_atomically(
-            self.directory / f"step-{step:08d}", fill_all, f"The checkpoint of step {step}", needed
-        )
         for other in _checkpoints_in(self.directory):
             if other != made:
                 shutil.rmtree(other)
@@ -95,14 +84,16 @@ class Store:
 
     def keep_best(self, fill: Callable[[Path], None], *, needed: int) -> None:
         """Save the best adapter so far. Like `write` it calls `fill` and may raise SaigaError."""
-        _write_atomically(self.best_dir, fill, "The best adapter so far", needed)
+        with _writing(self.best_dir, "The best adapter so far", needed) as partial:
+            fill(partial)
 
     def adopt(self, checkpoint: Path) -> Path:
         """Copy a checkpoint from elsewhere into this store, and restore the best adapter that it holds."""
         here = self.directory / f"step-{step_of(checkpoint):08d}"
-        needed = sum(entry["bytes"] for entry in _read_mark(checkpoint)["files"].values())
+        needed = sum(file.stat().st_size for file in checkpoint.rglob("*"))
         if here != checkpoint:
-            _write_atomically(here, lambda partial: _copy(checkpoint, partial), f"A copy of {checkpoint}", needed)
+            with _writing(here, f"A copy of {checkpoint}", needed) as partial:
+                _copy(checkpoint, partial)
         shutil.rmtree(self.best_dir, ignore_errors=True)  # may be from a later step
         if (here / BEST).is_dir():
             self.keep_best(lambda partial: _copy(here / BEST, partial), needed=needed)
@@ -147,25 +138,15 @@ def find_problem(checkpoint: Path) -> str | None:
     """Say why training cannot resume from it; None if it is intact."""
     try:
         mark = _read_mark(checkpoint)
-        files, _ = mark["files"], (mark["step"], mark["parameters"], mark["inputs"], mark["versions"])
+        files, _ = mark["outputs"], (mark["step"], mark["parameters"], mark["inputs"], mark["versions"])
+        damaged = manifest.changed(checkpoint, mark)
     except FileNotFoundError:
         return f"it is incomplete, {MARK} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its {MARK} is damaged ({error})"
-    for name, what in _REQUIRED.items():
-        if name not in files:
-            return f"{what} is missing ({name})"
-    if not any(name.startswith(f"{STATE}/rng_state") for name in files):
-        return f"the random number state is missing ({STATE}/rng_state)"
-    for name, entry in files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} was deleted"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size:,} bytes instead of {entry['bytes']:,}"
-        if sha256(file) != entry["sha256"]:
-            return f"{name} is damaged, its SHA-256 differs"
-    return None
+    if absent := [name for name in _REQUIRED if not any(file.startswith(name) for file in files)]:
+        return f"{', '.join(absent)} is missing"
+    return f"{', '.join(damaged)} changed since it was written" if damaged else None
 
 
 def changed_versions(checkpoint: Path) -> list[str]:
@@ -189,25 +170,21 @@ def _read_mark(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / MARK).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
-def _write_atomically(final: Path, fill: Callable[[Path], None], what: str, needed: int) -> Path:
-    """Fill a temporary directory, flush it to disk and rename it. `needed`: bytes."""
+@contextmanager
+def _writing(final: Path, what: str, needed: int) -> Iterator[Path]:
+    """Replace a directory, of the same step or the best so far: not the one to resume from. `needed`: bytes."""
     from safetensors import SafetensorError
 
-    partial = discard_partial(final)
+    free = workspace.free_disk(final)
     try:
-        partial.mkdir(parents=True)
-        fill(partial)
-        for path in (*partial.rglob("*"), partial):
-            fsync(path)
-        replace_directory(partial, final)  # of the same step, or the best so far: not the one to resume from
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
-        free = workspace.free_disk(final)  # before the partial directory is deleted
-        shutil.rmtree(partial, ignore_errors=True)
+        with replacing(final) as partial:
+            partial.mkdir()
+            yield partial
+    except (SaigaError, OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
         raise SaigaError(
-            f"{what} cannot be written to {final.parent}: it needs {needed:,} bytes, and {free:,} are free ({error}). "
+            f"{what} cannot be written to {final.parent}: it needs {needed:,} bytes, and {free:,} were free ({error}). "
             "Earlier checkpoints are intact. Free some disk space, then run again with the same run_dir to resume."
         ) from None
-    return final
 
 
 def _copy(source: Path, target: Path) -> None:

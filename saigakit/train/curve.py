@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 LOG_FILE = "log.jsonl"
 # {"step", "loss", "tokens", "seconds"} for a step, {"step", "held_out_loss"} for an evaluation. On a GPU also
 # {"memory_predicted", "memory_peak"}, in bytes of one process.
-Entry = dict[str, Any]
+LogEntry = dict[str, Any]
 # A change of the loss counts when it is large in both measures: a demo run that did not overfit ended 7 % above its
 # best loss, which was only 0.003 nats.
 CHANGE = 0.02  # relative
@@ -69,12 +69,12 @@ _ENDED = {
 }
 
 
-def read_log(directory: Path) -> list[Entry]:
+def read_log(directory: Path) -> list[LogEntry]:
     """The log of a finished 02_train."""
     return [json.loads(line) for line in (directory / LOG_FILE).read_text(encoding="utf-8").splitlines()]
 
 
-def evaluations(log: Iterable[Entry]) -> list[tuple[int, float]]:
+def evaluations(log: Iterable[LogEntry]) -> list[tuple[int, float]]:
     """(step, evaluation loss), in order."""
     return [(entry["step"], entry["held_out_loss"]) for entry in log if "held_out_loss" in entry]
 
@@ -87,7 +87,7 @@ class Best(NamedTuple):
     worse_since: int
 
 
-def find_best(log: Iterable[Entry]) -> Best | None:
+def find_best(log: Iterable[LogEntry]) -> Best | None:
     """Find the lowest evaluation loss after step 0, the earliest of equals."""
     found = [(step, loss) for step, loss in evaluations(log) if step > 0]
     if not found:
@@ -114,8 +114,6 @@ def summary(directory: Path) -> Table:
         rows.append(("loss на валидации · evaluation loss", losses))
     if (found := find_best(log)) is not None:
         rows.append(("лучший шаг · best step", f"{found.step}, {found.loss:.3f}"))
-    if facts.get("best_step") is not None:
-        rows.append(("сохранён адаптер шага · adapter saved from step", f"{facts['best_step']}"))
     if facts.get("ended") in _ENDED:
         rows.append(("обучение закончилось · training ended", _ENDED[facts["ended"]]))
     memory = {name: value for entry in log for name, value in entry.items() if name.startswith("memory_")}
@@ -126,7 +124,7 @@ def summary(directory: Path) -> Table:
     return Table(("обучение · training", ""), rows, "Loss в натах на обучаемый токен. · Loss: nats per trained token.")
 
 
-def verdict(log: Sequence[Entry]) -> str:
+def verdict(log: Sequence[LogEntry]) -> str:
     """Judge the run by its curve and advise what to change, in Russian and English."""
     held_out, found = evaluations(log), find_best(log)
     if found is None or len(held_out) < 3:
@@ -159,7 +157,7 @@ def _is_change(high: float, low: float) -> bool:
     return high - low > max(CHANGE * low, CHANGE_NATS)
 
 
-def _training_loss(log: Sequence[Entry], step: int) -> float:
+def _training_loss(log: Sequence[LogEntry], step: int) -> float:
     """Average up to NEIGHBOURS steps that end with `step`."""
     losses = [entry["loss"] for entry in log if "loss" in entry]
     until = sum("loss" in entry and entry["step"] <= step for entry in log)
@@ -168,7 +166,7 @@ def _training_loss(log: Sequence[Entry], step: int) -> float:
     return float(sum(window) / len(window))
 
 
-def plot(log: Sequence[Entry]) -> "Figure":
+def plot(log: Sequence[LogEntry]) -> "Figure":
     """Plot both losses by step, on a logarithmic axis: 3 and 0.03 are both readable."""
     from matplotlib.figure import Figure
 

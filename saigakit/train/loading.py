@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 from peft import PeftModel
@@ -54,7 +54,7 @@ class Loaded:
 
     def run_trial(self, trainer: Trainer, log: Log) -> None:
         """Run three steps on the largest pack, so that memory runs out now or never."""
-        trial = run_trial_steps(
+        seconds_per_token, peak_bytes = run_trial_steps(
             self.model,
             steps.collate(self.pack),
             estimated=self.estimated,
@@ -63,29 +63,23 @@ class Loaded:
         )
         tokens, total = sum(len(row["input_ids"]) for row in self.pack), sum(self.estimated.values())
         peak = ""
-        if trial.peak_bytes is not None:
-            peak = f", peak memory {trial.peak_bytes / 1e9:.1f} GB (estimated {total / 1e9:.1f} GB)"
+        if peak_bytes is not None:
+            peak = f", peak memory {peak_bytes / 1e9:.1f} GB (estimated {total / 1e9:.1f} GB)"
             if not log.file.is_file():  # a resumed run has it in its log already
-                log.write(memory_predicted=total, memory_peak=trial.peak_bytes)
-        log.print(f"Trial on the largest pack ({tokens:,} tokens): {1 / trial.seconds_per_token:,.0f} tokens/s{peak}.")
+                log.write(memory_predicted=total, memory_peak=peak_bytes)
+        log.print(f"Trial on the largest pack ({tokens:,} tokens): {1 / seconds_per_token:,.0f} tokens/s{peak}.")
 
 
 def _largest_pack(plan: Plan, needed: Callable[[Pack], dict[str, int]]) -> tuple[list[Example], dict[str, int]]:
     """Find the pack of the run that needs the most memory, and the bytes that it needs."""
-    lengths, trained = plan.lengths, plan.learned
+
+    def parts(rows: Sequence[int]) -> dict[str, int]:
+        documents = tuple(plan.lengths[row] for row in rows)
+        return needed(Pack(documents=documents, trained=sum(plan.learned[row] for row in rows)))
+
     packs = [pack for step in range(len(plan)) for packs in plan.layout(step) for pack in packs]
-
-    def shape(rows: Sequence[int]) -> Pack:
-        return Pack(documents=tuple(lengths[row] for row in rows), trained=sum(trained[row] for row in rows))
-
-    candidates = (
-        max(packs, key=lambda rows: sum(lengths[row] for row in rows)),
-        max(packs, key=lambda rows: sum(lengths[row] ** 2 for row in rows)),  # what attention keeps on a CPU
-        max(packs, key=lambda rows: sum(trained[row] for row in rows)),  # what the logits take
-    )
-    found = [(rows, needed(shape(rows))) for rows in candidates]
-    largest, parts = max(found, key=lambda item: sum(item[1].values()))
-    return [plan.rows[row] for row in largest], parts
+    largest = max(packs, key=lambda rows: sum(parts(rows).values()))
+    return [plan.rows[row] for row in largest], parts(largest)
 
 
 def _load_base(job: Job, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -106,13 +100,6 @@ def _load_base(job: Job, dtype: torch.dtype, device: str) -> PreTrainedModel:
     return base
 
 
-class Trial(NamedTuple):
-    """`peak_bytes`: the most that torch allocated on the GPU; None on a CPU, where it is not counted."""
-
-    seconds_per_token: float
-    peak_bytes: int | None
-
-
 def run_trial_steps(
     model: torch.nn.Module,
     pack: Mapping[str, torch.Tensor],
@@ -120,8 +107,11 @@ def run_trial_steps(
     estimated: Mapping[str, int],
     autocast: Callable[[], AbstractContextManager[object]],
     scaler: torch.amp.GradScaler | None = None,
-) -> Trial:
-    """Run forward and backward passes on a collated pack and restore everything, so that training is unchanged."""
+) -> tuple[float, int | None]:
+    """Run forward and backward passes on a collated pack and restore everything, so that training is unchanged.
+
+    Returns the seconds per token and the most bytes that torch allocated on the GPU, which it does not count on a CPU.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if any(parameter.grad is not None for parameter in trained):
         raise ValueError("the model has gradients, which a trial would discard")
@@ -145,7 +135,7 @@ def run_trial_steps(
                     torch.cuda.synchronize(gpu)
                 seconds.append(time.perf_counter() - start)
             del moments
-            return Trial(min(seconds[1:]) / tokens, torch.cuda.max_memory_allocated(device) if gpus else None)
+            return min(seconds[1:]) / tokens, torch.cuda.max_memory_allocated(device) if gpus else None
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)

@@ -10,7 +10,7 @@ from saigakit.config import TrainConfig
 from saigakit.core import install, manifest, workspace
 from saigakit.core.launch import Nodes
 from saigakit.core.workspace import Gpu
-from saigakit.data import sources
+from saigakit.data import report, sources
 from saigakit.errors import SaigaError
 from saigakit.prompt import template
 from saigakit.registry import Lora
@@ -71,7 +71,7 @@ class Job:
 
     def write(self, directory: Path) -> Path:
         file = directory / JOB_FILE
-        file.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2, default=str), encoding="utf-8")
+        file.write_text(json.dumps(asdict(self), ensure_ascii=False, default=str), encoding="utf-8")
         return file
 
     @classmethod
@@ -124,7 +124,7 @@ def _with_formatted_length(config: TrainConfig, directory: Path) -> TrainConfig:
     """Take max_seq_length from 01_format if it made the records. Raises SaigaError if they are for another model."""
     if not (directory / manifest.NAME).is_file():
         return config
-    formatted = manifest.require_stage(directory, "01_format", model=config.model)
+    formatted = manifest.require_stage(directory, report.STAGE, model=config.model)
     return replace(config, max_seq_length=config.max_seq_length or formatted["parameters"]["max_seq_length"])
 
 
@@ -271,10 +271,6 @@ def check_memory(parts: dict[str, int], gpus: Sequence[Gpu], processes: int, *, 
     total, words = sum(parts.values()), memory.format_parts(parts)
     print(f"Estimated memory per process for {pack}: {total / 1e9:.1f} GB ({words}).", flush=True)
     for gpu in gpus:
-        if gpu.free < total:
-            raise SaigaError(
-                f"Training needs about {total / 1e9:.1f} GB on {gpu.name} ({words}), but only {gpu.free / 1e9:.1f} GB "
-                f"of {gpu.memory / 1e9:.1f} GB are free. {remedy}"
-            )
+        workspace.require_memory(total, f"Training ({words})", remedy, gpu)
     if not gpus:
         workspace.require_memory(total * processes, f"Training ({words})", remedy)

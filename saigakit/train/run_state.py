@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from saigakit.config import TrainConfig
 from saigakit.core import workspace
+from saigakit.train import curve
 from saigakit.train.checkpoints import Store
 from saigakit.train.samples import Samples
 from saigakit.train.steps import Plan
@@ -50,14 +51,13 @@ class Log:
         self._last_progress = time.monotonic()
         if resumed_from is None:
             return
-        for line in resumed_from.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
+        for entry in curve.read_log(resumed_from):
             if "held_out_loss" in entry:
                 self.held_out.append(entry)
             elif "seconds" in entry:
                 self.seconds = entry["seconds"]
         if not quiet:
-            shutil.copyfile(resumed_from, file)
+            shutil.copyfile(resumed_from / curve.LOG_FILE, file)
 
     def print(self, text: str) -> None:
         if not self.quiet:

@@ -54,14 +54,14 @@ class Samples:
         self._entries = [each for each in self._entries if each.step != step] + [entry]
         write_text(self.file, format_answers(self._sections, self._entries))
 
-    def restart_at(self, step: int) -> None:
-        """Continue the file of an earlier session without its entries after `step`."""
-        if not self._prompts or not self.file.is_file():
+    def restart_at(self, step: int, earlier: Path) -> None:
+        """Continue the file of an earlier session, if there is one, without its entries after `step`."""
+        if not self._prompts or not earlier.is_file():
             return
-        sections, entries = read_answers(self.file)
+        sections, entries = read_answers(earlier)
         if sections != self._sections:
             raise SaigaError(
-                f"{self.file} has other evaluation questions than this run. Resume with the records of the earlier "
+                f"{earlier} has other evaluation questions than this run. Resume with the records of the earlier "
                 "session, or start again without resume_from."
             )
         self._entries = [entry for entry in entries if entry.step <= step]

@@ -5,16 +5,17 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from saigakit import data
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest, workspace
-from saigakit.core.files import sha256, sha256_of_text, write_text
+from saigakit.core.files import replacing, sha256, sha256_of_text, write_text
 from saigakit.core.launch import Nodes
-from saigakit.data import report, sources
+from saigakit.core.manifest import Manifest
+from saigakit.data import report
 from saigakit.data.conversations import common_system_prompt
 from saigakit.errors import SaigaError
 from saigakit.prompt import template
@@ -25,7 +26,6 @@ from saigakit.weights import base_files
 
 STAGE = "02_train"
 CONFIG_FILE = "train_config.json"
-_PER_SESSION = {*checkpoints.NOT_IDENTITY} - {"adapter"}  # may differ between two sessions of one training
 
 
 def train_adapter(config: TrainConfig) -> Path:
@@ -34,11 +34,12 @@ def train_adapter(config: TrainConfig) -> Path:
     Called again, it resumes a run that was killed, interrupted or ended by max_hours. Everything that can be checked
     before training is checked first. With SAIGAKIT_NODES only the first machine writes the stage. Raises SaigaError.
     """
-    config, final, nodes = with_resume_point(config), Path(config.output_dir), Nodes.from_environment()
+    final, nodes = Path(config.output_dir), Nodes.from_environment()
     job = preflight.resolve(config, nodes)
     parameters, inputs = _identity_parameters(job.config), _hash_inputs(job)
     identity: dict[str, Any] = {"stage": STAGE, "parameters": parameters, "inputs": inputs}
     store = Store(checkpoints.directory_for(final), checkpoints.identity(parameters, inputs))
+    config = with_resume_point(config, store.identity)
     resumes = can_resume(final, identity, config)
     if not resumes and manifest.is_up_to_date(final, **identity):
         if not _has_ended_by_max_hours(manifest.read(final)):
@@ -62,13 +63,14 @@ def train_adapter(config: TrainConfig) -> Path:
         if job.chat_template is not None:  # where 03_merge_gguf and other programs look for it
             write_text(partial / template.FILE, job.chat_template)
         if facts["training"]["ended"] == "max_hours" and (last := store.find_newest()) is not None:
-            _copy_checkpoint(last, partial / checkpoints.IN_STAGE)
+            with replacing(partial / checkpoints.IN_STAGE) as copied:
+                shutil.copytree(last, copied)
     store.delete()
     return final
 
 
-def with_resume_point(config: TrainConfig) -> TrainConfig:
-    """Set resume_from to the one attached 02_train of the same parameters and records that ended by max_hours."""
+def with_resume_point(config: TrainConfig, identity: Manifest) -> TrainConfig:
+    """Set resume_from to the one attached 02_train that ended by max_hours and whose checkpoint has this identity."""
     if config.resume_from is not None or Path(config.output_dir).exists():
         return config
     found = []
@@ -77,8 +79,9 @@ def with_resume_point(config: TrainConfig) -> TrainConfig:
             content = manifest.read(file.parent)
             if not _has_ended_by_max_hours(content):
                 continue
-            if differing := _differing(content, config):
-                print(f"Not resuming {file.parent}: different {', '.join(differing)}.", flush=True)
+            there = checkpoints.identity(content["parameters"], content["inputs"])
+            if differing := manifest.differences(there, identity):
+                print(f"Not resuming {file.parent}, which is another run ({'; '.join(differing)}).", flush=True)
             else:
                 found.append(file.parent)
     if len(found) > 1:
@@ -92,28 +95,8 @@ def with_resume_point(config: TrainConfig) -> TrainConfig:
     return replace(config, resume_from=str(found[0]))
 
 
-def _has_ended_by_max_hours(content: manifest.Manifest) -> bool:
+def _has_ended_by_max_hours(content: Manifest) -> bool:
     return bool(content["stage"] == STAGE and content.get("training", {}).get("ended") == "max_hours")
-
-
-def _differing(content: dict[str, Any], config: TrainConfig) -> list[str]:
-    # A manifest without "folded" is from a version that continued the adapter.
-    before = {"folded": False, **content["parameters"]}
-    now = manifest.as_stored(config.to_json() | config.start)
-    compared = (name for name in now if name in before and name not in _PER_SESSION)
-    # 01_format decides max_seq_length if the config does not.
-    names = [name for name in compared if now[name] != before[name] and (name, now[name]) != ("max_seq_length", None)]
-    files = {"train": config.train_file, "held_out": config.eval_file, "replay": config.replay_file}
-    labels = {"train": "training", "held_out": "evaluation", "replay": "replay"}
-    for part, file in files.items():
-        found = sources.records_files(file, Path(config.output_dir).parent) if file else []
-        if [sha256(path) for path in found] != list((content["inputs"].get(part) or {}).values()):
-            names.append(f"{labels[part]} records")
-    formatted = sources.records_files(config.train_file, Path(config.output_dir).parent)[0].parent
-    chosen = template.formatted_template(formatted)
-    if content["inputs"].get("chat_template") != (None if chosen is None else sha256_of_text(chosen)):
-        names.append("chat template")
-    return names
 
 
 def _hash_inputs(job: Job) -> dict[str, Any]:
@@ -134,7 +117,7 @@ def _identity_parameters(config: TrainConfig) -> dict[str, Any]:
     ignored = {*checkpoints.NOT_IDENTITY} - {"adapter", "base_source"}
     kept = {
         name: value
-        for name, value in config.to_json().items()
+        for name, value in asdict(config).items()
         if not name.endswith(("_file", "_dir")) and name not in ignored
     }
     return kept | config.start
@@ -175,16 +158,6 @@ def find_checkpoint(config: TrainConfig, store: Store, unfinished: Path | None) 
     if changed := checkpoints.changed_versions(found):
         print(f"Library versions have changed, so results may differ slightly: {', '.join(changed)}.", flush=True)
     return store.adopt(found)
-
-
-def _copy_checkpoint(checkpoint: Path, target: Path) -> None:
-    try:
-        shutil.copytree(checkpoint, target)
-    except OSError as error:
-        raise SaigaError(
-            f"{checkpoint} cannot be copied into the stage ({error}). It is intact: free some disk space, then run "
-            "again with the same run_dir."
-        ) from None
 
 
 def _run_children(job: Job, store: Store, checkpoint: Path | None, directory: Path, nodes: Nodes | None) -> None:

@@ -6,6 +6,7 @@ import math
 import random
 from array import array
 from collections.abc import Sequence
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,14 +106,8 @@ def choose_replay(count_train: int, count_replay: int, fraction: float, epochs: 
     """
     needed = replay_count(count_train, fraction)
     rng = random.Random(f"replay {seed}")  # independent of the shuffling of training conversations
-    left: list[int] = []
-    drawn = []
-    for _ in range(math.ceil(epochs)):
-        while len(left) < needed:
-            left += rng.sample(range(count_replay), count_replay)
-        drawn.append(left[:needed])
-        left = left[needed:]
-    return drawn
+    shuffled = chain.from_iterable(rng.sample(range(count_replay), count_replay) for _ in repeat(None))  # endless
+    return [list(islice(shuffled, needed)) for _ in range(math.ceil(epochs))]
 
 
 def read_replay(name: str, files: Sequence[Path], held_out: Dataset | None) -> Dataset:

@@ -240,9 +240,7 @@ def check_early_stopping(run: Run) -> bool:
     if best is None or patience is None or best.worse_since < patience:
         return False
     run.ending = "early_stopping"
-    run.log.print(
-        f"Stopping early: no better evaluation loss since step {best.step} (early_stopping={patience} evaluations)."
-    )
+    run.log.print(f"Stopping early: no better evaluation loss since step {best.step} (early_stopping={patience}).")
     return True
 
 
@@ -264,6 +262,4 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
 
 
 def _adapter_bytes(model: PeftModel) -> int:
-    return sum(
-        parameter.numel() * parameter.element_size() for parameter in model.parameters() if parameter.requires_grad
-    )
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)

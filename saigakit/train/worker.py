@@ -43,7 +43,7 @@ def main(job_file: Path) -> None:
         torch.cuda.set_device(device)
     start = None if config.resume_from is None else Path(config.resume_from)
     directory = Path(config.output_dir)
-    log = Log(directory / curve.LOG_FILE, quiet=rank > 0, resumed_from=start and start / checkpoints.LOG)
+    log = Log(directory / curve.LOG_FILE, quiet=rank > 0, resumed_from=start)
     tokenizer = encoding.read_tokenizer(config.spec, job.tokenizer_dir, job.chat_template)
     questions = None if job.eval_file is None else data.read_conversations(job.eval_file)
     with contextlib.redirect_stdout(io.StringIO()) if rank > 0 else contextlib.nullcontext():  # only the first reports
@@ -62,9 +62,8 @@ def main(job_file: Path) -> None:
         log.print(f"{answers.FILE} is not written with sharding='fsdp', because no process has the complete model.")
     elif questions is not None and rank == 0:
         run.samples = Samples(tokenizer, questions, directory / answers.FILE)
-        if start is not None and (start / answers.FILE).is_file():
-            shutil.copyfile(start / answers.FILE, run.samples.file)
-            run.samples.restart_at(run.saved_step)
+        if start is not None:
+            run.samples.restart_at(run.saved_step, start / answers.FILE)
     with job.store.lock(_LOCK_PATIENCE_S) if rank == 0 else contextlib.nullcontext(), launch.ending_gently():
         step = _train(run, loaded, start)
         if rank == 0:

@@ -4,6 +4,7 @@ import shutil
 import tarfile
 import zipfile
 from contextlib import closing
+from threading import Thread
 
 import gguf
 import llama_cpp
@@ -117,14 +118,21 @@ def test_an_interruption_leaves_nothing(tmp_path):
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_a_directory_that_another_process_made_first_stays(tmp_path):
-    def overtaken(partial):
-        (partial / "mine").write_bytes(b"")
-        (tmp_path / "one").mkdir()
-        (tmp_path / "one" / "theirs").write_bytes(b"")
+def test_a_process_waits_for_the_directory_that_another_one_is_making(tmp_path):
+    waiting = []
 
-    packages.make_once(tmp_path / "one", overtaken)
-    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["theirs"]
+    def fill(partial):
+        def fill_again(_):
+            raise AssertionError
+
+        waiting.append(Thread(target=packages.make_once, args=(tmp_path / "one", fill_again)))
+        waiting[0].start()
+        (partial / "mine").write_bytes(b"")
+
+    made = packages.make_once(tmp_path / "one", fill)
+    waiting[0].join()
+    assert [file.name for file in made.iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
 def test_a_model_that_cannot_be_unpacked_is_not_kept(package, cache, monkeypatch):

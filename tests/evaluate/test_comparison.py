@@ -244,7 +244,7 @@ def test_too_little_memory_is_reported_before_anything_is_loaded(copied, monkeyp
 
 def test_with_a_gpu_its_memory_is_checked(copied, monkeypatch):
     monkeypatch.setattr(workspace, "gpus", lambda: [workspace.Gpu("Tesla T4", (7, 5), 16 * 10**9, 5 * 10**8)])
-    with pytest.raises(SaigaError, match=r"1\.0 GB of GPU memory, and 0\.5 GB of Tesla T4 are free"):
+    with pytest.raises(SaigaError, match=r"1\.0 GB of memory on Tesla T4, and 0\.5 GB of 16\.0 GB are free"):
         evaluate.compare(model="saiga_tiny", run_dir=copied, adapter="released")
 
 
@@ -259,7 +259,7 @@ def test_the_needed_memory_is_that_of_weights_one_question_and_the_libraries(tin
     asked = Questions.of([asking("Да.")], tokenizer)
     needed = []
     monkeypatch.setattr(workspace, "gpus", list)
-    monkeypatch.setattr(workspace, "require_memory", lambda size, what, remedy: needed.append(size))
+    monkeypatch.setattr(workspace, "require_memory", lambda size, what, remedy, gpu: needed.append(size))
     comparison._require_memory(tiny / "base", "none", asked)
     shape = ModelShape.from_config(find.base_dir(registry.find("saiga_tiny")))
     tokens = len(asked.prompts[0]) + asked.max_new_tokens
@@ -274,5 +274,5 @@ def test_a_full_disk_is_reported_before_anything_is_loaded(copied, monkeypatch):
 
 @pytest.mark.parametrize("count", [0, "240", True])
 def test_max_examples_must_be_a_positive_integer(tmp_path, count):
-    with pytest.raises(SaigaError, match=r"max_examples=.* must be an integer"):
+    with pytest.raises(SaigaError, match=r"max_examples=.* must be a whole number"):
         evaluate.compare(model="saiga_tiny", run_dir=tmp_path, max_examples=count)

@@ -77,13 +77,12 @@ def test_summary_shows_memory_if_the_log_has_it(tmp_path):
 
 
 @pytest.mark.parametrize(("ended", "said"), [("early_stopping", "stopped improving"), ("max_hours", "max_hours")])
-def test_summary_shows_an_early_end_and_the_step_of_the_adapter(tmp_path, ended, said):
+def test_summary_shows_an_early_end(tmp_path, ended, said):
     identity = {"stage": "02_train", "parameters": {}, "inputs": {}}
-    with manifest.making(tmp_path / "made", facts={"training": {"ended": ended, "best_step": 20}}, **identity) as made:
+    with manifest.making(tmp_path / "made", facts={"training": {"ended": ended}}, **identity) as made:
         write(made, LOG)
     rows = dict(curve.summary(tmp_path / "made").rows)
     assert said in rows["обучение закончилось · training ended"]
-    assert rows["сохранён адаптер шага · adapter saved from step"] == "20"
 
 
 def test_plots_one_line_without_evaluations(tmp_path):

@@ -151,7 +151,9 @@ PARTS = {"weights": 12 * 10**9, "activations": 4 * 10**9}
 
 
 def test_refuses_a_gpu_with_too_little_memory_and_reports_the_numbers(capsys):
-    with pytest.raises(SaigaError, match=r"about 16\.0 GB on Tesla T4 .*only 15\.0 GB of 16\.0 GB.*max_seq_length"):
+    with pytest.raises(
+        SaigaError, match=r"about 16\.0 GB of memory on Tesla T4, and 15\.0 GB of 16\.0 GB.*max_seq_length"
+    ):
         preflight.check_memory(PARTS, [T4], 1, pack="it")
     assert "per process for it: 16.0 GB (weights 12.0 GB, activations 4.0 GB)" in capsys.readouterr().out
     preflight.check_memory({"weights": 14 * 10**9}, [T4], 1, pack="it")

@@ -30,8 +30,10 @@ def test_twelve_hours_print_at_most_300_progress_lines(monkeypatch, tmp_path, ca
 
 def test_log_continues_after_the_entries_of_a_checkpoint(tmp_path):
     entries = [{"step": 0, "held_out_loss": 5.0}, {"step": 1, "loss": 4.0, "tokens": 9, "seconds": 2.5}]
-    (tmp_path / "old.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-    log = Log(tmp_path / "log.jsonl", quiet=False, resumed_from=tmp_path / "old.jsonl")
+    earlier = tmp_path / "checkpoint"
+    earlier.mkdir()
+    (earlier / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    log = Log(tmp_path / "log.jsonl", quiet=False, resumed_from=earlier)
     assert (log.seconds, log.held_out) == (2.5, entries[:1])
     log.write(step=2, held_out_loss=3.0)
     lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()

@@ -240,7 +240,7 @@ def test_resumed_samples_equal_uninterrupted_ones(script, model, tokenizer, tmp_
     go(Samples(tokenizer, held_out, whole), [0, 10, 20, 30])
     go(Samples(tokenizer, held_out, resumed), [0, 10, 20])
     again = Samples(tokenizer, held_out, resumed)
-    again.restart_at(14)
+    again.restart_at(14, resumed)
     assert "step 20" not in resumed.read_text(encoding="utf-8")
     go(again, [20, 30])
     assert resumed.read_bytes() == whole.read_bytes()
@@ -248,7 +248,7 @@ def test_resumed_samples_equal_uninterrupted_ones(script, model, tokenizer, tmp_
 
 def test_resuming_without_a_file_starts_one(script, model, tokenizer, tmp_path):
     asked = Samples(tokenizer, store.as_dataset([conversation("А?")]), tmp_path / "s.md")
-    asked.restart_at(5)
+    asked.restart_at(5, tmp_path / "s.md")
     asked.write(10, 1.0, model)
     assert "step 10" in (tmp_path / "s.md").read_text(encoding="utf-8")
 
@@ -258,7 +258,7 @@ def test_refuses_to_resume_a_file_with_other_questions(script, model, tokenizer,
     Samples(tokenizer, store.as_dataset([conversation("А?")]), file).write(0, 1.0, model)
     before = file.read_bytes()
     with pytest.raises(SaigaError, match="other evaluation questions"):
-        Samples(tokenizer, store.as_dataset([conversation("Б?")]), file).restart_at(5)
+        Samples(tokenizer, store.as_dataset([conversation("Б?")]), file).restart_at(5, file)
     assert file.read_bytes() == before
 
 
@@ -269,7 +269,7 @@ def test_reports_a_damaged_file(tokenizer, tmp_path, content):
     file = tmp_path / "s.md"
     file.write_text(content, encoding="utf-8")
     with pytest.raises(SaigaError, match=r"s\.md is damaged"):
-        Samples(tokenizer, store.as_dataset([conversation("А?")]), file).restart_at(5)
+        Samples(tokenizer, store.as_dataset([conversation("А?")]), file).restart_at(5, file)
 
 
 def test_asks_the_last_turn_of_four_conversations_from_all_over_the_file(script, model, tokenizer, tmp_path):

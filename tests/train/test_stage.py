@@ -138,7 +138,7 @@ def test_refuses_too_little_memory_and_reports_both_numbers(records, tmp_path, m
 
 def test_refuses_a_small_gpu_and_reports_both_numbers(records, tmp_path, monkeypatch):
     monkeypatch.setattr(workspace, "gpus", lambda: [Gpu("Tesla T4", (7, 5), 16 * 10**9, 1_000_000)])
-    refused_before_a_child_starts(monkeypatch, config_for(records, tmp_path), r"on Tesla T4 .*of 16\.0 GB are free")
+    refused_before_a_child_starts(monkeypatch, config_for(records, tmp_path), r"on Tesla T4, .*of 16\.0 GB are free")
 
 
 def test_refuses_gemma_on_a_t4_before_downloading(records, tmp_path, monkeypatch):

@@ -1,15 +1,12 @@
 """Choosing an attached training to resume."""
 
-import json
-from dataclasses import asdict
-
 import pytest
 
 from saigakit.config import TrainConfig
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
-from saigakit.train import stage
+from saigakit.train import checkpoints, stage
 
 
 @pytest.fixture
@@ -26,37 +23,44 @@ def config_in(place, **settings):
     return TrainConfig(**{"model": "saiga_tiny", "lora": Lora(rank=2), **files, **settings})
 
 
-def attached(place, name="one", *, ended="max_hours", stage="02_train", **changes):
-    """The output of an earlier session, as Kaggle mounts it."""
-    config = config_in(place)
-    parameters = {key: value for key, value in asdict(config).items() if not key.endswith(("_file", "_dir"))}
-    parameters = json.loads(json.dumps(parameters | config.start)) | {"max_seq_length": 512, "max_hours": 9.0} | changes
-    directory = place / "input" / "notebooks" / "me" / name / "02_train"
+def identity_of(place, config):
     inputs = {"train": manifest.hashes(place / "run" / "train.jsonl")}
-    identity = {"stage": stage, "parameters": parameters, "inputs": inputs}
-    with manifest.making(directory, facts={"training": {"ended": ended}}, **identity):
+    if config.eval_file:
+        inputs["held_out"] = manifest.hashes(place / "run" / config.eval_file)
+    return {"parameters": stage._identity_parameters(config), "inputs": inputs}
+
+
+def attached(place, name="one", *, ended="max_hours", kind="02_train", **changes):
+    """The output of an earlier session, as Kaggle mounts it."""
+    identity = identity_of(place, config_in(place, max_hours=9.0))
+    identity["parameters"] |= changes
+    directory = place / "input" / "notebooks" / "me" / name / "02_train"
+    with manifest.making(directory, facts={"training": {"ended": ended}}, stage=kind, **identity):
         pass
     return directory
 
 
+def with_resume_point(place, **settings):
+    config = config_in(place, **settings)
+    return stage.with_resume_point(config, checkpoints.identity(**identity_of(place, config)))
+
+
 def test_resumes_an_attached_training_that_ran_out_of_time(place, capsys):
     directory = attached(place)
-    assert stage.with_resume_point(config_in(place)) == config_in(place, resume_from=str(directory))
+    assert with_resume_point(place) == config_in(place, resume_from=str(directory))
     assert "which ended by max_hours" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "settings", [{"max_hours": 3}, {"save_minutes": 5}, {"base_source": "x"}, {"max_seq_length": 512}]
-)
+@pytest.mark.parametrize("settings", [{"max_hours": 3}, {"save_minutes": 5}, {"base_source": "x"}])
 def test_settings_of_a_session_may_differ(place, settings):
     directory = attached(place)
-    assert stage.with_resume_point(config_in(place, **settings)).resume_from == str(directory)
+    assert with_resume_point(place, **settings).resume_from == str(directory)
 
 
 def test_does_not_resume_a_continued_adapter_as_a_folded_one(place, capsys):
     attached(place, folded=False)
-    assert stage.with_resume_point(config_in(place)).resume_from is None
-    assert ": different folded" in capsys.readouterr().out
+    assert with_resume_point(place).resume_from is None
+    assert "another run (folded: False there, True now)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -65,46 +69,44 @@ def test_does_not_resume_a_continued_adapter_as_a_folded_one(place, capsys):
 )
 def test_reports_and_ignores_a_training_of_other_parameters(place, capsys, settings, named):
     attached(place)
-    config = config_in(place, **settings)
-    assert stage.with_resume_point(config) is config
-    assert f": different {named}." in capsys.readouterr().out
+    assert with_resume_point(place, **settings) == config_in(place, **settings)
+    assert f"another run ({named}: " in capsys.readouterr().out
 
 
 def test_does_not_resume_a_training_on_other_records(place, capsys):
     attached(place)
     (place / "run" / "train.jsonl").write_text("{}\n{}\n", encoding="utf-8")
-    assert stage.with_resume_point(config_in(place)).resume_from is None
-    assert ": different training records." in capsys.readouterr().out
+    assert with_resume_point(place).resume_from is None
+    assert "another run (train: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", [{"ended": "all_steps"}, {"stage": "03_merge_gguf"}])
+@pytest.mark.parametrize("kind", [{"ended": "all_steps"}, {"kind": "03_merge_gguf"}])
 def test_ignores_finished_trainings_and_other_stages_silently(place, capsys, kind):
     attached(place, **kind)
-    assert stage.with_resume_point(config_in(place)).resume_from is None
+    assert with_resume_point(place).resume_from is None
     assert capsys.readouterr().out == ""
 
 
 def test_resume_from_and_a_local_stage_take_precedence(place):
     attached(place)
-    assert stage.with_resume_point(config_in(place, resume_from="mine")).resume_from == "mine"
+    assert with_resume_point(place, resume_from="mine").resume_from == "mine"
     (place / "run" / "02_train").mkdir()
-    assert stage.with_resume_point(config_in(place)).resume_from is None
+    assert with_resume_point(place).resume_from is None
 
 
 def test_refuses_two_trainings_that_fit(place):
     attached(place, "one")
     attached(place, "two")
     with pytest.raises(SaigaError, match=r"More than one .*one/02_train, .*two/02_train"):
-        stage.with_resume_point(config_in(place))
+        with_resume_point(place)
 
 
 def test_starts_a_new_training_if_nothing_is_attached(place):
-    config = config_in(place)
-    assert stage.with_resume_point(config) is config
+    assert with_resume_point(place) == config_in(place)
 
 
 def test_does_not_resume_a_training_with_another_evaluation_set(place, capsys):
     attached(place)
     (place / "run" / "held_out.jsonl").write_text("{}\n", encoding="utf-8")
-    assert stage.with_resume_point(config_in(place, eval_file="held_out.jsonl")).resume_from is None
-    assert ": different evaluation records." in capsys.readouterr().out
+    assert with_resume_point(place, eval_file="held_out.jsonl").resume_from is None
+    assert "another run (held_out: None there, " in capsys.readouterr().out

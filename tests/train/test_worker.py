@@ -116,9 +116,7 @@ def test_chunked_loss_does_not_change_training(records, tmp_path, monkeypatch):
 def test_trial_does_not_change_the_adapter(records, tmp_path, monkeypatch, capsys):
     tried = trained(records, tmp_path / "tried")
     assert "Trial on the largest pack (" in capsys.readouterr().out
-    monkeypatch.setattr(
-        loading, "run_trial_steps", lambda *_, **__: loading.Trial(seconds_per_token=1.0, peak_bytes=None)
-    )
+    monkeypatch.setattr(loading, "run_trial_steps", lambda *_, **__: (1.0, None))
     untried = trained(records, tmp_path / "untried")
     assert losses(tried) == losses(untried)
     assert (tried / "adapter_model.safetensors").read_bytes() == (untried / "adapter_model.safetensors").read_bytes()
