@@ -122,7 +122,8 @@ def main() -> None:
         reference = export_gguf(directory, options.adapter, "F16", "reference", None)
         matrices: dict[str, Path | None] = {"none": None}
         for name, rows in sources.items():
-            made = imatrix.compute_importance(reference, rows, dataset=name, max_tokens=options.tokens)
+            sample = spread(rows, len(rows) * options.tokens // sum(map(len, rows)) + 1)
+            made = imatrix.compute_importance(reference, sample, dataset=name)
             matrices[name] = made.write(directory / f"{name}.gguf")
         measured: dict[str, dict[tuple[str, str], quality.Quality]] = {name: {} for name in held}
         types, gigabytes = {}, {}

@@ -37,19 +37,20 @@ def importance_of_records(
 ) -> Path:
     """Write llama.cpp's importance matrix of the merged model, computed with a Q8_0 GGUF in the scratch directory.
 
+    About `max_tokens` are read, in rows evenly spread over the records.
     Raises SaigaError first if `output` exists, or there is no room for files of `quant_types` next to it.
     """
     file = Path(output)
     require_absent(file)
     if quant_types:  # before hours of computing
         Export.of(plan, quant_types).require_room(file.parent)
-    ids = token_rows(records, plan)
+    encoded = token_rows(records, plan)
+    ids = [encoded[index]["input_ids"] for index in range(len(encoded))]
     with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
         matrix = imatrix.compute_importance(
             write_gguf(Export.of(plan, ["Q8_0"]), Path(scratch) / "q8_0.gguf"),
-            [ids[index]["input_ids"] for index in range(len(ids))],
+            spread(ids, max(1, len(ids) * max_tokens // sum(map(len, ids)))),
             dataset=Path(records).name,
-            max_tokens=max_tokens,
             n_gpu_layers=n_gpu_layers,
         )
     return matrix.write(file)

@@ -58,10 +58,8 @@ def _seconds_per_number(types: set[str], shapes: Mapping[str, "Shape"], read: st
     prepared = time.perf_counter()
     sample = read(name, rows)
     taken = {"read": (prepared - start) / prod(shape) + (time.perf_counter() - prepared) / sample.size}
+    usable = sample.reshape(1, -1)[:, : sample.size // 256 * 256]
     for ggml_type in types:
-        usable = sample[:, : sample.shape[1] // 256 * 256] if sample.ndim == 2 else sample[None]
-        if usable.size == 0:
-            usable = sample.reshape(1, -1)[:, : sample.size // 256 * 256]
         start = time.perf_counter()
         quantization.quantise(usable, ggml_type)
         taken[ggml_type] = (time.perf_counter() - start) / usable.size

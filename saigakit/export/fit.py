@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Self
 from saigakit.core import manifest
 from saigakit.core.display import Table
 from saigakit.core.workspace import GIB
-from saigakit.errors import SaigaError
 from saigakit.llamacpp import quantization
 from saigakit.weights.memory import CacheType
 from saigakit.weights.model_shape import ModelShape
@@ -18,9 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MACHINES = (6, 8, 16)  # GiB of RAM
-CONTEXTS = (2048, 4096, 8192, 16384, 32768)
+CONTEXTS = (2048, 4096, 8192, 16384, 32768)  # the least is a conversation of a few pages
 SHOWN = tuple(name for name in quantization.QUANT_TYPES if name not in ("F32", "BF16", "F16"))
-LEAST_CONTEXT = CONTEXTS[0]  # a conversation of a few pages
 SYSTEM = 1536 * 2**20  # bytes for the operating system and its desktop: an allowance, not measured
 _CACHE_BYTES: Mapping[CacheType, float] = {"f16": 2, "q8_0": 34 / 32}  # per number; q8_0 has a scale for every 32
 _BLOCK = 32  # numbers in a block of q8_0; llama.cpp refuses a cache whose head_dim is not a multiple
@@ -96,17 +94,11 @@ class ModelFiles:
 
     shape: ModelShape
     longest: int  # tokens of context that the model was trained for
-    files: Mapping[str, int]  # quant type to bytes
-
-    def __post_init__(self) -> None:
-        for quant_type in self.files:
-            quantization.require_known(quant_type)
-        if not self.files:
-            raise SaigaError("There is no quant type to estimate memory for; give at least one.")
+    files: Mapping[str, int]  # quant type, of quantization.QUANT_TYPES, to bytes
 
     @property
     def least_context(self) -> int:
-        return min(LEAST_CONTEXT, self.longest)
+        return min(CONTEXTS[0], self.longest)
 
     @property
     def _cache_types(self) -> list[CacheType]:

@@ -150,7 +150,9 @@ class Export:
             manifest_partial = stack.enter_context(replacing(manifest_file)) if identity else None
             partials = {each: stack.enter_context(replacing(final)) for each, final in reversed(finals.items())}
             written = self._fill({each: partials[each] for each in finals})
-            checks = [self._require_readable(each, partials[each], written[each], texts) for each in finals]
+            checks = [
+                read_back.require_readable(partials[each], written[each], self.tokenizer, texts) for each in finals
+            ]
             if identity and manifest_partial:
                 outputs = {final.name: sha256(partials[each]) for each, final in finals.items()}
                 manifest.write(manifest_partial, **identity, facts=self._facts(finals), outputs=outputs)
@@ -171,12 +173,6 @@ class Export:
             targets, self.shapes, self.read, row_multiple=head_dim, importance=self.importance
         )
         return dict(zip(files, written, strict=True))
-
-    def _require_readable(self, quant_type: str, file: Path, written: Sequence[Written], texts: Sequence[str]) -> str:
-        metadata = {key: value.value for key, value in self._writer(file, quant_type).kv_data[0].items()}
-        read_back.require_tensors(file, self.bytes(quant_type), metadata, self.shapes, self.types(quant_type))
-        read_back.require_written(file, written)
-        return read_back.require_readable(file, len(self.shapes), self.tokenizer, texts)
 
     def _facts(self, files: Mapping[str, Path]) -> dict[str, Any]:
         by_name = {}

@@ -4,10 +4,9 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from saigakit.core import workspace
 from saigakit.core.files import replacing, require_absent
@@ -21,12 +20,14 @@ from saigakit.weights.merge import Merged
 from saigakit.weights.tensors import FLOATS
 
 if TYPE_CHECKING:
+    import torch
+
     from saigakit.weights.tensors import Array
 
 _ROWS = 4096  # of a stored copy, compared at a time
 _ROUNDING = 2.0**-7  # twice that of bfloat16: a copy may have another number format than the base
 _CHUNK = 1 << 24  # numbers merged at a time
-_SHARD = 5 * 10**9  # bytes of a file, at most
+_SHARD = 2 * 10**9  # bytes of a file, at most: it is in memory before it is written
 _COPIED = (*find.IDS_DEPEND_ON, "generation_config.json", "vocab.json", "merges.txt")
 
 
@@ -134,23 +135,26 @@ def to_safetensors(plan: MergePlan, output: str | Path, number_format: NumberFor
 def write_merged(merged: Merged, plan: MergePlan, directory: Path, number_format: NumberFormat | None = None) -> Path:
     """Write weights, index, config and tokenizer; without `number_format` each tensor keeps that of the base."""
     from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-    tensors: dict[str, _Planned] = {}
-    types = {name: dtype for dtype, name in FLOATS.items()}
-    for name, shape in merged.shapes.items():
+    formats: dict[str, str] = {}
+    for name in merged.shapes:
         stored = merged.base.float_stored(name if name in merged.base.stored else merged.names.embeddings)
-        tensors[name] = _Planned(shape, types[number_format] if number_format else stored.dtype)
+        formats[name] = number_format or FLOATS[stored.dtype]
+    sizes = {name: prod(shape) * (4 if formats[name] == "float32" else 2) for name, shape in merged.shapes.items()}
     split = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda tensor: tensor.bytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=_SHARD,
+        sizes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=_SHARD
     )
     workspace.require_disk(directory.parent, split.metadata["total_size"], f"The merged {plan.spec.name}")
     with replacing(directory) as partial:
         partial.mkdir()
         for file_name, names in split.filename_to_tensors.items():
-            _write_shard(partial / file_name, merged, {name: tensors[name] for name in names})
+            shard = ((name, _merge(merged, name, formats[name])) for name in names)
+            try:
+                save_file(dict(shard), partial / file_name, metadata={"format": "pt"})
+            except SafetensorError as error:  # as if it wrote with Python's functions, of which `replacing` tells
+                raise OSError(str(error)) from None
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             _write_json(partial / "model.safetensors.index.json", index)
@@ -164,47 +168,22 @@ def write_merged(merged: Merged, plan: MergePlan, directory: Path, number_format
     return directory
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """A tensor that is to be written."""
-
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors calls it
-
-    @property
-    def bytes(self) -> int:
-        return prod(self.shape) * (4 if self.dtype == "F32" else 2)
-
-
-def _write_shard(file: Path, merged: Merged, tensors: Mapping[str, _Planned]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.bytes
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little"))
-        stream.write(text)
-        for name, tensor in tensors.items():
-            step = max(1, _CHUNK // prod(tensor.shape[1:]))
-            for first in range(0, tensor.shape[0], step):
-                rows = slice(first, min(first + step, tensor.shape[0]))
-                _write_numbers(stream, name, merged.read(name, rows), tensor.dtype)
-
-
-def _write_numbers(stream: BinaryIO, name: str, numbers: "Array", dtype: str) -> None:
+def _merge(merged: Merged, name: str, number_format: str) -> "torch.Tensor":
+    """The complete tensor; in float32 only some rows at a time."""
     import torch
 
-    made = torch.from_numpy(numbers).to(getattr(torch, FLOATS[dtype]))
-    if not made.isfinite().all():
+    shape = merged.shapes[name]
+    tensor = torch.empty(shape, dtype=getattr(torch, number_format))
+    step = max(1, _CHUNK // prod(shape[1:]))
+    for first in range(0, shape[0], step):
+        rows = slice(first, min(first + step, shape[0]))
+        tensor[rows] = torch.from_numpy(merged.read(name, rows))
+    if not tensor.isfinite().all():
         raise SaigaError(
             f"A number of {name} is too large for float16, in which the base is stored. Export a GGUF (--format "
             "gguf), or call to_safetensors with number_format='bfloat16' in Python."
         )
-    stream.write(made.contiguous().view(torch.uint8).numpy().data)
+    return tensor
 
 
 def _write_config(source: Path, target: Path, merged: Merged, number_format: NumberFormat | None) -> None:

@@ -124,9 +124,9 @@ def measure_quality(
     stage = Path(stage_dir)
     content, records = manifest.require_stage(stage, EXPORT_STAGE), sources.formatted_records("held_out", stage.parent)
     if not max_tokens:
-        return _skip("quality_tokens is 0")
+        return _skip("quality_tokens is 0.")
     if records is None:
-        return _skip(f"there is no 01_format/held_out.jsonl in {stage.parent} or attached")
+        return _skip(f"there is no 01_format/held_out.jsonl in {stage.parent} or attached.")
     final = stage.parent / STAGE
     identity: dict[str, Any] = {
         "stage": STAGE,
@@ -144,7 +144,7 @@ def measure_quality(
         if lack := lacks[reference]:
             return _skip(lack)
         if not comparison.compared_with(reference):
-            return _skip(f"there is no file other than {reference} to compare with it")
+            return _skip(f"there is no file other than {reference} to compare with it.")
         with manifest.making(final, **identity, may_replace=True) as partial:
             result = comparison.measure(reference, records, max_tokens, n_gpu_layers)
             write_text(partial / _MEASURED, json.dumps(result, indent=1))
@@ -155,7 +155,7 @@ def measure_quality(
 
 
 def _skip(reason: str) -> Table | None:
-    print(f"The cost of quantising is not measured: {reason}.", flush=True)
+    print(f"The cost of quantising is not measured: {reason}", flush=True)
     return None
 
 
@@ -184,19 +184,15 @@ class _Comparison:
 
     def lack(self, reference: str) -> str | None:
         """What is missing to make the reference with the further files and to run it next to the largest one."""
-        directory = workspace.scratch_dir()
-        disk, free_disk = sum(map(self.export.bytes, {reference, *self.further})), workspace.free_disk(directory)
-        largest = max(map(self.export.bytes, self.compared_with(reference)), default=0)
-        memory, free_memory = self.export.bytes(reference) + largest, workspace.available_memory()
-        if disk < free_disk and memory < free_memory:
-            return None
-        disk_gb, free_disk_gb, memory_gb, free_gb = (
-            f"{size / workspace.GB:.1f} GB" for size in (disk, free_disk, memory, free_memory)
-        )
-        return (
-            f"it takes {disk_gb} of disk at {directory}, where {free_disk_gb} are free, and {memory_gb} of memory, of "
-            f"which {free_gb} are free"
-        )
+        what, size = f"A comparison with {reference}", self.export.bytes
+        disk = sum(map(size, {reference, *self.further}))
+        memory = size(reference) + max(map(size, self.compared_with(reference)), default=0)
+        try:
+            workspace.require_disk(workspace.scratch_dir(), disk, what)
+            workspace.require_memory(memory, what, "Close other programs.")
+        except SaigaError as error:
+            return str(error)
+        return None
 
     def measure(self, reference: str, records: Path, max_tokens: int, n_gpu_layers: int) -> dict[str, Any]:
         """The content of quality.json; the largest file comes first."""

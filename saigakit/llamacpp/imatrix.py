@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from saigakit.core import install
 from saigakit.core.display import Every
@@ -55,24 +55,24 @@ class Importance(Mapping[str, "Array"]):
     def __len__(self) -> int:
         return len(self.squares)
 
-    @classmethod
-    def read(cls, path: str | Path) -> Self:
+    @staticmethod
+    def read(path: str | Path) -> "Importance":
         """Read a file of llama.cpp, GGUF or the older binary form. Raises SaigaError if it is damaged."""
         file = Path(path)
         try:
             with file.open("rb") as stream:
                 is_gguf = stream.read(4) == b"GGUF"
-            matrix = cls(*(_read_gguf(file) if is_gguf else _read_binary(file.read_bytes())))
+            matrix = _read_gguf(file) if is_gguf else _read_binary(file.read_bytes())
             if not matrix.squares:
                 raise ValueError("it contains no tensors")
+            for name, squares in matrix.squares.items():
+                _require_sound(name, squares)
         except (OSError, ValueError, KeyError, IndexError, OverflowError, struct.error, MemoryError) as error:
             reason = str(error).strip() or type(error).__name__
             raise SaigaError(
                 f"{file} is not an importance matrix of llama.cpp, or it is cut short or damaged ({reason[:200]}). "
                 "Download it again, or leave `importance` out."
             ) from None
-        for name, squares in matrix.squares.items():
-            _require_sound(file, name, squares)
         return matrix
 
     def require_fit(self, shapes: Mapping[str, "Shape"], origin: str | Path) -> None:
@@ -123,10 +123,7 @@ class Importance(Mapping[str, "Array"]):
         return file
 
 
-_Fields = tuple[dict[str, Squares], tuple[str, ...], int, int]
-
-
-def _read_gguf(file: Path) -> _Fields:
+def _read_gguf(file: Path) -> Importance:
     import gguf
 
     reader = gguf.GGUFReader(file)
@@ -145,7 +142,7 @@ def _read_gguf(file: Path) -> _Fields:
     if unmatched := [name for name in tensors if name.endswith(_COUNTS)]:
         raise ValueError(f"{unmatched[0]} has no sums")
     chunks, size = (int(_value(reader, key) or 0) for key in (_CHUNKS, _CHUNK_SIZE))
-    return found, tuple(_value(reader, _DATASETS) or ()), chunks, size
+    return Importance(found, tuple(_value(reader, _DATASETS) or ()), chunks, size)
 
 
 def _value(reader: "gguf.GGUFReader", key: str) -> Any:  # noqa: ANN401  # of any GGUF type
@@ -153,7 +150,7 @@ def _value(reader: "gguf.GGUFReader", key: str) -> Any:  # noqa: ANN401  # of an
     return None if field is None else field.contents()
 
 
-def _read_binary(content: bytes) -> _Fields:
+def _read_binary(content: bytes) -> Importance:
     """Entries of name, calls, and mean square times calls; then the total of calls and the dataset's name."""
     import numpy as np
 
@@ -176,35 +173,23 @@ def _read_binary(content: bytes) -> _Fields:
         found[name] = Squares(np.frombuffer(take(4 * take_int()), dtype="<f4").astype(np.float32), float(calls))
     chunks = take_int() if position < len(content) else 0
     dataset = take(take_int()).decode("utf-8", "replace") if position < len(content) else ""
-    return found, (dataset,) if dataset else (), chunks, 512
+    return Importance(found, (dataset,) if dataset else (), chunks)
 
 
-def _require_sound(file: Path, name: str, squares: Squares) -> None:
+def _require_sound(name: str, squares: Squares) -> None:
     import numpy as np
 
     if not (squares.count > 0 and squares.sums.size and np.isfinite(squares.sums).all() and (squares.sums >= 0).all()):
-        raise SaigaError(
-            f"{file}: {name} is damaged: it has {squares.count:g} tokens, or sums that are negative or not finite. "
-            "Download or compute it again."
-        )
+        raise ValueError(f"{name} has {squares.count:g} tokens, or sums that are negative or not finite")
 
 
 def compute_importance(
-    gguf_file: Path,
-    id_lists: Sequence[Sequence[int]],
-    *,
-    dataset: str,
-    max_tokens: int = 50_000,
-    n_gpu_layers: int = 0,
+    gguf_file: Path, rows: Sequence[Sequence[int]], *, dataset: str, n_gpu_layers: int = 0
 ) -> Importance:
-    """Sum the squares of each weight's inputs over about `max_tokens`, in rows evenly spread over `id_lists`.
+    """Sum the squares of each weight's inputs over rows of token ids, named `dataset` in the file.
 
     Unlike in llama.cpp's own tool, every row starts a new sequence, as in training.
     """
-    filled = [ids for ids in id_lists if len(ids)]
-    if not filled:
-        raise SaigaError(f"{dataset} has no tokens, so no importance matrix can be computed from it.")
-    rows = sample_rows(filled, max_tokens)
     observer, is_due, length = _Observer(), Every(), max(map(len, rows))
     with forward.open_model(gguf_file, n_ctx=length, n_gpu_layers=n_gpu_layers, on_tensor=observer.observe) as model:
         for done, ids in enumerate(rows, start=1):
@@ -265,21 +250,13 @@ class _Observer:
     def _add(self, name: str, activation: int) -> None:
         import numpy as np
 
-        rows, numbers = self._ggml.ggml_nrows(activation), self._ggml.ggml_nelements(activation)
-        is_float32 = libggml.Tensor.from_address(activation).type == libggml.F32
-        if not is_float32 or not self._ggml.ggml_is_contiguous(activation):
+        tensor, rows = libggml.Tensor.from_address(activation), self._ggml.ggml_nrows(activation)
+        if tensor.type != libggml.F32 or not self._ggml.ggml_is_contiguous(activation):
             raise SaigaError(f"The inputs of {name} are not plain float32 on this device; give `importance` as a file.")
-        inputs = np.empty((rows, numbers // rows), dtype=np.float32)
+        inputs = np.empty((rows, tensor.ne[0]), dtype=np.float32)
         self._ggml.ggml_backend_tensor_get(activation, inputs.ctypes.data, 0, inputs.nbytes)
         sums = np.square(inputs).sum(axis=0, dtype=np.float64)
         if not np.isfinite(sums).all():
             raise SaigaError(f"The inputs of {name} are not finite: the model is damaged or its training diverged.")
         before, count = self.found.get(name, (0.0, 0))
         self.found[name] = (before + sums, count + rows)
-
-
-def sample_rows(rows: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
-    """Rows evenly spread over all, with about this many tokens in total."""
-    total = sum(map(len, rows))
-    count = max(1, min(len(rows), len(rows) * tokens // max(1, total)))
-    return [rows[index * len(rows) // count] for index in range(count)]

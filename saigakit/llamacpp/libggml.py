@@ -34,7 +34,6 @@ _FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
     "ggml_validate_row_data": (_BOOL, [_INT, _POINTER, _SIZE]),
     "ggml_op_desc": (_TEXT, [_POINTER]),
     "ggml_get_name": (_TEXT, [_POINTER]),
-    "ggml_nelements": (_INT64, [_POINTER]),
     "ggml_nrows": (_INT64, [_POINTER]),
     "ggml_is_contiguous": (_BOOL, [_POINTER]),
     "ggml_backend_tensor_get": (None, [_POINTER, _POINTER, _SIZE, _SIZE]),

@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Executor
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING
@@ -43,7 +42,6 @@ _FALLBACK = {  # from blocks of 256 to blocks of 32
     "Q6_K": "Q8_0",
 }
 _EARLY_FFN_DOWN = {"Q4_0": "Q4_1", "IQ4_XS": "IQ4_XS"}  # in the first eighth of the layers, with an importance matrix
-_SHARE = 1 << 18  # numbers per task where several cores share a matrix
 
 
 def require_known(quant_type: str) -> None:
@@ -155,34 +153,21 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def quantise(
-    matrix: "Floats", ggml_type: str, importance: "Floats | None" = None, pool: Executor | None = None
-) -> "Bytes":
-    """Quantise a matrix on one core or in a pool. Raises SaigaError if a number overflows the type."""
+def quantise(matrix: "Floats", ggml_type: str, importance: "Floats | None" = None) -> "Bytes":
+    """Quantise a matrix on one core, without the GIL. Raises SaigaError if a number overflows the type."""
     import gguf
     import numpy as np
 
     source = np.ascontiguousarray(matrix, dtype=np.float32)
     rows, columns = source.shape
-    number, row_bytes = int(gguf.GGMLQuantizationType[ggml_type]), tensor_bytes((columns,), ggml_type)
-    quantised = np.empty((rows, row_bytes), dtype=np.uint8)
+    number = int(gguf.GGMLQuantizationType[ggml_type])
+    quantised = np.empty((rows, tensor_bytes((columns,), ggml_type)), dtype=np.uint8)
     if importance is not None and importance.shape != (columns,):
         raise ValueError(f"importance of shape {importance.shape} for {columns} columns")
     weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)  # of column errors
     weights_address = None if weights is None else weights.ctypes.data
-    ggml, input_address, output_address = libggml.load(), source.ctypes.data, quantised.ctypes.data
-    step = rows if pool is None else max(1, _SHARE // columns)
-
-    def quantise_rows(first: int) -> bool:
-        count = min(step, rows - first)
-        # ggml addresses both buffers by the index of the first number; ctypes releases the GIL during the call.
-        ggml.ggml_quantize_chunk(
-            number, input_address, output_address, first * columns, count, columns, weights_address
-        )
-        valid: bool = ggml.ggml_validate_row_data(number, output_address + first * row_bytes, count * row_bytes)
-        return valid
-
-    starts = range(0, rows, step)
-    if not all(map(quantise_rows, starts) if pool is None else pool.map(quantise_rows, starts)):
+    ggml, address = libggml.load(), quantised.ctypes.data
+    ggml.ggml_quantize_chunk(number, source.ctypes.data, address, 0, rows, columns, weights_address)
+    if not ggml.ggml_validate_row_data(number, address, quantised.nbytes):
         raise SaigaError(f"A number is too large for {ggml_type}; use quant_type='BF16', with the range of float32.")
     return quantised

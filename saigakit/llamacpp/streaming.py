@@ -5,7 +5,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ _ALIGNMENT = 32  # GGUF's default: each tensor starts at a multiple of it
 _ROWS = 128  # a chunk has a multiple of them: an adapter's product is computed in such blocks
 _FLUSH_S = 0.25
 _COPIES = 5  # float32 chunks that a worker holds: base, update, reordered, and spare
-_READERS = 4  # most cores that work on chunks of their own, to bound the memory
+_MOST_CORES = 16  # that work on chunks, to bound the memory
 _to_disk = getattr(os, "fdatasync", os.fsync)  # macOS has only fsync
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 ReadRows = Callable[[str, slice], "Array"]
@@ -44,9 +44,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Written:
-    """Where rows of a tensor were written, with their checksum."""
+    """Where the header or rows of a tensor were written, with their checksum."""
 
-    tensor: str
+    name: str
     offset: int
     size: int
     checksum: int
@@ -63,15 +63,11 @@ class _Chunk:
         return int(self.rows.stop - self.rows.start) * self.columns
 
 
-def data_bytes(shapes: Mapping[str, "Shape"], types: Mapping[str, str]) -> int:
-    """Bytes of all tensors, padding included."""
-    return sum(_padded(quantization.tensor_bytes(shape, types[name])) for name, shape in shapes.items())
-
-
 def total_bytes(metadata_bytes: int, shapes: Mapping[str, "Shape"], types: Mapping[str, str]) -> int:
     """Bytes of the file; `metadata_bytes` is the size that `write_header` gives a file without tensors."""
     table = sum(8 + len(name.encode()) + 4 + 8 * len(shape) + 4 + 8 for name, shape in shapes.items())
-    return _padded(metadata_bytes + table) + data_bytes(shapes, types)
+    _, end = _layout(shapes, types, _padded(metadata_bytes + table))
+    return end
 
 
 def _padded(size: int) -> int:
@@ -95,18 +91,18 @@ def write_header(writer: "gguf.GGUFWriter", shapes: Mapping[str, "Shape"], types
         return _padded(stream.tell())
 
 
-def tensor_offsets(shapes: Mapping[str, "Shape"], types: Mapping[str, str], start: int) -> dict[str, int]:
-    """Where each tensor starts, the first one at `start`."""
+def _layout(shapes: Mapping[str, "Shape"], types: Mapping[str, str], start: int) -> tuple[dict[str, int], int]:
+    """Where each tensor starts, the first one at `start`, and where the file ends."""
     offsets = {}
     for name, shape in shapes.items():
         offsets[name] = start
         start += _padded(quantization.tensor_bytes(shape, types[name]))
-    return offsets
+    return offsets, start
 
 
 def workers() -> int:
-    """One more than the cores that read chunks: while one waits for the disk, the others compute."""
-    return min(quantization.usable_cores(), _READERS) + 1
+    """One more than the cores that are used: while one waits for the disk, the others compute."""
+    return min(quantization.usable_cores(), _MOST_CORES) + 1
 
 
 def memory_needed(shapes: Mapping[str, "Shape"], row_multiple: int, files: int) -> int:
@@ -123,22 +119,23 @@ def write_tensors(
     row_multiple: int = 1,
     importance: Mapping[str, "Array"] | None = None,
 ) -> list[list[Written]]:
-    """Read every tensor once, in chunks of a multiple of `row_multiple` rows; returns the parts of each file."""
-    offsets = [tensor_offsets(shapes, target.types, target.start) for target in targets]
-    sizes = [data_bytes(shapes, target.types) for target in targets]
+    """Read every tensor once, in chunks of a multiple of `row_multiple` rows.
+
+    Returns the parts of each file, the header first.
+    """
+    layouts = [_layout(shapes, target.types, target.start) for target in targets]
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(quantization.usable_cores()))
-        row_pool = pool if quantization.usable_cores() > _READERS else None
         files = [stack.enter_context(target.file.open("r+b", buffering=0)).fileno() for target in targets]
-        for file, target, size in zip(files, targets, sizes, strict=True):
-            os.ftruncate(file, target.start + size)  # the final length: padding stays zero
+        for file, (_, end) in zip(files, layouts, strict=True):
+            os.ftruncate(file, end)  # the final length: padding stays zero
+        headers = [os.pread(file, target.start, 0) for file, target in zip(files, targets, strict=True)]
 
         def write_chunk(chunk: _Chunk) -> list[Written]:
             tensor, weights = read(chunk.name, chunk.rows), (importance or {}).get(chunk.name)
             parts = []
-            for file, target, starts in zip(files, targets, offsets, strict=True):
+            for file, target, (starts, _) in zip(files, targets, layouts, strict=True):
                 ggml_type = target.types[chunk.name]
-                content = _encode(chunk.name, tensor, ggml_type, weights, row_pool)
+                content = _encode(chunk.name, tensor, ggml_type, weights)
                 offset = starts[chunk.name] + quantization.tensor_bytes((chunk.columns,), ggml_type) * chunk.rows.start
                 parts.append(Written(chunk.name, offset, len(content), checksum(content)))
                 _write_at(file, content, offset)
@@ -147,11 +144,14 @@ def write_tensors(
         with _single_threaded_torch(), _flushing(files), ThreadPoolExecutor(workers()) as workers_pool:
             try:
                 results = workers_pool.map(write_chunk, _chunks(shapes, row_multiple))
-                written = _collect(results, sum(sizes))
+                written = _collect(results, sum(end for _, end in layouts))
             except BaseException:
                 workers_pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    return [[parts[index] for parts in written] for index in range(len(targets))]
+    return [
+        [Written("the header", 0, len(header), checksum(header)), *(parts[index] for parts in written)]
+        for index, header in enumerate(headers)
+    ]
 
 
 def _chunks(shapes: Mapping[str, "Shape"], row_multiple: int) -> Iterator[_Chunk]:
@@ -214,20 +214,18 @@ def _single_threaded_torch() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _encode(
-    name: str, tensor: "Array", ggml_type: str, importance: "Array | None", pool: Executor | None
-) -> memoryview:
+def _encode(name: str, tensor: "Array", ggml_type: str, importance: "Array | None") -> memoryview:
     import numpy as np
 
     if ggml_type == "F32":
         return np.ascontiguousarray(tensor, np.float32).data.cast("B")
     try:
-        return quantization.quantise(tensor, ggml_type, importance, pool).data.cast("B")
+        return quantization.quantise(tensor, ggml_type, importance).data.cast("B")
     except SaigaError as error:
         raise SaigaError(f"{name}: {error}") from None
 
 
-def checksum(content: "memoryview | Bytes") -> int:
+def checksum(content: "bytes | memoryview | Bytes") -> int:
     """The sum of 8-byte words and remaining bytes modulo 2**64, as fast as memory is read."""
     import numpy as np
 

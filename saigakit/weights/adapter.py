@@ -41,7 +41,6 @@ _SUPPORTED = {
     "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
     "velora_config",
 }  # fmt: skip
-_READABLE = {"fan_in_fan_out": "transposed layers (fan_in_fan_out)"}
 _INITS_KEEPING_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base weights too
 # BLAS may round differently when it multiplies other rows: with fixed blocks, rows read alone are bit-equal.
 _BLOCK = 128
@@ -61,17 +60,17 @@ class Update:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter on disk. Mappings are keyed by the base tensor that they change."""
+    """A LoRA adapter on disk. Dictionaries are keyed by the base tensor that they change."""
 
     directory: Path
     trained_on: str | None
     weights: Shards
-    updates: Mapping[str, Update]
-    biases: Mapping[str, tuple[str, float]] = field(default_factory=dict)  # stored name and scale
-    trained: Mapping[str, str] = field(default_factory=dict)  # tensors that replace the base's
-    copies: Mapping[str, str] = field(default_factory=dict)  # of base tensors, saved with LoRA on embeddings or head
-    tokens: Mapping[str, tuple[str, list[int]]] = field(default_factory=dict)  # stored rows, and which they replace
-    keeps_tied: bool = False  # embeddings and head were trained as one matrix
+    keeps_tied: bool  # embeddings and head were trained as one matrix
+    updates: dict[str, Update] = field(default_factory=dict)
+    biases: dict[str, tuple[str, float]] = field(default_factory=dict)  # stored name and scale
+    trained: dict[str, str] = field(default_factory=dict)  # tensors that replace the base's
+    copies: dict[str, str] = field(default_factory=dict)  # of base tensors, saved with LoRA on embeddings or head
+    tokens: dict[str, tuple[str, list[int]]] = field(default_factory=dict)  # stored rows, and which they replace
     ranks: slice = field(default_factory=lambda: slice(None))  # rows of A and columns of B in use
     _cache: "dict[str, Array]" = field(default_factory=dict, compare=False)
 
@@ -81,11 +80,7 @@ class Adapter:
         config = read_config(directory)
         _require_supported(directory, config)
         weights = open_adapter(directory)
-        updates: dict[str, Update] = {}
-        biases: dict[str, tuple[str, float]] = {}
-        trained: dict[str, str] = {}
-        copies: dict[str, str] = {}
-        tokens: dict[str, tuple[str, list[int]]] = {}
+        found = cls(directory, config.get("base_model_name_or_path"), weights, bool(config.get("ensure_weight_tying")))
         matrices: dict[str, dict[str, str]] = {}  # stored names by module and part
         saved = tuple(f".{name}" for name in config.get("modules_to_save") or ())
         for name in weights.stored:
@@ -95,23 +90,22 @@ class Adapter:
             module = names.spell(module) if names else module
             if part == "tokens":
                 ids = _token_ids(directory, config, module, weights.stored[name].shape[0])
-                tokens[f"{module}.weight"] = (name, ids)
+                found.tokens[f"{module}.weight"] = (name, ids)
             elif part in ("trained", "copy"):
                 is_saved = f".{module}".endswith(saved) and "original_module" not in name
                 is_trained = part == "trained" or is_saved
-                (trained if is_trained else copies)[f"{module}.{name.rpartition('.')[2]}"] = name
+                (found.trained if is_trained else found.copies)[f"{module}.{name.rpartition('.')[2]}"] = name
             else:
                 matrices.setdefault(module, {})[part] = name
         if not matrices:
-            raise SaigaError(f"{directory} contains no LoRA matrices: it is damaged or not an adapter.")
+            raise damaged(directory, "it contains no LoRA matrices")
         for module, parts in matrices.items():
-            update = _update(directory, weights, module, parts, config)
-            updates[f"{module}.weight"] = update
+            update = found.updates[f"{module}.weight"] = _update(directory, weights, module, parts, config)
             if "bias" in parts:
-                biases[f"{module}.bias"] = (parts["bias"], update.scale)
-        copies = {name: stored for name, stored in copies.items() if name not in trained}
-        tied, trained_on = bool(config.get("ensure_weight_tying")), config.get("base_model_name_or_path")
-        return cls(directory, trained_on, weights, updates, biases, trained, copies, tokens, tied)
+                found.biases[f"{module}.bias"] = (parts["bias"], update.scale)
+        for name in found.trained:
+            found.copies.pop(name, None)
+        return found
 
     @property
     def rank(self) -> int:
@@ -216,13 +210,12 @@ def _require_supported(directory: Path, config: Mapping[str, Any]) -> None:
             f"{directory} was trained with init_lora_weights={config['init_lora_weights']!r}, which also changes the "
             "base weights, so it cannot be merged. Convert it to plain LoRA with peft first."
         )
-    used = {key: value for key, value in config.items() if value not in (None, False, "none", [], {})}
-    used = {key: value for key, value in used.items() if key not in _SUPPORTED}
-    defaults = _defaults_of_peft() if used else {}
-    if used := {key: value for key, value in used.items() if key not in defaults or defaults[key] != value}:
-        names = ", ".join(_READABLE.get(key, key) for key in sorted(used))
+    used = {key for key, value in config.items() if value not in (None, False, "none", [], {})}
+    defaults = _defaults_of_peft() if used - _SUPPORTED else {}
+    if unsupported := ", ".join(sorted(key for key in used - _SUPPORTED if config[key] != defaults.get(key))):
         raise SaigaError(
-            f"{directory} uses {names}, which saigakit cannot merge: use LoRA, rsLoRA or DoRA, or merge it with peft."
+            f"{directory} uses {unsupported}, which saigakit cannot merge: use LoRA, rsLoRA or DoRA, or merge it with "
+            "peft."
         )
 
 
@@ -252,37 +245,26 @@ def _update(
     a, b = (parts.get(f"{prefix}{letter}", "") for letter in "AB")
     shapes = [weights.stored[name].shape for name in (a, b) if name]
     if [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][1]:
-        raise SaigaError(f"{directory} is damaged: A and B of {module} do not fit ({shapes}). Download it again.")
+        raise damaged(directory, f"A and B of {module} do not fit: {shapes}")
     magnitude = parts.get("magnitude")
     if bool(config.get("use_dora")) != (magnitude is not None):
-        raise SaigaError(
-            f"{directory} is damaged: use_dora={config.get('use_dora')!r} in its adapter_config.json, and {module} has "
-            f"{'no' if magnitude is None else 'a'} lora_magnitude_vector. Download it again."
-        )
+        count = "no" if magnitude is None else "a"
+        raise damaged(directory, f"use_dora={config.get('use_dora')!r}, but {module} has {count} lora_magnitude_vector")
     if magnitude is not None and weights.stored[magnitude].shape != (shapes[1][0],):
-        raise SaigaError(f"{directory} is damaged: the lora_magnitude_vector of {module} does not fit.")
+        raise damaged(directory, f"the lora_magnitude_vector of {module} does not fit")
     return Update(a, b, _scale(directory, config, module, shapes[0][0]), magnitude, bool(prefix))
 
 
 def _scale(directory: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha / rank, or alpha / sqrt(rank) for rsLoRA; alpha_pattern's keys match the end of a module's name."""
-    patterns = config.get("alpha_pattern") or {}
+    file, patterns = directory / CONFIG, config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise damaged(directory / CONFIG, f"alpha_pattern {patterns!r} is not a JSON object")
-    alpha = next((patterns[key] for key in patterns if _matches(directory, key, module)), config.get("lora_alpha"))
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise SaigaError(
-            f"{directory / CONFIG} has lora_alpha={alpha!r} for {module}, which is not a "
-            "number: download the adapter again, or enter the value that it was trained with."
-        )
-    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
-
-
-def _matches(directory: Path, pattern: str, module: str) -> bool:
+        raise damaged(file, f"alpha_pattern {patterns!r} is not a JSON object")
     try:
-        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+        matching = (patterns[pattern] for pattern in patterns if re.fullmatch(rf"(.*\.)?({pattern})", module))
+        alpha = next(matching, config.get("lora_alpha"))
     except re.error as error:
-        raise SaigaError(
-            f"{directory / CONFIG} has {pattern!r} in alpha_pattern, which is not a regular "
-            f"expression ({error}): download the adapter again, or enter the module's name."
-        ) from None
+        raise damaged(file, f"alpha_pattern {patterns!r} has a name that is no regular expression: {error}") from None
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise damaged(file, f"lora_alpha={alpha!r} for {module} is not a number")
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)

@@ -95,10 +95,8 @@ class Merged:
     def vocabulary(self) -> int | None:
         """Rows of embeddings and head, if the adapter has its own for a resized vocabulary."""
         own = filter(None, map(self.replacement, (self.names.embeddings, self.names.head)))
-        rows, base = (
-            [weights.stored[name].shape[0] for weights, name in own],
-            self.base.stored.get(self.names.embeddings),
-        )
+        rows = [weights.stored[name].shape[0] for weights, name in own]
+        base = self.base.stored.get(self.names.embeddings)
         return next((count for count in rows if base is not None and count != base.shape[0]), None)
 
     @property

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from saigakit.errors import SaigaError
 from saigakit.export import fit
 from saigakit.weights.model_shape import ModelShape
 
@@ -125,10 +124,3 @@ def test_a_head_dim_that_is_not_a_multiple_of_32_allows_no_q8_0_cache():
     assert [(row[4], row[8], row[9]) for row in rows] == [("–", "–", "8 GB")]
     (axes,) = model(**narrow).plot().axes
     assert len(axes.patches) == 4
-
-
-def test_an_unknown_quant_type_and_no_quant_type_are_refused():
-    with pytest.raises(SaigaError, match="quant_type='Q9'"):
-        model({"Q9": 1}).table()
-    with pytest.raises(SaigaError, match="no quant type"):
-        model({}).plot()

@@ -1,7 +1,9 @@
 """The merged directory, loaded by transformers, against peft's merge."""
 
 import json
+import resource
 import shutil
+import signal
 
 import pytest
 import small_models
@@ -100,6 +102,19 @@ def test_tokenizer_and_template_are_copied(base_dir, adapter_dir, tmp_path):
 def test_an_existing_directory_is_not_overwritten(base_dir, adapter_dir, tmp_path):
     with pytest.raises(SaigaError, match="already exists; nothing was overwritten"):
         to_safetensors(MergePlan.of(str(base_dir), adapter_dir), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_after_all_is_reported_and_leaves_nothing(base_dir, adapter_dir, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(SaigaError, match=r"merged could not be written: .*File too large"):
+            to_safetensors(MergePlan.of(str(base_dir), adapter_dir), tmp_path / "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -94,18 +94,18 @@ def test_an_interrupted_measurement_leaves_nothing_but_the_stage(stage, monkeypa
 )
 def test_the_reference_is_the_best_type_that_the_disk_has_room_for(stage, monkeypatch, capsys, free, reference):
     monkeypatch.setattr(workspace, "free_disk", lambda _: free)
-    monkeypatch.setattr(workspace, "require_disk", lambda *_: None)
+    monkeypatch.setattr(Export, "require_room", lambda *_: None)
     table = quality.measure_quality(stage, max_tokens=20)
     said = capsys.readouterr().out
     assert (table is None) == (reference is None)
-    assert ("is not measured: it takes 0.0 GB of disk at " in said) == (reference is None)
+    assert ("is not measured: A comparison with Q8_0 needs 0.00 GB of disk at " in said) == (reference is None)
     if reference:
         assert f'"reference": "{reference}"' in (stage.parent / "03_quality" / "quality.json").read_text("utf-8")
 
 
 def test_the_reference_may_be_one_of_the_further_types(stage, monkeypatch):
     monkeypatch.setattr(workspace, "free_disk", lambda _: 700_000)  # for Q2_K, Q4_0 and Q8_0, each once
-    monkeypatch.setattr(workspace, "require_disk", lambda *_: None)
+    monkeypatch.setattr(Export, "require_room", lambda *_: None)
     table = quality.measure_quality(stage, quant_types=("Q2_K", "Q4_0", "Q4_K_M", "Q8_0"), max_tokens=20)
     assert [row[0] for row in table.rows] == ["Q4_K_M", "Q4_0", "Q2_K"]  # not the reference, of itself
     assert "эталон Q8_0" in table.note
@@ -122,11 +122,11 @@ def test_a_single_file_is_not_compared_with_itself(tiny, run_dir, tmp_path, monk
 def test_reference_and_file_must_fit_into_memory_together(stage, monkeypatch, capsys):
     sizes = {each: Export.of(MergePlan.of(MODEL, None), [each]).bytes(each) for each in ("F16", "Q8_0", "Q4_K_M")}
     monkeypatch.setattr(workspace, "available_memory", lambda: sizes["F16"] + 1000)
-    monkeypatch.setattr(workspace, "require_memory", lambda *_: None)
+    monkeypatch.setattr(Export, "require_room", lambda *_: None)
     assert "эталон Q8_0" in quality.measure_quality(stage, max_tokens=20).note
     monkeypatch.setattr(workspace, "available_memory", lambda: sizes["Q8_0"] + 1000)
     assert quality.measure_quality(stage, max_tokens=21) is None
-    assert "GB of memory, of which" in capsys.readouterr().out
+    assert "needs about 0.0 GB of memory, and 0.0 GB are free" in capsys.readouterr().out
 
 
 def test_an_impossible_export_is_reported_before_its_matrix_is_computed(run_dir, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from saigakit.errors import SaigaError
-from saigakit.llamacpp.imatrix import Importance, Squares, sample_rows
+from saigakit.llamacpp.imatrix import Importance, Squares
 
 NAMES = ("blk.0.attn_q.weight", "blk.0.ffn_down.weight")
 SHAPES = {NAMES[0]: (8, 6), NAMES[1]: (6, 10), "token_embd.weight": (20, 6), "blk.0.attn_norm.weight": (6,)}
@@ -65,7 +65,7 @@ def test_refuses_a_file_truncated_anywhere(tmp_path, form):
     for size in {*range(0, end - 32, 7), end - 33}:
         file = tmp_path / "cut"
         file.write_bytes(whole[:size])
-        with pytest.raises(SaigaError, match=r"cut short or damaged|is damaged"):
+        with pytest.raises(SaigaError, match="cut short or damaged"):
             Importance.read(file)
 
 
@@ -73,12 +73,12 @@ def test_refuses_a_file_truncated_anywhere(tmp_path, form):
 def test_refuses_an_invalid_number_naming_its_tensor(tmp_path, bad):
     matrix = made()
     matrix.squares[NAMES[1]].sums[3] = bad
-    with pytest.raises(SaigaError, match=f"{NAMES[1]} is damaged"):
+    with pytest.raises(SaigaError, match=rf"damaged \({NAMES[1]} has"):
         Importance.read(matrix.write(tmp_path / "imatrix.gguf"))
 
 
 def test_refuses_a_count_of_zero(tmp_path):
-    with pytest.raises(SaigaError, match=f"{NAMES[0]} is damaged: it has 0 tokens"):
+    with pytest.raises(SaigaError, match=rf"damaged \({NAMES[0]} has 0 tokens"):
         Importance.read(made(count=0.0).write(tmp_path / "imatrix.gguf"))
 
 
@@ -153,10 +153,3 @@ def test_does_not_overwrite_a_file(tmp_path):
     with pytest.raises(SaigaError, match="already exists"):
         made().write(file)
     assert [each.name for each in tmp_path.iterdir()] == ["imatrix.gguf"]
-
-
-def test_samples_rows_evenly():
-    rows = [[index] * 10 for index in range(100)]
-    assert [row[0] for row in sample_rows(rows, 50)] == [0, 20, 40, 60, 80]
-    assert sample_rows(rows, 5000) == rows
-    assert sample_rows(rows[:3], 1) == rows[:1]

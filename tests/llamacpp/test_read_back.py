@@ -1,7 +1,5 @@
 """Reading back finds every difference from what was written."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import gguf
 import numpy as np
 import pytest
@@ -24,14 +22,6 @@ def writer_of(file):
     return writer
 
 
-METADATA = {
-    "general.architecture": "llama",
-    "general.name": "имя",
-    "tokenizer.ggml.tokens": ["а", "b", "<s>"],
-    "tokenizer.ggml.scores": [0.5, -1.25, 0.1],
-}
-
-
 @pytest.fixture
 def file(tmp_path):
     return tmp_path / "x.gguf"
@@ -39,7 +29,7 @@ def file(tmp_path):
 
 @pytest.fixture
 def written(file, monkeypatch):
-    """The parts that were written, two of them of the matrix."""
+    """The parts that were written: the header, the vector, and two of the matrix."""
     monkeypatch.setattr(streaming, "_NUMBERS", 1)
     monkeypatch.setattr(streaming, "_ROWS", 512)
     start = streaming.write_header(writer_of(file), SHAPES, TYPES)
@@ -56,15 +46,15 @@ def flip(file, place):
 
 
 def test_accepts_a_file_as_it_was_written(file, written):
-    assert [part.tensor for part in sorted(written, key=lambda part: part.offset)] == [*SHAPES, "blk.0.ffn_up.weight"]
+    names = [part.name for part in sorted(written, key=lambda part: part.offset)]
+    assert names == ["the header", *SHAPES, "blk.0.ffn_up.weight"]
     read_back.require_written(file, written)
-    read_back.require_tensors(file, file.stat().st_size, METADATA, SHAPES, TYPES)
 
 
-def test_finds_a_flipped_bit_and_names_its_tensor(file, written):
+def test_finds_a_flipped_bit_and_names_its_part(file, written):
     for part in written:
         flip(file, part.offset + part.size - 1)
-        with pytest.raises(SaigaError, match=rf"was not written correctly: {part.tensor} differs on disk"):
+        with pytest.raises(SaigaError, match=rf"was not written correctly: {part.name} differs on disk"):
             read_back.require_written(file, written)
         flip(file, part.offset + part.size - 1)
 
@@ -76,28 +66,13 @@ def test_finds_a_truncated_file(file, written):
 
 
 def test_finds_every_flipped_bit_of_the_header(file, written):
-    header_end = min(part.offset for part in written)
-    end, passed = len(file.read_bytes()[:header_end].rstrip(b"\0")), []
-    for place in range(end):
+    header, *_ = written
+    assert header.size == min(part.offset for part in written if part is not header)
+    for place in range(header.size):
         flip(file, place)
-        try:
-            read_back.require_tensors(file, file.stat().st_size, METADATA, SHAPES, TYPES)
-            passed.append(place)
-        except SaigaError:
-            pass
+        with pytest.raises(SaigaError, match="the header differs on disk"):
+            read_back.require_written(file, written)
         flip(file, place)
-    assert [place for place in passed if place != 4] == []  # 4: version 2 is read like version 3
-
-
-def test_reads_the_same_arrays_as_gguf(tiny, tmp_path):
-    made = export.to_gguf(model="saiga_tiny", adapter=None, output=tmp_path / "x.gguf")
-    _, ours = read_back._read(made)
-    plain = {key: field.contents() for key, field in gguf.GGUFReader(made).fields.items() if key in ours}
-    assert {type(value) for value in plain.values()} >= {str, int, float, list}
-    for key, value in plain.items():
-        if isinstance(value, list) and isinstance(value[0], str):
-            value = [item.encode() for item in value]
-        assert list(ours[key]) == value if isinstance(value, list) else ours[key] == value, key
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 4096, 4099])
@@ -147,12 +122,3 @@ def test_memory_is_bounded_on_many_cores(monkeypatch):
     for cores in (1, 4, 96):
         monkeypatch.setattr(quantization, "usable_cores", lambda cores=cores: cores)
         assert streaming.memory_needed(large, 128, 1) < 1e9
-
-
-@pytest.mark.parametrize("ggml_type", ["Q4_K", "Q4_0", "F16"])
-def test_quantising_rows_in_a_pool_gives_the_same_bytes(ggml_type, monkeypatch):
-    matrix = np.random.default_rng(4).normal(size=(77, 512)).astype(np.float32)
-    whole = quantization.quantise(matrix, ggml_type)
-    monkeypatch.setattr(quantization, "_SHARE", 512 * 5)
-    with ThreadPoolExecutor(3) as pool:
-        assert quantization.quantise(matrix, ggml_type, pool=pool).tobytes() == whole.tobytes()
