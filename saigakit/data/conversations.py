@@ -1,6 +1,5 @@
 """Read and check conversations, and split them into a training and an evaluation set."""
 
-import hashlib
 import random
 from array import array
 from collections import Counter
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 from saigakit.core.display import Every, count
 from saigakit.core.files import replacing
 from saigakit.data import records, schema, store
+from saigakit.data.near_duplicates import digest
 from saigakit.data.records import BadRecord, quote
 from saigakit.data.schema import Conversation
 from saigakit.errors import DataError, SaigaError
@@ -94,11 +94,9 @@ class _Reader:
                 self._add([f"{label}: has no records; write one JSON object per line, or leave the file out"])
 
     def _add(self, problems: Iterable[str]) -> None:
-        for problem in problems:
-            if len(self.problems) < KEPT_PROBLEMS:
-                self.problems.append(problem)
-            else:
-                self.more_problems += 1
+        found, room = list(problems), KEPT_PROBLEMS - len(self.problems)
+        self.problems += found[:room]
+        self.more_problems += len(found[room:])
 
     def conclude(self) -> None:
         """Raise DataError if there were too many problems; print those left out and what was not read as it is."""
@@ -133,12 +131,8 @@ class PromptDigests(NamedTuple):
             for item in messages
             if item["role"] in ("system", "user")
         ]
-        questions = frozenset(_digest(text) for role, text in texts if role == "user" and text.count(" ") >= _SHORT)
-        return cls(_digest("\n".join(text for _, text in texts)), questions)
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
+        questions = frozenset(digest(text) for role, text in texts if role == "user" and text.count(" ") >= _SHORT)
+        return cls(digest("\n".join(text for _, text in texts)), questions)
 
 
 def _max_sharing(total: int) -> int:
@@ -229,18 +223,13 @@ def _choose_groups(order: Sequence[int], group_of: Sequence[int], wanted: int) -
     sizes = array("q", bytes(8 * len(order)))
     for group in group_of:
         sizes[group] += 1
-    chosen, seen = bytearray(len(order)), bytearray(len(order))
-    taken, smallest = 0, group_of[order[0]]
+    chosen, taken = bytearray(len(order)), 0
     for group in map(group_of.__getitem__, order):
-        if seen[group]:
-            continue
-        seen[group] = 1
-        smallest = min(smallest, group, key=sizes.__getitem__)
-        if taken + sizes[group] <= wanted:
+        if not chosen[group] and taken + sizes[group] <= wanted:
             chosen[group] = 1
             taken += sizes[group]
     if not taken:
-        chosen[smallest] = 1
+        chosen[min(map(group_of.__getitem__, order), key=sizes.__getitem__)] = 1
     return chosen
 
 
@@ -250,20 +239,15 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     return [items[index * len(items) // taken] for index in range(taken)]
 
 
-def system_prompt(conversation: Mapping[str, Any]) -> str:
-    """An empty string if there is none."""
-    first = conversation["messages"][0]
-    return str(first["content"]) if first["role"] == "system" else ""
-
-
 def common_system_prompt(conversations: Iterable[Mapping[str, Any]]) -> str | None:
     """The system prompt of all conversations, empty if none has one, None if they differ."""
     found: set[str] = set()
     for conversation in store.iter_conversations(conversations):
-        found.add(system_prompt(conversation))
+        first = conversation["messages"][0]
+        found.add(first["content"] if first["role"] == "system" else "")
         if len(found) > 1:
-            break
-    return found.pop() if len(found) == 1 else None
+            return None
+    return found.pop() if found else None
 
 
 def write_conversations(conversations: Iterable[Mapping[str, Any]], file: str | Path) -> Path:

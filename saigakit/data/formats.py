@@ -1,4 +1,4 @@
-"""Recognise the kind, the compression and the encoding of record files."""
+"""List the shapes of records, and recognise the kind, the compression and the encoding of their files."""
 
 import codecs
 import gzip
@@ -8,6 +8,19 @@ from typing import BinaryIO, cast
 
 from saigakit.errors import SaigaError
 
+Shape = tuple[str, ...]  # the key of a list of messages; or the keys of a question, one is enough, and of its answer
+SHAPES: tuple[Shape, ...] = (
+    ("messages",),
+    ("conversations",),
+    ("conversation",),  # LMSYS-Chat-1M, ms-swift
+    ("user", "bot"),
+    ("instruction", "input", "output"),  # Alpaca
+    ("instruction", "input", "response"),  # axolotl's gpteacher
+    ("prompt", "completion"),  # TRL, mlx-lm
+    ("prompt", "response"),  # ms-swift, as is the next
+    ("query", "response"),
+    ("question", "answer"),  # axolotl's alpaca_chat.load_qa
+)
 _PACKED = ("", ".gz", ".zst")
 TABLES = tuple(kind + packed for kind in (".csv", ".tsv") for packed in _PACKED)
 # The files that are read of a directory or a data set, and tables if there is nothing else.

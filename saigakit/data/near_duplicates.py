@@ -7,17 +7,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import compress, islice, pairwise
+from itertools import chain, compress, islice, pairwise
 from operator import not_
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
 
-    Slots = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
-    Keys = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
-    Indices = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-    Flags = np.ndarray[tuple[int, ...], np.dtype[np.bool]]
+    Keys = NDArray[np.uint64]
+    Indices = NDArray[np.int64]
 
 SAMPLE = 1000  # records that are searched for boilerplate
 THRESHOLD = 0.65  # the Jaccard similarity above which two records are near-duplicates
@@ -42,9 +41,9 @@ _CHANGED_WORD = re.compile(rb"(?<=\x01\x01)\x00{1,2}(?=\x01\x01)")  # an edited 
 class Signatures:
     """One row per record. `judged` is False for records that are only compared exactly."""
 
-    slots: "Slots"
+    slots: "NDArray[np.uint8]"
     texts: "Keys"  # hashes; `audit` counts those with equal texts: as duplicates or as one question, different answers
-    judged: "Flags"
+    judged: "NDArray[np.bool]"
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -61,7 +60,7 @@ class Signer:
     def add(self, text: str) -> None:
         own = split_shingles(text, self._boilerplate)
         self._judged.append(len(set(own)) >= MIN_SHINGLES)
-        self._texts.append(int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()))
+        self._texts.append(digest(text))
         self._batch.append(own)
         if len(self._batch) == _BATCH:
             self._sign()
@@ -82,6 +81,11 @@ class Signer:
         self._batch = []
 
 
+def digest(text: str) -> int:
+    """The same in every process, unlike `hash`."""
+    return int.from_bytes(blake2b(text.encode("utf-8"), digest_size=8).digest())
+
+
 def join_user_texts(messages: Iterable[Mapping[str, Any]]) -> str:
     """The text by which records are compared."""
     return "\n".join(message["content"] for message in messages if message["role"] == "user")
@@ -92,12 +96,9 @@ def find_boilerplate(texts: Iterable[str]) -> frozenset[str]:
 
     50 texts suffice, because an instruction may have several wordings. Pick texts from all over the records.
     """
-    counts: Counter[str] = Counter()
-    sampled = 0
-    for text in islice(texts, SAMPLE):
-        sampled += 1
-        counts.update(set(_pairs(text)))
-    least = min(max(math.floor(_SHARED_BY * sampled) + 1, _SHARED_AT_LEAST), _SHARED_AT_MOST)
+    sampled = [set(_pairs(text)) for text in islice(texts, SAMPLE)]
+    counts = Counter(chain.from_iterable(sampled))
+    least = min(max(math.floor(_SHARED_BY * len(sampled)) + 1, _SHARED_AT_LEAST), _SHARED_AT_MOST)
     return frozenset(shingle for shingle, count in counts.items() if count >= least)
 
 

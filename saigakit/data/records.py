@@ -6,8 +6,9 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -21,9 +22,6 @@ LINE_LIMIT = 100 * 10**6  # bytes; no conversation is that long, but a file with
 ARRAY_LIMIT = 10**9  # bytes of JSON over several lines, which is read into memory
 _HEAD = 2**16  # bytes by which the layout and the encoding are recognised
 _ROWS = 256  # of a table that are Python objects at once
-# A table with none of these columns is another one. What they mean is up to schema.normalise_record.
-_COLUMNS = {"messages", "conversations", "user", "bot", "instruction", "output"}
-_COLUMNS |= {"prompt", "completion", "response", "question", "answer"}
 _REST = "the rest of the file was not read"
 
 
@@ -64,7 +62,7 @@ def _text_records(stream: BinaryIO, head: bytes, name: str) -> Iterator[tuple[in
         yield line, BadRecord((f"file: looks like {encoding}, not UTF-8; {remedy}",))
     elif name.endswith(formats.TABLES):
         yield from _csv_rows(stream, "\t" if ".tsv" in name[-8:] else ",")
-    elif (start.startswith(b"[") and not _has_lists_in_lines(start)) or _spans_lines(start):
+    elif _spans_lines(start):
         yield from _json_items(stream)
     else:
         yield from _line_records(stream)
@@ -107,8 +105,7 @@ def explain_json_error(error: ValueError | RecursionError) -> str:
 
 
 def _bad_json(error: ValueError | RecursionError, remedy: str, rest: str = "") -> BadRecord:
-    remedy = _find_remedy(error) or remedy
-    return BadRecord((f"line: is {explain_json_error(error)}; {remedy}{rest}",))
+    return BadRecord((f"line: is {explain_json_error(error)}; {_find_remedy(error) or remedy}{rest}",))
 
 
 def _find_remedy(error: ValueError | RecursionError) -> str | None:
@@ -141,29 +138,23 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def _has_lists_in_lines(head: bytes) -> bool:
-    """Whether each line is a list of messages, which is a record."""
-    first, _, rest = head.partition(b"\n")
-    try:
-        found = parse_json(first.decode("utf-8").strip())
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(found, list) and rest.lstrip().startswith(b"[")
-
-
 def _spans_lines(head: bytes) -> bool:
-    """Whether the first object goes on in the next line, which a damaged line of JSONL does not."""
+    """Whether it is an array, or its first object goes on in the next line, which a damaged line of JSONL does not.
+
+    Lines may also be lists of messages, which are records.
+    """
     first, _, rest = head.partition(b"\n")
     second = rest.lstrip().partition(b"\n")[0].rstrip()
-    if not second or (second.startswith(b"{") and second.endswith(b"}")):
-        return False
+    is_array = head.startswith(b"[")
     try:
         parse_json(first.decode("utf-8").strip())
     except json.JSONDecodeError as error:
-        return error.pos >= len(error.doc)  # not in a text: there, the error is at its first quote
+        is_object = second.startswith(b"{") and second.endswith(b"}")
+        is_over = error.pos < len(error.doc)  # as in a text: there, the error is at its first quote
+        return is_array or not (is_over or is_object or not second)
     except (ValueError, RecursionError):
-        return False
-    return False
+        return is_array
+    return is_array and not second.startswith(b"[")
 
 
 def _json_items(stream: BinaryIO) -> Iterator[tuple[int, object]]:
@@ -178,45 +169,32 @@ def _json_items(stream: BinaryIO) -> Iterator[tuple[int, object]]:
         yield content.count(b"\n", 0, error.start) + 1, _bad_json(error, "")
         return
     line = counted = 0
-    for place, record in _array_items(text) if text.lstrip().startswith("[") else _objects(text):
+    for place, record in _split_items(text):
         line, counted = line + text.count("\n", counted, place), place
         yield line + 1, record
 
 
-def _objects(text: str) -> Iterator[tuple[int, object]]:
-    """Yield (offset, object) of objects one after another up to the first broken one."""
+def _split_items(text: str) -> Iterator[tuple[int, object]]:
+    """Yield (offset, item) of a JSON array, or of objects one after another, up to the first broken item."""
     place = _after_blanks(text, 0)
-    while place < len(text):
-        start, (record, place) = place, _decode_item(text, place, "fix the object")
-        yield start if not isinstance(record, BadRecord) else place, record
-        place = len(text) if isinstance(record, BadRecord) else _after_blanks(text, place)
-
-
-def _decode_item(text: str, place: int, remedy: str) -> tuple[object, int]:
-    """The item at `place` and its end, or a BadRecord and the place of the error."""
-    try:
-        return _DECODER.raw_decode(text, place)
-    except (ValueError, RecursionError) as error:
-        at = error.pos if isinstance(error, json.JSONDecodeError) else place
-        return _bad_json(error, remedy, f"; {_REST}"), at
-
-
-def _array_items(text: str) -> Iterator[tuple[int, object]]:
-    """Yield (offset, item) of a JSON array up to the first broken one."""
-    place = _after_blanks(text, text.index("[") + 1)
-    is_over = text.startswith("]", place)
+    is_array = text.startswith("[", place)
+    place = _after_blanks(text, place + 1) if is_array else place
+    is_over = text.startswith("]", place) if is_array else place == len(text)
     while not is_over:
-        record, end = _decode_item(text, place, "fix the array")
-        if isinstance(record, BadRecord):
-            yield end, record
+        try:
+            record, end = _DECODER.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            at = error.pos if isinstance(error, json.JSONDecodeError) else place
+            yield at, _bad_json(error, f"fix the {'array' if is_array else 'object'}", f"; {_REST}")
             return
         yield place, record
         place = _after_blanks(text, end)
-        is_over = text.startswith("]", place)
-        if not is_over and not text.startswith(",", place):
-            yield place, BadRecord((f"line: a comma or ] is missing; fix the array; {_REST}",))
-            return
-        place = place if is_over else _after_blanks(text, place + 1)
+        is_over = text.startswith("]", place) if is_array else place == len(text)
+        if is_array and not is_over:
+            if not text.startswith(",", place):
+                yield place, BadRecord((f"line: a comma or ] is missing; fix the array; {_REST}",))
+                return
+            place = _after_blanks(text, place + 1)
     if text[place + 1 :].strip():
         yield place, BadRecord(("line: there is text after the end of the JSON array; write a single array",))
 
@@ -255,7 +233,7 @@ def _csv_rows(stream: BinaryIO, delimiter: str) -> Iterator[tuple[int, object]]:
 def _header_problem(columns: list[str]) -> str | None:
     if twice := [name for name, count in Counter(columns).items() if count > 1]:
         return f"the column {quote(twice[0])} occurs twice; keep one"
-    if _COLUMNS & set(columns):
+    if not set(columns).isdisjoint(chain.from_iterable(formats.SHAPES)):
         return None
     shown = ", ".join(map(quote, columns[:10]))
     remedy = "begin with a line such as user,bot"
@@ -269,15 +247,14 @@ def _table_rows(path: Path, kind: str) -> Iterator[tuple[int, object]]:
 
     number = 0
     try:
-        for schema, rows in _batches(path, kind):
-            to_json = _converter(pyarrow.struct(list(schema)))
-            for row in rows:
-                number += 1
-                try:
-                    record = to_json(row)
-                except ValueError as error:
-                    record = BadRecord((f"record: {error}; keep one",))
-                yield number, record
+        schema, rows = _open_table(path, kind)
+        to_json = _converter(pyarrow.struct(list(schema)))
+        for number, row in enumerate(rows, start=1):
+            try:
+                record = to_json(row)
+            except ValueError as error:
+                record = BadRecord((f"record: {error}; keep one",))
+            yield number, record
     except (OverflowError, UnicodeDecodeError) as error:  # a time that Python cannot represent, or invalid UTF-8
         raise SaigaError(f"{path}, after row {number}: {error}. Remove the column with this value.") from None
     except (pyarrow.ArrowException, OSError) as error:
@@ -285,21 +262,18 @@ def _table_rows(path: Path, kind: str) -> Iterator[tuple[int, object]]:
         raise SaigaError(f"{path} is a damaged {kind[1:].title()} file ({reason}); copy it again.") from None
 
 
-def _batches(path: Path, kind: str) -> Iterator[tuple["pyarrow.Schema", list[dict[str, Any]]]]:
+def _open_table(path: Path, kind: str) -> tuple["pyarrow.Schema", Iterable[dict[str, Any]]]:
     if kind == ".arrow":
         from datasets import Dataset
 
         table = Dataset.from_file(str(path))
-        for columns in table.iter(_ROWS):
-            rows = zip(*columns.values(), strict=True)
-            yield table.features.arrow_schema, [dict(zip(columns, row, strict=True)) for row in rows]
-        return
+        batches = table.iter(_ROWS)
+        rows = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
+        return table.features.arrow_schema, rows
     from pyarrow import parquet
 
-    # With a buffer, a row group is read piece by piece; without one, all at once.
-    with parquet.ParquetFile(path, buffer_size=2**20) as file:
-        for batch in file.iter_batches(batch_size=_ROWS):
-            yield file.schema_arrow, batch.to_pylist()
+    file = parquet.ParquetFile(path, buffer_size=2**20)  # read piece by piece; without a buffer, all at once
+    return file.schema_arrow, (row for batch in file.iter_batches(batch_size=_ROWS) for row in batch.to_pylist())
 
 
 def _converter(kind: "pyarrow.DataType") -> Callable[[Any], Any]:

@@ -16,11 +16,11 @@ from saigakit.core.files import sha256, sha256_of_text, write_text
 from saigakit.data import audit, length_histogram, near_duplicates, sources, store
 from saigakit.data.conversations import (
     asking_alike,
+    common_system_prompt,
     file_labels,
     read_conversations,
     split_indices,
     spread,
-    system_prompt,
     write_conversations,
 )
 from saigakit.data.near_duplicates import Signatures
@@ -45,6 +45,7 @@ _PASSES = 3  # in units of a forward pass: forward, its recomputation, the gradi
 _FLOP_PER_PARAMETER = 2  # of a forward pass, per token: one multiplication and one addition
 _SLOWEST, _FASTEST = 0.3, 0.7  # the part of _T4_FLOPS that real runs reach
 _SHOWN_PAIRS, _SHOWN_CHARACTERS = 5, 200  # of near-duplicates
+_SHOWN_TEXT = 80  # characters of a question or an answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +155,8 @@ def check_records(
 
 def _names(parameter: str, given: str | Sequence[str]) -> list[str]:
     """The last part of each path or name, since directories differ between machines."""
-    names: Sequence[str] = given if isinstance(given, list | tuple) else [str(given)]
-    for name in names if isinstance(given, list | tuple) else [given]:
+    names: Sequence[Any] = given if isinstance(given, list | tuple) else [given]
+    for name in names:
         require_name(parameter, name)
     return [Path(name).absolute().name for name in names]  # absolute: "." has no name
 
@@ -196,21 +197,17 @@ def _write_split(
     fitted: Mapping[str, FittedConversations], tokenizer: Tokenizer, directory: Path, split: _Split
 ) -> tuple[dict[str, Any], str | None]:
     """Write train.jsonl and held_out.jsonl; return the report on them and the common system prompt of training."""
-    sources_of = fitted["records"], fitted.get("held_out", fitted["records"])
-    indices: Sequence[Sequence[int]] = [range(len(source.conversations)) for source in sources_of]
-    if "held_out" not in fitted:
-        indices = split(sources_of[0].conversations)
-    train, held_out = (
-        store.select_rows(source.conversations, rows) for source, rows in zip(sources_of, indices, strict=True)
-    )
-    parts = [_Part(*each) for each in zip((train, held_out), sources_of, indices, strict=True)]
-    sample = spread(train, near_duplicates.SAMPLE)
+    records = fitted["records"]
+    if "held_out" in fitted:
+        train, held_out = (_Part(each, range(len(each.conversations))) for each in (records, fitted["held_out"]))
+    else:
+        train, held_out = (_Part(records, rows) for rows in split(records.conversations))
+    sample = spread(train.conversations, near_duplicates.SAMPLE)
     common = near_duplicates.find_boilerplate(near_duplicates.join_user_texts(each["messages"]) for each in sample)
-    special = tokenizer.special_tokens
-    of_train, signed, prompt = _write_part(directory / TRAIN_FILE, parts[0], special, common)
-    of_held_out, held_out_signed, _ = _write_part(directory / "held_out.jsonl", parts[1], special, common)
-    repeated = len(asking_alike(train, held_out))
-    near = _count_near((train, held_out), (signed, held_out_signed))
+    of_train, signed = train.write(directory / TRAIN_FILE, tokenizer.special_tokens, common)
+    of_held_out, held_out_signed = held_out.write(directory / "held_out.jsonl", tokenizer.special_tokens, common)
+    repeated = len(asking_alike(train.conversations, held_out.conversations))
+    near = _count_near((train.conversations, held_out.conversations), (signed, held_out_signed))
     report = {
         "cut": {part: each.cut for part, each in fitted.items()},
         "dropped": {part: len(each.dropped) for part, each in fitted.items()},
@@ -223,43 +220,43 @@ def _write_split(
         "near_duplicates": near,
         "warnings": audit.warnings(of_train, of_held_out, near_in_train=repeated + near["held_out_in_train"]),
     }
-    return report, prompt
+    return report, common_system_prompt(train.conversations)
 
 
-@dataclass(frozen=True)
 class _Part:
     """The training or the evaluation set: these rows of the conversations of `source`."""
 
-    conversations: "Dataset"
-    source: FittedConversations
-    rows: Sequence[int]
+    def __init__(self, source: FittedConversations, rows: Sequence[int]) -> None:
+        self.source, self.rows = source, rows
+        self.conversations = store.select_rows(source.conversations, rows)
 
-    def show_difference(self, *indices: int) -> str:
-        one, other = (store.clean_row(self.conversations[index]) for index in indices)
-        return audit.show_difference(one, other, self.source.locate(self.rows[index] for index in indices))
+    def write(
+        self, file: Path, special_tokens: Iterable[str], common: frozenset[str]
+    ) -> tuple[dict[str, Any], Signatures]:
+        """Write a file in one pass; return its counts and its signatures."""
+        split_audit, signer, is_due = audit.SplitAudit(special_tokens), near_duplicates.Signer(common), Every()
 
+        def checked() -> Iterator[Conversation]:
+            counts = map(self.source.counts, self.rows)
+            numbered = enumerate(zip(store.iter_conversations(self.conversations), counts, strict=True), start=1)
+            for done, (conversation, tokens) in numbered:
+                split_audit.add(conversation, tokens)
+                signer.add(near_duplicates.join_user_texts(conversation["messages"]))
+                if is_due():
+                    print(f"{file.name}: {done:,} of {count(len(self.rows), 'conversation')} checked", flush=True)
+                yield conversation
 
-def _write_part(
-    file: Path, part: _Part, special_tokens: Iterable[str], common: frozenset[str]
-) -> tuple[dict[str, Any], Signatures, str | None]:
-    """Write a file in one pass; return its counts, its signatures and its common system prompt."""
-    split_audit, signer, is_due = audit.SplitAudit(special_tokens), near_duplicates.Signer(common), Every()
-    prompts: set[str] = set()
+        write_conversations(checked(), file)
+        return split_audit.facts(self._quote), signer.finish()
 
-    def checked() -> Iterator[Conversation]:
-        counts = map(part.source.counts, part.rows)
-        numbered = enumerate(zip(store.iter_conversations(part.conversations), counts, strict=True), start=1)
-        for done, (conversation, tokens) in numbered:
-            split_audit.add(conversation, tokens)
-            signer.add(near_duplicates.join_user_texts(conversation["messages"]))
-            if len(prompts) < 2:
-                prompts.add(system_prompt(conversation))
-            if is_due():
-                print(f"{file.name}: {done:,} of {count(len(part.rows), 'conversation')} checked", flush=True)
-            yield conversation
-
-    write_conversations(checked(), file)
-    return split_audit.facts(part.show_difference), signer.finish(), prompts.pop() if len(prompts) == 1 else None
+    def _quote(self, indices: Sequence[int]) -> str:
+        """Show how the question and the answers begin, and where they are."""
+        found = [self.conversations[index]["messages"] for index in indices]
+        answers = [each[-1]["content"] or json.dumps(each[-1].get("tool_calls"), ensure_ascii=False) for each in found]
+        asked, *said = (" ".join(text.split()) for text in (near_duplicates.join_user_texts(found[0]), *answers))
+        places = self.source.locate([self.rows[index] for index in indices])
+        shown = [f"«{text[:_SHOWN_TEXT]}» ({place})" for text, place in zip(said, places, strict=True)]
+        return f"«{asked[:_SHOWN_TEXT]}» → {', '.join(shown)}"
 
 
 def _count_near(parts: Sequence["Dataset"], signed: Sequence[Signatures]) -> dict[str, Any]:
@@ -300,8 +297,8 @@ def summary(directory: str | Path) -> Table:
         return f"{count:,} ({count / total:.1%})" if count else "0"
 
     def of_files(key: str) -> list[str]:
-        found = [(report[key].get(part), report["of"].get(part)) for part in ("records", "held_out")]
-        return ["–" if count is None else with_share(count, total) for count, total in found]
+        of, found = report["of"], report[key]
+        return [with_share(found[part], of[part]) if part in of else "–" for part in ("records", "held_out")]
 
     as_text = [", ".join(f"{token}: {n}" for token, n in part["special_tokens_as_text"].items()) for part in parts]
     with_tools = [f"{part['no_call']:,} / {part['with_tools']:,}" for part in parts]

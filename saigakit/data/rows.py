@@ -3,7 +3,7 @@
 import gc
 from array import array
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -20,7 +20,6 @@ from saigakit.prompt import encoding
 from saigakit.prompt.encoding import IGNORE_INDEX, Example, Tokenizer
 
 if TYPE_CHECKING:
-    import pyarrow
     from datasets import Dataset
 
 _BATCH, _BATCH_MESSAGES = 256, 2048  # conversations, and their messages together, at most
@@ -111,18 +110,14 @@ def _fit(conversation: Conversation, rows: list[Example], tokenizer: Tokenizer, 
         return Encoded(conversation, rows, tokens, is_cut=False)
     messages, labels = conversation["messages"], rows[0]["labels"]
     answers = encoding.trained_answers(messages)
-    if len(rows) > 1:  # a row per answer: keep those before the first that does not fit
-        fitting = sum(len(row["input_ids"]) <= limit for row in rows[:-1])
-        if not fitting:
-            return Encoded(conversation, [], tokens, is_cut=False)
-        shorter = {**conversation, "messages": messages[: answers[fitting - 1] + 1]}
-        # Encoded again: without the later turns it may be a single row.
-        return Encoded(shorter, encoding.encode_rows([shorter], tokenizer)[0], tokens, is_cut=True)
-    pairs = enumerate(pairwise([*labels, IGNORE_INDEX]), start=1)
-    ends = [end for end, (label, following) in pairs if label != IGNORE_INDEX and following == IGNORE_INDEX]
-    room = sum(end <= limit for end in ends) if len(ends) == len(answers) else len(answers)
+    if len(rows) > 1:  # a row per answer, up to the first that does not fit
+        room = sum(len(row["input_ids"]) <= limit for row in rows[:-1])
+    else:
+        pairs = enumerate(pairwise([*labels, IGNORE_INDEX]), start=1)
+        ends = [end for end, (label, following) in pairs if label != IGNORE_INDEX and following == IGNORE_INDEX]
+        room = sum(end <= limit for end in ends) if len(ends) == len(answers) else len(answers)
     for end in reversed([end for end in answers[:room] if end + 1 < len(messages)]):
-        shorter = {**conversation, "messages": messages[: end + 1]}
+        shorter = {**conversation, "messages": messages[: end + 1]}  # without the later turns it may be a single row
         (shorter_rows,) = encoding.encode_rows([shorter], tokenizer, limit=limit)
         if all(len(row["input_ids"]) <= limit for row in shorter_rows):
             return Encoded(shorter, shorter_rows, tokens, is_cut=True)
@@ -136,24 +131,17 @@ def as_dataset(examples: Iterable[tuple[int, Example]]) -> "Dataset":
     number = pyarrow.int32()
     kinds = {"input_ids": pyarrow.list_(number), "labels": pyarrow.list_(number)}
     schema = pyarrow.schema(kinds | dict.fromkeys(("length", "learned", "conversation"), number))
-    batches = (_record_batch(batch, schema) for batch in store.batched(examples))
+    batches = (
+        pyarrow.RecordBatch.from_pylist([_with_counts(*each) for each in batch], schema)
+        for batch in store.batched(examples)
+    )
     return store.make_dataset(store.map_into_memory(batches, schema, "The tokenised copy of the records"))
 
 
-def _record_batch(examples: Sequence[tuple[int, Example]], schema: "pyarrow.Schema") -> "pyarrow.RecordBatch":
-    import numpy as np
-    import pyarrow
-
-    lengths = [len(example["input_ids"]) for _, example in examples]
-    ends = np.cumsum([0, *lengths], dtype=np.int32)
-
-    def lists(key: str) -> "pyarrow.ListArray":
-        joined = array("i", chain.from_iterable(example[key] for _, example in examples))
-        return pyarrow.ListArray.from_arrays(ends, np.frombuffer(joined, np.int32))
-
-    learned = [len(example["labels"]) - example["labels"].count(IGNORE_INDEX) for _, example in examples]
-    numbers = [number for number, _ in examples]
-    return pyarrow.record_batch([lists("input_ids"), lists("labels"), lengths, learned, numbers], schema=schema)
+def _with_counts(conversation: int, example: Example) -> dict[str, Any]:
+    labels = example["labels"]
+    learned = len(labels) - labels.count(IGNORE_INDEX)
+    return {**example, "length": len(labels), "learned": learned, "conversation": conversation}
 
 
 def read_column(rows: "Dataset", name: str) -> "array[int]":
@@ -165,39 +153,34 @@ def tokenise(
     conversations: "Dataset | Sequence[Conversation]", tokenizer: Tokenizer, limit: int, *, name: str
 ) -> "Dataset":
     """Keep the rows with trained tokens, and print how much was cut off or left out."""
-    cut = dropped = untrained = kept = 0
+    found: Counter[str] = Counter()
 
     def trained_rows() -> Iterator[tuple[int, Example]]:
-        nonlocal cut, dropped, untrained, kept
         fitting = encode_fitting(conversations, tokenizer, limit, name=name)
         for number, (_, encoded, _, is_cut) in enumerate(fitting, start=1):
             trained = [row for row in encoded if set(row["labels"][1:]) != {IGNORE_INDEX}]
-            dropped += not encoded
-            untrained += bool(encoded) and not trained
-            kept += bool(trained)
-            cut += is_cut and bool(trained)
+            found["kept" if trained else "untrained" if encoded else "dropped"] += 1
+            found["cut"] += is_cut and bool(trained)
             yield from ((number, row) for row in trained)
 
     rows = as_dataset(trained_rows())
     if not len(rows):
         raise SaigaError(f"{name}: no conversation has an answer within max_seq_length={limit} tokens.")
-    if untrained:
+    if untrained := found["untrained"]:
         print(f"{name}: left out {count(untrained, 'conversation')} without trained tokens.", flush=True)
-    if len(rows) > kept:
+    if len(rows) > (kept := found["kept"]):
         reason = "one for each answer, because the chat template renders the final turn differently."
         print(f"{name}: {len(rows):,} rows of {count(kept, 'conversation')}, {reason}", flush=True)
-    _report_too_long(name, len(conversations), cut, dropped, limit)
+    _report_too_long(name, len(conversations), found["cut"], found["dropped"], limit)
     return rows
 
 
 def _report_too_long(name: str, total: int, cut: int, dropped: int, limit: int, places: Sequence[str] = ()) -> None:
     if cut or dropped:
-        more = f" and {dropped - len(places):,} more" if dropped > len(places) else ""
-        print(
-            f"{name}: {cut:,} of {count(total, 'conversation')} cut after an earlier answer and {dropped:,} left out, "
-            f"because of more than {limit:,} tokens{': ' * bool(places)}{', '.join(places)}{more if places else ''}.",
-            flush=True,
-        )
+        named = f": {', '.join(places)}" if places else ""
+        named += f" and {dropped - len(places):,} more" if places and dropped > len(places) else ""
+        outcome = f"cut after an earlier answer and {dropped:,} left out, because of more than {limit:,} tokens{named}."
+        print(f"{name}: {cut:,} of {count(total, 'conversation')} {outcome}", flush=True)
 
 
 class FittedConversations:

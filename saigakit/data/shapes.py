@@ -4,24 +4,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
+from saigakit.data.formats import SHAPES, Shape
 from saigakit.data.records import BadRecord, quote
 from saigakit.data.tool_calls import is_empty, text_problems, unread_keys
 
-Shape = tuple[str, ...]  # the key of a list of messages; or the keys of a question, one is enough, and of its answer
-_SHAPES: tuple[Shape, ...] = (
-    ("messages",),
-    ("conversations",),
-    ("conversation",),  # LMSYS-Chat-1M, ms-swift
-    ("user", "bot"),
-    ("instruction", "input", "output"),  # Alpaca
-    ("instruction", "input", "response"),  # axolotl's gpteacher
-    ("prompt", "completion"),  # TRL, mlx-lm
-    ("prompt", "response"),  # ms-swift, as is the next
-    ("query", "response"),
-    ("question", "answer"),  # axolotl's alpaca_chat.load_qa
-)
-_BY_LAST_KEY = {last: [shape for shape in _SHAPES if shape[-1] == last] for *_, last in _SHAPES}
-READ = {shape: {*shape, "system", "tools", "functions", *["history"][: len(shape) - 1]} for shape in _SHAPES}
+_BY_LAST_KEY = {last: [shape for shape in SHAPES if shape[-1] == last] for *_, last in SHAPES}
+READ = {shape: {*shape, "system", "tools", "functions", *["history"][: len(shape) - 1]} for shape in SHAPES}
 _QUESTION = re.compile("question|query|prompt|instruction|input|user|human|вопрос|запрос|инструкц", re.IGNORECASE)
 _ANSWER = re.compile("answer|response|output|completion|bot|assistant|reply|target|chosen|ответ", re.IGNORECASE)
 _NO_TEXT = re.compile("(id|name|type|role|lang|language|source|date|time|score|count|index)s?$", re.IGNORECASE)
@@ -39,7 +27,7 @@ def find_shapes(record: Mapping[str, Any]) -> list[Shape] | BadRecord:
         shape for shape in whole if record[shape[-1]] not in (None, "")
     ]:
         return complete
-    present = [shape for shape in _SHAPES if record.keys() & shape]
+    present = [shape for shape in SHAPES if record.keys() & shape]
     if (problem := _compare(record)) or not present:
         names = ", ".join(map(quote, list(record)[:10])) or "no keys"
         problem = problem or f"has neither messages nor user and bot, but {names}; give its texts these names"

@@ -41,17 +41,15 @@ def _find_files(name: str, run_dir: str | Path | None, offers_evaluation: bool) 
         if not file.is_file():
             raise SaigaError(f"{name!r} is not there; the demo has train.jsonl and held_out.jsonl.")
         return [file]
-    at, _, choice = name.partition(":")
-    repo = at.partition("@")[0]
     if not workspace.is_local(name, run_dir):
+        at, _, choice = name.partition(":")
         directory = workspace.find_optional_input(at, run_dir=run_dir) if choice else None
         if directory is not None and directory.is_dir():
             return _choose_files(directory, at, choice, offers_evaluation)
-        if hub.is_hub_id(repo) and not name.endswith(formats.FILES):
+        if hub.is_hub_id(at.partition("@")[0]) and not name.endswith(formats.FILES):
             return _fetch_data_set(at, choice, offers_evaluation)
-    places = [Path(name).expanduser(), *([] if run_dir is None else [Path(run_dir) / name])]
-    if set("*?[") & set(name) and not any(place.exists() for place in places):
-        return _find_matching(name, run_dir)
+        if set("*?[") & set(name):
+            return _find_matching(name, run_dir)
     found = workspace.find_input(name, run_dir=run_dir)
     return _choose_files(found, name, "", offers_evaluation) if found.is_dir() else [found]
 
@@ -69,8 +67,7 @@ def _choose_files(directory: Path, name: str, split: str, offers_evaluation: boo
     has_records = any(each.lower().endswith((*formats.SUFFIXES, *formats.TABLES)) for each in names)
     splits = _find_local_splits(directory.resolve()) if has_records else _find_saved_splits(directory.resolve())
     prefix = f"{directory.resolve().as_posix()}/"
-    chosen = _choose_split(f"{name}:", splits, split, prefix, names, offers_evaluation)
-    chosen = sorted(chosen) if has_records else chosen
+    chosen = sorted(_choose_split(f"{name}:", splits, split, prefix, names, offers_evaluation))
     if others := [each for each in names if each not in chosen]:
         shown = ", ".join(others[:10]) + (f" and {len(others) - 10} more" if len(others) > 10 else "")
         print(f"{directory.name}: {len(chosen)} of {len(names)} files are read; left out: {shown}.", flush=True)
@@ -99,8 +96,7 @@ def _find_local_splits(directory: Path) -> Mapping[str, Sequence[str]]:
     base, card = str(directory), directory / "README.md"
     if card.is_file() and "configs" in (metadata_load(card) or {}):
         return _find_splits(base, "")
-    kinds = (*formats.SUFFIXES, *formats.TABLES)
-    suffixes = [each for kind in kinds for each in (kind, kind.upper())]
+    suffixes = [each for kind in (*formats.SUFFIXES, *formats.TABLES) for each in (kind, kind.upper())]
     try:
         return DataFilesDict.from_patterns(get_data_patterns(base), base, allowed_extensions=suffixes)  # type: ignore[no-any-return]
     except EmptyDatasetError:
@@ -137,14 +133,11 @@ def _choose_split(
     `asked`: the name of the data set, to which a split can be added; `names`: all files.
     """
     source = asked.rpartition(":")[0]
-    files = [name for name in names if name.lower().endswith(formats.FILES)]
-    if any(name.lower().endswith(formats.SUFFIXES) for name in files):
-        files = [name for name in files if not name.lower().endswith(formats.TABLES)]
-    record_files = {prefix + name for name in files}
-    chosen = {
-        str(split): [file.removeprefix(prefix) for file in found if file in record_files]
-        for split, found in splits.items()
-    }
+    kinds = formats.FILES
+    if any(name.lower().endswith(formats.SUFFIXES) for name in names):
+        kinds = tuple(kind for kind in kinds if kind not in formats.TABLES)
+    readable = {prefix + name: name for name in names if name.lower().endswith(kinds)}
+    chosen = {str(split): [readable[file] for file in found if file in readable] for split, found in splits.items()}
     usable = {split: found for split, found in chosen.items() if found}
     if not usable:
         raise SaigaError(
@@ -176,10 +169,9 @@ def _stem(file: str) -> str:
 def _find_matching(pattern: str, run_dir: str | Path | None) -> list[Path]:
     """Search `run_dir`, the working directory and the attached inputs, up to the first match."""
     name = str(Path(pattern).expanduser())
-    for place in (run_dir, None):
-        base = Path() if place is None else Path(place)
+    for base in (Path(run_dir or ""), Path()):
         # Path.glob refuses absolute patterns and matches hidden files.
-        found = [base / match for match in glob.glob(name, root_dir=place, recursive=True)]  # noqa: PTH207
+        found = [base / match for match in glob.glob(name, root_dir=base, recursive=True)]  # noqa: PTH207
         if files := sorted({file for file in found if file.is_file()}):
             return files
     roots = workspace.input_roots() if not Path(name).is_absolute() else []
@@ -195,24 +187,20 @@ def _find_matching(pattern: str, run_dir: str | Path | None) -> list[Path]:
 
 
 def _fetch_data_set(at: str, choice: str, offers_evaluation: bool) -> list[Path]:
-    """`at`: owner/name or owner/name@revision."""
+    """`at`: owner/name or owner/name@revision. `choice`: a split, a configuration or configuration/split."""
+    from datasets import get_dataset_config_names
+
     repo, _, revision = at.partition("@")
     commit, sizes = hub.list_files(repo, "dataset", revision or None)
+    place = {"revision": commit, "token": workspace.secret("HF_TOKEN")}
+    configuration, _, split = choice.rpartition("/")
     with hub.download_errors_explained(repo, "dataset"):
-        names = _choose_remote(at, commit, choice, sorted(sizes), offers_evaluation)
+        if split and not configuration and split in get_dataset_config_names(repo, **place):
+            configuration, split = split, ""
+        asked = f"{at}:{configuration}/" if configuration else f"{at}:"
+        splits = _find_splits(repo, configuration, **place)
+        prefix = f"hf://datasets/{repo}@{commit}/"
+        names = _choose_split(asked, splits, split, prefix, sorted(sizes), offers_evaluation)
     hub.require_room(repo, "dataset", sum(sizes[name] for name in names))
     directory = hub.snapshot(repo, tuple(map(glob.escape, names)), "dataset", commit)
     return [directory / name for name in names]
-
-
-def _choose_remote(at: str, commit: str, choice: str, names: Sequence[str], offers_evaluation: bool) -> list[str]:
-    """The files of a split; `choice` is a split, a configuration or configuration/split."""
-    from datasets import get_dataset_config_names
-
-    repo, place = at.partition("@")[0], {"revision": commit, "token": workspace.secret("HF_TOKEN")}
-    configuration, _, split = choice.rpartition("/")
-    if split and not configuration and split in get_dataset_config_names(repo, **place):
-        configuration, split = split, ""
-    asked = f"{at}:{configuration}/" if configuration else f"{at}:"
-    splits = _find_splits(repo, configuration, **place)
-    return _choose_split(asked, splits, split, f"hf://datasets/{repo}@{commit}/", names, offers_evaluation)

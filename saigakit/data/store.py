@@ -94,12 +94,6 @@ def map_into_memory(
     return pyarrow.ipc.open_stream(pyarrow.py_buffer(content)).read_all()
 
 
-def _release_pages() -> None:
-    """Take mapped pages out of this process; what is read again comes from the system's cache or the disk."""
-    for content in list(_mapped):
-        content.madvise(mmap.MADV_DONTNEED)
-
-
 def make_dataset(table: "pyarrow.Table") -> "Dataset":
     from datasets import Dataset
 
@@ -120,7 +114,9 @@ def iter_conversations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Conversati
     for count, row in enumerate(rows, start=1):
         yield clean_row(row)
         if count % _PER_RELEASE == 0:
-            _release_pages()
+            # Out of this process: what is read again comes from the system's cache or the disk.
+            for content in list(_mapped):
+                content.madvise(mmap.MADV_DONTNEED)
 
 
 def clean_row(row: Mapping[str, Any]) -> Conversation:

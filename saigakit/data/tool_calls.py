@@ -1,10 +1,9 @@
 """Normalise the tools of a record and the calls of them to OpenAI's format, or list their problems."""
 
 import json
-import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from saigakit.data import records
@@ -32,6 +31,10 @@ def describe_type(value: object) -> str:
     return names.get(type(value), f"of the type {type(value).__name__}")
 
 
+def describe(value: object) -> str:
+    return quote(value) if isinstance(value, str) else describe_type(value)
+
+
 def text_problems(field: str, text: object) -> list[str]:
     if text is None:
         return [f"{field}: is missing; add the text"]
@@ -39,10 +42,6 @@ def text_problems(field: str, text: object) -> list[str]:
         return [f"{field}: is {describe_type(text)}; it must be a text"]
     if not text or text.isspace():
         return [f"{field}: is empty; write the text or remove the record"]
-    return _surrogate_problems(field, text)
-
-
-def _surrogate_problems(field: str, text: str) -> list[str]:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -53,18 +52,15 @@ def _surrogate_problems(field: str, text: str) -> list[str]:
 def read_tools(record: Mapping[str, Any], problems: list[str]) -> list[Tool]:
     """Read `tools` or the older `functions`; either may be JSON text."""
     given = [key for key in ("tools", "functions") if record.get(key) and record[key] not in _ABSENT]
-    if not given:
-        return []
     if len(given) > 1:
         problems.append("record: has both tools and functions; keep tools")
+    if len(given) != 1:
         return []
-    tools = []
-    for field in given:
-        for index, item in enumerate(decode(field, record[field], list, "a list of tools", problems) or ()):
-            tool = _tool(f"{field}[{index}]", item, problems)
-            tools += [tool] if tool else []
+    (field,) = given
+    items = enumerate(decode(field, record[field], list, "a list of tools", problems) or ())
+    tools = [tool for index, item in items if (tool := _tool(f"{field}[{index}]", item, problems))]
     counts = Counter(tool["function"]["name"] for tool in tools)
-    problems += [f"{given[0]}: {quote(name)} occurs {n} times; keep one" for name, n in counts.items() if n > 1]
+    problems += [f"{field}: {quote(name)} occurs {n} times; keep one" for name, n in counts.items() if n > 1]
     return tools
 
 
@@ -76,13 +72,13 @@ def _tool(field: str, item: object, problems: list[str]) -> Tool | None:
         return None
     others = {key: value for key, value in given.items() if key != "type" and value is not None}
     if given.get("type") not in (None, "function"):
-        problems.append(f"{field}.type: is {_describe(given['type'])}; it must be 'function'")
+        problems.append(f"{field}.type: is {describe(given['type'])}; it must be 'function'")
     if "function" in given:
-        function = _function(f"{field}.function", given["function"], problems)
-        problems += value_problems(field, {key: value for key, value in others.items() if key != "function"})
-        tool = {"type": "function", **others, "function": function}
+        tool = {"type": "function", **others, "function": _function(f"{field}.function", given["function"], problems)}
     else:
         tool = {"type": "function", "function": _function(field, others, problems)}
+    if len(problems) == before:
+        problems += value_problems(field, tool)
     return tool if len(problems) == before else None
 
 
@@ -96,7 +92,6 @@ def _function(field: str, value: object, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{field}.description: is {describe_type(function['description'])}; it must be a text")
     if "parameters" in function:
         function["parameters"] = decode(f"{field}.parameters", function["parameters"], dict, "an object", problems)
-    problems += value_problems(field, {key: value for key, value in function.items() if key != "name"})
     return function
 
 
@@ -146,7 +141,7 @@ def _call(
     unread |= unread_keys(field, item, own + (its if is_bare else ("function",)))
     unread |= set() if is_bare else unread_keys(inner, function, its)
     if item.get("type") not in (None, "function"):
-        problems.append(f"{field}.type: is {_describe(item['type'])}; it must be 'function'")
+        problems.append(f"{field}.type: is {describe(item['type'])}; it must be 'function'")
     call_id, name = item.get("id"), function.get("name")
     if call_id not in (None, ""):
         problems += text_problems(f"{field}.id", call_id)
@@ -154,7 +149,10 @@ def _call(
     if isinstance(name, str) and names is not None and name not in names:
         known = ", ".join(map(quote, list(names)[:10]))
         problems.append(f"{inner}.name: is {quote(name)}, which the record's tools ({known}) lack; add the tool")
-    arguments = _arguments(f"{inner}.arguments", function.get("arguments"), problems)
+    where, given = f"{inner}.arguments", function.get("arguments")
+    # OpenAI's models call a function without parameters with "".
+    arguments = {} if given == "" else decode(where, given, dict, "an object, {} if there are none", problems)
+    problems += value_problems(where, arguments)
     if len(problems) > before:
         return None
     return {
@@ -162,17 +160,6 @@ def _call(
         **({"id": call_id} if call_id else {}),
         "function": {"name": name, "arguments": to_json(arguments)},
     }
-
-
-def _arguments(field: str, value: object, problems: list[str]) -> dict[str, Any] | None:
-    if value is None:
-        problems.append(f"{field}: is missing; write {{}} if there are none")
-        return None
-    # OpenAI's models call a function without parameters with "".
-    found: dict[str, Any] | None = {} if value == "" else decode(field, value, dict, "an object", problems)
-    if found is not None:
-        problems += value_problems(field, found)
-    return found
 
 
 def unread_keys(field: str, item: Mapping[str, Any], read: Collection[str]) -> set[str]:
@@ -195,50 +182,17 @@ def decode(field: str, value: object, expected: type[T], what: str, problems: li
 
 
 def value_problems(field: str, value: object) -> list[str]:
-    """List the values, at any depth, that JSON cannot represent."""
+    """Whether JSON can represent it, in UTF-8 and with few enough levels."""
     try:
         text = to_json(value)
-        text.encode("utf-8")
-    except (ValueError, TypeError):
-        return list(_locate_problems(field, value))
+        is_too_deep = text.count("{") + text.count("[") > NESTED and _levels(value) > NESTED
+    except (ValueError, TypeError) as error:  # NaN, or a type that only Parquet has
+        return [f"{field}: cannot be written as JSON ({error}); replace the value by null or a text"]
     except RecursionError:
-        return [f"{field}: is nested too deeply; make it flatter"]
-    if text.count("{") + text.count("[") > NESTED and _levels(value) > NESTED:
-        return [f"{field}: is nested too deeply; make it flatter"]
-    return []
+        is_too_deep = True
+    return [f"{field}: is nested too deeply; make it flatter"] if is_too_deep else text_problems(field, text)
 
 
 def _levels(value: object) -> int:
-    count = 0
-    layer = [value]
-    while layer := [child for item in layer for child in _children(item)]:
-        count += 1
-    return count
-
-
-def _children(item: object) -> Iterable[object]:
-    return item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
-
-
-def _locate_problems(field: str, value: object) -> Iterable[str]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            where = f"{field}.{key}" if isinstance(key, str) and key.isidentifier() else f"{field}[{_describe(key)}]"
-            if not isinstance(key, str):
-                yield f"{where}: the key is {describe_type(key)}; it must be a text"
-            else:
-                yield from _surrogate_problems(where, key)
-            yield from _locate_problems(where, item)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _locate_problems(f"{field}[{index}]", item)
-    elif isinstance(value, str):
-        yield from _surrogate_problems(field, value)
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{field}: is {value}, which JSON cannot represent; write null or a text"
-    elif not isinstance(value, bool | int | float | None):
-        yield f"{field}: is {describe_type(value)}; write it as a text"
-
-
-def _describe(value: object) -> str:
-    return quote(value) if isinstance(value, str) else describe_type(value)
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if children is None else 1 + max(map(_levels, children), default=0)

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import sqlite3
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -60,77 +61,20 @@ INSTRUCTION = 'Определения в JSON: [{"term": "…", "definition": "�
 
 @dataclass(frozen=True)
 class Style:
-    """The sentences of a text. {T} and {t}: the term with and without a capital letter; {d}: its definition."""
+    """The sentences of a text, with and without a definition."""
 
-    phrasings: tuple[str, ...]
-    fillers: tuple[str, ...]
+    phrasings: list[str]
+    fillers: list[str]
 
 
-SEEN = Style(
-    phrasings=(
-        "{T} — это {d}.",
-        "{T} — {d}.",
-        "{T}: {d}.",
-        "Слово «{t}» означает: {d}.",
-        "Что такое {t}? Это {d}.",
-        "Под словом «{t}» понимают: {d}.",
-        "Термин «{t}» определяют так: {d}.",
-        "В словаре {t} — это {d}.",
-        "«{t}» — это {d}.",
-        "Как известно, {t} — это {d}.",
-        "Например, {t} — это {d}.",
-        "В учебнике сказано: {t} — это {d}.",
-        "Смысл слова «{t}» такой: {d}.",
-        "Учёные понимают термин «{t}» иначе: {d}.",
-    ),
-    fillers=(
-        "Разберём ещё одно слово.",
-        "Об этом писали в газетах.",
-        "Пример взят из старой книги.",
-        "Лекция началась в девять утра.",
-        "Эту тему проходят в школе.",
-        "Вчера весь день шёл дождь.",
-        "Запишите это в тетрадь.",
-        "Слово «{t}» встречается редко.",
-        "Подробности есть в приложении.",
-        "К этому мы ещё вернёмся.",
-        "Автор не приводит примеров.",
-        "Ударение ставят по-разному.",
-        "Слушатели задали много вопросов.",
-        "Раздел дополнен в новом издании.",
-        "В тексте дважды упоминается {t}.",
-        "Перевод сделан со старого издания.",
-        "Дальше идёт список литературы.",
-        "На рисунке показан общий вид.",
-        "Слово «{t}» пришло из другого языка.",
-        "Учитель попросил повторить правило.",
-        "Слово «{t}» трудно перевести.",
-        "У слова «{t}» много синонимов.",
-        "Слово «{t}» мы уже разбирали.",
-        "Не все знают слово «{t}».",
-        "Это правило помнят немногие.",
-        "Это место часто цитируют.",
-    ),
-)
-UNSEEN = Style(
-    phrasings=(
-        "Слово «{t}» значит: {d}.",
-        "По словарю, {t} — это {d}.",
-        "Словарь поясняет термин «{t}» так: {d}.",
-    ),
-    fillers=(
-        "Глава заканчивается упражнениями.",
-        "Это слово любят редакторы.",
-        "Студенты спорили до вечера.",
-        "Слово «{t}» есть не в каждом словаре.",
-        "Ответ найдёте на последней странице.",
-    ),
-)
+_SENTENCES = Path(__file__).with_name("wordnet_sentences.toml")
+SEEN, UNSEEN = (Style(**part) for part in tomllib.loads(_SENTENCES.read_text(encoding="utf-8")).values())
 
 
 def packaged_records() -> Path:
     """The directory of the demo's train.jsonl and held_out.jsonl, made once per version of this module."""
-    made_of = hashlib.sha256(Path(__file__).read_bytes() + packages.WORDNET.sha256.encode()).hexdigest()
+    code = Path(__file__).read_bytes() + _SENTENCES.read_bytes()
+    made_of = hashlib.sha256(code + packages.WORDNET.sha256.encode()).hexdigest()
     return packages.make_once(workspace.scratch_dir() / "records" / made_of[:16], write_records)
 
 

@@ -479,14 +479,14 @@ def test_enough_records_are_split_even_if_they_need_not_be(check, write):
     assert counts_of(made)["held_out"]["conversations"] == 1
 
 
-def test_different_answers_are_shown_with_their_lines(check, write):
+def test_the_first_question_with_different_answers_is_shown_with_its_lines(check, write):
     records = write([("длинный", "да " * 900), ("в", "б"), ("Где он?", "[]"), ("г", "д"), ("где  он?", '["тут"]')])
     made = check(records, held_out=write([("x", "1"), ("x", "2")], "held.jsonl"))
     shown = {name.split(" · ")[1]: tuple(cells) for name, *cells in report.summary(made).rows}
     assert shown["one question, different answers"] == ("1", "1")
     advice = "\n".join(row[0] for row in report.advice(made).rows)
-    assert '«Где он?» → «[]» (own.jsonl:3), «["тут"]» (own.jsonl:5)' in advice
-    assert "«x» → «1» (held.jsonl:1), «2» (held.jsonl:2)" in advice
+    assert 'keep one: «Где он?» → «[]» (own.jsonl:3), «["тут"]» (own.jsonl:5)' in advice
+    assert "keep one: «x» → «1» (held.jsonl:1), «2» (held.jsonl:2)" in advice
 
 
 def test_damaged_records_are_counted_with_three_places(check, write):

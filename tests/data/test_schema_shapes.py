@@ -195,7 +195,7 @@ def test_what_is_not_used_is_reported_and_nothing_is_refused(record, keys):
          "history[0]: is a list; it must be a list of a question and an answer"),
         ({"instruction": Q, "output": A, "history": 5}, "history: is a number; it must be a list"),
         ({"instruction": Q, "output": A, "history": [[Q, ""]]}, "history[0][1]: is empty"),
-        ({"user": Q, "bot": {"а": float("nan")}}, "bot.а: is nan"),
+        ({"user": Q, "bot": {"а": float("nan")}}, "bot: cannot be written as JSON (Out of range"),
         (answered(reasoning_content=5), "messages[1].reasoning_content: is a number; it must be a text"),
         (answered(thinking=True), "messages[1].thinking: is true or false; it must be a text"),
         (answered(reasoning="\ud83d"), "messages[1].reasoning: contains an unpaired surrogate"),
