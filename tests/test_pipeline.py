@@ -97,7 +97,7 @@ def test_a_single_notebook_runs_with_papermill_on_the_earlier_stages(finished, t
     run.mkdir()
     for stage in ("01_format", "02_train"):
         shutil.copytree(finished[0] / "run" / stage, run / stage)
-    file = params(tmp_path, model="saiga_tiny", quant_type="Q8_0", run_dir=str(run))
+    file = params(tmp_path, model="saiga_tiny", quant_type="Q8_0", quality_tokens=50, run_dir=str(run))
     command = ["papermill", ROOT / "notebooks" / "03_merge_gguf.ipynb", tmp_path / "out.ipynb", "-f", file]
     subprocess.run([sys.executable, "-m", *map(str, command)], check=True, capture_output=True, cwd=tmp_path)
     made = manifest.require_stage(run / "03_merge_gguf", "03_merge_gguf", model="saiga_tiny")

@@ -1,11 +1,13 @@
 """The commands as a shell runs them."""
 
+import contextlib
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -31,11 +33,16 @@ def shell(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, **options)
 
 
-def error_of(*arguments, **options):
+def called(*arguments):
+    """Run a command without the seconds that a process takes."""
+    return CliRunner().invoke(cli.main, [*map(str, arguments)])
+
+
+def error_of(*arguments, cwd=None):
     """Run a command that must fail, and return its error message."""
-    done = shell(*arguments, **options)
-    assert done.returncode == 1, done
-    assert "Traceback" not in done.stderr
+    with contextlib.chdir(cwd or Path.cwd()):
+        done = called(*arguments)
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
     assert done.stderr.startswith("error: ")
     return done.stderr.removeprefix("error: ").rstrip()
 
@@ -71,6 +78,12 @@ def test_help_of_each_command_shows_an_example(command):
     shown = CliRunner().invoke(cli.main, [command, "--help"])
     assert shown.exit_code == 0
     assert re.search(rf"\n +Examples?:\n +saigakit {command}\b", shown.output)
+
+
+def test_an_error_is_one_message_in_a_shell_too(tmp_path):
+    done = shell("evaluate", "--model", "saiga_tiny", "--run-dir", tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert done.stderr.startswith("error: ") and "01_format" in done.stderr
 
 
 def test_unknown_option_is_a_usage_error():
@@ -153,8 +166,8 @@ def test_demo_uses_its_parameter_file_and_reuses_all_stages(tmp_path, notebooks)
 
 
 def test_check_shows_the_counts_of_a_file(tiny):
-    done = shell("check", tiny / "records.jsonl", "--model", "saiga_tiny")
-    assert done.returncode == 0, done.stderr
+    done = called("check", tiny / "records.jsonl", "--model", "saiga_tiny")
+    assert done.exit_code == 0, done.stderr
     assert "conversations, each is well-formed" in done.stdout
     assert "trained" in done.stdout
 
@@ -173,15 +186,15 @@ def test_check_reads_several_files(tiny, tmp_path):
     for name in ("a", "b", "c"):
         shutil.copy(tiny / "records.jsonl", tmp_path / f"{name}.jsonl")
     files = [tmp_path / f"{name}.jsonl" for name in ("a", "b")]
-    done = shell("check", *files, "--held-out", tmp_path / "c.jsonl", "--model", "saiga_tiny")
+    done = called("check", *files, "--held-out", tmp_path / "c.jsonl", "--model", "saiga_tiny")
     assert "a.jsonl, b.jsonl: 120 conversations" in done.stdout
     assert "c.jsonl: 60 conversations" in done.stdout
 
 
 def test_check_of_a_single_record_reports_it(tmp_path):
     (tmp_path / "one.jsonl").write_text('{"user": "Кто ты?", "bot": "Я Сайга."}', encoding="utf-8")
-    done = shell("check", tmp_path / "one.jsonl", "--model", "saiga_tiny")
-    assert done.returncode == 0, done.stderr
+    done = called("check", tmp_path / "one.jsonl", "--model", "saiga_tiny")
+    assert done.exit_code == 0, done.stderr
     assert "one.jsonl: 1 conversation, each is well-formed" in done.stdout and "no evaluation set" in done.stdout
 
 
@@ -193,9 +206,10 @@ def test_check_lists_bad_records_with_their_lines(tmp_path):
 
 
 def test_check_reports_on_the_records_before_the_tokenizer_fails(tiny, tmp_path):
-    done = shell("check", tiny / "records.jsonl", "--base-source", tmp_path / "none")
+    done = called("check", tiny / "records.jsonl", "--base-source", tmp_path / "none")
     assert "well-formed" in done.stdout
-    assert (done.returncode, "is not there" in done.stderr, "Traceback" in done.stderr) == (1, True, False)
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+    assert "is not there" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -391,19 +405,19 @@ def test_publish_chooses_what_to_send_and_where(monkeypatch, made, options, expe
 
 
 def greedy(gguf_file, lines, *, system=("--system", "")):
-    done = shell("chat", gguf_file, "--n-ctx", "256", "--temperature", "0", *system, input=lines)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+    options = ["--n-ctx", "256", "--temperature", "0", *system]
+    done = CliRunner().invoke(cli.main, ["chat", str(gguf_file), *options], input=lines)
+    assert done.exit_code == 0, done.stderr
     return done
 
 
-def test_chat_uses_and_shows_the_system_prompt_of_the_file(gguf_file):
+def test_chat_uses_and_shows_the_system_prompt_of_the_file(gguf_file, one_thread):
     done = greedy(gguf_file, "Привет\n", system=())
     assert f"system: {MODELS['saiga_tiny'].system_prompt}" in done.stderr
     assert done.stdout != greedy(gguf_file, "Привет\n").stdout
 
 
-def test_chat_answers_each_line_until_an_empty_one(gguf_file):
+def test_chat_answers_each_line_until_an_empty_one(gguf_file, one_thread):
     first, second = (greedy(gguf_file, f"{line}\n").stdout for line in ("Привет", "Да"))
     both = greedy(gguf_file, "Привет\nДа\n\nnever asked\n")
     assert first.strip() and second.strip()
@@ -441,7 +455,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(gguf_file, monkeypatch)
     assert [asked[1][0], asked[1][2]] == ["a", "b"] and asked[1][1]
 
 
-def test_chat_reports_a_question_over_the_context_and_answers_the_next(gguf_file):
+def test_chat_reports_a_question_over_the_context_and_answers_the_next(gguf_file, one_thread):
     done = greedy(gguf_file, "слово " * 100 + "\nПривет\n")
     assert "the context holds 256" in done.stderr and "Starting a new" not in done.stderr
     assert done.stdout == greedy(gguf_file, "Привет\n").stdout
@@ -458,10 +472,6 @@ def test_ctrl_c_at_the_prompt_exits_with_130(monkeypatch):
 def test_chat_reports_a_file_that_is_not_gguf(tmp_path):
     (tmp_path / "model.gguf").write_text("text")
     assert "is not a GGUF file" in error_of("chat", tmp_path / "model.gguf")
-
-
-def test_evaluate_names_the_missing_stage(tmp_path):
-    assert "01_format" in error_of("evaluate", "--model", "saiga_tiny", "--run-dir", tmp_path)
 
 
 @pytest.mark.parametrize("arguments", [("push", "02_train"), ("watch", "02_train"), ("fetch", "02_train", "there")])

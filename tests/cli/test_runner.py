@@ -342,9 +342,11 @@ def test_next_run_waits_for_the_kernel_of_a_killed_one(place, start, run_command
         kernel.kill()
 
 
-def test_refuses_two_runs_in_one_directory(start, run_command):
+def test_refuses_two_runs_in_one_directory(place, start, run_command):
     start(*run_command)
-    second = subprocess.run([sys.executable, *run_command], capture_output=True, text=True, timeout=60)
+    impatient = f"from saigakit.cli import runner; runner._LOCK_PATIENCE_S = 0.2; {RUN}"
+    command = [sys.executable, "-c", impatient, place / "run", place / "notebooks"]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "Another run is using" in second.stderr.splitlines()[-1]
 
 

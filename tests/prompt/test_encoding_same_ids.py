@@ -8,7 +8,6 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,7 +34,7 @@ _Failure = tuple[str, dict[str, Any]]
 
 @pytest.fixture(scope="module", params=matrix(CASES, CASES.keys() - SLOW))
 def pair(request, tmp_path_factory) -> Iterator[Pair]:
-    fixture = vocabularies.source_fixture(request.param)
+    fixture = vocabularies.source_fixture(CASES[request.param][0])
     source = request.getfixturevalue(fixture) if fixture else None
     made = vocabularies.pair(request.param, tmp_path_factory.mktemp("vocabularies"), source)
     yield made
@@ -276,14 +275,8 @@ def test_trained_tokens_are_those_in_the_assistant_mask_of_transformers(pair):
     indirect=True,
 )
 def test_a_real_vocabulary_gives_the_ids_that_llama_cpps_own_tests_expect(pair, converter):
-    """They are those of the model's own tokenizer."""
-    name = {"llama3": "llama-bpe"}.get(pair.tokenizer_dir.name.partition("-")[0], "qwen2")
-    file = converter / "models" / f"ggml-vocab-{name}.gguf"
-    texts = Path(f"{file}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
-    lines = Path(f"{file}.out").read_text(encoding="utf-8").split("\n")
-    expected = [[int(number) for number in line.split()] for line in lines]
-    assert 40 < len(texts) <= len(expected)
-    for text, ids in zip(texts, expected, strict=False):
+    make, _ = CASES[pair.tokenizer_dir.name]
+    for text, ids in vocabularies.expected_ids(converter, make):
         assert pair.fast.encode_text(text) == pair.gguf.encode_text(text) == ids
 
 

@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 
+import hub_questions
 import hub_writing_stub
 import pytest
 import yaml
@@ -72,34 +70,30 @@ def stage(tiny, tmp_path_factory):
     return stage_02(tmp_path_factory.mktemp("run"), tiny)
 
 
-@pytest.fixture
-def hub():
-    with hub_writing_stub.serving(TOKEN) as served:
-        yield served
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    home = tmp_path_factory.mktemp("hf_home")
+    with hub_writing_stub.serving(TOKEN) as hub, hub_writing_stub.pushing(hub.endpoint, home) as run:
+        yield hub, run
 
 
 @pytest.fixture
-def push(hub, stage, tmp_path):
+def hub(served):
+    served[0].clear()
+    return served[0]
+
+
+@pytest.fixture
+def push(hub, served, stage, tmp_path):
     """Push in a child process; no file and no output contains the token."""
 
-    def run(repo=REPO, *, directory=stage, token=TOKEN, endpoint=None, **settings):
-        plain = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment = {**plain, "HF_ENDPOINT": endpoint or hub.endpoint, "HF_HOME": str(tmp_path / "hf_home"),
-                       "TMPDIR": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HOME": str(tmp_path),
-                       "HF_TOKEN": token}  # fmt: skip
-        command = [sys.executable, "-c", PUSH, str(directory), repo, json.dumps(settings)]
-        settings_of_child = {"env": environment, "cwd": tmp_path, "stdin": subprocess.DEVNULL}
-        child = subprocess.run(command, capture_output=True, text=True, check=False, **settings_of_child)
-        left = [file for file in tmp_path.rglob("*") if file.is_file()]
+    def push(repo=REPO, *, directory=stage, token=TOKEN, run=served[1], **settings):
+        said = run(PUSH, directory, repo, json.dumps(settings), token=token, directory=tmp_path)
         public = [content for files in hub.repositories.values() for content in files.values()]
-        secret = token.strip()
-        for text in (child.stdout.encode(), child.stderr.encode(), *(file.read_bytes() for file in left), *public):
-            assert secret.encode() not in text
-        assert "Traceback" not in child.stderr, child.stderr
-        assert child.returncode == 0
-        return child.stdout.strip().splitlines()[-1]
+        assert [content for content in public if token.strip().encode() in content] == []
+        return said.strip().splitlines()[-1]
 
-    return run
+    return push
 
 
 def test_the_adapter_arrives_with_its_card_and_without_the_records(push, hub, stage):
@@ -244,8 +238,10 @@ def test_a_bad_name_is_reported_before_any_request(stage, monkeypatch, repo):
     assert repr(repo) in str(caught.value)
 
 
-def test_a_missing_connection_is_reported(push):
-    assert "was interrupted: " in (message := push(endpoint="http://127.0.0.1:9")) and "switch Internet on" in message
+def test_a_missing_connection_is_reported(push, tmp_path):
+    with hub_writing_stub.pushing(hub_questions.NOWHERE, tmp_path) as run:
+        message = push(run=run)
+    assert "was interrupted: " in message and "switch Internet on" in message
 
 
 def test_a_failed_upload_changes_nothing(push, hub):

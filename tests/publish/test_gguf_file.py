@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import hub_writing_stub
 import pytest
@@ -47,25 +45,25 @@ def stage(tiny, tmp_path_factory):
     return export.merge_gguf(model="saiga_tiny", run_dir=run_dir)
 
 
-@pytest.fixture
-def hub():
-    with hub_writing_stub.serving(TOKEN) as served:
-        yield served
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    home = tmp_path_factory.mktemp("hf_home")
+    with hub_writing_stub.serving(TOKEN) as hub, hub_writing_stub.pushing(hub.endpoint, home) as run:
+        yield hub, run
 
 
 @pytest.fixture
-def push(hub, stage, tmp_path):
-    def run(directory=stage):
-        plain = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment = {**plain, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN,
-                       "HF_HUB_DISABLE_XET": "1", "HOME": str(tmp_path)}  # fmt: skip
-        command = [sys.executable, "-c", PUSH, str(directory), REPO]
-        child = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
-        assert child.returncode == 0, child.stderr
-        assert TOKEN not in child.stdout + child.stderr
-        return child.stdout.strip().splitlines()[-1]
+def hub(served):
+    served[0].clear()
+    return served[0]
 
-    return run
+
+@pytest.fixture
+def push(hub, served, stage, tmp_path):
+    def push(directory=stage):
+        return served[1](PUSH, directory, REPO, token=TOKEN, directory=tmp_path).strip().splitlines()[-1]
+
+    return push
 
 
 def test_the_gguf_arrives_with_its_companions_and_without_paths_of_this_machine(push, hub, stage):

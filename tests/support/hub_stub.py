@@ -110,6 +110,6 @@ def serving(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple[s
     calls: list[str] = []
     answers = type("Answers", (_Answers,), {"repositories": repositories, "calls": calls})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), answers) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", calls
         server.shutdown()

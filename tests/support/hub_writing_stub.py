@@ -4,13 +4,23 @@ import base64
 import hashlib
 import http.server
 import json
+import os
 import socket
 import threading
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import warm_python
+
+_IMPORTS = """
+import tokenizers
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
+from sentencepiece import sentencepiece_model_pb2
+from saigakit.publish import adapter, gguf_file
+"""
 OWNER = "someone"  # of the only valid token
 
 
@@ -29,6 +39,12 @@ class Hub:
     calls: list[str] = field(default_factory=list)
     commits: int = 0
     endpoint: str = ""
+
+    def clear(self) -> None:
+        """As at the start."""
+        for each in (self.repositories, self.private, self.faults, self.objects, self.calls):
+            each.clear()
+        self.commits = 0
 
     @property
     def head(self) -> str:
@@ -149,6 +165,32 @@ def serving(token: str) -> Iterator[Hub]:
     handler = type("Handler", (_Handler,), {"hub": hub})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield hub
         server.shutdown()
+
+
+@contextmanager
+def pushing(endpoint: str, home: Path) -> Iterator[Callable[..., str]]:
+    """A function that runs a program with arguments, the token and a directory for its files, and returns its output.
+
+    The client, which reads its own directory and the Hub's address when it is imported, uses `home` and `endpoint`.
+    """
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    of_client = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    with warm_python.started(_IMPORTS, {**plain, **of_client}) as run:
+
+        def push(program: str, *arguments: object, token: str, directory: Path) -> str:
+            places = {"TMPDIR": str(directory), "HOME": str(directory)}
+            done = run(program, *arguments, env={**plain, **of_client, **places, "HF_TOKEN": token}, cwd=directory)
+            assert "Traceback" not in done.stderr, done.stderr
+            assert done.returncode == 0
+            for text in (done.stdout.encode(), done.stderr.encode(), *_contents(directory), *_contents(home)):
+                assert token.strip().encode() not in text
+            return done.stdout
+
+        yield push
+
+
+def _contents(directory: Path) -> Iterator[bytes]:
+    return (file.read_bytes() for file in directory.rglob("*") if file.is_file())

@@ -44,7 +44,7 @@ class KaggleStub(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.calls, self.uploads, self.answers, self.files = [], [], {}, {}
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()  # s until it notices the end
 
     def answer(self, call, *bodies, code=200):
         """Return the bodies in turn, and the last one from then on."""

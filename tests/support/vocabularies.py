@@ -198,7 +198,7 @@ def gemma_tokens(directory: Path, source: Path | None) -> None:
 
 
 def llama3(directory: Path, source: Path | None) -> None:
-    _from_gguf(directory, source, "llama-bpe")
+    _from_gguf(directory, source, "llama-bpe", bos=_LLAMA3[1])
     _write(directory / "tokenizer_config.json", {"bos_token": _LLAMA3[1], "eos_token": _LLAMA3[2]})
 
 
@@ -207,7 +207,7 @@ def qwen2(directory: Path, source: Path | None) -> None:
     _write(directory / "tokenizer_config.json", {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
 
 
-def _from_gguf(directory: Path, source: Path, pre: str) -> None:
+def _from_gguf(directory: Path, source: Path, pre: str, bos: str | None = None) -> None:
     """A tokenizer.json with the words of a vocabulary that llama.cpp's source has for its own tests."""
     metadata = llama_cpp_chain.File.of(source / "models" / f"ggml-vocab-{pre}.gguf").metadata
     assert metadata["tokenizer.ggml.pre"] == pre
@@ -219,6 +219,8 @@ def _from_gguf(directory: Path, source: Path, pre: str) -> None:
     tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
     tokenizer.pre_tokenizer = _splitter(pre)
     tokenizer.decoder = decoders.ByteLevel()
+    if bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, texts.index(bos))])
     content = json.loads(tokenizer.to_str())
     content["model"]["vocab"] = {text: i for i, text in enumerate(texts)}
     content["model"]["merges"] = [merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]]
@@ -229,6 +231,15 @@ def _from_gguf(directory: Path, source: Path, pre: str) -> None:
         if kind in special
     ]
     _write(directory / "tokenizer.json", content)
+
+
+def expected_ids(source: Path, make: Callable[[Path, Path | None], None]) -> list[tuple[str, list[int]]]:
+    """The texts of llama.cpp's own tests with their ids, which the model's own tokenizer has made."""
+    file = source / "models" / {llama3: "ggml-vocab-llama-bpe.gguf", qwen2: "ggml-vocab-qwen2.gguf"}[make]
+    texts = Path(f"{file}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    lines = Path(f"{file}.out").read_text(encoding="utf-8").split("\n")
+    assert 40 < len(texts) <= len(lines)
+    return [(text, [*map(int, line.split())]) for text, line in zip(texts, lines, strict=False)]
 
 
 # Each vocabulary with the templates whose special tokens it has.
@@ -252,9 +263,8 @@ CASES = {
 }
 
 
-def source_fixture(case: str) -> str | None:
-    """The fixture with the directory that `case` is made from."""
-    make = CASES[case][0]
+def source_fixture(make: Callable[[Path, Path | None], None]) -> str | None:
+    """The fixture with the directory that `make` reads."""
     if make in (llama3, qwen2):
         return "converter"
     return "smollm2" if make in (smollm2, llama3_tokens, qwen_tokens, gemma_tokens) else None
