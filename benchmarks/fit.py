@@ -56,7 +56,7 @@ def evict_pages():
 
 llama_cpp.llama_backend_init()
 before = resident()
-llm = infer.load(file, n_ctx=n_ctx, n_gpu_layers=0, cache_type=cache_type)
+llm = infer.load(file, n_ctx=n_ctx, cache_type=cache_type)
 prompt = [300 + i * 37 % (llm.n_vocab() - 300) for i in range(n_ctx - 4)]
 llm.eval(prompt)
 mapped = resident() - before
