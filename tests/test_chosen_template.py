@@ -68,7 +68,12 @@ def run_dir(records, bare, template_file, tmp_path_factory):
 
 def test_a_base_without_a_template_needs_one(bare, records, tmp_path):
     with pytest.raises(SaigaError, match=r"has no chat template.*give a chat_template: saiga2, chatml or a file"):
-        data.check_records(model=bare, records=records, run_dir=tmp_path)
+        data.check_records(model=bare, records=records, run_dir=tmp_path, max_seq_length=512)
+
+
+def test_the_context_of_a_base_is_known_before_training(bare, records, template_file, tmp_path):
+    with pytest.raises(SaigaError, match=r"max_seq_length=2048 exceeds .*, 1024 tokens .*Set max_seq_length=1024 or"):
+        data.check_records(model=bare, records=records, run_dir=tmp_path, chat_template=str(template_file))
 
 
 def test_the_manifest_of_01_format_has_the_template_and_its_hash(run_dir):
@@ -112,7 +117,7 @@ def test_another_template_makes_training_again(run_dir, bare, records, tmp_path)
 
 def test_check_and_export_take_a_template(bare, records, template_file, tmp_path):
     option = ["--model", bare, "--chat-template", str(template_file)]
-    said = CliRunner().invoke(main, ["check", records, *option])
+    said = CliRunner().invoke(main, ["check", records, *option, "--max-seq-length", "512"])
     assert said.exit_code == 0 and "assistant" in said.output, said.output
     output = tmp_path / "x.gguf"
     said = CliRunner().invoke(main, ["export", *option, "--output", str(output), "--quant-type", "Q8_0"])

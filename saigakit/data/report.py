@@ -30,6 +30,7 @@ from saigakit.errors import DataError
 from saigakit.prompt import encoding, template, token_view
 from saigakit.prompt.encoding import Tokenizer
 from saigakit.weights import find
+from saigakit.weights.model_shape import require_context
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -139,6 +140,7 @@ def check_records(
     read = _make_all(files, lambda part: read_conversations(files[part]))  # before the tokenizer is downloaded
     for part, found in read.items():
         print(f"{labels[part]}: {count(len(found), 'conversation')}, each is well-formed.", flush=True)
+    require_context(find.tokenizer_dir(spec, base_source), limit)
     tokenizer = encoding.load_tokenizer(model, base_source, chosen)
     facts: dict[str, Any] = {"chat_template_sha256": sha256_of_text(tokenizer.chat_template)}
     facts |= {} if chosen is None else {"chat_template": chosen}

@@ -1,7 +1,9 @@
 """Summarise a training log: a table, a plot of both losses and a verdict in words."""
 
 import json
+import tomllib
 from collections.abc import Iterable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,45 +26,6 @@ CHANGE_NATS = 0.01  # per token: the likelihood of a token changes by 1 %
 STILL_FALLING = 0.05  # share of the total fall that came with the last evaluation; a steady fall has a quarter there
 _BLUE, _GREEN = "#1a73e8", "#188038"
 NEIGHBOURS = 10  # training steps that are averaged: the loss of a single step is noisy
-_VERDICTS = {
-    "few": "Для вывода нужно хотя бы три оценки на валидации. · Fewer than three evaluations: not enough to judge.",
-    "overfits": (
-        "Переобучается: loss на валидации был лучшим на шаге {best_step} из {last_step} и с тех пор вырос на {rise} "
-        "({lowest} → {last}), а на обучении падает. Уменьшите epochs или добавьте данных. · "
-        "Overfitting: evaluation loss was best at step {best_step} of {last_step} and has risen by {rise} since "
-        "({lowest} → {last}), while training loss falls. Use fewer epochs or more data."
-    ),
-    "never_better": (
-        "Лучше не стало: loss на валидации до обучения был {first}, а лучший — {lowest}, на шаге {best_step} из "
-        "{last_step}. Уменьшите learning_rate или добавьте данных. · "
-        "No improvement: evaluation loss was {first} before training and {lowest} at best, at step {best_step} of "
-        "{last_step}. Use a smaller learning_rate or more data."
-    ),
-    "worse": (
-        "Становится хуже: с шага {best_step} из {last_step} loss на валидации вырос на {rise} ({lowest} → {last}), а "
-        "на обучении не падает. Уменьшите learning_rate вдвое. · "
-        "Getting worse: since step {best_step} of {last_step} evaluation loss has risen by {rise} ({lowest} → {last}), "
-        "and training loss does not fall. Halve learning_rate."
-    ),
-    "flat": (
-        "Не учится: loss на валидации почти не изменился ({first} → {last}). Либо модель это уже знает, либо мал "
-        "learning_rate, либо валидационная выборка непохожа на обучающую. · "
-        "Not learning: evaluation loss has hardly changed ({first} → {last}). The model may already know this, "
-        "learning_rate may be too small, or the evaluation set may differ too much from the training data."
-    ),
-    "falling": (
-        "Ещё учится: с шага {before_step} по {last_step} loss на валидации упал на {fall} ({before} → {last}). "
-        "Больше epochs может помочь. · "
-        "Still learning: from step {before_step} to {last_step} evaluation loss fell by {fall} ({before} → {last}). "
-        "More epochs may help."
-    ),
-    "learned": (
-        "Обучена: loss на валидации упал с {first} до {last} и почти не меняется. От новых epochs пользы мало, больше "
-        "дадут новые данные. · "
-        "Converged: evaluation loss fell from {first} to {last} and has levelled off. More epochs will change "
-        "little; more data may help."
-    ),
-}
 _ENDED = {
     "early_stopping": "раньше: loss на валидации перестал падать · early: evaluation loss stopped improving",
     "max_hours": "раньше: вышло время max_hours · early: max_hours reached",
@@ -128,7 +91,7 @@ def verdict(log: Sequence[LogEntry]) -> str:
     """Judge the run by its curve and advise what to change, in Russian and English."""
     held_out, found = evaluations(log), find_best(log)
     if found is None or len(held_out) < 3:
-        return _VERDICTS["few"]
+        return _text("few")
     best_step, lowest, _ = found
     (_, first), (before_step, before), (last_step, last) = held_out[0], held_out[-2], held_out[-1]
     if _is_change(lowest, first):
@@ -143,7 +106,7 @@ def verdict(log: Sequence[LogEntry]) -> str:
         kind = "falling" if is_falling else "learned"
     fall = 100 * (1 - last / before)
     losses = {"first": first, "lowest": lowest, "before": before, "last": last}
-    return _VERDICTS[kind].format(
+    return _text(kind).format(
         best_step=best_step,
         before_step=before_step,
         last_step=last_step,
@@ -151,6 +114,11 @@ def verdict(log: Sequence[LogEntry]) -> str:
         fall=f"{round(fall, 1 if fall < 1 else None)} %",
         **{name: f"{loss:.3f}" for name, loss in losses.items()},
     )
+
+
+def _text(kind: str) -> str:
+    texts = tomllib.loads(resources.files("saigakit.train").joinpath("verdicts.toml").read_text(encoding="utf-8"))
+    return " · ".join(texts[kind].values())
 
 
 def _is_change(high: float, low: float) -> bool:

@@ -19,7 +19,7 @@ from saigakit.weights import find, fold, load, memory, tensors
 from saigakit.weights.load import NumberFormat
 from saigakit.weights.memory import Pack, TrainingStep
 from saigakit.weights.merge import Merged
-from saigakit.weights.model_shape import ModelShape
+from saigakit.weights.model_shape import ModelShape, require_context
 
 JOB_FILE = "job.json"  # a Job, written for the child
 RESULT_FILE = "result.json"  # written by the child: how the run ended, for the manifest
@@ -200,7 +200,7 @@ def check_model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -
     lora = config.new_lora if adapter_dir is None else _lora_with_adapter(config, base_dir, adapter_dir)
     _check_modules(lora, stored, base_dir)
     check_sharded_lora(config, lora)
-    _check_context(config, base_dir)
+    require_context(base_dir, config.sequence_budget)  # the registry knows those of its models
     return lora
 
 
@@ -228,17 +228,6 @@ def _lora_with_adapter(config: TrainConfig, base_dir: Path, adapter_dir: Path) -
 
 def _sorted(lora: Lora) -> Lora:
     return replace(lora, target_modules=tuple(sorted(lora.target_modules)))
-
-
-def _check_context(config: TrainConfig, base_dir: Path) -> None:
-    """Check max_seq_length for models outside the registry; TrainConfig has checked the others."""
-    content = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
-    context = content.get("text_config", content).get("max_position_embeddings")
-    if isinstance(context, int) and config.sequence_budget > context:
-        raise SaigaError(
-            f"max_seq_length={config.sequence_budget} exceeds the context length of {base_dir}, {context} tokens "
-            "(max_position_embeddings)."
-        )
 
 
 def _check_modules(lora: Lora, stored: Iterable[str], base_dir: Path) -> None:

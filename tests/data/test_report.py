@@ -293,7 +293,11 @@ def test_names_file_and_line_of_a_conversation_that_the_template_refuses(tiny, t
     (records / "2.jsonl").write_text(bad + good, encoding="utf-8")
     with pytest.raises(DataError, match=r"2 of 4 conversations cannot be tokenised") as caught:
         report.check_records(
-            model=str(model), records=str(records), held_out=str(records / "2.jsonl"), run_dir=tmp_path / "run"
+            model=str(model),
+            max_seq_length=1024,
+            records=str(records),
+            held_out=str(records / "2.jsonl"),
+            run_dir=tmp_path / "run",
         )
     assert [problem.split(": ")[0] for problem in caught.value.problems] == ["1.jsonl:4", "2.jsonl:1", "2.jsonl:1"]
     assert all("no system" in problem for problem in caught.value.problems)
@@ -328,7 +332,7 @@ def test_counts_and_cuts_rows_if_the_final_turn_is_rendered_differently(tiny, tm
         facts = [report.read_report(stage)[side] for side in ("train", "held_out")]
         return stage, [sum(side[key] for side in facts) for key in ("conversations", "rows", "turns", "learned_tokens")]
 
-    stage, counts = made(2000)
+    stage, counts = made(1000)
     assert counts[:3] == [18, 27, 27]
     assert "rows, one for each answer" in str(report.summary(stage))
     assert "так: " in str(report.examples(stage, encoding.load_tokenizer(str(model)), count=18))
@@ -444,10 +448,10 @@ def test_a_stage_with_another_tokenizer_is_not_overwritten(tiny, write, tmp_path
     records = write([("а", "б"), ("в", "г")])
     chat_template = template.read_chat_template(MODELS["saiga_tiny"], tiny / "base")
     (model / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    report.check_records(model=str(model), records=records, run_dir=tmp_path / "run")
+    report.check_records(model=str(model), max_seq_length=1024, records=records, run_dir=tmp_path / "run")
     (model / "chat_template.jinja").write_text(chat_template + "{# another #}", encoding="utf-8")
     with pytest.raises(SaigaError, match="made differently"):
-        report.check_records(model=str(model), records=records, run_dir=tmp_path / "run")
+        report.check_records(model=str(model), max_seq_length=1024, records=records, run_dir=tmp_path / "run")
 
 
 def test_reads_an_older_report_without_row_counts(stage, tmp_path):
