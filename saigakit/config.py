@@ -21,7 +21,8 @@ def sequence_budget(spec: ModelSpec, max_seq_length: int | None) -> int:
     require_count("max_seq_length", max_seq_length)
     if max_seq_length > spec.context_length:
         raise SaigaError(
-            f"max_seq_length={max_seq_length} is over the context length of {spec.name}, {spec.context_length} tokens."
+            f"max_seq_length={max_seq_length} is over the context length of {spec.name}, {spec.context_length} tokens; "
+            "use that or less."
         )
     return max_seq_length
 

@@ -261,8 +261,18 @@ def find(model: str) -> ModelSpec:
     if model.endswith(".gguf"):
         raise SaigaError(f"model={model!r} is a GGUF file, which cannot be trained. Did you mean its base model?")
     if (model and Path(model).is_dir()) or (model.count("/") == 1 and not model.startswith((".", "/"))):
-        return ModelSpec(name=model, base_model=model)
+        return with_context(ModelSpec(name=model, base_model=model))
     raise SaigaError(
         f"model={model!r} is unknown.{suggestion(model, MODELS)} Give a registry name ({', '.join(MODELS)}), "
         "a Hub id (owner/name) or an existing directory."
     )
+
+
+def with_context(spec: ModelSpec) -> ModelSpec:
+    """With the lengths that config.json of a directory allows; unchanged where it says nothing, as for a Hub id."""
+    try:
+        content = json.loads((Path(spec.base_model) / "config.json").read_text(encoding="utf-8"))
+        context = int(content.get("text_config", content)["max_position_embeddings"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # what needs the file says what is wrong
+        return spec
+    return replace(spec, context_length=context, max_seq_length=min(context, spec.max_seq_length))

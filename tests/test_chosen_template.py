@@ -54,7 +54,7 @@ def run_dir(records, bare, template_file, tmp_path_factory):
     """01_format with the template and the other stages without it; the file is gone by then."""
     directory = tmp_path_factory.mktemp("run")
     copied = shutil.copy(template_file, directory / "copied.jinja")
-    data.check_records(model=bare, records=records, run_dir=directory, chat_template=str(copied), max_seq_length=512)
+    data.check_records(model=bare, records=records, run_dir=directory, chat_template=str(copied))
     (directory / "copied.jinja").unlink()
     formatted = directory / "01_format"
     config = small_trainings.config_for(formatted / "train.jsonl", directory, model=bare, adapter=None)
@@ -68,12 +68,13 @@ def run_dir(records, bare, template_file, tmp_path_factory):
 
 def test_a_base_without_a_template_needs_one(bare, records, tmp_path):
     with pytest.raises(SaigaError, match=r"has no chat template.*give a chat_template: saiga2, chatml or a file"):
-        data.check_records(model=bare, records=records, run_dir=tmp_path, max_seq_length=512)
+        data.check_records(model=bare, records=records, run_dir=tmp_path)
 
 
-def test_the_context_of_a_base_is_known_before_training(bare, records, template_file, tmp_path):
-    with pytest.raises(SaigaError, match=r"max_seq_length=2048 exceeds .*, 1024 tokens .*Set max_seq_length=1024 or"):
-        data.check_records(model=bare, records=records, run_dir=tmp_path, chat_template=str(template_file))
+def test_the_context_of_a_local_base_limits_the_length(bare, records, template_file, run_dir):
+    assert manifest.read(run_dir / "01_format")["parameters"]["max_seq_length"] == 1024
+    with pytest.raises(SaigaError, match=r"max_seq_length=1025 is over the context length of .*, 1024 tokens; use"):
+        data.check_records(model=bare, records=records, run_dir=run_dir, max_seq_length=1025)
 
 
 def test_the_manifest_of_01_format_has_the_template_and_its_hash(run_dir):
@@ -109,7 +110,7 @@ def test_another_template_makes_training_again(run_dir, bare, records, tmp_path)
     shutil.copytree(run_dir, copy)
     shutil.rmtree(copy / "01_format")
     other = small_models.SAIGA2
-    data.check_records(model=bare, records=records, run_dir=copy, chat_template=other, max_seq_length=512)
+    data.check_records(model=bare, records=records, run_dir=copy, chat_template=other)
     config = small_trainings.config_for(copy / "01_format" / "train.jsonl", copy, model=bare, adapter=None)
     with pytest.raises(SaigaError, match=r"made differently.*chat_template"):
         train.train_adapter(config)
@@ -117,7 +118,7 @@ def test_another_template_makes_training_again(run_dir, bare, records, tmp_path)
 
 def test_check_and_export_take_a_template(bare, records, template_file, tmp_path):
     option = ["--model", bare, "--chat-template", str(template_file)]
-    said = CliRunner().invoke(main, ["check", records, *option, "--max-seq-length", "512"])
+    said = CliRunner().invoke(main, ["check", records, *option])
     assert said.exit_code == 0 and "assistant" in said.output, said.output
     output = tmp_path / "x.gguf"
     said = CliRunner().invoke(main, ["export", *option, "--output", str(output), "--quant-type", "Q8_0"])

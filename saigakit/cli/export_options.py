@@ -57,8 +57,13 @@ def _export_gguf(
         require_absent(file)
     options = dict(given)
     if importance:
+        made = output.with_suffix(".imatrix.gguf")  # of records
         is_matrix = Path(importance).suffix in _MATRIX_SUFFIXES
-        options["importance"] = importance if is_matrix else _make_matrix(importance, adapter, quant_types, given)
+        options["importance"] = importance if is_matrix else str(made)
+        if not is_matrix and not (completes and made.is_file()):
+            if not isinstance(adapter, str | None):
+                raise SaigaError("--importance with records takes at most one --adapter, without a weight.")
+            calibration.importance_of_records(importance, _plan(adapter, given), made, quant_types=quant_types)
     if further := list(quant_types[1:]):
         options["quant_types"] = further
     output = exporting.to_gguf(adapter=adapter, quant_type=quant_types[0], with_manifest=True, **options)
@@ -68,16 +73,6 @@ def _export_gguf(
     lines = [f"model: {_with_size(file)}" for file in files.values()]
     also = ", ".join(file.name for file in [*written, manifest.path_for(output)])
     return [*lines, f"also:  {also}", f"talk:  saigakit chat {output}"]
-
-
-def _make_matrix(
-    records: str, adapter: str | _Weighted | None, quant_types: Sequence[str], given: dict[str, Any]
-) -> str:
-    """Compute an importance matrix from records, as OUTPUT.imatrix.gguf."""
-    if not isinstance(adapter, str | None):
-        raise SaigaError("--importance with records takes at most one --adapter, without a weight.")
-    file = Path(given["output"]).with_suffix(".imatrix.gguf")
-    return str(calibration.importance_of_records(records, _plan(adapter, given), file, quant_types=quant_types))
 
 
 def _plan(adapter: str | _Weighted | None, given: dict[str, Any]) -> MergePlan:

@@ -22,6 +22,8 @@ LINE_LIMIT = 100 * 10**6  # bytes; no conversation is that long, but a file with
 ARRAY_LIMIT = 10**9  # bytes of JSON over several lines, which is read into memory
 _HEAD = 2**16  # bytes by which the layout and the encoding are recognised
 _ROWS = 256  # of a table that are Python objects at once
+_KEYS = {"system", *chain.from_iterable(formats.SHAPES)}
+_MESSAGES = re.compile(rb'\s*\[[ \t]*\{[ \t]*"(role|content|from|value)"')
 _REST = "the rest of the file was not read"
 
 
@@ -112,7 +114,7 @@ def _find_remedy(error: ValueError | RecursionError) -> str | None:
     if isinstance(error, UnicodeDecodeError):
         return "save the file as UTF-8"
     if not isinstance(error, json.JSONDecodeError):
-        return None
+        return "keep one" if isinstance(error, ValueError) else None
     before, after = error.doc[max(0, error.pos - 20) : error.pos].rstrip(), error.doc[error.pos :][:20].lstrip()
     if after.startswith("\ufeff"):
         return "remove the byte order mark (U+FEFF) that joining files has left in front of it"
@@ -144,6 +146,8 @@ def _spans_lines(head: bytes) -> bool:
     Lines may also be lists of messages, which are records.
     """
     first, _, rest = head.partition(b"\n")
+    if _MESSAGES.match(head) and (not rest or first.rstrip().endswith(b"]")):
+        return False
     second = rest.lstrip().partition(b"\n")[0].rstrip()
     is_array = head.startswith(b"[")
     try:
@@ -215,7 +219,7 @@ def _csv_rows(stream: BinaryIO, delimiter: str) -> Iterator[tuple[int, object]]:
         for cells in filter(None, rows):
             line, following = rows.line_num - sum(cell.count("\n") for cell in cells), rows.line_num + 1
             if not columns:
-                columns = [cell.strip() for cell in cells]
+                columns = [low if (low := cell.strip().lower()) in _KEYS else cell.strip() for cell in cells]
                 if problem := _header_problem(columns):
                     yield line, BadRecord((f"file: {problem}",))
                     return
@@ -233,10 +237,10 @@ def _csv_rows(stream: BinaryIO, delimiter: str) -> Iterator[tuple[int, object]]:
 def _header_problem(columns: list[str]) -> str | None:
     if twice := [name for name, count in Counter(columns).items() if count > 1]:
         return f"the column {quote(twice[0])} occurs twice; keep one"
-    if not set(columns).isdisjoint(chain.from_iterable(formats.SHAPES)):
+    if not _KEYS.isdisjoint(columns):
         return None
     shown = ", ".join(map(quote, columns[:10]))
-    remedy = "begin with a line such as user,bot"
+    remedy = "name them in the first line, such as user,bot"
     if len(columns) == 1 and (other := re.search(r"[,;\t]", columns[0])):
         remedy = f"the separator is {other[0]!r}: save .csv files with commas, .tsv files with tabs"
     return f"the columns are {shown}, and none of user, bot, instruction, output, messages …; {remedy}"

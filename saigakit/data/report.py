@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +31,6 @@ from saigakit.errors import DataError
 from saigakit.prompt import encoding, template, token_view
 from saigakit.prompt.encoding import Tokenizer
 from saigakit.weights import find
-from saigakit.weights.model_shape import require_context
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,7 +46,7 @@ _PASSES = 3  # in units of a forward pass: forward, its recomputation, the gradi
 _FLOP_PER_PARAMETER = 2  # of a forward pass, per token: one multiplication and one addition
 _SLOWEST, _FASTEST = 0.3, 0.7  # the part of _T4_FLOPS that real runs reach
 _SHOWN_PAIRS, _SHOWN_CHARACTERS = 5, 200  # of near-duplicates
-_SHOWN_TEXT = 80  # characters of a question or an answer
+_SHOWN_TEXT, _SHOWN_BEFORE = 80, 20  # characters of a question or an answer, and before two answers differ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +126,7 @@ def check_records(
         "seed": seed,
     }
     hashes: dict[str, Any] = {part: _hash_files(found) for part, found in files.items()}
+    require_name("chat_template", chat_template, is_optional=True)
     chosen = None if chat_template is None else template.find_chat_template(chat_template)
     if chosen is not None:
         hashes["chat_template"] = sha256_of_text(chosen)
@@ -140,7 +141,6 @@ def check_records(
     read = _make_all(files, lambda part: read_conversations(files[part]))  # before the tokenizer is downloaded
     for part, found in read.items():
         print(f"{labels[part]}: {count(len(found), 'conversation')}, each is well-formed.", flush=True)
-    require_context(find.tokenizer_dir(spec, base_source), limit)
     tokenizer = encoding.load_tokenizer(model, base_source, chosen)
     facts: dict[str, Any] = {"chat_template_sha256": sha256_of_text(tokenizer.chat_template)}
     facts |= {} if chosen is None else {"chat_template": chosen}
@@ -252,13 +252,17 @@ class _Part:
         return split_audit.facts(self._quote), signer.finish()
 
     def _quote(self, indices: Sequence[int]) -> str:
-        """Show how the question and the answers begin, and where they are."""
-        found = [self.conversations[index]["messages"] for index in indices]
-        answers = [each[-1]["content"] or json.dumps(each[-1].get("tool_calls"), ensure_ascii=False) for each in found]
-        asked, *said = (" ".join(text.split()) for text in (near_duplicates.join_user_texts(found[0]), *answers))
+        """Show how the question begins, how the answers differ, and where they are."""
+        found = [store.clean_row(self.conversations[index])["messages"] for index in indices]
+        ends = [encoding.trained_answers(each)[-1] for each in found]
+        answers = [each[end] for each, end in zip(found, ends, strict=True)]
+        said = [each["content"] or json.dumps(each["tool_calls"], ensure_ascii=False) for each in answers]
+        asked = next(each["content"] for each in reversed(found[0][: ends[0]]) if each["role"] == "user")
+        begin = max(0, len(commonprefix(said)) - _SHOWN_BEFORE)  # noqa: RUF071  # of characters, as it should be
+        texts = [f"{'…' * (begin > 0)}{' '.join(text[begin:].split())[:_SHOWN_TEXT]}" for text in said]
         places = self.source.locate([self.rows[index] for index in indices])
-        shown = [f"«{text[:_SHOWN_TEXT]}» ({place})" for text, place in zip(said, places, strict=True)]
-        return f"«{asked[:_SHOWN_TEXT]}» → {', '.join(shown)}"
+        shown = ", ".join(f"«{text}» ({place})" for text, place in zip(texts, places, strict=True))
+        return f"«{' '.join(asked.split())[:_SHOWN_TEXT]}» → {shown}"
 
 
 def _count_near(parts: Sequence["Dataset"], signed: Sequence[Signatures]) -> dict[str, Any]:

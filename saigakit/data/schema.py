@@ -113,8 +113,8 @@ class _Reading:
         if is_list:
             self._add_list(keys[0], question)
         else:
-            self._add(keys[0] if len(keys) == 1 else " and ".join(keys), "user", question)
-        if is_list and shapes.is_messages(answer):
+            self._add(" and ".join(keys), "user", question)
+        if shapes.is_messages(answer) and (is_list or shapes.are_complete(answer)):
             self._add_list(last, answer)
         else:
             self._add(last, "assistant", answer)
@@ -143,6 +143,8 @@ class _Reading:
             role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
             given, content = message.get(role_key), message.get(content_key)
             role = _ROLES.get(given) or _ROLES.get(given.strip().lower()) if isinstance(given, str) else None
+            if role == "system" and is_empty(content):
+                continue
             if role is None:
                 shown = "missing" if given is None else describe(given)
                 self.problems.append(f"{where}.{role_key}: is {shown}; use system, user, assistant or tool")

@@ -44,6 +44,11 @@ def is_messages(value: object) -> TypeGuard[list[Any]]:
     return isinstance(value, list) and any(isinstance(item, dict) and item.keys() & {"role", "from"} for item in value)
 
 
+def are_complete(messages: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether all have a role and a content: the objects of an answer that is JSON may have one of the two."""
+    return all(each.keys() >= {"role", "content"} or each.keys() >= {"from", "value"} for each in messages)
+
+
 def _compare(record: Mapping[str, Any]) -> str:
     """How the keys of a record map to a shape, if their names suggest one."""
     keys = informative(record, list(record))

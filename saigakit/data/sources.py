@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from saigakit.config import require_name
 from saigakit.core import hub, workspace
 from saigakit.data import formats
 from saigakit.demo import wordnet_records
@@ -26,6 +27,8 @@ def records_files(
     and suffix is a split too. Directories may have a ":split". `offers_evaluation`: print which could be held_out.
     """
     names = [names] if isinstance(names, str) else names
+    for name in names:
+        require_name("records", name)
     if not names or not all(map(str.strip, names)):
         raise SaigaError("records is empty: name a file, a directory, a pattern or a data set on the Hub.")
     files = [file for name in names for file in _find_files(name, run_dir, offers_evaluation)]

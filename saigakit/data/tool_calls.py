@@ -151,7 +151,8 @@ def _call(
         problems.append(f"{inner}.name: is {quote(name)}, which the record's tools ({known}) lack; add the tool")
     where, given = f"{inner}.arguments", function.get("arguments")
     # OpenAI's models call a function without parameters with "".
-    arguments = {} if given == "" else decode(where, given, dict, "an object, {} if there are none", problems)
+    is_blank = is_empty(given) or (isinstance(given, str) and given.isspace())
+    arguments = {} if is_blank else decode(where, given, dict, "an object, {} if there are none", problems)
     problems += value_problems(where, arguments)
     if len(problems) > before:
         return None

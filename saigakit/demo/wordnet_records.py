@@ -23,30 +23,10 @@ Record = dict[str, list[dict[str, str]]]
 _WORD = r"[а-яё]+(?:-[а-яё]+)*"
 _DEFINITION = re.compile(rf"{_WORD}(?:,? {_WORD})*")
 _LABELS = re.compile(r"(?:\{\{[^{}]*\}\}[ ,;-]*(?:(?:и|или|также)\b[ ,]*)?)+")
-# The dictionary's labels of coarse words and slang, and stems of coarse words that it does not label: sex, the body,
-# filth, curses and insults, drugs.
+# The dictionary's labels of coarse words and slang.
 _COARSE_LABEL = re.compile(
     r"\{\{(?:помета\|)?[^{}|]*\b(?:вульг|обсц|мат\b|груб|бран|презр|пренебр|эвф|табу|унич|секс|крим|угол"
     r"|жарг|сленг|мол\.|студ|школьн|сниж|прост|фам\b)"
-)
-_COARSE_STEM = re.compile(
-    r"\b(?:"
-    r"секс(?!т)|полово[йгем]|половы[ехм]|половая|половую|эрот|порн[оу]|эрек|эрегир|сперм|семяизв|оргазм|онани|мастурб"
-    r"|мин[ье]ет|совокупл|совокупи|соити|сношен|сношать|оральн|гомосек|лесби|педераст|содом|мужелож|скотолож|инцест"
-    r"|кровосмес|изнасил|сади[зс]|мазохи|стрипт|нимфоман|девствен|развра[тщ]|распут[нс]|растл|похот|вожделе"
-    r"|сладостр|любовн|прелюбо|любодей|бабник|проститу|шлюх|бордел|публичн\w+ дом|притон|гарем|наложниц|сутен|куртизан"
-    r"|л[её]гкого поведения|непристой|похаб|бесстыд"
-    r"|пенис(?!т)|фалл|вагин|влагалищ|клитор|мошон|яичк|сосок|сосков|молочн\w+ желез|генитал|анус|анальн|задн\w+ проход"
-    r"|ягодиц|задниц|сиськ|сися|титьк|грудаст|полногруд|кастр[аи]|скоп(?:ец|ц|ит)|оскоп|менстру|аборт|контрацеп"
-    r"|презерват|ложесн|обнаж[её]нн|обнажающ|гол(?:ый|ая|ышом)\b|нагиш|наг(?:ой|ая|ие|ота)\b|нуди[зс]"
-    r"|кал(?:а|ом)?\b|фекал|экскремент|испражн|дефекац|понос\b|моч(?:а|и|у|е|ой)\b|пук(?:ать|нуть)|пёрн|перд[ае]"
-    r"|газы из киш|какашк|(?:об|вы)?блев|говн|дерьм|жоп|срат|(?:по)?мочиться|бзд"
-    r"|ху[ея]|(?:вы|до|за|на|по|про|съ|у|въ)?еб[аеиулн]|муд(?:ак|о[хз]|и\b)|манд[ау]\b|бля|залуп|раком\b"
-    r"|похер|о?хрен(?:ов|е[тв])|сук[аи]\b|сучк|сволоч|дурак|дура\b|идиот|дебил|кретин|болван|тупиц"
-    r"|жид(?!к)|негр(?!ом|ам)|кацап"
-    r"|нарко(?!з|л)|гашиш|марихуан|героин\b|кокаин"
-    # after any prefix
-    r")|блуд(?!ит[ьс])|ху[йё]|пизд|ссать|писять"
 )
 # Definitions that begin as a remark, refer to another sense or to grammar, or are cut off.
 _REMARK = re.compile(
@@ -67,13 +47,16 @@ class Style:
     fillers: list[str]
 
 
-_SENTENCES = Path(__file__).with_name("wordnet_sentences.toml")
-SEEN, UNSEEN = (Style(**part) for part in tomllib.loads(_SENTENCES.read_text(encoding="utf-8")).values())
+_TEXTS = Path(__file__).with_name("wordnet_texts.toml")
+_texts = tomllib.loads(_TEXTS.read_text(encoding="utf-8"))
+SEEN, UNSEEN = Style(**_texts["seen"]), Style(**_texts["unseen"])
+_COARSE = _texts["coarse"]
+_COARSE_STEM = re.compile(rf"\b(?:{'|'.join(_COARSE['at_the_beginning'])})|{_COARSE['after_any_prefix']}")
 
 
 def packaged_records() -> Path:
     """The directory of the demo's train.jsonl and held_out.jsonl, made once per version of this module."""
-    code = Path(__file__).read_bytes() + _SENTENCES.read_bytes()
+    code = Path(__file__).read_bytes() + _TEXTS.read_bytes()
     made_of = hashlib.sha256(code + packages.WORDNET.sha256.encode()).hexdigest()
     return packages.make_once(workspace.scratch_dir() / "records" / made_of[:16], write_records)
 

@@ -56,7 +56,8 @@ def compare(
     if manifest.is_up_to_date(final, **identity):
         return final
     examples = spread(read_examples(models.held_out_file), max_examples)
-    questions = Questions.of(examples, encoding.load_tokenizer(model, base_source, models.chat_template))
+    chosen = template.formatted_template(models.held_out_file.parent)
+    questions = Questions.of(examples, encoding.load_tokenizer(model, base_source, chosen))
     _require_memory(models.base_dir, spec.quantization, questions)
     workspace.require_disk(final, DISK, STAGE)
     with manifest.making(final, facts={"compared": models.files}, **identity) as partial:
@@ -101,11 +102,6 @@ class Models:
                 )
         quant_type = made["parameters"]["quant_type"]
         return cls(format_dir / "held_out.jsonl", base_dir, adapter_dir, gguf_dir / "model.gguf", quant_type, inputs)
-
-    @property
-    def chat_template(self) -> str | None:
-        """That 01_format was given."""
-        return template.formatted_template(self.held_out_file.parent)
 
     @property
     def files(self) -> dict[str, list[str]]:

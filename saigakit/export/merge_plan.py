@@ -73,31 +73,38 @@ class MergePlan:
         """Raises SaigaError for the adapter of another model, or one that does not allow `merge_into`."""
         return Lineage.read(self.spec, self.adapter_dirs, self.merge_into)
 
-    @property
-    def _dirs_of_training(self) -> list[Path]:
-        return self.adapter_dirs if self.tokenizer is None else [Path(self.tokenizer)]
+    @cached_property
+    def _own_tokenizer(self) -> tuple[Path | None, str | None]:
+        """The directory of the training's tokenizer and its template, if they lie next to an adapter or were given."""
+        found = self.adapter_dirs if self.tokenizer is None else [Path(self.tokenizer)]
+        tokenizers = {contents: each for each in reversed(found) if (contents := _read_tokenizer_files(each))}
+        templates = {text: each for each in reversed(found) if (text := template.read_own(each)) is not None}
+        for each in (tokenizers, templates):
+            if len(each) > 1:
+                first, second = list(each.values())[::-1][:2]
+                raise SaigaError(f"{first} and {second} have different tokenizers or templates. {_REMEDY}")
+        return next(iter(tokenizers.values()), None), next(iter(templates), None)
 
     @property
     def has_own_tokenizer(self) -> bool:
-        """Whether the tokenizer of the training was given or lies next to an adapter."""
-        return self.tokenizer is not None or bool(_first_with(_TOKENIZER, self.adapter_dirs))
+        return self._own_tokenizer[0] is not None
 
     @cached_property
     def tokenizer_dir(self) -> Path:
         """The training's. Raises SaigaError if those of the adapters differ."""
         if self.tokenizer is not None:
             return Path(self.tokenizer)
-        own = _first_with(_TOKENIZER, self.adapter_dirs)
-        return find.tokenizer_dir(self.spec, self.base_source) if own is None else own
+        return self._own_tokenizer[0] or find.tokenizer_dir(self.spec, self.base_source)
 
     def read_tokenizer(self) -> FastTokenizer:
         """With the template that was given, or lies next to an adapter, or was given to 01_format."""
-        beside = _first_with([template.FILE], self._dirs_of_training)
-        found = self.formatted_template if beside is None else str(beside / template.FILE)
+        own = self._own_tokenizer[1]
         try:
-            return encoding.read_tokenizer(self.spec, self.tokenizer_dir, self.chat_template or found)
+            chosen = [each for each in (self.chat_template, own, self.formatted_template) if each is not None]
+            return encoding.read_tokenizer(self.spec, self.tokenizer_dir, next(iter(chosen), None))
         except SaigaError as error:
-            raise (SaigaError(f"{error} {_REMEDY}") if self.has_own_tokenizer else error) from None
+            is_found = self.has_own_tokenizer and self.chat_template is None
+            raise (SaigaError(f"{str(error).removesuffix('.')}. {_REMEDY}") if is_found else error) from None
 
     def merge(self) -> Merged:
         """Read the headers. Raises SaigaError for damaged files and adapters that do not fit."""
@@ -118,14 +125,5 @@ def weighted(adapter: AdapterNames) -> Sequence[tuple[str | Path, float]]:
     return [(adapter, 1.0)] if isinstance(adapter, str | Path) else adapter
 
 
-def _first_with(names: Sequence[str], directories: Sequence[Path]) -> Path | None:
-    """The first directory that has one of these files. Raises SaigaError if they differ in another one."""
-    found: Path | None = None
-    contents: list[bytes] = []
-    for directory in directories:
-        if files := [directory / name for name in names if (directory / name).is_file()]:
-            read = [file.read_bytes() for file in files]
-            if found is not None and read != contents:
-                raise SaigaError(f"{found} and {directory} have different tokenizers or templates. {_REMEDY}")
-            found, contents = found or directory, read
-    return found
+def _read_tokenizer_files(directory: Path) -> tuple[bytes, ...]:
+    return tuple([file.read_bytes() for name in _TOKENIZER if (file := directory / name).is_file()])

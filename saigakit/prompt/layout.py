@@ -19,7 +19,7 @@ _ROLES = ("system", "user", "assistant", "tool")
 _KEYS = {"role", "content", thoughts.KEY, "tool_calls", "tool_call_id", "name", "weight"}
 _NEEDED = re.compile(r"messages\[\d+\]\.(content|tool_calls\[\d+\]\.function\..*)|tools\[\d+\](\.function)?\.name")
 _MARK = re.compile("[" + "".join(template.MARKS) + "]")
-_LEFT_OUT = "The chat template leaves out {}, so the model cannot be trained or prompted with it."
+_LEFT_OUT = "The chat template leaves out {}, so the model would never see it: remove it or choose another template."
 _SHAPES_KEPT = 2048
 _Span = tuple[int, int]
 

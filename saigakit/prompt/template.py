@@ -176,7 +176,7 @@ def _packaged(name: str) -> str:
 def read_chat_template(spec: ModelSpec, tokenizer_dir: Path, chat_template: str | None = None) -> str:
     """`chat_template` as `find_chat_template` takes it, the registry's template or the tokenizer's own, with tools."""
     name = spec.template if chat_template is None else chat_template
-    return with_tools(_read_own(spec, tokenizer_dir)) if name is None else find_chat_template(name)
+    return with_tools(_require_own(spec, tokenizer_dir)) if name is None else find_chat_template(name)
 
 
 def find_chat_template(name: str) -> str:
@@ -199,20 +199,24 @@ def formatted_template(format_dir: Path | None) -> str | None:
     return chosen
 
 
-def _read_own(spec: ModelSpec, tokenizer_dir: Path) -> str:
-    file = tokenizer_dir / FILE
-    if file.is_file():
-        return _read_text(file)
-    template = read_json(tokenizer_dir / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):  # several named templates
-        template = next((item.get("template") for item in template if item.get("name") == "default"), None)
-    if not isinstance(template, str):
+def _require_own(spec: ModelSpec, tokenizer_dir: Path) -> str:
+    if (template := read_own(tokenizer_dir)) is None:
         raise SaigaError(
             f"{tokenizer_dir} has no chat template ({FILE} or tokenizer_config.json), "
             f"and {spec.name} has none in the registry. Use an instruction-tuned model, or give a chat_template: "
             f"{', '.join(PACKAGED)} or a file."
         )
     return template
+
+
+def read_own(tokenizer_dir: Path) -> str | None:
+    """The template in the files of a tokenizer, None if they have none."""
+    if (file := tokenizer_dir / FILE).is_file():
+        return _read_text(file)
+    template = read_json(tokenizer_dir / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several named templates
+        template = next((item.get("template") for item in template if item.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
 
 
 def read_json(file: Path) -> dict[str, Any]:

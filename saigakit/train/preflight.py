@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from saigakit.config import TrainConfig
+from saigakit import registry
+from saigakit.config import TrainConfig, sequence_budget
 from saigakit.core import install, manifest, workspace
 from saigakit.core.launch import Nodes
 from saigakit.core.workspace import Gpu
@@ -19,7 +20,7 @@ from saigakit.weights import find, fold, load, memory, tensors
 from saigakit.weights.load import NumberFormat
 from saigakit.weights.memory import Pack, TrainingStep
 from saigakit.weights.merge import Merged
-from saigakit.weights.model_shape import ModelShape, require_context
+from saigakit.weights.model_shape import ModelShape
 
 JOB_FILE = "job.json"  # a Job, written for the child
 RESULT_FILE = "result.json"  # written by the child: how the run ended, for the manifest
@@ -200,7 +201,8 @@ def check_model(config: TrainConfig, base_dir: Path, adapter_dir: Path | None) -
     lora = config.new_lora if adapter_dir is None else _lora_with_adapter(config, base_dir, adapter_dir)
     _check_modules(lora, stored, base_dir)
     check_sharded_lora(config, lora)
-    require_context(base_dir, config.sequence_budget)  # the registry knows those of its models
+    downloaded = registry.with_context(replace(config.spec, base_model=str(base_dir)))
+    sequence_budget(downloaded, config.sequence_budget)  # raises SaigaError over its context length
     return lora
 
 

@@ -88,15 +88,3 @@ class ModelShape:
         targets = [self.linear[name] for name in lora.target_modules if name in self.linear]
         per_layer = sum(lora.rank * (out + into) + (out if lora.dora else 0) for out, into in targets)
         return self.layers * per_layer + len(lora.modules_to_save) * self.vocabulary * self.hidden
-
-
-def require_context(model_dir: Path, length: int) -> None:
-    """Raises SaigaError if config.json, where there is one, allows fewer than `length` tokens."""
-    file = model_dir / "config.json"
-    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    context = content.get("text_config", content).get("max_position_embeddings")
-    if isinstance(context, int) and length > context:
-        raise SaigaError(
-            f"max_seq_length={length} exceeds the context length of {model_dir}, {context} tokens "
-            f"(max_position_embeddings). Set max_seq_length={context} or less in 01_format."
-        )

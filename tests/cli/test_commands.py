@@ -280,6 +280,17 @@ def test_export_completes_the_companions_of_a_finished_gguf(tiny, tmp_path, monk
     assert "already exists" in exported().output
 
 
+def test_export_completes_the_companions_of_a_gguf_with_an_importance_matrix(tiny, tmp_path):
+    arguments = ["--model", "saiga_tiny", "--output", str(tmp_path / "m.gguf"), "--quant-type", "Q4_0"]
+    arguments += ["--importance", str(tiny / "records.jsonl")]
+    assert CliRunner().invoke(cli.main, ["export", *arguments]).exit_code == 0
+    before = {file.name: file.stat() for file in tmp_path.glob("*.gguf")}
+    (tmp_path / "m.Modelfile").unlink()
+    done = CliRunner().invoke(cli.main, ["export", *arguments])
+    assert done.exit_code == 0 and (tmp_path / "m.Modelfile").is_file(), done.output
+    assert {file.name: file.stat() for file in tmp_path.glob("*.gguf")} == before
+
+
 def test_repeated_quant_type_gives_one_file(tiny, tmp_path):
     twice = ["--quant-type", "Q4_0", "--quant-type", "Q4_0"]
     output = str(tmp_path / "model.gguf")

@@ -289,6 +289,7 @@ def test_rejects_other_compression_by_the_first_bytes(read, packed, remedy):
         ),
         ("a.csv", "user,bot\n" + "к" * 200_000 + ",б", [(2, {"user": "к" * 200_000, "bot": "б"})]),
         ("a.csv", "", []),
+        ("a.csv", "User, BOT ,Id\nа,б,1", [(2, {"user": "а", "bot": "б", "Id": "1"})]),
     ],
 )
 def test_reads_tables_with_a_header(read, name, content, expected):
@@ -343,6 +344,9 @@ def test_reads_objects_over_several_lines(read, content, expected):
         ('[{"a": 1}]\n[{"a": 2}, {"a": 3}]\n', [(1, [{"a": 1}]), (2, [{"a": 2}, {"a": 3}])]),
         ('[{"a": 1},\n {"a": 2}]\n', [(1, {"a": 1}), (2, {"a": 2})]),
         ('[{"a": 1}]\n', [(1, {"a": 1})]),  # one line is an array of records
+        ('[{"role": "user"}, {}]\n', [(1, [{"role": "user"}, {}])]),  # unless they are messages
+        (f'[{{"from": "{"я" * 2**16}"}}]\n[{{"a": 2}}]', [(1, [{"from": "я" * 2**16}]), (2, [{"a": 2}])]),
+        ('[{"role": "user"},\n {}]\n', [(1, {"role": "user"}), (2, {})]),
     ],
 )
 def test_lists_in_lines_are_records(read, content, expected):
@@ -362,7 +366,7 @@ def test_lists_in_lines_are_records(read, content, expected):
             f"{PRETTY}\n\ufeff{PRETTY}",
             "5: line: is invalid JSON (Expecting value, column 1); remove the byte",
         ),
-        ('{\n"a": 1,\n"a": 2\n}\n{}', "1: line: is invalid JSON (the key 'a' occurs twice); fix the object"),
+        ('{\n"a": 1,\n"a": 2\n}\n{}', "1: line: is invalid JSON (the key 'a' occurs twice); keep one"),
     ],
 )
 def test_broken_objects_over_several_lines_are_one_problem(problems, content, expected):
@@ -408,6 +412,7 @@ def test_a_line_end_in_a_text_does_not_hide_the_other_lines(read, problems):
         ("{\"user\": 'а'}", "this is Python, not JSON"),
         ('{"user": "а", ', "write one complete JSON object per line"),
         (f"{LINE} {LINE}", "write one complete JSON object per line"),
+        ('{"user": "а", "bot": "б", "bot": "в"}', "keep one"),
     ],
 )
 def test_the_remedy_fits_the_mistake(read, problems, line, remedy):

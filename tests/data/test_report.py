@@ -294,7 +294,6 @@ def test_names_file_and_line_of_a_conversation_that_the_template_refuses(tiny, t
     with pytest.raises(DataError, match=r"2 of 4 conversations cannot be tokenised") as caught:
         report.check_records(
             model=str(model),
-            max_seq_length=1024,
             records=str(records),
             held_out=str(records / "2.jsonl"),
             run_dir=tmp_path / "run",
@@ -448,10 +447,10 @@ def test_a_stage_with_another_tokenizer_is_not_overwritten(tiny, write, tmp_path
     records = write([("а", "б"), ("в", "г")])
     chat_template = template.read_chat_template(MODELS["saiga_tiny"], tiny / "base")
     (model / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    report.check_records(model=str(model), max_seq_length=1024, records=records, run_dir=tmp_path / "run")
+    report.check_records(model=str(model), records=records, run_dir=tmp_path / "run")
     (model / "chat_template.jinja").write_text(chat_template + "{# another #}", encoding="utf-8")
     with pytest.raises(SaigaError, match="made differently"):
-        report.check_records(model=str(model), max_seq_length=1024, records=records, run_dir=tmp_path / "run")
+        report.check_records(model=str(model), records=records, run_dir=tmp_path / "run")
 
 
 def test_reads_an_older_report_without_row_counts(stage, tmp_path):
@@ -491,6 +490,28 @@ def test_the_first_question_with_different_answers_is_shown_with_its_lines(check
     advice = "\n".join(row[0] for row in report.advice(made).rows)
     assert 'keep one: «Где он?» → «[]» (own.jsonl:3), «["тут"]» (own.jsonl:5)' in advice
     assert "keep one: «x» → «1» (held.jsonl:1), «2» (held.jsonl:2)" in advice
+
+
+def test_different_answers_are_quoted_from_shortly_before_they_differ(check, write):
+    alike = '[{"term": "атом", "definition": "мельчайшая частица вещества, носитель его свойств"}'
+    made = check(write([("Определения", alike + "]"), ("Определения", alike + ', {"term": "ион"}]'), ("в", "г")]))
+    advice = "\n".join(row[0] for row in report.advice(made).rows)
+    assert "keep one: «Определения» → " in advice
+    assert f"«…{alike[-20:]}]» (own.jsonl:1)" in advice
+    assert f'«…{alike[-20:]}, {{"term": "ион"}}]» (own.jsonl:2)' in advice
+
+
+def test_of_different_answers_the_last_trained_one_is_quoted(check, tmp_path):
+    def line(answer):
+        turns = [("user", "q"), ("assistant", answer), ("user", "ок"), ("assistant", "конец")]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        messages[-1]["weight"] = 0
+        return json.dumps({"messages": messages}, ensure_ascii=False)
+
+    (tmp_path / "w.jsonl").write_text("\n".join([line("РАЗ"), line("ДВА"), line("РАЗ")]), encoding="utf-8")
+    made = check(str(tmp_path / "w.jsonl"), may_lack_held_out=True)
+    advice = "\n".join(row[0] for row in report.advice(made).rows)
+    assert "«q» → " in advice and "«ДВА» (w.jsonl:2)" in advice and "«конец»" not in advice
 
 
 def test_damaged_records_are_counted_with_three_places(check, write):

@@ -257,3 +257,34 @@ def test_a_malformed_thought_is_refused_with_its_line(tmp_path):
     with pytest.raises(DataError) as caught:
         data.read_conversations(tmp_path / "а.jsonl")
     assert caught.value.problems == ["а.jsonl:1: messages[1].reasoning_content: is a list; it must be a text"]
+
+
+@pytest.mark.parametrize("content", ["", None])
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")])
+def test_an_empty_system_prompt_in_a_list_is_ignored(keys, content):
+    turns = [("system", content), ("user", "q"), ("assistant", "a")]
+    record = {"messages": [dict(zip(keys, turn, strict=True)) for turn in turns]}
+    assert schema.normalise_record(record) == {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    }
+
+
+def test_a_completion_may_be_messages_beside_a_prompt_that_is_a_text():
+    expected = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    assert schema.normalise_record({"prompt": "q", "completion": expected["messages"][1:]}) == expected
+    answer = [{"role": "режиссёр", "name": "Тарковский"}]
+    made = schema.normalise_record({"prompt": "q", "completion": answer})
+    assert json.loads(made["messages"][1]["content"]) == answer
+
+
+@pytest.mark.parametrize("arguments", [None, "", " ", {}, "{}"])
+def test_arguments_that_are_empty_are_none(arguments):
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "a"},
+    ]
+    made = schema.normalise_record({"messages": messages, "tools": [{"type": "function", "function": {"name": "f"}}]})
+    assert made["messages"][1]["tool_calls"][0]["function"]["arguments"] == "{}"

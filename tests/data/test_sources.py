@@ -175,6 +175,11 @@ def test_a_list_gives_the_files_of_each_name_in_order(tmp_path):
         sources.records_files([str(made / "a.jsonl"), "a.jsonl"], made)
 
 
+def test_a_number_among_the_names_is_an_error():
+    with pytest.raises(SaigaError, match="records=7 is not text; give a path or a name in quotes"):
+        sources.records_files(["r.jsonl", 7])
+
+
 @pytest.mark.parametrize("name", ["", "  ", [], [""], ["package:wordnet/train.jsonl", " "]])
 def test_rejects_an_empty_name(name):
     with pytest.raises(SaigaError, match="records is empty"):

@@ -65,6 +65,23 @@ def test_the_template_of_the_training_is_in_the_gguf_and_in_safetensors(base, tm
     assert "<s>assistant" in (made / "chat_template.jinja").read_text(encoding="utf-8")
 
 
+def test_a_template_in_the_configuration_of_a_tokenizer_is_used_too(base, tmp_path):
+    """Where trainers before 2025 saved it."""
+    trained = adapter(tmp_path / "adapter", base)
+    (trained / "chat_template.jinja").unlink()
+    small_models.edit_json(trained / "tokenizer_config.json", chat_template=OTHER)
+    assert "<s>assistant" in MergePlan.of(str(base), trained).read_tokenizer().chat_template
+    chosen = MergePlan.of(str(base), trained, chat_template="saiga2").read_tokenizer()
+    assert "<s>assistant" not in chosen.chat_template
+
+
+@pytest.mark.parametrize("name", ["", "nosuch"])
+def test_an_unknown_template_is_no_fault_of_the_tokenizer(base, tmp_path, name):
+    trained = adapter(tmp_path / "adapter", base)
+    with pytest.raises(SaigaError, match=rf"^chat_template='{name}' is unknown\. Give .*existing file\.$"):
+        MergePlan.of(str(base), trained, chat_template=name).read_tokenizer()
+
+
 def test_new_tokens_of_a_resized_vocabulary_are_exported(base, tmp_path):
     trained = adapter(tmp_path / "adapter", base, rows=810, tokens=["<tool>"])
     tokens = read_tokens(exported(base, trained, tmp_path))

@@ -28,13 +28,15 @@ STRICT = (
 FUNCTION = {"name": "найти", "arguments": {}}
 
 
-def calling(*ids):
-    calls = [{"type": "function", **({"id": each} if each else {}), "function": FUNCTION} for each in ids]
+def calling(*ids, names=()):
+    functions = [{"name": name, "arguments": {}} for name in names] or [FUNCTION] * len(ids)
+    pairs = zip(ids or [None] * len(functions), functions, strict=True)
+    calls = [{"type": "function", **({"id": each} if each else {}), "function": function} for each, function in pairs]
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
-def result(text, call_id=None):
-    return {"role": "tool", "content": text, **({"tool_call_id": call_id} if call_id else {})}
+def result(text, call_id=None, **others):
+    return {"role": "tool", "content": text, **({"tool_call_id": call_id} if call_id else {}), **others}
 
 
 def trained_text(*messages):
@@ -62,6 +64,24 @@ def trained_text(*messages):
         (
             [calling("x"), result("1", "x"), calling("z"), result("2", "z")],
             "найти#call00001;call00001: 1найти#call00002;call00002: 2Всё",
+        ),
+        # A made id is not one that another call has, now or later.
+        (
+            [calling("call_1", "call00001"), result("1", "call_1"), result("2", "call00001")],
+            "найти#call00002;найти#call00001;call00002: 1call00001: 2Всё",
+        ),
+        (
+            [calling("call00002"), result("1", "call00002"), calling("x", "y"), result("2", "x"), result("3", "y")],
+            "найти#call00002;call00002: 1найти#call00001;найти#call00003;call00001: 2call00003: 3Всё",
+        ),
+        # A result without an id belongs to a call of the same function, or to one without an id.
+        (
+            [calling(names=("погода", "время")), result("12:00", name="время"), result("ясно", name="погода")],
+            "погода#call00001;время#call00002;call00002: 12:00call00001: ясноВсё",
+        ),
+        (
+            [calling("a", None), result("2"), result("1", "a")],
+            "найти#call00001;найти#call00002;call00002: 2call00001: 1Всё",
         ),
     ],
 )

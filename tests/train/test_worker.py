@@ -176,7 +176,7 @@ def test_refuses_max_seq_length_over_the_context_of_a_local_model(records, tmp_p
     saiga2 = resources.files("saigakit.prompt").joinpath("templates/saiga2.jinja")
     shutil.copyfile(saiga2, model / "chat_template.jinja")
     most = json.loads((model / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
-    with pytest.raises(SaigaError, match=rf"max_seq_length={most + 1} exceeds the context length of .*{most} tokens"):
+    with pytest.raises(SaigaError, match=rf"max_seq_length={most + 1} is over the context length of .*{most} tokens"):
         trained(records, tmp_path, model=str(model), max_seq_length=most + 1)
     made = trained(records, tmp_path, model=str(model), max_seq_length=most)
     assert json.loads((made / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"] == "model"
