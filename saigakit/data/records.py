@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from saigakit.core.display import count
 from saigakit.data import formats
 from saigakit.errors import SaigaError
 
@@ -131,7 +132,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """json.loads silently keeps the last of two equal keys."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
         raise ValueError(f"the key {quote(twice)} occurs twice")
     return found
 
@@ -164,8 +165,7 @@ def _spans_lines(head: bytes) -> bool:
 def _json_items(stream: BinaryIO) -> Iterator[tuple[int, object]]:
     content = stream.read(ARRAY_LIMIT + 1)
     if len(content) > ARRAY_LIMIT:
-        limit = f"{ARRAY_LIMIT / 10**9:g} GB"
-        yield 1, BadRecord((f"file: is JSON over several lines of more than {limit}; write it as JSONL",))
+        yield 1, BadRecord((f"file: is JSON over several lines of over {ARRAY_LIMIT / 10**9:g} GB; write it as JSONL",))
         return
     try:
         text = content.decode("utf-8-sig")
@@ -224,8 +224,8 @@ def _csv_rows(stream: BinaryIO, delimiter: str) -> Iterator[tuple[int, object]]:
                     yield line, BadRecord((f"file: {problem}",))
                     return
             elif len(cells) != len(columns):
-                count = f"{len(cells)} cells under {len(columns)} columns"
-                yield line, BadRecord((f"line: has {count}; put quotes around a cell with the separator in it",))
+                found = f"{count(len(cells), 'cell')} under {count(len(columns), 'column')}"
+                yield line, BadRecord((f"line: has {found}; put quotes around a cell with the separator in it",))
             else:
                 yield line, {name: cell for name, cell in zip(columns, cells, strict=True) if cell}
     except csv.Error as error:
@@ -235,7 +235,7 @@ def _csv_rows(stream: BinaryIO, delimiter: str) -> Iterator[tuple[int, object]]:
 
 
 def _header_problem(columns: list[str]) -> str | None:
-    if twice := [name for name, count in Counter(columns).items() if count > 1]:
+    if twice := [name for name, n in Counter(columns).items() if n > 1]:
         return f"the column {quote(twice[0])} occurs twice; keep one"
     if not _KEYS.isdisjoint(columns):
         return None

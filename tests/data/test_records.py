@@ -300,7 +300,7 @@ def test_reads_tables_with_a_header(read, name, content, expected):
     ("name", "content", "expected"),
     [
         ("a.csv", "user,bot\nа,б,в\nг,д", ["2: line: has 3 cells under 2 columns; put quotes around a cell"]),
-        ("a.csv", "user,bot\nа\nб", ["2: line: has 1 cells", "3: line: has 1 cells"]),
+        ("a.csv", "user,bot\nа\nб", ["2: line: has 1 cell under 2 columns", "3: line: has 1 cell under"]),
         ("a.csv", "title,url\nа,б\nв,г", ["1: file: the columns are 'title', 'url', and none of user, bot, instr"]),
         ("a.csv", "user;bot\nа;б\nв;г", ["the separator is ';': save .csv files with commas, .tsv files with tabs"]),
         ("a.tsv", "user,bot\nа,б", ["the separator is ',': "]),
