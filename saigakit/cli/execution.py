@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from saigakit.core import manifest
+from saigakit.core import manifest, workspace
 from saigakit.core.files import write_text
 from saigakit.errors import DataError, SaigaError
 
@@ -128,7 +128,7 @@ def _kernel_class(lock: int, log: TextIO) -> "type[AsyncKernelManager]":
         @property
         def kernel_spec(self) -> KernelSpec:
             # Outdated stages are replaced once the new ones are complete.
-            return KernelSpec(**{**get_kernel_dict(), "env": {"SAIGAKIT_REPLACE": "1"}})
+            return KernelSpec(**{**get_kernel_dict(), "env": {"SAIGAKIT_REPLACE": "1", **workspace.SAFE_PATH}})
 
         async def start_kernel(self, **options: object) -> None:  # type: ignore[override]
             await self._async_start_kernel(**options, pass_fds=(lock,), stdout=log, stderr=log)

@@ -179,7 +179,8 @@ def _pip(arguments: Sequence[str]) -> None:
 def _run_python(arguments: Sequence[str], failure: str) -> None:
     """Run Python in a child process; if it fails, raise SaigaError with `failure` and its last lines."""
     command = [sys.executable, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    environment = workspace.child_environment()
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False)
     if result.returncode != 0:
         last_lines = "\n".join(result.stderr.strip().splitlines()[-5:])
         raise SaigaError(f"{failure}\n{last_lines}")

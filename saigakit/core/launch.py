@@ -70,7 +70,7 @@ def run(command: Sequence[str], *, environment: Mapping[str, str] | None = None,
         error_file = Path(scratch) / "error.txt"
         workspace.session_start()  # children count their hours from here
         defaults = {} if "OMP_WAIT_POLICY" in os.environ else _DEFAULTS  # a spin count overrules the policy
-        inherited = defaults | os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **(environment or {})}
+        inherited = defaults | workspace.child_environment() | dict(environment or {})
         inherited |= {_ERROR_FILE: str(error_file)}
         with subprocess.Popen(
             list(command),

@@ -16,6 +16,7 @@ from saigakit.errors import SaigaError
 
 GIB = 1024**3
 GB = 10**9
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # `python -m` would import from the current directory first
 _SESSION_START = "SAIGAKIT_SESSION_START"
 
 
@@ -51,6 +52,11 @@ def scratch_dir() -> Path:
         root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "saigakit"
     root.mkdir(parents=True, exist_ok=True)
     return root
+
+
+def child_environment() -> dict[str, str]:
+    """For a Python child: UTF-8, unbuffered, and without modules of the current directory."""
+    return os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **SAFE_PATH}
 
 
 def find_input(name: str, *, run_dir: str | Path | None = None) -> Path:

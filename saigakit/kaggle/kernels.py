@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from saigakit.core import manifest
+from saigakit.core import manifest, workspace
 from saigakit.core.files import replacing, require_absent
 from saigakit.errors import SaigaError
 
@@ -225,10 +224,14 @@ def run_kaggle(*arguments: str, echo: bool = False) -> str:
         raise SaigaError("The kaggle command line is not installed: pip install 'saigakit[kaggle,run]'.")
     # -m kaggle: its check of the program's name knows this form. -W: no warning about a newer version.
     command = [sys.executable, "-m", "kaggle", "-W", *arguments]
-    environment = os.environ | {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
     lines = []
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, encoding="utf-8", errors="replace"
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=workspace.child_environment(),
+        encoding="utf-8",
+        errors="replace",
     ) as child:
         assert child.stdout is not None
         for line in child.stdout:

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from saigakit.core import launch, workspace
+from saigakit.cli import execution
+from saigakit.core import install, launch, workspace
 from saigakit.errors import SaigaError
+from saigakit.kaggle import kernels
 
 
 def python(code):
@@ -116,6 +118,7 @@ GENTLE = """
 import os, time
 from saigakit.core import launch
 from saigakit.errors import SaigaError
+from saigakit.kaggle import kernels
 with launch.child(), launch.ending_gently():
     os.write(1, b"ready\\n")  # in one piece: two processes write into one pipe
     while not launch.is_asked_to_end():
@@ -254,3 +257,31 @@ def test_threads_of_a_child_wait_passively_unless_the_user_sets_otherwise(set_by
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)  # it would overrule the policy of the user
     launch.run(python("import os; print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'))"))
     assert capfd.readouterr().out == f"{seen}\n"
+
+
+@pytest.fixture
+def strangers_directory(tmp_path, monkeypatch):
+    """The current directory has modules with the names of others; they leave a mark when they are imported."""
+    for name in ("this", "random", "kaggle", "pip"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_no_child_imports_modules_of_the_current_directory(strangers_directory, capfd):
+    pytest.importorskip("kaggle")
+    launch.run([sys.executable, "-m", "this"])
+    assert "The Zen of Python" in capfd.readouterr().out
+    install._run_python(["-m", "pip", "--version"], "pip failed")
+    assert "Kaggle CLI" in kernels.run_kaggle("--version")
+    assert not (strangers_directory / "ran").exists()
+    subprocess.run([sys.executable, "-m", "this"], check=True)  # as it was
+    assert (strangers_directory / "ran").exists()
+
+
+def test_the_kernel_of_a_notebook_imports_no_modules_of_the_current_directory(strangers_directory):
+    code = "import nbformat, random; random.Random(1)"
+    manager = execution._kernel_class(0, sys.stderr)()
+    environment = os.environ | manager.kernel_spec.env
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert not (strangers_directory / "ran").exists()
