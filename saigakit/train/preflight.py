@@ -39,7 +39,7 @@ class Job:
     base_dir: Path
     tokenizer_dir: Path
     adapter_dir: Path | None  # the adapter to start from
-    chat_template: str | None  # that 01_format was given
+    chat_template: str | None = None  # that 01_format was given
     lora: Lora  # the adapter to train: the continued one's own settings, or new ones
     shape: ModelShape
     number_format: NumberFormat
