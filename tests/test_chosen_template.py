@@ -15,8 +15,8 @@ from saigakit.cli.commands import main
 from saigakit.core import launch, manifest
 from saigakit.core.files import sha256_of_text
 from saigakit.errors import SaigaError
+from saigakit.export.merge_plan import MergePlan
 from saigakit.prompt import encoding
-from saigakit.publish import adapter as published
 from saigakit.train import worker
 
 TEMPLATE = small_models.SAIGA2.replace("bot", "assistant")
@@ -98,11 +98,15 @@ def test_training_and_evaluation_use_the_chosen_template(run_dir, bare, template
     assert {row["name"] for row in evaluate.read(run_dir / "04_infer")} == {"before", "after", "Q8_0"}
 
 
-def test_the_adapter_is_published_with_its_template(run_dir, bare):
-    beside = run_dir / "02_train" / "chat_template.jinja"
-    assert beside.name in published.ADAPTER_FILES
-    tokenizer = encoding.load_tokenizer(bare, None, str(beside))
-    assert "<s>assistant" in published.build_card(run_dir / "02_train", "me/adapter", tokenizer)
+def test_a_base_without_an_adapter_gets_the_template_of_01_format(run_dir, bare):
+    plan = MergePlan.of(bare, None, run_dir=run_dir)
+    assert "<s>assistant" in plan.read_tokenizer().chat_template
+    with pytest.raises(SaigaError, match="has no chat template"):
+        MergePlan.of(bare, None).read_tokenizer()
+
+
+def test_the_template_lies_next_to_the_adapter(run_dir):
+    assert TEMPLATE in (run_dir / "02_train" / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def test_another_template_makes_training_again(run_dir, bare, records, tmp_path):

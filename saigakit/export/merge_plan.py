@@ -8,6 +8,7 @@ from typing import Self
 
 from saigakit import registry
 from saigakit.core import workspace
+from saigakit.data import report
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding, template
 from saigakit.prompt.encoding import FastTokenizer
@@ -49,7 +50,7 @@ class MergePlan:
         spec = registry.find(model)
         named = [(str(name) if isinstance(name, Path) else name, weight) for name, weight in weighted(adapter)]
         adapters = [(find.adapter_dir(spec, name, run_dir), weight) for name, weight in named]
-        formatted = None if run_dir is None else workspace.find_optional_input("01_format", run_dir=run_dir)
+        formatted = None if run_dir is None else workspace.find_optional_input(report.STAGE, run_dir=run_dir)
         return cls(
             spec=spec,
             adapters=adapters,
@@ -96,12 +97,16 @@ class MergePlan:
             return Path(self.tokenizer)
         return self._own_tokenizer[0] or find.tokenizer_dir(self.spec, self.base_source)
 
+    @property
+    def chosen_template(self) -> str | None:
+        """That was given, or lies next to an adapter, or was given to 01_format; None for the model's own."""
+        found = (self.chat_template, self._own_tokenizer[1], self.formatted_template)
+        return next((each for each in found if each is not None), None)
+
     def read_tokenizer(self) -> FastTokenizer:
-        """With the template that was given, or lies next to an adapter, or was given to 01_format."""
-        own = self._own_tokenizer[1]
+        """With the chosen template. Raises SaigaError that says how to give another tokenizer."""
         try:
-            chosen = [each for each in (self.chat_template, own, self.formatted_template) if each is not None]
-            return encoding.read_tokenizer(self.spec, self.tokenizer_dir, next(iter(chosen), None))
+            return encoding.read_tokenizer(self.spec, self.tokenizer_dir, self.chosen_template)
         except SaigaError as error:
             is_found = self.has_own_tokenizer and self.chat_template is None
             raise (SaigaError(f"{str(error).removesuffix('.')}. {_REMEDY}") if is_found else error) from None

@@ -86,8 +86,8 @@ def _identity(export: Export, adapter: object) -> dict[str, Any]:
     }
     if further:
         parameters["quant_types"] = further
-    if (chosen := plan.chat_template or plan.formatted_template) is not None:
-        inputs["chat_template"] = sha256_of_text(template.find_chat_template(chosen))
+    if plan.chosen_template is not None:
+        inputs["chat_template"] = sha256_of_text(template.find_chat_template(plan.chosen_template))
     if export.importance_file is not None:
         inputs["importance"] = sha256(export.importance_file)
     plan.require_same_base(inputs["base"])
@@ -126,12 +126,7 @@ def to_gguf(
     for path in [] if is_made else finals:
         require_absent(path)
     plan = MergePlan.of(
-        model,
-        adapter,
-        base_source=base_source,
-        merge_into=merge_into,
-        tokenizer=tokenizer,
-        chat_template=chat_template,
+        model, adapter, base_source=base_source, merge_into=merge_into, tokenizer=tokenizer, chat_template=chat_template
     )
     export = Export.of(plan, chosen, importance)
     if not with_manifest:

@@ -8,7 +8,7 @@ import hub_questions
 import hub_writing_stub
 import pytest
 import yaml
-from small_models import adapter, edit_json
+from small_models import SAIGA2, adapter, edit_json
 
 from saigakit import evaluate, publish, registry
 from saigakit.config import TrainConfig
@@ -45,7 +45,7 @@ LOG = [
 ]
 
 
-def stage_02(run_dir, tiny, *, model="saiga_tiny", base="hash of the base"):
+def stage_02(run_dir, tiny, *, model="saiga_tiny", base="hash of the base", files=()):
     """A finished 02_train whose adapter was written by peft."""
     inputs = {"train": {"train.jsonl": "hash of the records"}, "base": {"model.safetensors": base}, "adapter": None}
     parameters = {"model": model, "base_source": "/home/me/base", "adapter": "/home/me/older", "epochs": 2.0}
@@ -57,6 +57,8 @@ def stage_02(run_dir, tiny, *, model="saiga_tiny", base="hash of the base"):
         (made / "README.md").unlink()
         (made / curve.LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in LOG), encoding="utf-8")
         (made / "curve.png").write_bytes(b"\x89PNG\x00")
+        for name, text in dict(files).items():
+            (made / name).write_text(text, encoding="utf-8")
         (made / "samples.md").write_text("Мой секретный вопрос", encoding="utf-8")
         paths = {"train_file": "/home/me/train.jsonl", "output_dir": "/home/me/out", "base_source": str(tiny / "base")}
         TrainConfig(**{"model": model, "adapter": None, "epochs": 2, **paths}).write(made / "train_config.json")
@@ -105,6 +107,18 @@ def test_the_adapter_arrives_with_its_card_and_without_the_records(push, hub, st
         assert files[name] == (stage / name).read_bytes()
     assert REPO in hub.private
     assert not any("секретный вопрос".encode() in content or b"/home/me" in content for content in files.values())
+
+
+def test_the_template_of_the_training_arrives_too_and_is_in_the_card(push, hub, tiny, tmp_path):
+    other = SAIGA2.replace("bot", "assistant")
+    push(directory=stage_02(tmp_path, tiny, files={"chat_template.jinja": other}))
+    files = hub.repositories[REPO]
+    assert files["chat_template.jinja"].decode() == other
+    assert (
+        json.loads(files["saigakit.json"])["outputs"]["chat_template.jinja"]
+        == hashlib.sha256(other.encode()).hexdigest()
+    )
+    assert "<s>assistant" in files["README.md"].decode()
 
 
 @pytest.mark.parametrize("model", ["saiga_tiny", "saiga_yandexgpt_8b", "yandexgpt5_lite_8b_instruct"])
