@@ -136,3 +136,10 @@ def test_an_unknown_template_is_named_before_the_records_are_read(bare, tmp_path
         data.check_records(
             model=bare, records=str(tmp_path / "records.jsonl"), run_dir=tmp_path, chat_template="saiga9"
         )
+
+
+def test_a_broken_template_is_named_with_its_file(bare, tmp_path):
+    file = tmp_path / "broken.jinja"
+    file.write_text("{{ broken }", encoding="utf-8")
+    with pytest.raises(SaigaError, match=rf"The chat template in {file} is broken: unexpected"):
+        encoding.load_tokenizer(bare, None, str(file))

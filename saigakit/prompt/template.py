@@ -159,13 +159,13 @@ def for_inference(chat_template: str) -> str:
     return _REVERSED.sub(r"\1\2 | reverse", _REFUSAL.sub(r"\1 '' \2", without_tags))
 
 
-def with_tools(chat_template: str) -> str:
-    """Prepend a template that turns tools and calls into text, unless this one handles `tools` itself."""
+def with_tools(chat_template: str, place: object = "") -> str:
+    """Prepend a template that turns tools and calls into text, unless it (from `place`) handles `tools` itself."""
     environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
     try:
         names = meta.find_undeclared_variables(environment.parse(chat_template))
     except BROKEN as error:
-        raise broken(error) from None
+        raise broken(error, place) from None
     return chat_template if "tools" in names else _packaged("hermes") + chat_template
 
 
@@ -176,7 +176,7 @@ def _packaged(name: str) -> str:
 def read_chat_template(spec: ModelSpec, tokenizer_dir: Path, chat_template: str | None = None) -> str:
     """`chat_template` as `find_chat_template` takes it, the registry's template or the tokenizer's own, with tools."""
     name = spec.template if chat_template is None else chat_template
-    return with_tools(_require_own(spec, tokenizer_dir)) if name is None else find_chat_template(name)
+    return with_tools(_require_own(spec, tokenizer_dir), tokenizer_dir) if name is None else find_chat_template(name)
 
 
 def find_chat_template(name: str) -> str:
@@ -188,7 +188,7 @@ def find_chat_template(name: str) -> str:
     file = workspace.find_optional_input(name) if name else None
     if file is None or not file.is_file():
         raise SaigaError(f"chat_template={name!r} is unknown. Give {' or '.join(PACKAGED)}, or an existing file.")
-    return with_tools(_read_text(file))
+    return with_tools(_read_text(file), file)
 
 
 def formatted_template(format_dir: Path | None) -> str | None:
