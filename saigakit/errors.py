@@ -1,11 +1,35 @@
 """Errors that the user can fix: what is wrong, where, and what to do."""
 
 import difflib
+import os
+import re
 from collections.abc import Iterable, Sequence
+
+_NAMES_OF_SECRETS = re.compile(r"(_TOKEN|_KEY|_SECRET|_PASSWORD)$")
+_HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_SHORTEST_SECRET = 8  # characters; a shorter value could be a part of any text
+_secrets: set[str] = set()
+
+
+def hide(secret: str) -> None:
+    """Keep it out of every text that `masked` returns from now on."""
+    _secrets.add(secret)
+
+
+def masked(text: str) -> str:
+    """Replace secrets: those that were hidden, those in the environment, and anything like a token of the Hub."""
+    environment = {value.strip() for name, value in os.environ.items() if _NAMES_OF_SECRETS.search(name)}
+    for secret in sorted(_secrets | environment, key=len, reverse=True):
+        if len(secret) >= _SHORTEST_SECRET:
+            text = text.replace(secret, "…")
+    return _HUB_TOKEN.sub("…", text)
 
 
 class SaigaError(Exception):
     """The command line prints its message and exits with status 1; a notebook shows it without a traceback."""
+
+    def __str__(self) -> str:
+        return masked(super().__str__())
 
     def _render_traceback_(self) -> list[str]:
         """IPython calls this instead of rendering a traceback."""
@@ -30,7 +54,7 @@ class DataError(SaigaError):
         lines = [self.summary, *(f"  {problem}" for problem in self.problems[: self.SHOWN])]
         if hidden := max(0, len(self.problems) - self.SHOWN) + self.more:
             lines.append(f"  … and {hidden} more")
-        return "\n".join(lines)
+        return masked("\n".join(lines))
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

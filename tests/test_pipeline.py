@@ -15,6 +15,9 @@ from saigakit.core import manifest
 ROOT = Path(__file__).parent.parent
 
 
+TOKEN = "hf_onlyForTheTests1234567890"
+
+
 def saigakit(*arguments, text=None, **settings):
     command = [sys.executable, "-m", "saigakit.cli", *map(str, arguments)]
     return subprocess.run(command, input=text, capture_output=True, text=True, encoding="utf-8", **settings)
@@ -31,7 +34,8 @@ def finished(tiny, tmp_path_factory):
     """A complete run with the records of the tutorial and the released adapter in nf4."""
     directory = tmp_path_factory.mktemp("pipeline")
     file = params(directory, model="saiga_tiny", records=str(tiny / "records.jsonl"), epochs=2)
-    ended = saigakit("run", "-f", file, "--run-dir", directory / "run", cwd=directory)
+    secrets = os.environ | {"HF_TOKEN": f"{TOKEN}\n", "KAGGLE_KEY": TOKEN.upper()}
+    ended = saigakit("run", "-f", file, "--run-dir", directory / "run", cwd=directory, env=secrets)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return directory, ended.stdout
 
@@ -42,6 +46,15 @@ def test_a_run_ends_with_the_table_the_report_and_the_chat_command(finished):
     assert [line.split()[0] for line in end.splitlines()[2:5]] == ["before", "after", "Q4_K_M"]
     assert str(directory / "run" / "report.html") in end
     assert f"saigakit chat {directory / 'run' / '03_merge_gguf' / 'model.gguf'}" in end
+
+
+def test_no_file_and_no_line_of_a_run_holds_a_secret(finished):
+    directory, said = finished
+    files = [file for file in directory.rglob("*") if file.is_file()]
+    assert len(files) > 20
+    leaking = [file for file in files if TOKEN.lower().encode() in file.read_bytes().lower()]
+    assert not leaking
+    assert TOKEN.lower() not in said.lower()
 
 
 def test_results_have_the_documented_rows(finished):

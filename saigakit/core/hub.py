@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from saigakit.core import workspace
-from saigakit.errors import SaigaError
+from saigakit.errors import SaigaError, hide, masked
 
 _TOKENS = "https://huggingface.co/settings/tokens"
 _HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -34,7 +34,7 @@ def snapshot(repo: str, patterns: tuple[str, ...], repo_type: str = "model", rev
                 revision=revision,
                 allow_patterns=list(patterns),
                 cache_dir=cache_dir(),
-                token=workspace.secret("HF_TOKEN"),
+                token=token(),
             )
         )
 
@@ -44,7 +44,7 @@ def list_files(repo: str, repo_type: str = "model", revision: str | None = None)
     from huggingface_hub import HfApi
 
     # Not list_repo_files, which keeps trying for 24 s without a connection.
-    api = HfApi(token=workspace.secret("HF_TOKEN"))
+    api = HfApi(token=token())
     with download_errors_explained(repo, repo_type):
         ask = api.model_info if repo_type == "model" else api.dataset_info
         found = ask(repo, revision=revision, files_metadata=True)
@@ -86,21 +86,29 @@ def download_errors_explained(repo: str, repo_type: str) -> Iterator[None]:
     raise SaigaError(f"{problem} {_ATTACH[repo_type]}") from None
 
 
+def token() -> str | None:
+    """HF_TOKEN from the environment or Kaggle's secrets, else the token that `hf auth login` stored."""
+    from huggingface_hub import get_token
+
+    found = workspace.secret("HF_TOKEN") or (get_token() or "").strip()
+    hide(found)
+    if not re.fullmatch(r"[!-~]*", found):  # a library would quote it in its own error
+        raise SaigaError(f"HF_TOKEN contains characters that no token has, such as spaces; copy it from {_TOKENS}.")
+    return found or None
+
+
 def writing_token() -> str:
-    token = (workspace.secret("HF_TOKEN") or "").strip()
-    if not token:
+    if (found := token()) is None:
         raise SaigaError(
             "HF_TOKEN is not set. On Kaggle attach it to this notebook as a secret (Add-ons, Secrets); elsewhere set "
-            f"the environment variable. Create a token with write access at {_TOKENS}."
+            f"the environment variable or run `hf auth login`. Create a token with write access at {_TOKENS}."
         )
-    if not re.fullmatch(r"[!-~]+", token):  # a library would quote it in its own error
-        raise SaigaError(f"HF_TOKEN contains characters that no token has, such as spaces; copy it from {_TOKENS}.")
-    return token
+    return found
 
 
 @contextmanager
-def uploading(repo_id: str, token: str) -> Iterator[None]:
-    """Turn errors of an upload into SaigaErrors without the token; hide progress bars, since Kaggle logs every line."""
+def uploading(repo_id: str) -> Iterator[None]:
+    """Turn errors of an upload into SaigaErrors; hide progress bars, since Kaggle logs every line."""
     from huggingface_hub import errors
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
@@ -113,11 +121,11 @@ def uploading(repo_id: str, token: str) -> Iterator[None]:
     try:
         yield
     except errors.HfHubHTTPError as error:
-        raise SaigaError(_refusal(error.response.status_code, repo_id, _reason(error, token))) from None
+        raise SaigaError(_refusal(error.response.status_code, repo_id, _reason(error))) from None
     # RuntimeError: the upload of one file failed.
     except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:  # type: ignore[attr-defined]
         raise SaigaError(
-            f"The upload to {repo_id} was interrupted: {_reason(error, token)}. The repository changes only when all "
+            f"The upload to {repo_id} was interrupted: {_reason(error)}. The repository changes only when all "
             "files have arrived. Try again; on Kaggle, switch Internet on."
         ) from None
     finally:
@@ -136,11 +144,11 @@ def _refusal(status: int, repo_id: str, reason: str) -> str:
     return f"The Hub refused {repo_id} ({status}): {reason}. If it is overloaded, try again later."
 
 
-def _reason(error: BaseException, token: str) -> str:
-    """The error and its cause on one line, without the token."""
+def _reason(error: BaseException) -> str:
+    """The error and its cause on one line."""
     chain = [error, error.__cause__] if error.__cause__ is not None else [error]
-    return "; ".join(dict.fromkeys(map(_one_line, chain))).replace(token, "…")[:300].rstrip(".:; ")
+    return "; ".join(dict.fromkeys(map(_one_line, chain)))[:300].rstrip(".:; ")
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(masked(str(error)).split()) or type(error).__name__

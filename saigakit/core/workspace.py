@@ -100,17 +100,16 @@ def _places(name: str, run_dir: str | Path | None) -> list[Path]:
 
 
 def secret(name: str) -> str | None:
-    """From the environment, or else from Kaggle's secrets; None if neither has it."""
-    if os.environ.get(name):
-        return os.environ[name]
+    """From the environment, or else from Kaggle's secrets, without the spaces around it; None if neither has it."""
+    if value := os.environ.get(name, "").strip():
+        return value
     if not on_kaggle():
         return None
     from kaggle_secrets import UserSecretsClient  # exists in Kaggle's image only
 
     for wait_s in (1, 2, 4, 0):
         try:
-            value: str | None = UserSecretsClient().get_secret(name)
-            return value
+            return str(UserSecretsClient().get_secret(name) or "").strip() or None
         except ConnectionError:  # the secrets service is known to fail now and then
             time.sleep(wait_s)
         except Exception as error:

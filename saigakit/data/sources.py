@@ -195,7 +195,7 @@ def _fetch_data_set(at: str, choice: str, offers_evaluation: bool) -> list[Path]
 
     repo, _, revision = at.partition("@")
     commit, sizes = hub.list_files(repo, "dataset", revision or None)
-    place = {"revision": commit, "token": workspace.secret("HF_TOKEN")}
+    place = {"revision": commit, "token": hub.token()}
     configuration, _, split = choice.rpartition("/")
     with hub.download_errors_explained(repo, "dataset"):
         if split and not configuration and split in get_dataset_config_names(repo, **place):

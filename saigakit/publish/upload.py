@@ -71,7 +71,7 @@ class HubRepository:
         """Replace what the repository holds by `files`, with the manifest `content`; returns its address."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        with hub.uploading(self.repo_id, self._token):
+        with hub.uploading(self.repo_id):
             names = self._open(content, private=private, replace=replace)
             size = sum(file.stat().st_size for file in files.values())
             print(f"Uploading to {self.repo_id}, files: {len(files)}, {size / 1e6:,.1f} MB …", flush=True)

@@ -6,6 +6,7 @@ import shutil
 
 import hub_questions
 import hub_writing_stub
+import huggingface_hub
 import pytest
 import yaml
 from small_models import SAIGA2, adapter, edit_json
@@ -222,6 +223,7 @@ def test_an_empty_repository_is_filled(push, hub):
 )
 def test_a_missing_or_bad_token_is_reported_before_any_request(stage, monkeypatch, token, said):
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nowhere")  # the developer may be logged in
     if token is not None:
         monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(SaigaError, match=said) as caught:
@@ -360,9 +362,10 @@ def test_the_card_has_the_results_of_04_only_for_this_adapter(stage, tokenizer, 
     assert "compared another adapter" in capsys.readouterr().out
 
 
-def test_the_reason_for_a_failure_never_contains_the_token():
+def test_the_reason_for_a_failure_never_contains_the_token(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     error = RuntimeError("Error while uploading")
     error.__cause__ = ValueError(f"Illegal header value b'Bearer {TOKEN}'")
-    with pytest.raises(SaigaError) as caught, uploading(REPO, TOKEN):
+    with pytest.raises(SaigaError) as caught, uploading(REPO):
         raise error
     assert TOKEN not in str(caught.value) and "Illegal header value" in str(caught.value)

@@ -24,9 +24,17 @@ REFUSALS = {  # as the Hub answers: status, X-Error-Code
 }
 
 
+class Calls(list[str]):
+    """The paths that were asked for, and the Authorization headers that came with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.authorizations: list[str | None] = []
+
+
 class _Answers(http.server.BaseHTTPRequestHandler):
     repositories: Mapping[str, Mapping[str, bytes]]
-    calls: list[str]
+    calls: Calls
 
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
@@ -39,7 +47,8 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         self._answer(with_body=True, asked=urllib.parse.parse_qs(asked.decode()).get("paths", []))
 
     def _answer(self, *, with_body: bool, asked: list[str] | None = None) -> None:
-        type(self).calls.append(self.path)
+        self.calls.append(self.path)
+        self.calls.authorizations.append(self.headers.get("Authorization"))
         path = self.path.split("?")[0].removeprefix("/api").removeprefix("/models")
         parts = 3 if path.startswith("/datasets/") else 2
         repository = "/".join(path.split("/")[1 : parts + 1])
@@ -105,9 +114,9 @@ class _Answers(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple[str, list[str]]]:
-    """The endpoint's address, and the paths that were asked for."""
-    calls: list[str] = []
+def serving(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple[str, Calls]]:
+    """The endpoint's address, and what was asked for."""
+    calls = Calls()
     answers = type("Answers", (_Answers,), {"repositories": repositories, "calls": calls})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), answers) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
