@@ -3,7 +3,7 @@
 import fcntl
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,6 +67,24 @@ def one_thread() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "cpu_count", lambda: 1)
         yield
+
+
+@pytest.fixture
+def stub_gpus(tmp_path, monkeypatch) -> Callable[..., None]:
+    """Let a stub of nvidia-smi list these GPUs, as T4s; without any, there is no nvidia-smi."""
+
+    def listing(*names: str) -> None:
+        directory = tmp_path / "bin"
+        directory.mkdir()
+        if not names:
+            monkeypatch.setenv("PATH", str(directory))
+            return
+        lines = "".join(f"{name}, 7.5, 15360, 15101\\n" for name in names)
+        (directory / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{lines}'\n", encoding="utf-8")
+        (directory / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", str(directory), prepend=os.pathsep)
+
+    return listing
 
 
 @pytest.fixture(scope="session")

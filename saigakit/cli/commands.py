@@ -300,6 +300,9 @@ def doctor() -> None:
     click.echo(f"{workspace.describe_machine()}\n\n{workspace.align(manifest.versions().items())}\n")
     for stage in install.STAGES:
         lacking = install.missing(install.needs(stage, kaggle=workspace.on_kaggle()))
-        click.echo(f"{stage}: " + (f"lacks {', '.join(lacking)}; {install.pip_command(stage)}" if lacking else "ready"))
-    lacking = install.missing(install.packages("run"))
-    click.echo("run, demo: " + (f"lack {', '.join(lacking)}; pip install 'saigakit[run]'" if lacking else "ready"))
+        what = f"lacks {install.listed(lacking)}; {install.pip_command(stage)}" if lacking else "ready"
+        click.echo(f"{stage}: {what}")
+    for extra, commands in (("run", "run, demo"), ("kaggle", "push, watch, fetch")):
+        lacking = install.missing(install.packages(extra))
+        what = f"lack {install.listed(lacking)}; pip install 'saigakit[{extra}]'" if lacking else "ready"
+        click.echo(f"{commands}: {what}")

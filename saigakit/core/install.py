@@ -1,17 +1,27 @@
 """Install the packages that a stage needs: with pip on Kaggle; elsewhere tell the user the command."""
 
 import importlib
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
+import tomllib
 from collections.abc import Collection, Mapping, Sequence
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from saigakit.core import workspace
+from saigakit.core.files import sha256
+from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 # The extras of each stage; "" stands for the dependencies of saigakit itself.
 STAGES: Mapping[str, tuple[str, ...]] = {
@@ -20,35 +30,31 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "03_merge_gguf": ("", "export"),
     "04_infer": ("", "train", "infer"),
 }
-# What Kaggle's image lacks: the version that was tested with its torch 2.10, and the module to import.
-PINS: Mapping[str, tuple[str, str]] = {
-    "bitsandbytes": ("0.50.2", "bitsandbytes"),
-    "gguf": ("0.19.0", "gguf"),
-    "llama-cpp-python": ("0.3.35", "llama_cpp"),
-    "rensa": ("0.5.0", "rensa"),
-}
+# What may be installed on Kaggle, and nothing else.
+PINS: Mapping[str, Mapping[str, Any]] = tomllib.loads(
+    resources.files("saigakit.core").joinpath("pins.toml").read_text(encoding="utf-8")
+)
 # Also on Kaggle, in every stage: transformers reads the demo's model, smollm2_135m, from a GGUF file.
 _ON_KAGGLE = ("gguf",)
-# Wheels of llama-cpp-python. There are none for CUDA 12.8, which the image has, but those for 12.5 run on it.
-_LLAMA_INDEX = "https://abetlen.github.io/llama-cpp-python/whl"
+# Directories from the root of the inputs to one of them, by kind; 1 in Kaggle's older layout.
+_DEPTHS = {"competitions": 2, "datasets": 3, "notebooks": 3, "models": 6}
 WITHOUT_AMX = "-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"
-_REQUIREMENT = re.compile(r"""([\w.-]+)[^;]*(?:;.*\bextra == ["']([\w-]+)["'])?""")
 _OLDEST_TORCHAO = (0, 16)  # with an older one peft 0.19 refuses to load an adapter; Kaggle's image has 0.10.0
 
 
 def prepare(stage: str) -> None:
-    """Install what `stage` lacks, and replace nothing; off Kaggle, raise SaigaError with the command to run."""
+    """Install what `stage` lacks or has too old; off Kaggle, raise SaigaError with the command to run."""
     workspace.session_start()  # max_hours counts from here
     if stage not in STAGES:
         raise SaigaError(f"stage={stage!r} is unknown; use one of {', '.join(STAGES)}.")
     on_kaggle = workspace.on_kaggle()
     lacking = missing(needs(stage, kaggle=on_kaggle))
     if lacking and not on_kaggle:
-        raise SaigaError(f"{stage} needs {', '.join(lacking)}, not installed here. Run: {pip_command(stage)}")
+        raise SaigaError(f"{stage} needs {listed(lacking)}, not installed here. Run: {pip_command(stage)}")
     if "train" in STAGES[stage]:
         if on_kaggle and (torchao := _old_torchao()):
             print(f"Removing torchao {torchao}: peft refuses to load an adapter with a version below 0.16.", flush=True)
-            _pip(["uninstall", "--yes", "torchao"])
+            _pip(["uninstall", "--yes", "torchao"], "torchao")
         require_no_old_torchao()
     if lacking:
         _install(lacking)
@@ -62,6 +68,18 @@ def require_no_old_torchao() -> None:
         )
 
 
+def require_cuda(gpus: Sequence[Gpu]) -> None:
+    """Check that torch computes on as many GPUs; in a child, because a CUDA context here would keep their memory."""
+    attempt = f"[torch.ones(1, device=f'cuda:{{number}}').item() for number in range({len(gpus)})]"
+    names = ", ".join(gpu.name for gpu in gpus)
+    _run_python(
+        ["-c", f"import sys, torch\ntry: {attempt}\nexcept Exception as error: sys.exit(str(error))"],
+        f"nvidia-smi lists {names}, but torch cannot compute there. On Kaggle choose the accelerator GPU T4 x2 and the "
+        "latest environment, and restart the session; elsewhere install a CUDA build of torch, or set "
+        "CUDA_VISIBLE_DEVICES to an empty string to use the CPU. torch said:",
+    )
+
+
 def needs(stage: str, *, kaggle: bool = False) -> list[str]:
     """The packages that a stage needs, without duplicates."""
     names = [name for extra in STAGES[stage] for name in packages(extra)]
@@ -72,16 +90,43 @@ def needs(stage: str, *, kaggle: bool = False) -> list[str]:
 
 def packages(extra: str) -> list[str]:
     """The packages of an extra according to saigakit's metadata; "" stands for those that are always needed."""
+    return [
+        each.name.lower()
+        for each in _requirements()
+        if ("extra" in str(each.marker)) == bool(extra) and (not each.marker or each.marker.evaluate({"extra": extra}))
+    ]
+
+
+def _requirements() -> list["Requirement"]:
+    from packaging.requirements import Requirement  # not at the top: the Makefile runs this module without packages
+
     try:
-        requirements = metadata.requires("saigakit") or []
+        return [Requirement(line) for line in metadata.requires("saigakit") or []]
     except metadata.PackageNotFoundError:
         raise SaigaError("saigakit runs from its sources and is not installed. Run: pip install -e .") from None
-    found = [match for each in requirements if (match := _REQUIREMENT.match(each))]
-    return [match[1].lower() for match in found if (match[2] or "") == extra]
 
 
 def missing(names: Sequence[str]) -> list[str]:
-    return [name for name in names if installed_version(name) is None]
+    """The packages that are not installed or too old."""
+    return [name for name in names if installed_version(name) is None or newer_needed(name)]
+
+
+def newer_needed(name: str) -> str | None:
+    """The lower bound in saigakit's metadata if the installed version is below it; upper bounds do not count."""
+    from packaging.version import Version
+
+    if (version := installed_version(name)) is None:
+        return None
+    bounds = [bound for each in _requirements() if each.name.lower() == name for bound in each.specifier]
+    lowest = max((bound.version for bound in bounds if bound.operator == ">="), key=Version, default="0")
+    # Without labels: a vendor's torch 2.10.0a0+nv25.12 counts as 2.10.
+    return lowest if Version(Version(version).base_version) < Version(lowest) else None
+
+
+def listed(names: Sequence[str]) -> str:
+    """Packages for a message, with both versions where the installed one is too old."""
+    old = {name: lowest for name in names if (lowest := newer_needed(name))}
+    return ", ".join(f"{n}>={old[n]} instead of {installed_version(n)}" if n in old else n for n in names)
 
 
 def pip_command(stage: str) -> str:
@@ -111,47 +156,72 @@ def gcc_version() -> str | None:
     return result.stdout.strip() if re.match(r"\d+\.", result.stdout) else None  # clang does not know this option
 
 
-def pip_arguments(name: str, wheels: Sequence[Path], *, gpu: bool) -> list[str]:
-    """Arguments that install a package from an attached wheel, or else from the registry.
+def own_wheels() -> list[Path]:
+    """The wheels in the attached data set that saigakit's own wheel is in: those of a stranger's never count."""
+    by_input: dict[Path, list[Path]] = {}
+    for root in workspace.input_roots():
+        for wheel in sorted(root.rglob("*.whl")):
+            parts = wheel.relative_to(root).parts
+            by_input.setdefault(root.joinpath(*parts[: _DEPTHS.get(parts[0], 1)]), []).append(wheel)
+    own = [place for place, wheels in by_input.items() if any(file.name.startswith("saigakit-") for file in wheels)]
+    origin = json.loads(metadata.distribution("saigakit").read_text("direct_url.json") or "{}").get("url", "")
+    if from_here := [place for place in own if Path(unquote(urlsplit(origin).path)).is_relative_to(place)]:
+        own = from_here
+    if len(own) > 1:
+        raise SaigaError(
+            f"More than one attached data set holds a wheel of saigakit: {', '.join(map(str, own))}. Attach only the "
+            "one whose wheel files are to be installed."
+        )
+    return [wheel for place in own for wheel in by_input[place]]
 
-    Never with dependencies, which might replace what the image has, and never by compiling.
-    """
-    source: list[str] = []
-    if places := _places_of_wheels(name, wheels):
-        source = ["--no-index", *(part for place in places for part in ("--find-links", place))]
-    elif name == "llama-cpp-python":
-        source = ["--index-url", f"{_LLAMA_INDEX}/{'cu125' if gpu else 'cpu'}"]
-    requirement = f"{name}=={PINS[name][0]}" if name in PINS else name
-    return ["install", "--quiet", "--no-deps", "--only-binary=:all:", *source, requirement]
+
+def requirement(name: str, wheels: Sequence[Path], *, gpu: bool) -> str:
+    """A line for pip: one of `wheels`, or else the registry, and the SHA-256 of the files that are allowed."""
+    pin = {**PINS[name], **PINS[name].get("gpu" if gpu else "cpu", {})}
+    named = [wheel for wheel in wheels if _is_wheel_of(wheel, name, pin["version"])]
+    places = [wheel.absolute().as_uri() for wheel in named if sha256(wheel) in pin["sha256"]]
+    if named and not places:
+        raise SaigaError(
+            f"{named[0]} is not the tested wheel of {name} {pin['version']} for this machine: its SHA-256 differs. "
+            f"Delete it from the data set, or replace it by {pin.get('url', 'the one on PyPI')}."
+        )
+    if "url" in pin:
+        places.append(pin["url"])
+    source = f"{name} @ {places[0]}" if places else f"{name}=={pin['version']}"
+    return " ".join([source, *(f"--hash=sha256:{digest}" for digest in pin["sha256"])])
 
 
-def _places_of_wheels(name: str, wheels: Sequence[Path]) -> list[str]:
-    """Directories with a wheel of this package, in its pinned version if it has one."""
-    version = PINS[name][0] if name in PINS else None
-    places = set()
-    for wheel in wheels:
-        distribution, _, rest = wheel.name.partition("-")
-        if re.sub(r"[_.]+", "-", distribution).lower() == name and version in (None, re.split("[-+]", rest)[0]):
-            places.add(str(wheel.parent))
-    return sorted(places)
+def _is_wheel_of(file: Path, name: str, version: str) -> bool:
+    distribution, _, rest = file.name.partition("-")
+    return re.sub(r"[_.]+", "-", distribution).lower() == name and re.split("[-+]", rest)[0] == version
 
 
 def _install(names: Sequence[str]) -> None:
-    if "torch" in names:
-        raise SaigaError("This image has no torch. In the notebook's settings choose the latest environment.")
-    wheels = [wheel for root in workspace.input_roots() for wheel in sorted(root.rglob("*.whl"))]
-    gpu = bool(workspace.gpus())
+    """Install pinned wheels, all or none, and never their dependencies, which might replace what the image has."""
+    replaced = [name for name in names if newer_needed(name)]
     for name in names:
-        arguments = pip_arguments(name, wheels, gpu=gpu)
-        origin = ", ".join(_places_of_wheels(name, wheels)) or "the registry"
-        print(f"Installing {arguments[-1]} from {origin} …", flush=True)
-        _pip(arguments)
+        if name not in PINS or (name in replaced and not PINS[name].get("pure")):
+            has = f"has {name} {installed_version(name)}, which is too old" if name in replaced else f"has no {name}"
+            raise SaigaError(f"This image {has}. In the notebook's settings choose the latest environment.")
+    wheels, gpu = own_wheels(), bool(workspace.gpus())
+    lines = [requirement(name, wheels, gpu=gpu) for name in names]
+    print(*(f"Installing {line.partition(' --hash')[0]} …" for line in lines), sep="\n", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "requirements.txt"
+        file.write_text("\n".join(lines), encoding="utf-8")
+        options = ["--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes", "--requirement", str(file)]
+        _pip(["install", *options], ", ".join(names))
     importlib.invalidate_caches()
     if absent := missing(names):
         raise SaigaError(f"pip reported success, but {', '.join(absent)} cannot be found. Restart the session.")
-    # In a child process: a broken wheel should fail here, before a model is loaded.
-    for module in [PINS[name][1] for name in names if name in PINS]:
+    modules = {name: PINS[name].get("module", name) for name in names}
+    for module in modules.values():  # in a child process: a broken wheel should fail here, before a model is loaded
         _run_python(["-c", f"import {module}"], f"{module} was installed but cannot be imported:")
+    if stale := [name for name in replaced if modules[name] in sys.modules]:
+        raise SaigaError(
+            f"{', '.join(stale)} was too old and has been replaced, but this session runs the old version. Restart it "
+            "and run the notebook again, or choose the latest environment in the notebook's settings."
+        )
 
 
 def installed_version(name: str) -> str | None:
@@ -168,11 +238,11 @@ def _old_torchao() -> str | None:
     return version if numbers and (int(numbers[1]), int(numbers[2])) < _OLDEST_TORCHAO else None
 
 
-def _pip(arguments: Sequence[str]) -> None:
+def _pip(arguments: Sequence[str], what: str) -> None:
     _run_python(
         ["-m", "pip", *arguments],
-        f"pip could not {arguments[0]} {arguments[-1]}. In the notebook's settings switch Internet on, "
-        "or attach a data set with its wheel. pip said:",
+        f"pip could not {arguments[0]} {what}. In the notebook's settings switch Internet on, or put the wheel files "
+        "into the data set that holds saigakit's own. pip said:",
     )
 
 

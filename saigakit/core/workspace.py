@@ -205,6 +205,8 @@ def visible_gpus(count: int) -> list[int]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return list(range(count))
+    if re.search("GPU-|MIG-", named):
+        raise SaigaError(f"CUDA_VISIBLE_DEVICES={named!r}: give the numbers of the GPUs in nvidia-smi, such as 0,1.")
     return [int(number) for number in named.split(",") if number.strip().isdigit()]
 
 

@@ -45,7 +45,8 @@ def compare(
     """
     require_count("max_examples", max_examples)
     spec = registry.find(model)
-    number_format = load.number_format(spec, workspace.gpus()[:1])
+    number_format = load.number_format(spec, gpus := workspace.gpus()[:1])
+    load.require_accelerator(spec, base_source, gpus)
     models = Models.of(model, run_dir, adapter, base_source)
     final = Path(run_dir) / STAGE
     identity: dict[str, Any] = {

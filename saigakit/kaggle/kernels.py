@@ -1,6 +1,5 @@
 """Push notebooks and data sets to Kaggle, watch the runs and fetch their results, with the kaggle command line."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -11,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from saigakit.core import manifest, workspace
+from saigakit.core import install, manifest, workspace
 from saigakit.core.files import replacing, require_absent
 from saigakit.errors import SaigaError
 
@@ -220,8 +219,8 @@ def _failure(reference: str, status: str, answer: str) -> str:
 
 def run_kaggle(*arguments: str, echo: bool = False) -> str:
     """Run the kaggle command line and return what it printed on both streams."""
-    if importlib.util.find_spec("kaggle") is None:
-        raise SaigaError("The kaggle command line is not installed: pip install 'saigakit[kaggle,run]'.")
+    if lacking := install.missing(["kaggle"]):
+        raise SaigaError(f"This needs {install.listed(lacking)}. Run: pip install 'saigakit[kaggle,run]'")
     # -m kaggle: its check of the program's name knows this form. -W: no warning about a newer version.
     command = [sys.executable, "-m", "kaggle", "-W", *arguments]
     lines = []

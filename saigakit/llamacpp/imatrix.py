@@ -216,7 +216,8 @@ def _require_layout() -> None:
         if (*found.ne[:2], *found.src[:2]) != (3, 5, weight, activation):
             raise SaigaError(
                 f"llama-cpp-python {llama_cpp.__version__} has an unknown tensor layout, which computing an importance "
-                f"matrix depends on. Install {install.PINS['llama-cpp-python'][0]}, or give a file as `importance`."
+                f"matrix depends on. Install {install.PINS['llama-cpp-python']['version']}, or give a file as "
+                "`importance`."
             )
     finally:
         ggml.ggml_free(context)

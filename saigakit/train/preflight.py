@@ -111,6 +111,7 @@ def resolve(config: TrainConfig, nodes: Nodes | None) -> Job:
     gpus = workspace.gpus()
     number_format = check_machine(config, gpus)
     gpus = gpus[: config.processes]
+    load.require_accelerator(config.spec, config.base_source, gpus)
     machines = 1 if nodes is None else nodes.count
     check_sharding(config, gpus, machines)
     job = Job.of(config, number_format, config.processes or len(gpus) or 1)

@@ -10,11 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from saigakit.core import workspace
+from saigakit.core import install, workspace
 from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
-from saigakit.registry import Lora, ModelSpec, Quantization
-from saigakit.weights import adapter, tensors
+from saigakit.registry import MODELS, Lora, ModelSpec, Quantization
+from saigakit.weights import adapter, find, tensors
+from saigakit.weights.model_shape import ModelShape
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 NumberFormat = Literal["float16", "bfloat16", "float32"]
 _WORTHWHILE_SPEEDUP = 1.2  # below it float32 products stay exact
+_LARGEST_ON_CPU_B = 1.0  # billions of parameters, on Kaggle's 4 cores
 _FIRST_BF16 = (8, 0)  # older GPUs emulate bfloat16 although torch reports it as supported
 
 
@@ -45,6 +47,22 @@ def number_format(spec: ModelSpec, gpus: Sequence[Gpu]) -> NumberFormat:
             "overflow float16 (NaN). Use a GPU of sm_80 or later, or another model, for example saiga_nemo_12b."
         )
     return "float16"
+
+
+def require_accelerator(spec: ModelSpec, base_source: str | None, gpus: Sequence[Gpu]) -> None:
+    """Raise SaigaError, before weights are downloaded, if GPUs do not work or Kaggle's CPU would get a large base."""
+    if gpus:
+        install.require_cuda(gpus)
+    elif workspace.on_kaggle():
+        size_b = spec.parameters_b
+        if spec.name not in MODELS:  # config.json comes with the tokenizer, without weights
+            shape = ModelShape.from_config(find.tokenizer_dir(spec, base_source))
+            size_b = (shape.linear_parameters + shape.embedding_parameters) / 1e9
+        if size_b > _LARGEST_ON_CPU_B:
+            raise SaigaError(
+                f"{spec.name} has {size_b:.1f} billion parameters, and this session has no GPU. In the notebook's "
+                "settings choose the accelerator GPU T4 x2."
+            )
 
 
 def base_model(

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import small_notebooks
 from click.testing import CliRunner
+from small_wheels import pretend_installed
 
 from saigakit import cli, export, infer, publish, train
 from saigakit.cli import chat, parameters, summary, terminal
@@ -514,6 +515,17 @@ def test_doctor_names_missing_packages_and_how_to_install_them(monkeypatch):
     shown = CliRunner().invoke(cli.main, ["doctor"]).output
     assert "run, demo: lack jupyter; pip install 'saigakit[run]'" in shown
     assert "02_train: lacks peft; pip install" in shown and "01_format: ready" in shown
+
+
+def test_doctor_names_versions_that_are_too_old(monkeypatch, tmp_path):
+    lines = ["jinja2>=3.1.6", 'kaggle>=2.2.5; extra == "kaggle"']
+    monkeypatch.setattr("saigakit.core.install.metadata.requires", {"saigakit": lines}.get)
+    for name, version in (("jinja2", "3.1.5"), ("kaggle", "2.2.4")):
+        pretend_installed(monkeypatch, tmp_path, name, version)
+    shown = CliRunner().invoke(cli.main, ["doctor"]).output
+    assert "01_format: lacks jinja2>=3.1.6 instead of 3.1.5; pip install saigakit\n" in shown
+    remedy = "pip install 'saigakit[kaggle]'"
+    assert f"push, watch, fetch: lack kaggle>=2.2.5 instead of 2.2.4; {remedy}\n" in shown
 
 
 def test_windows_runs_some_commands_and_refuses_the_others(tmp_path, monkeypatch):

@@ -3,24 +3,20 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
-import venv
-import zipfile
-from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path
 
 import import_graph
-import pip
 import pytest
 from packaging.requirements import Requirement
+from small_wheels import ROOT, install_saigakit, installed, pin, prepare, pretend_installed, unpack, wheel
 
 from saigakit.core import install
 from saigakit.errors import SaigaError
 
-ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -63,8 +59,26 @@ def test_running_from_sources_is_refused_with_the_command(monkeypatch):
 @pytest.mark.parametrize("name", install.PINS)
 def test_pyproject_allows_every_pinned_version(name):
     requirements = [declared(extra)[name] for extra in EXTRAS if name in declared(extra)]
-    assert requirements
-    assert all(requirement.specifier.contains(install.PINS[name][0]) for requirement in requirements)
+    assert requirements or name == "diskcache"
+    assert all(requirement.specifier.contains(install.PINS[name]["version"]) for requirement in requirements)
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("name", install.PINS)
+def test_every_pin_has_hashes(name, gpu):
+    line = install.requirement(name, [], gpu=gpu)
+    assert re.fullmatch(r"[a-z0-9-]+(==[\d.]+| @ https://\S+\.whl)( --hash=sha256:[0-9a-f]{64})+", line)
+    assert install.PINS[name]["version"] in line
+
+
+def test_every_package_that_kaggles_image_lacks_is_pinned():
+    """The image of August 2026 has the other packages of the stages, in versions that are new enough."""
+    assert set(install.PINS) == {"bitsandbytes", "diskcache", "gguf", "jinja2", "llama-cpp-python", "rensa"}
+
+
+def test_the_pins_are_part_of_the_package():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert "core/pins.toml" in patterns["package-data"]["saigakit"]
 
 
 def test_every_stage_on_kaggle_can_read_the_model_of_the_demo():
@@ -85,7 +99,7 @@ NOT_REACHED = {
 
 
 @pytest.mark.parametrize("stage", install.STAGES)
-def test_the_packages_of_a_stage_cover_the_imports_of_its_notebook(stage):
+def test_the_packages_of_a_stage_cover_the_imports_of_its_notebook(stage, monkeypatch):
     cells = json.loads((ROOT / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     modules, reached = {import_graph.name_of(file): file for file in import_graph.FILES}, set()
@@ -93,6 +107,12 @@ def test_the_packages_of_a_stage_cover_the_imports_of_its_notebook(stage):
     while further:
         reached |= further
         further = set().union(*(import_graph.imported(modules[name]) for name in further & {*modules})) - reached
+    lines = PROJECT["dependencies"] + [
+        f'{line}; extra == "{extra}"'
+        for extra in filter(None, EXTRAS)
+        for line in PROJECT["optional-dependencies"][extra]
+    ]
+    monkeypatch.setattr(install.metadata, "requires", {"saigakit": lines}.get)
     needed, found = set(install.needs(stage, kaggle=False)), metadata.packages_distributions()
     for name in reached & {*modules}:
         packages = import_graph.packages(modules[name]) - NOT_REACHED.get(name, set())
@@ -100,51 +120,39 @@ def test_the_packages_of_a_stage_cover_the_imports_of_its_notebook(stage):
         assert not lacking, f"{name} imports {lacking}"
 
 
+@pytest.mark.parametrize(("name", "unsafe"), [("jinja2", "3.1.5"), ("kaggle", "2.2.4")])
+def test_versions_with_a_known_hole_are_below_the_lower_bound(name, unsafe):
+    bounds = (declared("") | declared("kaggle"))[name].specifier
+    assert not bounds.contains(unsafe)
+
+
+@pytest.mark.parametrize(
+    ("version", "needed"),
+    [("3.1.5", "3.1.6"), ("3.1.6", None), ("3.2.0a0+vendor1", None), ("5.0", None), ("3.1", "3.1.6")],
+)
+def test_a_version_below_the_lower_bound_is_too_old_and_one_above_the_upper_is_not(
+    version, needed, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(install.metadata, "requires", {"saigakit": ["Jinja2>=3.0", "jinja2<4,>=3.1.6"]}.get)
+    pretend_installed(monkeypatch, tmp_path, "jinja2", version)
+    assert install.newer_needed("jinja2") == needed
+    assert install.missing(["jinja2", "nothing"]) == (["jinja2", "nothing"] if needed else ["nothing"])
+
+
+def test_at_home_a_version_that_is_too_old_is_reported_with_the_one_that_is_needed(machine, tmp_path):
+    unpack(machine, wheel(tmp_path / "image", "jinja2", "3.1.5"))
+    install_saigakit(machine, tmp_path / "wheels", {"": ["jinja2>=3.1.6", "gguf"]})
+    result = prepare(machine, "01_format", inputs=tmp_path / "input", kaggle=False)
+    assert result.stderr.endswith(
+        "SaigaError: 01_format needs jinja2>=3.1.6 instead of 3.1.5, gguf, not installed here. "
+        "Run: pip install saigakit\n"
+    )
+
+
 def test_no_package_is_listed_twice():
     for stage in install.STAGES:
         names = install.needs(stage, kaggle=True)
         assert len(names) == len(set(names))
-
-
-def test_bitsandbytes_is_pinned_and_installed_without_dependencies():
-    arguments = install.pip_arguments("bitsandbytes", [], gpu=True)
-    assert arguments == ["install", "--quiet", "--no-deps", "--only-binary=:all:", "bitsandbytes==0.50.2"]
-
-
-@pytest.mark.parametrize(("gpu", "index"), [(True, "cu125"), (False, "cpu")])
-def test_llama_cpp_is_installed_from_the_index_for_cpu_or_gpu(gpu, index):
-    arguments = install.pip_arguments("llama-cpp-python", [], gpu=gpu)
-    place = arguments[arguments.index("--index-url") + 1]
-    assert place == f"https://abetlen.github.io/llama-cpp-python/whl/{index}"
-    assert arguments[-1] == "llama-cpp-python==0.3.35"
-    assert "--only-binary=:all:" in arguments
-
-
-def test_attached_wheels_are_used_without_the_registry():
-    wheels = [
-        Path("/kaggle/input/datasets/me/wheels/llama_cpp_python-0.3.35-py3-none-manylinux_2_35_x86_64.whl"),
-        Path("/kaggle/input/b/gguf-0.19.0-py3-none-any.whl"),
-    ]
-    arguments = install.pip_arguments("llama-cpp-python", wheels, gpu=True)
-    assert arguments[4:] == [
-        "--no-index",
-        "--find-links",
-        "/kaggle/input/datasets/me/wheels",
-        "llama-cpp-python==0.3.35",
-    ]
-
-
-def test_an_attached_wheel_of_another_version_is_not_used():
-    arguments = install.pip_arguments("gguf", [Path("/in/gguf-0.17.1-py3-none-any.whl")], gpu=False)
-    assert "--no-index" not in arguments
-    assert arguments[-1] == "gguf==0.19.0"
-
-
-def test_a_local_version_label_of_an_attached_wheel_does_not_matter():
-    arguments = install.pip_arguments(
-        "bitsandbytes", [Path("/in/bitsandbytes-0.50.2+cu128-py3-none-any.whl")], gpu=True
-    )
-    assert arguments[4:7] == ["--no-index", "--find-links", "/in"]
 
 
 @pytest.mark.parametrize(
@@ -220,150 +228,82 @@ def test_an_unknown_stage_is_refused_with_all_stage_names():
         install.prepare("02_trian")
 
 
-@pytest.fixture
-def machine(tmp_path) -> Path:
-    """The interpreter of a fresh environment that has only pip."""
-    venv.create(tmp_path / "python", symlinks=True)
-    packages = Path(
-        subprocess.check_output(
-            [tmp_path / "python" / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            text=True,
-        ).strip()
-    )
-    (packages / "pip").symlink_to(Path(pip.__file__).parent, target_is_directory=True)
-    return tmp_path / "python" / "bin" / "python"
-
-
-def wheel(directory: Path, name: str, version: str, *, requires: str = "", source: str = "") -> Path:
-    """A real wheel with one module."""
-    directory.mkdir(parents=True, exist_ok=True)
-    module = {"llama-cpp-python": "llama_cpp"}.get(name, name.replace("-", "_"))
-    escaped = name.replace("-", "_")
-    info = f"{escaped}-{version}.dist-info"
-    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-    files = {
-        f"{module}/__init__.py": source,
-        f"{info}/METADATA": metadata + (f"Requires-Dist: {requires}\n" if requires else ""),
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    files[f"{info}/RECORD"] = "".join(f"{file},,\n" for file in [*files, f"{info}/RECORD"])
-    made = directory / f"{escaped}-{version}-py3-none-any.whl"
-    with zipfile.ZipFile(made, "w") as archive:
-        for file, text in files.items():
-            archive.writestr(file, text)
-    return made
-
-
-def install_wheels(machine: Path, *wheels: Path) -> None:
-    subprocess.run([machine, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", *wheels], check=True)
-
-
-def installed(machine: Path) -> dict[str, str]:
-    rows = json.loads(subprocess.check_output([machine, "-m", "pip", "list", "--format", "json"], text=True))
-    return {row["name"]: row["version"] for row in rows if row["name"] != "pip"}
-
-
-def prepare(
-    machine: Path, stage: str, *, inputs: Path, kaggle: bool = True, extras: Mapping[str, list[str]], **table
-) -> subprocess.CompletedProcess:
-    """Run prepare(stage) in that environment, without a registry and with only the packages of `extras`.
-
-    `table` replaces attributes of the module.
-    """
-    code = "import sys, json; from saigakit.core import install\n"
-    code += "for name, value in json.loads(sys.argv[2]).items(): setattr(install, name, value)\n"
-    code += "install.metadata.requires = lambda _: json.loads(sys.argv[3])\n"
-    code += "install.prepare(sys.argv[1])"
-    requirements = [f'{name}; extra == "{extra}"' for extra, names in extras.items() for name in names]
-    environment = {
-        "PATH": os.environ["PATH"],
-        "PYTHONPATH": str(ROOT),
-        "PIP_NO_INDEX": "1",
-        "SAIGAKIT_INPUT_ROOT": str(inputs),
-        **({"KAGGLE_KERNEL_RUN_TYPE": "Batch"} if kaggle else {}),
-    }
-    return subprocess.run(
-        [machine, "-c", code, stage, json.dumps(table), json.dumps(requirements)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_on_kaggle_missing_packages_come_from_attached_wheels_and_torch_stays(machine, tmp_path):
     """The wheel requires another torch, which is attached too: a plain `pip install` would replace torch."""
-    install_wheels(machine, wheel(tmp_path / "image", "torch", "2.10.0"))
-    wheel(tmp_path / "input" / "wheels", "bitsandbytes", "0.50.2", requires="torch>=3")
-    wheel(tmp_path / "input" / "wheels", "torch", "3.0")
-    result = prepare(
-        machine,
-        "02_train",
-        inputs=tmp_path / "input",
-        extras={"train": ["torch", "bitsandbytes"]},
-        _ON_KAGGLE=[],
-    )
+    unpack(machine, wheel(tmp_path / "image", "torch", "2.10.0"))
+    own = tmp_path / "input" / "wheels"
+    install_saigakit(machine, own, {"train": ["torch", "bitsandbytes"]})
+    attached = wheel(own, "bitsandbytes", "0.50.2", requires=["torch>=3"])
+    wheel(own, "torch", "3.0")
+    pins = {"bitsandbytes": pin(attached)}
+    result = prepare(machine, "02_train", inputs=tmp_path / "input", _ON_KAGGLE=[], PINS=pins)
     assert result.returncode == 0, result.stderr
     assert installed(machine) == {"bitsandbytes": "0.50.2", "torch": "2.10.0"}
-    assert result.stdout == f"Installing bitsandbytes==0.50.2 from {tmp_path / 'input' / 'wheels'} …\n"
+    assert result.stdout == f"Installing bitsandbytes @ {attached.as_uri()} …\n"
 
 
 def test_on_kaggle_pip_is_not_called_when_nothing_is_missing(machine, tmp_path):
-    install_wheels(machine, wheel(tmp_path / "image", "gguf", "0.17.0"))
-    result = prepare(machine, "01_format", inputs=tmp_path / "input", extras={})
+    unpack(machine, wheel(tmp_path / "image", "gguf", "0.17.0"))
+    install_saigakit(machine, tmp_path / "input" / "wheels")
+    result = prepare(machine, "01_format", inputs=tmp_path / "input")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert installed(machine) == {"gguf": "0.17.0"}
 
 
 def test_an_old_torchao_is_removed_and_reported_in_stages_with_peft(machine, tmp_path):
-    install_wheels(machine, wheel(tmp_path / "image", "torchao", "0.10.0"))
-    empty = {"extras": {}, "_ON_KAGGLE": []}
+    unpack(machine, wheel(tmp_path / "image", "torchao", "0.10.0"))
+    install_saigakit(machine, tmp_path / "input" / "wheels")
     for stage in ("01_format", "03_merge_gguf"):
-        assert prepare(machine, stage, inputs=tmp_path / "input", **empty).stdout == ""
+        assert prepare(machine, stage, inputs=tmp_path / "input", _ON_KAGGLE=[]).stdout == ""
     assert installed(machine) == {"torchao": "0.10.0"}
-    assert prepare(machine, "04_infer", inputs=tmp_path / "input", **empty).stdout.startswith("Removing torchao 0.10.0")
+    result = prepare(machine, "04_infer", inputs=tmp_path / "input", _ON_KAGGLE=[])
+    assert result.stdout.startswith("Removing torchao 0.10.0")
     assert installed(machine) == {}
 
 
 def test_a_torchao_that_peft_accepts_stays(machine, tmp_path):
-    install_wheels(machine, wheel(tmp_path / "image", "torchao", "0.16.0"))
-    result = prepare(machine, "02_train", inputs=tmp_path / "input", extras={}, _ON_KAGGLE=[])
+    unpack(machine, wheel(tmp_path / "image", "torchao", "0.16.0"))
+    install_saigakit(machine, tmp_path / "input" / "wheels")
+    result = prepare(machine, "02_train", inputs=tmp_path / "input", _ON_KAGGLE=[])
     assert (result.returncode, result.stdout) == (0, "")
     assert installed(machine) == {"torchao": "0.16.0"}
 
 
 def test_a_failure_of_pip_is_reported_with_a_remedy_and_its_last_lines(machine, tmp_path):
-    result = prepare(machine, "01_format", inputs=tmp_path / "input", extras={})
+    install_saigakit(machine, tmp_path / "input" / "wheels")
+    result = prepare(machine, "01_format", inputs=tmp_path / "input")
     last = result.stderr.partition("SaigaError: ")[2]
-    assert last.startswith("pip could not install gguf==0.19.0. In the notebook's settings switch Internet on")
+    assert last.startswith("pip could not install gguf. In the notebook's settings switch Internet on")
     assert "No matching distribution found for gguf==0.19.0" in last
 
 
 def test_a_wheel_that_cannot_be_imported_is_refused(machine, tmp_path):
-    wheel(tmp_path / "input", "llama-cpp-python", "0.3.35", source="raise OSError('libcudart.so.12')")
-    wheel(tmp_path / "input", "diskcache", "5.6.3")
-    result = prepare(
-        machine,
-        "04_infer",
-        inputs=tmp_path / "input",
-        _ON_KAGGLE=[],
-        extras={"infer": ["llama-cpp-python"]},
-    )
+    own = tmp_path / "input" / "wheels"
+    install_saigakit(machine, own, {"infer": ["llama-cpp-python"]})
+    broken = wheel(own, "llama-cpp-python", "0.3.35", source="raise OSError('libcudart.so.12')")
+    pins = {
+        "llama-cpp-python": {"version": "0.3.35", "module": "llama_cpp", "cpu": pin(broken)},
+        "diskcache": pin(wheel(own, "diskcache", "5.6.3")),
+    }
+    result = prepare(machine, "04_infer", inputs=tmp_path / "input", _ON_KAGGLE=[], PINS=pins)
     assert "llama_cpp was installed but cannot be imported" in result.stderr
     assert "libcudart.so.12" in result.stderr
 
 
 def test_an_image_without_torch_is_refused_before_anything_is_installed(machine, tmp_path):
-    wheel(tmp_path / "input", "bitsandbytes", "0.50.2")
-    result = prepare(machine, "02_train", inputs=tmp_path / "input", extras={"train": ["bitsandbytes", "torch"]})
-    assert "This image has no torch" in result.stderr
+    own = tmp_path / "input" / "wheels"
+    install_saigakit(machine, own, {"train": ["bitsandbytes", "torch"]})
+    pins = {"bitsandbytes": pin(wheel(own, "bitsandbytes", "0.50.2"))}
+    result = prepare(machine, "02_train", inputs=tmp_path / "input", _ON_KAGGLE=[], PINS=pins)
+    assert "This image has no torch. In the notebook's settings choose the latest environment" in result.stderr
     assert installed(machine) == {}
 
 
 def test_at_home_nothing_is_installed_and_the_command_is_reported(machine, tmp_path):
-    wheel(tmp_path / "input", "bitsandbytes", "0.50.2")
-    table = {"extras": {"train": ["bitsandbytes"]}}
-    result = prepare(machine, "02_train", inputs=tmp_path / "input", kaggle=False, **table)
+    own = tmp_path / "input" / "wheels"
+    install_saigakit(machine, own, {"train": ["bitsandbytes"]})
+    wheel(own, "bitsandbytes", "0.50.2")
+    result = prepare(machine, "02_train", inputs=tmp_path / "input", kaggle=False)
     assert result.stderr.endswith(
         'SaigaError: 02_train needs bitsandbytes, not installed here. Run: pip install "saigakit[train]"\n'
     )
@@ -371,8 +311,9 @@ def test_at_home_nothing_is_installed_and_the_command_is_reported(machine, tmp_p
 
 
 def test_at_home_an_old_torchao_is_reported_and_left_alone(machine, tmp_path):
-    install_wheels(machine, wheel(tmp_path / "image", "torchao", "0.10.0"))
-    result = prepare(machine, "02_train", inputs=tmp_path / "input", kaggle=False, extras={})
+    unpack(machine, wheel(tmp_path / "image", "torchao", "0.10.0"))
+    install_saigakit(machine, tmp_path / "input" / "wheels")
+    result = prepare(machine, "02_train", inputs=tmp_path / "input", kaggle=False)
     assert "Run: pip uninstall torchao" in result.stderr
     assert installed(machine) == {"torchao": "0.10.0"}
 

@@ -228,6 +228,15 @@ def test_only_visible_gpus_count(tmp_path, monkeypatch, visible, free):
     assert [gpu.free // 1024**2 for gpu in workspace.gpus()] == free
 
 
+@pytest.mark.parametrize("named", ["GPU-5ed2a0f4-8b0c", "0,MIG-1f2e3d4c"])
+def test_gpus_named_by_uuid_are_refused_instead_of_ignored(tmp_path, monkeypatch, named):
+    nvidia_smi(tmp_path, "Tesla T4, 7.5, 15360, 15101\\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    with pytest.raises(SaigaError, match=rf"CUDA_VISIBLE_DEVICES='{named}': give the numbers"):
+        workspace.gpus()
+
+
 def test_a_driver_without_a_gpu_means_no_gpu(tmp_path, monkeypatch):
     nvidia_smi(tmp_path, "No devices were found", code=6)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)

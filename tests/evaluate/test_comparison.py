@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from saigakit import evaluate, export, registry
-from saigakit.core import manifest, workspace
+from saigakit.core import install, manifest, workspace
 from saigakit.core.files import sha256
 from saigakit.data.conversations import spread
 from saigakit.errors import SaigaError
@@ -242,7 +242,15 @@ def test_too_little_memory_is_reported_before_anything_is_loaded(copied, monkeyp
     assert not (copied / "04_infer").exists()
 
 
+def test_a_gpu_that_torch_cannot_use_is_refused_before_anything_is_downloaded(stub_gpus, monkeypatch, tmp_path):
+    stub_gpus("Tesla T4")
+    monkeypatch.setattr(find, "base_dir", lambda *_: pytest.fail("a model was looked for"))
+    with pytest.raises(SaigaError, match=r"nvidia-smi lists Tesla T4, but torch cannot compute there\."):
+        evaluate.compare(model="saiga2_7b", run_dir=tmp_path)
+
+
 def test_with_a_gpu_its_memory_is_checked(copied, monkeypatch):
+    monkeypatch.setattr(install, "require_cuda", lambda _: None)
     monkeypatch.setattr(workspace, "gpus", lambda: [workspace.Gpu("Tesla T4", (7, 5), 16 * 10**9, 5 * 10**8)])
     with pytest.raises(SaigaError, match=r"1\.0 GB of memory on Tesla T4, and 0\.5 GB of 16\.0 GB are free"):
         evaluate.compare(model="saiga_tiny", run_dir=copied, adapter="released")

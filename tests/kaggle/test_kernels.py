@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from kaggle_stub import DATASETS, KERNELS, UPLOAD, KaggleStub
+from small_wheels import pretend_installed
 
 from saigakit import cli
-from saigakit.core import manifest
+from saigakit.core import install, manifest
 from saigakit.errors import SaigaError
 from saigakit.kaggle import kernels
 
@@ -259,6 +260,19 @@ def test_saigakit_push_starts_a_notebook_with_its_parameters(kaggle):
 def test_files_that_cannot_be_pushed_are_refused_before_anything_is_sent(kaggle, name, message):
     ended = CliRunner().invoke(cli.main, ["push", name, "dist/none.whl"])
     assert ended.exit_code == 1 and message in ended.output and "none.whl" in ended.output
+    assert kaggle.calls == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["push", "02_train"], ["push", "example-data"], ["watch", "me/x"], ["fetch", "me/x", "out"]]
+)
+def test_a_kaggle_command_that_is_too_old_is_never_called(kaggle, tmp_path, monkeypatch, arguments):
+    """2.2.4 would write a file of an output that is called ../name outside the directory."""
+    monkeypatch.setattr(install.metadata, "requires", {"saigakit": ['kaggle>=2.2.5; extra == "kaggle"']}.get)
+    pretend_installed(monkeypatch, tmp_path, "kaggle", "2.2.4")
+    ended = CliRunner().invoke(cli.main, arguments)
+    needed = "kaggle>=2.2.5 instead of 2.2.4. Run: pip install 'saigakit[kaggle,run]'"
+    assert (ended.exit_code, ended.output) == (1, f"error: This needs {needed}\n")
     assert kaggle.calls == []
 
 

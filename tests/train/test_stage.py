@@ -14,7 +14,7 @@ from small_trainings import config_for, mean_loss
 
 from saigakit import data, registry, train
 from saigakit.config import TrainConfig
-from saigakit.core import launch, manifest, workspace
+from saigakit.core import install, launch, manifest, workspace
 from saigakit.core.files import sha256
 from saigakit.core.workspace import Gpu
 from saigakit.data.conversations import common_system_prompt, spread
@@ -141,6 +141,7 @@ def test_refuses_too_little_memory_and_reports_both_numbers(records, tmp_path, m
 
 
 def test_refuses_a_small_gpu_and_reports_both_numbers(records, tmp_path, monkeypatch):
+    monkeypatch.setattr(install, "require_cuda", lambda _: None)
     monkeypatch.setattr(workspace, "gpus", lambda: [Gpu("Tesla T4", (7, 5), 16 * 10**9, 1_000_000)])
     refused_before_a_child_starts(monkeypatch, config_for(records, tmp_path), r"on Tesla T4, .*of 16\.0 GB are free")
 
