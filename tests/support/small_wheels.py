@@ -56,6 +56,9 @@ def new_python(directory: Path) -> Path:
     import pip
 
     venv.create(directory, symlinks=True)
+    # Not the repository itself, where an editable installation leaves its metadata.
+    (directory / "modules").mkdir()
+    (directory / "modules" / "saigakit").symlink_to(ROOT / "saigakit", target_is_directory=True)
     python = directory / "bin" / "python"
     for package in (pip, packaging):
         target = _site_packages(python) / package.__name__
@@ -121,12 +124,11 @@ def prepare(
     code += "install.prepare(sys.argv[1])"
     environment = {
         "PATH": os.environ["PATH"],
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(python.parents[1] / "modules"),
         "PIP_NO_INDEX": "1",
         "SAIGAKIT_INPUT_ROOT": str(inputs),
         **({"PIP_FIND_LINKS": str(registry)} if registry else {}),
         **({"KAGGLE_KERNEL_RUN_TYPE": "Batch"} if kaggle else {}),
     }
-    return subprocess.run(
-        [python, "-c", code, stage, json.dumps(table)], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [python, "-P", "-c", code, stage, json.dumps(table)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
