@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saigakit import infer
+from saigakit.core.display import printable
 from saigakit.errors import SaigaError
 from saigakit.prompt.template import Message
 from saigakit.registry import Sampling
@@ -32,7 +33,7 @@ def talk(
     """
     with closing(infer.load(gguf_file, n_ctx=n_ctx, cache_type=cache_type)) as llm:
         if system is None and (system := llm.metadata.get(lineage.SYSTEM_PROMPT_KEY)):
-            print(f"system: {system}", file=sys.stderr, flush=True)
+            print(f"system: {printable(system)}", file=sys.stderr, flush=True)
         beginning: list[Message] = [{"role": "system", "content": system}] if system else []
         sampling = Sampling.from_gguf(llm.metadata)
         if temperature is not None:
@@ -50,7 +51,7 @@ def _ask(
     try:
         answer = _stream_answer(llm, [*beginning, *history, asked], sampling)
     except SaigaError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         if not history:
             return []
         print("Starting a new conversation with this question.", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from saigakit.core import manifest, workspace
+from saigakit.core.display import Every, printable
 from saigakit.core.files import write_text
 from saigakit.errors import DataError, SaigaError
 
@@ -154,7 +155,7 @@ class Screen:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._in_line = False
+        self._in_line, self._is_due = False, Every()
         self.begin("")
 
     def __enter__(self) -> Self:
@@ -169,7 +170,9 @@ class Screen:
         self._stage, self._start, self._last_output = stage, time.monotonic(), time.monotonic()
 
     def write(self, text: str) -> None:
-        """Print output of the notebook, which may end within a line."""
+        """Print output of the notebook, which may end within a line; of a progress bar, a line now and then."""
+        if text.startswith("\r") and not text.endswith("\n") and not self._is_due():
+            return
         with self._lock:
             self._print(text, sys.stdout)
 
@@ -182,7 +185,7 @@ class Screen:
             self._print(f"\n{line}\n" if self._in_line else f"{line}\n", stream or sys.stdout)
 
     def _print(self, text: str, stream: TextIO) -> None:
-        stream.write(text)
+        stream.write(text := printable(text))
         stream.flush()
         self._in_line, self._last_output = not text.endswith("\n"), time.monotonic()
 

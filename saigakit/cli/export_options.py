@@ -1,5 +1,6 @@
 """Run `saigakit export`: GGUF files with their companion files, a LoRA GGUF or a merged model."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from saigakit import registry
 from saigakit.core import manifest
 from saigakit.core.files import require_absent
 from saigakit.errors import SaigaError
-from saigakit.export import calibration, gguf_export, model_card, other_formats
+from saigakit.export import calibration, gguf_export, model_card, modelfile, other_formats
 from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp import quantization
 
@@ -35,7 +36,7 @@ def export(*, file_format: str, adapters: Sequence[str], **options: Any) -> list
     if len(weighted) != 1 or weighted[0][1] != 1:
         raise SaigaError("--format lora takes one --adapter, without a weight.")
     made = other_formats.to_lora_gguf(adapter=weighted[0][0], **given)
-    return [f"adapter: {_with_size(made)}; use it in llama.cpp with a GGUF of the base and --lora {made}"]
+    return [f"adapter: {_with_size(made)}; in llama.cpp, with a GGUF of the base: --lora {shlex.quote(str(made))}"]
 
 
 def _export_gguf(
@@ -44,6 +45,7 @@ def _export_gguf(
     output = Path(given["output"])
     if output.suffix != ".gguf":
         raise SaigaError(f"--output {output}: the name of a GGUF file ends with .gguf.")
+    modelfile.require_name(output.name)
     for each in quant_types:
         quantization.require_known(each)
     prefix = f"{output.stem}."
@@ -72,7 +74,7 @@ def _export_gguf(
     written = model_card.write_companions(files, spec=spec, inputs=inputs, prefix=prefix, completes=completes)
     lines = [f"model: {_with_size(file)}" for file in files.values()]
     also = ", ".join(file.name for file in [*written, manifest.path_for(output)])
-    return [*lines, f"also:  {also}", f"talk:  saigakit chat {output}"]
+    return [*lines, f"also:  {also}", f"talk:  saigakit chat {shlex.quote(str(output))}"]
 
 
 def _plan(adapter: str | _Weighted | None, given: dict[str, Any]) -> MergePlan:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -61,7 +62,7 @@ def run(parameters: Mapping[str, Any], run_dir: str | Path, *, notebooks_dir: st
         write_text(run_dir / results.FILE, (run_dir / evaluate.STAGE / results.FILE).read_text("utf-8"))
     gguf_file = run_dir / export.STAGE / "model.gguf"
     print(f"\n{results.show_table(results.read(run_dir / evaluate.STAGE))}\n")
-    print(f"report: {report}\nmodel:  {gguf_file}\ntalk:   saigakit chat {gguf_file}", flush=True)
+    print(f"report: {report}\nmodel:  {gguf_file}\ntalk:   saigakit chat {shlex.quote(str(gguf_file))}", flush=True)
     return report
 
 

@@ -1,13 +1,28 @@
-"""Print user errors on one line and exit with status 1."""
+"""Keep control characters from the terminal, print user errors on one line and exit with status 1."""
 
+import contextlib
+import io
 import os
+import sys
 from typing import Any
 
 import click
 
+from saigakit.core.display import printable
 from saigakit.errors import SaigaError
 
 _ON_WINDOWS = ("chat", "fetch", "publish", "push", "watch")
+
+
+class _Terminal(io.TextIOWrapper):
+    """Standard output without the control characters of files, models and other machines."""
+
+    def __init__(self) -> None:
+        stream = os.fdopen(sys.stdout.fileno(), "wb", closefd=False)
+        super().__init__(stream, sys.stdout.encoding, sys.stdout.errors, line_buffering=True)
+
+    def write(self, text: str) -> int:
+        return super().write(printable(text))
 
 
 class Group(click.Group):
@@ -21,7 +36,9 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            return super().invoke(ctx)
+            # A file or a pipe gets the exact text, such as an answer.
+            with contextlib.redirect_stdout(_Terminal()) if sys.stdout.isatty() else contextlib.nullcontext():
+                return super().invoke(ctx)
         except BrokenPipeError:
             raise  # `saigakit … | head`: click exits with 1 and prints nothing
         except (SaigaError, OSError) as error:
@@ -32,5 +49,5 @@ class Group(click.Group):
             message = f"{error.name} is not installed. Run: pip install 'saigakit[all]'"
         except KeyboardInterrupt:
             ctx.exit(130)  # as a shell reports Ctrl-C
-        click.echo(f"error: {message}", err=True)
+        click.echo(f"error: {printable(message)}", err=True)
         return ctx.exit(1)

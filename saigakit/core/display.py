@@ -1,11 +1,21 @@
 """Show tables and progress lines in a terminal and in a notebook."""
 
 import html
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from saigakit.errors import masked
+
 EVERY_S = 10  # seconds between progress lines
+# Colours and cursor movements, and every other control character, what reorders a line, and unpaired surrogates.
+_CONTROLS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """What a terminal can show without obeying it, and without secrets; a carriage return ends a line."""
+    return _CONTROLS.sub("", re.sub(r"\r\n?", "\n", masked(text)))
 
 
 def count(number: int, noun: str) -> str:
@@ -59,12 +69,10 @@ class Table:
     note: str = ""
 
     def __str__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
-        lines = [
-            "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
-            for cells in (self.header, *self.rows)
-        ]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], self.note]).rstrip()
+        rows = [[*map(printable, cells)] for cells in (self.header, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in rows]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], printable(self.note)]).rstrip()
 
     __repr__ = __str__  # a notebook stores it next to the HTML
 

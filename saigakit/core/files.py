@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from saigakit.errors import SaigaError
 
@@ -18,6 +18,16 @@ def sha256(file: Path) -> str:
 
 def sha256_of_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The path of a file that another file or machine names. Raises SaigaError if it leads out of `directory`."""
+    path = PureWindowsPath(name)  # which knows "/" and drives too
+    if path.anchor or ".." in path.parts or not path.parts or "\0" in name:
+        raise SaigaError(
+            f"{name!r} is outside {directory} or no name of a file; nothing was read. Check where it is from."
+        )
+    return directory / name
 
 
 def require_absent(path: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from saigakit.core import workspace
+from saigakit.core.display import printable
 from saigakit.errors import SaigaError
 
 HEARTBEAT_S = 20  # silence after which a line says that the child still runs; later a fiftieth of its run time
@@ -147,7 +148,7 @@ class _Output:
             if line is None:
                 return
             self.last.append(line)
-            print(line, end="", flush=True)
+            print(printable(line), end="", flush=True)
 
 
 def _sigterm_raises() -> contextlib.AbstractContextManager[None]:

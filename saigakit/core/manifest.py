@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from saigakit.core import install
-from saigakit.core.files import discard_partial, put_in_place, sha256, write_text
+from saigakit.core.files import discard_partial, inside, put_in_place, sha256, write_text
 from saigakit.errors import SaigaError
 
 NAME = "saigakit.json"
@@ -73,7 +73,7 @@ def require_stage(directory: Path, stage: str, *, model: str | None = None) -> M
             f"{directory} was made for model={made_for!r}, but this run has model={model!r}. "
             "Use one model in all four notebooks, or another run_dir."
         )
-    if missing := [name for name in content["outputs"] if not (directory / name).is_file()]:
+    if missing := [name for name in content["outputs"] if not inside(directory, name).is_file()]:
         raise SaigaError(f"{directory} lost {', '.join(missing)}; run {stage} again.")
     return content
 
@@ -128,7 +128,7 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def changed(directory: Path, content: Manifest) -> list[str]:
     """Names of the outputs that are missing or whose hash has changed."""
-    files = {name: directory / name for name in content["outputs"]}
+    files = {name: inside(directory, name) for name in content["outputs"]}
     return [name for name, file in files.items() if not file.is_file() or sha256(file) != content["outputs"][name]]
 
 

@@ -1,6 +1,7 @@
 """Build the model cards of adapters and GGUF files in Markdown, with the metadata that the Hub reads."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class Card:
         if self.system_prompt:
             prompt.append(f"System prompt: {code(self.system_prompt)}")
         parts = [
-            f"---\n{metadata(self.spec, self.library, self.tags, self.relation)}\n---\n# {self.title}",
+            f"---\n{metadata(self.spec, self.library, self.tags, self.relation)}\n---\n# {plain(self.title)}",
             f"{english} The licence of the base model ({licence or 'see its page'}) applies.",
             f"{russian} Всё измерено автором, независимой проверки не было. Модель может ошибаться. Действует лицензия "
             f"базовой модели: {licence or 'см. её страницу'}.",
@@ -67,19 +68,30 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def of_table(shown: Table) -> str:
-    return f"{table(shown.header, shown.rows)}\n\n{shown.note}\n"
+    return f"{table(map(plain, shown.header), (map(plain, row) for row in shown.rows))}\n\n{plain(shown.note)}\n"
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return re.sub(r"\\*\|", r"\\|", " ".join(text.split()))  # a backslash before it would cancel the escape
+
+
+def plain(text: str) -> str:
+    """One line in which nothing is Markdown or HTML."""
+    return re.sub(r"([\\`*\[\]<>&])", r"\\\1", " ".join(text.split()))
 
 
 def code(text: str) -> str:
-    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
+    line, fence = " ".join(text.split()), _fence(text, 1)
+    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"
 
 
 def block(text: str, language: str = "") -> str:
-    return f"```{language}\n{text.replace('```', '` ` `').rstrip()}\n```"
+    return f"{(fence := _fence(text, 3))}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    """More backticks than `text` has in a row."""
+    return "`" * max(least, *(len(found) + 1 for found in re.findall("`+|$", text)))
 
 
 def linked(name: str) -> str:

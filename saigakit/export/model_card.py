@@ -108,8 +108,8 @@ def _files_table(files: Mapping[str, Path], model: fit.ModelFiles) -> str:
     n_ctx = model.least_context
     rows = []
     for quant_type, file in files.items():
-        resident = model.needs(quant_type, n_ctx)["f16"].resident
-        rows.append((file.name, quant_type, f"{model.files[quant_type] / 1e9:.3f} GB", f"{resident / GIB:.2f} GiB"))
+        resident, size = model.needs(quant_type, n_ctx)["f16"].resident / GIB, model.files[quant_type] / 1e9
+        rows.append((markdown.code(file.name), quant_type, f"{size:.3f} GB", f"{resident:.2f} GiB"))
     return markdown.table(("file", "type", "size", f"memory with {n_ctx} tokens of context, KV f16"), rows)
 
 

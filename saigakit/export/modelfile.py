@@ -1,8 +1,10 @@
 """Write what other programs need to run a GGUF: Ollama's Modelfile, the llama-server command, Python code."""
 
 import json
+import shlex
 from dataclasses import dataclass
 
+from saigakit.errors import SaigaError
 from saigakit.export.fit import Choice
 from saigakit.registry import Sampling
 
@@ -13,7 +15,7 @@ OLLAMA_VERSION = "0.30.11"
 _CACHE_RAM = 8192  # MiB of RAM that llama-server takes for earlier conversations by default
 _PYTHON = """from llama_cpp import {imported}
 
-llm = Llama("{name}", n_ctx={n_ctx}, flash_attn=True{cache})
+llm = Llama({name}, n_ctx={n_ctx}, flash_attn=True{cache})
 messages = {messages}
 answer = llm.create_chat_completion(
     messages, temperature={temperature:g}, top_p={top_p:g}, top_k={top_k}, min_p=0.0, repeat_penalty={penalty:g}
@@ -33,6 +35,7 @@ class RunSettings:
 
     def modelfile(self) -> str:
         """Ollama records REQUIRES without checking it, so a comment names the version too."""
+        require_name(self.name)
         notes = [
             f"Needs Ollama {OLLAMA_VERSION} or later.",
             f"Next to {self.name}: ollama create NAME -f Modelfile; then ollama run NAME",
@@ -66,7 +69,7 @@ class RunSettings:
     def llama_server(self) -> str:
         """The command that serves the model with the template in the GGUF and the sampling of saigakit."""
         choice, sampling = self.choice, self.sampling
-        words = [f"llama-server -m {self.name} -c {choice.n_ctx} --jinja"]
+        words = [f"llama-server -m {shlex.quote(self.name)} -c {choice.n_ctx} --jinja"]
         words += [f"--temp {sampling.temperature:g} --top-p {sampling.top_p:g} --top-k {sampling.top_k} --min-p 0"]
         words += [f"--repeat-penalty {sampling.repeat_penalty:g}"]
         if choice.cache_type != "f16":
@@ -80,7 +83,7 @@ class RunSettings:
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         is_f16 = self.choice.cache_type == "f16"
         return _PYTHON.format(
-            name=self.name,
+            name=json.dumps(self.name, ensure_ascii=False),
             imported="Llama" if is_f16 else "GGML_TYPE_Q8_0, Llama",
             cache="" if is_f16 else ", type_k=GGML_TYPE_Q8_0, type_v=GGML_TYPE_Q8_0",
             n_ctx=self.choice.n_ctx,
@@ -90,6 +93,12 @@ class RunSettings:
             top_k=self.sampling.top_k,
             penalty=self.sampling.repeat_penalty,
         )
+
+
+def require_name(name: str) -> None:
+    """Raises SaigaError for a name that a Modelfile, where nothing escapes a character, or a command cannot hold."""
+    if not name.isprintable() or name.startswith("-"):
+        raise SaigaError(f"{name!r} cannot be the name of a GGUF file. Leave out special spaces and a first '-'.")
 
 
 def _unsupported(text: str) -> str | None:

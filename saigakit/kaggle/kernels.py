@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from saigakit.core import install, manifest, workspace
+from saigakit.core.display import printable
 from saigakit.core.files import replacing, require_absent
 from saigakit.errors import SaigaError
 
@@ -112,7 +114,7 @@ def fetch(kernel: str, directory: str | Path) -> Path:
         partial.mkdir()
         run_kaggle("kernels", "output", reference, "-p", str(partial), echo=True)
         if not any(partial.rglob("*")):
-            raise SaigaError(f"{reference} has no output. Check whether it has finished: `saigakit watch {reference}`.")
+            raise SaigaError(f"{reference} has no output. Has it finished? `saigakit watch {shlex.quote(reference)}`")
         for file in sorted(partial.rglob(manifest.NAME)):
             if damaged := manifest.changed(file.parent, manifest.read(file.parent)):
                 raise SaigaError(f"{', '.join(damaged)} of {reference} arrived damaged. Fetch again.")
@@ -214,7 +216,7 @@ def _failure(reference: str, status: str, answer: str) -> str:
     except (SaigaError, ValueError) as error:  # the failure itself must still be reported
         log = f"(no log: {error})"
     end = "\n".join(f"  {line}" for line in log.strip().splitlines()[-15:])
-    return f"{reference} {what} on Kaggle{f': {message[1]}' if message else ''}. The end of its log:\n{end}"
+    return printable(f"{reference} {what} on Kaggle{f': {message[1]}' if message else ''}. The end of its log:\n{end}")
 
 
 def run_kaggle(*arguments: str, echo: bool = False) -> str:
@@ -236,7 +238,7 @@ def run_kaggle(*arguments: str, echo: bool = False) -> str:
         for line in child.stdout:
             lines.append(line)
             if echo:
-                print(line, end="", flush=True)
+                print(printable(line), end="", flush=True)
     output = "".join(lines)
     if child.returncode == 0:
         return output

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from saigakit.core import install
 from saigakit.core.display import Every
-from saigakit.core.files import replacing, require_absent
+from saigakit.core.files import replacing, require_absent, sha256
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import forward, libggml
 
@@ -91,10 +91,8 @@ class Importance(Mapping[str, "Array"]):
                 raise SaigaError(f"{origin} lacks {name}: it is incomplete or belongs to another model. {hint}")
 
     def write_metadata(self, writer: "gguf.GGUFWriter", file: Path) -> None:
-        """The keys that llama.cpp's tool adds to a quantised model; of paths only the file names."""
-        writer.add_string("quantize.imatrix.file", file.name)
-        if self.datasets:
-            writer.add_string("quantize.imatrix.dataset", Path(self.datasets[0]).name)
+        """The keys that llama.cpp's tool adds to a quantised model, without names of local files."""
+        writer.add_string("quantize.imatrix.file", f"sha256:{sha256(file)}")
         writer.add_uint32("quantize.imatrix.entries_count", len(self))
         if self.chunks:
             writer.add_uint32("quantize.imatrix.chunks_count", self.chunks)

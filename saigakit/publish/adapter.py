@@ -35,7 +35,7 @@ def push_adapter(stage_dir: str | Path, repo_id: str, *, private: bool = True, r
     tokenizer = encoding.load_tokenizer(model, source, str(chosen) if chosen.is_file() else None)
     with tempfile.TemporaryDirectory() as scratch:
         files = {name: directory / name for name in (*ADAPTER_FILES, *_SHOWN) if (directory / name).is_file()}
-        published = upload.public_manifest(content, ADAPTER_FILES)
+        published = upload.public_manifest(content, ADAPTER_FILES, directory.parent)
         card = build_card(directory, repo_id, tokenizer)
         files |= upload.write_texts(Path(scratch), published, {"README.md": card})
         message = f"Adapter of {model}, trained with saigakit"
@@ -71,7 +71,7 @@ def build_card(stage_dir: Path, repo_id: str, tokenizer: Tokenizer) -> str:
         "Measured": "\n\n".join(filter(None, measured)),
         "Trained with": f"{settings}\n\nThe records are not published. SHA-256 of the training records: {records}.",
     }
-    start = _started_from(config)
+    start = _started_from(config, stage_dir.parent)
     continued = "" if start is None else f"; it {'includes' if config.is_folded else 'continues'} {start}"
     english = f"A LoRA adapter for {base}, trained with saigakit{continued}."
     russian = (
@@ -81,10 +81,10 @@ def build_card(stage_dir: Path, repo_id: str, tokenizer: Tokenizer) -> str:
     return card.text(english, russian, sections)
 
 
-def _started_from(config: TrainConfig) -> str | None:
+def _started_from(config: TrainConfig, run_dir: Path) -> str | None:
     """The public name of the adapter that was continued; None for a new one."""
     name = config.start_adapter
-    return name if name is None or hub.is_hub_id(name) else "another adapter"
+    return name if name is None or (hub.is_hub_id(name) and upload.public(name, run_dir) == name) else "another adapter"
 
 
 def _about_losses(config: TrainConfig, evaluations: Sequence[tuple[int, float]]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from saigakit import evaluate, export, registry
 from saigakit.core import manifest
+from saigakit.core.files import inside
 from saigakit.errors import SaigaError
 from saigakit.export import markdown, model_card, quality
 from saigakit.kaggle import kernels, models
@@ -90,13 +91,13 @@ def _collect_files(
     files = {name: directory / name for name in content["outputs"] if name.endswith(_PUBLISHED)}
     largest_first = sorted(content["files"].items(), key=lambda item: -item[1]["bytes"])
     texts = model_card.companion_texts(
-        {facts["quant_type"]: directory / name for name, facts in largest_first},
+        {facts["quant_type"]: inside(directory, name) for name, facts in largest_first},
         spec=registry.find(content["parameters"]["model"]),
         inputs=content["inputs"],
         title=title,
         measured=_measured(directory, content) if (directory / manifest.NAME).is_file() else "",
     )
-    published = upload.public_manifest(content, files)
+    published = upload.public_manifest(content, files, directory.parent)
     return files | upload.write_texts(scratch, published, texts), published
 
 

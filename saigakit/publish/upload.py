@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from saigakit import registry
-from saigakit.core import hub, manifest
+from saigakit.core import hub, manifest, workspace
 from saigakit.core.files import sha256, write_text
 from saigakit.errors import SaigaError
-from saigakit.weights import lineage
+from saigakit.weights import base_files, find, lineage
 
 _OF_THE_HUB = {".gitattributes", "README.md"}  # the Hub makes them itself
 _YANDEXGPT_CAP = "YandexGPT's licence: from 10 million output tokens a month on you need an agreement with Yandex."
@@ -30,18 +30,30 @@ def print_terms(model: str) -> None:
         print(_YANDEXGPT_CAP, flush=True)
 
 
-def public_manifest(content: Mapping[str, Any], kept: Container[str]) -> dict[str, Any]:
-    """The manifest as the next stage reads it, for the files `kept` and without paths of this machine."""
-    parameters = {name: _without_path(value) for name, value in content["parameters"].items() if name != "base_source"}
+def public_manifest(content: Mapping[str, Any], kept: Container[str], run_dir: Path) -> dict[str, Any]:
+    """The manifest as the next stage reads it, for the files `kept`, without names of other local files."""
+    parameters = {name: value for name, value in content["parameters"].items() if name != "base_source"}
+    model = parameters["model"]
+    parameters["model"] = model if public(model, run_dir) == model else Path(model).name
+    parameters["adapter"] = public(parameters.get("adapter"), run_dir)
+    inputs = {part: _numbered(found) if isinstance(found, dict) else found for part, found in content["inputs"].items()}
     outputs = {name: digest for name, digest in content["outputs"].items() if name in kept}
-    return {**content, "parameters": parameters, "outputs": outputs}
+    return {**content, "parameters": parameters, "inputs": inputs, "outputs": outputs}
 
 
-def _without_path(value: object) -> object:
+def public(value: object, run_dir: Path) -> object:
+    """`value`, or in a list each of them, unless it is text that names neither a repository nor a packaged adapter."""
     if isinstance(value, list):
-        return [_without_path(each) for each in value]
-    is_path = isinstance(value, str) and (value.startswith(("/", ".", "~")) or Path(value).exists())
-    return Path(str(value)).name if is_path else value
+        return [public(each, run_dir) for each in value]
+    if not isinstance(value, str) or value in ("released", "folded") or value.startswith("package:"):
+        return value
+    return value if hub.is_hub_id(value) and not workspace.is_local(value, run_dir) else "a local path"
+
+
+def _numbered(hashes: Mapping[str, str]) -> dict[str, str]:
+    """Numbers in place of file names, except those of weights, by which a base is compared, and of a tokenizer."""
+    kept = {*base_files.weight_files(hashes), *dict(base_files.WEIGHT_FORMATS), *find.IDS_DEPEND_ON}
+    return {name if name in kept else f"{i}": digest for i, (name, digest) in enumerate(hashes.items())}
 
 
 def write_texts(directory: Path, content: manifest.Manifest, texts: Mapping[str, str]) -> dict[str, Path]:

@@ -142,7 +142,7 @@ def find_problem(checkpoint: Path) -> str | None:
         damaged = manifest.changed(checkpoint, mark)
     except FileNotFoundError:
         return f"it is incomplete, {MARK} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SaigaError) as error:
         return f"its {MARK} is damaged ({error})"
     if absent := [name for name in _REQUIRED if not any(file.startswith(name) for file in files)]:
         return f"{', '.join(absent)} is missing"

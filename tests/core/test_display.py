@@ -3,7 +3,7 @@
 import pytest
 
 from saigakit.core import display
-from saigakit.core.display import Every, Progress
+from saigakit.core.display import Every, Progress, Table, printable
 
 
 @pytest.fixture
@@ -54,3 +54,28 @@ def test_progress_reports_the_elapsed_time_while_nothing_is_done(capsys, clock):
 )
 def test_a_noun_follows_its_number(number, text):
     assert display.count(number, "record") == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b]0;evil\x07", "]0;evil"),
+        ("\x1b[1;31mred\x1b[0m", "red"),
+        ("\x9b31mx\x85\x7f\x00\x08", "31mx"),
+        ("a\r\nb\rc\r", "a\nb\nc\n"),
+        ("a\u202eb\u2066c\u2069d\u202a", "abcd"),
+        ("a\ud800b\udcffc", "abc"),
+        (
+            "Ёж\t«№»\n👨\u200d👩\u200d👧\u00a0\u200b\ufeff\U000f0002",
+            "Ёж\t«№»\n👨\u200d👩\u200d👧\u00a0\u200b\ufeff\U000f0002",
+        ),
+    ],
+)
+def test_a_terminal_gets_no_control_characters(text, shown):
+    assert printable(text) == shown
+    assert "".join(map(printable, text.replace("\x1b[1;31m", "").replace("\x1b[0m", "").replace("\r\n", "\n"))) == shown
+
+
+def test_a_table_is_aligned_without_control_characters():
+    shown = str(Table(("name", "size"), [("\x1b]0;e\x07a", "1"), ("b", "22")], "a\x07 note"))
+    assert shown.splitlines() == ["name   size", "-----------", "]0;ea     1", "b        22", "a note"]

@@ -1,6 +1,7 @@
 """A file is complete under its final name, or the old one stays."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,3 +119,17 @@ def test_discards_a_partial_file_and_a_partial_directory(tmp_path):
     for final in (tmp_path / "file", tmp_path / "directory"):
         files.discard_partial(final)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["a", "a/b.gguf", "a b/..c", "жалобы.jsonl", "a\\b", "...", "x/./y"])
+def test_a_name_inside_a_directory_is_joined_to_it(tmp_path, name):
+    assert files.inside(tmp_path, name) == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "a/../../x", "a/../x", "/etc/x", "..", "", ".", "..\\x", "a\\..\\..\\x", "C:x", "C:\\x", "\\x", "\0"],
+)
+def test_a_name_that_leads_out_of_a_directory_is_refused(tmp_path, name):
+    with pytest.raises(SaigaError, match=rf"{re.escape(repr(name))} is outside {tmp_path}"):
+        files.inside(tmp_path, name)

@@ -285,3 +285,9 @@ def test_the_kernel_of_a_notebook_imports_no_modules_of_the_current_directory(st
     environment = os.environ | manager.kernel_spec.env
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     assert not (strangers_directory / "ran").exists()
+
+
+def test_the_output_of_a_child_is_echoed_without_control_characters(capsys):
+    with pytest.raises(SaigaError, match="ended with exit code 3"):
+        launch.run(python("print('\\x1b]0;evil\\x07loss \\x1b[1m0.5\\x1b[0m'); exit(3)"))
+    assert capsys.readouterr().out == "]0;evilloss 0.5\n"

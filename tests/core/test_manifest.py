@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -254,3 +255,14 @@ def test_cyrillic_stays_readable_in_a_manifest(final):
     text = (final / manifest.NAME).read_text(encoding="utf-8")
     assert "сайга" in text
     assert json.loads(text)["parameters"] == {"model": "сайга"}
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..\\secret", "C:secret"])
+def test_a_manifest_that_names_a_file_outside_is_refused(final, name):
+    content = manifest.read(make(final))
+    (final.parent / "secret").write_text("secret", encoding="utf-8")
+    content["outputs"][name] = sha256(final.parent / "secret")
+    (final / manifest.NAME).write_text(json.dumps(content), encoding="utf-8")
+    for read in (lambda: manifest.require_stage(final, STAGE), lambda: manifest.changed(final, content)):
+        with pytest.raises(SaigaError, match=f"{re.escape(repr(name))} is outside"):
+            read()

@@ -5,6 +5,7 @@ import pytest
 
 from saigakit import data, export
 from saigakit.core import workspace
+from saigakit.core.files import sha256
 from saigakit.export import calibration, quality
 from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp.imatrix import Importance
@@ -41,7 +42,9 @@ def test_files_quantised_with_and_without_a_matrix_are_compared(tiny, matrix, tm
         f"Q4_0 {name}": export.to_gguf(**options, output=tmp_path / name, quant_type="Q4_0", importance=importance)
         for name, importance in (("plain", None), ("weighed", matrix))
     }
-    assert gguf.GGUFReader(files["Q4_0 weighed"]).get_field("quantize.imatrix.file").contents() == "imatrix.gguf"
+    metadata = gguf.GGUFReader(files["Q4_0 weighed"])
+    assert metadata.get_field("quantize.imatrix.file").contents() == f"sha256:{sha256(matrix)}"
+    assert metadata.get_field("quantize.imatrix.dataset") is None
     rows = calibration.token_rows(tiny / "records.jsonl", MergePlan.of(MODEL, None))
     found = {name: quality.compare_files(reference, file, rows, max_tokens=500) for name, file in files.items()}
     assert found["Q4_0 plain"].divergence != found["Q4_0 weighed"].divergence

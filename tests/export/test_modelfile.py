@@ -1,8 +1,12 @@
 """The Modelfile and the llama-server command, with the settings of the training and of the machine."""
 
+import ast
+import subprocess
+
 import llama_cpp_chain
 import pytest
 
+from saigakit.errors import SaigaError
 from saigakit.export import fit, modelfile
 from saigakit.registry import MODELS, Sampling
 from saigakit.weights.model_shape import ModelShape
@@ -107,3 +111,30 @@ def test_a_model_that_fits_no_machine_is_reported():
     server = settings(choice=choice).llama_server()
     assert said in made and server.startswith(said)
     assert server.endswith("--cache-ram 0\n")
+
+
+EVIL = "a b'c\"d$(touch evil);`touch evil`|&\\e<f>«ё».gguf"
+
+
+def arguments(command):
+    """Those that a shell passes to the program of a command."""
+    program = command.split()[0]
+    shown = ["bash", "-c", f"{program}() {{ printf '%s\\n' \"$@\"; }}\n{command}"]
+    return subprocess.run(shown, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_the_commands_and_the_modelfile_name_a_file_with_special_characters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = settings(name=EVIL)
+    assert f"FROM ./{EVIL}" in made.modelfile().splitlines()
+    assert arguments(made.llama_server().splitlines()[-1])[:2] == ["-m", EVIL]
+    (loaded,) = [node for node in ast.walk(ast.parse(made.python())) if isinstance(node, ast.Call) and node.args[:1]
+                 and isinstance(node.args[0], ast.Constant)]  # fmt: skip
+    assert loaded.args[0].value == EVIL
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a\nSYSTEM evil.gguf", "a\rb.gguf", "a\x1b.gguf", "a\u00a0b.gguf", "-m.gguf"])
+def test_a_name_that_a_modelfile_or_a_command_cannot_hold_is_refused(name):
+    with pytest.raises(SaigaError, match="cannot be the name of a GGUF file"):
+        settings(name=name).modelfile()

@@ -1,5 +1,6 @@
 """Push, watch and fetch with the real kaggle command line against a stub of Kaggle's server."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from kaggle_stub import DATASETS, KERNELS, UPLOAD, KaggleStub
 from small_wheels import pretend_installed
+from terminal_output import control_characters, run_on_terminal
 
 from saigakit import cli
 from saigakit.core import install, manifest
@@ -149,6 +151,18 @@ def test_a_failed_run_raises_with_kaggles_message_and_the_end_of_the_log(kaggle)
     assert "line 29" in str(caught.value) and "line 14\n" not in str(caught.value)
 
 
+def test_the_log_of_a_failed_run_reaches_a_terminal_without_control_characters(kaggle):
+    kaggle.answer(STATUS, {"status": "ERROR", "failureMessage": "\x1b]0;evil\x07"})
+    lines = [{"data": "loss 0.5\x1b]52;c;ZXZpbA==\x07\u202e\x9b\n"}]
+    kaggle.answer(OUTPUT, {"files": [], "log": json.dumps(lines)})
+    written = run_on_terminal("-m", "saigakit.cli", "watch", "alice/saigakit-02-train")
+    assert b"]0;evil" in written and b"loss 0.5]52;c;" in written
+    assert control_characters(written) == set()
+    with pytest.raises(SaigaError) as caught:
+        kernels.watch("alice/saigakit-02-train")
+    assert control_characters(str(caught.value).encode()) == set()
+
+
 def test_a_cancelled_run_is_an_error(kaggle):
     kaggle.answer(STATUS, {"status": "CANCEL_ACKNOWLEDGED"})
     with pytest.raises(SaigaError, match="was cancelled"):
@@ -168,8 +182,8 @@ def test_watching_an_unknown_notebook_fails_at_once(kaggle):
 
 def finished(stub, files, log="[]"):
     """Let the stub serve these files as the output of a finished run."""
-    stub.files = dict(files)
-    listed = [{"url": f"http://files.invalid/{name}", "fileName": name} for name in files]
+    stub.files = {str(number): content for number, content in enumerate(files.values())}
+    listed = [{"url": f"http://files.invalid/{number}", "fileName": name} for number, name in enumerate(files)]
     stub.answer(OUTPUT, {"files": listed, "log": log})
 
 
@@ -185,6 +199,24 @@ def test_fetch_downloads_the_output_and_the_log(kaggle, tmp_path):
     assert (run / "02_train" / "adapter_model.safetensors").read_bytes() == b"weights"
     assert manifest.require_stage(run / "02_train", "02_train")
     assert "done" in (run / "saigakit-02-train.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["../../x", "02_train/../../../x", "{outside}/x"])
+def test_an_output_outside_the_directory_is_refused(kaggle, tmp_path, name):
+    finished(kaggle, stage_output(tmp_path) | {name.format(outside=tmp_path): b"evil"})
+    with pytest.raises(SaigaError, match="Refusing to download"):
+        kernels.fetch("alice/saigakit-02-train", tmp_path / "fetched" / "run")
+    assert not (tmp_path / "fetched" / "run").exists() and not list(tmp_path.rglob("x"))
+
+
+def test_a_fetched_manifest_that_names_a_file_outside_is_refused(kaggle, tmp_path):
+    (tmp_path / "mine.gguf").write_bytes(b"mine")
+    output = stage_output(tmp_path)
+    content = json.loads(output["02_train/saigakit.json"])
+    content["outputs"]["../../../mine.gguf"] = hashlib.sha256(b"mine").hexdigest()
+    finished(kaggle, output | {"02_train/saigakit.json": json.dumps(content).encode()})
+    with pytest.raises(SaigaError, match=r"'\.\./\.\./\.\./mine\.gguf' is outside"):
+        kernels.fetch("alice/saigakit-02-train", tmp_path / "fetched" / "run")
 
 
 def test_fetch_never_overwrites(kaggle, tmp_path):

@@ -10,6 +10,7 @@ import small_models
 from matrix import matrix
 
 from saigakit import export
+from saigakit.core.files import sha256
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import imatrix
 from saigakit.llamacpp.imatrix import Importance, Squares
@@ -43,8 +44,7 @@ def quantised_by_llama_cpp(source, quant_type, matrix_file, output):
     for entry, (key, value) in zip(
         keys,
         {
-            "quantize.imatrix.file": matrix_file.name,
-            "quantize.imatrix.dataset": matrix.datasets[0],
+            "quantize.imatrix.file": f"sha256:{sha256(matrix_file)}",
             "quantize.imatrix.entries_count": len(matrix),
             "quantize.imatrix.chunks_count": matrix.chunks,
         }.items(),

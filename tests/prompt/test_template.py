@@ -84,6 +84,8 @@ def test_a_template_cannot_reach_python_internals(text):
         "{{ messages.__class__.__base__.__subclasses__() }}",
         "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
         "{{ messages.append(1) }}",
+        "{% include '../secret' %}",
+        "{% import '/etc/passwd' as secret %}{{ secret }}",
     ],
 )
 def test_rejects_a_template_that_tries_to_leave_the_sandbox(text):

@@ -9,7 +9,8 @@ import hub_writing_stub
 import huggingface_hub
 import pytest
 import yaml
-from small_models import SAIGA2, adapter, edit_json
+from finished_stages import stage_02
+from small_models import SAIGA2, edit_json
 
 from saigakit import evaluate, publish, registry
 from saigakit.config import TrainConfig
@@ -23,7 +24,6 @@ from saigakit.export.gguf_export import Export
 from saigakit.export.merge_plan import MergePlan
 from saigakit.prompt import encoding
 from saigakit.publish import adapter as published
-from saigakit.train import curve
 
 TOKEN = "hf_SecretOfTheTests"
 REPO = "someone/saiga-cats"
@@ -38,34 +38,6 @@ try:
 except SaigaError as error:
     print("SaigaError", error)
 """
-LOG = [
-    {"step": 0, "held_out_loss": 2.5},
-    *({"step": step, "loss": 3.0 / step, "tokens": 100 * step, "seconds": 2.0 * step} for step in range(1, 9)),
-    {"step": 4, "held_out_loss": 0.75},
-    {"step": 8, "held_out_loss": 0.875},
-]
-
-
-def stage_02(run_dir, tiny, *, model="saiga_tiny", base="hash of the base", files=()):
-    """A finished 02_train whose adapter was written by peft."""
-    inputs = {"train": {"train.jsonl": "hash of the records"}, "base": {"model.safetensors": base}, "adapter": None}
-    parameters = {"model": model, "base_source": "/home/me/base", "adapter": "/home/me/older", "epochs": 2.0}
-    facts = {"number_format": "float32", "system_prompt": "Ты — кот.", "training": {"best_step": 4}}
-    identity = {"stage": "02_train", "parameters": parameters, "inputs": inputs}
-    with manifest.making(run_dir / "02_train", facts=facts, **identity) as made:
-        adapter(made, tiny / "base")
-        edit_json(made / "adapter_config.json", base_model_name_or_path="package:saiga_tiny")
-        (made / "README.md").unlink()
-        (made / curve.LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in LOG), encoding="utf-8")
-        (made / "curve.png").write_bytes(b"\x89PNG\x00")
-        for name, text in dict(files).items():
-            (made / name).write_text(text, encoding="utf-8")
-        (made / "samples.md").write_text("Мой секретный вопрос", encoding="utf-8")
-        paths = {"train_file": "/home/me/train.jsonl", "output_dir": "/home/me/out", "base_source": str(tiny / "base")}
-        TrainConfig(**{"model": model, "adapter": None, "epochs": 2, **paths}).write(made / "train_config.json")
-    # The parameters in the manifest need a real base_source, where the tokenizer is read.
-    edit_json(run_dir / "02_train" / manifest.NAME, parameters={**parameters, "base_source": str(tiny / "base")})
-    return run_dir / "02_train"
 
 
 @pytest.fixture(scope="module")
@@ -336,11 +308,11 @@ def test_the_card_reports_an_unfinished_and_folded_training(stage, tokenizer, tm
     assert "it includes another adapter" in text and "it continues" not in text
 
 
-def test_the_card_names_the_adapter_that_was_continued():
+def test_the_card_names_the_adapter_that_was_continued(tmp_path):
     files = {"model": "saiga2_7b", "train_file": "", "output_dir": ""}
-    assert published._started_from(TrainConfig(**files)) == "IlyaGusev/saiga2_7b_lora"
-    assert published._started_from(TrainConfig(**files, adapter=None)) is None
-    assert published._started_from(TrainConfig(**files, adapter="/home/me/mine")) == "another adapter"
+    assert published._started_from(TrainConfig(**files), tmp_path) == "IlyaGusev/saiga2_7b_lora"
+    assert published._started_from(TrainConfig(**files, adapter=None), tmp_path) is None
+    assert published._started_from(TrainConfig(**files, adapter="/home/me/mine"), tmp_path) == "another adapter"
 
 
 def compared(run_dir, adapter_hashes):

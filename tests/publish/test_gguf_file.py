@@ -7,7 +7,7 @@ import shutil
 import hub_writing_stub
 import pytest
 import small_models
-from kaggle_stub import UPLOAD, KaggleStub
+from kaggle_stub import MODELS, UPLOAD, KaggleStub, Listing, listed, sizes_of
 
 from saigakit import evaluate, export
 from saigakit.cli import export_options
@@ -21,7 +21,6 @@ from saigakit.publish import gguf_file
 
 TOKEN, REPO = "hf_SecretOfTheTests", "someone/saiga-cats-gguf"
 MODEL, INSTANCE = "alice/saiga-cats", "alice/saiga-cats/gguf/q4-k-m"
-SERVICE = "models.ModelApiService/"
 SHOWN = {"Modelfile", "README.md", "llama-server.txt", "memory.png", "model.gguf", "saigakit.json", "sizes.png"}
 PUSH = """
 import sys
@@ -101,7 +100,7 @@ def test_the_files_of_saigakit_export_are_published_like_a_stage(push, hub, tiny
     assert set(files) == {".gitattributes", *made}
     assert not any(str(tmp_path).encode() in content for content in files.values())
     content = json.loads(files["saigakit.json"])
-    assert content["parameters"]["adapter"] == [["a", 0.5], ["b", 0.5]]
+    assert content["parameters"]["adapter"] == [["a local path", 0.5], ["a local path", 0.5]]
     for adapter in adapters:
         assert sha256(adapter / "adapter_model.safetensors") in files["README.md"].decode()
     file.with_name("cats-Q8_0.gguf").write_bytes(b"GGUF")
@@ -162,43 +161,19 @@ def kaggle(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     stub.answer("blobs.BlobApiService/StartBlobUpload", {"token": "token", "createUrl": UPLOAD})
     for call in ("CreateModel", "CreateModelInstance", "CreateModelInstanceVersion"):
-        stub.answer(SERVICE + call, {"id": 5, "url": "/m"})
+        stub.answer(MODELS + call, {"id": 5, "url": "/m"})
     yield stub
     stub.shutdown()
     stub.server_close()
 
 
-def listed(stub, sizes):
-    files = [{"name": name, "size": size, "creationDate": "2026-11-01T00:00:00Z"} for name, size in sizes.items()]
-    stub.answer(SERVICE + "ListModelInstanceVersionFiles", {"files": files})
-
-
-def sizes_of(stub):
-    """By name, as Kaggle lists the last upload."""
-    sent = stub.sent("blobs.BlobApiService/StartBlobUpload")
-    return {blob["name"]: blob["contentLength"] for blob in sent}
-
-
-class Listing(dict):
-    """Lists what has been uploaded so far."""
-
-    def __init__(self, stub):
-        super().__init__(stub.answers)
-        self.stub = stub
-
-    def get(self, call, otherwise=None):
-        if call == SERVICE + "ListModelInstanceVersionFiles":
-            listed(self.stub, sizes_of(self.stub))
-        return super().get(call, otherwise)
-
-
 def test_a_new_model_on_kaggle_is_created_with_its_first_version(kaggle, stage):
     kaggle.answers = Listing(kaggle)
     assert gguf_file.push_to_kaggle(stage, "saiga-cats") == f"{INSTANCE}/1"
-    (model,) = kaggle.sent(SERVICE + "CreateModel")
+    (model,) = kaggle.sent(MODELS + "CreateModel")
     assert (model["ownerSlug"], model["slug"], model["isPrivate"]) == ("alice", "saiga-cats", True)
     assert "как" not in model["slug"] and "# saiga-cats" in model["description"]
-    (instance,) = kaggle.sent(SERVICE + "CreateModelInstance")
+    (instance,) = kaggle.sent(MODELS + "CreateModelInstance")
     assert instance["body"]["framework"] == "MODEL_FRAMEWORK_GGUF"
     assert instance["body"]["licenseName"] == "Apache 2.0"
     assert set(sizes_of(kaggle)) == SHOWN
@@ -206,12 +181,12 @@ def test_a_new_model_on_kaggle_is_created_with_its_first_version(kaggle, stage):
 
 
 def test_an_existing_model_on_kaggle_gets_a_new_version(kaggle, stage):
-    kaggle.answer(SERVICE + "GetModel", {"id": 5, "ref": MODEL, "isPrivate": True})
-    kaggle.answer(SERVICE + "GetModelInstance", {"id": 6, "slug": "q4-k-m", "versionNumber": 3})
+    kaggle.answer(MODELS + "GetModel", {"id": 5, "ref": MODEL, "isPrivate": True})
+    kaggle.answer(MODELS + "GetModelInstance", {"id": 6, "slug": "q4-k-m", "versionNumber": 3})
     kaggle.answers = Listing(kaggle)
     assert gguf_file.push_to_kaggle(stage, "saiga-cats") == f"{INSTANCE}/4"
-    assert not kaggle.sent(SERVICE + "CreateModel") and not kaggle.sent(SERVICE + "CreateModelInstance")
-    (asked,) = kaggle.sent(SERVICE + "ListModelInstanceVersionFiles")
+    assert not kaggle.sent(MODELS + "CreateModel") and not kaggle.sent(MODELS + "CreateModelInstance")
+    (asked,) = kaggle.sent(MODELS + "ListModelInstanceVersionFiles")
     assert asked["versionNumber"] == 4
 
 
@@ -224,14 +199,14 @@ def test_a_file_that_did_not_arrive_on_kaggle_is_reported(kaggle):
 
 
 def test_an_existing_public_model_on_kaggle_is_refused_for_a_private_push(kaggle, stage):
-    kaggle.answer(SERVICE + "GetModel", {"id": 5, "ref": MODEL, "isPrivate": False, "title": "x"})
+    kaggle.answer(MODELS + "GetModel", {"id": 5, "ref": MODEL, "isPrivate": False, "title": "x"})
     with pytest.raises(SaigaError, match="is public, but private=True"):
         gguf_file.push_to_kaggle(stage, "saiga-cats")
     assert not kaggle.uploads
 
 
 def test_an_error_that_kaggle_only_prints_is_raised(kaggle, stage):
-    kaggle.answer(SERVICE + "CreateModel", {"error": "The requested title is taken"})
+    kaggle.answer(MODELS + "CreateModel", {"error": "The requested title is taken"})
     with pytest.raises(SaigaError, match=r"Kaggle refused alice/saiga-cats: .*title is taken"):
         gguf_file.push_to_kaggle(stage, "saiga-cats")
 

@@ -6,6 +6,7 @@ import threading
 from urllib.parse import urlsplit
 
 KERNELS, DATASETS = "kernels.KernelsApiService/", "datasets.DatasetApiService/"
+MODELS = "models.ModelApiService/"
 UPLOAD = "http://files.invalid/upload"
 
 
@@ -64,3 +65,27 @@ class KaggleStub(http.server.ThreadingHTTPServer):
             "HTTP_PROXY": f"http://127.0.0.1:{self.server_port}",
             "NO_PROXY": "",
         }
+
+
+def listed(stub, sizes):
+    files = [{"name": name, "size": size, "creationDate": "2026-11-01T00:00:00Z"} for name, size in sizes.items()]
+    stub.answer(MODELS + "ListModelInstanceVersionFiles", {"files": files})
+
+
+def sizes_of(stub):
+    """By name, as Kaggle lists the last upload."""
+    sent = stub.sent("blobs.BlobApiService/StartBlobUpload")
+    return {blob["name"]: blob["contentLength"] for blob in sent}
+
+
+class Listing(dict):
+    """Lists what has been uploaded so far."""
+
+    def __init__(self, stub):
+        super().__init__(stub.answers)
+        self.stub = stub
+
+    def get(self, call, otherwise=None):
+        if call == MODELS + "ListModelInstanceVersionFiles":
+            listed(self.stub, sizes_of(self.stub))
+        return super().get(call, otherwise)

@@ -88,6 +88,15 @@ def test_reports_a_damaged_checkpoint_and_uses_the_previous_one(store, monkeypat
     assert f"Skipping checkpoint {second}: " in printed and name in printed
 
 
+def test_reports_a_checkpoint_whose_mark_names_a_file_outside(store, capsys):
+    made = store.write(5, fill, needed=1)
+    mark = json.loads((made / MARK).read_text(encoding="utf-8"))
+    mark["outputs"]["../secret"] = "5ec2e7"
+    (made / MARK).write_text(json.dumps(mark), encoding="utf-8")
+    assert store.find_newest() is None
+    assert f"its {MARK} is damaged ('../secret' is outside" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_reports_a_checkpoint_saved_without_a_required_file(store, capsys, name):
     def fill_in_part(directory):
