@@ -120,12 +120,11 @@ def kill(config, moment):
     began, stage = time.time(), Path(config.output_dir)
     process, _ = start(config)
     store = checkpoints.directory_for(stage)
-    mark = store / f".step-{moment.step:08d}.partial"
-    later, log = store / f"step-{moment.step:08d}", stage.with_name(f".{stage.name}.partial") / curve.LOG_FILE
+    step = f"step-{moment.step:08d}"
     while process.is_alive():
-        if moment.saving and (mark.exists() or later.exists()):
+        if moment.saving and ((store / step).exists() or any(store.glob(f".{step}.*.partial"))):
             break
-        if not moment.saving and losses_in(log, since=began) >= moment.step:
+        if not moment.saving and losses_in(stage, since=began) >= moment.step:
             break
     time.sleep(moment.after_s)
     family = [psutil.Process(process.pid)] if process.is_alive() else []
@@ -136,15 +135,15 @@ def kill(config, moment):
     psutil.wait_procs(family)
     if not family:
         return "too late: it had ended"
-    return "while saving" if list(store.glob(".step-*.partial")) else "between two saves"
+    return "while saving" if list(store.glob(".step-*.*.partial")) else "between two saves"
 
 
-def losses_in(log, *, since):
-    """Count the losses in the log of this run; a killed run leaves an older one, which is emptied."""
+def losses_in(stage, *, since):
+    """Count the losses in the log of this run; a killed run leaves an older one."""
+    logs = stage.parent.glob(f".{stage.name}.*.partial/files/{stage.name}/{curve.LOG_FILE}")
     try:
-        is_ours = log.stat().st_mtime > since
-        return log.read_text(encoding="utf-8").count('"loss"') if is_ours else 0
-    except FileNotFoundError:
+        return sum(log.read_text(encoding="utf-8").count('"loss"') for log in logs if log.stat().st_mtime > since)
+    except FileNotFoundError:  # the stage has just got its name
         return 0
 
 

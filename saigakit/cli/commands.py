@@ -1,6 +1,5 @@
 """Define the commands of `saigakit`."""
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from saigakit.cli.parameters import parse_value, read_yaml
 from saigakit.cli.terminal import Group
 from saigakit.config import TrainConfig
 from saigakit.core import install, launch, manifest, workspace
+from saigakit.core.files import scratch
 from saigakit.data import length_histogram, report
 from saigakit.errors import SaigaError
 from saigakit.evaluate import results
@@ -104,9 +104,9 @@ def check(files: Sequence[str], held_out: Sequence[str], **options: Any) -> None
     """
     # "." is this directory, not the temporary one
     records = [str(Path(file).absolute()) if file and Path(file).exists() else file for file in files]
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch() as directory:
         stage = report.check_records(
-            records=records, held_out=held_out or None, run_dir=scratch, may_lack_held_out=True, **options
+            records=records, held_out=held_out or None, run_dir=directory, may_lack_held_out=True, **options
         )
         of_tokenizer = (options[name] for name in ("model", "base_source", "chat_template"))
         marked = report.examples(stage, encoding.load_tokenizer(*of_tokenizer))

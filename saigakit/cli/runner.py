@@ -17,7 +17,7 @@ from saigakit import evaluate, export, registry
 from saigakit.cli import execution, summary
 from saigakit.cli.execution import Screen
 from saigakit.core import launch, manifest
-from saigakit.core.files import lock_directory, sha256, write_text
+from saigakit.core.files import explaining, lock_file, sha256, write_text
 from saigakit.errors import SaigaError, suggestion
 from saigakit.evaluate import results
 from saigakit.llamacpp import quantization
@@ -55,8 +55,8 @@ def run(parameters: Mapping[str, Any], run_dir: str | Path, *, notebooks_dir: st
     if "quant_type" in parameters:
         quantization.require_known(parameters["quant_type"])
     stages = read_stages(find_notebooks() if notebooks_dir is None else Path(notebooks_dir).absolute(), parameters)
-    locked = lock_directory(run_dir / _STATE, _LOCK_PATIENCE_S)
-    with locked as lock, launch.handling_signals(_interrupt), Screen() as screen:
+    locked = lock_file(run_dir / _STATE / "lock", run_dir, _LOCK_PATIENCE_S)
+    with explaining(run_dir), locked as lock, launch.handling_signals(_interrupt), Screen() as screen:
         _finish_all(stages, run_dir, screen, lock)
         report = summary.write_report(run_dir)
         write_text(run_dir / results.FILE, (run_dir / evaluate.STAGE / results.FILE).read_text("utf-8"))
@@ -128,7 +128,7 @@ def _finish_all(stages: Sequence[Stage], run_dir: Path, screen: Screen, lock: in
 def _finish(stage: Stage, run_dir: Path, earlier: Sequence[str], screen: Screen, *, label: str, lock: int) -> None:
     """Run a stage unless it is up to date."""
     made_file, times_file = run_dir / _STATE / f"{stage.name}.json", run_dir / summary.TIMES_FILE
-    times = json.loads(times_file.read_text(encoding="utf-8")) if times_file.is_file() else {}
+    times = summary.read_state(times_file)
     screen.begin(stage.name)
     execution.failed_file(run_dir, stage.name).unlink(missing_ok=True)
     fingerprint = _fingerprint(stage, run_dir, earlier)
@@ -183,7 +183,7 @@ def _fingerprint_path(value: object, run_dir: Path) -> object:
 
 
 def _is_finished(directory: Path, made_file: Path, fingerprint: str) -> bool:
-    if not made_file.is_file() or json.loads(made_file.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+    if summary.read_state(made_file).get("fingerprint") != fingerprint:
         return False
     try:
         content = manifest.require_stage(directory, directory.name)

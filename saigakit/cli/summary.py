@@ -4,6 +4,7 @@ import base64
 import json
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Template
 
@@ -16,13 +17,20 @@ STAGES = tuple(install.STAGES)
 TIMES_FILE = ".runner/times.json"  # seconds by stage, written by the runner
 
 
+def read_state(file: Path) -> dict[str, Any]:
+    """What the runner has written; empty if it is missing or damaged, since it will be written again."""
+    try:
+        return dict(json.loads(file.read_bytes()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+
+
 def write_report(run_dir: str | Path) -> Path:
     """Write one self-contained file. Raises SaigaError if 04_infer is not finished."""
     run_dir = Path(run_dir)
     compared = run_dir / evaluate.STAGE
     parameters = manifest.require_stage(compared, evaluate.STAGE)["parameters"]
-    times_file = run_dir / TIMES_FILE
-    times = json.loads(times_file.read_text(encoding="utf-8")) if times_file.is_file() else {}
+    times = read_state(run_dir / TIMES_FILE)
     source = resources.files("saigakit.cli").joinpath("report.html.jinja").read_text(encoding="utf-8")
     page = Template(source, autoescape=True).render(
         title=f"saigakit: {parameters['model']}",

@@ -28,7 +28,14 @@ class _Terminal(io.TextIOWrapper):
 class Group(click.Group):
     """A group whose commands end without a traceback if the user can fix the error."""
 
+    def main(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # cp1251 and koi8-r have no "→"
+        return super().main(*args, **options)
+
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:  # noqa: ANN401
+        for path in (*args, os.getcwd()):  # noqa: PTH109
+            path.encode("utf-8")  # as it will be for a manifest or llama.cpp; raises UnicodeEncodeError
         name, *rest = super().resolve_command(ctx, args)
         if os.name == "nt" and name not in _ON_WINDOWS:
             raise SaigaError(f"saigakit {name} needs Linux or macOS. On Windows run it in WSL (wsl --install).")
@@ -47,6 +54,8 @@ class Group(click.Group):
             if (error.name or "").startswith("saigakit"):
                 raise
             message = f"{error.name} is not installed. Run: pip install 'saigakit[all]'"
+        except UnicodeEncodeError as error:
+            message = f"{error.object[-200:]!r} is not UTF-8; rename the file or directory."
         except KeyboardInterrupt:
             ctx.exit(130)  # as a shell reports Ctrl-C
         click.echo(f"error: {printable(message)}", err=True)

@@ -1,14 +1,19 @@
-"""Hash files, write them so that each is either complete or absent, and lock directories."""
+"""Hash files, write them so that each is either complete or absent, and lock what a run uses."""
 
+import glob
 import hashlib
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PureWindowsPath
 
+from saigakit.core import workspace
 from saigakit.errors import SaigaError
+
+_LOCK, _INSIDE = "lock", "files"  # in a temporary directory
 
 
 def sha256(file: Path) -> str:
@@ -35,58 +40,85 @@ def require_absent(path: Path) -> None:
         raise SaigaError(f"{path} already exists; nothing was overwritten. Delete it or choose another name.")
 
 
-def discard_partial(final: Path) -> Path:
-    """The temporary path, next to `final`, of a file or directory; what a killed run left there is deleted."""
-    partial = final.with_name(f".{final.name}.partial")
-    if partial.is_dir():
-        shutil.rmtree(partial, ignore_errors=True)
-    else:
-        partial.unlink(missing_ok=True)
-    return partial
-
-
-def put_in_place(partial: Path, final: Path) -> None:
-    """Rename `partial` to `final`, and delete an older directory only then."""
-    replaced = final.with_name(f".{final.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.is_dir():
-        final.rename(replaced)
-    partial.replace(final)
-    _fsync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    """Flush a file or directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def explaining(place: Path) -> Iterator[None]:
+    """Turn an OSError of writing `place` into a SaigaError; an error of an input stays as it is."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        named = Path(str(error.filename or place))
+        is_ours = named.is_relative_to(place) or place.is_relative_to(named) or f"/.{place.name}." in named.as_posix()
+        if not is_ours or (error.filename is None and type(error) is not OSError):  # a closed pipe or connection
+            raise
+        raise workspace.not_written(place, error) from None
+
+
+def scratch() -> AbstractContextManager[Path]:
+    """A temporary directory for gigabytes: unlike those of tempfile, the next one replaces that of a killed process."""
+    return temporary_dir(workspace.scratch_dir() / "tmp", "scratch")
+
+
+@contextmanager
+def temporary_dir(parent: Path, name: str) -> Iterator[Path]:
+    """Yield a new directory in `parent` and delete it at the end; begin with `discard_abandoned`."""
+    with explaining(parent / name):
+        parent.mkdir(parents=True, exist_ok=True)
+        discard_abandoned(parent / name)
+        directory, descriptor = Path(tempfile.mkdtemp(dir=parent, prefix=f".{name}.", suffix=".partial")), None
+        try:
+            (directory / _INSIDE).mkdir()
+            with suppress(OSError, ModuleNotFoundError):  # Windows and some file systems have no locks
+                if (descriptor := _try_lock(directory / _LOCK)) is not None:
+                    os.write(descriptor, b"locked")  # only from now on can it be found abandoned
+            yield directory / _INSIDE
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+            _delete(directory)
+
+
+def discard_abandoned(final: Path) -> None:
+    """Delete the temporary directories that killed processes left next to `final`."""
+    final = final.resolve()
+    for lock in final.parent.glob(f".{glob.escape(final.name)}.*.partial/{_LOCK}"):
+        with suppress(FileNotFoundError):  # its process has just deleted it
+            if lock.stat().st_size and (descriptor := _try_lock(lock)) is not None:
+                _delete(lock.parent)
+                os.close(descriptor)
+
+
+def _delete(directory: Path) -> None:
+    for path in (directory / _INSIDE, directory):  # the lock last: this process may be killed too
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
 def replacing(final: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or a directory. On success it is flushed to disk and renamed to `final`.
 
-    Otherwise it is deleted and `final` stays as it was. Raises SaigaError if the disk is full or fails.
+    Otherwise it is deleted and `final` stays as it was. A link stays one. Raises SaigaError if it cannot be written.
     """
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        partial = discard_partial(final)
+    final = final.resolve()
+    with temporary_dir(final.parent, final.name) as directory:
+        partial = directory / final.name
         yield partial
         for path in (*partial.rglob("*"), partial):
             _fsync(path)
-        put_in_place(partial, final)
-    except OSError as error:
-        named = Path(str(error.filename or final))  # a failed write has no file name; that of an input is another
-        is_ours = named.is_relative_to(final.parent) or final.is_relative_to(named)
-        if isinstance(error, BrokenPipeError) or not is_ours:
-            raise
-        raise SaigaError(f"{final} could not be written: {error}.") from None
+        if final.is_dir():
+            final.rename(directory / f".{final.name}.replaced")  # deleted with the temporary directory
+        partial.replace(final)
+        _fsync(final.parent)
+
+
+def _fsync(path: Path) -> None:
+    """Flush a file or directory to disk."""
+    if os.name == "nt":  # which flushes only what is open for writing
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        with suppress(OSError):
-            discard_partial(final)
+        os.close(descriptor)
 
 
 def write_text(file: Path, text: str) -> Path:
@@ -97,35 +129,35 @@ def write_text(file: Path, text: str) -> Path:
 
 
 @contextmanager
-def lock_directory(directory: Path, patience_s: float) -> Iterator[int]:
-    """Create and lock `directory`, and remove it at the end if it is empty.
+def lock_file(file: Path, used: Path, patience_s: float) -> Iterator[int]:
+    """Lock `file`, which is created and at the end removed. `used` is what it stands for: NFS locks only files.
 
     Yields the file descriptor, which keeps the lock as long as any process that inherited it lives.
     """
     deadline, is_reported = time.monotonic() + patience_s, False
-    while (descriptor := _try_lock(directory)) is None:
-        if time.monotonic() > deadline:
-            raise SaigaError(f"Another run is using {directory}. Wait for it, or choose another run_dir.")
-        if not is_reported:
-            print(f"Waiting for another run that is using {directory} …", flush=True)
-            is_reported = True
-        time.sleep(0.1)
+    with explaining(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        while (descriptor := _try_lock(file)) is None:
+            if time.monotonic() > deadline:
+                raise SaigaError(f"Another run is using {used}. Wait for it, or choose another run_dir.")
+            if not is_reported:
+                print(f"Waiting for another run that is using {used} …", flush=True)
+                is_reported = True
+            time.sleep(0.1)
     try:
         yield descriptor
     finally:
-        with suppress(OSError):  # not empty
-            directory.rmdir()
+        file.unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _try_lock(directory: Path) -> int | None:
+def _try_lock(file: Path) -> int | None:
     import fcntl  # not on Windows, where chat and publishing work without it
 
-    directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), directory.stat()):  # else the last owner has removed it
+        if os.path.samestat(os.fstat(descriptor), file.stat()):  # else the last owner has removed it
             return descriptor
     except (BlockingIOError, FileNotFoundError):
         pass

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from saigakit.core import install
-from saigakit.core.files import discard_partial, inside, put_in_place, sha256, write_text
+from saigakit.core.files import inside, lock_file, replacing, sha256, write_text
 from saigakit.errors import SaigaError
 
 NAME = "saigakit.json"
@@ -163,16 +163,21 @@ def making(
 ) -> Iterator[Path]:
     """Yield a directory next to `final` to write to. On success add its manifest and rename it to `final`.
 
-    `facts` go into the manifest and may be filled inside the block; `may_replace`: see `is_up_to_date`. On an
-    error an older `final` stays as it was.
+    `facts` go into the manifest and may be filled inside the block; `may_replace`: see `is_up_to_date`. Only one
+    process works in a run directory at a time. On an error an older `final` stays as it was.
     """
-    partial = discard_partial(final)
-    partial.mkdir(parents=True)
-    yield partial
-    write(partial / NAME, **identity, facts=facts or {}, outputs=hashes(partial))
-    if final.exists() and not _can_be_replaced(final, may_replace):
-        raise SaigaError(f"{final} appeared while {partial} was written; nothing was overwritten.")
-    put_in_place(partial, final)
+
+    def require_absent() -> None:
+        if final.exists() and not _can_be_replaced(final, may_replace):
+            raise SaigaError(f"{final} appeared while this run was making it; nothing was overwritten.")
+
+    with lock_file(final.parent / ".saigakit.lock", final.parent, patience_s=5.0):
+        require_absent()  # after waiting for another run
+        with replacing(final) as partial:
+            partial.mkdir()
+            yield partial
+            write(partial / NAME, **identity, facts=facts or {}, outputs=hashes(partial))
+            require_absent()
 
 
 def write(file: Path, *, facts: Mapping[str, Any], outputs: Mapping[str, str], **identity: Unpack[Identity]) -> Path:

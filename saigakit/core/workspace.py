@@ -18,6 +18,7 @@ GIB = 1024**3
 GB = 10**9
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # `python -m` would import from the current directory first
 _SESSION_START = "SAIGAKIT_SESSION_START"
+_CACHE_REMEDY = "name a directory with room in the environment variable SAIGAKIT_CACHE"
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,20 @@ def input_roots() -> list[Path]:
 
 def scratch_dir() -> Path:
     """For temporary files: Kaggle keeps 20 GB of /kaggle/working and has about 60 GiB elsewhere."""
-    named = os.environ.get("SAIGAKIT_CACHE")
-    if named:
-        root = Path(named)
-    elif on_kaggle():
-        root = Path(tempfile.gettempdir()) / "saigakit"
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "saigakit"
-    root.mkdir(parents=True, exist_ok=True)
+    root = _scratch_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaigaError(f"{root} could not be created: {error}; {_CACHE_REMEDY}.") from None
     return root
+
+
+def _scratch_root() -> Path:
+    if named := os.environ.get("SAIGAKIT_CACHE"):
+        return Path(named)
+    if on_kaggle():
+        return Path(tempfile.gettempdir()) / "saigakit"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "saigakit"
 
 
 def child_environment() -> dict[str, str]:
@@ -121,7 +127,7 @@ def secret(name: str) -> str | None:
 
 def free_disk(path: Path) -> int:
     """Free bytes where `path` is or will be."""
-    here = path.absolute()
+    here = path.resolve()  # a stage may be a link to a larger disk
     while not here.exists():
         here = here.parent
     return shutil.disk_usage(here).free
@@ -143,14 +149,22 @@ def scratch_full(what: str, needed: int) -> SaigaError:
     return _disk_full(scratch_dir(), f"{needed / GB:.2f} GB of disk or more", what)
 
 
+def not_written(path: Path, error: OSError) -> SaigaError:
+    """The error for a write that failed; what was written of `path` is deleted already."""
+    remedy = _elsewhere(path)
+    if is_full(error) or error.errno is None:  # numpy gives no number
+        remedy = f"without it {free_disk(path):,} bytes are free there. Delete something there, or {remedy}"
+    return SaigaError(f"{path} could not be written: {error}; {remedy}.")
+
+
 def _disk_full(path: Path, amount: str, what: str) -> SaigaError:
-    remedy = "choose another place (run_dir, --output)"
-    if path.absolute().is_relative_to(scratch_dir().absolute()):
-        remedy = "name a directory with room in the environment variable SAIGAKIT_CACHE"
-    return SaigaError(
-        f"{what} needs {amount} at {path}, and {free_disk(path) / GB:.2f} GB are free. "
-        f"Delete something there, or {remedy}."
-    )
+    free = f"{free_disk(path) / GB:.2f} GB are free"
+    return SaigaError(f"{what} needs {amount} at {path}, and {free}. Delete something there, or {_elsewhere(path)}.")
+
+
+def _elsewhere(path: Path) -> str:
+    is_scratch = path.absolute().is_relative_to(_scratch_root().absolute())
+    return _CACHE_REMEDY if is_scratch else "choose another place (run_dir, --output)"
 
 
 def available_memory() -> int:

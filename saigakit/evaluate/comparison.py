@@ -2,7 +2,6 @@
 
 import json
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from saigakit import infer, registry
 from saigakit.config import require_count
 from saigakit.core import manifest, workspace
 from saigakit.core.display import Progress, Table
-from saigakit.core.files import write_text
+from saigakit.core.files import scratch, write_text
 from saigakit.data import report
 from saigakit.data.conversations import spread
 from saigakit.errors import SaigaError
@@ -188,8 +187,8 @@ def _ask_transformers(
         quantization=quantization,
         number_format=number_format,
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        generated = generate.in_child(request, Path(scratch))
+    with scratch() as directory:
+        generated = generate.in_child(request, directory)
     return {name: ([questions.tokenizer.decode(ids) for ids in each.ids], each) for name, each in generated.items()}
 
 

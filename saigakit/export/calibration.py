@@ -1,13 +1,12 @@
 """Compute an importance matrix on the user's records, for quantising with it."""
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saigakit import data
 from saigakit.core import manifest, workspace
-from saigakit.core.files import require_absent, sha256
+from saigakit.core.files import require_absent, scratch, sha256
 from saigakit.data import rows, sources
 from saigakit.data.conversations import spread
 from saigakit.errors import SaigaError
@@ -46,9 +45,9 @@ def importance_of_records(
         Export.of(plan, quant_types).require_room(file.parent)
     encoded = token_rows(records, plan)
     ids = [encoded[index]["input_ids"] for index in range(len(encoded))]
-    with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
+    with scratch() as directory:
         matrix = imatrix.compute_importance(
-            write_gguf(Export.of(plan, ["Q8_0"]), Path(scratch) / "q8_0.gguf"),
+            write_gguf(Export.of(plan, ["Q8_0"]), directory / "q8_0.gguf"),
             spread(ids, max(1, len(ids) * max_tokens // sum(map(len, ids)))),
             dataset=Path(records).name,
             n_gpu_layers=n_gpu_layers,

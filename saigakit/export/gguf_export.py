@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from saigakit.core import manifest, workspace
-from saigakit.core.files import discard_partial, replacing, require_absent, sha256, sha256_of_text
+from saigakit.core.files import discard_abandoned, replacing, require_absent, sha256, sha256_of_text
 from saigakit.errors import SaigaError
 from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp import quantization, read_back, streaming, vocabulary
@@ -143,7 +143,7 @@ class Export:
         """
         finals, manifest_file = output_files(file, self.quant_types), manifest.path_for(file)
         for final in finals.values():
-            discard_partial(final)  # a killed run may have left one, and its space is needed
+            discard_abandoned(final)  # a killed run may have left one, and its space is needed
         self.require_room(file.parent)
         with ExitStack() as stack:
             # Renamed in reverse: `file` first, the manifest last.

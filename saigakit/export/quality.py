@@ -2,7 +2,6 @@
 
 import json
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from saigakit.core import manifest, workspace
 from saigakit.core.display import Every, Table
-from saigakit.core.files import sha256, write_text
+from saigakit.core.files import scratch, sha256, write_text
 from saigakit.data import sources
 from saigakit.data.conversations import spread
 from saigakit.data.rows import read_column
@@ -196,9 +195,9 @@ class _Comparison:
 
     def measure(self, reference: str, records: Path, max_tokens: int, n_gpu_layers: int) -> dict[str, Any]:
         """The content of quality.json; the largest file comes first."""
-        with tempfile.TemporaryDirectory(dir=workspace.scratch_dir()) as scratch:
+        with scratch() as directory:
             export = replace(self.export, quant_types=list(dict.fromkeys([reference, *self.further])))
-            file = write_gguf(export, Path(scratch) / "reference.gguf")
+            file = write_gguf(export, directory / "reference.gguf")
             files = output_files(file, export.quant_types) | dict(self.files)
             sizes = {each: files[each].stat().st_size for each in self.compared_with(reference)}
             sizes = dict(sorted(sizes.items(), key=lambda item: -item[1]))

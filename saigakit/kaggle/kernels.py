@@ -6,14 +6,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from saigakit.core import install, manifest, workspace
 from saigakit.core.display import printable
-from saigakit.core.files import replacing, require_absent
+from saigakit.core.files import replacing, require_absent, scratch
 from saigakit.errors import SaigaError
 
 METADATA = Path("kaggle-metadata")
@@ -34,11 +33,11 @@ def push(stage: str | Path, parameters: Mapping[str, object] | None = None) -> s
     notebook = (folder / str(content["code_file"])).resolve()
     if not notebook.is_file():
         raise SaigaError(f"{folder / 'kernel-metadata.json'} names {notebook}, which is not there.")
-    with tempfile.TemporaryDirectory() as scratch:
-        _copy_with_parameters(notebook, parameters or {}, Path(scratch) / notebook.name)
+    with scratch() as upload:
+        _copy_with_parameters(notebook, parameters or {}, upload / notebook.name)
         content["code_file"] = notebook.name
-        (Path(scratch) / "kernel-metadata.json").write_text(json.dumps(content), encoding="utf-8")
-        output = submit(str(content["id"]), "kernels", "push", "-p", scratch)
+        (upload / "kernel-metadata.json").write_text(json.dumps(content), encoding="utf-8")
+        output = submit(str(content["id"]), "kernels", "push", "-p", str(upload))
     print(output.strip().splitlines()[-1])
     return str(content["id"])
 
@@ -54,19 +53,19 @@ def push_dataset(folder: str | Path, files: Sequence[Path] = (), *, poll_s: floa
     Returns its reference when it can be attached: a notebook that is pushed earlier loses it.
     """
     source = _folder(folder, "dataset-metadata.json")
-    with tempfile.TemporaryDirectory() as scratch:
-        shutil.copytree(source, scratch, dirs_exist_ok=True)
+    with scratch() as upload:
+        shutil.copytree(source, upload, dirs_exist_ok=True)
         for file in files:
             if not file.is_file():
                 raise SaigaError(f"{file} is not there, so it cannot be uploaded.")
-            shutil.copy2(file, scratch)
-        if len(list(Path(scratch).iterdir())) < 2:
+            shutil.copy2(file, upload)
+        if len(list(upload.iterdir())) < 2:
             raise SaigaError(f"{source} has nothing to upload except its metadata; name the files.")
         content = _metadata(source / "dataset-metadata.json", username())
-        (Path(scratch) / "dataset-metadata.json").write_text(json.dumps(content), encoding="utf-8")
+        (upload / "dataset-metadata.json").write_text(json.dumps(content), encoding="utf-8")
         reference = str(content["id"])
         verb = ("create",) if _dataset_status(reference) is None else ("version", "-m", "pushed by saigakit")
-        submit(reference, "datasets", *verb, "--quiet", "-p", scratch)
+        submit(reference, "datasets", *verb, "--quiet", "-p", str(upload))
     _wait_until_ready(reference, poll_s)
     print(f"Data set {reference} is ready.")
     return reference

@@ -198,10 +198,16 @@ def sentencepiece_tokens(file: Path) -> tuple[Any, list[dict[str, Any]]]:
     Runs of blanks that SentencePiece finds in any text are among them; other pieces of this kind, such as `<table>`,
     are not: like every token that is not a control token, they never come from a text.
     """
+    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
     spm: Any = sentencepiece_model_pb2  # protobuf makes its classes at run time
-    proto = spm.ModelProto.FromString(file.read_bytes())
+    try:
+        proto = spm.ModelProto.FromString(file.read_bytes())
+        if not all(isinstance(piece.piece, str) for piece in proto.pieces) or not proto.HasField("normalizer_spec"):
+            raise DecodeError("a piece is not UTF-8, or the end is missing")
+    except DecodeError as error:
+        raise SaigaError(f"{file} is damaged or in an unknown format ({error}); download it again.") from None
     found = {i: {"id": i, "content": text} for text, i in read_json(file.parent / "added_tokens.json").items()}
     decoder = read_json(file.parent / "tokenizer_config.json").get("added_tokens_decoder", {})
     found |= {int(i): {**token, "id": int(i)} for i, token in decoder.items()}

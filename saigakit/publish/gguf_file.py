@@ -2,13 +2,12 @@
 
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from saigakit import evaluate, export, registry
 from saigakit.core import manifest
-from saigakit.core.files import inside
+from saigakit.core.files import inside, scratch
 from saigakit.errors import SaigaError
 from saigakit.export import markdown, model_card, quality
 from saigakit.kaggle import kernels, models
@@ -26,8 +25,8 @@ def push_to_hub(made: str | Path, repo_id: str, *, private: bool = True, replace
     """
     directory, content = _read_finished(Path(made))
     repository = upload.HubRepository(repo_id)
-    with tempfile.TemporaryDirectory() as scratch:
-        files, published = _collect_files(directory, content, Path(scratch), repo_id)
+    with scratch() as texts:
+        files, published = _collect_files(directory, content, texts, repo_id)
         message = f"{published['parameters']['model']} as GGUF, made with saigakit"
         return repository.push(files, published, message, private=private, replace=replace)
 
@@ -46,9 +45,9 @@ def push_to_kaggle(made: str | Path, name: str, *, private: bool = True) -> str:
     model = f"{kernels.username()}/{name}"
     variation = re.sub(r"[^a-z0-9]+", "-", str(content["parameters"]["quant_type"]).lower())
     spec = registry.find(content["parameters"]["model"])
-    with tempfile.TemporaryDirectory() as scratch:
-        files, _ = _collect_files(directory, content, Path(scratch) / "texts", name)
-        folder = Path(scratch) / "upload"
+    with scratch() as made_here:
+        files, _ = _collect_files(directory, content, made_here / "texts", name)
+        folder = made_here / "upload"
         folder.mkdir()
         for file_name, file in files.items():
             try:  # gigabytes are copied only if the file system cannot link them
@@ -83,11 +82,11 @@ def _read_finished(made: Path) -> tuple[Path, manifest.Manifest]:
 
 
 def _collect_files(
-    directory: Path, content: manifest.Manifest, scratch: Path, title: str
+    directory: Path, content: manifest.Manifest, target: Path, title: str
 ) -> tuple[dict[str, Path], dict[str, Any]]:
-    """The files to publish, with texts written again in `scratch`, and the public manifest."""
+    """The files to publish, with texts written again in `target`, and the public manifest."""
     upload.print_terms(content["parameters"]["model"])
-    scratch.mkdir(exist_ok=True)
+    target.mkdir(exist_ok=True)
     files = {name: directory / name for name in content["outputs"] if name.endswith(_PUBLISHED)}
     largest_first = sorted(content["files"].items(), key=lambda item: -item[1]["bytes"])
     texts = model_card.companion_texts(
@@ -98,7 +97,7 @@ def _collect_files(
         measured=_measured(directory, content) if (directory / manifest.NAME).is_file() else "",
     )
     published = upload.public_manifest(content, files, directory.parent)
-    return files | upload.write_texts(scratch, published, texts), published
+    return files | upload.write_texts(target, published, texts), published
 
 
 def _measured(stage_dir: Path, content: manifest.Manifest) -> str:

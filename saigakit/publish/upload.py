@@ -1,14 +1,13 @@
 """Upload files to a Hub repository in one commit and verify what arrived."""
 
 import json
-import tempfile
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 from saigakit import registry
 from saigakit.core import hub, manifest, workspace
-from saigakit.core.files import sha256, write_text
+from saigakit.core.files import scratch, sha256, write_text
 from saigakit.errors import SaigaError
 from saigakit.weights import base_files, find, lineage
 
@@ -150,8 +149,8 @@ class HubRepository:
             raise SaigaError(f"{name} {problem}: it was damaged in transfer. Delete it there and push again.")
 
     def _fetch(self, name: str, revision: str | None) -> bytes:
-        with tempfile.TemporaryDirectory() as scratch:
-            return Path(self.api.hf_hub_download(self.repo_id, name, revision=revision, cache_dir=scratch)).read_bytes()
+        with scratch() as cache:
+            return Path(self.api.hf_hub_download(self.repo_id, name, revision=revision, cache_dir=cache)).read_bytes()
 
 
 def _identity(text: str | bytes) -> tuple[Any, Any, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from saigakit.core import manifest, workspace
-from saigakit.core.files import lock_directory, replacing
+from saigakit.core.files import discard_abandoned, lock_file, replacing
 from saigakit.core.manifest import Manifest
 from saigakit.errors import SaigaError
 from saigakit.train import curve
@@ -62,7 +62,7 @@ class Store:
 
     def lock(self, patience_s: float) -> AbstractContextManager[int]:
         """Lock out other processes: a run whose caller was killed may still be saving."""
-        return lock_directory(self.directory, patience_s)
+        return lock_file(self.directory.with_name(f".{self.directory.name}.lock"), self.directory, patience_s)
 
     def write(self, step: int, fill: Callable[[Path], None], *, needed: int) -> Path:
         """Save a checkpoint, then delete older ones. `fill` writes state/ and the log into an empty directory.
@@ -105,6 +105,8 @@ class Store:
         Damaged checkpoints are reported and skipped. Raises SaigaError for a checkpoint of another run; with
         SAIGAKIT_REPLACE=1 one in this store is deleted instead.
         """
+        for left in self.directory.glob(".*.*.partial"):  # of a run that was killed while saving
+            discard_abandoned(self.directory / left.name.split(".")[1])
         found = [(path, source) for source in (self.directory, *sources) for path in _checkpoints_in(source)]
         for path, source in sorted(found, key=lambda item: step_of(item[0]), reverse=True):
             if (problem := find_problem(path)) is not None:
@@ -121,7 +123,7 @@ class Store:
         return None
 
     def delete(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(self.directory.resolve(), ignore_errors=True)  # it may be a link to a larger disk
 
 
 def step_of(checkpoint: Path) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -12,7 +11,7 @@ from typing import Any
 from saigakit import data
 from saigakit.config import TrainConfig
 from saigakit.core import launch, manifest, workspace
-from saigakit.core.files import replacing, sha256, sha256_of_text, write_text
+from saigakit.core.files import replacing, scratch, sha256, sha256_of_text, write_text
 from saigakit.core.launch import Nodes
 from saigakit.core.manifest import Manifest
 from saigakit.data import report
@@ -48,8 +47,8 @@ def train_adapter(config: TrainConfig) -> Path:
     with store.lock(launch.SAVING_PATIENCE_S):
         checkpoint = find_checkpoint(config, store, final if resumes else None)
     if nodes is not None and nodes.rank > 0:
-        with tempfile.TemporaryDirectory() as scratch:
-            _run_children(job, store, checkpoint, Path(scratch), nodes)
+        with scratch() as directory:
+            _run_children(job, store, checkpoint, directory, nodes)
         return final
     system_prompt = _system_prompt(job.train_file, inputs["train"])
     facts: dict[str, Any] = {"number_format": job.number_format, "system_prompt": system_prompt}

@@ -71,6 +71,7 @@ def combine(released_dir: Path, new_dir: Path, out_dir: Path) -> Path:
 
     A = [A1; A2] and B = [s1 B1, s2 B2] in float32; a module that one adapter does not change gets zeros.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     file, config_file = out_dir / "adapter_model.safetensors", out_dir / "adapter_config.json"
@@ -90,7 +91,10 @@ def combine(released_dir: Path, new_dir: Path, out_dir: Path) -> Path:
     config |= {"target_modules": sorted({name.rpartition(".")[2] for name in names})}
     out_dir.mkdir(parents=True, exist_ok=True)
     with replacing(file) as partial:
-        save_file(matrices, partial, metadata={"format": "pt"})
+        try:
+            save_file(matrices, partial, metadata={"format": "pt"})
+        except SafetensorError as error:  # as if it wrote with Python's functions, of which `replacing` tells
+            raise OSError(str(error)) from None
         write_text(config_file, json.dumps(config, ensure_ascii=False, indent=2))
     return out_dir
 

@@ -529,7 +529,7 @@ def test_doctor_names_versions_that_are_too_old(monkeypatch, tmp_path):
 
 
 def test_windows_runs_some_commands_and_refuses_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(terminal, "os", SimpleNamespace(name="nt"))
+    monkeypatch.setattr(terminal, "os", SimpleNamespace(**vars(os) | {"name": "nt"}))
     done = CliRunner().invoke(cli.main, ["doctor"])
     assert done.exit_code == 1 and "doctor needs Linux or macOS. On Windows run it in WSL" in done.output
     done = CliRunner().invoke(cli.main, ["chat", "nothing.gguf"])

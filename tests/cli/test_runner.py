@@ -100,6 +100,14 @@ def test_unchanged_run_reuses_every_stage(again):
     assert again() == []
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b'{"fingerprint": 1}', b"null"])
+def test_damaged_state_is_written_again(again, place, content):
+    for name in ("times.json", "02_train.json"):
+        (place / "run" / ".runner" / name).write_bytes(content)
+    assert again() == ["02_train"]
+    assert again() == []
+
+
 def test_changed_parameter_reruns_its_stage_and_the_following(again, place):
     assert again({"learning_rate": 0.5}) == ["02_train", "03_merge_gguf", "04_infer"]
     assert "0.5" in (place / "run" / "02_train" / "out.txt").read_text(encoding="utf-8")

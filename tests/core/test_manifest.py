@@ -1,5 +1,6 @@
 """A stage's directory is complete or absent, reused when nothing changed, and never overwritten without permission."""
 
+import functools
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -60,7 +62,7 @@ def test_hashes_leave_out_the_manifest(final):
 
 def test_the_final_name_appears_only_when_the_stage_is_complete(final):
     with manifest.making(final, stage=STAGE, parameters={}, inputs={}) as directory:
-        assert directory.parent == final.parent
+        assert directory.is_relative_to(final.parent)
         assert not final.exists()
     assert [path.name for path in final.parent.iterdir()] == [STAGE]
 
@@ -79,6 +81,7 @@ def test_an_error_leaves_nothing_under_the_final_name(final):
 KILLED = """
 import sys
 from pathlib import Path
+from threading import Timer
 from saigakit.core import manifest
 with manifest.making(Path(sys.argv[1]), stage="02_train", parameters={}, inputs={}) as directory:
     (directory / "half.txt").write_text("x" * 10**6)
@@ -266,3 +269,67 @@ def test_a_manifest_that_names_a_file_outside_is_refused(final, name):
     for read in (lambda: manifest.require_stage(final, STAGE), lambda: manifest.changed(final, content)):
         with pytest.raises(SaigaError, match=f"{re.escape(repr(name))} is outside"):
             read()
+
+
+def make_in_child(final: Path) -> "subprocess.Popen[str]":
+    """A process that is making a stage, and continues at the end of its input."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(final)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert child.stdout is not None and child.stdout.readline() == "writing\n"
+    return child
+
+
+def test_a_second_process_in_the_run_directory_is_refused_before_its_work(final, monkeypatch, capsys):
+    monkeypatch.setattr(manifest, "lock_file", functools.partial(_impatient, manifest.lock_file))
+    with make_in_child(final) as child, pytest.raises(SaigaError) as caught:
+        make(final)
+    assert str(caught.value) == f"Another run is using {final.parent}. Wait for it, or choose another run_dir."
+    assert capsys.readouterr().out == f"Waiting for another run that is using {final.parent} …\n"
+    assert child.returncode == 0 and set(manifest.read(final)["outputs"]) == {"half.txt"}
+    assert [path.name for path in final.parent.iterdir()] == [STAGE]
+
+
+def _impatient(lock_file, file, used, patience_s):
+    return lock_file(file, used, 0.1)
+
+
+def test_a_stage_that_another_run_finished_meanwhile_is_not_made_again(final):
+    with make_in_child(final) as child:
+        Timer(0.3, child.communicate).start()
+        with pytest.raises(SaigaError, match="appeared while"):
+            make(final, "never written")
+    assert is_up_to_date(final, parameters={}, inputs={})
+
+
+def test_a_stage_that_is_a_link_to_a_larger_disk_is_made_there(final, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    final.parent.mkdir()
+    final.symlink_to(disk / "02", target_is_directory=True)
+    with manifest.making(final, stage=STAGE, parameters=PARAMETERS, inputs=INPUTS) as partial:
+        assert partial.is_relative_to(disk)
+    assert is_up_to_date(final) and final.is_symlink()
+    monkeypatch.setenv("SAIGAKIT_REPLACE", "1")
+    make(final, "new")
+    assert (disk / "02" / "adapter.txt").read_text(encoding="utf-8") == "new" and final.is_symlink()
+    assert [path.name for path in disk.iterdir()] == ["02"]
+
+
+def test_every_file_and_directory_is_flushed_before_the_stage_gets_its_name(final, monkeypatch):
+    done, fsync, replace = [], os.fsync, Path.replace
+
+    def flush(descriptor):
+        done.append(Path(f"/proc/self/fd/{descriptor}").resolve().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "replace", lambda old, new: (done.append(f"rename {new.name}"), replace(old, new))[1])
+    make(final)
+    at = done.index(f"rename {STAGE}")
+    assert {STAGE, "adapter.txt", "checkpoints", "one.txt", manifest.NAME} <= set(done[:at])
+    assert done[at + 1 :] == [final.parent.name]

@@ -192,8 +192,9 @@ report.check_records(model="saiga_tiny", records=sys.argv[1], run_dir=sys.argv[2
 """
     command = [sys.executable, "-c", code, str(tiny / "records.jsonl"), str(tmp_path / "run")]
     assert subprocess.run(command, check=False).returncode == -9
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [".01_format.partial"]
-    assert (tmp_path / "run" / ".01_format.partial" / "train.jsonl").is_file()
+    lock, partial = sorted((tmp_path / "run").iterdir(), reverse=True)
+    assert lock.name == ".saigakit.lock" and lock.stat().st_size == 0
+    assert (partial / "files" / "01_format" / "train.jsonl").is_file()
     manifest.require_stage(check(str(tiny / "records.jsonl")), "01_format")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["01_format"]
 

@@ -131,7 +131,7 @@ def test_a_process_waits_for_the_directory_that_another_one_is_making(tmp_path):
 
     made = packages.make_once(tmp_path / "one", fill)
     waiting[0].join()
-    assert [file.name for file in made.iterdir()] == ["mine"]
+    assert [file.name for file in made.iterdir()] == ["mine", ".sizes"]
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
@@ -146,7 +146,35 @@ def test_the_tiny_saiga_is_made_once(cache):
     made = packages.tiny_saiga()
     first = (made / "base" / "model.safetensors").stat()
     assert (packages.tiny_saiga() / "base" / "model.safetensors").stat().st_mtime_ns == first.st_mtime_ns
-    assert sorted(item.name for item in made.iterdir()) == ["adapter", "base", "records.jsonl"]
+    assert sorted(item.name for item in made.iterdir()) == [".sizes", "adapter", "base", "records.jsonl"]
+
+
+@pytest.mark.parametrize("how", ["truncated", "lost", "unmarked", "mark emptied"])
+def test_a_damaged_directory_is_made_again_with_one_line(tmp_path, capsys, how):
+    def fill(partial):
+        (partial / "base").mkdir()
+        (partial / "base" / "weights").write_bytes(CONTENT)
+
+    made = packages.make_once(tmp_path / "one", fill)
+    damaged = made / ("base/weights" if how in ("truncated", "lost") else ".sizes")
+    if how in ("lost", "unmarked"):
+        damaged.unlink()
+    else:
+        damaged.write_bytes(damaged.read_bytes()[: 100 if how == "truncated" else 0])
+    assert packages.make_once(tmp_path / "one", fill) == made
+    assert (made / "base" / "weights").read_bytes() == CONTENT
+    assert capsys.readouterr().out == f"{made} is incomplete or damaged: making it again.\n"
+    (made / "mine").touch()
+    packages.make_once(tmp_path / "one", fill)
+    assert (made / "mine").exists() and capsys.readouterr().out == ""
+
+
+def test_a_truncated_model_in_the_cache_is_made_again(cache):
+    weights = packages.tiny_saiga() / "base" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:1000])
+    packages.tiny_saiga()
+    assert weights.read_bytes() == before
 
 
 def test_smollm2_has_the_right_shape_and_tokenizer(smollm2):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saigakit import export
-from saigakit.core import workspace
+from saigakit.core import files, workspace
 from saigakit.errors import SaigaError
 from saigakit.export import estimate
 from saigakit.export import stage as export_stage
@@ -29,7 +29,7 @@ TEXTS = ["Что такое пружина?", "Упругая деталь. ё �
 KILLED = """
 import os, random, signal, sys, time
 import gguf, llama_cpp, numpy, safetensors, tokenizers, torch, transformers
-from saigakit import export; from saigakit.llamacpp import streaming; from saigakit.core import workspace
+from saigakit import export; from saigakit.llamacpp import streaming; from saigakit.core import files, workspace
 model, adapter, output, kills = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 streaming._ROWS, streaming._NUMBERS = 32, 1
 
@@ -63,7 +63,7 @@ assert os.waitpid(started(output), 0)[1] == 0
 """
 FULL = """
 import os, sys
-from saigakit import errors, export; from saigakit.core import workspace
+from saigakit import errors, export; from saigakit.core import files, workspace
 if sys.argv[4] == "unasked":  # as if another program took the room a moment later
     workspace.require_disk = lambda *_: None
 try:
@@ -99,7 +99,7 @@ def test_an_export_killed_at_random_leaves_no_file_and_can_be_rerun(made, tmp_pa
     assert done.returncode == 0, done.stdout + done.stderr
     kills = [line for line in done.stdout.splitlines() if line.startswith("KILL")]
     assert len(kills) == KILLS
-    assert any(".x.gguf.partial" in line for line in kills)  # some came while it was being written
+    assert any(".x.gguf." in line for line in kills)  # some came while it was being written
     assert output.read_bytes() == output.with_name("x.gguf.whole").read_bytes()
     assert output.with_name("x-Q8_0.gguf").read_bytes() == output.with_name("x.gguf-Q8_0.whole").read_bytes()
     assert not list(output.parent.glob(".*"))
@@ -152,23 +152,24 @@ def test_several_types_from_one_read_equal_the_files_made_one_by_one(made, tmp_p
     assert len(reads) == len(set(reads)) > 100  # every row once, for all files
 
 
-@pytest.mark.parametrize("left", [".x.gguf.partial", ".x-Q8_0.gguf.partial"])
-def test_the_leftovers_of_a_killed_export_are_removed_before_the_disk_is_checked(made, tmp_path, monkeypatch, left):
-    (tmp_path / left).write_bytes(b"0" * 1000)
-    seen = []
-    monkeypatch.setattr(workspace, "require_disk", lambda *_: seen.append((tmp_path / left).exists()))
+def leave(final):
+    """What a process that was killed while it wrote `final` leaves."""
+    with files.temporary_dir(final.parent, final.name) as living:
+        (living / "half").write_bytes(b"0" * 1000)
+        return shutil.copytree(living.parent, final.with_name(f".{final.name}.killed.partial"))
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "x-Q8_0.gguf"])
+def test_the_leftovers_of_a_killed_export_are_removed_before_the_disk_is_checked(made, tmp_path, monkeypatch, name):
+    left, seen = leave(tmp_path / name), []
+    monkeypatch.setattr(workspace, "require_disk", lambda *_: seen.append(left.exists()))
     export.to_gguf(model=str(made[0]), adapter=None, output=tmp_path / "x.gguf", quant_types=["Q8_0"])
     assert seen == [False]
 
 
 def test_the_leftovers_of_a_killed_stage_are_removed_before_the_disk_is_checked(made, tmp_path, monkeypatch):
-    left, seen = tmp_path / ".03_merge_gguf.partial", []
-    left.mkdir()
-
-    def require_disk(*_):
-        seen.append(left.exists())
-
-    monkeypatch.setattr(workspace, "require_disk", require_disk)
+    left, seen = leave(tmp_path / "03_merge_gguf"), []
+    monkeypatch.setattr(workspace, "require_disk", lambda *_: seen.append(left.exists()))
     export.merge_gguf(model=str(made[0]), adapter=None, run_dir=tmp_path)
     assert seen[0] is False
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from contextlib import closing
 
 import llama_cpp
@@ -175,3 +176,14 @@ def test_rejects_a_prefix_together_with_pieces_for_blanks(gemma, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
     with pytest.raises(SaigaError, match="normalises text"):
         encoding.from_sentencepiece(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 3_000, -1, -10, -100, "noise", "changed"])
+def test_a_damaged_tokenizer_model_is_named(tiny, tmp_path, size):
+    directory = shutil.copytree(tiny / "base", tmp_path / "base")
+    file = directory / "tokenizer.model"
+    content = file.read_bytes()
+    damaged = {"noise": random.Random(1).randbytes(5_000), "changed": content.replace("▁".encode(), b"\xff\xfe\xfd", 1)}
+    file.write_bytes(damaged[size] if isinstance(size, str) else content[:size])
+    with pytest.raises(SaigaError, match=rf"^{file} is damaged or in an unknown format \(.+\); download it again\.$"):
+        encoding.load_tokenizer("saiga_tiny", str(directory))

@@ -221,10 +221,59 @@ def test_lock_admits_one_run_at_a_time(store):
         pass
 
 
-def test_lock_leaves_no_empty_directory(store):
+def test_lock_leaves_nothing(store):
     with store.lock(0):
-        assert store.directory.is_dir()
-    assert not store.directory.exists()
+        pass
+    assert names(store.directory.parent) == []
     with store.lock(0):
         made = store.write(5, fill, needed=1)
     assert store.find_newest() == made
+
+
+SAVED = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[2], f"{sys.argv[2]}/../support"]
+import test_checkpoints
+from saigakit.train import checkpoints
+store, fsync = checkpoints.Store(Path(sys.argv[1]), test_checkpoints.IDENTITY), os.fsync
+store.write(5, test_checkpoints.fill, needed=1)
+def flush(descriptor):
+    print("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+    fsync(descriptor)
+os.fsync = flush
+sys.addaudithook(lambda event, found: print(event, *found) if event in ("os.rename", "shutil.rmtree") else None)
+store.write(6, test_checkpoints.fill, needed=1)
+"""
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_previous_one_is_deleted(store):
+    command = [sys.executable, "-c", SAVED, str(store.directory), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    (renamed,) = (at for at, line in enumerate(done) if "os.rename" in line and "/step-00000006 " in line + " ")
+    deleted = next(
+        at for at, line in enumerate(done) if line.startswith(f"shutil.rmtree {store.directory}/step-00000005")
+    )
+    flushed = {line.rpartition("/step-00000006/")[2] for line in done[:renamed] if line.startswith("fsync")}
+    assert {"state", "log.jsonl", MARK, *(f"state/{name}" for name in STATE)} <= flushed
+    assert f"fsync {store.directory}" in done[renamed:deleted]
+
+
+def test_leftovers_of_a_run_that_was_killed_while_saving_are_deleted_at_the_next_start(store):
+    code = SAVED.partition("def flush")[0] + "store.write(7, lambda _: os._exit(9), needed=1)"
+    command = [sys.executable, "-c", code, str(store.directory), str(Path(__file__).parent)]
+    assert subprocess.run(command, check=False).returncode == 9
+    assert len(names(store.directory)) == 2
+    assert store.find_newest() == store.directory / "step-00000005"
+    assert names(store.directory) == ["step-00000005"]
+
+
+def test_checkpoints_may_be_a_link_to_a_larger_disk(store, tmp_path):
+    disk = tmp_path / "disk" / "checkpoints"
+    disk.parent.mkdir()
+    store.directory.symlink_to(disk, target_is_directory=True)
+    for step in (5, 6):
+        store.write(step, fill, needed=1)
+    assert names(disk) == ["step-00000006"] and store.find_newest() == store.directory / "step-00000006"
+    store.delete()
+    assert not disk.exists()

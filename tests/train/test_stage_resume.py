@@ -113,8 +113,8 @@ def test_two_processes_save_together_when_one_is_interrupted_and_resume(tmp_path
     settings = {"lora": DROPOUT, "processes": 2, "save_steps": 100, "epochs": 3, "eval_steps": 18}
     alone, _ = kill_resume.finished(kill_resume.config_for(tmp_path / "alone", **settings))
     config = kill_resume.config_for(tmp_path / "ended", **settings)
-    (process, printed), log = kill_resume.start(config), tmp_path / "ended" / ".02_train.partial" / curve.LOG_FILE
-    while kill_resume.losses_in(log, since=0) < 3:
+    process, printed = kill_resume.start(config)
+    while kill_resume.losses_in(Path(config.output_dir), since=0) < 3:
         assert process.is_alive()
         time.sleep(0.005)
     psutil.Process(process.pid).children()[0].send_signal(signal.SIGTERM)

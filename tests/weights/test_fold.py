@@ -1,6 +1,7 @@
 """Folding a released adapter into its base, and combining it with the LoRA trained on top."""
 
 import json
+import resource
 
 import pytest
 import small_models
@@ -140,3 +141,16 @@ def test_does_not_overwrite_an_adapter(base_dir, released, tmp_path):
     with pytest.raises(SaigaError, match="already contains an adapter"):
         fold.combine(released, released, released)
     assert json.loads((released / "adapter_config.json").read_text(encoding="utf-8")) == before
+
+
+def test_a_full_disk_is_reported_and_leaves_no_combined_adapter(released, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(
+            SaigaError, match=r"adapter_model\.safetensors could not be written: .* bytes are free there"
+        ):
+            fold.combine(released, released, tmp_path / "both")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "both").iterdir()) == []
