@@ -69,6 +69,7 @@ class Lora:
 class ModelSpec:
     name: str
     base_model: str  # a Hub id, a directory, or "package:NAME" for weights from a Python package
+    revision: str | None = None  # of the base on the Hub; None: that in PINS, or else main
     released_adapter: str | None = None
     template: str | None = None  # templates/<template>.jinja; None: the tokenizer's own
     system_prompt: str | None = None
@@ -250,21 +251,30 @@ _ROWS = (
     ),
 )
 MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _ROWS}
+# By repository on the Hub: the commit that is used, and SHA-256 by name of the files whose hash is known.
+PINS: dict[str, tuple[str, dict[str, str]]] = {
+    "IlyaGusev/saiga_llama3_8b": ("17e1bcc9c6d3e31852a95a168f7d3778f395cd2a", {}),  # v7 in its card
+    "meta-llama/Llama-2-13b-hf": ("5c31dfb671ce7cfe2d7bb7c04375e44c55e815b1", {}),
+    "Qwen/Qwen3-4B-Instruct-2507": ("cdbee75f17c01a7cc42f958dc650907174af0554", {}),
+}
 
 
 def find(model: str) -> ModelSpec:
-    """The row for a registry name, a Hub id (`owner/name`) or a model directory."""
+    """The row for a registry name, a Hub id (`owner/name` or `owner/name@revision`) or a model directory."""
     if not isinstance(model, str):
         raise SaigaError(f"model={model!r} is not text; give a name.")
     if model in MODELS:
         return MODELS[model]
     if model.endswith(".gguf"):
         raise SaigaError(f"model={model!r} is a GGUF file, which cannot be trained. Did you mean its base model?")
-    if (model and Path(model).is_dir()) or (model.count("/") == 1 and not model.startswith((".", "/"))):
+    if model and Path(model).is_dir():
         return with_context(ModelSpec(name=model, base_model=model))
+    repo, _, revision = model.partition("@")
+    if repo.count("/") == 1 and not repo.startswith((".", "/")):
+        return ModelSpec(name=model, base_model=repo, revision=revision or None)
     raise SaigaError(
         f"model={model!r} is unknown.{suggestion(model, MODELS)} Give a registry name ({', '.join(MODELS)}), "
-        "a Hub id (owner/name) or an existing directory."
+        "a Hub id (owner/name or owner/name@revision) or an existing directory."
     )
 
 

@@ -1,15 +1,19 @@
 """Download from and upload to the Hugging Face Hub, with errors that say what to do."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from saigakit.core import workspace
+from saigakit.core.files import sha256
 from saigakit.errors import SaigaError, hide, masked
 
 _TOKENS = "https://huggingface.co/settings/tokens"
 _HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+Hashes = Mapping[str, str] | None  # by file name
+print_once = cache(lambda line: print(line, flush=True))
 _ATTACH = {
     "model": "Or attach a copy as a Kaggle model or data set and give its directory as base_source (for an adapter: as "
     "adapter).",
@@ -22,21 +26,35 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def snapshot(repo: str, patterns: tuple[str, ...], repo_type: str = "model", revision: str | None = None) -> Path:
-    """Download the matching files into the cache, and return their directory."""
+def snapshot(
+    repo: str, patterns: tuple[str, ...], repo_type: str = "model", revision: str | None = None, recorded: Hashes = None
+) -> Path:
+    """Download the matching files into the cache, and return their directory, which is named after the commit."""
     from huggingface_hub import snapshot_download
 
+    kept = list(patterns)
     with download_errors_explained(repo, repo_type):
-        return Path(
-            snapshot_download(
-                repo,
-                repo_type=repo_type,
-                revision=revision,
-                allow_patterns=list(patterns),
-                cache_dir=cache_dir(),
-                token=token(),
-            )
+        found = snapshot_download(
+            repo, repo_type=repo_type, revision=revision, allow_patterns=kept, cache_dir=cache_dir(), token=token()
         )
+    directory = Path(found)
+    if revision != directory.name:
+        print_once(f"{repo}: {revision or 'main'} is commit {directory.name}.")
+    for name, expected in (recorded or {}).items():
+        if (directory / name).is_file():
+            verified_sha256(directory / name, expected)
+    return directory
+
+
+def verified_sha256(file: Path, expected: str | None = None) -> str:
+    """Raises SaigaError if it is not `expected`, or not that by which the Hub's client has named a large file."""
+    found, blob = sha256(file), file.resolve()
+    expected = expected or (blob.name if blob.parent.name == "blobs" and len(blob.name) == 64 else found)
+    if found != expected:
+        raise SaigaError(
+            f"{file} is damaged or another file: its SHA-256 is {found}, not {expected}. Delete {blob} and try again."
+        )
+    return found
 
 
 def list_files(repo: str, repo_type: str = "model", revision: str | None = None) -> tuple[str, dict[str, int]]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from saigakit.core import install
+from saigakit.core import hub, install
 from saigakit.core.files import inside, lock_file, replacing, sha256, write_text
 from saigakit.errors import SaigaError
 
@@ -27,9 +27,9 @@ class Identity(TypedDict):
 def hashes(path: Path) -> dict[str, str]:
     """SHA-256 by relative path of all files in a directory except its manifest, or of a single file."""
     if path.is_file():
-        return {path.name: sha256(path)}
+        return {path.name: hub.verified_sha256(path)}
     files = sorted(item for item in path.rglob("*") if item.is_file() and item.name != NAME)
-    return {item.relative_to(path).as_posix(): sha256(item) for item in files}
+    return {item.relative_to(path).as_posix(): hub.verified_sha256(item) for item in files}
 
 
 def path_for(file: Path) -> Path:
@@ -55,9 +55,14 @@ def _read(file: Path, absent: str) -> Manifest:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SaigaError(f"{file} is damaged ({error}); run the stage again.") from None
-    if not isinstance(content, dict) or not content.keys() >= {"stage", "parameters", "inputs", "outputs"}:
+    if not (has_objects(content, "parameters", "inputs", "outputs") and "stage" in content):
         raise SaigaError(f"{file} is damaged: it is not the manifest of a stage; run the stage again.")
-    return content
+    return content  # type: ignore[no-any-return]
+
+
+def has_objects(content: object, *names: str) -> bool:
+    """Whether it is a JSON object, and so is each of `names` in it."""
+    return isinstance(content, dict) and all(isinstance(content.get(name), dict) for name in names)
 
 
 def require_stage(directory: Path, stage: str, *, model: str | None = None) -> Manifest:
@@ -117,12 +122,12 @@ def is_replacing() -> bool:
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One phrase for each parameter and input in which two manifests differ."""
+    """One phrase for each parameter and input in which two manifests differ, or that only one of them has."""
     return [
-        f"{key}: {_shortened(there[part].get(key))} there, {_shortened(now[part].get(key))} now"
+        f"{key}: {_shortened(there[part], key)} there, {_shortened(now[part], key)} now"
         for part in ("parameters", "inputs")
         for key in {**there[part], **now[part]}
-        if there[part].get(key) != now[part].get(key)
+        if (key in there[part], there[part].get(key)) != (key in now[part], now[part].get(key))
     ]
 
 
@@ -152,8 +157,8 @@ def _problem(final: Path, stage: str, wanted: Manifest) -> str | None:
     return f"{final}: {', '.join(damaged)} changed since it was made." if damaged else None
 
 
-def _shortened(value: object) -> str:
-    text = repr(value)
+def _shortened(values: Mapping[str, object], key: str) -> str:
+    text = repr(values[key]) if key in values else "nothing"
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 

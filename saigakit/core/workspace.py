@@ -61,8 +61,8 @@ def _scratch_root() -> Path:
 
 
 def child_environment() -> dict[str, str]:
-    """For a Python child: UTF-8, unbuffered, and without modules of the current directory."""
-    return os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **SAFE_PATH}
+    """For a Python child: UTF-8, unbuffered, without modules of the current directory and kernels from the Hub."""
+    return os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "USE_HUB_KERNELS": "NO", **SAFE_PATH}
 
 
 def find_input(name: str, *, run_dir: str | Path | None = None) -> Path:

@@ -108,11 +108,11 @@ def dequantise(gguf_file: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, name = str(gguf_file.parent), gguf_file.name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False)
     del model.config.quantization_config  # with it save_pretrained refuses: "quantized with gguf"
     model.hf_quantizer = None  # type: ignore[assignment]  # torch's Module does not declare it
     model.save_pretrained(directory)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     # The file says "smollm", which splits numbers into digits; the reader makes every byte-level tokenizer GPT-2's.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
     tokenizer.save_pretrained(directory)

@@ -84,7 +84,8 @@ def build_card(stage_dir: Path, repo_id: str, tokenizer: Tokenizer) -> str:
 def _started_from(config: TrainConfig, run_dir: Path) -> str | None:
     """The public name of the adapter that was continued; None for a new one."""
     name = config.start_adapter
-    return name if name is None or (hub.is_hub_id(name) and upload.public(name, run_dir) == name) else "another adapter"
+    is_public = name is not None and hub.is_hub_id(name.partition("@")[0]) and upload.public(name, run_dir) == name
+    return name if name is None or is_public else "another adapter"
 
 
 def _about_losses(config: TrainConfig, evaluations: Sequence[tuple[int, float]]) -> str:

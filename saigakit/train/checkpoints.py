@@ -140,13 +140,14 @@ def find_problem(checkpoint: Path) -> str | None:
     """Say why training cannot resume from it; None if it is intact."""
     try:
         mark = _read_mark(checkpoint)
-        files, _ = mark["outputs"], (mark["step"], mark["parameters"], mark["inputs"], mark["versions"])
+        if not manifest.has_objects(mark, "outputs", "parameters", "inputs", "versions") or "step" not in mark:
+            raise ValueError("it is not the mark of a checkpoint")
         damaged = manifest.changed(checkpoint, mark)
     except FileNotFoundError:
         return f"it is incomplete, {MARK} is missing"
     except (OSError, ValueError, KeyError, TypeError, SaigaError) as error:
         return f"its {MARK} is damaged ({error})"
-    if absent := [name for name in _REQUIRED if not any(file.startswith(name) for file in files)]:
+    if absent := [name for name in _REQUIRED if not any(file.startswith(name) for file in mark["outputs"])]:
         return f"{', '.join(absent)} is missing"
     return f"{', '.join(damaged)} changed since it was written" if damaged else None
 

@@ -95,7 +95,8 @@ def with_resume_point(config: TrainConfig, identity: Manifest) -> TrainConfig:
 
 
 def _has_ended_by_max_hours(content: Manifest) -> bool:
-    return bool(content["stage"] == STAGE and content.get("training", {}).get("ended") == "max_hours")
+    is_training = content["stage"] == STAGE and manifest.has_objects(content, "training")
+    return is_training and content["training"].get("ended") == "max_hours"
 
 
 def _hash_inputs(job: Job) -> dict[str, Any]:

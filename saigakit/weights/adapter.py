@@ -1,7 +1,6 @@
 """Read a LoRA adapter and add its update to a weight, some rows at a time and in float32."""
 
 import importlib.util
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from saigakit.errors import SaigaError
+from saigakit.weights.base_files import damaged, read_json
 from saigakit.weights.names import Names, without_wrappers
-from saigakit.weights.tensors import Shape, Shards, damaged, open_adapter
+from saigakit.weights.tensors import Shape, Shards, open_adapter
 
 if TYPE_CHECKING:
     from saigakit.weights.tensors import Array
@@ -32,13 +32,13 @@ _PARTS = {
 _NAME = re.compile(
     r"base_model\.model\.(?P<module>.+?)\.(?:" + "|".join(f"(?P<{part}>{end})" for part, end in _PARTS.items()) + ")"
 )
-# Settings of adapter_config.json that do not affect merging, or that are handled here.
+# Settings of adapter_config.json that do not affect merging, or that are handled here; no others reach peft.
 _SUPPORTED = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
     "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
-    "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
-    "merge_weights", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
+    "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "merge_weights",
+    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
     "velora_config",
 }  # fmt: skip
 _INITS_KEEPING_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base weights too
@@ -78,7 +78,6 @@ class Adapter:
     def open(cls, directory: Path, names: Names | None = None) -> Self:
         """`names`: those of the base. Raises SaigaError if it is damaged or of a kind that cannot be merged."""
         config = read_config(directory)
-        _require_supported(directory, config)
         weights = open_adapter(directory)
         found = cls(directory, config.get("base_model_name_or_path"), weights, bool(config.get("ensure_weight_tying")))
         matrices: dict[str, dict[str, str]] = {}  # stored names by module and part
@@ -191,14 +190,12 @@ class Adapter:
 
 
 def read_config(adapter_dir: Path) -> dict[str, Any]:
-    """Raises SaigaError if adapter_config.json is missing or damaged."""
+    """Raises SaigaError if adapter_config.json is missing or damaged, or has settings that are not allowed."""
     file = adapter_dir / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise damaged(file, str(error)) from None
+    config = read_json(file)
     if not isinstance(config, dict) or "peft_type" not in config:
         raise damaged(file, "it has no peft_type")
+    _require_supported(adapter_dir, config)
     return config
 
 
@@ -210,12 +207,13 @@ def _require_supported(directory: Path, config: Mapping[str, Any]) -> None:
             f"{directory} was trained with init_lora_weights={config['init_lora_weights']!r}, which also changes the "
             "base weights, so it cannot be merged. Convert it to plain LoRA with peft first."
         )
-    used = {key for key, value in config.items() if value not in (None, False, "none", [], {})}
+    # Every config has the module that peft imports for Megatron; another one is refused.
+    used = {key for key, value in config.items() if value not in (None, False, "none", [], {}, "megatron.core")}
     defaults = _defaults_of_peft() if used - _SUPPORTED else {}
     if unsupported := ", ".join(sorted(key for key in used - _SUPPORTED if config[key] != defaults.get(key))):
         raise SaigaError(
-            f"{directory} uses {unsupported}, which saigakit cannot merge: use LoRA, rsLoRA or DoRA, or merge it with "
-            "peft."
+            f"{directory} uses {unsupported}, which saigakit cannot merge: use LoRA, rsLoRA or DoRA, or, if "
+            "you trust its source, merge it with peft."
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from saigakit.core import hub, workspace
 from saigakit.demo import packages
 from saigakit.errors import SaigaError
-from saigakit.registry import ModelSpec
+from saigakit.registry import MODELS, PINS, ModelSpec
 from saigakit.weights import base_files
 
 IDS_DEPEND_ON = (  # files of a tokenizer
@@ -29,21 +29,42 @@ def base_dir(spec: ModelSpec, base_source: str | None = None) -> Path:
     """A directory with config.json and weights. Raises SaigaError saying what to attach."""
     if base_source is None and spec.base_model in _PACKAGED:
         return _PACKAGED[spec.base_model]()
-    if base_source is not None or Path(spec.base_model).is_dir():
-        directory = Path(spec.base_model) if base_source is None else workspace.find_input(base_source)
+    directory = _local_model(spec) if base_source is None else workspace.find_input(base_source)
+    if directory is not None:
         remedy = "Give the directory of the original Hugging Face files (config.json, *.safetensors, the tokenizer)."
-        return _require_file(directory, "config.json", "is not a base model", remedy)
-    _, sizes = hub.list_files(spec.base_model)
+        return base_files.require_safe(_require_file(directory, "config.json", "is not a base model", remedy))
+    configs = base_files.require_safe(_fetch(spec.base_model, spec.revision, base_files.CONFIG_FILES))
+    _, sizes = hub.list_files(spec.base_model, revision=configs.name)
     weights = base_files.weight_files(sizes)
     hub.require_room(spec.base_model, "model", sum(sizes[name] for name in weights))
-    return hub.snapshot(spec.base_model, (*base_files.CONFIG_FILES, *map(glob.escape, weights)))
+    return _fetch(spec.base_model, configs.name, (*base_files.CONFIG_FILES, *map(glob.escape, weights)))
 
 
 def tokenizer_dir(spec: ModelSpec, base_source: str | None = None) -> Path:
     """A directory with the tokenizer of training: that of the released adapter, if there is one."""
-    if base_source is not None or spec.base_model in _PACKAGED or Path(spec.base_model).is_dir():
+    if base_source is not None or spec.base_model in _PACKAGED or _local_model(spec) is not None:
         return base_dir(spec, base_source)
-    return hub.snapshot(spec.released_adapter or spec.base_model, base_files.CONFIG_FILES)
+    return _fetch(spec.released_adapter or spec.base_model, spec.revision, base_files.CONFIG_FILES)
+
+
+def _local_model(spec: ModelSpec) -> Path | None:
+    """The directory that `model` names; none replaces a repository that the registry names."""
+    directory = Path(spec.base_model)
+    is_repository = spec.revision is not None or (spec.name in MODELS and hub.is_hub_id(spec.base_model))
+    return None if is_repository or not directory.is_dir() else _reported(spec.base_model, directory)
+
+
+def _reported(name: str, found: Path) -> Path:
+    """`found`, which is printed if `name` could mean a repository."""
+    if hub.is_hub_id(name):
+        hub.print_once(f"{name} is {found.absolute()}; for the repository on the Hub write {name}@main.")
+    return found
+
+
+def _fetch(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """`revision`: None for the commit in PINS, or else main."""
+    commit, recorded = PINS.get(repo, (None, {}))
+    return hub.snapshot(repo, patterns, "model", revision or commit, recorded if revision in (None, commit) else {})
 
 
 def tokenizer_files(spec: ModelSpec, base_source: str | None = None) -> list[Path]:
@@ -61,10 +82,11 @@ def adapter_dir(spec: ModelSpec, adapter: str, run_dir: str | Path | None = None
         raise SaigaError(f"{spec.name} has no released adapter; leave adapter out.")
     if name == "package:saiga_tiny":
         return packages.tiny_saiga() / "adapter"
-    if hub.is_hub_id(name) and not workspace.is_local(name, run_dir):
-        return hub.snapshot(name, _ADAPTER_FILES)
+    repo, _, revision = name.partition("@")
+    if hub.is_hub_id(repo) and (name == spec.released_adapter or revision or not workspace.is_local(name, run_dir)):
+        return _fetch(repo, revision or None, _ADAPTER_FILES)
     problem = "is not a LoRA adapter", "Give the directory that 02_train made, or a LoRA adapter of peft."
-    return _require_file(workspace.find_input(name, run_dir=run_dir), "adapter_config.json", *problem)
+    return _require_file(_reported(name, workspace.find_input(name, run_dir=run_dir)), "adapter_config.json", *problem)
 
 
 def _require_file(directory: Path, name: str, problem: str, remedy: str) -> Path:

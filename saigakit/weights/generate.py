@@ -13,7 +13,7 @@ from saigakit.core import launch, workspace
 from saigakit.core.display import Progress
 from saigakit.core.files import write_text
 from saigakit.registry import Quantization
-from saigakit.weights import load
+from saigakit.weights import adapter, load
 from saigakit.weights.load import NumberFormat
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class HfModel:
         self._model.generation_config = GenerationConfig()  # the model's own may set a repetition penalty or sampling
         self._adapted: Any = None
         if adapter_dir is not None:
+            adapter.read_config(adapter_dir)  # refuses what could make peft run code
             # Without autocast its matrices keep the type of the layers that they are added to.
             self._adapted = PeftModel.from_pretrained(self._model, str(adapter_dir), autocast_adapter_dtype=False)
 

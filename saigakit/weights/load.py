@@ -14,7 +14,7 @@ from saigakit.core import install, workspace
 from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
 from saigakit.registry import MODELS, Lora, ModelSpec, Quantization
-from saigakit.weights import adapter, find, tensors
+from saigakit.weights import adapter, base_files, find, tensors
 from saigakit.weights.model_shape import ModelShape
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def base_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    settings = {
+    config = {
         "none": None,
         "int8": BitsAndBytesConfig(load_in_8bit=True),
         "nf4": BitsAndBytesConfig(
@@ -82,10 +82,11 @@ def base_model(
             bnb_4bit_compute_dtype=dtype,
             **nf4,
         ),
-    }
+    }[quantization]
+    base_files.require_safe(base_dir)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            base_dir, dtype=dtype, device_map={"": device}, quantization_config=settings[quantization]
+            base_dir, dtype=dtype, device_map={"": device}, quantization_config=config, trust_remote_code=False
         )
     except (SafetensorError, OSError, ValueError) as error:
         raise SaigaError(
@@ -115,6 +116,7 @@ def with_adapter(model: "PreTrainedModel", adapter_dir: Path | None, lora: Lora)
             task_type="CAUSAL_LM",
         )
         return _trained_in_float32(get_peft_model(model, settings))
+    adapter.read_config(adapter_dir)  # refuses what could make peft run code
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=True)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -183,7 +185,7 @@ def lora_of(adapter_dir: Path) -> Lora:
     """The settings of an adapter on disk. Raises SaigaError if its files are missing or damaged."""
     config = adapter.read_config(adapter_dir)
     if missing := [key for key in ("r", "lora_alpha") if key not in config]:
-        raise tensors.damaged(adapter_dir / adapter.CONFIG, f"it has no {missing[0]}")
+        raise base_files.damaged(adapter_dir / adapter.CONFIG, f"it has no {missing[0]}")
     # Not from the config, which may contain a pattern.
     modules = {match[1] for name in adapter_shapes(adapter_dir) if (match := re.search(r"\.(\w+)\.lora_A\.", name))}
     return Lora(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from saigakit.errors import SaigaError
 from saigakit.weights import base_files
+from saigakit.weights.base_files import damaged, read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,10 +127,6 @@ def _open_bin(file: Path) -> tuple[Headers, ReadRows]:
     return headers, read
 
 
-def damaged(file: Path, reason: str) -> SaigaError:
-    return SaigaError(f"{file} is missing or damaged ({reason}). Download or attach it again.")
-
-
 def open_adapter(adapter_dir: Path) -> Shards:
     """Raises SaigaError if the adapter's weights are missing or damaged, or were left in the training's processes."""
     file = adapter_dir / "adapter_model.safetensors"
@@ -149,9 +146,12 @@ def open_base(base_dir: Path) -> Shards:
         index = base_dir / index_name
         if index.is_file():
             try:
-                shard_of: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError) as error:
+                shard_of: Mapping[str, str] = read_json(index)["weight_map"]
+                outside = [name for name in shard_of.values() if Path(name).name != name]
+            except (LookupError, TypeError, AttributeError) as error:
                 raise damaged(index, str(error)) from None
+            if outside:
+                raise damaged(index, f"{outside[0]!r} in weight_map is not a file next to it")
             weights = Shards([base_dir / name for name in sorted(set(shard_of.values()))])
             if missing := sorted(set(shard_of) - set(weights.stored)):
                 raise damaged(base_dir / shard_of[missing[0]], f"{missing[0]} is not in it")

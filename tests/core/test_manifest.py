@@ -128,6 +128,16 @@ def test_a_stage_of_the_same_inputs_and_parameters_is_reused_and_reported(final,
     assert capsys.readouterr().out == f"{STAGE}: {final} is up to date, reusing it.\n"
 
 
+@pytest.mark.parametrize("part", ["parameters", "inputs", "outputs"])
+@pytest.mark.parametrize("value", [None, [], "text"])
+def test_a_manifest_with_a_part_of_another_kind_is_damaged(final, part, value):
+    make(final)
+    file = final / manifest.NAME
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {part: value}), encoding="utf-8")
+    with pytest.raises(SaigaError, match="is damaged: it is not the manifest of a stage"):
+        manifest.read(final)
+
+
 def test_parameters_are_compared_as_json(final):
     parameters = {"model": "saiga2_7b", "targets": ("q_proj", "k_proj"), "file": Path("a/b")}
     make(final, parameters=parameters)
@@ -138,8 +148,10 @@ def test_parameters_are_compared_as_json(final):
     ("changes", "message"),
     [
         ({"parameters": {**PARAMETERS, "epochs": 3.0}}, "epochs: 2.0 there, 3.0 now"),
-        ({"parameters": {**PARAMETERS, "seed": 1}}, "seed: None there, 1 now"),
-        ({"parameters": {"model": "saiga2_7b"}}, "epochs: 2.0 there, None now"),
+        ({"parameters": {**PARAMETERS, "seed": 1}}, "seed: nothing there, 1 now"),
+        ({"parameters": {"model": "saiga2_7b"}}, "epochs: 2.0 there, nothing now"),
+        ({"parameters": {**PARAMETERS, "neftune_alpha": None}}, "neftune_alpha: nothing there, None now"),
+        ({"inputs": {**INPUTS, "adapter": None}}, "adapter: nothing there, None now"),
         ({"inputs": {"01_format": "bb22"}}, "01_format: 'aa11' there, 'bb22' now"),
         ({"stage": "01_format"}, "was made by 02_train, and 01_format is needed"),
     ],

@@ -1,7 +1,8 @@
 """A loopback stand-in for the Hub's API: repositories as dictionaries, and the answers of a repository that is not.
 
 A data set has the name "datasets/owner/name". Every repository has the commit COMMIT, which is main; other content of a
-branch stands under "owner/name@branch", with a commit of its own.
+branch stands under "owner/name@branch", with a commit of its own. Weights have their SHA-256 as ETag, other files a
+SHA-1, as on the Hub; for names that begin with SWAPPED it is that of other content.
 """
 
 import hashlib
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 
 COMMIT = "0" * 39 + "1"
 OTHER_BRANCH, OTHER_COMMIT = "old", "0" * 39 + "2"
+SWAPPED = "someone/swapped"
+LARGE = (".safetensors", ".bin", ".model")
 REFUSALS = {  # as the Hub answers: status, X-Error-Code
     "someone/gated": (403, "GatedRepo"),
     "someone/vanished": (404, "RepoNotFound"),
@@ -73,7 +76,9 @@ class _Answers(http.server.BaseHTTPRequestHandler):
             name = urllib.parse.unquote(path.split("/resolve/")[1].split("/", 1)[1])
             if name not in files:
                 return self._reply(404, b"{}", with_body, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-            etag = f'"{hashlib.sha1(files[name], usedforsecurity=False).hexdigest()}"'
+            published = files[name][::-1] if repository.startswith(SWAPPED) else files[name]
+            digest = hashlib.sha256(published) if name.endswith(LARGE) else hashlib.sha1(published)
+            etag = f'"{digest.hexdigest()}"'
             return self._reply(200, files[name], with_body, {"ETag": etag, "X-Repo-Commit": commit})
         if "/tree/" in path:
             below = urllib.parse.unquote(path.split("/tree/")[1].partition("/")[2])

@@ -108,6 +108,23 @@ def test_reports_a_checkpoint_saved_without_a_required_file(store, capsys, name)
     assert f"state/{name.partition('.')[0]} is missing" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("missing", ["parameters", "inputs"])
+def test_refuses_a_foreign_checkpoint_that_does_not_state_every_setting(tmp_path, missing):
+    wanted = {"parameters": {"neftune_alpha": None}, "inputs": {"adapter": None}}
+    Store(tmp_path / "foreign", wanted | {missing: {}}).write(5, fill, needed=1)
+    with pytest.raises(SaigaError, match=r"another run \(\w+: nothing there, None now\)"):
+        Store(tmp_path / "ours", wanted).find_newest(tmp_path / "foreign")
+
+
+@pytest.mark.parametrize("part", ["parameters", "inputs", "versions", "outputs"])
+@pytest.mark.parametrize("value", [None, [], "text"])
+def test_skips_a_checkpoint_whose_mark_has_a_part_of_another_kind(store, capsys, part, value):
+    mark = store.write(5, fill, needed=1) / MARK
+    mark.write_text(json.dumps(json.loads(mark.read_text(encoding="utf-8")) | {part: value}), encoding="utf-8")
+    assert store.find_newest() is None
+    assert f"its {MARK} is damaged" in capsys.readouterr().out
+
+
 def test_refuses_a_checkpoint_of_another_run_and_names_the_differences(store):
     made = store.write(5, fill, needed=1)
     other = Store(store.directory, checkpoints.identity({"epochs": 4}, {"train": {"train.jsonl": "abd"}}))

@@ -1,5 +1,7 @@
 """Choosing an attached training to resume."""
 
+import json
+
 import pytest
 
 from saigakit.config import TrainConfig
@@ -109,4 +111,29 @@ def test_does_not_resume_a_training_with_another_evaluation_set(place, capsys):
     attached(place)
     (place / "run" / "held_out.jsonl").write_text("{}\n", encoding="utf-8")
     assert with_resume_point(place, eval_file="held_out.jsonl").resume_from is None
-    assert "another run (held_out: None there, " in capsys.readouterr().out
+    assert "another run (held_out: nothing there, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["parameters", "inputs"])
+def test_does_not_resume_a_training_whose_manifest_lacks_a_part_of_the_identity(place, capsys, part):
+    """A value of None is part of it: whoever left it out may have trained with another one."""
+    config = config_in(place)
+    wanted = checkpoints.identity(**identity_of(place, config))
+    left_out = "neftune_alpha" if part == "parameters" else "adapter"
+    wanted["inputs"]["adapter"] = None
+    directory = attached(place)
+    content = manifest.read(directory)
+    content["inputs"]["adapter"] = None
+    del content[part][left_out]
+    (directory / manifest.NAME).write_text(json.dumps(content), encoding="utf-8")
+    assert stage.with_resume_point(config, wanted).resume_from is None
+    assert f"another run ({left_out}: nothing there, None now)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("training", [None, "max_hours", ["max_hours"], {}])
+def test_ignores_a_foreign_manifest_that_says_nothing_of_its_end(place, capsys, training):
+    directory = attached(place)
+    content = manifest.read(directory) | {"training": training}
+    (directory / manifest.NAME).write_text(json.dumps(content), encoding="utf-8")
+    assert with_resume_point(place).resume_from is None
+    assert capsys.readouterr().out == ""

@@ -15,7 +15,7 @@ from saigakit.weights import find
 SAIGA = MODELS["saiga2_7b"]
 BASE = {
     "config.json": b"{}",
-    "model.safetensors": b"weights",
+    "model.safetensors": b"weights, larger than the tokenizer",
     "consolidated.safetensors": b"the same weights under other names",
     "pytorch_model.bin": b"the same weights",
     "tokenizer.model": b"pieces",
@@ -29,7 +29,7 @@ REPOSITORIES = {SAIGA.base_model: BASE, SAIGA.released_adapter: ADAPTER, "someon
 @pytest.fixture(scope="module")
 def asked():
     with hub_stub.serving(REPOSITORIES) as (endpoint, _), hub_questions.answering(endpoint) as ask:
-        yield ask
+        yield lambda *question: [line for line in ask(*question) if " is commit " not in line]
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +165,10 @@ def test_a_finished_stage_of_an_attached_notebook_is_an_adapter(inputs, tmp_path
     assert find.adapter_dir(SAIGA, "train/02_train", tmp_path) == made  # not a Hub id, although it looks like one
 
 
-def test_prefers_an_attached_copy_to_the_adapter_on_the_hub(inputs):
-    made = directory_with(inputs / "datasets" / "IlyaGusev" / "saiga2_7b_lora", "adapter_config.json")
-    assert find.adapter_dir(SAIGA, "released") == made
+def test_an_attached_copy_of_an_adapter_that_the_user_names_is_used_and_printed(inputs, capsys):
+    made = directory_with(inputs / "datasets" / "someone" / "lora", "adapter_config.json")
+    assert find.adapter_dir(SAIGA, "someone/lora") == made
+    assert f"someone/lora is {made}; for the repository on the Hub write someone/lora@main." in capsys.readouterr().out
 
 
 def test_rejects_a_directory_without_an_adapter(tmp_path):
