@@ -2,19 +2,24 @@
 
 import ast
 import contextlib
+import math
+import os
+import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from saigakit.core import manifest, workspace
+from saigakit.core import launch, manifest, workspace
 from saigakit.core.display import Every, printable
 from saigakit.core.files import write_text
 from saigakit.errors import DataError, SaigaError
 
 if TYPE_CHECKING:
+    import psutil
     from jupyter_client.manager import AsyncKernelManager
     from papermill.exceptions import PapermillExecutionError
 
@@ -52,7 +57,7 @@ def execute(notebook: Path, values: Mapping[str, Any], run_dir: Path, screen: "S
     """Write `run_dir`/<stage>.ipynb and .html once the stage is complete.
 
     The kernel inherits the file descriptor `lock`, so that the next run also waits for the kernel of a killed one.
-    Raises SaigaError with the notebook's own message or its last lines.
+    Raises SaigaError with the notebook's own message or its last lines, KeyboardInterrupt after `Screen.interrupt`.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -60,7 +65,8 @@ def execute(notebook: Path, values: Mapping[str, Any], run_dir: Path, screen: "S
     stage = notebook.stem
     partial, failed = run_dir / f".{stage}.partial.ipynb", failed_file(run_dir, stage)
     try:
-        with (run_dir / KERNEL_LOG).open("w", encoding="utf-8") as log:
+        private = tempfile.TemporaryDirectory(dir="/tmp")  # paths of sockets have at most 103 bytes
+        with private as directory, (run_dir / KERNEL_LOG).open("w", encoding="utf-8") as log:
             papermill.execute_notebook(
                 _escape_braces(notebook),
                 _escape_braces(partial),
@@ -69,15 +75,18 @@ def execute(notebook: Path, values: Mapping[str, Any], run_dir: Path, screen: "S
                 progress_bar=False,
                 stdout_file=screen,
                 stderr_file=screen,
-                kernel_manager_class=_kernel_class(lock, log),
+                kernel_manager_class=_kernel_class(lock, log, Path(directory), screen),
+                on_cell_start=screen.require_uninterrupted,  # between two cells a kernel ignores signals
             )
         manifest.require_stage(run_dir / stage, stage)
         write_text(run_dir / f"{stage}.html", _render_page(partial, stage))
         partial.replace(run_dir / f"{stage}.ipynb")
     except (PapermillExecutionError, SaigaError, RuntimeError) as error:  # RuntimeError: a dead kernel in nbclient
+        screen.require_uninterrupted()
         partial.replace(failed)
         raise SaigaError(_failure(stage, error, failed)) from None
     finally:
+        screen.kernel = None
         partial.unlink(missing_ok=True)
 
 
@@ -118,7 +127,7 @@ def _failure(stage: str, error: "PapermillExecutionError | SaigaError | RuntimeE
     return "\n".join([f"{stage} failed:", *lines[-_LAST_LINES:], f"The notebook up to this error: {failed}"])
 
 
-def _kernel_class(lock: int, log: TextIO) -> "type[AsyncKernelManager]":
+def _kernel_class(lock: int, log: TextIO, directory: Path, screen: "Screen") -> "type[AsyncKernelManager]":
     """Kernels of this interpreter: an installed kernelspec `python3` may belong to another one."""
     import psutil
     from ipykernel.kernelspec import get_kernel_dict
@@ -126,6 +135,9 @@ def _kernel_class(lock: int, log: TextIO) -> "type[AsyncKernelManager]":
     from jupyter_client.manager import AsyncKernelManager
 
     class Kernel(AsyncKernelManager):
+        def __init__(self, **options: Any) -> None:  # noqa: ANN401
+            super().__init__(transport="ipc", connection_file=str(directory / "kernel.json"), **options)
+
         @property
         def kernel_spec(self) -> KernelSpec:
             # Outdated stages are replaced once the new ones are complete.
@@ -133,13 +145,14 @@ def _kernel_class(lock: int, log: TextIO) -> "type[AsyncKernelManager]":
 
         async def start_kernel(self, **options: object) -> None:  # type: ignore[override]
             await self._async_start_kernel(**options, pass_fds=(lock,), stdout=log, stderr=log)
+            self.process = screen.kernel = psutil.Process(self.provisioner.pid)  # type: ignore[union-attr]
 
         async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:  # type: ignore[override]
             """Kill its child processes too."""
+            screen.kernel = None
             children: list[psutil.Process] = []
             with contextlib.suppress(psutil.NoSuchProcess):
-                process = psutil.Process(self.provisioner.pid)  # type: ignore[union-attr]
-                children = process.children(recursive=True)
+                children = self.process.children(recursive=True)
             await self._async_shutdown_kernel(now=now, restart=restart)
             for process in children:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -149,9 +162,11 @@ def _kernel_class(lock: int, log: TextIO) -> "type[AsyncKernelManager]":
 
 
 class Screen:
-    """Prints the output of a notebook as it comes, and a heartbeat when there is none."""
+    """Prints the output of a notebook as it comes, with a heartbeat when there is none, and passes Ctrl-C on to it."""
 
     def __init__(self) -> None:
+        self.kernel: psutil.Process | None = None
+        self.is_interrupted, self._end_at = False, math.inf
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -173,6 +188,7 @@ class Screen:
         """Print output of the notebook, which may end within a line; of a progress bar, a line now and then."""
         if text.startswith("\r") and not text.endswith("\n") and not self._is_due():
             return
+        self._end_at = math.inf if launch.ENDING in text else self._end_at
         with self._lock:
             self._print(text, sys.stdout)
 
@@ -185,13 +201,34 @@ class Screen:
             self._print(f"\n{line}\n" if self._in_line else f"{line}\n", stream or sys.stdout)
 
     def _print(self, text: str, stream: TextIO) -> None:
-        stream.write(text := printable(text))
-        stream.flush()
+        try:
+            stream.write(text := printable(text))
+            stream.flush()
+        except OSError:  # of a closed terminal or pipe
+            os.kill(os.getpid(), signal.SIGHUP)
         self._in_line, self._last_output = not text.endswith("\n"), time.monotonic()
+
+    def require_uninterrupted(self, **_: object) -> None:
+        if self.is_interrupted:
+            raise KeyboardInterrupt
+
+    def interrupt(self, number: int) -> None:
+        """Interrupt the notebook and let it end by itself; the second time, end it."""
+        kernel, is_second = self.kernel, self.is_interrupted
+        if is_second and (kernel is None or number == signal.SIGHUP):
+            return  # it ends already, or this is a terminal that was closed: its shell sends a SIGHUP too
+        self.is_interrupted, self._end_at = True, time.monotonic() + launch.PATIENCE_S
+        if kernel is not None and kernel.is_running():
+            os.killpg(kernel.pid, signal.SIGINT)
+        if kernel is None or is_second:
+            self.kernel = None  # before it is shut down, which no signal may disturb
+            raise KeyboardInterrupt
 
     def _watch(self) -> None:
         while not self._ended.wait(SILENT_S / 20):
             now = time.monotonic()
+            if now > self._end_at:
+                os.kill(os.getpid(), signal.SIGINT)
             if now - self._last_output >= SILENT_S:
                 self.print_line(f"{self._stage}: still running after {format_duration(now - self._start)}")
 

@@ -16,7 +16,7 @@ import saigakit
 from saigakit import evaluate, export, registry
 from saigakit.cli import execution, summary
 from saigakit.cli.execution import Screen
-from saigakit.core import launch, manifest
+from saigakit.core import launch, manifest, workspace
 from saigakit.core.files import explaining, lock_file, sha256, write_text
 from saigakit.errors import SaigaError, suggestion
 from saigakit.evaluate import results
@@ -56,7 +56,9 @@ def run(parameters: Mapping[str, Any], run_dir: str | Path, *, notebooks_dir: st
         quantization.require_known(parameters["quant_type"])
     stages = read_stages(find_notebooks() if notebooks_dir is None else Path(notebooks_dir).absolute(), parameters)
     locked = lock_file(run_dir / _STATE / "lock", run_dir, _LOCK_PATIENCE_S)
-    with explaining(run_dir), locked as lock, launch.handling_signals(_interrupt), Screen() as screen:
+    workspace.session_start()  # the kernels inherit it
+    screen, numbers = Screen(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with explaining(run_dir), locked as lock, launch.handling_signals(screen.interrupt, *numbers), screen:
         _finish_all(stages, run_dir, screen, lock)
         report = summary.write_report(run_dir)
         write_text(run_dir / results.FILE, (run_dir / evaluate.STAGE / results.FILE).read_text("utf-8"))
@@ -190,10 +192,3 @@ def _is_finished(directory: Path, made_file: Path, fingerprint: str) -> bool:
     except SaigaError:  # says to run the stage again, which will happen
         return False
     return not manifest.changed(directory, content)
-
-
-def _interrupt() -> None:
-    """End the run on SIGTERM as on Ctrl-C, and ignore further signals meanwhile."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt

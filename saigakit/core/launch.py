@@ -23,7 +23,8 @@ from saigakit.errors import SaigaError
 
 HEARTBEAT_S = 20  # silence after which a line says that the child still runs; later a fiftieth of its run time
 PATIENCE_S = 10.0  # between the request to end and the kill
-SAVING_PATIENCE_S = 900.0  # the same for a child that finishes its step and saves, which takes minutes on a slow GPU
+SAVING_PATIENCE_S = 900.0  # the same for a child that finishes its step and saves, until it has measured that
+ENDING = "Ending after this step, with a checkpoint"
 _ERROR_FILE = "SAIGAKIT_ERROR_FILE"
 _NODES = "SAIGAKIT_NODES"
 _LAST_LINES = 40
@@ -64,10 +65,10 @@ def join_nodes(count: int, rank: int, endpoint: str) -> None:
 def run(command: Sequence[str], *, environment: Mapping[str, str] | None = None, saving: bool = False) -> None:
     """Run a command to its end. It never outlives this process.
 
-    With `saving`, Ctrl-C and SIGTERM let the child finish its step and save (see `ending_gently`); a second Ctrl-C
-    ends it at once. Raises SaigaError with the error of the child (see `child`) or else with its last lines.
+    With `saving`, Ctrl-C, SIGTERM and a closed terminal let the child finish its step and save (see `ending_gently`); a
+    second Ctrl-C ends it at once. Raises SaigaError with the error of the child (see `child`) or with its last lines.
     """
-    with tempfile.TemporaryDirectory() as scratch, _sigterm_raises():
+    with tempfile.TemporaryDirectory() as scratch, _signals_raise():
         error_file = Path(scratch) / "error.txt"
         workspace.session_start()  # children count their hours from here
         defaults = {} if "OMP_WAIT_POLICY" in os.environ else _DEFAULTS  # a spin count overrules the policy
@@ -90,7 +91,7 @@ def run(command: Sequence[str], *, environment: Mapping[str, str] | None = None,
             except BaseException:
                 _end(process, output, Path(scratch), saving=saving)
                 if error_file.is_file():
-                    print(error_file.read_text(encoding="utf-8"), flush=True)
+                    output.print(f"{error_file.read_text(encoding='utf-8')}\n")
                 raise
         message = error_file.read_text(encoding="utf-8") if error_file.is_file() else ""
         if process.returncode or message:
@@ -126,6 +127,7 @@ class _Output:
         self.last: deque[str] = deque(maxlen=_LAST_LINES)
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._start = time.monotonic()
+        self.ignored: tuple[type[OSError], ...] = ()  # of a closed terminal or pipe, at the end
         threading.Thread(target=self._read, args=(process,), daemon=True).start()
 
     def _read(self, process: "subprocess.Popen[str]") -> None:
@@ -143,29 +145,37 @@ class _Output:
                 line = self._lines.get(timeout=min(left, silence_s))
             except queue.Empty:
                 if left > silence_s:
-                    print(f"… still running, {time.monotonic() - self._start:.0f} s so far", flush=True)
+                    self.print(f"… still running, {time.monotonic() - self._start:.0f} s so far\n")
                 continue
             if line is None:
                 return
             self.last.append(line)
-            print(printable(line), end="", flush=True)
+            self.print(line)
+
+    def print(self, text: str) -> None:
+        with contextlib.suppress(*self.ignored):
+            print(printable(text), end="", flush=True)
 
 
-def _sigterm_raises() -> contextlib.AbstractContextManager[None]:
-    """Let SIGTERM raise SystemExit, so that the child is ended first; a handler that is already set stays."""
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        return contextlib.nullcontext()
-    return handling_signals(lambda: sys.exit(128 + signal.SIGTERM), signal.SIGTERM)
+def _signals_raise() -> contextlib.AbstractContextManager[None]:
+    """Let SIGTERM and SIGHUP raise SystemExit, so that the child is ended first, unless a handler is set."""
+    unset = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    return handling_signals(lambda number: sys.exit(128 + number), *unset)
 
 
 def _end(process: "subprocess.Popen[str]", output: _Output, scratch: Path, *, saving: bool) -> None:
     """Ask the child and its children to end, and kill them if they do not or at a second Ctrl-C."""
-    with handling_signals(lambda: _kill(process, scratch)):
+    output.ignored = (OSError,)
+    hangups = handling_signals(lambda _: None, signal.SIGHUP)  # a closed terminal and its shell send one each
+    with hangups, handling_signals(lambda _: _kill(process, scratch), signal.SIGINT, signal.SIGTERM):
         if saving:
             assert process.stdin is not None
-            process.stdin.close()  # before a print, which raises if nobody reads this process's output any more
-            print("Ending after this step, with a checkpoint. Interrupt again to end at once.", flush=True)
-            output.echo(SAVING_PATIENCE_S)
+            process.stdin.close()
+            needed_s = max([0.0, *(float(file.read_text() or 0) for file in scratch.glob("*.pid"))])
+            length = f": up to {math.ceil(needed_s)} s" if needed_s < math.inf else ""
+            asked = f"{ENDING}{length}. Interrupt again to end at once."
+            output.print(f"{asked if needed_s else 'Ending at once: there is nothing to save yet.'}\n")
+            output.echo(_patience(needed_s))
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1.0 if saving else 0.0)
@@ -178,26 +188,36 @@ def _end(process: "subprocess.Popen[str]", output: _Output, scratch: Path, *, sa
             process.wait()
 
 
+def _patience(needed_s: float) -> float:
+    return PATIENCE_S + 5 * needed_s if needed_s < math.inf else SAVING_PATIENCE_S  # 5: a busy disk or GPU
+
+
 def _kill(process: "subprocess.Popen[str]", scratch: Path) -> None:
+    import fcntl  # not on Windows
+
     # torch.distributed.run gives its processes sessions of their own.
-    for number in [int(file.stem) for file in scratch.glob("*.pid")]:
+    for file in scratch.glob("*.pid"):
+        with file.open("r+") as stream, contextlib.suppress(ProcessLookupError):
+            try:
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:  # its process lives; else another one may have got the number
+                os.kill(int(file.stem), signal.SIGKILL)
+    if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(number, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
-def handling_signals(act: Callable[[], object], *numbers: signal.Signals) -> Iterator[None]:
-    """Call `act` on these signals, by default Ctrl-C and SIGTERM; in a thread other than the main one do nothing.
+def handling_signals(act: Callable[[int], object], *numbers: signal.Signals) -> Iterator[None]:
+    """Call `act` on these signals; in a thread other than the main one do nothing. Those that nohup ignores stay so.
 
     It is safer than to catch KeyboardInterrupt, which Python ignores when it is raised in a destructor.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = numbers or (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda *_: act()) for number in numbers}
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    before = {number: signal.signal(number, lambda number, _: act(number)) for number in {*numbers} - ignored}
     try:
         yield
     finally:
@@ -218,8 +238,12 @@ def child() -> Iterator[None]:
     """Around the main function of a child: pass its SaigaError on to the parent, and end when the parent does."""
     error_file = os.environ.get(_ERROR_FILE)
     if error_file:
-        Path(error_file).with_name(f"{os.getpid()}.pid").touch()
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        import fcntl
+
+        file = os.open(Path(error_file).with_name(f"{os.getpid()}.pid"), os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.lockf(file, fcntl.LOCK_EX)  # as long as this process lives
+        _REPORT.append(file)
+        threading.Thread(target=_end_with_parent, args=(file,), daemon=True).start()
     try:
         yield
     except SaigaError as error:
@@ -231,34 +255,40 @@ def child() -> Iterator[None]:
 
 
 _ASKED = threading.Event()  # this child has been asked to end
-_GENTLE = threading.Event()  # and will end by itself
+_REPORT: list[int] = []  # the open file that tells its parent how many seconds it needs for that
 
 
 @contextlib.contextmanager
-def ending_gently() -> Iterator[None]:
-    """Let a child that is asked to end continue, and check `is_asked_to_end` itself.
+def ending_gently(needed_s: float = math.inf) -> Iterator[None]:
+    """Let a child that is asked to end continue, and check `is_asked_to_end` itself; see `report_needed` for the time.
 
     The request is SIGTERM, or the end of its standard input, which the parent closes or takes along when it dies.
     """
     before = signal.signal(signal.SIGTERM, lambda *_: _ASKED.set())
-    _GENTLE.set()
+    report_needed(needed_s)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
         if not _ASKED.is_set():
-            _GENTLE.clear()
+            report_needed(0.0)
+
+
+def report_needed(seconds: float) -> None:
+    """Tell the parent how long this child needs to save and end: 0 for nothing to save, infinity if it is unknown."""
+    for file in _REPORT:
+        os.pwrite(file, f"{seconds:12.2f}".encode(), 0)  # always 12 bytes, so never a part of the number
 
 
 def is_asked_to_end() -> bool:
     return _ASKED.is_set()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(file: int) -> None:
     os.read(0, 1)  # nobody writes, so this returns when the parent closes its end
     _ASKED.set()
-    if _GENTLE.is_set():
-        time.sleep(SAVING_PATIENCE_S)
+    if needed_s := float(os.pread(file, 12, 0) or 0):
+        time.sleep(_patience(needed_s))
     os._exit(1)
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -244,11 +245,17 @@ def cpu_flags() -> set[str]:
     return set(next((line.split() for line in lines if line.startswith("flags")), []))
 
 
+def uptime() -> float:
+    """Seconds since this machine was started: a clock that nobody sets, the same in all processes."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.monotonic()
+
+
 def session_start() -> float:
-    """When this session began, in seconds since the epoch; child processes inherit it."""
-    if _SESSION_START not in os.environ:
-        os.environ[_SESSION_START] = str(time.time())
-    return float(os.environ[_SESSION_START])
+    """The `uptime` when this session of Kaggle began, which child processes inherit; elsewhere now."""
+    started = os.environ.get(_SESSION_START) or str(uptime())
+    if on_kaggle():
+        os.environ[_SESSION_START] = started
+    return float(started)
 
 
 def align(rows: Iterable[tuple[str, str]]) -> str:

@@ -46,7 +46,8 @@ def public(value: object, run_dir: Path) -> object:
         return [public(each, run_dir) for each in value]
     if not isinstance(value, str) or value in ("released", "folded") or value.startswith("package:"):
         return value
-    return value if hub.is_hub_id(value.partition("@")[0]) and not workspace.is_local(value, run_dir) else "a local path"
+    is_repository = hub.is_hub_id(value.partition("@")[0])
+    return value if is_repository and not workspace.is_local(value, run_dir) else "a local path"
 
 
 def _numbered(hashes: Mapping[str, str]) -> dict[str, str]:

@@ -192,6 +192,6 @@ def _writing(final: Path, what: str, needed: int) -> Iterator[Path]:
 
 def _copy(source: Path, target: Path) -> None:
     """Copy without permissions: attached inputs are read-only."""
-    shutil.copytree(source, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
-    for path in (target, *target.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
+    for file in filter(Path.is_file, source.rglob("*")):
+        (copied := target / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copied)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -44,6 +44,7 @@ class Job:
     shape: ModelShape
     number_format: NumberFormat
     processes: int = 1  # on this machine
+    started: float = field(default_factory=workspace.session_start)  # max_hours count from here
     store: Store | None = None  # set once the inputs are hashed
 
     @classmethod

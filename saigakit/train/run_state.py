@@ -96,6 +96,7 @@ class Run:
     held_out: Dataset | None  # the rows of the evaluation set that are evaluated
     store: Store
     log: Log
+    started: float = field(default_factory=workspace.session_start)  # max_hours count from here
     samples: Samples | None = None  # in the first process only
     ending: Ending = "finished"
     step_loss: float = math.nan  # this process's share of the last loss, in full precision, which Trainer's lacks
@@ -114,9 +115,14 @@ class Run:
         """Time for one more step, checkpoints, an evaluation and the outputs."""
         return self.slowest_step_s + 2 * self.save_s + self.evaluation_s + MARGIN_S
 
+    @property
+    def ending_s(self) -> float:
+        """Time for the end of this step and its checkpoint; infinity until everything in it has been measured."""
+        return self.reserve_s - MARGIN_S if self.save_s and (self.evaluation_s or not self.held_out) else math.inf
+
     def is_out_of_time(self) -> bool:
-        """Whether one more step could exceed max_hours of the session."""
-        return time.time() + self.reserve_s > workspace.session_start() + self.config.max_hours * 3600
+        """Whether one more step could exceed max_hours."""
+        return workspace.uptime() + self.reserve_s > self.started + self.config.max_hours * 3600
 
     def is_save_due(self, step: int) -> bool:
         if self.config.save_steps is not None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -135,7 +134,7 @@ def can_resume(final: Path, identity: dict[str, Any], config: TrainConfig) -> bo
         return False
     training = content["training"]
     where = f"{final}, which ended by max_hours at step {training['step']} of {training['steps']}"
-    left_s = workspace.session_start() + config.max_hours * 3600 - time.time()
+    left_s = workspace.session_start() + config.max_hours * 3600 - workspace.uptime()
     if left_s < 2 * training["reserve_s"]:
         print(f"Not resuming {where}: max_hours={config.max_hours:g} leaves no time in this session.", flush=True)
         return False

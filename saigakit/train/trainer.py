@@ -205,6 +205,7 @@ class RunCallback(TrainerCallback):
 
     def on_step_begin(self, *_: object, **__: object) -> None:
         self.step_start = time.monotonic()
+        launch.report_needed(self.run.ending_s)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         run = self.run

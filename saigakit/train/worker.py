@@ -53,7 +53,7 @@ def main(job_file: Path) -> None:
         held_out = _evaluation_rows(job, questions, tokenizer, plan, log)
     transformers.set_seed(config.seed)  # a new adapter is initialised at random
     loaded = Loaded.of(job, plan, "cpu" if not on_gpu else f"cuda:{device}", log)
-    run = Run(config, plan, held_out, job.store, log)
+    run = Run(config, plan, held_out, job.store, log, job.started)
     if start is not None:
         run.saved_step = checkpoints.step_of(start)
         if (before := len([*(start / checkpoints.STATE).glob("rng_state*")])) != processes:
@@ -64,7 +64,7 @@ def main(job_file: Path) -> None:
         run.samples = Samples(tokenizer, questions, directory / answers.FILE)
         if start is not None:
             run.samples.restart_at(run.saved_step, start / answers.FILE)
-    with job.store.lock(_LOCK_PATIENCE_S) if rank == 0 else contextlib.nullcontext(), launch.ending_gently():
+    with job.store.lock(_LOCK_PATIENCE_S) if rank == 0 else contextlib.nullcontext(), launch.ending_gently(0):
         step = _train(run, loaded, start)
         if rank == 0:
             _finish(run, loaded, step)

@@ -7,29 +7,15 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import psutil
 import pytest
+from small_children import gone_within, python, started
 
 from saigakit.cli import execution
 from saigakit.core import install, launch, workspace
 from saigakit.errors import SaigaError
 from saigakit.kaggle import kernels
-
-
-def python(code):
-    return [sys.executable, "-c", code]
-
-
-def gone_within(process_id, seconds):
-    try:
-        psutil.Process(process_id).wait(seconds)
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.TimeoutExpired:
-        return False
-    return True
 
 
 def test_the_output_of_a_child_is_echoed_in_order(capfd):
@@ -101,17 +87,6 @@ def interrupted(code, *, saving, number=signal.SIGINT, times=1, after=""):
     return time.monotonic() - start, process.returncode, printed
 
 
-@contextmanager
-def started(code):
-    """A Python process that does not outlive a failure of the test."""
-    with subprocess.Popen(python(code), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        try:
-            yield process
-        except BaseException:
-            process.kill()
-            raise
-
-
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True)\n"
 STUBBORN += "while True: time.sleep(1)"
 GENTLE = """
@@ -162,7 +137,8 @@ def test_a_child_ends_when_nobody_reads_the_output_of_its_parent():
     parent = "from saigakit.core import launch\nlaunch.HEARTBEAT_S = 0.1\n"
     parent += f"launch.run({python(GENTLE.replace('SAVING', '0'))!r}, saving=True)"
     with started(parent) as process:
-        assert process.stdout.readline() == "ready\n"
+        while process.stdout.readline() != "ready\n":
+            assert process.poll() is None
         child = psutil.Process(process.pid).children()[0].pid
         process.stdout.close()
         process.wait(20)
@@ -230,9 +206,11 @@ def test_each_of_two_processes_knows_its_rank(tmp_path, capfd, monkeypatch):
     assert {line for line in capfd.readouterr().out.splitlines() if "rank" in line} == {"rank 0 2", "rank 1 2"}
 
 
-def test_children_inherit_the_start_of_the_session(capfd):
+def test_children_inherit_the_start_of_the_session_on_kaggle(capfd, monkeypatch):
+    monkeypatch.setenv("SAIGAKIT_SESSION_START", "")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     launch.run(python("import os; print(os.environ['SAIGAKIT_SESSION_START'])"))
-    assert float(capfd.readouterr().out) <= time.time()
+    assert float(capfd.readouterr().out) == workspace.session_start() <= workspace.uptime()
 
 
 @pytest.mark.parametrize("set_by_user", [None, "glibc.malloc.arena_max=1"])
@@ -281,7 +259,7 @@ def test_no_child_imports_modules_of_the_current_directory(strangers_directory, 
 
 def test_the_kernel_of_a_notebook_imports_no_modules_of_the_current_directory(strangers_directory):
     code = "import nbformat, random; random.Random(1)"
-    manager = execution._kernel_class(0, sys.stderr)()
+    manager = execution._kernel_class(0, sys.stderr, strangers_directory, execution.Screen())()
     environment = os.environ | manager.kernel_spec.env
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     assert not (strangers_directory / "ran").exists()

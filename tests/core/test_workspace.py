@@ -248,12 +248,27 @@ def test_no_driver_means_no_gpu(tmp_path, monkeypatch):
     assert workspace.gpus() == []
 
 
-def test_a_child_process_inherits_the_start_of_the_session(monkeypatch):
-    monkeypatch.delenv("SAIGAKIT_SESSION_START", raising=False)
+def test_a_child_process_inherits_the_start_of_the_session_on_kaggle(monkeypatch):
+    monkeypatch.setenv("SAIGAKIT_SESSION_START", "")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     began = workspace.session_start()
     code = "from saigakit.core import workspace; print(workspace.session_start())"
     child = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=Path(__file__).parents[2])
     assert float(child) == began == workspace.session_start()
+
+
+def test_a_session_at_home_begins_with_each_training(at_home, monkeypatch):
+    monkeypatch.setenv("SAIGAKIT_SESSION_START", "")
+    first = workspace.session_start()
+    assert first < workspace.session_start() <= workspace.uptime()
+    assert not os.environ["SAIGAKIT_SESSION_START"]
+
+
+def test_uptime_is_one_clock_in_all_processes(monkeypatch):
+    code = "from saigakit.core import workspace; print(workspace.uptime())"
+    before = workspace.uptime()
+    child = float(subprocess.check_output([sys.executable, "-c", code], text=True, cwd=Path(__file__).parents[2]))
+    assert before < child < workspace.uptime()
 
 
 def test_rows_are_aligned():

@@ -3,6 +3,17 @@
 import json
 from pathlib import Path
 
+import psutil
+
+RUN = "import sys; from saigakit.cli import runner; runner.run({}, sys.argv[1], notebooks_dir=sys.argv[2])"
+# Signals that it has started, and waits until it may continue.
+WAIT = """\
+import os, time
+from pathlib import Path
+(Path(run_dir) / ".02_train.partial").mkdir(exist_ok=True)
+(Path(run_dir) / "started").write_text(str(os.getpid()))
+while not (Path(run_dir) / "go").exists():
+    time.sleep(0.05)"""
 STAGES = ("01_format", "02_train", "03_merge_gguf", "04_infer")
 _MAKE = """\
 import json
@@ -68,3 +79,8 @@ def insert(file: Path, source: str, place: int = 1) -> None:
     """Add a cell, by default after the parameters."""
     cells = sources(file)
     save(file, [*cells[:place], source, *cells[place:]])
+
+
+def has_ended(process):
+    psutil.wait_procs([process], timeout=20)
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE

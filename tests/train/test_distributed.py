@@ -2,14 +2,13 @@
 
 import os
 import sys
-import time
 
 import pytest
 from small_trainings import config_for
 
 from saigakit import train
 from saigakit.config import TrainConfig
-from saigakit.core import launch
+from saigakit.core import launch, workspace
 from saigakit.core.workspace import Gpu
 from saigakit.data import rows
 from saigakit.errors import SaigaError
@@ -62,7 +61,7 @@ def test_two_sharded_processes_train_and_resume_like_one(tiny, tmp_path, monkeyp
     monkeypatch.setattr(launch, "distributed", lambda _, *given, **named: distributed("sharded_child", *given, **named))
     monkeypatch.setattr(preflight, "check_sharding", lambda *_: None)  # which asks for GPUs
     together = config_for(records, tmp_path / "together", processes=2, sharding="fsdp", **settings)
-    monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 11 * 3600))
+    monkeypatch.setenv("SAIGAKIT_SESSION_START", str(workspace.uptime() - 11 * 3600))
     train.train_adapter(together)  # no time is left: one step and a checkpoint
     monkeypatch.delenv("SAIGAKIT_SESSION_START")
     made = train.train_adapter(together)

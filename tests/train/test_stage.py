@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from pathlib import Path
 
 import kill_resume
@@ -99,7 +98,7 @@ def test_evaluation_loss_is_the_mean_over_trained_tokens(continued, records, tin
 
 @pytest.mark.parametrize("processes", matrix([1, 2], [2]))
 def test_session_without_time_left_still_saves_an_adapter(records, tmp_path, monkeypatch, capfd, processes):
-    monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 11 * 3600))
+    monkeypatch.setenv("SAIGAKIT_SESSION_START", str(workspace.uptime() - 11 * 3600))
     made = train.train_adapter(
         config_for(records, tmp_path, adapter=None, quantization="none", epochs=5, processes=processes)
     )

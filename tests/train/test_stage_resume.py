@@ -175,7 +175,7 @@ def test_second_call_resumes_and_ends_like_an_uninterrupted_run(ended, uninterru
 
 
 def test_reuses_the_finished_stage_when_no_time_is_left(ended, monkeypatch, capfd):
-    monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 100 * HOUR))
+    monkeypatch.setenv("SAIGAKIT_SESSION_START", str(workspace.uptime() - 100 * HOUR))
     monkeypatch.setattr(launch, "distributed", lambda *_, **__: pytest.fail("a child was started"))
     train.train_adapter(ended)
     assert "at step 5 of 12: max_hours=100 leaves no time in this session" in capfd.readouterr().out
@@ -253,13 +253,13 @@ def test_run_killed_after_stopping_early_does_not_train_further(tiny, tmp_path, 
 
 
 def test_time_left_counts_from_the_start_of_the_session(monkeypatch):
-    run = run_state.Run(kill_resume.config_for("x", max_hours=1), [], [], None, None)
+    start = workspace.uptime()
+    run = run_state.Run(kill_resume.config_for("x", max_hours=1), [], [], None, None, start)
     run.slowest_step_s, run.save_s, run.evaluation_s = 100.0, 200.0, 40.0
-    start = workspace.session_start()
     reserve = 100 + 2 * 200 + 40 + run_state.MARGIN_S
-    monkeypatch.setattr(time, "time", lambda: start + HOUR - reserve - 1)
+    monkeypatch.setattr(workspace, "uptime", lambda: start + HOUR - reserve - 1)
     assert not run.is_out_of_time()
-    monkeypatch.setattr(time, "time", lambda: start + HOUR - reserve + 1)
+    monkeypatch.setattr(workspace, "uptime", lambda: start + HOUR - reserve + 1)
     assert run.is_out_of_time()
 
 

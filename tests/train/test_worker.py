@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from importlib import resources
 from pathlib import Path
 
@@ -134,7 +133,7 @@ def test_finds_the_largest_pack_of_the_run():
 
 def test_refuses_to_resume_a_folded_training_as_a_continued_one(records, tmp_path, monkeypatch):
     """Both start from the same files."""
-    monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 11 * 3600))
+    monkeypatch.setenv("SAIGAKIT_SESSION_START", str(workspace.uptime() - 11 * 3600))
     stage = trained(records, tmp_path, adapter="folded")
     monkeypatch.delenv("SAIGAKIT_SESSION_START")
     with pytest.raises(SaigaError, match=r"checkpoint of another run \(folded: "):
@@ -142,7 +141,7 @@ def test_refuses_to_resume_a_folded_training_as_a_continued_one(records, tmp_pat
 
 
 def test_keeps_the_checkpoints_of_a_resumed_run_when_no_time_is_left(records, tmp_path, monkeypatch):
-    monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 11 * 3600))
+    monkeypatch.setenv("SAIGAKIT_SESSION_START", str(workspace.uptime() - 11 * 3600))
     stage = trained(records, tmp_path)
     saved = checkpoints.directory_for(stage)
     assert not saved.exists()
@@ -152,7 +151,7 @@ def test_keeps_the_checkpoints_of_a_resumed_run_when_no_time_is_left(records, tm
 
 
 def test_run_stopped_by_time_adds_no_evaluation(records, tmp_path, monkeypatch):
-    monkeypatch.setenv("SAIGAKIT_SESSION_START", str(time.time() - 11 * 3600))
+    monkeypatch.setenv("SAIGAKIT_SESSION_START", str(workspace.uptime() - 11 * 3600))
     stage = trained(records, tmp_path, early_stopping=1, eval_steps=2)
     assert [entry["step"] for entry in curve.read_log(stage) if "held_out_loss" in entry] == [0]
     training = json.loads((stage / "saigakit.json").read_text(encoding="utf-8"))["training"]
