@@ -19,7 +19,7 @@ from saigakit.errors import SaigaError
 if TYPE_CHECKING:
     import pyarrow
 
-LINE_LIMIT = 100 * 10**6  # bytes; no conversation is that long, but a file without line ends is
+LINE_LIMIT = 16 * 10**6  # bytes; no conversation is that long, but a file without line ends is
 ARRAY_LIMIT = 10**9  # bytes of JSON over several lines, which is read into memory
 _HEAD = 2**16  # bytes by which the layout and the encoding are recognised
 _ROWS = 256  # of a table that are Python objects at once
@@ -277,7 +277,10 @@ def _open_table(path: Path, kind: str) -> tuple["pyarrow.Schema", Iterable[dict[
     from pyarrow import parquet
 
     file = parquet.ParquetFile(path, buffer_size=2**20)  # read piece by piece; without a buffer, all at once
-    return file.schema_arrow, (row for batch in file.iter_batches(batch_size=_ROWS) for row in batch.to_pylist())
+    # In memory, each row may repeat all of its group; text is compressed to a twentieth at most.
+    largest = max([1, *(file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups))])
+    rows = max(1 if largest > 50 * path.stat().st_size else 8, min(_ROWS, 4 * LINE_LIMIT // largest))
+    return file.schema_arrow, (row for batch in file.iter_batches(batch_size=rows) for row in batch.to_pylist())
 
 
 def _converter(kind: "pyarrow.DataType") -> Callable[[Any], Any]:

@@ -7,16 +7,18 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saigakit.core import workspace
+from saigakit.core import launch, workspace
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import forward
 from saigakit.prompt import encoding
 from saigakit.prompt.backends import token_bytes
-from saigakit.prompt.template import BROKEN, Message, broken
+from saigakit.prompt.sandbox import BROKEN
+from saigakit.prompt.template import Message, broken
 from saigakit.registry import Sampling
 from saigakit.weights.generate import BATCH_TOKENS, Generated, OnProgress, cut_at_stop
 from saigakit.weights.memory import CacheType
@@ -51,6 +53,7 @@ def load(
         magic = stream.read(4)
     if magic != b"GGUF":
         raise SaigaError(f"{file} is not a GGUF file: it begins with {magic!r}.")
+    _require_harmless(file, file.stat().st_mtime_ns)
     threads = n_threads or os.cpu_count() or 1
 
     class Llama(llama_cpp.Llama):
@@ -86,6 +89,19 @@ def load(
             f"damaged, its architecture is too new for this version, or {n_ctx} tokens of context do not fit into "
             f"memory.{remedy}"
         ) from None
+
+
+@cache
+def _require_harmless(file: Path, _changed: int) -> None:
+    """Let a child read the file first, because llama.cpp ends its process on some damage; not on Windows."""
+    if os.name == "nt":
+        return
+    try:
+        launch.run([sys.executable, "-m", "saigakit.infer", str(file)])
+    except SaigaError as error:
+        if "killed by signal" not in str(error):
+            raise
+        raise SaigaError(f"{file} is damaged: it crashes llama.cpp. Download or export it again.\n{error}") from None
 
 
 def _gpu_layers(file: Path) -> int:

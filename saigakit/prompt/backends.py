@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from saigakit.errors import SaigaError
-from saigakit.prompt.template import BROKEN, broken, read_json
+from saigakit.prompt.sandbox import BROKEN
+from saigakit.prompt.template import broken, read_json
 
 if TYPE_CHECKING:
     import llama_cpp

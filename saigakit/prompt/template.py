@@ -13,11 +13,11 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from saigakit.core import manifest, workspace
 from saigakit.errors import SaigaError
-from saigakit.prompt import placeholders
+from saigakit.prompt import placeholders, sandbox
+from saigakit.prompt.sandbox import BROKEN, Sandbox
 from saigakit.registry import ModelSpec
 
 Message = Mapping[str, Any]
@@ -25,8 +25,6 @@ Tools = Sequence[Mapping[str, Any]]
 PACKAGED = ("saiga2", "chatml")
 FILE = "chat_template.jinja"
 MARKS = ("\U000f0002", "\U000f0003")
-# What the code of a template raises when it is compiled.
-BROKEN = (jinja2.TemplateError, SyntaxError, RecursionError)
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 _REFUSAL = re.compile(r"(\{\{[-+]?)\s*raise_exception\((?:(?!\}\}).)*?\)\s*([-+]?\}\})", re.DOTALL)
 _REVERSED = re.compile(r"(\{%[-+]?\s*for\s+[^%]+?\s+in\s+)([\w.]+)\[::-1\](?!\[)")
@@ -78,7 +76,7 @@ def _now() -> datetime:
 @cache
 def _compiled(chat_template: str, masked: bool) -> jinja2.Template:
     # The settings of transformers, so that other tools render the same text.
-    environment = ImmutableSandboxedEnvironment(
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Marked if masked else _Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _masked_tojson if masked else _tojson
@@ -101,6 +99,7 @@ def render(
 
     Raises SaigaError if the template is broken or refuses the messages.
     """
+    sandbox.begin()
     try:
         return _compiled(chat_template, masked).render(
             messages=messages,
@@ -109,7 +108,7 @@ def render(
             add_generation_prompt=add_generation_prompt,
             **(variables or {}),
         )
-    except (*BROKEN, AttributeError, TypeError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
+    except (*BROKEN, AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise SaigaError(f"The chat template cannot render this conversation: {_reason(error)}") from None
 
 
@@ -161,7 +160,7 @@ def for_inference(chat_template: str) -> str:
 
 def with_tools(chat_template: str, place: object = "") -> str:
     """Prepend a template that turns tools and calls into text, unless it (from `place`) handles `tools` itself."""
-    environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    environment = Sandbox(extensions=[_Generation, "jinja2.ext.loopcontrols"])
     try:
         names = meta.find_undeclared_variables(environment.parse(chat_template))
     except BROKEN as error:

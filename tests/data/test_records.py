@@ -82,7 +82,7 @@ def test_names_a_bad_line_and_reads_the_next_one(read, problems, line, expected)
 
 def test_names_a_line_over_the_limit_and_reads_the_next_one(read, problems):
     content = b'{"user": "' + b"x" * records.LINE_LIMIT + b'"}\n' + LINE.encode("utf-8")
-    assert problems(content) == ["1: line: is longer than 100 MB; write one record per line"]
+    assert problems(content) == ["1: line: is longer than 16 MB; write one record per line"]
     assert read(content)[1] == (2, RECORD)
 
 

@@ -1,5 +1,7 @@
 """Adapters as peft saves them after a resized vocabulary, torch.compile, ZeRO-3 or with trained tokens."""
 
+import json
+
 import numpy as np
 import pytest
 import small_models
@@ -196,3 +198,27 @@ def test_trained_tokens_that_do_not_fit_the_config_are_damage(base_dir, tmp_path
     small_models.edit_json(adapter_dir / adapter.CONFIG, trainable_token_indices=[3])
     with pytest.raises(SaigaError, match=r"adapter_config\.json is missing or damaged \(trainable_token_indices"):
         Merged.open(base_dir, adapter_dir)
+
+
+# Of unsloth, for language models with vision.
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:\.q_proj|\.k_proj|\.v_proj|\.o_proj|\.gate_proj|\.up_proj|\.down_proj))"
+    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp)\.(?:(?:q_proj|k_proj|down_proj)))"
+)
+
+
+@pytest.mark.parametrize("pattern", [UNSLOTH, r".*\.(q|v)_proj", r"model\.layers\.(\d|1\d)\..*proj", "all-linear"])
+def test_patterns_in_use_are_accepted(tmp_path, pattern):
+    config = {"peft_type": "LORA", "target_modules": pattern, "alpha_pattern": {pattern: 8}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert adapter.read_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(.*)*x", "(a|a)*x", "((a+)b?){2,}", ".*" * 20 + "x"])
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_may_take_forever_is_refused(tmp_path, key, pattern):
+    config = {"peft_type": "LORA", key: {pattern: 8} if key.endswith("_pattern") else pattern}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(SaigaError, match=r"adapter_config\.json .* the pattern .* may take forever"):
+        adapter.read_config(tmp_path)

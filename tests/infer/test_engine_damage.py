@@ -1,0 +1,78 @@
+"""Damage in a GGUF on which llama.cpp aborts its process: a child reads every file first."""
+
+from contextlib import closing
+
+import gguf
+import numpy as np
+import pytest
+
+from saigakit import export, infer
+from saigakit.errors import SaigaError
+
+UINT32, FLOAT32, STRING, ARRAY = (gguf.GGUFValueType[name] for name in ("UINT32", "FLOAT32", "STRING", "ARRAY"))
+QUERY = "blk.0.attn_q.weight"
+# By what aborted: loading, making a context, reading the vocabulary, or computing.
+DAMAGE = {
+    "no layers": ({"llama.block_count": (0, UINT32)}, {}),
+    "too many layers": ({"llama.block_count": (1000, UINT32)}, {}),
+    "experts that are not used": ({"llama.expert_count": (8, UINT32)}, {}),
+    "too many experts": ({"llama.expert_count": (10**5, UINT32)}, {}),
+    "an unknown scaling": ({"llama.rope.scaling.type": ("unknown", STRING)}, {}),
+    "equal tokens": ({"tokenizer.ggml.tokens": (["a"] * 768, ARRAY, STRING)}, {}),
+    "another vocabulary": ({"tokenizer.ggml.model": ("bert", STRING)}, {}),
+    "embeddings of integers": ({}, {"token_embd.weight": np.ones((768, 64), np.int32)}),
+    "no vocabulary": ({"tokenizer.ggml.model": ("none", STRING)}, {}),
+    "a negative epsilon": ({"llama.attention.layer_norm_rms_epsilon": (-1.0, FLOAT32)}, {}),
+    "norms of float16": ({}, {"output_norm.weight": np.ones(64, np.float16)}),
+    "a matrix of integers": ({}, {QUERY: np.ones((64, 64), np.int8)}),
+    "a matrix of float64": ({}, {QUERY: np.ones((64, 64), np.float64)}),
+}
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tiny, tmp_path_factory):
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return export.to_gguf(model="saiga_tiny", adapter="released", output=file, quant_type="Q8_0")
+
+
+def rewritten(source, target, values, tensors):
+    """A copy of a GGUF with other values and tensors."""
+    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(target, "llama")
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in ("general.architecture", *values):
+            writer.add_key_value(key, field.contents(), *field.types[:2])
+    for key, value in values.items():
+        writer.add_key_value(key, *value)
+    for tensor in reader.tensors:
+        changed = tensors.get(tensor.name)
+        kind = tensor.tensor_type if changed is None else None
+        writer.add_tensor(tensor.name, tensor.data if changed is None else changed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+@pytest.mark.parametrize(("values", "tensors"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_that_aborts_llama_cpp_is_one_sentence(gguf_file, tmp_path, values, tensors):
+    damaged = rewritten(gguf_file, tmp_path / "damaged.gguf", values, tensors)
+    with pytest.raises(SaigaError, match=r"damaged\.gguf is damaged: it crashes llama\.cpp\. Download .*\n.*signal"):
+        infer.load(damaged, n_ctx=64)
+
+
+def test_a_copy_without_damage_is_loaded_and_tried_once(gguf_file, tmp_path, capfd):
+    copy = rewritten(gguf_file, tmp_path / "copy.gguf", {}, {})
+    infer.engine._require_harmless.cache_clear()
+    for _ in range(2):
+        with closing(infer.load(copy, n_ctx=64)) as llm:
+            assert llm.eval([1]) is None
+    assert infer.engine._require_harmless.cache_info().misses == 1
+    assert capfd.readouterr().out == ""
+
+
+def test_a_template_that_would_fill_the_memory_is_refused_before_it_is_compiled(gguf_file, tmp_path):
+    values = {"tokenizer.chat_template": ("{{ 'a' * 200000000 }}", STRING)}
+    file = rewritten(gguf_file, tmp_path / "bomb.gguf", values, {})
+    with pytest.raises(SaigaError, match=r"^The chat template in .*bomb\.gguf is broken: .*nine digits"):
+        infer.load(file, n_ctx=64)
