@@ -1,6 +1,5 @@
 """Map a base model to its GGUF form: tensor names, the order of rows and metadata."""
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from saigakit.errors import SaigaError
+from saigakit.weights.base_files import read_json
 from saigakit.weights.model_shape import ModelShape
 from saigakit.weights.names import Names
 
@@ -118,7 +118,7 @@ class Architecture:
     def from_config(cls, base_dir: Path) -> Self:
         """Raises SaigaError for an unknown architecture or a setting that has no GGUF form."""
         shape = ModelShape.from_config(base_dir)
-        config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+        config = read_json(base_dir / "config.json")
         named = (config.get("architectures") or ["none"])[0]
         if named not in KINDS:
             raise SaigaError(

@@ -17,6 +17,7 @@ from saigakit.prompt.backends import (
     sentencepiece_tokens,
 )
 from saigakit.prompt.encoding import FastTokenizer
+from saigakit.weights.base_files import read_json
 
 if TYPE_CHECKING:
     import gguf
@@ -80,7 +81,7 @@ class Vocabulary:
         file = tokenizer_dir / "tokenizer.json"
         if not file.is_file():
             return cls._read_sentencepiece(tokenizer_dir / "tokenizer.model", rows)
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         if content["model"].get("type") != "BPE":
             raise SaigaError(f"{file} is of type {content['model'].get('type')}; only BPE can be exported to GGUF.")
         if not content["model"].get("byte_fallback"):
@@ -174,7 +175,7 @@ def _adds_bos(tokenizer_dir: Path, tokenizer: FastTokenizer) -> bool:
     prompt = template.render(turn, tokenizer.chat_template, add_generation_prompt=True, variables=tokenizer.variables)
     if prompt.startswith(tokenizer.variables.get("bos_token", "")):
         return False
-    return template.read_json(tokenizer_dir / "tokenizer_config.json").get("add_bos_token") is True
+    return read_json(tokenizer_dir / "tokenizer_config.json", {}).get("add_bos_token") is True
 
 
 def _pair(merge: str | Sequence[str]) -> Sequence[str]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from saigakit.errors import SaigaError
 from saigakit.prompt.sandbox import BROKEN
-from saigakit.prompt.template import broken, read_json
+from saigakit.prompt.template import broken
+from saigakit.weights.base_files import read_json
 
 if TYPE_CHECKING:
     import llama_cpp
@@ -209,10 +210,10 @@ def sentencepiece_tokens(file: Path) -> tuple[Any, list[dict[str, Any]]]:
             raise DecodeError("a piece is not UTF-8, or the end is missing")
     except DecodeError as error:
         raise SaigaError(f"{file} is damaged or in an unknown format ({error}); download it again.") from None
-    found = {i: {"id": i, "content": text} for text, i in read_json(file.parent / "added_tokens.json").items()}
-    decoder = read_json(file.parent / "tokenizer_config.json").get("added_tokens_decoder", {})
+    found = {i: {"id": i, "content": text} for text, i in read_json(file.parent / "added_tokens.json", {}).items()}
+    decoder = read_json(file.parent / "tokenizer_config.json", {}).get("added_tokens_decoder", {})
     found |= {int(i): {**token, "id": int(i)} for i, token in decoder.items()}
-    found |= {token["id"]: token for token in read_json(file.parent / "tokenizer.json").get("added_tokens", [])}
+    found |= {token["id"]: token for token in read_json(file.parent / "tokenizer.json", {}).get("added_tokens", [])}
     for i, piece in enumerate(proto.pieces):
         if piece.type == piece.USER_DEFINED and _is_blank(piece.piece):
             found[i] = {"id": i, "content": piece.piece}

@@ -14,6 +14,7 @@ from saigakit.prompt.layout import Layout, NotTurnByTurnError, build_layout
 from saigakit.prompt.template import Message, Tools
 from saigakit.registry import ModelSpec
 from saigakit.weights import find
+from saigakit.weights.base_files import read_json
 
 if TYPE_CHECKING:
     import llama_cpp
@@ -87,7 +88,7 @@ def _require_same_ids(raw: "tokenizers.Tokenizer", tokenizer: FastTokenizer) -> 
 def _read_named_tokens(directory: Path) -> dict[str, str]:
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        settings |= template.read_json(directory / name)
+        settings |= read_json(directory / name, {})
     values = {name: settings.get(name) for name in _NAMED_TOKENS}
     texts = {name: value["content"] if isinstance(value, dict) else value for name, value in values.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}

@@ -19,6 +19,7 @@ from saigakit.errors import SaigaError
 from saigakit.prompt import placeholders, sandbox
 from saigakit.prompt.sandbox import BROKEN, Sandbox
 from saigakit.registry import ModelSpec
+from saigakit.weights.base_files import read_json
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
@@ -212,19 +213,10 @@ def read_own(tokenizer_dir: Path) -> str | None:
     """The template in the files of a tokenizer, None if they have none."""
     if (file := tokenizer_dir / FILE).is_file():
         return _read_text(file)
-    template = read_json(tokenizer_dir / "tokenizer_config.json").get("chat_template")
+    template = read_json(tokenizer_dir / "tokenizer_config.json", {}).get("chat_template")
     if isinstance(template, list):  # several named templates
         template = next((item.get("template") for item in template if item.get("name") == "default"), None)
     return template if isinstance(template, str) else None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Empty if there is no such file."""
-    try:
-        content: dict[str, Any] = json.loads(_read_text(file)) if file.is_file() else {}
-    except ValueError as error:
-        raise SaigaError(f"{file} is damaged ({error}); download it again.") from None
-    return content
 
 
 def _read_text(file: Path) -> str:

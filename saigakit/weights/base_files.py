@@ -64,7 +64,10 @@ def _is_unsafe(key: str, value: object) -> bool:
     return bool(is_repository or (key in _REFUSED and value))
 
 
-def read_json(file: Path) -> Any:  # noqa: ANN401
+def read_json(file: Path, default: Any = None) -> Any:  # noqa: ANN401
+    """`default`: for a file that need not exist."""
+    if default is not None and not file.is_file():
+        return default
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

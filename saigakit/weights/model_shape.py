@@ -1,12 +1,12 @@
 """Read the dimensions of a model from its config.json and count its parameters."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
+from saigakit.weights.base_files import read_json
 
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # Defaults of transformers by model_type: published config.json files omit these settings.
@@ -37,10 +37,7 @@ class ModelShape:
     def from_config(cls, base_dir: Path) -> Self:
         """Raises SaigaError if config.json is missing, damaged or describes another kind of model."""
         file = base_dir / "config.json"
-        try:
-            config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SaigaError(f"{file} cannot be read ({error}); attach the complete base model.") from None
+        config = read_json(file)
         config = config.get("text_config", config)
         kind = str(config.get("model_type"))
         config = {**_DEFAULTS.get(kind, {}), **config}

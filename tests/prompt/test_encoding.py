@@ -420,7 +420,7 @@ def test_a_damaged_tokenizer_file_is_named(smollm2, tmp_path, name):
     for file in ("tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"):
         (tmp_path / file).write_bytes((smollm2 / file).read_bytes())
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-20])
-    with pytest.raises(SaigaError, match=f"{name} is damaged"):
+    with pytest.raises(SaigaError, match=rf"{name} is (missing or )?damaged"):
         encoding.load_tokenizer(str(tmp_path))
 
 

@@ -38,7 +38,7 @@ def test_counts_the_adapter_parameters_that_peft_creates(tiny, lora):
 
 def test_names_a_damaged_config(tmp_path):
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(SaigaError, match=r"config\.json cannot be read"):
+    with pytest.raises(SaigaError, match=r"config\.json is missing or damaged"):
         ModelShape.from_config(tmp_path)
 
 
