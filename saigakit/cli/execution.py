@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 from saigakit.core import launch, manifest, workspace
 from saigakit.core.display import Every, printable
 from saigakit.core.files import write_text
-from saigakit.errors import DataError, SaigaError
+from saigakit.errors import DataError, SaigaError, masked
 
 if TYPE_CHECKING:
     import psutil
@@ -79,15 +79,22 @@ def execute(notebook: Path, values: Mapping[str, Any], run_dir: Path, screen: "S
                 on_cell_start=screen.require_uninterrupted,  # between two cells a kernel ignores signals
             )
         manifest.require_stage(run_dir / stage, stage)
+        _mask(partial)
         write_text(run_dir / f"{stage}.html", _render_page(partial, stage))
         partial.replace(run_dir / f"{stage}.ipynb")
     except (PapermillExecutionError, SaigaError, RuntimeError) as error:  # RuntimeError: a dead kernel in nbclient
         screen.require_uninterrupted()
+        _mask(partial)
         partial.replace(failed)
         raise SaigaError(_failure(stage, error, failed)) from None
     finally:
         screen.kernel = None
         partial.unlink(missing_ok=True)
+
+
+def _mask(notebook: Path) -> None:
+    """Remove secrets, which an error of a library may quote."""
+    notebook.write_text(masked(notebook.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def failed_file(run_dir: Path, stage: str) -> Path:

@@ -143,6 +143,15 @@ def test_other_failure_shows_its_last_lines_and_the_notebook(place):
     assert message.endswith(str(failed)) and "ZeroDivisionError" in failed.read_text(encoding="utf-8")
 
 
+def test_an_error_of_a_library_that_quotes_a_token_is_masked(place, monkeypatch, capsys):
+    monkeypatch.setenv("SOME_API_KEY", "of-the-tests-1234\n")
+    message = failing(place, "import os\nraise ValueError('Illegal header ' + repr(os.environ['SOME_API_KEY']))")
+    failed = (place / "run" / "03_merge_gguf.failed.ipynb").read_text(encoding="utf-8")
+    shown = capsys.readouterr()
+    assert "ValueError: Illegal header '…" in message and "Illegal header" in failed
+    assert "of-the-tests-1234" not in message + failed + shown.out + shown.err
+
+
 def test_success_removes_the_failed_notebook(place, again):
     failing(place, "1 / 0")
     small_notebooks.save(
