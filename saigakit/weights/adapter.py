@@ -196,10 +196,11 @@ def read_config(adapter_dir: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "peft_type" not in config:
         raise damaged(file, "it has no peft_type")
     _require_supported(adapter_dir, config)
-    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
         found = config.get(key) or ()
         for pattern in [found] if isinstance(found, str) else map(str, found):
-            if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 6:
+            choices = re.findall(r"[*+{]|(?<![(*+}])\?", pattern)  # "?" after those is lazy or the kind of a group
+            if re.search(r"\)[*+{?]", pattern) or len(choices) > 6 or pattern.count("(") > 12:
                 raise damaged(file, f"matching the pattern {pattern[:80]!r} in {key} may take forever")
     return config
 
