@@ -280,7 +280,14 @@ def _open_table(path: Path, kind: str) -> tuple["pyarrow.Schema", Iterable[dict[
     # In memory, each row may repeat all of its group; text is compressed to a twentieth at most.
     largest = max([1, *(file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups))])
     rows = max(1 if largest > 50 * path.stat().st_size else 8, min(_ROWS, 4 * LINE_LIMIT // largest))
-    return file.schema_arrow, (row for batch in file.iter_batches(batch_size=rows) for row in batch.to_pylist())
+
+    def read() -> Iterator[dict[str, Any]]:
+        for batch in file.iter_batches(batch_size=rows):
+            if batch.nbytes > batch.num_rows * LINE_LIMIT:
+                raise SaigaError(f"{path} has records of more than {LINE_LIMIT // 10**6} MB; shorten or remove them.")
+            yield from batch.to_pylist()
+
+    return file.schema_arrow, read()
 
 
 def _converter(kind: "pyarrow.DataType") -> Callable[[Any], Any]:

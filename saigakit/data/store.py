@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from saigakit.core import workspace
 from saigakit.data.schema import Conversation
+from saigakit.errors import SaigaError
 from saigakit.prompt.template import drop_nulls
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 BATCH = 256  # rows that are Python objects at once
+_BATCH_TEXT = 256 * 10**6  # characters in one batch; far more than fits into a context
 _PER_RELEASE = 1024  # rows after which mapped pages are given back
 _mapped: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
 _LINE_ENDS = {character: f"\\u{ord(character):04x}" for character in "\u0085\u2028\u2029"}
@@ -37,7 +39,7 @@ def as_dataset(conversations: Iterable[Conversation], *, expected: int = 0) -> "
     used: set[str] = set()
 
     def batches() -> Iterator["pyarrow.RecordBatch"]:
-        for batch in batched(conversations):
+        for batch in batched(_bounded(conversations)):
             for each in batch:
                 calls = (call for message in each["messages"] for call in message.get("tool_calls", ()))
                 used.update({"tools"} & each.keys(), *each["messages"], *calls)
@@ -47,6 +49,19 @@ def as_dataset(conversations: Iterable[Conversation], *, expected: int = 0) -> "
     table = map_into_memory(batches(), every_key, "The checked copy of the records", expected=expected)
     schema = _schema(used)
     return make_dataset(table.select(schema.names).cast(schema))
+
+
+def _bounded(conversations: Iterable[Conversation]) -> Iterator[Conversation]:
+    """Raises SaigaError for a batch that would fill the memory: a small compressed file may hold it."""
+    size = 0
+    for number, each in enumerate(conversations):
+        size = len(str(each)) + (size if number % BATCH else 0)
+        if size > _BATCH_TEXT:
+            raise SaigaError(
+                f"{BATCH} conversations around number {number + 1} hold more than {_BATCH_TEXT // 10**6} MB of text; "
+                "shorten or remove the longest."
+            )
+        yield each
 
 
 def _schema(used: Set[str] | None = None) -> "pyarrow.Schema":

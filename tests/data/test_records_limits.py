@@ -10,12 +10,14 @@ import pytest
 from pyarrow import parquet
 
 import saigakit
-from saigakit.data import records
+from saigakit.data import records, store
+from saigakit.errors import SaigaError
 
 CHILD = """
 import resource, sys
 from pathlib import Path
-from saigakit.data import records
+from saigakit.data import records, store
+from saigakit.errors import SaigaError
 count = lambda name: sum(1 for _ in records.read_records(Path(name)))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 count(sys.argv[1])
@@ -43,6 +45,20 @@ def test_a_small_parquet_file_does_not_fill_the_memory(tmp_path):
     count, peak = read_in_child(write_table(tmp_path / "small.parquet", "x", 1), bomb)
     assert count == 260
     assert peak < 700  # measured: 340, and 1,625 if 256 rows are decoded at once
+
+
+def test_a_table_with_a_record_of_more_than_the_limit_is_refused(tmp_path):
+    bomb = write_table(tmp_path / "bomb.parquet", "x" * 17_000_000, 1)
+    assert bomb.stat().st_size < 4000
+    with pytest.raises(SaigaError, match=r"bomb\.parquet has records of more than 16 MB; shorten or remove them\."):
+        list(records.read_records(bomb))
+
+
+def test_a_batch_that_would_fill_the_memory_is_refused():
+    text = "x" * 15_000_000
+    conversations = ({"messages": [{"role": "user", "content": text}]} for _ in range(100))
+    with pytest.raises(SaigaError, match="256 conversations around number 18 hold more than 256 MB of text"):
+        store.as_dataset(conversations)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 700])
