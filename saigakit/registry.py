@@ -283,6 +283,6 @@ def with_context(spec: ModelSpec) -> ModelSpec:
     try:
         content = json.loads((Path(spec.base_model) / "config.json").read_text(encoding="utf-8"))
         context = int(content.get("text_config", content)["max_position_embeddings"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # what needs the file says what is wrong
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # what needs it says more
         return spec
     return replace(spec, context_length=context, max_seq_length=min(context, spec.max_seq_length))

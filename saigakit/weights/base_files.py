@@ -70,7 +70,7 @@ def read_json(file: Path, default: Any = None) -> Any:  # noqa: ANN401
         return default
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise damaged(file, str(error)) from None
 
 

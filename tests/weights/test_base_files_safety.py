@@ -137,6 +137,12 @@ def test_refuses_a_config_that_names_code_or_other_weights(base, name, settings)
         find.base_dir(registry.find(str(base)))
 
 
+def test_a_config_that_is_nested_too_deeply_is_damage(base):
+    (base / "config.json").write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(SaigaError, match=r"config\.json is missing or damaged \(maximum recursion depth"):
+        find.base_dir(registry.find(str(base)))
+
+
 def test_refuses_code_in_the_config_of_a_tokenizer(base):
     small_models.edit_json(base / "tokenizer_config.json", auto_map={"AutoTokenizer": ["a.B", None]})
     with pytest.raises(SaigaError, match=r"tokenizer_config\.json: auto_map="):
