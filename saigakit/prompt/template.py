@@ -80,7 +80,7 @@ def _compiled(chat_template: str, masked: bool) -> jinja2.Template:
     environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Marked if masked else _Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _masked_tojson if masked else _tojson
+    environment.filters["tojson"] = sandbox.bounded("tojson", _masked_tojson if masked else _tojson)
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda format: _now().strftime(format)
     return environment.from_string(chat_template)

@@ -10,6 +10,7 @@ from saigakit.prompt import template
 MESSAGES = [{"role": "user", "content": "Привет"}]
 GROWING = "{{% set n = namespace(x='ab') %}}{{% for i in range(60) %}}{}{{% endfor %}}"
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+LONG = "{{% set s = 'a' * 9000000 %}}{{% for i in range(99999) %}}{}{{% endfor %}}"
 BOMBS = {
     "nested loops": LOOPS,
     "a loop over an iterator": LOOPS.replace(") %}{% endfor", ") | reverse %}{% endfor"),
@@ -27,6 +28,18 @@ BOMBS = {
     "a text that doubles": GROWING.format("{% set n.x = n.x ~ n.x %}"),
     "a block that doubles": GROWING.format("{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}"),
     "a list that doubles": GROWING.format("{% set n.x = n.x + n.x %}").replace("'ab'", "[1]"),
+    "a method that multiplies two texts": "{{ ('a' * 30000).join('b' * 30000) }}",
+    "a filter that multiplies two texts": "{{ ('a' * 30000) | replace('a', 'b' * 30000) }}",
+    "a computed width": "{{ '%*d' % (99999999 * 99, 1) }}",
+    "a width that is an argument": "{{ '{:>{}}'.format(1, 99999999) }}",
+    "a long text that is searched often": LONG.format("{% if 'ab' in s %}{% endif %}"),
+    "a long text that is tested often": LONG.format("{% if s is upper %}{% endif %}"),
+    "a long text that is cut often": LONG.format("{% set t = s[1:] %}"),
+    "a method that reads a long text often": LONG.format("{% set t = s.count('ab') %}"),
+    "a filter that reads a long text often": LONG.format("{% set t = s | wordcount %}"),
+    "output of a list that is in itself": GROWING.format("{% set n.x = [n.x, n.x] %}") + "{{ n.x }}",
+    "JSON of a list that is in itself": GROWING.format("{% set n.x = [n.x, n.x] %}") + "{{ n.x | tojson }}",
+    "lists that are compared": GROWING.format("{% set n.x = [n.x, n.x] %}") + "{{ n.x == [n.x, 1] }}",
     "long output": "{% for a in range(99999) %}" + "b" * 100_000 + "{% endfor %}",
     "3,000 brackets": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
     "150 lists": "{{ " + "[" * 150 + "1" + "]" * 150 + " }}",
@@ -63,6 +76,16 @@ def test_long_conversations_are_rendered():
     assert len(template.render(messages, text)) > 10**7
     messages = [{"role": "user", "content": "да"}] * 50_000
     assert template.render(messages, text).count("<s>user") == 50_000
+
+
+def test_conversations_as_long_as_a_context_are_rendered_with_checks_of_all_kinds():
+    text = (
+        "{% macro show(t, more) %}{{ t | replace(' ', '_') }}{{ more }}{% endmacro %}{% for m in messages[1:] %}"
+        "{% if m.content is string and '</think>' not in m.content and m != messages[0] %}{{ messages | length - 1 }}"
+        "{{ show(m.content, m.content) }}{{ m.content.split('</s>')[-1][1:] }}{{ m | tojson }}{% endif %}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": f"{number} слово " * 300} for number in range(200)]
+    assert len(template.render(messages, text)) > 2 * 10**6
 
 
 @pytest.mark.parametrize("text", ["call 1234567890", "{{ 'call_1234567890' }}", "{{ '100 % 123' }}", "{{ 99999999 }}"])
