@@ -1,8 +1,10 @@
 """Hash files, write them so that each is either complete or absent, and lock what a run uses."""
 
+import errno
 import glob
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -13,7 +15,9 @@ from pathlib import Path, PureWindowsPath
 from saigakit.core import workspace
 from saigakit.errors import SaigaError
 
-_LOCK, _INSIDE = "lock", "files"  # in a temporary directory
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_WITHOUT_NUMBER = r"\d requested and \d|I/O error"  # numpy's and safetensors' words
+_LOCK, _INSIDE, _REPLACED = "lock", "files", ".replaced"  # in a temporary directory
 
 
 def sha256(file: Path) -> str:
@@ -48,7 +52,8 @@ def explaining(place: Path) -> Iterator[None]:
     except OSError as error:
         named = Path(str(error.filename or place))
         is_ours = named.is_relative_to(place) or place.is_relative_to(named) or f"/.{place.name}." in named.as_posix()
-        if not is_ours or (error.filename is None and type(error) is not OSError):  # a closed pipe or connection
+        is_write = error.filename or error.errno in _OF_A_DISK or re.search(_WITHOUT_NUMBER, str(error))
+        if not is_ours or not is_write:
             raise
         raise workspace.not_written(place, error) from None
 
@@ -83,6 +88,8 @@ def discard_abandoned(final: Path) -> None:
     for lock in final.parent.glob(f".{glob.escape(final.name)}.*.partial/{_LOCK}"):
         with suppress(FileNotFoundError):  # its process has just deleted it
             if lock.stat().st_size and (descriptor := _try_lock(lock)) is not None:
+                if (older := lock.with_name(_INSIDE) / _REPLACED).exists() and not final.exists():
+                    older.rename(final)  # killed between two renames
                 _delete(lock.parent)
                 os.close(descriptor)
 
@@ -106,7 +113,7 @@ def replacing(final: Path) -> Iterator[Path]:
             _respect_umask(path)
             _fsync(path)
         if final.is_dir():
-            final.rename(directory / f".{final.name}.replaced")  # deleted with the temporary directory
+            final.rename(directory / _REPLACED)  # deleted with the temporary directory
         partial.replace(final)
         _fsync(final.parent)
 

@@ -117,7 +117,7 @@ def test_failed_replacement_leaves_the_stage_intact(again, place):
     small_notebooks.save(
         notebook, [cell.replace("        pass", f"        {fail}") for cell in small_notebooks.sources(notebook)]
     )
-    with pytest.raises(SaigaError, match="02_train could not be written: no space"):
+    with pytest.raises(SaigaError, match="02_train failed:"):
         again({"learning_rate": 0.5})
     assert everything(place / "run" / "02_train") == before
 

@@ -186,6 +186,16 @@ def test_leaves_directories_that_it_has_not_made(tmp_path):
     assert (mine / "deep").is_dir()
 
 
+def test_an_older_directory_comes_back_if_its_replacement_was_killed_between_two_renames(tmp_path):
+    with files.temporary_dir(tmp_path, "stage") as living:
+        (living / ".replaced").mkdir()
+        (living / ".replaced" / "old").touch()
+        (living / "stage").mkdir()
+        shutil.copytree(living.parent, tmp_path / ".stage.killed.partial")
+    files.discard_abandoned(tmp_path / "stage")
+    assert names(tmp_path) == ["stage"] and names(tmp_path / "stage") == ["old"]
+
+
 @pytest.mark.parametrize("name", ["x[1].gguf", "x*", "-x", "x y"])
 def test_leftovers_of_any_name_are_found(tmp_path, name):
     with files.temporary_dir(tmp_path, name) as living:

@@ -1,5 +1,6 @@
 """A full, limited or read-only disk gives a sentence with the place, the bytes and what to do, and leaves nothing."""
 
+import errno
 import os
 import re
 import resource
@@ -115,3 +116,12 @@ def test_a_directory_without_permission_is_refused_before_the_work(tmp_path):
     (tmp_path / "run").mkdir(mode=0o555)
     with pytest.raises(SaigaError, match=r"saigakit\.lock could not be written: .*Permission denied.*; choose another"):
         make_stage(tmp_path / "run" / "02_train", lambda _: pytest.fail("worked in vain"))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("Error no file named model.safetensors"), OSError(errno.ENOMEM, "no memory")]
+)
+def test_an_error_that_is_none_of_the_disk_stays_as_it_is(tmp_path, error):
+    with pytest.raises(OSError) as caught, files.explaining(tmp_path / "run"):
+        raise error
+    assert caught.value is error
