@@ -94,6 +94,7 @@ def execute(notebook: Path, values: Mapping[str, Any], run_dir: Path, screen: "S
 
 def _mask(notebook: Path) -> None:
     """Remove secrets, which an error of a library may quote."""
+    notebook.touch()  # papermill may have written nothing
     notebook.write_text(masked(notebook.read_text(encoding="utf-8")), encoding="utf-8")
 
 
@@ -142,6 +143,8 @@ def _kernel_class(lock: int, log: TextIO, directory: Path, screen: "Screen") -> 
     from jupyter_client.manager import AsyncKernelManager
 
     class Kernel(AsyncKernelManager):
+        process: psutil.Process | None = None
+
         def __init__(self, **options: Any) -> None:  # noqa: ANN401
             super().__init__(transport="ipc", connection_file=str(directory / "kernel.json"), **options)
 
@@ -159,7 +162,7 @@ def _kernel_class(lock: int, log: TextIO, directory: Path, screen: "Screen") -> 
             screen.kernel = None
             children: list[psutil.Process] = []
             with contextlib.suppress(psutil.NoSuchProcess):
-                children = self.process.children(recursive=True)
+                children = self.process.children(recursive=True) if self.process else []
             await self._async_shutdown_kernel(now=now, restart=restart)
             for process in children:
                 with contextlib.suppress(psutil.NoSuchProcess):

@@ -271,23 +271,23 @@ def _open_table(path: Path, kind: str) -> tuple["pyarrow.Schema", Iterable[dict[
         from datasets import Dataset
 
         table = Dataset.from_file(str(path))
-        batches = table.iter(_ROWS)
-        rows = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
-        return table.features.arrow_schema, rows
-    from pyarrow import parquet
+        schema, batches = table.features.arrow_schema, table.data.to_batches(max_chunksize=_ROWS)
+    else:
+        from pyarrow import parquet
 
-    file = parquet.ParquetFile(path, buffer_size=2**20)  # read piece by piece; without a buffer, all at once
-    # In memory, each row may repeat all of its group; text is compressed to a twentieth at most.
-    largest = max([1, *(file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups))])
-    rows = max(1 if largest > 50 * path.stat().st_size else 8, min(_ROWS, 4 * LINE_LIMIT // largest))
+        file = parquet.ParquetFile(path, buffer_size=2**20)  # read piece by piece; without a buffer, all at once
+        # In memory, each row may repeat all of its group; text is compressed to a twentieth at most.
+        largest = max([1, *(file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups))])
+        rows = max(1 if largest > 50 * path.stat().st_size else 8, min(_ROWS, 4 * LINE_LIMIT // largest))
+        schema, batches = file.schema_arrow, file.iter_batches(batch_size=rows)
 
     def read() -> Iterator[dict[str, Any]]:
-        for batch in file.iter_batches(batch_size=rows):
+        for batch in batches:
             if batch.nbytes > batch.num_rows * LINE_LIMIT:
                 raise SaigaError(f"{path} has records of more than {LINE_LIMIT // 10**6} MB; shorten or remove them.")
             yield from batch.to_pylist()
 
-    return file.schema_arrow, read()
+    return schema, read()
 
 
 def _converter(kind: "pyarrow.DataType") -> Callable[[Any], Any]:

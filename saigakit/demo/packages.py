@@ -128,7 +128,7 @@ def make_once(directory: Path, fill: Callable[[Path], object]) -> Path:
     with lock_file(directory.with_name(f".{directory.name}.lock"), directory, _PATIENCE_S):
         if not (noted := directory / _SIZES).is_file() or not _sizes(directory) >= {*noted.read_bytes().split(b"\n")}:
             if directory.exists():
-                print(f"{directory} is incomplete or damaged: making it again.", flush=True)
+                print(f"{directory} is damaged or of an earlier version: making it again.", flush=True)
             with replacing(directory) as partial:
                 partial.mkdir()
                 fill(partial)

@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -99,7 +100,7 @@ def _require_harmless(file: Path, _changed: int) -> None:
     try:
         launch.run([sys.executable, "-m", "saigakit.infer", str(file)])
     except SaigaError as error:
-        if "killed by signal" not in str(error):
+        if not re.search(r"killed by signal (?!9\b|24\b)", str(error)):  # 9, 24: without memory, and without end
             raise
         raise SaigaError(f"{file} is damaged: it crashes llama.cpp. Download or export it again.\n{error}") from None
 

@@ -18,7 +18,15 @@ CONFIG_FILES = ("*.json", "*.model", "*.jinja")  # configs and the tokenizer
 _REFUSED = ("auto_map", "custom_pipelines", "transformers_weights")  # code, and other weights than an export reads
 _IMPLEMENTATIONS = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")  # those inside transformers
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[\w.-]+)?")  # also as a kernel: owner/name@revision:function
-_ONLY_NAMES = ("name_or_path", "model_name", "tokenizer_name", "base_model")  # ends of keys that nothing is fetched for
+_ONLY_NAMES = (
+    "name_or_path",
+    "model_name",
+    "tokenizer_name",
+    "base_model",
+    "license",
+    "datasets",
+    "created",
+)  # ends of keys that nothing is fetched for
 
 
 def weight_files(names: Iterable[str]) -> list[str]:
@@ -57,7 +65,7 @@ def _settings(value: object, key: str = "") -> Iterator[tuple[str, object]]:
 
 def _is_unsafe(key: str, value: object) -> bool:
     if re.search(r"(attn|experts)_implementation", key) and not isinstance(value, bool):
-        return value not in _IMPLEMENTATIONS
+        return any(each not in _IMPLEMENTATIONS for each in (value.values() if isinstance(value, dict) else [value]))
     if key in ("quantization_config", "compression_config") and value:
         return not isinstance(value, dict) or value.get("quant_method") != "bitsandbytes"
     is_repository = isinstance(value, str) and _REPOSITORY.fullmatch(value) and not key.endswith(_ONLY_NAMES)

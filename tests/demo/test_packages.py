@@ -163,7 +163,7 @@ def test_a_damaged_directory_is_made_again_with_one_line(tmp_path, capsys, how):
         damaged.write_bytes(damaged.read_bytes()[: 100 if how == "truncated" else 0])
     assert packages.make_once(tmp_path / "one", fill) == made
     assert (made / "base" / "weights").read_bytes() == CONTENT
-    assert capsys.readouterr().out == f"{made} is incomplete or damaged: making it again.\n"
+    assert capsys.readouterr().out == f"{made} is damaged or of an earlier version: making it again.\n"
     (made / "mine").touch()
     packages.make_once(tmp_path / "one", fill)
     assert (made / "mine").exists() and capsys.readouterr().out == ""

@@ -157,6 +157,8 @@ def test_refuses_code_in_the_config_of_a_tokenizer(base):
         {"_attn_implementation": "sdpa", "_attn_implementation_autoset": True, "_experts_implementation": None},
         {"cache_implementation": "hybrid", "torch_dtype": "bfloat16", "hidden_act": "silu", "auto_map": {}},
         {"quantization_config": {"quant_method": "bitsandbytes", "bnb_4bit_compute_dtype": "float16"}},
+        {"license": "cc-by/4.0", "created": "2024/05", "datasets": ["IlyaGusev/saiga_scored"]},
+        {"_attn_implementation": {"text_config": "sdpa", "vision_config": "eager"}},
         {"eos_token": "</s>", "license": "https://example.org/licence", "rope_scaling": {"rope_type": "yarn"}},
     ],
 )
