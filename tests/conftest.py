@@ -61,6 +61,14 @@ def callers_cache(tmp_path_factory) -> Iterator[Path]:
         yield callers
 
 
+@pytest.fixture
+def umask(request) -> Iterator[int]:
+    """The umask that a test asks for as an indirect parameter."""
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """llama.cpp computes in one thread: two workers share two cores."""

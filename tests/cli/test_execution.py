@@ -19,13 +19,7 @@ with open(os.path.join(run_dir, "found.json"), "w") as file:
     json.dump(found, file)"""
 
 
-@pytest.fixture(params=[0o022, 0o000], ids=oct)
-def umask(request):
-    before = os.umask(request.param)
-    yield request.param
-    os.umask(before)
-
-
+@pytest.mark.parametrize("umask", [0o022, 0o000], indirect=True, ids=oct)
 def test_a_kernel_talks_over_sockets_in_a_directory_of_its_user(tmp_path, umask):
     run_dir = tmp_path / ("long" * 30) / "run"  # a socket in here would have too long a path
     (run_dir / ".runner").mkdir(parents=True)

@@ -1,13 +1,12 @@
 """Publishing a GGUF: the real Hub client and the real kaggle command line against local stubs."""
 
 import json
-import os
 import shutil
 
 import hub_writing_stub
 import pytest
 import small_models
-from kaggle_stub import MODELS, UPLOAD, KaggleStub, Listing, listed, sizes_of
+from kaggle_stub import MODELS, Listing, listed, sizes_of
 
 from saigakit import evaluate, export
 from saigakit.cli import export_options
@@ -149,22 +148,6 @@ def test_the_card_has_the_table_of_04_infer_only_for_these_files(stage, capsys, 
     (directory / manifest.NAME).write_text(json.dumps({**identity, "inputs": {"gguf": {"model.gguf": "another"}}}))
     assert gguf_file._measured(stage, content) == ""
     assert "compared another gguf" in capsys.readouterr().out
-
-
-@pytest.fixture
-def kaggle(tmp_path, monkeypatch):
-    pytest.importorskip("kagglesdk")
-    stub = KaggleStub()
-    for name in [name for name in os.environ if "PROXY" in name.upper() or "KAGGLE" in name]:
-        monkeypatch.delenv(name)
-    for name, value in stub.environment(tmp_path / "home").items():
-        monkeypatch.setenv(name, value)
-    stub.answer("blobs.BlobApiService/StartBlobUpload", {"token": "token", "createUrl": UPLOAD})
-    for call in ("CreateModel", "CreateModelInstance", "CreateModelInstanceVersion"):
-        stub.answer(MODELS + call, {"id": 5, "url": "/m"})
-    yield stub
-    stub.shutdown()
-    stub.server_close()
 
 
 def test_a_new_model_on_kaggle_is_created_with_its_first_version(kaggle, stage):

@@ -1,14 +1,13 @@
 """What is published names no file and no directory of this machine."""
 
 import json
-import os
 from pathlib import Path
 
 import hub_writing_stub
 import pytest
 import small_models
 from finished_stages import stage_02
-from kaggle_stub import MODELS, UPLOAD, KaggleStub, Listing
+from kaggle_stub import Listing
 
 from saigakit import export
 from saigakit.core import manifest
@@ -80,22 +79,11 @@ def test_the_hub_gets_no_private_name(hub, private, tiny, tmp_path, program, sta
     assert content["inputs"]["base"].items() >= {name: base[name] for name in weights}.items()
 
 
-def test_kaggle_gets_no_private_name(private, tiny, tmp_path, monkeypatch):
-    pytest.importorskip("kagglesdk")
-    stub = KaggleStub()
-    for name in [name for name in os.environ if "PROXY" in name.upper() or "KAGGLE" in name]:
-        monkeypatch.delenv(name)
-    for name, value in stub.environment(tmp_path / "home").items():
-        monkeypatch.setenv(name, value)
-    stub.answer("blobs.BlobApiService/StartBlobUpload", {"token": "token", "createUrl": UPLOAD})
-    for call in ("CreateModel", "CreateModelInstance"):
-        stub.answer(MODELS + call, {"id": 5, "url": "/m"})
-    stub.answers = Listing(stub)
+def test_kaggle_gets_no_private_name(private, tiny, tmp_path, kaggle):
+    kaggle.answers = Listing(kaggle)
     gguf_file.push_to_kaggle(private / "03_merge_gguf", "saiga-cats")
-    calls = [(name, json.dumps(sent, ensure_ascii=False).encode()) for name, sent in stub.calls]
-    assert_private([*calls, *(("upload", content) for content in stub.uploads)], private, tiny)
-    stub.shutdown()
-    stub.server_close()
+    calls = [(name, json.dumps(sent, ensure_ascii=False).encode()) for name, sent in kaggle.calls]
+    assert_private([*calls, *(("upload", content) for content in kaggle.uploads)], private, tiny)
 
 
 @pytest.mark.parametrize(

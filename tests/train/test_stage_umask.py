@@ -1,6 +1,5 @@
 """The files of a stage have the permissions that the umask gives them, also those copied from read-only inputs."""
 
-import os
 import stat
 
 import kill_resume
@@ -11,13 +10,6 @@ from saigakit.core import workspace
 from saigakit.train import checkpoints
 
 
-@pytest.fixture(params=[0o077, 0o002], ids=oct)
-def umask(request):
-    before = os.umask(request.param)
-    yield request.param
-    os.umask(before)
-
-
 def wrong(directory, umask):
     """The paths whose permissions are not those of a new file or directory."""
     expected = {path: (0o777 if path.is_dir() else 0o666) & ~umask for path in directory.rglob("*")}
@@ -25,6 +17,7 @@ def wrong(directory, umask):
     return {str(path.relative_to(directory)): oct(found[path]) for path in expected if found[path] != expected[path]}
 
 
+@pytest.mark.parametrize("umask", [0o077, 0o002], indirect=True, ids=oct)
 def test_permissions_of_formatted_records_follow_the_umask(tiny, tmp_path, umask):
     data.check_records(records=str(tiny / "records.jsonl"), model="saiga_tiny", run_dir=tmp_path)
     assert (tmp_path / "01_format" / "train.jsonl").is_file()
@@ -32,6 +25,7 @@ def test_permissions_of_formatted_records_follow_the_umask(tiny, tmp_path, umask
 
 
 @pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("umask", [0o077, 0o002], indirect=True, ids=oct)
 def test_permissions_of_a_resumed_training_follow_the_umask(tiny, tmp_path, monkeypatch, umask):
     run = tmp_path / "run"
     run.mkdir()
