@@ -98,7 +98,8 @@ def _require_harmless(file: Path, _changed: int) -> None:
     if os.name == "nt":
         return
     try:
-        launch.run([sys.executable, "-m", "saigakit.infer", str(file)])
+        quiet = {"GGML_NO_BACKTRACE": "1"}  # else it starts a debugger, whose output would bury the reason
+        launch.run([sys.executable, "-m", "saigakit.infer", str(file)], environment=quiet)
     except SaigaError as error:
         if not re.search(r"killed by signal (?!9\b|24\b)", str(error)):  # 9, 24: without memory, and without end
             raise
