@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeGuard, get_args
 
 from saigakit import registry
 from saigakit.errors import SaigaError, suggestion
@@ -34,12 +34,17 @@ def require_name(parameter: str, value: object, *, is_optional: bool = False) ->
         raise SaigaError(f"{given}; give a path or a name in quotes.")
 
 
-def require_count(parameter: str, value: object) -> None:
-    if type(value) is not int or value < 1:  # isinstance would accept True
-        raise SaigaError(f"{parameter}={value!r} must be a whole number of at least 1.")
+def require_count(parameter: str, value: object, *, least: int = 1) -> None:
+    if type(value) is not int or value < least:  # isinstance would accept True
+        raise SaigaError(f"{parameter}={value!r} must be a whole number of at least {least}.")
 
 
-def _is_number(value: object) -> bool:
+def require_share(parameter: str, value: object) -> None:
+    if not _is_number(value) or not 0 < value < 1:
+        raise SaigaError(f"{parameter}={value!r} must be a number between 0 and 1, such as 0.05.")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

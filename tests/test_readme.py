@@ -128,7 +128,7 @@ def help_of(command):
 def test_every_saigakit_command_exists_with_its_options(name):
     lines = [line for line in code(name) if re.match(r"saigakit [a-z]", line)]
     commands = {line.split()[1] for line in lines}
-    assert {"run", "chat", "push"} <= commands
+    assert {"run", "chat", "kaggle"} <= commands
     for command in sorted(commands):
         shown = help_of(command)
         for line in lines:

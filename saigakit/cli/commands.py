@@ -13,7 +13,7 @@ from saigakit import publish as publishing
 from saigakit import train as training
 from saigakit.cli import chat as terminal_chat
 from saigakit.cli import export_options, runner
-from saigakit.cli.parameters import parse_value, read_yaml
+from saigakit.cli.parameters import MODEL, NOTEBOOKS, PARAMETERS, read_yaml
 from saigakit.cli.terminal import Group
 from saigakit.config import TrainConfig
 from saigakit.core import install, launch, manifest, workspace
@@ -21,17 +21,10 @@ from saigakit.core.files import scratch
 from saigakit.data import length_histogram, report
 from saigakit.errors import SaigaError
 from saigakit.evaluate import results
-from saigakit.kaggle import kernels
 from saigakit.prompt import encoding
 
-_PARAMETERS = click.option(
-    "-p", "--parameter", "parameters", type=(str, parse_value), multiple=True, metavar="NAME VALUE",
-    help="Set a parameter, overriding that of a file; repeatable",
-)  # fmt: skip
-_MODEL = click.option("--model", required=True, help="Name in the registry, Hub id or directory")
 _BASE_SOURCE = click.option("--base-source", help="Directory of the base model, instead of the Hub")
 _CHAT_TEMPLATE = click.option("--chat-template", help="saiga2, chatml or a file, instead of the model's own template")
-_NOTEBOOKS = click.option("--notebooks", help="Directory of the four notebooks, if saigakit is not run from a checkout")
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -47,7 +40,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--run-dir", help="Directory for all results, instead of run_dir in demo.yaml")
-@_NOTEBOOKS
+@NOTEBOOKS
 def demo(run_dir: str | None, notebooks: str | None) -> None:
     """Run the four notebooks on a small model, without a GPU.
 
@@ -70,9 +63,9 @@ def _run(values: dict[str, Any], run_dir: str | None, notebooks_dir: str | Path 
 
 @main.command()
 @click.option("-f", "--file", "file", help="YAML file with parameters")
-@_PARAMETERS
+@PARAMETERS
 @click.option("--run-dir", help="Directory for all results, instead of run_dir in the file")
-@_NOTEBOOKS
+@NOTEBOOKS
 def run(file: str | None, parameters: Sequence[tuple[str, Any]], run_dir: str | None, notebooks: str | None) -> None:
     """Run the four notebooks on your records.
 
@@ -118,7 +111,7 @@ def check(files: Sequence[str], held_out: Sequence[str], **options: Any) -> None
 
 @main.command()
 @click.option("-f", "--file", "file", required=True, help="YAML file with the fields of TrainConfig")
-@_PARAMETERS
+@PARAMETERS
 @click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of machines")
 @click.option("--node-rank", type=click.IntRange(min=0), default=0, show_default=True, help="Number of this machine")
 @click.option("--rdzv-endpoint", default="", help="HOST:PORT of the machine with rank 0")
@@ -140,7 +133,7 @@ def train(file: str, parameters: Sequence[tuple[str, Any]], nnodes: int, node_ra
 
 
 @main.command()
-@_MODEL
+@MODEL
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="PATH[:WEIGHT]",
     help='Finished 02_train, directory, Hub id or "released"; repeat it to sum adapters, omit it for the base alone',
@@ -191,7 +184,7 @@ def chat(file: str, **options: Any) -> None:  # noqa: ANN401
 
 
 @main.command()
-@_MODEL
+@MODEL
 @click.option("--run-dir", required=True, help="Directory with 01_format, 02_train and 03_merge_gguf")
 @click.option("--adapter", default=training.STAGE, show_default=True, help="Adapter, in --run-dir or elsewhere")
 @_BASE_SOURCE
@@ -207,30 +200,6 @@ def evaluate(**options: Any) -> None:  # noqa: ANN401
     """
     made = evaluation.compare(**options)
     click.echo(f"{results.show_table(results.read(made))}\n\nresults: {made}")
-
-
-@main.command()
-@click.argument("name")
-@click.argument("files", nargs=-1)
-@_PARAMETERS
-def push(name: str, files: Sequence[str], parameters: Sequence[tuple[str, Any]]) -> None:
-    """Start a notebook or upload a data set on Kaggle.
-
-    NAME is a notebook, or one of the data sets "wheels", which takes FILES, and "example-data".
-
-    \b
-    Examples:
-      saigakit push wheels dist/saigakit-0.1.0-py3-none-any.whl
-      saigakit push 02_train -p epochs 3
-    """
-    if kernels.is_dataset(name) and parameters:
-        raise SaigaError(f"{name} is a data set and has no parameters. Leave out -p.")
-    if kernels.is_dataset(name):
-        kernels.push_dataset(name, [Path(file) for file in files])
-    elif files:
-        raise SaigaError(f"{name} is a notebook and takes no files ({', '.join(files)}). Set parameters with -p.")
-    else:
-        kernels.push(name, dict(parameters))
 
 
 @main.command()
@@ -265,31 +234,6 @@ def publish(made: str, name: str, public: bool, replace: bool, gguf: bool, kaggl
 
 
 @main.command()
-@click.argument("kernel")
-def watch(kernel: str) -> None:
-    """Wait for a notebook on Kaggle and report how it ended.
-
-    \b
-    Example:
-      saigakit watch 02_train
-    """
-    kernels.watch(kernel)
-
-
-@main.command()
-@click.argument("kernel")
-@click.argument("directory")
-def fetch(kernel: str, directory: str) -> None:
-    """Download the output of a notebook on Kaggle.
-
-    \b
-    Example:
-      saigakit fetch 03_merge_gguf runs/kaggle
-    """
-    click.echo(f"fetched: {kernels.fetch(kernel, directory)}")
-
-
-@main.command()
 def doctor() -> None:
     """Show this machine, its packages and what each stage lacks.
 
@@ -304,5 +248,5 @@ def doctor() -> None:
         click.echo(f"{stage}: {what}")
     for extra, commands in (("run", "run, demo"), ("kaggle", "push, watch, fetch")):
         lacking = install.missing(install.packages(extra))
-        what = f"lack {install.listed(lacking)}; pip install 'saigakit[{extra}]'" if lacking else "ready"
+        what = f"lack {install.listed(lacking)}; {install.pip_install([extra])}" if lacking else "ready"
         click.echo(f"{commands}: {what}")

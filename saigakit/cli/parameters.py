@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import click
+
 from saigakit.errors import SaigaError
 
 _PYTHON_LITERALS = {"None": None, "True": True, "False": False}
@@ -35,3 +37,11 @@ def read_yaml(file: Path) -> dict[str, Any]:
         found = "is empty" if content is None else "holds a list" if isinstance(content, list) else "holds one value"
         raise SaigaError(f"{file} {found}; write lines of `name: value`.")
     return {str(name): value for name, value in content.items()}
+
+
+PARAMETERS = click.option(
+    "-p", "--parameter", "parameters", type=(str, parse_value), multiple=True, metavar="NAME VALUE",
+    help="Set a parameter, overriding that of a file; repeatable",
+)  # fmt: skip
+MODEL = click.option("--model", required=True, help="Name in the registry, Hub id or directory")
+NOTEBOOKS = click.option("--notebooks", help="Directory of the four notebooks, if saigakit is not run from a checkout")

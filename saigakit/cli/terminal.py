@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
+from saigakit.core import install
 from saigakit.core.display import printable
 from saigakit.errors import SaigaError
 
-_ON_WINDOWS = ("chat", "fetch", "publish", "push", "watch")
+_ON_WINDOWS = ("chat", "fetch", "publish", "kaggle", "push", "quota", "stop", "watch", "wheels")
 
 
 class _Terminal(io.TextIOWrapper):
@@ -53,7 +54,7 @@ class Group(click.Group):
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("saigakit"):
                 raise
-            message = f"{error.name} is not installed. Run: pip install 'saigakit[all]'"
+            message = f"{error.name} is not installed. Run: {install.pip_install(['all'])}"
         except UnicodeEncodeError as error:
             message = f"{error.object[-200:]!r} is not UTF-8; rename the file or directory."
         except KeyboardInterrupt:

@@ -22,6 +22,7 @@ from saigakit.errors import SaigaError
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
+    from packaging.tags import Tag
 
 # The extras of each stage; "" stands for the dependencies of saigakit itself.
 STAGES: Mapping[str, tuple[str, ...]] = {
@@ -34,6 +35,9 @@ STAGES: Mapping[str, tuple[str, ...]] = {
 PINS: Mapping[str, Mapping[str, Any]] = tomllib.loads(
     resources.files("saigakit.core").joinpath("pins.toml").read_text(encoding="utf-8")
 )
+# The Linux of Kaggle's image, and the older ones that the pinned wheels are for: pip takes each name literally.
+PLATFORMS = ("manylinux_2_35_x86_64", "manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux2014_x86_64")
+_THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 # Also on Kaggle, in every stage: transformers reads the demo's model, smollm2_135m, from a GGUF file.
 _ON_KAGGLE = ("gguf",)
 # Directories from the root of the inputs to one of them, by kind; 1 in Kaggle's older layout.
@@ -72,7 +76,7 @@ def require_cuda(gpus: Sequence[Gpu]) -> None:
     """Check that torch computes on as many GPUs; in a child, because a CUDA context here would keep their memory."""
     attempt = f"[torch.ones(1, device=f'cuda:{{number}}').item() for number in range({len(gpus)})]"
     names = ", ".join(gpu.name for gpu in gpus)
-    _run_python(
+    run_python(
         ["-c", f"import sys, torch\ntry: {attempt}\nexcept Exception as error: sys.exit(str(error))"],
         f"nvidia-smi lists {names}, but torch cannot compute there. On Kaggle choose the accelerator GPU T4 x2 and the "
         "latest environment, and restart the session; elsewhere install a CUDA build of torch, or set "
@@ -103,7 +107,7 @@ def _requirements() -> list["Requirement"]:
     try:
         return [Requirement(line) for line in metadata.requires("saigakit") or []]
     except metadata.PackageNotFoundError:
-        raise SaigaError("saigakit runs from its sources and is not installed. Run: pip install -e .") from None
+        raise SaigaError(f"saigakit runs from its sources and is not installed. Run: {pip_install(())}") from None
 
 
 def missing(names: Sequence[str]) -> list[str]:
@@ -131,12 +135,35 @@ def listed(names: Sequence[str]) -> str:
 
 def pip_command(stage: str) -> str:
     """The command that installs the packages of a stage at home."""
-    extras = ",".join(extra for extra in STAGES[stage] if extra)
-    if not extras:
-        return "pip install saigakit"
     cmake_args = llama_cmake_args(workspace.cpu_flags(), gcc_version()) if "llama-cpp-python" in needs(stage) else ""
-    pip_install = f'CMAKE_ARGS="{cmake_args}" pip install --no-cache-dir' if cmake_args else "pip install"
-    return f'{pip_install} "saigakit[{extras}]"'
+    compiling = f'CMAKE_ARGS="{cmake_args}" pip install --no-cache-dir' if cmake_args else "pip install"
+    return pip_install(STAGES[stage]).replace("pip install", compiling, 1)
+
+
+def pip_install(extras: Sequence[str]) -> str:
+    """The command that installs saigakit with `extras` from where it is from, since PyPI does not have it."""
+    wanted = f"[{','.join(filter(None, extras))}]" if any(extras) else ""
+    place, url = origin(), _installed_from()
+    if place is not None and place.is_dir():
+        return f'pip install -e "{place}{wanted}"'
+    if place is not None or (url.startswith("https://") and url.endswith(".whl")):
+        return f'pip install "saigakit{wanted} @ {url}"'
+    return f'pip install -e ".{wanted}" in a clone of saigakit, because PyPI does not have it'
+
+
+def origin() -> Path | None:
+    """The clone that saigakit runs from, else the clone or wheel file it was installed from; None if that is gone."""
+    running, url = Path(__file__).absolute().parents[2], urlsplit(_installed_from())
+    for place in (running, *([Path(unquote(url.path))] if url.scheme == "file" else [])):
+        if (place / "pyproject.toml").is_file() or (place.is_file() and place.suffix == ".whl"):
+            return place
+    return None
+
+
+def _installed_from() -> str:
+    """The address that pip noted when it installed saigakit; empty if there is none."""
+    notes = (found.read_text("direct_url.json") for found in metadata.distributions(name="saigakit"))
+    return str(json.loads(next(notes, None) or "{}").get("url", ""))
 
 
 def llama_cmake_args(cpu_flags: Collection[str], gcc: str | None) -> str:
@@ -164,8 +191,8 @@ def own_wheels() -> list[Path]:
             parts = wheel.relative_to(root).parts
             by_input.setdefault(root.joinpath(*parts[: _DEPTHS.get(parts[0], 1)]), []).append(wheel)
     own = [place for place, wheels in by_input.items() if any(file.name.startswith("saigakit-") for file in wheels)]
-    origin = json.loads(metadata.distribution("saigakit").read_text("direct_url.json") or "{}").get("url", "")
-    if from_here := [place for place in own if Path(unquote(urlsplit(origin).path)).is_relative_to(place)]:
+    installed_from = Path(unquote(urlsplit(_installed_from()).path))
+    if from_here := [place for place in own if installed_from.is_relative_to(place)]:
         own = from_here
     if len(own) > 1:
         raise SaigaError(
@@ -175,25 +202,42 @@ def own_wheels() -> list[Path]:
     return [wheel for place in own for wheel in by_input[place]]
 
 
-def requirement(name: str, wheels: Sequence[Path], *, gpu: bool) -> str:
-    """A line for pip: one of `wheels`, or else the registry, and the SHA-256 of the files that are allowed."""
-    pin = {**PINS[name], **PINS[name].get("gpu" if gpu else "cpu", {})}
-    named = [wheel for wheel in wheels if _is_wheel_of(wheel, name, pin["version"])]
-    places = [wheel.absolute().as_uri() for wheel in named if sha256(wheel) in pin["sha256"]]
-    if named and not places:
-        raise SaigaError(
-            f"{named[0]} is not the tested wheel of {name} {pin['version']} for this machine: its SHA-256 differs. "
-            f"Delete it from the data set, or replace it by {pin.get('url', 'the one on PyPI')}."
-        )
+def requirement(name: str, fitting: Sequence[Path], *, gpu: bool) -> str:
+    """A line for pip: one of the `fitting` wheels, or else the registry, and the SHA-256 of the allowed files."""
+    pin = _pin(name, gpu=gpu)
+    places = [wheel.absolute().as_uri() for wheel in fitting]
     if "url" in pin:
         places.append(pin["url"])
     source = f"{name} @ {places[0]}" if places else f"{name}=={pin['version']}"
     return " ".join([source, *(f"--hash=sha256:{digest}" for digest in pin["sha256"])])
 
 
-def _is_wheel_of(file: Path, name: str, version: str) -> bool:
-    distribution, _, rest = file.name.partition("-")
-    return re.sub(r"[_.]+", "-", distribution).lower() == name and re.split("[-+]", rest)[0] == version
+def misfits(name: str, wheels: Sequence[Path], *, gpu: bool, python: str = _THIS_PYTHON) -> dict[Path, str]:
+    """Those of `wheels` that are of a package, and why each is not the pinned one for Kaggle; "" for one that is."""
+    from packaging.tags import compatible_tags, cpython_tags
+
+    version, interpreter = [int(number) for number in python.split(".")], "cp" + python.replace(".", "")
+    tags = {*cpython_tags(version, platforms=PLATFORMS), *compatible_tags(version, interpreter, PLATFORMS)}
+    own = [wheel for wheel in wheels if re.sub(r"[_.]+", "-", wheel.name.partition("-")[0]).lower() == name]
+    return {wheel: _misfit(wheel, _pin(name, gpu=gpu), tags) for wheel in own}
+
+
+def _pin(name: str, *, gpu: bool) -> Mapping[str, Any]:
+    return {**PINS[name], **PINS[name].get("gpu" if gpu else "cpu", {})}
+
+
+def _misfit(wheel: Path, pin: Mapping[str, Any], tags: set["Tag"]) -> str:
+    from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+
+    try:
+        _, version, _, wheel_tags = parse_wheel_filename(wheel.name)
+    except InvalidWheelFilename:
+        return "its name is not that of a wheel"
+    if version.public != pin["version"]:
+        return f"its version is {version}"
+    if tags.isdisjoint(wheel_tags):
+        return f"it is not for Python {_THIS_PYTHON} on Linux x86_64"
+    return "" if sha256(wheel) in pin["sha256"] else "its SHA-256 is not that of the tested file"
 
 
 def _install(names: Sequence[str]) -> None:
@@ -203,25 +247,50 @@ def _install(names: Sequence[str]) -> None:
         if name not in PINS or (name in replaced and not PINS[name].get("pure")):
             has = f"has {name} {installed_version(name)}, which is too old" if name in replaced else f"has no {name}"
             raise SaigaError(f"This image {has}. In the notebook's settings choose the latest environment.")
-    wheels, gpu = own_wheels(), bool(workspace.gpus())
-    lines = [requirement(name, wheels, gpu=gpu) for name in names]
+    lines, remedy = _choose(names)
     print(*(f"Installing {line.partition(' --hash')[0]} …" for line in lines), sep="\n", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "requirements.txt"
         file.write_text("\n".join(lines), encoding="utf-8")
         options = ["--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes", "--requirement", str(file)]
-        _pip(["install", *options], ", ".join(names))
+        _pip(["install", *options], ", ".join(names), remedy)
     importlib.invalidate_caches()
     if absent := missing(names):
         raise SaigaError(f"pip reported success, but {', '.join(absent)} cannot be found. Restart the session.")
     modules = {name: PINS[name].get("module", name) for name in names}
     for module in modules.values():  # in a child process: a broken wheel should fail here, before a model is loaded
-        _run_python(["-c", f"import {module}"], f"{module} was installed but cannot be imported:")
+        run_python(["-c", f"import {module}"], f"{module} was installed but cannot be imported:")
     if stale := [name for name in replaced if modules[name] in sys.modules]:
         raise SaigaError(
             f"{', '.join(stale)} was too old and has been replaced, but this session runs the old version. Restart it "
             "and run the notebook again, or choose the latest environment in the notebook's settings."
         )
+
+
+def _choose(names: Sequence[str]) -> tuple[list[str], str]:
+    """The requirements for pip, and what to do if it cannot install them."""
+    attached, gpu = own_wheels(), bool(workspace.gpus())
+    found = {name: misfits(name, attached, gpu=gpu) for name in names}
+    fitting = {name: [wheel for wheel, why in wheels.items() if not why] for name, wheels in found.items()}
+    unfit = {name: wheels for name, wheels in found.items() if not fitting[name]}
+    for wheel, why in (each for wheels in unfit.values() for each in wheels.items()):
+        print(f"Not using {wheel}: {why}.", flush=True)
+    lines = [requirement(name, fitting[name], gpu=gpu) for name in names]
+    return lines, _how_to_attach(unfit, gpu=gpu) if unfit else ""
+
+
+def _how_to_attach(unfit: Mapping[str, Mapping[Path, str]], *, gpu: bool) -> str:
+    """How to get the wheels of these packages, with the `misfits` among those that are attached."""
+    pins = {name: _pin(name, gpu=gpu) for name in unfit}
+    why = {name: "; ".join(f"{wheel}: {why}" for wheel, why in wheels.items()) for name, wheels in unfit.items()}
+    lines = "".join(f"{name} {pin['version']}: {why[name] or 'not attached'}\n" for name, pin in pins.items())
+    platforms = " ".join(f"--platform {platform}" for platform in PLATFORMS)
+    sources = " ".join(pin.get("url", f"{name}=={pin['version']}") for name, pin in pins.items())
+    return (
+        f"These packages are missing:\n{lines}Switch Internet on in the notebook's settings. Or put fitting wheels "
+        "into the data set that holds saigakit's own: at home `saigakit wheels DIRECTORY` builds this set, or\n"
+        f"pip download --no-deps --only-binary=:all: --python-version {_THIS_PYTHON} {platforms} {sources}"
+    )
 
 
 def installed_version(name: str) -> str | None:
@@ -238,22 +307,17 @@ def _old_torchao() -> str | None:
     return version if numbers and (int(numbers[1]), int(numbers[2])) < _OLDEST_TORCHAO else None
 
 
-def _pip(arguments: Sequence[str], what: str) -> None:
-    _run_python(
-        ["-m", "pip", *arguments],
-        f"pip could not {arguments[0]} {what}. In the notebook's settings switch Internet on, or put the wheel files "
-        "into the data set that holds saigakit's own. pip said:",
-    )
+def _pip(arguments: Sequence[str], what: str, remedy: str = "") -> None:
+    run_python(["-m", "pip", *arguments], f"pip could not {arguments[0]} {what}. It said:", remedy)
 
 
-def _run_python(arguments: Sequence[str], failure: str) -> None:
-    """Run Python in a child process; if it fails, raise SaigaError with `failure` and its last lines."""
-    command = [sys.executable, *arguments]
-    environment = workspace.child_environment()
-    result = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False)
+def run_python(arguments: Sequence[str], failure: str, remedy: str = "", **environment: str) -> None:
+    """Run Python in a child process; if it fails, raise SaigaError with its last lines between these two texts."""
+    command, inherited = [sys.executable, *arguments], workspace.child_environment() | environment
+    result = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8", env=inherited, check=False)
     if result.returncode != 0:
-        last_lines = "\n".join(result.stderr.strip().splitlines()[-5:])
-        raise SaigaError(f"{failure}\n{last_lines}")
+        last_lines = "\n".join(result.stderr.strip().splitlines()[-15:])
+        raise SaigaError("\n".join(filter(None, [failure, last_lines, remedy])))
 
 
 if __name__ == "__main__":  # for the Makefile

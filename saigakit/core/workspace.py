@@ -18,6 +18,7 @@ from saigakit.errors import SaigaError
 GIB = 1024**3
 GB = 10**9
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # `python -m` would import from the current directory first
+SESSION = "Kaggle session"  # `saigakit stop` reads its number from the log
 _SESSION_START = "SAIGAKIT_SESSION_START"
 _CACHE_REMEDY = "name a directory with room in the environment variable SAIGAKIT_CACHE"
 
@@ -268,6 +269,8 @@ def align(rows: Iterable[tuple[str, str]]) -> str:
 def describe_machine() -> str:
     """The small table that every notebook shows first."""
     rows = [("where", "Kaggle" if on_kaggle() else "local")]
+    if number := re.search(r"(\d{4,})\D*$", os.environ.get("KAGGLE_CONTAINER_NAME", "")):
+        rows.append((SESSION, number[1]))
     rows += [
         (f"GPU {index}", f"{gpu.name}, sm_{gpu.capability[0]}{gpu.capability[1]}, {gpu.memory / GIB:.1f} GiB")
         for index, gpu in enumerate(gpus())

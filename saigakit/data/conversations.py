@@ -8,6 +8,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
+from saigakit.config import require_share
 from saigakit.core.display import Every, count
 from saigakit.core.files import replacing
 from saigakit.data import records, schema, store
@@ -172,8 +173,7 @@ def split_indices(
     share. A group that is too big for the fraction goes to training. If there is only one group, all go to training
     with `may_be_empty`; otherwise SaigaError is raised.
     """
-    if isinstance(eval_fraction, bool) or not isinstance(eval_fraction, int | float) or not 0 < eval_fraction < 1:
-        raise SaigaError(f"eval_fraction={eval_fraction!r} must be a number between 0 and 1, such as 0.05.")
+    require_share("eval_fraction", eval_fraction)
     order = array("q", range(len(conversations)))
     random.Random(seed).shuffle(order)
     group_of = _group(conversations)

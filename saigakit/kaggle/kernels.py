@@ -1,246 +1,197 @@
-"""Push notebooks and data sets to Kaggle, watch the runs and fetch their results, with the kaggle command line."""
+"""Push notebooks to Kaggle, watch and stop their runs, and fetch the results."""
 
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from saigakit.core import install, manifest, workspace
+from saigakit.core import manifest, workspace
 from saigakit.core.display import printable
-from saigakit.core.files import replacing, require_absent, scratch
+from saigakit.core.files import explaining, require_absent, scratch
 from saigakit.errors import SaigaError
+from saigakit.kaggle import command_line, notebook
+from saigakit.kaggle.command_line import NoAnswerError
 
-METADATA = Path("kaggle-metadata")
+_LONGEST_PAUSE_S = 600.0  # between two questions while Kaggle does not answer
+_PATIENCE_S = 12 * 3600.0  # without any answer; a run takes no longer
+_REFUSED_PATIENCE_S = 3600.0  # the same where Kaggle refuses to answer, as it does now and then
+_CANCEL = """
+import sys
+from kaggle import api
+from kagglesdk.kernels.types.kernels_api_service import ApiCancelKernelSessionRequest
+request = ApiCancelKernelSessionRequest()
+request.kernel_session_id = int(sys.argv[1])
+with api.build_kaggle_client() as client:
+    print(client.kernels.kernels_api_client.cancel_kernel_session(request).error_message)
+"""
 
 
-def username() -> str:
-    """The user who is logged in to the kaggle command line."""
-    found = re.search(r"^- username: (\S+)", run_kaggle("config", "view"), re.MULTILINE)
-    if found is None or found[1] == "None":
-        raise SaigaError("Nobody is logged in to Kaggle. Run `kaggle auth login` and try again.")
-    return found[1]
+class Pushed(NamedTuple):
+    """A version of a notebook that Kaggle has accepted; `reference` is owner/slug/version."""
+
+    reference: str
+    address: str
 
 
-def push(stage: str | Path, parameters: Mapping[str, object] | None = None) -> str:
+def push(
+    stage: str | Path,
+    parameters: Mapping[str, object] | None = None,
+    *,
+    accelerator: str | None = None,
+    public: bool = False,
+) -> str:
     """Start the notebook of a folder of kaggle-metadata, such as "02_train", and return its reference, owner/slug."""
-    folder = _folder(stage)
-    content = _metadata(folder / "kernel-metadata.json", username())
-    notebook = (folder / str(content["code_file"])).resolve()
-    if not notebook.is_file():
-        raise SaigaError(f"{folder / 'kernel-metadata.json'} names {notebook}, which is not there.")
-    with scratch() as upload:
-        _copy_with_parameters(notebook, parameters or {}, upload / notebook.name)
-        content["code_file"] = notebook.name
-        (upload / "kernel-metadata.json").write_text(json.dumps(content), encoding="utf-8")
-        output = submit(str(content["id"]), "kernels", "push", "-p", str(upload))
-    print(output.strip().splitlines()[-1])
+    folder = notebook.find_folder(stage)
+    content = notebook.read_metadata(folder / notebook.KERNEL, command_line.username())
+    file = (folder / str(content["code_file"])).resolve()
+    if not file.is_file():
+        raise SaigaError(f"{folder / notebook.KERNEL} names {file}, which is not there.")
+    content |= {"is_private": False} if public else {}
+    pushed = push_notebook(file, notebook.with_accelerator(content, accelerator), parameters or {})
+    print(f"Version {pushed.reference.rsplit('/')[-1]} of {content['id']} was pushed: {pushed.address}")
     return str(content["id"])
 
 
-def is_dataset(name: str) -> bool:
-    """Whether a folder of kaggle-metadata describes a data set rather than a notebook."""
-    return any((folder / "dataset-metadata.json").is_file() for folder in (Path(name), METADATA / name))
-
-
-def push_dataset(folder: str | Path, files: Sequence[Path] = (), *, poll_s: float = 5.0) -> str:
-    """Upload a folder of kaggle-metadata with `files` as a private data set or a new version of it.
-
-    Returns its reference when it can be attached: a notebook that is pushed earlier loses it.
-    """
-    source = _folder(folder, "dataset-metadata.json")
+def push_notebook(file: Path, content: dict[str, Any], parameters: Mapping[str, object]) -> Pushed:
+    """Start a notebook with these metadata. Raises SaigaError if Kaggle refuses it, or drops a source or the name."""
+    notebook.require_same_slug(content)
     with scratch() as upload:
-        shutil.copytree(source, upload, dirs_exist_ok=True)
-        for file in files:
-            if not file.is_file():
-                raise SaigaError(f"{file} is not there, so it cannot be uploaded.")
-            shutil.copy2(file, upload)
-        if len(list(upload.iterdir())) < 2:
-            raise SaigaError(f"{source} has nothing to upload except its metadata; name the files.")
-        content = _metadata(source / "dataset-metadata.json", username())
-        (upload / "dataset-metadata.json").write_text(json.dumps(content), encoding="utf-8")
-        reference = str(content["id"])
-        verb = ("create",) if _dataset_status(reference) is None else ("version", "-m", "pushed by saigakit")
-        submit(reference, "datasets", *verb, "--quiet", "-p", str(upload))
-    _wait_until_ready(reference, poll_s)
-    print(f"Data set {reference} is ready.")
-    return reference
+        notebook.render(file, parameters, upload / file.name)
+        text = json.dumps({**content, "code_file": file.name})
+        (upload / notebook.KERNEL).write_text(text, encoding="utf-8")
+        shape = ("--accelerator", content["machine_shape"]) if "machine_shape" in content else ()
+        output = command_line.submit(str(content["id"]), "kernels", "push", "-p", str(upload), *shape)
+    version, address = re.findall(r"Kernel version (\d*) ?successfully.*? at (\S+)", output)[0]
+    ours = str(content["id"]).split("/")[1]
+    if (theirs := re.search(r"/code/[^/]+/([^/?#]+)", address)) and theirs[1] != ours:
+        raise SaigaError(f"Kaggle started it as {theirs[1]!r} instead of {ours!r}. Cancel it there: {address}")
+    return Pushed(f"{content['id']}/{version}".rstrip("/"), address)
 
 
 def watch(kernel: str, *, poll_s: float = 30.0) -> None:
     """Wait for the end of a notebook, owner/slug or a stage of the logged-in user, and report its status.
 
-    Raises SaigaError with Kaggle's message and the end of the log if it fails or is cancelled.
+    Hours without an answer are survived. Raises SaigaError with Kaggle's message and the end of the log if it fails
+    or is cancelled.
     """
     reference, start = _reference(kernel), time.monotonic()
-    shown, shown_at, tolerated = "", start, 0  # failures in a row to get the status; none at first: a name may be wrong
+    shown, shown_at, answered_at, pause = "", start, None, poll_s
     while shown != "COMPLETE":
         try:
-            answer = run_kaggle("kernels", "status", reference)
-        except SaigaError:
-            if not tolerated:
+            status, message = _status(reference)
+        except SaigaError as error:
+            patience_s = _PATIENCE_S if isinstance(error, NoAnswerError) else _REFUSED_PATIENCE_S
+            if answered_at is None or time.monotonic() > answered_at + patience_s:  # at first: the name may be wrong
                 raise
-            tolerated -= 1
-            print(f"{reference}: Kaggle does not answer, trying again", flush=True)
-            time.sleep(poll_s)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+            print(f"{reference}: {error} Asking again in {pause:.0f} s.", flush=True)
+            time.sleep(pause)
             continue
-        tolerated = 4  # a run takes hours
-        found = re.search(r'has status "(?:\w+\.)?(\w+)"', answer)
-        if found is None:
-            raise SaigaError(f"Kaggle gave no status for {reference}: {answer.strip()[:300]!r}")
-        status, now = found[1], time.monotonic()
-        if status != shown or now - shown_at >= 600:
-            print(f"{reference}: {status} after {(now - start) / 60:.0f} min", flush=True)
-            shown, shown_at = status, now
+        answered_at, pause = time.monotonic(), poll_s
+        if status != shown or answered_at - shown_at >= 600:
+            print(f"{reference}: {status} after {(answered_at - start) / 60:.0f} min", flush=True)
+            shown, shown_at = status, answered_at
         if status in ("ERROR", "CANCEL_ACKNOWLEDGED"):
-            raise SaigaError(_failure(reference, status, answer))
+            raise SaigaError(_failure(reference, status, message))
         if status != "COMPLETE":
             time.sleep(poll_s)
 
 
-def fetch(kernel: str, directory: str | Path) -> Path:
-    """Download output and log of a finished notebook; `directory` appears only when it is complete.
-
-    Files are compared with their stage's manifest, because the command line may save an error page as a file.
-    """
-    final, reference = Path(directory), _reference(kernel)
-    require_absent(final)
-    with replacing(final) as partial:
-        partial.mkdir()
-        run_kaggle("kernels", "output", reference, "-p", str(partial), echo=True)
-        if not any(partial.rglob("*")):
-            raise SaigaError(f"{reference} has no output. Has it finished? `saigakit watch {shlex.quote(reference)}`")
-        for file in sorted(partial.rglob(manifest.NAME)):
-            if damaged := manifest.changed(file.parent, manifest.read(file.parent)):
-                raise SaigaError(f"{', '.join(damaged)} of {reference} arrived damaged. Fetch again.")
-    return final
+def _status(reference: str) -> tuple[str, str]:
+    """Kaggle's word for the status of a run, and its message about a failure."""
+    answer = command_line.run("kernels", "status", reference)
+    found = re.search(r'has status "(?:\w+\.)?(\w+)"(?:\s*Failure message: "(.*)")?', answer, re.DOTALL)
+    if found is None:
+        raise SaigaError(f"Kaggle gave no status for {reference}: {answer.strip()[:300]!r}")
+    return found[1], found[2] or ""
 
 
-def _folder(stage: str | Path, name: str = "kernel-metadata.json") -> Path:
-    for folder in (Path(stage), METADATA / stage):
-        if (folder / name).is_file():
-            return folder
-    known = ", ".join(sorted(file.parent.name for file in METADATA.glob(f"*/{name}")))
-    raise SaigaError(f"No {name} in {stage} or {METADATA / stage}. Known: {known or f'none, no {METADATA} here'}.")
-
-
-def _metadata(file: Path, owner: str) -> dict[str, object]:
-    """The metadata with `owner` in place of USERNAME."""
-    text = file.read_text(encoding="utf-8").replace("USERNAME/", f"{owner}/")
+def _failure(reference: str, status: str, message: str) -> str:
+    what = "was cancelled" if status.startswith("CANCEL") else "failed"
     try:
-        content: dict[str, object] = json.loads(text)
-    except ValueError as error:
-        raise SaigaError(f"{file} is not JSON: {error}.") from None
-    return content
+        entries = json.loads(command_line.run("kernels", "logs", reference).strip() or "[]")
+        log = "".join(entry["data"] for entry in entries).strip() or "(Kaggle has no log of it)"
+    except (SaigaError, ValueError, LookupError, TypeError) as error:  # the failure itself must still be reported
+        log = f"(no log: {error})"
+    end = "\n".join(f"  {line}" for line in log.splitlines()[-15:])
+    return printable(f"{reference} {what} on Kaggle{f': {message}' if message else ''}. The end of its log:\n{end}")
+
+
+def stop(kernel: str, *, wait_s: float = 60.0) -> None:
+    """Cancel the run of a notebook; Kaggle keeps the versions that had finished before.
+
+    Kaggle names the session that a cancellation needs only inside it: `prepare` prints it into the log.
+    """
+    reference = _reference(kernel)
+    if (status := _status(reference)[0]) not in ("RUNNING", "QUEUED", "NEW_SCRIPT"):
+        raise SaigaError(f"{reference} is not running: its status is {status}.")
+    if (session := _session(reference, wait_s)) is None:
+        raise SaigaError(
+            f"{reference} has not printed its session into its log yet, so it cannot be stopped from here. Try again "
+            f"in a minute, or open https://www.kaggle.com/code/{reference} and choose Cancel run."
+        )
+    if refusal := command_line.run_python("-c", _CANCEL, session).strip():
+        raise SaigaError(f"Kaggle did not stop {reference}: {printable(refusal)}")
+    print(f"Kaggle was asked to stop {reference} (session {session}). See: saigakit watch {shlex.quote(kernel)}")
+
+
+def _session(reference: str, wait_s: float) -> str | None:
+    """The number that the run printed into its log, which is followed until then; None after `wait_s` seconds."""
+    command = [sys.executable, "-m", "kaggle", "-W", "kernels", "logs", "-f", reference]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, env=workspace.child_environment(), encoding="utf-8", errors="replace"
+    )
+    timer = threading.Timer(wait_s, child.kill)
+    timer.start()
+    with child:  # the log of a run goes on until its end
+        assert child.stdout is not None
+        found = next((line for line in child.stdout if line.startswith(workspace.SESSION)), "")
+        timer.cancel()
+        child.kill()
+    return found.removeprefix(workspace.SESSION).strip() or None
+
+
+def fetch(kernel: str, directory: str | Path, *, pattern: str = "") -> Path:
+    """Download output and log of a finished notebook, or only the files whose names match a regular expression.
+
+    `directory` appears only when all of it has arrived and equals its stage's manifest. What has arrived is kept, and
+    the next call goes on from there.
+    """
+    final, reference = Path(directory).resolve(), _reference(kernel)
+    require_absent(final)
+    partial = final.with_name(f".{final.name}.{reference.replace('/', '.')}.fetching")
+    with explaining(partial):
+        partial.mkdir(parents=True, exist_ok=True)
+    options = ("--file-pattern", pattern) if pattern else ()
+    try:
+        command_line.run("kernels", "output", reference, "-p", str(partial), *options, echo=True)
+    except NoAnswerError as error:
+        raise SaigaError(f"{error} What has arrived is kept: run the same command to go on.") from None
+    if not any(partial.iterdir()):
+        partial.rmdir()
+        raise SaigaError(f"{reference} has no output. Has it finished? saigakit watch {shlex.quote(reference)}")
+    stages = sorted(file.parent for file in partial.rglob(manifest.NAME))
+    if not stages:
+        raise SaigaError(
+            f"{reference} has no finished stage among its output, which is in {partial}. How did it end? "
+            f"saigakit watch {shlex.quote(reference)}"
+        )
+    for stage in stages if not pattern else ():
+        if damaged := manifest.changed(stage, manifest.read(stage)):
+            for name in damaged:
+                (stage / name).unlink(missing_ok=True)
+            raise SaigaError(f"{', '.join(damaged)} of {reference} arrived damaged. Run the same command again.")
+    partial.rename(final)
+    return final
 
 
 def _reference(kernel: str) -> str:
     if "/" in kernel:
         return kernel
-    return str(_metadata(_folder(kernel) / "kernel-metadata.json", username())["id"])
-
-
-def _copy_with_parameters(notebook: Path, parameters: Mapping[str, object], target: Path) -> None:
-    """Copy a notebook and set its parameters, since Kaggle cannot be given any."""
-    if not parameters:
-        shutil.copyfile(notebook, target)
-        return
-    import papermill
-
-    known = papermill.inspect_notebook(str(notebook))
-    unknown = sorted(set(parameters) - set(known))
-    if unknown:
-        raise SaigaError(f"{notebook.name} has no parameter {', '.join(unknown)}; it has {', '.join(known)}.")
-    papermill.execute_notebook(
-        str(notebook), str(target), parameters=dict(parameters), prepare_only=True, progress_bar=False
-    )
-    content = json.loads(target.read_text(encoding="utf-8"))
-    del content["metadata"]["papermill"]  # contains paths of this machine
-    target.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-
-
-def submit(reference: str, *command: str) -> str:
-    """Run a kaggle command that creates `reference`, and check its output: it exits with status 0 even if refused."""
-    output = run_kaggle(*command)
-    if refusals := re.findall(r"^.*(?:push|creation) error:.*$", output, re.MULTILINE):
-        raise SaigaError(
-            f"Kaggle refused {reference}: {'; '.join(refusals)}. If the reason is a quota or running sessions, wait or "
-            "stop one; if it is the title or the name, check on kaggle.com who has it."
-        )
-    if dropped := re.findall(r"^The following are not valid.*$", output, re.MULTILINE):
-        raise SaigaError(
-            f"Kaggle accepted {reference} without some of its sources: {'; '.join(dropped)}. Cancel the run on "
-            "kaggle.com if it has started. A data set must be ready and a notebook must have finished once; then push "
-            "again."
-        )
-    if not re.search("is being created|successfully|was created", output):
-        raise SaigaError(f"Kaggle did not confirm {reference}: {output.strip()[-600:]!r}")
-    return output
-
-
-def _wait_until_ready(reference: str, poll_s: float) -> None:
-    deadline = time.monotonic() + 600
-    while (status := _dataset_status(reference)) not in ("ready", "failed", "deleted"):
-        if time.monotonic() > deadline:
-            raise SaigaError(f"Data set {reference} is still {status!r} after 10 minutes; check it on kaggle.com.")
-        time.sleep(poll_s)
-    if status != "ready":
-        raise SaigaError(f"Kaggle could not create the data set {reference}: its status is {status!r}.")
-
-
-def _dataset_status(reference: str) -> str | None:
-    answer = query_kaggle("datasets", "status", reference)
-    return None if answer is None else answer.strip().splitlines()[-1]
-
-
-def query_kaggle(*command: str) -> str | None:
-    """The output of a kaggle command; None if what it asks about does not exist."""
-    try:
-        return run_kaggle(*command)
-    except SaigaError as error:
-        if re.search(r"\b40[34] Client Error", str(error)):  # Kaggle answers 403 for what does not exist
-            return None
-        raise
-
-
-def _failure(reference: str, status: str, answer: str) -> str:
-    message = re.search(r'^Failure message: "(.*)"', answer, re.MULTILINE | re.DOTALL)
-    what = "was cancelled" if status.startswith("CANCEL") else "failed"
-    try:
-        log = "".join(entry["data"] for entry in json.loads(run_kaggle("kernels", "logs", reference).strip() or "[]"))
-    except (SaigaError, ValueError) as error:  # the failure itself must still be reported
-        log = f"(no log: {error})"
-    end = "\n".join(f"  {line}" for line in log.strip().splitlines()[-15:])
-    return printable(f"{reference} {what} on Kaggle{f': {message[1]}' if message else ''}. The end of its log:\n{end}")
-
-
-def run_kaggle(*arguments: str, echo: bool = False) -> str:
-    """Run the kaggle command line and return what it printed on both streams."""
-    if lacking := install.missing(["kaggle"]):
-        raise SaigaError(f"This needs {install.listed(lacking)}. Run: pip install 'saigakit[kaggle,run]'")
-    # -m kaggle: its check of the program's name knows this form. -W: no warning about a newer version.
-    command = [sys.executable, "-m", "kaggle", "-W", *arguments]
-    lines = []
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=workspace.child_environment(),
-        encoding="utf-8",
-        errors="replace",
-    ) as child:
-        assert child.stdout is not None
-        for line in child.stdout:
-            lines.append(line)
-            if echo:
-                print(printable(line), end="", flush=True)
-    output = "".join(lines)
-    if child.returncode == 0:
-        return output
-    if "Authentication required" in output:
-        raise SaigaError("Nobody is logged in to Kaggle: run `kaggle auth login` or set KAGGLE_API_TOKEN.")
-    raise SaigaError(f"kaggle {' '.join(arguments)} failed: {output.strip()[-1000:] or f'exit {child.returncode}'}")
+    return str(notebook.read_metadata(notebook.find_folder(kernel) / notebook.KERNEL, command_line.username())["id"])

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from saigakit.errors import SaigaError
-from saigakit.kaggle import kernels
+from saigakit.kaggle import command_line
 
 _PAGE = 200  # files per listing; a stage has fewer
 
@@ -21,28 +21,28 @@ def push_version(folder: Path, instance: str, *, card: str, licence: str, privat
     """
     owner, name, framework, variation = instance.split("/")
     _require_model(folder, f"{owner}/{name}", card, private)
-    if (there := kernels.query_kaggle("models", "instances", "get", instance)) is not None:
+    if (there := command_line.query("models", "instances", "get", instance)) is not None:
         found = re.search(r'"versionNumber"\s*:\s*"?(\d+)', there)
         if found is None:
             raise SaigaError(f"Kaggle gave no version of {instance}: {there.strip()[:300]!r}")
         options = ("-n", "pushed by saigakit", "-q", "-p", str(folder))
-        kernels.submit(instance, "models", "instances", "versions", "create", *options, instance)
+        command_line.submit(instance, "models", "instances", "versions", "create", *options, instance)
         return f"{instance}/{int(found[1]) + 1}"
     values = {"ownerSlug": owner, "modelSlug": name, "instanceSlug": variation, "framework": framework}
     values |= {"overview": "", "usage": "", "licenseName": licence}
     _write(folder / "model-instance-metadata.json", {**values, "fineTunable": False, "trainingData": []})
-    kernels.submit(instance, "models", "instances", "create", "-q", "-p", str(folder))
+    command_line.submit(instance, "models", "instances", "create", "-q", "-p", str(folder))
     return f"{instance}/1"
 
 
 def _require_model(folder: Path, model: str, card: str, private: bool) -> None:
-    there = kernels.query_kaggle("models", "get", model)
+    there = command_line.query("models", "get", model)
     if there is None:
         owner, name = model.split("/")
         metadata = folder / "model-metadata.json"
         values = {"ownerSlug": owner, "slug": name, "title": name, "subtitle": "", "isPrivate": private}
         _write(metadata, {**values, "description": card, "publishTime": "", "provenanceSources": ""})
-        kernels.submit(model, "models", "create", "-p", str(folder))
+        command_line.submit(model, "models", "create", "-p", str(folder))
         metadata.unlink()
     elif private and not re.search(r'"isPrivate"\s*:\s*true', there):  # false is not printed
         raise SaigaError(
@@ -69,7 +69,7 @@ def require_arrived(reference: str, sizes: Mapping[str, int], *, poll_s: float =
 def _listed(reference: str) -> dict[str, int]:
     """Bytes of each file; empty if the version is not listed yet."""
     options = ("-v", "--page-size", f"{_PAGE}")
-    listing = kernels.query_kaggle("models", "instances", "versions", "files", reference, *options)
+    listing = command_line.query("models", "instances", "versions", "files", reference, *options)
     lines = (listing or "").splitlines()
     header = next((number for number, line in enumerate(lines) if line.startswith("name,")), len(lines))
     return {row["name"]: int(row["size"]) for row in csv.DictReader(io.StringIO("\n".join(lines[header:])))}

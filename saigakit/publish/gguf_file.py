@@ -10,7 +10,7 @@ from saigakit.core import manifest
 from saigakit.core.files import inside, scratch
 from saigakit.errors import SaigaError
 from saigakit.export import markdown, model_card, quality
-from saigakit.kaggle import kernels, models
+from saigakit.kaggle import command_line, models
 from saigakit.publish import upload
 
 _PUBLISHED = (".gguf", ".png")
@@ -42,7 +42,7 @@ def push_to_kaggle(made: str | Path, name: str, *, private: bool = True) -> str:
             "saiga-terms."
         )
     directory, content = _read_finished(Path(made))
-    model = f"{kernels.username()}/{name}"
+    model = f"{command_line.username()}/{name}"
     variation = re.sub(r"[^a-z0-9]+", "-", str(content["parameters"]["quant_type"]).lower())
     spec = registry.find(content["parameters"]["model"])
     with scratch() as made_here:

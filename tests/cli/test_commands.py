@@ -19,7 +19,7 @@ from saigakit import cli, export, infer, publish, train
 from saigakit.cli import chat, parameters, summary, terminal
 from saigakit.cli import commands as cli_commands
 from saigakit.config import TrainConfig
-from saigakit.core import launch, manifest
+from saigakit.core import install, launch, manifest
 from saigakit.core.files import sha256
 from saigakit.errors import SaigaError
 from saigakit.export import model_card
@@ -513,7 +513,7 @@ def test_doctor_names_missing_packages_and_how_to_install_them(monkeypatch):
         "saigakit.core.install.missing", lambda names: [name for name in names if name in ("peft", "jupyter")]
     )
     shown = CliRunner().invoke(cli.main, ["doctor"]).output
-    assert "run, demo: lack jupyter; pip install 'saigakit[run]'" in shown
+    assert f"run, demo: lack jupyter; {install.pip_install(['run'])}\n" in shown
     assert "02_train: lacks peft; pip install" in shown and "01_format: ready" in shown
 
 
@@ -523,8 +523,8 @@ def test_doctor_names_versions_that_are_too_old(monkeypatch, tmp_path):
     for name, version in (("jinja2", "3.1.5"), ("kaggle", "2.2.4")):
         pretend_installed(monkeypatch, tmp_path, name, version)
     shown = CliRunner().invoke(cli.main, ["doctor"]).output
-    assert "01_format: lacks jinja2>=3.1.6 instead of 3.1.5; pip install saigakit\n" in shown
-    remedy = "pip install 'saigakit[kaggle]'"
+    assert f"01_format: lacks jinja2>=3.1.6 instead of 3.1.5; {install.pip_install(())}\n" in shown
+    remedy = install.pip_install(["kaggle"])
     assert f"push, watch, fetch: lack kaggle>=2.2.5 instead of 2.2.4; {remedy}\n" in shown
 
 
@@ -546,7 +546,7 @@ def test_chat_and_publish_import_without_posix_modules():
 def test_missing_package_is_one_message(monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     shown = CliRunner().invoke(cli.main, ["chat", "model.gguf"])
-    assert shown.exit_code == 1 and "pip install 'saigakit[all]'" in shown.output
+    assert shown.exit_code == 1 and f"Run: {install.pip_install(['all'])}\n" in shown.output
 
 
 def test_os_error_is_one_message(tmp_path, notebooks):

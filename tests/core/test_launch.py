@@ -15,7 +15,7 @@ from small_children import gone_within, python, started
 from saigakit.cli import execution
 from saigakit.core import install, launch, workspace
 from saigakit.errors import SaigaError
-from saigakit.kaggle import kernels
+from saigakit.kaggle import command_line
 
 
 def test_the_output_of_a_child_is_echoed_in_order(capfd):
@@ -93,7 +93,7 @@ GENTLE = """
 import os, time
 from saigakit.core import launch
 from saigakit.errors import SaigaError
-from saigakit.kaggle import kernels
+from saigakit.kaggle import command_line
 with launch.child(), launch.ending_gently():
     os.write(1, b"ready\\n")  # in one piece: two processes write into one pipe
     while not launch.is_asked_to_end():
@@ -251,7 +251,7 @@ def test_no_child_imports_modules_of_the_current_directory(strangers_directory, 
     launch.run([sys.executable, "-m", "this"])
     assert "The Zen of Python" in capfd.readouterr().out
     install._run_python(["-m", "pip", "--version"], "pip failed")
-    assert "Kaggle CLI" in kernels.run_kaggle("--version")
+    assert "Kaggle CLI" in command_line.run("--version")
     assert not (strangers_directory / "ran").exists()
     subprocess.run([sys.executable, "-m", "this"], check=True)  # as it was
     assert (strangers_directory / "ran").exists()

@@ -3,6 +3,7 @@
 import http.server
 import json
 import threading
+import zlib
 from urllib.parse import urlsplit
 
 KERNELS, DATASETS = "kernels.KernelsApiService/", "datasets.DatasetApiService/"
@@ -17,10 +18,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.server.calls.append((call, sent))
         answers = self.server.answers.get(call, [(404, {"code": 404, "message": call})])
         code, answer = answers.pop(0) if len(answers) > 1 else answers[0]
-        self._reply(json.dumps(answer).encode(), code)
+        if callable(answer):
+            answer = answer(sent)
+        if isinstance(answer, bytes):  # such as a page
+            self._reply(answer, code, **{"Content-Type": "text/html"})
+        else:
+            self._reply(json.dumps(answer).encode(), code, **{"Content-Type": "application/json"})
 
     def do_GET(self):
-        self._reply(self.server.files[urlsplit(self.path).path.lstrip("/")])
+        """A file, or a part of it; what `server.stalled` names stops after so many bytes."""
+        name = urlsplit(self.path).path.lstrip("/")
+        content, begin = self.server.files[name], 0
+        headers = {"ETag": f'"{zlib.crc32(content)}"', "Accept-Ranges": "bytes"}
+        if wanted := self.headers["Range"]:
+            begin = int(wanted.removeprefix("bytes=").split("-")[0])
+            headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+        self.server.downloads.append((name, begin))
+        end = self.server.stalled.get(name)
+        self._reply(content[begin:], 206 if wanted else 200, end, **headers)
+        if end is not None:
+            self.wfile.flush()
+            self.server.released.wait(60)
 
     def do_PUT(self):
         self.server.uploads.append(self._body())
@@ -29,11 +47,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _body(self):
         return self.rfile.read(int(self.headers["Content-Length"] or 0))
 
-    def _reply(self, body, code=200):
+    def _reply(self, body, code=200, sent=None, **headers):
         self.send_response(code)
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(body[:sent])
 
     def log_message(self, *_):
         """Keep the output of the tests clean."""
@@ -45,11 +64,22 @@ class KaggleStub(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.calls, self.uploads, self.answers, self.files = [], [], {}, {}
+        self.downloads, self.stalled, self.released = [], {}, threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()  # s until it notices the end
 
     def answer(self, call, *bodies, code=200):
         """Return the bodies in turn, and the last one from then on."""
         self.answers[call] = [(code, body) for body in bodies]
+
+    def accept_pushes(self):
+        """Number the versions of each notebook, as Kaggle does."""
+
+        def save(sent):
+            version = len([body for body in self.sent(KERNELS + "SaveKernel") if body["slug"] == sent["slug"]])
+            url = f"https://www.kaggle.com/code/{sent['slug']}"
+            return {"ref": f"/code/{sent['slug']}", "url": url, "versionNumber": version}
+
+        self.answer(KERNELS + "SaveKernel", save)
 
     def sent(self, call):
         return [body for name, body in self.calls if name == call]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sysconfig
 import venv
@@ -22,6 +23,8 @@ def wheel(directory: Path, name: str, version: str, *, requires: Sequence[str] =
     escaped = name.replace("-", "_")
     info = f"{escaped}-{version}.dist-info"
     head = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    extras = {extra for each in requires for extra in re.findall(r'extra == "(\w+)"', each)}
+    head += "".join(f"Provides-Extra: {extra}\n" for extra in sorted(extras))
     files = {
         f"{module}/__init__.py": source,
         f"{info}/METADATA": head + "".join(f"Requires-Dist: {each}\n" for each in requires),
@@ -81,7 +84,15 @@ def pretend_installed(monkeypatch: pytest.MonkeyPatch, directory: Path, name: st
     monkeypatch.syspath_prepend(directory)
 
 
-def install_saigakit(python: Path, directory: Path, extras: Mapping[str, Sequence[str]] | None = None) -> None:
+def note_origin(monkeypatch: pytest.MonkeyPatch, directory: Path, url: str) -> None:
+    """Let saigakit run as if pip had installed it from this address."""
+    pretend_installed(monkeypatch, directory, "saigakit", "0.1.0")
+    noted = directory / "saigakit-0.1.0.dist-info" / "direct_url.json"
+    noted.write_text(json.dumps({"url": url}), encoding="utf-8")
+    monkeypatch.setattr("saigakit.core.install.__file__", str(directory / "saigakit" / "core" / "install.py"))
+
+
+def install_saigakit(python: Path, directory: Path, extras: Mapping[str, Sequence[str]] | None = None) -> Path:
     """Install it from a wheel in `directory`, as the notebooks do, with these packages by extra; "" for no extra.
 
     The modules are those of this repository; see `prepare`.
@@ -92,6 +103,7 @@ def install_saigakit(python: Path, directory: Path, extras: Mapping[str, Sequenc
     made = wheel(directory, "saigakit", "0.1.0", requires=lines)
     command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", made]
     subprocess.run(command, env={"PATH": os.environ["PATH"]}, check=True)
+    return made
 
 
 def installed(python: Path) -> dict[str, str]:

@@ -1,0 +1,129 @@
+"""Prepare what Kaggle gets of a notebook: its metadata, and the notebook with its parameters."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from saigakit import registry
+from saigakit.config import TrainConfig, require_count, require_share, sequence_budget
+from saigakit.errors import SaigaError, suggestion
+from saigakit.llamacpp import quantization
+
+METADATA = "kaggle-metadata"
+KERNEL, DATASET = "kernel-metadata.json", "dataset-metadata.json"
+# Kaggle's names; NvidiaTeslaT4 is the free one, and means two of them.
+ACCELERATORS = ("NvidiaTeslaT4", "NvidiaL4", "NvidiaL4X1", "NvidiaTeslaA100", "NvidiaH100", "NvidiaRtxPro6000")
+_LARGEST = 1_000_000  # bytes of a notebook that Kaggle accepts
+
+
+def find_folder(stage: str | Path, name: str = KERNEL) -> Path:
+    """The folder with metadata `name`: as given, or of kaggle-metadata here or in the repository of saigakit."""
+    roots = (Path(METADATA), Path(__file__).parents[2] / METADATA)
+    for folder in (Path(stage), *(root / stage for root in roots)):
+        if (folder / name).is_file():
+            return folder
+    known = ", ".join(sorted({file.parent.name for root in roots for file in root.glob(f"*/{name}")}))
+    raise SaigaError(f"No {name} in {stage} or {roots[0] / stage}. Known: {known or f'none, no {METADATA} here'}.")
+
+
+def is_dataset(name: str) -> bool:
+    """Whether a folder of kaggle-metadata describes a data set rather than a notebook."""
+    try:
+        return (find_folder(name, DATASET) / DATASET).is_file()
+    except SaigaError:
+        return False
+
+
+def read_metadata(file: Path, owner: str) -> dict[str, Any]:
+    """The metadata with `owner` in place of USERNAME."""
+    text = file.read_text(encoding="utf-8").replace("USERNAME/", f"{owner}/")
+    try:
+        content: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise SaigaError(f"{file} is not JSON: {error}.") from None
+    return content
+
+
+def with_accelerator(content: dict[str, Any], accelerator: str | None) -> dict[str, Any]:
+    """The metadata with another accelerator. Raises SaigaError for a TPU, which a pushed notebook silently lacks."""
+    chosen = accelerator or content.get("machine_shape")
+    if content.get("enable_tpu") or str(chosen).lower().startswith("tpu"):
+        raise SaigaError("saigakit has no TPU support, and Kaggle gives a pushed notebook none. Use NvidiaTeslaT4.")
+    if chosen is None:
+        return content
+    if chosen not in ACCELERATORS:
+        raise SaigaError(
+            f"accelerator {chosen!r} is unknown or retired.{suggestion(chosen, ACCELERATORS)} Use one of "
+            f"{', '.join(ACCELERATORS)}; the first one is free."
+        )
+    return {**content, "enable_gpu": True, "machine_shape": chosen}
+
+
+def require_same_slug(content: Mapping[str, Any]) -> None:
+    """Raise SaigaError if the title gives another name than the id: Kaggle follows the title, and the run is lost."""
+    from slugify import slugify  # a dependency of the kaggle command line
+
+    slug, from_title = str(content["id"]).split("/")[-1], slugify(str(content.get("title", "")))
+    if from_title != slug:
+        raise SaigaError(
+            f"The title {content.get('title')!r} gives the name {from_title!r}, but the id ends in {slug!r}. Kaggle "
+            f"follows the title; change one of them in {KERNEL}."
+        )
+
+
+def render(notebook: Path, parameters: Mapping[str, object], target: Path) -> None:
+    """Write the notebook with its parameters and without outputs. Raises SaigaError for what its stage would refuse."""
+    if parameters:
+        _set_parameters(notebook, parameters, target)
+    else:
+        shutil.copyfile(notebook, target)
+    content = json.loads(target.read_text(encoding="utf-8"))
+    content["metadata"].pop("papermill", None)  # contains paths of this machine
+    for cell in content["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = []
+    target.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    if (size := target.stat().st_size) > _LARGEST:
+        raise SaigaError(
+            f"{notebook.name} has {size:,} bytes, and Kaggle accepts {_LARGEST:,}. Move what is long into a data set."
+        )
+
+
+def _set_parameters(notebook: Path, parameters: Mapping[str, object], target: Path) -> None:
+    import papermill
+
+    known = papermill.inspect_notebook(str(notebook))
+    for name in sorted(set(parameters) - set(known)):
+        hint = suggestion(name, known)
+        raise SaigaError(f"{notebook.name} has no parameter {name}.{hint} It has {', '.join(known)}.")
+    require_valid(notebook.stem, parameters)
+    papermill.execute_notebook(
+        str(notebook), str(target), parameters=dict(parameters), prepare_only=True, progress_bar=False
+    )
+
+
+def require_valid(stage: str, values: Mapping[str, Any]) -> None:
+    """Raise SaigaError for values that `stage` would refuse after the wait for a machine."""
+    values = {"model": "saiga2_7b", **values}
+    if str(values["model"]).startswith("/kaggle/"):  # not here
+        values["model"] = "saiga2_7b"
+    elif Path(str(values["model"])).is_dir():
+        raise SaigaError(
+            f"model={values['model']!r} is a directory here, and Kaggle does not have it; name one of the Hub."
+        )
+    spec = registry.find(values["model"])
+    if stage == "02_train":
+        ours = {name: value for name, value in values.items() if name != "run_dir"}
+        TrainConfig.from_json({"train_file": "-", "output_dir": "-", **ours}, stage)
+    checks: dict[str, Callable[[Any], object]] = {
+        "max_seq_length": lambda value: sequence_budget(spec, value),
+        "quant_type": quantization.require_known,
+        "eval_fraction": lambda value: require_share("eval_fraction", value),
+        "max_examples": lambda value: require_count("max_examples", value),
+        "quality_tokens": lambda value: require_count("quality_tokens", value, least=0),
+        "n_gpu_layers": lambda value: require_count("n_gpu_layers", value, least=-1),
+    }
+    for name in checks.keys() & values.keys():
+        checks[name](values[name])

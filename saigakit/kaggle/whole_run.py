@@ -1,0 +1,228 @@
+"""From records on this machine to a model on this machine: data sets, four notebooks on Kaggle, and their results."""
+
+import gzip
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saigakit import data
+from saigakit.core import manifest
+from saigakit.core.display import Table
+from saigakit.core.files import lock_file, require_absent, scratch, sha256, write_text
+from saigakit.errors import SaigaError
+from saigakit.kaggle import command_line, datasets, kernels, notebook, wheels
+
+STAGES = ("01_format", "02_train", "03_merge_gguf", "04_infer")
+_TRAIN = STAGES[1]
+STATE = "on_kaggle.json"
+
+
+@dataclass
+class WholeRun:
+    """One run on Kaggle. What was done is kept in `directory`/on_kaggle.json, so that the same call goes on from there.
+
+    `stages`: notebook and parameters of each. `sessions`: how many sessions of Kaggle 02_train may take. `offline`: a
+    model of Kaggle, owner/model/framework/variation/version, to be the base of a run without internet.
+    """
+
+    records: Sequence[Path]
+    directory: Path
+    name: str
+    stages: Mapping[str, tuple[Path, Mapping[str, Any]]]
+    sessions: int = 3
+    accelerator: str | None = None
+    offline: str | None = None
+    poll_s: float = 30.0
+    _state: dict[str, dict[str, Any]] = field(init=False)
+    _owner: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", self.name) or not 3 <= len(self.name) <= 30:
+            raise SaigaError(f"name={self.name!r}: give 3 to 30 characters of a-z, 0-9 and '-', such as saiga-terms.")
+        if self.offline and not re.fullmatch(r"[\w-]+(/[\w.-]+){3}/\d+", self.offline):
+            raise SaigaError(
+                f"offline={self.offline!r}: give owner/model/framework/variation/version of a Kaggle model."
+            )
+        file = self.directory / STATE
+        self._state = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        for stage, (_, values) in self.stages.items():
+            notebook.require_valid(stage, values)
+            if stage not in self._state.get("home", {}):
+                require_absent(self.directory / stage)
+        data.read_conversations(data.records_files([str(file) for file in self.records], None))
+        self._owner = command_line.username()
+
+    def plan(self) -> Table:
+        """What the run will do, and what of it is done."""
+        rows = [(f"data set {self._dataset(part)}", "kept if unchanged") for part in (datasets.WHEELS, "records")]
+        for stage in STAGES:
+            content = self._content(stage)
+            machine = content.get("machine_shape", "CPU, no quota")
+            sessions = f", up to {self.sessions} sessions" if stage == _TRAIN else ""
+            rows.append(
+                (f"notebook {content['id']}", f"{machine}{sessions}; {self._state.get(stage, {}).get('is', 'new')}")
+            )
+        return Table(("on Kaggle", "what"), [*rows, (f"results in {self.directory}", "model, card, report")])
+
+    def run(self) -> Path:
+        """Do what is left to do; returns the GGUF file. Raises SaigaError as `kernels.watch` does."""
+        with lock_file(self.directory / ".saigakit.lock", self.directory, patience_s=5.0):
+            return self._run()
+
+    def _run(self) -> Path:
+        done = [self._push_wheels(), self._push_records()]
+        last = _TRAIN
+        for stage in STAGES:
+            sources = [self._slug(last if each == _TRAIN else each) for each in STAGES[: STAGES.index(stage)]]
+            self._finish(stage, sources, done)
+            if stage == _TRAIN:
+                last = self._train_on(done)
+        for stage in STAGES:
+            self._bring_home(stage, self._state[last if stage == _TRAIN else stage]["reference"])
+        return self.directory / "03_merge_gguf" / "model.gguf"
+
+    def describe_interruption(self) -> str:
+        """What goes on without this machine, and how to follow it."""
+        started = [done["reference"] for done in self._state.values() if done.get("is") == "started"]
+        going_on = "".join(
+            f"\n{each} goes on there. Follow it: saigakit watch {each}\nStop it: saigakit stop {each}"
+            for each in started
+        )
+        return f"{going_on}\nRun the same command to go on from here, also after days.".lstrip()
+
+    def _train_on(self, done: list[str]) -> str:
+        """Start 02_train again as long as it ended by max_hours; returns the name of the last session."""
+        last = _TRAIN
+        for session in range(2, self.sessions + 1):
+            if not self._ended_by_max_hours(self._state[last]["reference"]):
+                break
+            print(f"{self._slug(last)} ended by max_hours: session {session} continues it.", flush=True)
+            before, last = last, f"{_TRAIN}-{session}"
+            self._finish(last, [self._slug(STAGES[0]), self._slug(before)], done)
+        return last
+
+    def _ended_by_max_hours(self, reference: str) -> bool:
+        with scratch() as directory:
+            fetched = kernels.fetch(reference, directory / "made", pattern=rf"^{_TRAIN}/{re.escape(manifest.NAME)}$")
+            content = manifest.read(fetched / _TRAIN)
+        return bool(content.get("training", {}).get("ended") == "max_hours")
+
+    def _finish(self, step: str, sources: Sequence[str], done: list[str]) -> None:
+        """Start a notebook unless it was started with the same inputs, and wait for its end."""
+        stage = step.partition("-")[0]
+        content = self._content(step) | {"kernel_sources": list(sources)}
+        content["dataset_sources"] = [
+            self._dataset(datasets.WHEELS),
+            *([self._dataset("records")] * (stage == STAGES[0])),
+        ]
+        file, given = self.stages[stage]
+        values = dict(given)
+        if self.offline:
+            values["base_source"] = self.offline.partition("/")[2]  # the end of its path there
+        if stage == STAGES[0]:
+            folder = self._dataset("records").split("/")[1]
+            values["records"] = [f"{folder}/{name}" for name in self._remote_names()]
+        fingerprint = _hash([file.read_text(encoding="utf-8"), values, content, done])
+        before = self._state.get(step, {})
+        if before.get("fingerprint") != fingerprint or before["is"] == "failed":
+            pushed = kernels.push_notebook(file, content, values)
+            print(f"{step}: {pushed.address}", flush=True)
+            before = {"fingerprint": fingerprint, "reference": pushed.reference, "is": "started"}
+            self._remember(step, before)
+        if before["is"] != "finished":
+            try:
+                kernels.watch(before["reference"], poll_s=self.poll_s)
+            except command_line.NoAnswerError:
+                raise
+            except SaigaError:
+                self._remember(step, before | {"is": "failed"})
+                raise
+            self._remember(step, before | {"is": "finished"})
+        done.append(fingerprint)
+
+    def _push_wheels(self) -> str:
+        with scratch() as directory:
+            files = [wheels.own_wheel(directory), *(wheels.download(directory) if self.offline else ())]
+            return self._push_dataset(datasets.WHEELS, files, "The wheel files that the notebooks of saigakit install")
+
+    def _push_records(self) -> str:
+        with scratch() as directory:
+            for name, file in self._remote_names().items():
+                with (
+                    gzip.open(file) if file.suffix == ".gz" else file.open("rb") as source,
+                    (directory / name).open("wb") as target,
+                ):
+                    shutil.copyfileobj(source, target)
+            return self._push_dataset("records", sorted(directory.iterdir()), "Records to train a model with saigakit")
+
+    def _push_dataset(self, part: str, files: Sequence[Path], subtitle: str) -> str:
+        """Upload the files unless Kaggle has them; returns their fingerprint."""
+        fingerprint = _hash([[file.name, sha256(file)] for file in files])
+        reference = self._dataset(part)
+        if self._state.get(part, {}).get("fingerprint") != fingerprint or datasets.status(reference) != "ready":
+            title = reference.split("/")[1].replace("-", " ")
+            content = {"id": reference, "title": title, "subtitle": subtitle, "licenses": [{"name": "other"}]}
+            datasets.upload(content, files)
+            self._remember(part, {"fingerprint": fingerprint, "reference": reference})
+        return fingerprint
+
+    def _bring_home(self, stage: str, reference: str) -> None:
+        """Fetch the results of a notebook; a stage that is here and intact is kept."""
+        final, home = self.directory / stage, self._state.get("home", {})
+        if final.is_dir() and home.get(stage) == reference:
+            return
+        shutil.rmtree(final, ignore_errors=True)  # of an earlier run
+        arrived = kernels.fetch(reference, self.directory / f".{stage}")
+        (arrived / stage).rename(final)
+        for log in arrived.glob("*.log"):
+            log.replace(self.directory / f"{stage}.log")
+        shutil.rmtree(arrived)
+        self._remember("home", {**home, stage: reference})
+
+    def _content(self, step: str) -> dict[str, Any]:
+        """The metadata of a notebook under this run's name."""
+        stage = step.partition("-")[0]
+        content = notebook.read_metadata(notebook.find_folder(stage) / notebook.KERNEL, self._owner)
+        content["id"] = self._slug(step)
+        content["title"] = content["id"].split("/")[1].replace("-", " ")
+        if self.offline:
+            content |= {"enable_internet": False, "model_sources": [self.offline]}
+        return notebook.with_accelerator(content, self.accelerator if content["enable_gpu"] else None)
+
+    def _slug(self, step: str) -> str:
+        """The reference of a notebook; sessions of 02_train take turns, for it may not be possible to attach itself."""
+        stage, _, session = step.partition("-")
+        second = "-again" if session and int(session) % 2 == 0 else ""
+        return f"{self._owner}/{self.name}-{stage.replace('_', '-')}{second}"
+
+    def _remote_names(self) -> dict[str, Path]:
+        """Files by their names on Kaggle, which unpacks archives."""
+        suffixes = [Path(file.name.removesuffix(".gz")).suffix for file in self.records]
+        return {
+            f"records-{i}{suffix}": file for i, (suffix, file) in enumerate(zip(suffixes, self.records, strict=True), 1)
+        }
+
+    def _dataset(self, part: str) -> str:
+        return f"{self._owner}/{self.name}-{part}"
+
+    def _remember(self, step: str, what: dict[str, Any]) -> None:
+        self._state[step] = what
+        write_text(self.directory / STATE, json.dumps(self._state, ensure_ascii=False, indent=2))
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def push_everything(notebooks: Sequence[str] = STAGES, *, public: bool = False, poll_s: float = 30.0) -> None:
+    """Push the wheels, the example data and the notebooks of kaggle-metadata, each when the one before is finished."""
+    with scratch() as directory:
+        datasets.push_dataset(datasets.WHEELS, [wheels.own_wheel(directory)], public=public)
+    datasets.push_dataset("example-data", public=public)
+    for stage in notebooks:
+        kernels.watch(kernels.push(stage, public=public), poll_s=poll_s)

@@ -1,0 +1,61 @@
+"""The real kaggle command line against a stub of Kaggle's server."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from kaggle_stub import DATASETS, UPLOAD, KaggleStub
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch):
+    pytest.importorskip("kagglesdk")
+    monkeypatch.chdir(REPOSITORY)
+    stub = KaggleStub()
+    for name in [name for name in os.environ if "PROXY" in name.upper() or "KAGGLE" in name]:
+        monkeypatch.delenv(name)
+    for name, value in stub.environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    yield stub
+    stub.shutdown()
+    stub.server_close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Metadata of a kernel and a notebook with one parameter."""
+    cells = [("learning_rate = 1e-4", ["parameters"]), ("print(learning_rate)", [])]
+    notebook = {
+        "nbformat": 4,
+        "nbformat_minor": 5,
+        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+        "cells": [
+            {
+                "cell_type": "code",
+                "id": f"cell{i}",
+                "source": source,
+                "outputs": [],
+                "execution_count": None,
+                "metadata": {"tags": tags},
+            }
+            for i, (source, tags) in enumerate(cells)
+        ],
+    }
+    made = tmp_path / "stages" / "kernel"
+    made.mkdir(parents=True)
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "02_train.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    shutil.copy(REPOSITORY / "kaggle-metadata" / "02_train" / "kernel-metadata.json", made)
+    return made
+
+
+@pytest.fixture
+def uploads(kaggle):
+    kaggle.answer("blobs.BlobApiService/StartBlobUpload", {"token": "token", "createUrl": UPLOAD})
+    for call in ("CreateDataset", "CreateDatasetVersion"):
+        kaggle.answer(DATASETS + call, {"status": "ok", "url": "https://kaggle.invalid/d"})
+    return kaggle
