@@ -15,6 +15,10 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
+# Names in a GGUF of the fields of Sampling.
+SAMPLING_IN_GGUF = {"top_k": "top_k", "top_p": "top_p", "temperature": "temp", "repeat_penalty": "penalty_repeat"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """Sampling settings, with llama.cpp's names and meanings."""
@@ -39,12 +43,8 @@ class Sampling:
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, str]) -> Self:
         """The settings that a GGUF recommends in `general.sampling.*`; the defaults for those it lacks."""
-        return cls(
-            temperature=float(metadata.get("general.sampling.temp", cls.temperature)),
-            top_p=float(metadata.get("general.sampling.top_p", cls.top_p)),
-            top_k=int(metadata.get("general.sampling.top_k", cls.top_k)),
-            repeat_penalty=float(metadata.get("general.sampling.penalty_repeat", cls.repeat_penalty)),
-        )
+        keys = {ours: f"general.sampling.{name}" for ours, name in SAMPLING_IN_GGUF.items()}
+        return cls(**{ours: type(getattr(cls, ours))(metadata[key]) for ours, key in keys.items() if key in metadata})
 
 
 @dataclass(frozen=True, kw_only=True)

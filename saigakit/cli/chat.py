@@ -5,18 +5,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from saigakit import infer
 from saigakit.core.display import printable
+from saigakit.core.lazy import llama_cpp
 from saigakit.errors import SaigaError
 from saigakit.prompt.template import Message
 from saigakit.registry import Sampling
 from saigakit.weights import lineage
 from saigakit.weights.memory import CacheType
-
-if TYPE_CHECKING:
-    import llama_cpp
 
 
 def talk(

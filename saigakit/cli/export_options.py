@@ -70,7 +70,7 @@ def _export_gguf(
         options["quant_types"] = further
     output = exporting.to_gguf(adapter=adapter, quant_type=quant_types[0], with_manifest=True, **options)
     files, spec = gguf_export.output_files(output, quant_types), registry.find(given["model"])
-    inputs = manifest.read_for(output)["inputs"]
+    inputs = manifest.read(output)["inputs"]
     written = model_card.write_companions(files, spec=spec, inputs=inputs, prefix=prefix, completes=completes)
     lines = [f"model: {_with_size(file)}" for file in files.values()]
     also = ", ".join(file.name for file in [*written, manifest.path_for(output)])

@@ -109,20 +109,15 @@ def replacing(final: Path) -> Iterator[Path]:
     with temporary_dir(final.parent, final.name) as directory:
         partial = directory / final.name
         yield partial
+        os.umask(umask := os.umask(0o077))
         for path in (*partial.rglob("*"), partial):
-            _respect_umask(path)
+            if path.is_file() and not path.is_symlink():  # safetensors makes files that no other user can read
+                path.chmod(path.stat().st_mode | (0o666 & ~umask))
             _fsync(path)
         if final.is_dir():
             final.rename(directory / _REPLACED)  # deleted with the temporary directory
         partial.replace(final)
         _fsync(final.parent)
-
-
-def _respect_umask(path: Path) -> None:
-    """safetensors makes files that no other user can read."""
-    os.umask(umask := os.umask(0o077))
-    if path.is_file() and not path.is_symlink():
-        path.chmod(path.stat().st_mode | (0o666 & ~umask))
 
 
 def _fsync(path: Path) -> None:

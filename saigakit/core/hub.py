@@ -8,6 +8,7 @@ from pathlib import Path
 
 from saigakit.core import workspace
 from saigakit.core.files import sha256
+from saigakit.core.lazy import huggingface_hub
 from saigakit.errors import SaigaError, hide, masked
 
 _TOKENS = "https://huggingface.co/settings/tokens"
@@ -30,11 +31,9 @@ def snapshot(
     repo: str, patterns: tuple[str, ...], repo_type: str = "model", revision: str | None = None, recorded: Hashes = None
 ) -> Path:
     """Download the matching files into the cache, and return their directory, which is named after the commit."""
-    from huggingface_hub import snapshot_download
-
     kept = list(patterns)
     with download_errors_explained(repo, repo_type):
-        found = snapshot_download(
+        found = huggingface_hub.snapshot_download(
             repo, repo_type=repo_type, revision=revision, allow_patterns=kept, cache_dir=cache_dir(), token=token()
         )
     directory = Path(found)
@@ -59,10 +58,8 @@ def verified_sha256(file: Path, expected: str | None = None) -> str:
 
 def list_files(repo: str, repo_type: str = "model", revision: str | None = None) -> tuple[str, dict[str, int]]:
     """The commit of `revision`, and bytes by file name."""
-    from huggingface_hub import HfApi
-
     # Not list_repo_files, which keeps trying for 24 s without a connection.
-    api = HfApi(token=token())
+    api = huggingface_hub.HfApi(token=token())
     with download_errors_explained(repo, repo_type):
         ask = api.model_info if repo_type == "model" else api.dataset_info
         found = ask(repo, revision=revision, files_metadata=True)
@@ -98,7 +95,7 @@ def download_errors_explained(repo: str, repo_type: str) -> Iterator[None]:
     # HTTPError is httpx's in huggingface_hub 1 and httpx2's in 2. Without a connection it is raised too, not OSError.
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         if isinstance(error, OSError) and workspace.is_full(error):
-            raise workspace.scratch_full(f"Downloading {repo}", 0) from None
+            raise workspace.disk_full(f"Downloading {repo}", 0) from None
         reason = _one_line(error)[:300].rstrip(".:")
         problem = f"{repo} could not be fetched from the Hub: {reason}. On Kaggle, switch Internet on."
     raise SaigaError(f"{problem} {_ATTACH[repo_type]}") from None
@@ -106,9 +103,7 @@ def download_errors_explained(repo: str, repo_type: str) -> Iterator[None]:
 
 def token() -> str | None:
     """HF_TOKEN from the environment or Kaggle's secrets, else the token that `hf auth login` stored."""
-    from huggingface_hub import get_token
-
-    found = workspace.secret("HF_TOKEN") or (get_token() or "").strip()
+    found = workspace.secret("HF_TOKEN") or (huggingface_hub.get_token() or "").strip()
     hide(found)
     if not re.fullmatch(r"[!-~]*", found):  # a library would quote it in its own error
         raise SaigaError(f"HF_TOKEN contains characters that no token has, such as spaces; copy it from {_TOKENS}.")

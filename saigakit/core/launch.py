@@ -68,7 +68,10 @@ def run(command: Sequence[str], *, environment: Mapping[str, str] | None = None,
     With `saving`, Ctrl-C, SIGTERM and a closed terminal let the child finish its step and save (see `ending_gently`); a
     second Ctrl-C ends it at once. Raises SaigaError with the error of the child (see `child`) or with its last lines.
     """
-    with tempfile.TemporaryDirectory() as scratch, _signals_raise():
+    # Otherwise they would end this process without the child.
+    unset = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    raising = handling_signals(lambda number: sys.exit(128 + number), *unset)
+    with tempfile.TemporaryDirectory() as scratch, raising:
         error_file = Path(scratch) / "error.txt"
         workspace.session_start()  # children count their hours from here
         defaults = {} if "OMP_WAIT_POLICY" in os.environ else _DEFAULTS  # a spin count overrules the policy
@@ -155,12 +158,6 @@ class _Output:
     def print(self, text: str) -> None:
         with contextlib.suppress(*self.ignored):
             print(printable(text), end="", flush=True)
-
-
-def _signals_raise() -> contextlib.AbstractContextManager[None]:
-    """Let SIGTERM and SIGHUP raise SystemExit, so that the child is ended first, unless a handler is set."""
-    unset = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
-    return handling_signals(lambda number: sys.exit(128 + number), *unset)
 
 
 def _end(process: "subprocess.Popen[str]", output: _Output, scratch: Path, *, saving: bool) -> None:

@@ -37,20 +37,15 @@ def path_for(file: Path) -> Path:
     return file.with_name(f"{file.stem}.{NAME}")
 
 
-def read(directory: Path) -> Manifest:
-    return _read(directory / NAME, f"{directory} has no {NAME}: it is not the finished output of a stage.")
-
-
-def read_for(file: Path) -> Manifest:
-    """Read the manifest of a single file."""
-    place = path_for(file)
-    absent = f"{file} has no {place.name} next to it; `saigakit export` writes one for the first file that it makes."
-    return _read(place, absent)
-
-
-def _read(file: Path, absent: str) -> Manifest:
+def read(made: Path) -> Manifest:
+    """`made`: the directory of a stage, or a single file."""
+    is_single = made.is_file()
+    file = path_for(made) if is_single else made / NAME
+    if is_single and not file.is_file():
+        export = "`saigakit export` writes one for the first file that it makes"
+        raise SaigaError(f"{made} has no {file.name} next to it; {export}.")
     if not file.is_file():
-        raise SaigaError(absent)
+        raise SaigaError(f"{made} has no {NAME}: it is not the finished output of a stage.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -139,9 +134,9 @@ def changed(directory: Path, content: Manifest) -> list[str]:
 
 def describes(file: Path, **identity: Unpack[Identity]) -> bool:
     """Whether `file` has a manifest with this identity, and it and the files made with it are intact."""
-    if not path_for(file).is_file():
+    if not file.is_file() or not path_for(file).is_file():
         return False
-    content = read_for(file)
+    content = read(file)
     return not differences(content, as_stored(identity)) and not changed(file.parent, content)
 
 

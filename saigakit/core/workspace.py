@@ -138,7 +138,7 @@ def free_disk(path: Path) -> int:
 def require_disk(path: Path, needed: int, what: str) -> None:
     """Raise SaigaError with both numbers if `needed` bytes do not fit."""
     if free_disk(path) < needed:
-        raise _disk_full(path, f"{needed / GB:.2f} GB of disk", what)
+        raise disk_full(what, needed, path)
 
 
 def is_full(error: OSError) -> bool:
@@ -146,9 +146,11 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def scratch_full(what: str, needed: int) -> SaigaError:
-    """The error for a full scratch directory; `needed` is a lower bound in bytes."""
-    return _disk_full(scratch_dir(), f"{needed / GB:.2f} GB of disk or more", what)
+def disk_full(what: str, needed: int, path: Path | None = None) -> SaigaError:
+    """Without `path` for the scratch directory, where `needed` bytes are a lower bound."""
+    place, more = (scratch_dir(), " or more") if path is None else (path, "")
+    amounts = f"{needed / GB:.2f} GB of disk{more} at {place}, and {free_disk(place) / GB:.2f} GB are free"
+    return SaigaError(f"{what} needs {amounts}. Delete something there, or {_elsewhere(place)}.")
 
 
 def not_written(path: Path, error: OSError) -> SaigaError:
@@ -157,11 +159,6 @@ def not_written(path: Path, error: OSError) -> SaigaError:
     if is_full(error) or error.errno is None:  # numpy gives no number
         remedy = f"without it {free_disk(path):,} bytes are free there. Delete something there, or {remedy}"
     return SaigaError(f"{path} could not be written: {error}; {remedy}.")
-
-
-def _disk_full(path: Path, amount: str, what: str) -> SaigaError:
-    free = f"{free_disk(path) / GB:.2f} GB are free"
-    return SaigaError(f"{what} needs {amount} at {path}, and {free}. Delete something there, or {_elsewhere(path)}.")
 
 
 def _elsewhere(path: Path) -> str:

@@ -10,6 +10,7 @@ from importlib import resources
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from saigakit.core.lazy import np
 from saigakit.prompt import thoughts
 from saigakit.prompt.encoding import IGNORE_INDEX, trained_answers
 
@@ -125,8 +126,6 @@ class SplitAudit:
 
         `show`: a text about conversations, given by their order, that ask the same and are answered differently.
         """
-        import numpy as np
-
         differing, example = _find_differing(self._questions, self._answers)
         return {
             **{name: int(self._counts[name]) for name in _COUNTS.split()},
@@ -142,8 +141,6 @@ class SplitAudit:
 
 def _find_differing(questions: "array[int]", answers: "array[int]") -> tuple[int, Sequence[int]]:
     """The number of questions that have more than one answer, and the first two records of such a question."""
-    import numpy as np
-
     asked, said = np.frombuffer(questions, np.int64), np.frombuffer(answers, np.int64)
     order = np.lexsort((said, asked))
     is_same, is_other = np.diff(asked[order]) == 0, np.diff(said[order]) != 0

@@ -6,19 +6,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from saigakit.config import require_share
 from saigakit.core.display import Every, count
 from saigakit.core.files import replacing
+from saigakit.core.lazy import datasets
 from saigakit.data import records, schema, store
 from saigakit.data.near_duplicates import digest
 from saigakit.data.records import BadRecord, quote
 from saigakit.data.schema import Conversation
 from saigakit.errors import DataError, SaigaError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 T = TypeVar("T")
 _SHORT = 3  # spaces in a text that says too little to be a question of its own
@@ -27,7 +25,7 @@ KEPT_PROBLEMS = 1000  # the others are only counted
 
 def read_conversations(
     source: str | Path | Sequence[str | Path], limit: int | None = None, *, max_bad: float = 0.0
-) -> "Dataset":
+) -> "datasets.Dataset":
     """Read records from JSONL (.gz too), JSON arrays or Parquet; see `schema.normalise_record` for their formats.
 
     A row has "messages" and, if any record has them, "tools"; tools and the arguments of calls are JSON text.
@@ -141,7 +139,7 @@ def _max_sharing(total: int) -> int:
     return max(10, total // 5)
 
 
-def asking_alike(these: "Dataset", those: "Dataset") -> list[int]:
+def asking_alike(these: "datasets.Dataset", those: "datasets.Dataset") -> list[int]:
     """The indices of `those` that ask the same as one of `these`."""
     prompts: set[int] = set()
     texts: Counter[int] = Counter()
@@ -158,14 +156,16 @@ def asking_alike(these: "Dataset", those: "Dataset") -> list[int]:
     ]
 
 
-def split_conversations(conversations: "Dataset", *, eval_fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:
+def split_conversations(
+    conversations: "datasets.Dataset", *, eval_fraction: float, seed: int
+) -> tuple["datasets.Dataset", "datasets.Dataset"]:
     """(train, held_out); see `split_indices`."""
     train, held_out = split_indices(conversations, eval_fraction=eval_fraction, seed=seed)
     return store.select_rows(conversations, train), store.select_rows(conversations, held_out)
 
 
 def split_indices(
-    conversations: "Dataset", *, eval_fraction: float, seed: int, may_be_empty: bool = False
+    conversations: "datasets.Dataset", *, eval_fraction: float, seed: int, may_be_empty: bool = False
 ) -> tuple["array[int]", "array[int]"]:
     """Shuffle once with `seed`, hold out at least one conversation, and ask no question in both parts.
 
@@ -190,7 +190,7 @@ def split_indices(
     return train, array("q", (index for index in order if is_held_out[group_of[index]]))
 
 
-def _group(conversations: "Dataset") -> "array[int]":
+def _group(conversations: "datasets.Dataset") -> "array[int]":
     """For each conversation the first of those with which it shares a text, directly or through others."""
     parent = array("q", range(len(conversations)))
 

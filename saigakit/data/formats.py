@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from saigakit.core.lazy import pyarrow
 from saigakit.errors import SaigaError
 
 Shape = tuple[str, ...]  # the key of a list of messages; or the keys of a question, one is enough, and of its answer
@@ -65,8 +66,6 @@ def open_text(path: Path, kind: str) -> BinaryIO:
     if kind == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
     if kind == ".zst":
-        import pyarrow
-
         return cast(BinaryIO, io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")))
     return path.open("rb")
 

@@ -4,12 +4,9 @@ import bisect
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from saigakit.core.display import Table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from saigakit.core.lazy import mpl_figure
 
 _WIDTH = 40  # characters of the longest bar
 _BLUE, _RED = "#1a73e8", "#d93025"
@@ -40,12 +37,11 @@ def make_table(bars: Sequence[Sequence[int]], limit: int) -> Table:
     return Table(("токенов · tokens", "диалогов · conversations", ""), rows, note)
 
 
-def plot(lengths: Sequence[int], limit: int) -> "Figure":
+def plot(lengths: Sequence[int], limit: int) -> "mpl_figure.Figure":
     """Conversations over the limit are red; the axis is logarithmic, so that both kinds are visible."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, NullLocator
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = mpl_figure.Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     edges = _edges(lengths, limit)
     fitting = [tokens for tokens in lengths if tokens <= limit]

@@ -11,8 +11,9 @@ from itertools import chain, compress, islice, pairwise
 from operator import not_
 from typing import TYPE_CHECKING, Any
 
+from saigakit.core.lazy import np
+
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     Keys = NDArray[np.uint64]
@@ -66,14 +67,11 @@ class Signer:
             self._sign()
 
     def finish(self) -> Signatures:
-        import numpy as np
-
         self._sign()
         slots = np.frombuffer(self._slots, np.uint8).reshape(-1, _SLOTS)
         return Signatures(slots, np.frombuffer(self._texts, np.uint64), np.frombuffer(self._judged, np.bool))
 
     def _sign(self) -> None:
-        import numpy as np
         import rensa
 
         rows = rensa.RMinHash.digest_matrix_from_token_sets(self._batch, _SLOTS, _SEED).to_rows()
@@ -111,8 +109,6 @@ def split_shingles(text: str, common: frozenset[str]) -> list[str]:
 
 def find_within(records: Signatures) -> "Indices":
     """For each record the index of an earlier near-duplicate or -1; also -1 for one with an equal text."""
-    import numpy as np
-
     near = np.full(len(records), -1)
     rows = _distinct(records)
     for start in _BANDS:
@@ -126,8 +122,6 @@ def find_within(records: Signatures) -> "Indices":
 
 def find_across(records: Signatures, training: Signatures) -> "Indices":
     """For each record the index of a near-duplicate in training or -1; also -1 for one with an equal text."""
-    import numpy as np
-
     near = np.full(len(records), -1)
     candidates = np.flatnonzero(records.judged & ~np.isin(records.texts, training.texts))
     rows = _distinct(training)
@@ -150,8 +144,6 @@ def _pairs(text: str) -> list[str]:
 
 def _distinct(records: Signatures) -> "Indices":
     """The first record with each text, in order."""
-    import numpy as np
-
     first = np.unique(records.texts, return_index=True)[1]
     return np.sort(first[records.judged[first]])
 

@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from saigakit.core.display import count
+from saigakit.core.lazy import datasets, pyarrow
 from saigakit.data import formats
 from saigakit.errors import SaigaError
-
-if TYPE_CHECKING:
-    import pyarrow
 
 LINE_LIMIT = 16 * 10**6  # bytes; no conversation is that long, but a file without line ends is
 ARRAY_LIMIT = 10**9  # bytes of JSON over several lines, which is read into memory
@@ -247,8 +245,6 @@ def _header_problem(columns: list[str]) -> str | None:
 
 
 def _table_rows(path: Path, kind: str) -> Iterator[tuple[int, object]]:
-    import pyarrow
-
     number = 0
     try:
         schema, rows = _open_table(path, kind)
@@ -268,9 +264,7 @@ def _table_rows(path: Path, kind: str) -> Iterator[tuple[int, object]]:
 
 def _open_table(path: Path, kind: str) -> tuple["pyarrow.Schema", Iterable[dict[str, Any]]]:
     if kind == ".arrow":
-        from datasets import Dataset
-
-        table = Dataset.from_file(str(path))
+        table = datasets.Dataset.from_file(str(path))
         schema, batches = table.features.arrow_schema, table.data.to_batches(max_chunksize=_ROWS)
     else:
         from pyarrow import parquet

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os.path import commonprefix
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from saigakit import registry
 from saigakit.config import TrainConfig, require_name, sequence_budget
 from saigakit.core import manifest
 from saigakit.core.display import Every, Table, count
 from saigakit.core.files import sha256, sha256_of_text, write_text
+from saigakit.core.lazy import datasets
 from saigakit.data import audit, length_histogram, near_duplicates, sources, store
 from saigakit.data.conversations import (
     asking_alike,
@@ -32,11 +33,8 @@ from saigakit.prompt import encoding, template, token_view
 from saigakit.prompt.encoding import Tokenizer
 from saigakit.weights import find
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 T = TypeVar("T")
-_Split = Callable[["Dataset"], Sequence[Sequence[int]]]  # the indices of training and evaluation
+_Split = Callable[["datasets.Dataset"], Sequence[Sequence[int]]]  # the indices of training and evaluation
 STAGE, TRAIN_FILE = "01_format", "train.jsonl"
 _NOTE = "оценка, не измерение · an estimate, not measured"
 _T4_FLOPS = 20.4e12  # float16, measured for 4096³ on Kaggle's T4 by unsloth_zoo
@@ -265,7 +263,7 @@ class _Part:
         return f"«{' '.join(asked.split())[:_SHOWN_TEXT]}» → {shown}"
 
 
-def _count_near(parts: Sequence["Dataset"], signed: Sequence[Signatures]) -> dict[str, Any]:
+def _count_near(parts: Sequence["datasets.Dataset"], signed: Sequence[Signatures]) -> dict[str, Any]:
     """Count near-duplicates, and show the beginnings of a few pairs (evaluation, training)."""
     train, held_out = (int((near_duplicates.find_within(part) >= 0).sum()) for part in signed)
     across = near_duplicates.find_across(signed[1], signed[0])

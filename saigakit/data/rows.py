@@ -9,18 +9,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from saigakit.core.display import Every, count
+from saigakit.core.lazy import datasets, pyarrow
 from saigakit.data import audit, store
 from saigakit.data.audit import find_damage
 from saigakit.data.conversations import locate_records
 from saigakit.errors import DataError, SaigaError
 from saigakit.prompt import encoding
 from saigakit.prompt.encoding import IGNORE_INDEX, Example, Tokenizer
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _BATCH, _BATCH_MESSAGES = 256, 2048  # conversations, and their messages together, at most
 _SHOWN_DAMAGE = 3  # places of each kind
@@ -39,7 +37,7 @@ class Encoded(NamedTuple):
 
 
 def encode_fitting(
-    conversations: "Dataset | Sequence[Conversation]",
+    conversations: "datasets.Dataset | Sequence[Conversation]",
     tokenizer: Tokenizer,
     limit: int,
     *,
@@ -71,7 +69,10 @@ def encode_fitting(
 
 
 def _batches(
-    conversations: "Dataset | Sequence[Conversation]", tokenizer: Tokenizer, limit: int, place: Callable[[int], str]
+    conversations: "datasets.Dataset | Sequence[Conversation]",
+    tokenizer: Tokenizer,
+    limit: int,
+    place: Callable[[int], str],
 ) -> Iterator[tuple[list[Conversation], _Encoding]]:
     source = store.iter_conversations(conversations)
     waiting: deque[tuple[list[Conversation], _Encoding]] = deque()
@@ -124,10 +125,8 @@ def _fit(conversation: Conversation, rows: list[Example], tokenizer: Tokenizer, 
     return Encoded(conversation, [], tokens, is_cut=False)
 
 
-def as_dataset(examples: Iterable[tuple[int, Example]]) -> "Dataset":
+def as_dataset(examples: Iterable[tuple[int, Example]]) -> "datasets.Dataset":
     """Columns input_ids, labels, length, learned (trained tokens) and conversation (its number in its file)."""
-    import pyarrow
-
     number = pyarrow.int32()
     kinds = {"input_ids": pyarrow.list_(number), "labels": pyarrow.list_(number)}
     schema = pyarrow.schema(kinds | dict.fromkeys(("length", "learned", "conversation"), number))
@@ -144,14 +143,14 @@ def _with_counts(conversation: int, example: Example) -> dict[str, Any]:
     return {**example, "length": len(labels), "learned": learned, "conversation": conversation}
 
 
-def read_column(rows: "Dataset", name: str) -> "array[int]":
+def read_column(rows: "datasets.Dataset", name: str) -> "array[int]":
     """Read one of the integer columns of `as_dataset`."""
     return array("i", rows.with_format("arrow")[name][:].to_numpy().astype("int32").tobytes())
 
 
 def tokenise(
-    conversations: "Dataset | Sequence[Conversation]", tokenizer: Tokenizer, limit: int, *, name: str
-) -> "Dataset":
+    conversations: "datasets.Dataset | Sequence[Conversation]", tokenizer: Tokenizer, limit: int, *, name: str
+) -> "datasets.Dataset":
     """Keep the rows with trained tokens, and print how much was cut off or left out."""
     found: Counter[str] = Counter()
 
@@ -187,7 +186,7 @@ class FittedConversations:
     """The conversations of `files` that fit into `limit` tokens, and their token counts."""
 
     def __init__(
-        self, conversations: "Dataset", tokenizer: Tokenizer, limit: int, files: Sequence[Path], *, name: str
+        self, conversations: "datasets.Dataset", tokenizer: Tokenizer, limit: int, files: Sequence[Path], *, name: str
     ) -> None:
         self.files = files
         self.lengths = array("i")  # tokens of all conversations, before anything was cut

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from saigakit.config import require_name
 from saigakit.core import hub, workspace
+from saigakit.core.lazy import datasets, huggingface_hub
 from saigakit.data import formats
 from saigakit.demo import wordnet_records
 from saigakit.errors import SaigaError
@@ -94,10 +95,9 @@ def _find_saved_splits(directory: Path) -> dict[str, list[str]]:
 def _find_local_splits(directory: Path) -> Mapping[str, Sequence[str]]:
     """Like `datasets`: by the configurations in the card, or else by file names."""
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
-    from huggingface_hub import metadata_load
 
     base, card = str(directory), directory / "README.md"
-    if card.is_file() and "configs" in (metadata_load(card) or {}):
+    if card.is_file() and "configs" in (huggingface_hub.metadata_load(card) or {}):
         return _find_splits(base, "")
     suffixes = [each for kind in (*formats.SUFFIXES, *formats.TABLES) for each in (kind, kind.upper())]
     try:
@@ -108,15 +108,14 @@ def _find_local_splits(directory: Path) -> Mapping[str, Sequence[str]]:
 
 def _find_splits(source: str, configuration: str, **place: str | None) -> dict[str, Sequence[str]]:
     """The files of each split as `datasets` finds them; an empty `configuration` is the default one."""
-    from datasets import get_dataset_config_names, load_dataset_builder
     from datasets.data_files import EmptyDatasetError
 
     try:
-        builder = load_dataset_builder(source, configuration or None, cache_dir=str(hub.cache_dir()), **place)
+        builder = datasets.load_dataset_builder(source, configuration or None, cache_dir=str(hub.cache_dir()), **place)
     except EmptyDatasetError:
         return {}
     except ValueError:
-        known = ", ".join(get_dataset_config_names(source, **place))
+        known = ", ".join(datasets.get_dataset_config_names(source, **place))
         problem = f"no configuration {configuration!r}" if configuration else "more than one configuration"
         remedy = f"as in {source}:NAME" if place else "by naming its files or its directory"
         raise SaigaError(f"{source} has {problem}. Choose one of {known}, {remedy}.") from None
@@ -191,14 +190,12 @@ def _find_matching(pattern: str, run_dir: str | Path | None) -> list[Path]:
 
 def _fetch_data_set(at: str, choice: str, offers_evaluation: bool) -> list[Path]:
     """`at`: owner/name or owner/name@revision. `choice`: a split, a configuration or configuration/split."""
-    from datasets import get_dataset_config_names
-
     repo, _, revision = at.partition("@")
     commit, sizes = hub.list_files(repo, "dataset", revision or None)
     place = {"revision": commit, "token": hub.token()}
     configuration, _, split = choice.rpartition("/")
     with hub.download_errors_explained(repo, "dataset"):
-        if split and not configuration and split in get_dataset_config_names(repo, **place):
+        if split and not configuration and split in datasets.get_dataset_config_names(repo, **place):
             configuration, split = split, ""
         asked = f"{at}:{configuration}/" if configuration else f"{at}:"
         splits = _find_splits(repo, configuration, **place)

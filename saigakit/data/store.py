@@ -9,16 +9,13 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from saigakit.core import workspace
+from saigakit.core.lazy import datasets, pyarrow
 from saigakit.data.schema import Conversation
 from saigakit.errors import SaigaError
 from saigakit.prompt.template import drop_nulls
-
-if TYPE_CHECKING:
-    import pyarrow
-    from datasets import Dataset
 
 T = TypeVar("T")
 BATCH = 256  # rows that are Python objects at once
@@ -29,13 +26,11 @@ _LINE_ENDS = {character: f"\\u{ord(character):04x}" for character in "\u0085\u20
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
-def as_dataset(conversations: Iterable[Conversation], *, expected: int = 0) -> "Dataset":
+def as_dataset(conversations: Iterable[Conversation], *, expected: int = 0) -> "datasets.Dataset":
     """Keep only the optional keys that any conversation has, with null for the others.
 
     `expected`: the minimum size of the copy in bytes. Raises SaigaError if the disk is full.
     """
-    import pyarrow
-
     used: set[str] = set()
 
     def batches() -> Iterator["pyarrow.RecordBatch"]:
@@ -86,11 +81,9 @@ def map_into_memory(
 
     Raises SaigaError naming `what` if the disk is full.
     """
-    import pyarrow
-
     directory = workspace.scratch_dir()
     if workspace.free_disk(directory) < expected:
-        raise workspace.scratch_full(what, expected)
+        raise workspace.disk_full(what, expected)
     stream = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  # closed below, also where closing fails
     try:
         with pyarrow.ipc.new_stream(stream, schema) as writer:
@@ -101,7 +94,7 @@ def map_into_memory(
     except OSError as error:
         if not workspace.is_full(error):
             raise
-        raise workspace.scratch_full(what, max(expected, os.fstat(stream.fileno()).st_size)) from None
+        raise workspace.disk_full(what, max(expected, os.fstat(stream.fileno()).st_size)) from None
     finally:
         with suppress(OSError):  # of a full disk: the buffer has no room either
             stream.close()
@@ -109,21 +102,17 @@ def map_into_memory(
     return pyarrow.ipc.open_stream(pyarrow.py_buffer(content)).read_all()
 
 
-def make_dataset(table: "pyarrow.Table") -> "Dataset":
-    from datasets import Dataset
-
-    return Dataset(table, fingerprint=uuid.uuid4().hex[:16])  # the default is a hash of the content
+def make_dataset(table: "pyarrow.Table") -> "datasets.Dataset":
+    return datasets.Dataset(table, fingerprint=uuid.uuid4().hex[:16])  # the default is a hash of the content
 
 
-def select_rows(dataset: "Dataset", indices: Iterable[int]) -> "Dataset":
+def select_rows(dataset: "datasets.Dataset", indices: Iterable[int]) -> "datasets.Dataset":
     return dataset.select(indices, new_fingerprint=uuid.uuid4().hex[:16])  # the default is a hash of them
 
 
 def iter_conversations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Conversation]:
     """Drop the nulls of each row. A Dataset is read in batches."""
-    from datasets import Dataset
-
-    if isinstance(rows, Dataset):
+    if isinstance(rows, datasets.Dataset):
         batches = rows.iter(BATCH)
         rows = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
     for count, row in enumerate(rows, start=1):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from saigakit.core import launch, workspace
 from saigakit.core.files import lock_file, replacing, sha256, temporary_dir
+from saigakit.core.lazy import torch, transformers
 from saigakit.demo import tiny_model
 from saigakit.errors import SaigaError
 
@@ -103,16 +104,16 @@ def _unpack_smollm2(directory: Path) -> None:
 
 def dequantise(gguf_file: Path, directory: Path) -> None:
     """Convert a GGUF to float32 safetensors, config and tokenizer with the reader of transformers."""
-    import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, name = str(gguf_file.parent), gguf_file.name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False
+    )
     del model.config.quantization_config  # with it save_pretrained refuses: "quantized with gguf"
     model.hf_quantizer = None  # type: ignore[assignment]  # torch's Module does not declare it
     model.save_pretrained(directory)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     # The file says "smollm", which splits numbers into digits; the reader makes every byte-level tokenizer GPT-2's.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
     tokenizer.save_pretrained(directory)

@@ -7,12 +7,10 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from saigakit.core.lazy import torch
 from saigakit.registry import ATTENTION
-
-if TYPE_CHECKING:
-    import torch
 
 # Configs as in the repositories of the released adapters (no `legacy`, no tokenizer.json), with dimensions that are
 # multiples of ggml's block, 32; and 60 records, of which every fourth defines nothing and has the answer `[]`.
@@ -30,7 +28,6 @@ _LAST = -1e9  # score of whitespace-only pieces in Llama's model, which merge la
 
 def make(directory: Path) -> Path:
     """Write base/, adapter/ and records.jsonl into `directory`."""
-    import torch
     from safetensors.torch import save_file
 
     base, adapter = directory / "base", directory / "adapter"
@@ -116,8 +113,6 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 def base_weights(config: dict[str, Any], generator: "torch.Generator") -> dict[str, "torch.Tensor"]:
     """Random float16 weights with outputs far from uniform and norms other than 1."""
-    import torch
-
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
 
     def normal(*shape: int, std: float) -> "torch.Tensor":
@@ -143,8 +138,6 @@ def adapter_weights(
     config: dict[str, Any], lora: dict[str, Any], generator: "torch.Generator"
 ) -> dict[str, "torch.Tensor"]:
     """LoRA A and B in float32 with peft's keys of 2023; B is not zero, so that the adapter has an effect."""
-    import torch
-
     weights: dict[str, torch.Tensor] = {}
     for layer in range(config["num_hidden_layers"]):
         for name in lora["target_modules"]:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saigakit.core.display import Table
+from saigakit.core.lazy import mpl_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 FILE = "results.json"
 Result = dict[str, Any]
@@ -47,11 +47,9 @@ def show_table(results: Sequence[Result]) -> Table:
     return Table(header, rows, note)
 
 
-def plot(results: Sequence[Result]) -> "Figure":
+def plot(results: Sequence[Result]) -> "mpl_figure.Figure":
     """The metrics on the left, size and speed on the right."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = mpl_figure.Figure(figsize=(11, 4.6), layout="constrained")
     shares, sizes, speeds = figure.subplots(1, 3, width_ratios=(3, 1, 1))
     _plot_shares(shares, results)
     names = [row["name"] for row in results]

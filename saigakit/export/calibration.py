@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saigakit import data
 from saigakit.core import manifest, workspace
 from saigakit.core.files import require_absent, scratch, sha256
+from saigakit.core.lazy import datasets
 from saigakit.data import rows, sources
 from saigakit.data.conversations import spread
 from saigakit.errors import SaigaError
@@ -15,9 +16,6 @@ from saigakit.export.merge_plan import MergePlan
 from saigakit.export.stage import write_gguf
 from saigakit.llamacpp import imatrix
 from saigakit.weights import base_files
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 OF_RECORDS = "records"  # `importance` for a matrix computed on the training records
 STAGE, _MATRIX = "03_importance", "imatrix.gguf"
@@ -101,7 +99,7 @@ def importance_matrix(
     return final / _MATRIX
 
 
-def token_rows(records: str | Path, plan: MergePlan) -> "Dataset":
+def token_rows(records: str | Path, plan: MergePlan) -> "datasets.Dataset":
     """Conversations evenly spread over the records, encoded as for training."""
     conversations = spread(data.read_conversations(sources.records_files(str(records))), _CONVERSATIONS)
     return rows.tokenise(conversations, plan.read_tokenizer(), _LONGEST, name=Path(records).name)

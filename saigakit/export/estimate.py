@@ -4,17 +4,13 @@ import time
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from saigakit.core import workspace
 from saigakit.core.display import Table
+from saigakit.core.lazy import llama_cpp, mpl_figure
 from saigakit.export.gguf_export import Export
 from saigakit.llamacpp import quantization, streaming
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from saigakit.weights.tensors import Shape
+from saigakit.weights.tensors import Shape
 
 _NUMBERS = 1 << 19  # in the sample, about: a tenth of a second for the slowest type
 _READ = 32 * 10**6  # bytes of the sample
@@ -49,7 +45,7 @@ def estimate_table(export: Export) -> Table:
     return Table(("03_merge_gguf", "объём · amount", "оценка времени · estimated time"), rows, note)
 
 
-def _seconds_per_number(types: set[str], shapes: Mapping[str, "Shape"], read: streaming.ReadRows) -> dict[str, float]:
+def _seconds_per_number(types: set[str], shapes: Mapping[str, Shape], read: streaming.ReadRows) -> dict[str, float]:
     """Quantising to each type on one core; "read" is reading and merging."""
     name, shape = max(shapes.items(), key=lambda item: (item[0].startswith("blk."), prod(item[1])))
     rows = slice(0, min(shape[0], max(1, _NUMBERS // prod(shape[1:]))))
@@ -77,15 +73,11 @@ def _read_speed(file: Path) -> float:
 
 def lacks_avx2() -> bool:
     """Whether the CPU has AVX2 and this build of llama.cpp does not use it."""
-    import llama_cpp
-
     return "avx2" in workspace.cpu_flags() and b"AVX2 = 1" not in llama_cpp.llama_print_system_info()
 
 
-def plot_sizes(base: int, adapter: int | None, by_quant_type: Mapping[str, int], made: str) -> "Figure":
+def plot_sizes(base: int, adapter: int | None, by_quant_type: Mapping[str, int], made: str) -> "mpl_figure.Figure":
     """Bars of bytes: the base, the adapter, the GGUF that was made and the other quant types."""
-    from matplotlib.figure import Figure
-
     bars = [("база\nbase model", base, _GREY)]
     if adapter is not None:
         bars.append(("адаптер\nadapter", adapter, _BLUE))
@@ -95,7 +87,7 @@ def plot_sizes(base: int, adapter: int | None, by_quant_type: Mapping[str, int],
     ]
     labels, values, colours = zip(*bars, strict=True)
     unit, divisor = ("ГБ / GB", 1e9) if max(values) >= 1e9 else ("МБ / MB", 1e6)
-    figure = Figure(figsize=(9, 0.42 * len(bars) + 1.4), layout="constrained")
+    figure = mpl_figure.Figure(figsize=(9, 0.42 * len(bars) + 1.4), layout="constrained")
     axes = figure.subplots()
     drawn = axes.barh(labels, [value / divisor for value in values], color=colours)
     axes.bar_label(drawn, fmt="{:.2f}", padding=3, fontsize=9)

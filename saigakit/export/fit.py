@@ -4,17 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from saigakit.core import manifest
 from saigakit.core.display import Table
+from saigakit.core.lazy import mpl_figure
 from saigakit.core.workspace import GIB
 from saigakit.llamacpp import quantization
 from saigakit.weights.memory import CacheType
 from saigakit.weights.model_shape import ModelShape
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MACHINES = (6, 8, 16)  # GiB of RAM
 CONTEXTS = (2048, 4096, 8192, 16384, 32768)  # the least is a conversation of a few pages
@@ -155,10 +153,8 @@ class ModelFiles:
         note = f"GiB; the system's share is an allowance. {self.recommend()}"
         return Table(("type", "context", *columns, "fits"), rows, note)
 
-    def plot(self) -> "Figure":
+    def plot(self) -> "mpl_figure.Figure":
         """Bars of GiB by quant type against MACHINES; with a q8_0 cache too where that fits a smaller machine."""
-        from matplotlib.figure import Figure
-
         bars = {}
         for quant_type in self.files:
             needs = self.needs(quant_type, self.least_context)
@@ -171,7 +167,7 @@ class ModelFiles:
             "буферы / buffers": ([each.buffers for each in bars.values()], "#9aa0a6"),
             "система / system": ([SYSTEM for _ in bars], "#e8eaed"),
         }
-        figure = Figure(figsize=(9, 0.42 * len(bars) + 2.0), layout="constrained")
+        figure = mpl_figure.Figure(figsize=(9, 0.42 * len(bars) + 2.0), layout="constrained")
         axes, left = figure.subplots(), [0.0] * len(bars)
         for label, (sizes, colour) in parts.items():
             axes.barh(list(bars), [size / GIB for size in sizes], left=left, color=colour, label=label)

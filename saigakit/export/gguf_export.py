@@ -1,16 +1,17 @@
 """Export the merged model as GGUF files: check everything before the first byte, then stream."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from saigakit.core import manifest, workspace
 from saigakit.core.files import discard_abandoned, replacing, require_absent, sha256, sha256_of_text
+from saigakit.core.lazy import gguf
 from saigakit.errors import SaigaError
 from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp import quantization, read_back, streaming, vocabulary
@@ -20,14 +21,10 @@ from saigakit.llamacpp.streaming import Written
 from saigakit.llamacpp.vocabulary import Vocabulary
 from saigakit.prompt import template
 from saigakit.prompt.encoding import FastTokenizer
-from saigakit.registry import Sampling
+from saigakit.registry import SAMPLING_IN_GGUF, Sampling
 from saigakit.weights import lineage
 from saigakit.weights.merge import Merged
-
-if TYPE_CHECKING:
-    import gguf
-
-    from saigakit.weights.tensors import Array, Shape
+from saigakit.weights.tensors import Array, Shape
 
 _COMPANIONS = 10**6  # bytes of the manifest, the pictures and the model card, at most
 
@@ -49,7 +46,7 @@ class Export:
     architecture: Architecture
     vocabulary: Vocabulary
     tokenizer: FastTokenizer
-    shapes: Mapping[str, "Shape"]  # GGUF names, in the order of the file
+    shapes: Mapping[str, Shape]  # GGUF names, in the order of the file
     source_of: Mapping[str, str]  # GGUF name to the base's; a computed tensor has none
     importance: Importance | None = None
     importance_file: Path | None = None
@@ -117,8 +114,10 @@ class Export:
                 raise refused[0]
             return file.stat().st_size
 
-    def require_room(self, directory: Path) -> None:
-        """Raises SaigaError if the disk or the memory is too small."""
+    def require_room(self, directory: Path, finals: Iterable[Path] = ()) -> None:
+        """Raises SaigaError if the disk or the memory is too small. Deletes what killed runs left of `finals`."""
+        for final in finals:
+            discard_abandoned(final)
         size = sum(map(self.bytes, self.quant_types)) + _COMPANIONS
         named = "GGUF" if len(self.quant_types) == 1 else "GGUF files"
         workspace.require_disk(directory, size, f"The {', '.join(self.quant_types)} {named} of {self.plan.spec.name}")
@@ -142,9 +141,7 @@ class Export:
         Returns facts for a manifest; with `identity`, that manifest is written next to `file`.
         """
         finals, manifest_file = output_files(file, self.quant_types), manifest.path_for(file)
-        for final in finals.values():
-            discard_abandoned(final)  # a killed run may have left one, and its space is needed
-        self.require_room(file.parent)
+        self.require_room(file.parent, finals.values())
         with ExitStack() as stack:
             # Renamed in reverse: `file` first, the manifest last.
             manifest_partial = stack.enter_context(replacing(manifest_file)) if identity else None
@@ -188,7 +185,7 @@ class Export:
     def _parameters(self) -> int:
         return sum(map(prod, self.shapes.values()))
 
-    def read(self, name: str, rows: slice) -> "Array":
+    def read(self, name: str, rows: slice) -> Array:
         """`rows` must hold complete heads, which llama.cpp orders differently."""
         if name not in self.source_of:
             return self.architecture.computed_tensors()[name][rows]
@@ -196,18 +193,14 @@ class Export:
 
     def _writer(self, file: Path, quant_type: str) -> "gguf.GGUFWriter":
         """With all metadata; the two keys that llama.cpp's quantiser rewrites come last, where it leaves them."""
-        import gguf
-
         spec, writer = self.plan.spec, gguf.GGUFWriter(file, self.architecture.kind.name)
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(Path(spec.name).name)
         writer.add_size_label(gguf.size_label(self._parameters, self._parameters, 0, 0))
         writer.add_license(spec.licence)
         sampling = Sampling.of(spec, self.plan.base_dir)
-        writer.add_sampling_top_k(sampling.top_k)
-        writer.add_sampling_top_p(sampling.top_p)
-        writer.add_sampling_temp(sampling.temperature)
-        writer.add_sampling_penalty_repeat(sampling.repeat_penalty)
+        for ours, name in SAMPLING_IN_GGUF.items():
+            getattr(writer, f"add_sampling_{name}")(getattr(sampling, ours))
         self.architecture.write_metadata(writer)
         self.vocabulary.write_metadata(writer)
         writer.add_chat_template(template.for_inference(self.tokenizer.chat_template))

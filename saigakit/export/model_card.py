@@ -2,10 +2,11 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saigakit.core import install, manifest
 from saigakit.core.files import require_absent, write_text
+from saigakit.core.lazy import llama_cpp
 from saigakit.core.workspace import GIB
 from saigakit.export import fit, markdown, modelfile
 from saigakit.prompt import encoding
@@ -13,9 +14,6 @@ from saigakit.prompt.backends import gguf_vocabulary
 from saigakit.registry import ModelSpec, Sampling
 from saigakit.weights import lineage
 from saigakit.weights.model_shape import ModelShape
-
-if TYPE_CHECKING:
-    import llama_cpp
 
 MODELFILE, SERVER, CARD = "Modelfile", "llama-server.txt", "README.md"
 _RUN = """llama.cpp, with the chat template in the file:

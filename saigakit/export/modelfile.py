@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from saigakit.errors import SaigaError
 from saigakit.export.fit import Choice
@@ -18,7 +18,7 @@ _PYTHON = """from llama_cpp import {imported}
 llm = Llama({name}, n_ctx={n_ctx}, flash_attn=True{cache})
 messages = {messages}
 answer = llm.create_chat_completion(
-    messages, temperature={temperature:g}, top_p={top_p:g}, top_k={top_k}, min_p=0.0, repeat_penalty={penalty:g}
+    messages, temperature={temperature:g}, top_p={top_p:g}, top_k={top_k}, min_p=0.0, repeat_penalty={repeat_penalty:g}
 )
 print(answer["choices"][0]["message"]["content"])"""
 
@@ -46,8 +46,8 @@ class RunSettings:
         if self.system_prompt and _unsupported(self.system_prompt) is None:
             lines.append(f'SYSTEM """{self.system_prompt}"""')
         values = [("stop", f'"{stop}"') for stop in self.stops]
-        values += [("temperature", f"{self.sampling.temperature:g}"), ("top_p", f"{self.sampling.top_p:g}")]
-        values += [("top_k", f"{self.sampling.top_k}"), ("repeat_penalty", f"{self.sampling.repeat_penalty:g}")]
+        sampling = asdict(self.sampling).items()
+        values += [(name, f"{value:g}" if isinstance(value, float) else f"{value}") for name, value in sampling]
         lines += [f"PARAMETER {name} {value}" for name, value in [*values, ("num_ctx", f"{self.choice.n_ctx}")]]
         return "\n".join(lines) + "\n"
 
@@ -88,10 +88,7 @@ class RunSettings:
             cache="" if is_f16 else ", type_k=GGML_TYPE_Q8_0, type_v=GGML_TYPE_Q8_0",
             n_ctx=self.choice.n_ctx,
             messages=json.dumps([*system, {"role": "user", "content": "Привет!"}], ensure_ascii=False),
-            temperature=self.sampling.temperature,
-            top_p=self.sampling.top_p,
-            top_k=self.sampling.top_k,
-            penalty=self.sampling.repeat_penalty,
+            **asdict(self.sampling),
         )
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from contextlib import closing
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saigakit.core import workspace
 from saigakit.core.files import replacing, require_absent
+from saigakit.core.lazy import gguf, huggingface_hub, np, safetensors, torch
 from saigakit.errors import SaigaError
 from saigakit.export.merge_plan import MergePlan
 from saigakit.llamacpp.architecture import Architecture
@@ -17,12 +18,7 @@ from saigakit.weights import find
 from saigakit.weights.adapter import Adapter
 from saigakit.weights.load import NumberFormat
 from saigakit.weights.merge import Merged
-from saigakit.weights.tensors import FLOATS
-
-if TYPE_CHECKING:
-    import torch
-
-    from saigakit.weights.tensors import Array
+from saigakit.weights.tensors import FLOATS, Array
 
 _ROWS = 4096  # of a stored copy, compared at a time
 _ROUNDING = 2.0**-7  # twice that of bfloat16: a copy may have another number format than the base
@@ -68,8 +64,6 @@ def _require_low_rank(merged: Merged, lora: Adapter) -> None:
 
 def _differs(merged: Merged, lora: Adapter, name: str) -> bool:
     """Whether the stored copy of a base tensor differs by more than rounding."""
-    import numpy as np
-
     for first in range(0, merged.base.stored[name].shape[0], _ROWS):
         rows = slice(first, first + _ROWS)
         ours, theirs = lora.weights.read(lora.copies[name], rows), merged.base.read(name, rows)
@@ -78,10 +72,8 @@ def _differs(merged: Merged, lora: Adapter, name: str) -> bool:
     return False
 
 
-def _lora_tensors(lora: Adapter, architecture: Architecture, names: dict[str, str]) -> "tuple[float, dict[str, Array]]":
+def _lora_tensors(lora: Adapter, architecture: Architecture, names: dict[str, str]) -> tuple[float, dict[str, Array]]:
     """llama.cpp scales by alpha / rank with one alpha for all; what is left of a tensor's scale goes into its B."""
-    import numpy as np
-
     ranks = {name: lora.weights.stored[update.a].shape[0] for name, update in lora.updates.items()}
     first = next(iter(lora.updates))
     alpha = lora.updates[first].scale * ranks[first]
@@ -99,9 +91,7 @@ def _lora_tensors(lora: Adapter, architecture: Architecture, names: dict[str, st
     return alpha, tensors
 
 
-def _write_lora(file: Path, architecture: str, name: str, alpha: float, tensors: "dict[str, Array]") -> None:
-    import gguf
-
+def _write_lora(file: Path, architecture: str, name: str, alpha: float, tensors: dict[str, Array]) -> None:
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(name)
@@ -115,10 +105,7 @@ def _write_lora(file: Path, architecture: str, name: str, alpha: float, tensors:
         writer.write_tensors_to_file()
 
 
-def _require_written(file: Path, tensors: "dict[str, Array]") -> None:
-    import gguf
-    import numpy as np
-
+def _require_written(file: Path, tensors: dict[str, Array]) -> None:
     read = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
     if read.keys() != tensors.keys() or not all(np.array_equal(read[name], tensors[name]) for name in tensors):
         raise SaigaError(f"{file} does not contain what was written. The disk may be failing; run again.")
@@ -134,8 +121,6 @@ def to_safetensors(plan: MergePlan, output: str | Path, number_format: NumberFor
 
 def write_merged(merged: Merged, plan: MergePlan, directory: Path, number_format: NumberFormat | None = None) -> Path:
     """Write weights, index, config and tokenizer; without `number_format` each tensor keeps that of the base."""
-    from huggingface_hub import split_state_dict_into_shards_factory
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     formats: dict[str, str] = {}
@@ -143,7 +128,7 @@ def write_merged(merged: Merged, plan: MergePlan, directory: Path, number_format
         stored = merged.base.float_stored(name if name in merged.base.stored else merged.names.embeddings)
         formats[name] = number_format or FLOATS[stored.dtype]
     sizes = {name: prod(shape) * (4 if formats[name] == "float32" else 2) for name, shape in merged.shapes.items()}
-    split = split_state_dict_into_shards_factory(
+    split = huggingface_hub.split_state_dict_into_shards_factory(
         sizes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=_SHARD
     )
     workspace.require_disk(directory.parent, split.metadata["total_size"], f"The merged {plan.spec.name}")
@@ -153,7 +138,7 @@ def write_merged(merged: Merged, plan: MergePlan, directory: Path, number_format
             shard = ((name, _merge(merged, name, formats[name])) for name in names)
             try:
                 save_file(dict(shard), partial / file_name, metadata={"format": "pt"})
-            except SafetensorError as error:  # as if it wrote with Python's functions, of which `replacing` tells
+            except safetensors.SafetensorError as error:  # as Python's functions would raise it, for `replacing`
                 raise OSError(str(error)) from None
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -170,8 +155,6 @@ def write_merged(merged: Merged, plan: MergePlan, directory: Path, number_format
 
 def _merge(merged: Merged, name: str, number_format: str) -> "torch.Tensor":
     """The complete tensor; in float32 only some rows at a time."""
-    import torch
-
     shape = merged.shapes[name]
     tensor = torch.empty(shape, dtype=getattr(torch, number_format))
     step = max(1, _CHUNK // prod(shape[1:]))

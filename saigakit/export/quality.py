@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self, TypeAlias
 
 from saigakit.core import manifest, workspace
 from saigakit.core.display import Every, Table
 from saigakit.core.files import scratch, sha256, write_text
+from saigakit.core.lazy import np
 from saigakit.data import sources
 from saigakit.data.conversations import spread
 from saigakit.data.rows import read_column
@@ -23,11 +24,7 @@ from saigakit.export.stage import write_gguf
 from saigakit.llamacpp import forward
 from saigakit.prompt.encoding import IGNORE_INDEX, Example
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    Row = np.ndarray[tuple[int, ...], np.dtype[Any]]
-
+Row: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[Any]]"
 STAGE, _MEASURED = "03_quality", "quality.json"
 _REFERENCES = ("F16", "Q8_0")  # the best one that there is room for
 _AT_ONCE = 32  # positions whose probabilities are in memory: a few times 16 MB for a vocabulary of 128,000
@@ -79,10 +76,8 @@ def compare_files(
     return Quality(tokens, math.exp(loss), math.exp(reference_loss), divergence, same_top)
 
 
-def _compare_logits(reference: forward.Forward, model: forward.Forward, row: Example) -> Iterator[tuple["Row", ...]]:
+def _compare_logits(reference: forward.Forward, model: forward.Forward, row: Example) -> Iterator[tuple[Row, ...]]:
     """For _AT_ONCE positions at a time: both losses, the divergence, and whether the top token is the same."""
-    import numpy as np
-
     ids, labels = row["input_ids"], row["labels"]
     following = [*labels[1:], IGNORE_INDEX]  # what each position predicts
     wanted = [label != IGNORE_INDEX for label in following]
@@ -99,9 +94,7 @@ def _compare_logits(reference: forward.Forward, model: forward.Forward, row: Exa
             yield *losses, divergence, tops[0] == tops[1]
 
 
-def _log_probabilities(logits: "Row") -> "Row":
-    import numpy as np
-
+def _log_probabilities(logits: Row) -> Row:
     shifted: Row = logits - logits.max(axis=1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
     return shifted

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saigakit.core import manifest
-from saigakit.core.files import discard_abandoned, require_absent, sha256, sha256_of_text
+from saigakit.core.files import require_absent, sha256, sha256_of_text
 from saigakit.data import sources
 from saigakit.export import estimate, fit, model_card
 from saigakit.export.gguf_export import Export, output_files
@@ -65,9 +65,7 @@ def merge_gguf(
 
 def _announce(export: Export, directory: Path, finals: Iterable[Path]) -> None:
     """Print an estimate. Raises SaigaError if the disk or the memory is too small."""
-    for final in finals:
-        discard_abandoned(final)  # a killed run may have left one, and its space is needed
-    export.require_room(directory)
+    export.require_room(directory, finals)
     print(estimate.estimate_table(export), export.describe_base(), sep="\n", flush=True)
 
 

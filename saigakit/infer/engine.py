@@ -1,6 +1,7 @@
 """Load a GGUF file and answer with it: streamed to a reader, or greedily for many prompts at once."""
 
 import codecs
+import importlib
 import os
 import re
 import sys
@@ -11,9 +12,10 @@ from contextlib import closing
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saigakit.core import launch, workspace
+from saigakit.core.lazy import llama_cpp, np
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import forward
 from saigakit.prompt import encoding
@@ -23,9 +25,6 @@ from saigakit.prompt.template import Message, broken
 from saigakit.registry import Sampling
 from saigakit.weights.generate import BATCH_TOKENS, Generated, OnProgress, cut_at_stop
 from saigakit.weights.memory import CacheType
-
-if TYPE_CHECKING:
-    import llama_cpp
 
 _CACHE_TYPES: dict[CacheType, int] = {"f16": 1, "q8_0": 8}  # ggml_type
 MAX_SEQUENCES = 16  # measured on one core: 171, 199 and 214 tokens/s with 8, 16 and 32
@@ -42,8 +41,7 @@ def load(
 
     `cache_type="q8_0"` halves the memory of the context. Raises SaigaError for a missing or damaged file.
     """
-    import llama_cpp
-
+    importlib.import_module("llama_cpp")  # if it is not installed, this says so before the child below does
     file = Path(gguf_file)
     if file.is_dir() and (found := sorted(file.rglob("*.gguf"))):
         raise SaigaError(f"{file} is a directory. Did you mean {found[0]}?")
@@ -107,8 +105,6 @@ def _require_harmless(file: Path, _changed: int) -> None:
 
 
 def _gpu_layers(file: Path) -> int:
-    import llama_cpp
-
     free = _gpu_memory() if llama_cpp.llama_supports_gpu_offload() else 0
     return -1 if free > 1.3 * file.stat().st_size else 0  # the rest is for the context and its buffers
 
@@ -194,8 +190,6 @@ def greedy(
 
 def _tokens_in_memory(llm: "llama_cpp.Llama") -> int:
     """Tokens of all sequences together: BATCH_TOKENS, or as many as fit into half of the free memory."""
-    import llama_cpp
-
     width = llama_cpp.llama_model_n_embd(llm.model) // llama_cpp.llama_model_n_head(llm.model)
     heads = llama_cpp.llama_model_n_layer(llm.model) * llama_cpp.llama_model_n_head_kv(llm.model)
     per_token = 2 * heads * width * 2  # keys and values, float16
@@ -204,8 +198,6 @@ def _tokens_in_memory(llm: "llama_cpp.Llama") -> int:
 
 
 def _on_gpu(llm: "llama_cpp.Llama") -> bool:
-    import llama_cpp
-
     return bool(llm.model_params.n_gpu_layers) and bool(llama_cpp.llama_supports_gpu_offload())
 
 
@@ -219,8 +211,6 @@ class _Sequences:
     """Several sequences in one llama.cpp context, each a fork of the common head."""
 
     def __init__(self, llm: "llama_cpp.Llama", head: list[int], slots: int, length: int) -> None:
-        import llama_cpp
-
         self._api = llama_cpp
         self._n_vocab = llm.n_vocab()
         self._head, self._head_slot = head, slots
@@ -268,8 +258,6 @@ class _Sequences:
 
     def decode(self) -> dict[int, int]:
         """The next token of every sequence that got tokens since the last call."""
-        import numpy as np
-
         if code := self._batch.decode(self._context):
             raise RuntimeError(f"llama_decode returned {code}")
         logits = {slot: self._api.llama_get_logits_ith(self._context, row) for slot, row in self._ends.items()}

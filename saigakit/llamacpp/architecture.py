@@ -5,17 +5,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from saigakit.core.lazy import gguf, torch
 from saigakit.errors import SaigaError
 from saigakit.weights.base_files import read_json
 from saigakit.weights.model_shape import ModelShape
 from saigakit.weights.names import Names
-
-if TYPE_CHECKING:
-    import gguf
-
-    from saigakit.weights.tensors import Array, Shape
+from saigakit.weights.tensors import Array, Shape
 
 # Hugging Face names by GGUF name, in every layer.
 _LAYER = {
@@ -235,7 +232,7 @@ class Architecture:
             raise SaigaError(f"The base has {min(remaining)}, which a {self.kind.name} GGUF has no place for.")
         return wanted
 
-    def require_shapes(self, sources: Mapping[str, str], shapes: Mapping[str, "Shape"]) -> None:
+    def require_shapes(self, sources: Mapping[str, str], shapes: Mapping[str, Shape]) -> None:
         """Raises SaigaError if a matrix has another size than config.json implies."""
         linear = self.shape.linear
         for name, source in sources.items():
@@ -247,23 +244,21 @@ class Architecture:
                     f"{list(wanted)}: files of two models were mixed, or the vocabulary was resized."
                 )
 
-    def convert(self, name: str, tensor: "Array") -> "Array":
+    def convert(self, name: str, tensor: Array) -> Array:
         """Numbers and order of rows as llama.cpp expects them."""
         if self.kind.norms_from_one and name.endswith("norm.weight"):
             return tensor + 1
         return self.reorder(name, tensor)
 
-    def reorder(self, name: str, tensor: "Array") -> "Array":
+    def reorder(self, name: str, tensor: Array) -> Array:
         """Reorder rows of complete query and key heads for llama.cpp's rotation."""
         if not self.kind.interleaved_rope or name.split(".")[-2] not in ("attn_q", "attn_k"):
             return tensor
         halves = tensor.reshape(-1, 2, self.shape.head_dim // 2, *tensor.shape[1:])  # of each head
         return halves.swapaxes(1, 2).reshape(tensor.shape)
 
-    def computed_tensors(self) -> dict[str, "Array"]:
+    def computed_tensors(self) -> dict[str, Array]:
         """Tensors that no shard contains: Llama 3's frequency factors, 1 for short waves and `factor` for long ones."""
-        import torch
-
         if self._rope_type != "llama3":
             return {}
         low, high, factor, original = (self._rope[key] for key in _ROPE_SETTINGS["llama3"])
@@ -277,8 +272,6 @@ class Architecture:
 
     def write_metadata(self, writer: "gguf.GGUFWriter") -> None:
         """Write the keys that llama.cpp's own converter writes."""
-        import gguf
-
         shape, config = self.shape, self.config
         writer.add_block_count(shape.layers)
         writer.add_context_length(config.get("max_position_embeddings", 2048))  # transformers' default, as below

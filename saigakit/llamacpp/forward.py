@@ -6,12 +6,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from saigakit.core.lazy import llama_cpp, np
 from saigakit.errors import SaigaError
-
-if TYPE_CHECKING:
-    from saigakit.weights.tensors import Array
+from saigakit.weights.tensors import Array
 
 OnTensor = Callable[[int, bool], bool]  # llama.cpp's cb_eval: the address of a node, whether it only asks
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
@@ -22,8 +21,6 @@ class Batch:
     """A llama_batch with room for `size` tokens, each of one sequence."""
 
     def __init__(self, size: int) -> None:
-        import llama_cpp
-
         self._api, self._batch = llama_cpp, llama_cpp.llama_batch_init(size, 0, 1)
 
     def __len__(self) -> int:
@@ -50,17 +47,13 @@ class Forward:
     """A model with its context; see `open_model`."""
 
     def __init__(self, file: Path, model: Any, context: Any, n_ctx: int) -> None:  # noqa: ANN401  # ctypes pointers
-        import llama_cpp
-
         self.file, self.n_ctx = file, n_ctx
         self._api, self._context = llama_cpp, context
         self.vocabulary: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         self._batch = Batch(_BATCH)
 
-    def logits(self, ids: Sequence[int], wanted: Sequence[bool]) -> Iterator["Array"]:
+    def logits(self, ids: Sequence[int], wanted: Sequence[bool]) -> Iterator[Array]:
         """Blocks of logits with one row per wanted position; each is valid until the next one."""
-        import numpy as np
-
         if len(ids) > self.n_ctx or not all(0 <= token < self.vocabulary for token in ids):
             raise SaigaError(
                 f"{self.file} cannot read a row of {len(ids)} tokens up to id {max(ids)}: its context holds "
@@ -84,8 +77,6 @@ class Forward:
 
 def disable_amx(model_params: Any) -> None:  # noqa: ANN401  # a ctypes structure
     """Turn off repacking, and with it llama.cpp's AMX kernels, if it has them: see `install.llama_cmake_args`."""
-    import llama_cpp
-
     if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
         model_params.use_extra_bufts = False
 
@@ -93,7 +84,6 @@ def disable_amx(model_params: Any) -> None:  # noqa: ANN401  # a ctypes structur
 @contextmanager
 def collecting_errors() -> Iterator[list[str]]:
     """Collect the reasons that llama.cpp only logs; its callback is one for the whole process."""
-    import llama_cpp
     from llama_cpp import _logger
 
     reasons: list[str] = []
@@ -113,8 +103,6 @@ def collecting_errors() -> Iterator[list[str]]:
 @contextmanager
 def load_weights(gguf_file: Path, *, n_gpu_layers: int = 0, check_tensors: bool = False) -> Iterator[Any]:
     """Yield llama.cpp's model, memory-mapped. Raises SaigaError with its reason if it cannot load the file."""
-    import llama_cpp
-
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # a thousand lines otherwise
     params = llama_cpp.llama_model_default_params()
     params.load_mode, params.n_gpu_layers = llama_cpp.LLAMA_LOAD_MODE_MMAP, n_gpu_layers
@@ -140,8 +128,6 @@ def open_model(
     on_tensor: OnTensor | None = None,
 ) -> Iterator[Forward]:
     """Raises SaigaError if llama.cpp cannot load the file. `on_tensor` is called for each node of the graph."""
-    import llama_cpp
-
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, _BATCH, _BATCH, 1
     params.n_threads = params.n_threads_batch = os.cpu_count() or 1

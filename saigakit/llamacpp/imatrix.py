@@ -5,22 +5,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from saigakit.core import install
 from saigakit.core.display import Every
 from saigakit.core.files import replacing, require_absent, sha256
+from saigakit.core.lazy import gguf, llama_cpp, np
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import forward, libggml
+from saigakit.weights.tensors import Array, Shape
 
-if TYPE_CHECKING:
-    import gguf
-    import numpy as np
-
-    from saigakit.weights.tensors import Array, Shape
-
-    Sums = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
-
+Sums: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.float64]]"
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _DATASETS, _CHUNKS, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 
@@ -29,12 +24,12 @@ _DATASETS, _CHUNKS, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "im
 class Squares:
     """The squared inputs of a weight, summed over `count` tokens."""
 
-    sums: "Array"  # one per column
+    sums: Array  # one per column
     count: float
 
 
 @dataclass(frozen=True, eq=False)
-class Importance(Mapping[str, "Array"]):
+class Importance(Mapping[str, Array]):
     """Mean squared input of each column in float32, by the GGUF name of the weight."""
 
     squares: Mapping[str, Squares]
@@ -42,9 +37,7 @@ class Importance(Mapping[str, "Array"]):
     chunks: int = 0
     chunk_size: int = 512  # tokens
 
-    def __getitem__(self, name: str) -> "Array":
-        import numpy as np
-
+    def __getitem__(self, name: str) -> Array:
         found = self.squares[name]
         mean: Array = found.sums / np.float32(found.count)
         return mean
@@ -75,7 +68,7 @@ class Importance(Mapping[str, "Array"]):
             ) from None
         return matrix
 
-    def require_fit(self, shapes: Mapping[str, "Shape"], origin: str | Path) -> None:
+    def require_fit(self, shapes: Mapping[str, Shape], origin: str | Path) -> None:
         """Raises SaigaError if it does not fit `shapes`, of the file to be quantised."""
         hint = "Compute it from this model's records, download the one of this model, or leave `importance` out."
         for name in self:
@@ -99,9 +92,6 @@ class Importance(Mapping[str, "Array"]):
 
     def write(self, path: str | Path) -> Path:
         """Write llama.cpp's GGUF form. Raises SaigaError if the file exists."""
-        import gguf
-        import numpy as np
-
         file = Path(path)
         require_absent(file)
         writer = gguf.GGUFWriter(None, "imatrix")
@@ -122,8 +112,6 @@ class Importance(Mapping[str, "Array"]):
 
 
 def _read_gguf(file: Path) -> Importance:
-    import gguf
-
     reader = gguf.GGUFReader(file)
     if (kind := _value(reader, "general.type")) != "imatrix":
         raise ValueError(f"general.type is {kind!r}, expected 'imatrix'")
@@ -150,8 +138,6 @@ def _value(reader: "gguf.GGUFReader", key: str) -> Any:  # noqa: ANN401  # of an
 
 def _read_binary(content: bytes) -> Importance:
     """Entries of name, calls, and mean square times calls; then the total of calls and the dataset's name."""
-    import numpy as np
-
     position = 0
 
     def take(size: int) -> bytes:
@@ -175,8 +161,6 @@ def _read_binary(content: bytes) -> Importance:
 
 
 def _require_sound(name: str, squares: Squares) -> None:
-    import numpy as np
-
     if not (squares.count > 0 and squares.sums.size and np.isfinite(squares.sums).all() and (squares.sums >= 0).all()):
         raise ValueError(f"{name} has {squares.count:g} tokens, or sums that are negative or not finite")
 
@@ -203,8 +187,6 @@ def compute_importance(
 
 def _require_layout() -> None:
     """Raises SaigaError if `libggml.Tensor` does not find the sources of a product."""
-    import llama_cpp
-
     ggml = libggml.load()
     context = ggml.ggml_init(libggml.ContextParams(1 << 16, None, True))
     try:
@@ -247,8 +229,6 @@ class _Observer:
             return False
 
     def _add(self, name: str, activation: int) -> None:
-        import numpy as np
-
         tensor, rows = libggml.Tensor.from_address(activation), self._ggml.ggml_nrows(activation)
         if tensor.type != libggml.F32 or not self._ggml.ggml_is_contiguous(activation):
             raise SaigaError(f"The inputs of {name} are not plain float32 on this device; give `importance` as a file.")

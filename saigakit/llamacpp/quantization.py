@@ -5,17 +5,12 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from math import prod
-from typing import TYPE_CHECKING
 
+from saigakit.core.lazy import gguf, np
 from saigakit.errors import SaigaError, suggestion
 from saigakit.llamacpp import libggml
 from saigakit.weights.model_shape import ModelShape
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-    Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+from saigakit.weights.tensors import Array, Bytes
 
 # The type of most matrices by the quant type of the file, best first: in llama.cpp's own measurements IQ4_XS diverges
 # less than Q4_0, which is larger.
@@ -138,8 +133,6 @@ def _fitting(chosen: str, columns: int) -> str:
 @cache
 def _block(ggml_type: str) -> tuple[int, int]:
     """Numbers and bytes per block."""
-    import gguf
-
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[ggml_type]]
 
 
@@ -153,11 +146,8 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def quantise(matrix: "Floats", ggml_type: str, importance: "Floats | None" = None) -> "Bytes":
+def quantise(matrix: Array, ggml_type: str, importance: "Array | None" = None) -> Bytes:
     """Quantise a matrix on one core, without the GIL. Raises SaigaError if a number overflows the type."""
-    import gguf
-    import numpy as np
-
     source = np.ascontiguousarray(matrix, dtype=np.float32)
     rows, columns = source.shape
     number = int(gguf.GGMLQuantizationType[ggml_type])

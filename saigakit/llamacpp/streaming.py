@@ -9,18 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from saigakit.core import workspace
 from saigakit.core.display import Every
+from saigakit.core.lazy import gguf, np, torch
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import quantization
-
-if TYPE_CHECKING:
-    import gguf
-
-    from saigakit.llamacpp.quantization import Bytes
-    from saigakit.weights.tensors import Array, Shape
+from saigakit.weights.tensors import Array, Bytes, Shape
 
 _NUMBERS = 1 << 20  # per chunk, approximately: 4 MB in float32
 _ALIGNMENT = 32  # GGUF's default: each tensor starts at a multiple of it
@@ -30,7 +25,7 @@ _COPIES = 5  # float32 chunks that a worker holds: base, update, reordered, and 
 _MOST_CORES = 16  # that work on chunks, to bound the memory
 _to_disk = getattr(os, "fdatasync", os.fsync)  # macOS has only fsync
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-ReadRows = Callable[[str, slice], "Array"]
+ReadRows = Callable[[str, slice], Array]
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class _Chunk:
         return int(self.rows.stop - self.rows.start) * self.columns
 
 
-def total_bytes(metadata_bytes: int, shapes: Mapping[str, "Shape"], types: Mapping[str, str]) -> int:
+def total_bytes(metadata_bytes: int, shapes: Mapping[str, Shape], types: Mapping[str, str]) -> int:
     """Bytes of the file; `metadata_bytes` is the size that `write_header` gives a file without tensors."""
     table = sum(8 + len(name.encode()) + 4 + 8 * len(shape) + 4 + 8 for name, shape in shapes.items())
     _, end = _layout(shapes, types, _padded(metadata_bytes + table))
@@ -74,11 +69,8 @@ def _padded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def write_header(writer: "gguf.GGUFWriter", shapes: Mapping[str, "Shape"], types: Mapping[str, str]) -> int:
+def write_header(writer: "gguf.GGUFWriter", shapes: Mapping[str, Shape], types: Mapping[str, str]) -> int:
     """Write metadata and the table of tensors; returns the offset where their bytes start."""
-    import gguf
-    import numpy as np
-
     for name, shape in shapes.items():
         size, number = quantization.tensor_bytes(shape, types[name]), gguf.GGMLQuantizationType[types[name]]
         writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=number)
@@ -91,7 +83,7 @@ def write_header(writer: "gguf.GGUFWriter", shapes: Mapping[str, "Shape"], types
         return _padded(stream.tell())
 
 
-def _layout(shapes: Mapping[str, "Shape"], types: Mapping[str, str], start: int) -> tuple[dict[str, int], int]:
+def _layout(shapes: Mapping[str, Shape], types: Mapping[str, str], start: int) -> tuple[dict[str, int], int]:
     """Where each tensor starts, the first one at `start`, and where the file ends."""
     offsets = {}
     for name, shape in shapes.items():
@@ -105,7 +97,7 @@ def workers() -> int:
     return min(quantization.usable_cores(), _MOST_CORES) + 1
 
 
-def memory_needed(shapes: Mapping[str, "Shape"], row_multiple: int, files: int) -> int:
+def memory_needed(shapes: Mapping[str, Shape], row_multiple: int, files: int) -> int:
     """Bytes that `write_tensors` allocates, without the page cache of the files that it reads."""
     largest = max((chunk.numbers for chunk in _chunks(shapes, row_multiple)), default=0)
     return workers() * largest * 4 * (_COPIES + files)
@@ -113,11 +105,11 @@ def memory_needed(shapes: Mapping[str, "Shape"], row_multiple: int, files: int) 
 
 def write_tensors(
     targets: Sequence[Target],
-    shapes: Mapping[str, "Shape"],
+    shapes: Mapping[str, Shape],
     read: ReadRows,
     *,
     row_multiple: int = 1,
-    importance: Mapping[str, "Array"] | None = None,
+    importance: Mapping[str, Array] | None = None,
 ) -> list[list[Written]]:
     """Read every tensor once, in chunks of a multiple of `row_multiple` rows.
 
@@ -154,7 +146,7 @@ def write_tensors(
     ]
 
 
-def _chunks(shapes: Mapping[str, "Shape"], row_multiple: int) -> Iterator[_Chunk]:
+def _chunks(shapes: Mapping[str, Shape], row_multiple: int) -> Iterator[_Chunk]:
     unit = math.lcm(_ROWS, row_multiple)
     for name, shape in shapes.items():
         columns = math.prod(shape[1:])
@@ -200,8 +192,6 @@ def _flushing(files: Sequence[int]) -> Iterator[None]:
 @contextmanager
 def _single_threaded_torch() -> Iterator[None]:
     """Every core has a worker already, so further threads would only compete with them."""
-    import torch
-
     # Let malloc reuse freed chunks, which the system would have to zero: two threads merged in half the time.
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:  # glibc's
         mallopt(_M_TRIM_THRESHOLD, 1 << 28)
@@ -214,9 +204,7 @@ def _single_threaded_torch() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _encode(name: str, tensor: "Array", ggml_type: str, importance: "Array | None") -> memoryview:
-    import numpy as np
-
+def _encode(name: str, tensor: Array, ggml_type: str, importance: "Array | None") -> memoryview:
     if ggml_type == "F32":
         return np.ascontiguousarray(tensor, np.float32).data.cast("B")
     try:
@@ -227,8 +215,6 @@ def _encode(name: str, tensor: "Array", ggml_type: str, importance: "Array | Non
 
 def checksum(content: "bytes | memoryview | Bytes") -> int:
     """The sum of 8-byte words and remaining bytes modulo 2**64, as fast as memory is read."""
-    import numpy as np
-
     flat = np.frombuffer(content, np.uint8)
     end = flat.size // 8 * 8
     words = np.add.reduce(flat[:end].view(np.uint64), dtype=np.uint64)

@@ -5,8 +5,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from saigakit.core.lazy import gguf
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding, template
 from saigakit.prompt.backends import (
@@ -18,9 +19,6 @@ from saigakit.prompt.backends import (
 )
 from saigakit.prompt.encoding import FastTokenizer
 from saigakit.weights.base_files import read_json
-
-if TYPE_CHECKING:
-    import gguf
 
 Token = tuple[str, int, float]  # text, type, score
 # Token types; SentencePiece and llama.cpp use the same numbers.
@@ -110,7 +108,8 @@ class Vocabulary:
             index: (piece, types.get(piece, NORMAL), -float(ranks.get(piece, len(ranks))))
             for piece, index in content["model"]["vocab"].items()
         }
-        added = _not_control(found, content["added_tokens"])
+        control = {index for index, (_, kind, _) in found.items() if kind in (UNKNOWN, CONTROL)}
+        added = [token for token in content["added_tokens"] if token["id"] not in control]
         return cls(model="llama", pre="default", tokens=_arrange(found, added, rows))
 
     @classmethod
@@ -149,11 +148,6 @@ class Vocabulary:
             writer.add_string(NORMALIZATION_KEY, "NFC")
 
 
-def _not_control(found: Mapping[int, Token], added: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The added tokens that are not control tokens of the vocabulary already."""
-    return [token for token in added if found.get(token["id"], ("", UNUSED, 0.0))[1] not in (UNKNOWN, CONTROL)]
-
-
 def _special_ids(texts: Sequence[str], tokenizer: FastTokenizer, config: Mapping[str, Any]) -> dict[str, int]:
     """From the tokenizer, else from config.json; eot is what ends a turn, if that is not eos."""
     ids: dict[str, int] = {}
@@ -183,17 +177,14 @@ def _pair(merge: str | Sequence[str]) -> Sequence[str]:
     return merge.split(" ") if isinstance(merge, str) else merge
 
 
-def _kind(token: Mapping[str, Any]) -> int:
-    """Like llama.cpp's converter, treat added tokens that look like control tokens as such."""
-    return CONTROL if token.get("special") or _LOOKS_SPECIAL.fullmatch(token["content"]) else USER_DEFINED
-
-
 def _arrange(found: dict[int, Token], added: Sequence[Mapping[str, Any]], rows: int) -> list[Token]:
     """Add tokens to `found`, and return all by id, padded to `rows`. Raises SaigaError if there are more."""
     for token in added:
-        text, kind = token["content"], _kind(token)
-        # llama.cpp searches for user-defined tokens in the raw text, where a space is not yet `▁`.
-        found[token["id"]] = (text if kind == CONTROL else text.replace("▁", " "), kind, -1000.0)
+        text = token["content"]
+        if token.get("special") or _LOOKS_SPECIAL.fullmatch(text):  # as in llama.cpp's converter
+            found[token["id"]] = (text, CONTROL, -1000.0)
+        else:  # llama.cpp searches for these in the raw text, where a space is not yet `▁`
+            found[token["id"]] = (text.replace("▁", " "), USER_DEFINED, -1000.0)
     if max(found) >= rows:
         raise SaigaError(
             f"The tokenizer has {max(found) + 1} tokens, but the embeddings of the base have {rows} rows: "

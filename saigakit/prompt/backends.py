@@ -7,16 +7,13 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from saigakit.core.lazy import llama_cpp, tokenizers
 from saigakit.errors import SaigaError
 from saigakit.prompt.sandbox import BROKEN
 from saigakit.prompt.template import broken
 from saigakit.weights.base_files import read_json
-
-if TYPE_CHECKING:
-    import llama_cpp
-    import tokenizers
 
 NORMALIZATION_KEY = "saigakit.unicode_normalization"  # in a GGUF: llama.cpp itself never normalises
 # In a GGUF, by its specification: the tokenizer.json, for vocabularies that llama.cpp splits differently (tekken).
@@ -51,8 +48,6 @@ class FastTokenizer:
     """
 
     def __init__(self, tokenizer: "tokenizers.Tokenizer", chat_template: str, variables: Mapping[str, str]) -> None:
-        import tokenizers
-
         content = json.loads(tokenizer.to_str())
         added = content["added_tokens"]
         blanks = [token for token in added if not token["special"] and not token["content"].strip()]
@@ -99,9 +94,6 @@ class GgufTokenizer:
     """The tokenizer inside a GGUF file: llama.cpp's, or the embedded tokenizer.json if there is one."""
 
     def __init__(self, llm: "llama_cpp.Llama") -> None:
-        import llama_cpp
-        import tokenizers
-
         if "tokenizer.chat_template" not in llm.metadata:
             raise SaigaError("This GGUF has no chat template, so its prompt format is unknown.")
         self._llm = llm
@@ -158,8 +150,6 @@ class GgufTokenizer:
 @contextmanager
 def gguf_vocabulary(file: Path) -> Iterator["llama_cpp.Llama"]:
     """Load only the metadata and the vocabulary of a GGUF."""
-    import llama_cpp
-
     with redirect_stderr(io.StringIO()):  # it warns that a vocabulary has no context
         try:
             llm = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
@@ -173,8 +163,6 @@ def token_bytes(llm: "llama_cpp.Llama", token: int) -> bytes:
     """The bytes of a token, which may be part of a character; empty for control tokens."""
     import ctypes
 
-    import llama_cpp
-
     vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
     size = 64
     while True:  # llama-cpp-python's own version truncates after 32 bytes
@@ -186,8 +174,6 @@ def token_bytes(llm: "llama_cpp.Llama", token: int) -> bytes:
 
 
 def from_json_file(file: Path) -> "tokenizers.Tokenizer":
-    import tokenizers
-
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more specific

@@ -4,9 +4,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saigakit import registry
+from saigakit.core.lazy import llama_cpp, tokenizers
 from saigakit.errors import DataError, SaigaError
 from saigakit.prompt import template
 from saigakit.prompt.backends import FastTokenizer, GgufTokenizer, Ids, Tokenizer, from_json_file, from_sentencepiece
@@ -15,10 +16,6 @@ from saigakit.prompt.template import Message, Tools
 from saigakit.registry import ModelSpec
 from saigakit.weights import find
 from saigakit.weights.base_files import read_json
-
-if TYPE_CHECKING:
-    import llama_cpp
-    import tokenizers
 
 __all__ = ["IGNORE_INDEX", "FastTokenizer", "GgufTokenizer", "Tokenizer", "encode", "from_sentencepiece"]
 IGNORE_INDEX = -100  # torch's cross_entropy: a position that is not trained

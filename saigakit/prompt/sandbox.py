@@ -24,11 +24,7 @@ _MULTIPLYING = ("indent", "join", "replace", "wordwrap")  # filters and methods 
 _COMPARING = ("!=", "<", "<=", "==", ">", ">=", "eq", "equalto", "ge", "gt", "in", "le", "lower", "lt", "ne", "upper")
 
 
-class _Budget(threading.local):
-    left = _STEPS  # of the current rendering
-
-
-_budget = _Budget()
+_budget = threading.local()  # `left`: steps of the current rendering
 
 
 def begin() -> None:

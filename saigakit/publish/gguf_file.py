@@ -75,7 +75,7 @@ def _read_finished(made: Path) -> tuple[Path, manifest.Manifest]:
         raise SaigaError(f"{made} does not exist.")
     if not manifest.path_for(made).is_file() and (made.parent / manifest.NAME).is_file():
         return made.parent, upload.require_unchanged(made.parent, export.STAGE)
-    content = manifest.read_for(made)
+    content = manifest.read(made)
     if damaged := manifest.changed(made.parent, content):
         raise SaigaError(f"{made.parent}: {', '.join(damaged)} changed since it was made. Export it again.")
     return made.parent, content

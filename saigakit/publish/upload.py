@@ -8,6 +8,7 @@ from typing import Any
 from saigakit import registry
 from saigakit.core import hub, manifest, workspace
 from saigakit.core.files import scratch, sha256, write_text
+from saigakit.core.lazy import huggingface_hub
 from saigakit.errors import SaigaError
 from saigakit.weights import base_files, find, lineage
 
@@ -67,10 +68,8 @@ class HubRepository:
 
     def __init__(self, repo_id: str) -> None:
         """Raises SaigaError for a bad name or without the secret HF_TOKEN."""
-        from huggingface_hub import HfApi
-
         self.repo_id, self._token = repo_id, hub.writing_token()
-        self.api = HfApi(token=self._token)
+        self.api = huggingface_hub.HfApi(token=self._token)
         if not hub.is_hub_id(repo_id):
             raise SaigaError(
                 f"repo_id={repo_id!r} is not the name of a repository. Give 'owner/name', with Latin letters, digits, "
@@ -81,14 +80,12 @@ class HubRepository:
         self, files: Mapping[str, Path], content: Mapping[str, Any], message: str, *, private: bool, replace: bool
     ) -> str:
         """Replace what the repository holds by `files`, with the manifest `content`; returns its address."""
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
         with hub.uploading(self.repo_id):
             names = self._open(content, private=private, replace=replace)
             size = sum(file.stat().st_size for file in files.values())
             print(f"Uploading to {self.repo_id}, files: {len(files)}, {size / 1e6:,.1f} MB …", flush=True)
-            added = [CommitOperationAdd(name, str(file)) for name, file in files.items()]
-            removed = [CommitOperationDelete(name) for name in names if name not in files]
+            added = [huggingface_hub.CommitOperationAdd(name, str(file)) for name, file in files.items()]
+            removed = [huggingface_hub.CommitOperationDelete(name) for name in names if name not in files]
             commit = self.api.create_commit(self.repo_id, [*added, *removed], commit_message=message)
             self._require_arrived(files, commit.oid)
         url = f"{self.api.endpoint}/{self.repo_id}"

@@ -15,6 +15,7 @@ from typing import Any
 
 from saigakit.core import manifest, workspace
 from saigakit.core.files import discard_abandoned, lock_file, replacing
+from saigakit.core.lazy import safetensors
 from saigakit.core.manifest import Manifest
 from saigakit.errors import SaigaError
 from saigakit.train import curve
@@ -176,14 +177,13 @@ def _read_mark(checkpoint: Path) -> dict[str, Any]:
 @contextmanager
 def _writing(final: Path, what: str, needed: int) -> Iterator[Path]:
     """Replace a directory, of the same step or the best so far: not the one to resume from. `needed`: bytes."""
-    from safetensors import SafetensorError
-
     free = workspace.free_disk(final)
     try:
         with replacing(final) as partial:
             partial.mkdir()
             yield partial
-    except (SaigaError, OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
+    # torch reports a full disk as RuntimeError.
+    except (SaigaError, OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise SaigaError(
             f"{what} cannot be written to {final.parent}: it needs {needed:,} bytes, and {free:,} were free ({error}). "
             "Earlier checkpoints are intact. Free some disk space, then run again with the same run_dir to resume."

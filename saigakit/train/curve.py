@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saigakit.core import manifest
 from saigakit.core.display import Table
+from saigakit.core.lazy import mpl_figure
 from saigakit.core.workspace import GB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 LOG_FILE = "log.jsonl"
 # {"step", "loss", "tokens", "seconds"} for a step, {"step", "held_out_loss"} for an evaluation. On a GPU also
@@ -134,11 +134,9 @@ def _training_loss(log: Sequence[LogEntry], step: int) -> float:
     return float(sum(window) / len(window))
 
 
-def plot(log: Sequence[LogEntry]) -> "Figure":
+def plot(log: Sequence[LogEntry]) -> "mpl_figure.Figure":
     """Plot both losses by step, on a logarithmic axis: 3 and 0.03 are both readable."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = mpl_figure.Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     steps = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
     axes.plot(*zip(*steps, strict=True), color="#9aa0a6", linewidth=1, label="обучение (training)")

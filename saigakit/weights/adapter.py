@@ -6,15 +6,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
+from saigakit.core.lazy import np, peft, torch
 from saigakit.errors import SaigaError
 from saigakit.weights.base_files import damaged, read_json
 from saigakit.weights.names import Names, without_wrappers
-from saigakit.weights.tensors import Shape, Shards, open_adapter
-
-if TYPE_CHECKING:
-    from saigakit.weights.tensors import Array
+from saigakit.weights.tensors import Array, Shape, Shards, open_adapter
 
 CONFIG = "adapter_config.json"
 # How a tensor's name ends after its module; some versions of peft leave in the adapter's name, `.default`.
@@ -72,7 +70,7 @@ class Adapter:
     copies: dict[str, str] = field(default_factory=dict)  # of base tensors, saved with LoRA on embeddings or head
     tokens: dict[str, tuple[str, list[int]]] = field(default_factory=dict)  # stored rows, and which they replace
     ranks: slice = field(default_factory=lambda: slice(None))  # rows of A and columns of B in use
-    _cache: "dict[str, Array]" = field(default_factory=dict, compare=False)
+    _cache: dict[str, Array] = field(default_factory=dict, compare=False)
 
     @classmethod
     def open(cls, directory: Path, names: Names | None = None) -> Self:
@@ -148,10 +146,8 @@ class Adapter:
         shape = (self.weights.stored[update.b].shape[0], self.weights.stored[update.a].shape[1])
         return shape[::-1] if update.of_embeddings else shape
 
-    def add(self, into: "Array", name: str, rows: slice | None = None, weight: float = 1.0) -> None:
+    def add(self, into: Array, name: str, rows: slice | None = None, weight: float = 1.0) -> None:
         """Add weight * scale * B @ A, or these rows of it, in place; rows are bit-equal to the full product's."""
-        import torch
-
         count, columns = self.shape(name)
         first, stop, _ = (rows or slice(None)).indices(count)
         start, end = first // _BLOCK * _BLOCK, min(-(-stop // _BLOCK) * _BLOCK, count)
@@ -169,17 +165,15 @@ class Adapter:
             full_block = target.new_zeros(last - block, columns).addmm_(b_block, a)
             target[low - first : high - first] += full_block[low - block : high - block]
 
-    def _factors(self, update: Update, rows: slice) -> "tuple[Array, Array]":
+    def _factors(self, update: Update, rows: slice) -> tuple[Array, Array]:
         """Rows of the left factor, and the scaled right one, by columns: addmm_ then takes two thirds of the time."""
-        import numpy as np
-
         if update.of_embeddings:
             left = self._cached(update.a, lambda a: a.T)[rows]
             return left, self._cached(update.b, lambda b: (b * update.scale).T)
         left = self.weights.read(update.b, rows)[:, self.ranks]
         return left, self._cached(update.a, lambda a: np.asfortranarray(a[self.ranks] * update.scale))
 
-    def _cached(self, name: str, transform: "Callable[[Array], Array]") -> "Array":
+    def _cached(self, name: str, transform: Callable[[Array], Array]) -> Array:
         """A stored matrix, transformed once for all the blocks of rows that need it."""
         found = self._cache.get(name)
         if found is None:
@@ -227,9 +221,7 @@ def _defaults_of_peft() -> Mapping[str, Any]:
     """Of LoraConfig, for settings that are newer than this file; none without peft, which merging does not need."""
     if importlib.util.find_spec("peft") is None:
         return {}
-    from peft import LoraConfig
-
-    return dict(LoraConfig().to_dict())
+    return dict(peft.LoraConfig().to_dict())
 
 
 def _token_ids(directory: Path, config: Mapping[str, Any], module: str, count: int) -> list[int]:

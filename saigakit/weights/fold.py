@@ -3,18 +3,14 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saigakit.core.files import replacing, write_text
+from saigakit.core.lazy import np, safetensors, torch, transformers
 from saigakit.errors import SaigaError
 from saigakit.weights.adapter import Adapter
 from saigakit.weights.merge import Merged
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-    from saigakit.weights.tensors import Array
+from saigakit.weights.tensors import Array
 
 
 def require_foldable(base_dir: Path, adapter_dir: Path) -> None:
@@ -27,10 +23,8 @@ def require_foldable(base_dir: Path, adapter_dir: Path) -> None:
         ) from None
 
 
-def fold_adapter(model: "PreTrainedModel", base_dir: Path, adapter_dir: Path) -> None:
+def fold_adapter(model: "transformers.PreTrainedModel", base_dir: Path, adapter_dir: Path) -> None:
     """Add the adapter to `model`; each matrix is read again, so that it is quantised once, from the float32 sum."""
-    import torch
-
     merged = Merged.open(base_dir, adapter_dir)
     adapter = merged.adapters[0][0]
     adapter.require_linear_lora("folding")
@@ -42,7 +36,6 @@ def fold_adapter(model: "PreTrainedModel", base_dir: Path, adapter_dir: Path) ->
 
 def _weight_like(module: "torch.nn.Module", matrix: "torch.Tensor", dtype: "torch.dtype") -> "torch.nn.Parameter":
     """`matrix` in the quantisation, number format and device of the module's weight."""
-    import torch
     from bitsandbytes.nn.modules import Int8Params, Params4bit
 
     old: Any = module.weight
@@ -71,7 +64,6 @@ def combine(released_dir: Path, new_dir: Path, out_dir: Path) -> Path:
 
     A = [A1; A2] and B = [s1 B1, s2 B2] in float32; a module that one adapter does not change gets zeros.
     """
-    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     file, config_file = out_dir / "adapter_model.safetensors", out_dir / "adapter_config.json"
@@ -93,15 +85,13 @@ def combine(released_dir: Path, new_dir: Path, out_dir: Path) -> Path:
     with replacing(file) as partial:
         try:
             save_file(matrices, partial, metadata={"format": "pt"})
-        except SafetensorError as error:  # as if it wrote with Python's functions, of which `replacing` tells
+        except safetensors.SafetensorError as error:  # as Python's functions would raise it, for `replacing`
             raise OSError(str(error)) from None
         write_text(config_file, json.dumps(config, ensure_ascii=False, indent=2))
     return out_dir
 
 
-def _concatenated(adapters: Sequence[Adapter], ranks: Sequence[int], name: str) -> "tuple[Array, Array]":
-    import numpy as np
-
+def _concatenated(adapters: Sequence[Adapter], ranks: Sequence[int], name: str) -> tuple[Array, Array]:
     out, into = next(adapter.shape(name) for adapter in adapters if name in adapter.updates)
     a, b = np.zeros((sum(ranks), into), np.float32), np.zeros((out, sum(ranks)), np.float32)
     for adapter, start in zip(adapters, (0, ranks[0]), strict=True):

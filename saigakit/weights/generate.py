@@ -7,18 +7,15 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saigakit.core import launch, workspace
 from saigakit.core.display import Progress
 from saigakit.core.files import write_text
+from saigakit.core.lazy import peft, torch, transformers
 from saigakit.registry import Quantization
 from saigakit.weights import adapter, load
 from saigakit.weights.load import NumberFormat
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
 
 OnProgress = Callable[[int, int], None]  # texts done, of how many
 MAX_BATCH = 64  # measured: 305, 362 and 357 tokens/s on two cores with 32, 64 and 128; all wait for the longest answer
@@ -62,20 +59,17 @@ class HfModel:
     def __init__(
         self, base_dir: Path, adapter_dir: Path | None, quantization: Quantization, number_format: NumberFormat
     ) -> None:
-        import torch
-        from peft import PeftModel
-        from transformers import GenerationConfig
-
         device, dtype = "cuda:0" if torch.cuda.is_available() else "cpu", getattr(torch, number_format)
         if device == "cpu" and load.bf16_is_faster():
             dtype = torch.bfloat16  # measured on 2 cores with AMX: 2.2 times as fast as float32 with bf16 products
         self._model: Any = load.base_model(base_dir, quantization, dtype, device).eval()
-        self._model.generation_config = GenerationConfig()  # the model's own may set a repetition penalty or sampling
+        # The model's own may set a repetition penalty or sampling.
+        self._model.generation_config = transformers.GenerationConfig()
         self._adapted: Any = None
         if adapter_dir is not None:
             adapter.read_config(adapter_dir)  # refuses what could make peft run code
             # Without autocast its matrices keep the type of the layers that they are added to.
-            self._adapted = PeftModel.from_pretrained(self._model, str(adapter_dir), autocast_adapter_dtype=False)
+            self._adapted = peft.PeftModel.from_pretrained(self._model, str(adapter_dir), autocast_adapter_dtype=False)
 
     def answers(
         self,
@@ -98,7 +92,7 @@ class HfModel:
 
 
 def greedy_in_batches(
-    model: "PreTrainedModel",
+    model: "transformers.PreTrainedModel",
     prompts: Sequence[list[int]],
     stop_ids: frozenset[int],
     max_new_tokens: int,
@@ -121,16 +115,13 @@ def greedy_in_batches(
 
 
 def greedy(
-    model: "PreTrainedModel",
+    model: "transformers.PreTrainedModel",
     prompts: Sequence[list[int]],
     stop_ids: frozenset[int],
     max_new_tokens: int,
     on_ended: Callable[[int], None] = lambda _: None,
 ) -> list[list[int]]:
     """Continue a left-padded batch greedily; rows are padded after their stop id, see `cut_at_stop`."""
-    import torch
-    from transformers import StoppingCriteriaList
-
     width = max(map(len, prompts))
     pad = min(stop_ids)  # masked before a prompt, cut off after a stop id
     device = model.device
@@ -152,7 +143,7 @@ def greedy(
             use_cache=True,
             eos_token_id=sorted(stop_ids),
             pad_token_id=pad,
-            stopping_criteria=StoppingCriteriaList([watch]),
+            stopping_criteria=transformers.StoppingCriteriaList([watch]),
         )
     rows: list[list[int]] = output[:, width:].tolist()
     return rows
@@ -175,10 +166,8 @@ def cut_at_stop(row: Sequence[int], stop_ids: frozenset[int]) -> tuple[list[int]
     return (list(row), len(row)) if end is None else (list(row[:end]), end + 1)
 
 
-def tokens_in_memory(model: "PreTrainedModel") -> int:
+def tokens_in_memory(model: "transformers.PreTrainedModel") -> int:
     """Tokens whose KV cache fits in half of the free memory."""
-    import torch
-
     config = model.config.get_text_config()
     heads = config.num_key_value_heads or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -8,21 +8,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from saigakit.core import install, workspace
+from saigakit.core.lazy import peft, safetensors, torch, transformers
 from saigakit.core.workspace import Gpu
 from saigakit.errors import SaigaError
 from saigakit.registry import MODELS, Lora, ModelSpec, Quantization
 from saigakit.weights import adapter, base_files, find, tensors
 from saigakit.weights.model_shape import ModelShape
 
-if TYPE_CHECKING:
-    import torch
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
 NumberFormat = Literal["float16", "bfloat16", "float32"]
+# Peft's names of the fields of Lora.
+_IN_PEFT = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora", "dora": "use_dora"}
 _WORTHWHILE_SPEEDUP = 1.2  # below it float32 products stay exact
 _LARGEST_ON_CPU_B = 1.0  # billions of parameters, on Kaggle's 4 cores
 _FIRST_BF16 = (8, 0)  # older GPUs emulate bfloat16 although torch reports it as supported
@@ -67,15 +65,12 @@ def require_accelerator(spec: ModelSpec, base_source: str | None, gpus: Sequence
 
 def base_model(
     base_dir: Path, quantization: Quantization, dtype: "torch.dtype", device: "torch.device | str", **nf4: object
-) -> "PreTrainedModel":
+) -> "transformers.PreTrainedModel":
     """`nf4`: further options of BitsAndBytesConfig. Raises SaigaError for damaged files and unknown architectures."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
     config = {
         "none": None,
-        "int8": BitsAndBytesConfig(load_in_8bit=True),
-        "nf4": BitsAndBytesConfig(
+        "int8": transformers.BitsAndBytesConfig(load_in_8bit=True),
+        "nf4": transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
@@ -85,10 +80,10 @@ def base_model(
     }[quantization]
     base_files.require_safe(base_dir)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
             base_dir, dtype=dtype, device_map={"": device}, quantization_config=config, trust_remote_code=False
         )
-    except (SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise SaigaError(
             f"The base model in {base_dir} cannot be loaded: {error}. Download or attach it again."
         ) from None
@@ -99,26 +94,20 @@ def base_model(
     return model
 
 
-def with_adapter(model: "PreTrainedModel", adapter_dir: Path | None, lora: Lora) -> "PeftModel":
+def with_adapter(model: "transformers.PreTrainedModel", adapter_dir: Path | None, lora: Lora) -> "peft.PeftModel":
     """Attach a new LoRA, or continue `adapter_dir` with its own settings. Raises SaigaError if the base is another."""
-    from peft import LoraConfig, PeftModel, get_peft_model
-
     _without_tensor_parallel()
     if adapter_dir is None:
-        settings = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
+        settings = peft.LoraConfig(
+            **{theirs: getattr(lora, ours) for ours, theirs in _IN_PEFT.items()},
             target_modules=list(lora.target_modules),
             modules_to_save=list(lora.modules_to_save) or None,
-            use_rslora=lora.rslora,
-            use_dora=lora.dora,
             task_type="CAUSAL_LM",
         )
-        return _trained_in_float32(get_peft_model(model, settings))
+        return _trained_in_float32(peft.get_peft_model(model, settings))
     adapter.read_config(adapter_dir)  # refuses what could make peft run code
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=True)
+        adapted = peft.PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=True)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise SaigaError(_other_base(adapter_dir, str(model.config.name_or_path), reason)) from None
@@ -135,7 +124,7 @@ def _without_tensor_parallel() -> None:
         save_and_load._maybe_shard_state_dict_for_tp = lambda *_: None
 
 
-def _trained_in_float32(adapted: "PeftModel") -> "PeftModel":
+def _trained_in_float32(adapted: "peft.PeftModel") -> "peft.PeftModel":
     """peft keeps fully trained modules in the base's format, where small updates are lost."""
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -145,8 +134,6 @@ def _trained_in_float32(adapted: "PeftModel") -> "PeftModel":
 
 def require_formats(model: "torch.nn.Module", dtype: "torch.dtype") -> None:
     """Check that trained weights are float32 (for GradScaler) and frozen ones `dtype` or float32 (for a T4)."""
-    import torch
-
     for name, parameter in model.named_parameters():
         allowed = {torch.float32} if parameter.requires_grad else {torch.float32, dtype}
         if parameter.is_floating_point() and parameter.dtype not in allowed:
@@ -156,12 +143,11 @@ def require_formats(model: "torch.nn.Module", dtype: "torch.dtype") -> None:
         raise TypeError("no parameter of the model is trainable")
 
 
-def _require_all_used(adapted: "PeftModel", adapter_dir: Path) -> None:
+def _require_all_used(adapted: "peft.PeftModel", adapter_dir: Path) -> None:
     """Raises SaigaError for matrices of layers that the base does not have, which peft ignores."""
-    from peft import get_peft_model_state_dict
-
     stored = set(adapter_shapes(adapter_dir))
-    used = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))  # True would ask the Hub for the base
+    # True would ask the Hub for the base.
+    used = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if stored != used:
         reason = f"{min(stored ^ used)} does not fit"
         raise SaigaError(_other_base(adapter_dir, str(adapted.config.name_or_path), reason))
@@ -188,22 +174,17 @@ def lora_of(adapter_dir: Path) -> Lora:
         raise base_files.damaged(adapter_dir / adapter.CONFIG, f"it has no {missing[0]}")
     # Not from the config, which may contain a pattern.
     modules = {match[1] for name in adapter_shapes(adapter_dir) if (match := re.search(r"\.(\w+)\.lora_A\.", name))}
+    settings = {"lora_dropout": 0.0, **config}
     return Lora(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
+        **{ours: settings[theirs] for ours, theirs in _IN_PEFT.items() if theirs in settings},
         target_modules=tuple(sorted(modules)),
         modules_to_save=tuple(config.get("modules_to_save") or ()),
-        rslora=config.get("use_rslora", False),
-        dora=config.get("use_dora", False),
     )
 
 
 def silence_libraries() -> None:
     """Turn off warnings and progress bars that no user can act on."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a kernel package that is not needed
-    import transformers
-
     warnings.simplefilter("ignore", FutureWarning)  # from peft's calls into transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -212,8 +193,6 @@ def silence_libraries() -> None:
 @contextmanager
 def fast_matmul() -> Iterator[None]:
     """Multiply float32 matrices in bf16 where that is faster: in forward and backward passes, not in exact work."""
-    import torch
-
     before = torch.get_float32_matmul_precision()
     if not torch.cuda.is_available() and bf16_is_faster():
         torch.set_float32_matmul_precision("medium")
@@ -235,8 +214,6 @@ def bf16_is_faster() -> bool:
 @cache
 def _bf16_speedup() -> float:
     """Time of a float32 product over that in bf16, for a batch of tokens and a matrix of a small model."""
-    import torch
-
     before, left, right = torch.get_float32_matmul_precision(), torch.ones(256, 1024), torch.ones(1024, 1024)
     timings: dict[str, list[float]] = {"highest": [], "medium": []}
     try:

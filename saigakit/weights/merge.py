@@ -5,19 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
+from saigakit.core.lazy import np, torch
 from saigakit.errors import SaigaError
 from saigakit.weights import nf4, tensors
 from saigakit.weights.adapter import Adapter
 from saigakit.weights.model_shape import ModelShape
 from saigakit.weights.names import Names
-from saigakit.weights.tensors import Shape, Shards
-
-if TYPE_CHECKING:
-    import torch
-
-    from saigakit.weights.tensors import Array
+from saigakit.weights.tensors import Array, Shape, Shards
 
 Into = Literal["original", "dequantized"]
 Adapters = Path | Sequence[tuple[Path, float]] | None
@@ -40,7 +36,7 @@ class Merged:
     is_tied: bool = False  # the base uses its embeddings as its head
     folded: Adapter | None = None  # was part of the base when training quantised it
     _scales: "dict[str, torch.Tensor]" = field(default_factory=dict, compare=False)  # of nf4 blocks
-    _lengths: "dict[str, Array]" = field(default_factory=dict, compare=False)  # of embedding columns, for DoRA
+    _lengths: dict[str, Array] = field(default_factory=dict, compare=False)  # of embedding columns, for DoRA
     _lock: threading.RLock = field(default_factory=threading.RLock, compare=False)  # many threads read rows
 
     @classmethod
@@ -109,10 +105,8 @@ class Merged:
             shapes |= {name: (self.vocabulary, *shapes[name][1:]) for name in both}
         return shapes
 
-    def read(self, name: str, rows: slice | None = None) -> "Array":
+    def read(self, name: str, rows: slice | None = None) -> Array:
         """The merged tensor or some of its rows. Raises SaigaError if a number is not finite."""
-        import torch
-
         tensor = self._before_update(name, rows)
         for adapter, weight in self.adapters:
             if name in adapter.updates:
@@ -136,7 +130,7 @@ class Merged:
             )
         return tensor
 
-    def _before_update(self, name: str, rows: slice | None) -> "Array":
+    def _before_update(self, name: str, rows: slice | None) -> Array:
         """What the update is added to, as a copy."""
         if (source := self.replacement(name)) is not None:
             return source[0].read(source[1], rows)
@@ -146,7 +140,7 @@ class Merged:
             return self.base.read(name, rows)
         return self._dequantised(name, rows or slice(None))
 
-    def _dequantised(self, name: str, rows: slice) -> "Array":
+    def _dequantised(self, name: str, rows: slice) -> Array:
         shape = self.base.stored[name].shape
         first, stop, _ = rows.indices(shape[0])
         start, end = first // nf4.BLOCK * nf4.BLOCK, min(-(-stop // nf4.BLOCK) * nf4.BLOCK, shape[0])
@@ -160,7 +154,7 @@ class Merged:
         blocks = nf4.round_trip(self._before_nf4(name, slice(start, end)), scales, self.number_format)
         return blocks[first - start : stop - start]
 
-    def _before_nf4(self, name: str, rows: slice) -> "Array":
+    def _before_nf4(self, name: str, rows: slice) -> Array:
         matrix = self.base.read(name, rows)
         if self.folded is not None and name in self.folded.updates:
             self.folded.add(matrix, name, rows)
@@ -179,10 +173,8 @@ class Merged:
                 return adapter.weights, copies[0]
         return None
 
-    def _apply_magnitude(self, adapter: Adapter, name: str, updated: "Array", rows: slice | None) -> None:
+    def _apply_magnitude(self, adapter: Adapter, name: str, updated: Array, rows: slice | None) -> None:
         """DoRA scales each row, or column of embeddings, to its trained length."""
-        import numpy as np
-
         update = adapter.updates[name]
         if update.magnitude is None:
             return
@@ -192,9 +184,7 @@ class Merged:
             lengths = np.linalg.norm(updated, axis=1)
             updated *= (adapter.weights.read(update.magnitude, rows) / lengths)[:, None]
 
-    def _column_lengths(self, adapter: Adapter, name: str) -> "Array":
-        import numpy as np
-
+    def _column_lengths(self, adapter: Adapter, name: str) -> Array:
         with self._lock:
             if name not in self._lengths:
                 count, columns = adapter.shape(name)

@@ -246,7 +246,7 @@ def test_export_writes_a_gguf_with_its_companion_files(tiny, tmp_path):
     beside = {"model.Modelfile", "model.README.md", "model.gguf", "model.llama-server.txt", "model.saigakit.json"}
     assert {file.name for file in tmp_path.iterdir()} == beside
     assert "всего · total" in done.stdout.split("model.gguf")[0]  # the plan comes first
-    content = manifest.read_for(output)
+    content = manifest.read(output)
     assert content["outputs"] == {"model.gguf": sha256(output)} and content["quant_type"] == "Q8_0"
     assert content["inputs"]["base"] == manifest.hashes(tiny / "base")
     assert "FROM ./model.gguf" in (tmp_path / "model.Modelfile").read_text(encoding="utf-8")

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import saigakit
+from saigakit.core import lazy
 
 PACKAGE = Path(saigakit.__file__).parent
+LAZY = "saigakit.core.lazy"  # imports packages for the other modules
 FILES = sorted(
     file for file in PACKAGE.rglob("*.py") if file not in (PACKAGE / "__init__.py", PACKAGE / "cli" / "__main__.py")
 )
@@ -43,10 +45,14 @@ def imported_by(tree: ast.Module) -> set[str]:
 
 
 def packages(file: Path) -> set[str]:
-    """The third-party packages that a file imports anywhere."""
+    """The third-party packages that a file imports anywhere, or that LAZY imports for it."""
+    if name_of(file) == LAZY:
+        return set()
     nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
     imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
-    return {name for _, name in imported_at_once(imports)} - sys.stdlib_module_names - {"saigakit"}
+    from_lazy = [node for node in imports if isinstance(node, ast.ImportFrom) and node.module == LAZY]
+    lazily = {getattr(lazy, alias.name).__name__.split(".")[0] for node in from_lazy for alias in node.names}
+    return {name for _, name in imported_at_once(imports)} - sys.stdlib_module_names - {"saigakit"} | lazily
 
 
 def imported_at_once(body: list[ast.stmt]) -> Iterator[tuple[int, str]]:
