@@ -23,9 +23,11 @@ __all__ = [
 def prepare(stage: str) -> None:
     """Install the packages that `stage` lacks and print a summary of this machine.
 
-    Packages are installed on Kaggle only; elsewhere a SaigaError gives the command to run.
+    Raises SaigaError with the command to run if any are lacking off Kaggle, and if HF_REPO and HF_TOKEN cannot publish.
     """
-    from saigakit.core import install  # here, so that `python -m saigakit.core.install` does not import it twice
+    from saigakit.core import hub, install  # here, so that `python -m saigakit.core.install` does not import it twice
 
     install.prepare(stage)
+    if stage in ("02_train", "03_merge_gguf"):  # they end with publish.if_asked
+        hub.require_publishable()
     print(workspace.describe_machine())

@@ -24,6 +24,7 @@ from saigakit.demo import packages
 from saigakit.errors import SaigaError
 
 _SLOW = "slow: make test-all runs it"
+_UNSET = ("HF_REPO", "SAIGAKIT_INPUT_ROOT", "SAIGAKIT_REPLACE", "SAIGAKIT_SESSION_START", "SAIGAKIT_WORKING")
 # Long files run first: one of them at the end would leave the other worker idle.
 _LONG = ("tests/test_pipeline.py", "tests/train/", "tests/prompt/test_encoding_same_ids.py")
 
@@ -55,7 +56,7 @@ def callers_cache(tmp_path_factory) -> Iterator[Path]:
     callers = workspace.scratch_dir()
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("SAIGAKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        for name in ("SAIGAKIT_INPUT_ROOT", "SAIGAKIT_REPLACE", "SAIGAKIT_SESSION_START"):
+        for name in _UNSET:
             environment.delenv(name, raising=False)
         packages.tiny_saiga()
         yield callers

@@ -59,6 +59,19 @@ def test_every_switch_is_explicit(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_a_copied_or_imported_notebook_brings_the_same_accelerator_and_internet(stage):
+    notebook = json.loads((METADATA / stage / read(stage)["code_file"]).read_text(encoding="utf-8"))
+    pushed = read(stage)
+    assert notebook["metadata"]["kaggle"] == {
+        "accelerator": {"NvidiaTeslaT4": "nvidiaTeslaT4", None: "none"}[pushed.get("machine_shape")],
+        "isGpuEnabled": pushed["enable_gpu"],
+        "isInternetEnabled": pushed["enable_internet"],
+        "language": pushed["language"],
+        "sourceType": pushed["kernel_type"],
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_attaches_every_stage_before_it(stage):
     assert read(stage)["kernel_sources"] == [read(earlier)["id"] for earlier in STAGES[: STAGES.index(stage)]]
 

@@ -41,7 +41,7 @@ def test_it_is_valid_and_contains_no_output_of_a_run(stage):
     notebook = read(stage)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
-    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert set(notebook.metadata) == {"kaggle", "kernelspec", "language_info"}
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code(stage))
     assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
 
@@ -177,6 +177,12 @@ def test_prose_is_russian_followed_by_a_line_of_english(stage):
             assert "*" in cell.source
             english = cell.source.rindex("*", 0, -1)
             assert any("а" <= letter <= "я" for letter in cell.source[:english].lower()), cell.id
+
+
+@pytest.mark.parametrize("stage", ["02_train", "03_merge_gguf"])
+def test_what_was_made_is_published_after_it_is_asserted(stage):
+    first, second = code(stage)[-1].source.splitlines()[:2]
+    assert first.startswith("assert ") and second.startswith("publish.if_asked(")
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -117,6 +117,19 @@ def test_a_single_notebook_runs_with_papermill_on_the_earlier_stages(finished, t
     assert made["parameters"]["quant_type"] == "Q8_0"
 
 
+def test_the_last_cell_of_02_can_merge_right_there(finished, tmp_path):
+    run = tmp_path / "run"
+    for stage in ("01_format", "02_train"):
+        shutil.copytree(finished[0] / "run" / stage, run / stage)
+    cells = json.loads((ROOT / "notebooks" / "02_train.ipynb").read_text(encoding="utf-8"))["cells"]
+    setup, done = ("".join(cell["source"]) for cell in cells if cell["id"] in ("setup", "done"))
+    uncommented = [line.removeprefix("# ") for line in done.splitlines() if line.startswith("# ")]
+    assert len(uncommented) == 2
+    values = {"model": "saiga_tiny", "base_source": None, "run_dir": str(run)}
+    exec("\n".join([*setup.splitlines()[:-1], *uncommented]), values)
+    assert manifest.require_stage(run / "03_merge_gguf", "03_merge_gguf", model="saiga_tiny")["outputs"]
+
+
 def failing(tmp_path, *arguments, **settings):
     ended = saigakit(*arguments, **({"cwd": tmp_path} | settings))
     assert ended.returncode == 1

@@ -12,6 +12,7 @@ from saigakit.core.lazy import huggingface_hub
 from saigakit.errors import SaigaError, hide, masked
 
 _TOKENS = "https://huggingface.co/settings/tokens"
+REPO = "HF_REPO"  # the secret owner/name: publish.if_asked pushes to owner/name_lora and owner/name_gguf
 _HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 Hashes = Mapping[str, str] | None  # by file name
 print_once = cache(lambda line: print(line, flush=True))
@@ -89,7 +90,7 @@ def download_errors_explained(repo: str, repo_type: str) -> Iterator[None]:
     except errors.GatedRepoError:
         problem = f"{repo} is gated: accept its licence on its Hub page and set the secret HF_TOKEN."
     except errors.RepositoryNotFoundError:
-        problem = f"{repo} is not on the Hub, or HF_TOKEN has no access to it."
+        problem = f"{repo} is not on the Hub, or HF_TOKEN has no access to it or has expired."
     except errors.RevisionNotFoundError:
         problem = f"{repo} has no revision of that name: give a branch, a tag or a commit."
     # HTTPError is httpx's in huggingface_hub 1 and httpx2's in 2. Without a connection it is raised too, not OSError.
@@ -98,6 +99,8 @@ def download_errors_explained(repo: str, repo_type: str) -> Iterator[None]:
             raise workspace.disk_full(f"Downloading {repo}", 0) from None
         reason = _one_line(error)[:300].rstrip(".:")
         problem = f"{repo} could not be fetched from the Hub: {reason}. On Kaggle, switch Internet on."
+        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
+            problem = f"{repo} could not be fetched. {_refusal(401, repo, reason)}"
     raise SaigaError(f"{problem} {_ATTACH[repo_type]}") from None
 
 
@@ -119,8 +122,24 @@ def writing_token() -> str:
     return found
 
 
+def require_publishable() -> None:
+    """Raise SaigaError if HF_REPO asks to publish what a notebook makes, and HF_TOKEN may not write there."""
+    if (repo := workspace.secret(REPO)) is None:
+        return
+    from huggingface_hub import HfApi
+
+    with uploading(repo, "Asking the Hub about"):
+        user = HfApi(token=writing_token()).whoami()
+    owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
+    if not is_hub_id(f"{repo}_lora") or repo.partition("/")[0].lower() not in map(str.lower, owners):
+        raise SaigaError(f"{REPO}={repo!r}: give owner/name, where HF_TOKEN allows the owner {' or '.join(owners)}.")
+    rights = user.get("auth", {}).get("accessToken", {})
+    if rights.get("role") == "read" or "repo.write" not in str(rights.get("fineGrained", "repo.write")):
+        raise SaigaError(_refusal(403, repo, ""))
+
+
 @contextmanager
-def uploading(repo_id: str) -> Iterator[None]:
+def uploading(repo_id: str, what: str = "The upload to") -> Iterator[None]:
     """Turn errors of an upload into SaigaErrors; hide progress bars, since Kaggle logs every line."""
     from huggingface_hub import errors
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -138,7 +157,7 @@ def uploading(repo_id: str) -> Iterator[None]:
     # RuntimeError: the upload of one file failed.
     except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:  # type: ignore[attr-defined]
         raise SaigaError(
-            f"The upload to {repo_id} was interrupted: {_reason(error)}. The repository changes only when all "
+            f"{what} {repo_id} was interrupted: {_reason(error)}. The repository changes only when all "
             "files have arrived. Try again; on Kaggle, switch Internet on."
         ) from None
     finally:

@@ -35,7 +35,8 @@ class Gpu:
 
 def on_kaggle() -> bool:
     """Other KAGGLE_* variables do not count: users of the kaggle command line set them at home."""
-    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ or Path("/kaggle/working").is_dir()
+    working = Path(os.environ.get("SAIGAKIT_WORKING", "/kaggle/working"))
+    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ or working.is_dir()
 
 
 def input_roots() -> list[Path]:
@@ -136,7 +137,8 @@ def free_disk(path: Path) -> int:
 
 
 def require_disk(path: Path, needed: int, what: str) -> None:
-    """Raise SaigaError with both numbers if `needed` bytes do not fit."""
+    """Raise SaigaError with both numbers if `needed` bytes do not fit, on Kaggle next to the notebook itself."""
+    needed += 50 * 10**6 if on_kaggle() else 0  # to save the notebook and its page: without them all output is lost
     if free_disk(path) < needed:
         raise disk_full(what, needed, path)
 

@@ -108,17 +108,13 @@ class Store:
         """
         for left in self.directory.glob(".*.*.partial"):  # of a run that was killed while saving
             discard_abandoned(self.directory / left.name.split(".")[1])
-        found = [(path, source) for source in (self.directory, *sources) for path in _checkpoints_in(source)]
-        for path, source in sorted(found, key=lambda item: step_of(item[0]), reverse=True):
-            if (problem := find_problem(path)) is not None:
-                print(f"Skipping checkpoint {path}: {problem}.", flush=True)
-                continue
-            differing = manifest.differences(_read_mark(path), self.identity)
+        for path in intact(self.directory, *sources):
+            differing = manifest.differences(read_mark(path), self.identity)
             if not differing:
                 return path
             mismatch = f"{path} is a checkpoint of another run ({'; '.join(differing)})"
-            if source != self.directory or not manifest.is_replacing():
-                raise SaigaError(f"{mismatch}. Use the same settings, delete {source} or choose another run_dir.")
+            if path.parent != self.directory or not manifest.is_replacing():
+                raise SaigaError(f"{mismatch}. Use the same settings, delete {path} or choose another run_dir.")
             print(f"{mismatch}; deleting it.", flush=True)
             shutil.rmtree(path)
         return None
@@ -127,12 +123,22 @@ class Store:
         shutil.rmtree(self.directory.resolve(), ignore_errors=True)  # it may be a link to a larger disk
 
 
+def intact(*sources: Path) -> Iterator[Path]:
+    """The checkpoints in stages or stores, the highest step first; damaged ones are reported. Changes nothing."""
+    found = [path for source in sources for path in _checkpoints_in(source)]
+    for path in sorted(found, key=step_of, reverse=True):
+        if (problem := find_problem(path)) is None:
+            yield path
+        else:
+            print(f"Skipping checkpoint {path}: {problem}.", flush=True)
+
+
 def step_of(checkpoint: Path) -> int:
     """Read the step from the name, or from the mark of a renamed copy; -1 if that is damaged too."""
     if found := _NAME.fullmatch(checkpoint.name):
         return int(found[1])
     try:
-        return int(_read_mark(checkpoint)["step"])
+        return int(read_mark(checkpoint)["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return -1
 
@@ -140,7 +146,7 @@ def step_of(checkpoint: Path) -> int:
 def find_problem(checkpoint: Path) -> str | None:
     """Say why training cannot resume from it; None if it is intact."""
     try:
-        mark = _read_mark(checkpoint)
+        mark = read_mark(checkpoint)
         if not manifest.has_objects(mark, "outputs", "parameters", "inputs", "versions") or "step" not in mark:
             raise ValueError("it is not the mark of a checkpoint")
         damaged = manifest.changed(checkpoint, mark)
@@ -155,7 +161,7 @@ def find_problem(checkpoint: Path) -> str | None:
 
 def changed_versions(checkpoint: Path) -> list[str]:
     """List the packages whose version has changed since the checkpoint was written."""
-    before, now = _read_mark(checkpoint)["versions"], manifest.versions()
+    before, now = read_mark(checkpoint)["versions"], manifest.versions()
     return [f"{name} {before[name]} → {now.get(name)}" for name in before if now.get(name) != before[name]]
 
 
@@ -170,7 +176,7 @@ def _checkpoints_in(source: Path) -> list[Path]:
     return sorted(path for path in source.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
 
 
-def _read_mark(checkpoint: Path) -> dict[str, Any]:
+def read_mark(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / MARK).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 

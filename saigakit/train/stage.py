@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -68,29 +68,35 @@ def train_adapter(config: TrainConfig) -> Path:
 
 
 def with_resume_point(config: TrainConfig, identity: Manifest) -> TrainConfig:
-    """Set resume_from to the one attached 02_train that ended by max_hours and whose checkpoint has this identity."""
+    """Set resume_from to the one attached training of this identity that did not reach its end."""
     if config.resume_from is not None or Path(config.output_dir).exists():
         return config
-    found = []
-    for root in workspace.input_roots():
-        for file in sorted(root.rglob(f"{STAGE}/{manifest.NAME}")):
-            content = manifest.read(file.parent)
-            if not _has_ended_by_max_hours(content):
-                continue
-            there = checkpoints.identity(content["parameters"], content["inputs"])
-            if differing := manifest.differences(there, identity):
-                print(f"Not resuming {file.parent}, which is another run ({'; '.join(differing)}).", flush=True)
-            else:
-                found.append(file.parent)
+    found: dict[Path, tuple[Path, str]] = {}  # checkpoints next to a stage are those of its continuation
+    for path, content, ending in _attached():
+        if differing := manifest.differences(checkpoints.identity(content["parameters"], content["inputs"]), identity):
+            print(f"Not resuming {path}, which is another run ({'; '.join(differing)}).", flush=True)
+        else:
+            found[path.parent] = path, ending
     if len(found) > 1:
         raise SaigaError(
-            f"More than one attached {STAGE} can be resumed: {', '.join(map(str, found))}. Detach all but the last, or "
-            "name its directory in resume_from."
+            f"More than one attached {STAGE} can be resumed: {', '.join(str(path) for path, _ in found.values())}. "
+            "Detach all but the last, or name its directory in resume_from."
         )
-    if not found:
-        return config
-    print(f"Resuming {found[0]}, which ended by max_hours.", flush=True)
-    return replace(config, resume_from=str(found[0]))
+    for path, ending in found.values():
+        print(f"Resuming {path}, {ending}.", flush=True)
+        config = replace(config, resume_from=str(path))
+    return config
+
+
+def _attached() -> Iterator[tuple[Path, Manifest, str]]:
+    """The attached trainings that can be resumed: a stage that ended by max_hours, or the checkpoints of a kill."""
+    for root in workspace.input_roots():
+        for file in sorted(root.rglob(f"{STAGE}/{manifest.NAME}")):
+            if _has_ended_by_max_hours(content := manifest.read(file.parent)):
+                yield file.parent, content, "which ended by max_hours"
+        for store in sorted(root.rglob(checkpoints.directory_for(Path(STAGE)).name)):
+            if (newest := next(checkpoints.intact(store), None)) is not None:
+                yield store, checkpoints.read_mark(newest), "whose session was killed"
 
 
 def _has_ended_by_max_hours(content: Manifest) -> bool:
@@ -150,7 +156,7 @@ def find_checkpoint(config: TrainConfig, store: Store, unfinished: Path | None) 
         if named is not None:
             raise SaigaError(
                 f"resume_from={config.resume_from!r}: {named} has no intact checkpoint. Name a 02_train that ended by "
-                "max_hours (its directory has checkpoint/), or leave resume_from out to start again."
+                "max_hours (it has checkpoint/) or a 02_train.checkpoints, or leave resume_from out to start again."
             )
         return None
     print(f"Resuming from step {checkpoints.step_of(found)} ({found}).", flush=True)

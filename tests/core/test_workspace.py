@@ -187,6 +187,21 @@ def test_too_little_disk_is_reported_with_both_numbers(tmp_path):
         workspace.require_disk(tmp_path / "not" / "yet", 10**15, "The merge")
 
 
+def test_on_kaggle_the_notebook_itself_keeps_room_to_be_saved(at_home, tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace, "free_disk", lambda _: 100 * 10**6)
+    workspace.require_disk(tmp_path, 90 * 10**6, "The merge")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    with pytest.raises(SaigaError, match=r"The merge needs 0\.14 GB of disk at .*, and 0\.10 GB are free"):
+        workspace.require_disk(tmp_path, 90 * 10**6, "The merge")
+
+
+def test_a_directory_named_in_place_of_kaggle_working_shows_that_this_is_kaggle(at_home, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAIGAKIT_WORKING", str(tmp_path / "working"))
+    assert not workspace.on_kaggle()
+    (tmp_path / "working").mkdir()
+    assert workspace.on_kaggle()
+
+
 def test_too_little_memory_is_reported_with_both_numbers():
     workspace.require_memory(1, "The merge", "Close something.")
     with pytest.raises(SaigaError, match=r"about 1000000\.0 GB of memory, and \d+\.\d GB are free\. Close something"):

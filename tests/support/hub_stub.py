@@ -17,11 +17,13 @@ from contextlib import contextmanager
 COMMIT = "0" * 39 + "1"
 OTHER_BRANCH, OTHER_COMMIT = "old", "0" * 39 + "2"
 SWAPPED = "someone/swapped"
+EXPIRED = "someone/expired"  # answers as every repository does to a token that is not valid
 LARGE = (".safetensors", ".bin", ".model")
 REFUSALS = {  # as the Hub answers: status, X-Error-Code
     "someone/gated": (403, "GatedRepo"),
     "someone/vanished": (404, "RepoNotFound"),
     "someone/private": (401, "RepoNotFound"),
+    EXPIRED: (401, ""),
     "someone/broken": (400, ""),
     "someone/overloaded": (503, ""),
 }
@@ -57,7 +59,8 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         repository = "/".join(path.split("/")[1 : parts + 1])
         if (name := repository.removeprefix("datasets/")) in REFUSALS:
             status, code = REFUSALS[name]
-            self._reply(status, b"{}", with_body, {"X-Error-Code": code} if code else {})
+            expired = {"X-Error-Message": "Invalid credentials in Authorization header"} if name == EXPIRED else {}
+            self._reply(status, b"{}", with_body, {"X-Error-Code": code} if code else expired)
         elif repository in self.repositories:
             self._serve(path, repository, with_body, asked or [])
         else:

@@ -20,6 +20,7 @@ import tokenizers
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from sentencepiece import sentencepiece_model_pb2
 from saigakit.publish import adapter, gguf_file
+from saigakit.core import hub, install
 """
 OWNER = "someone"  # of the only valid token
 
@@ -33,7 +34,7 @@ class Hub:
     private: set[str] = field(default_factory=set)
     # "cut": large files lose their last byte; "swap": large files get other content of the same size; "drop": the
     # connection ends in the middle of every large file; "lose", "alter": the name of a committed file that is lost or
-    # altered; "put", "create", "commit": the status of such a request.
+    # altered; "put", "create", "commit": the status of such a request; "role", "rights": what the token may do.
     faults: dict[str, object] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
@@ -71,6 +72,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._put(path.removeprefix("/lfs/"), body)
         if self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self._reply(401, {"error": "Invalid user token."})
+        if path == "/api/whoami-v2":
+            rights = {"role": hub.faults.get("role", "write"), **dict(hub.faults.get("rights", {}))}
+            orgs = [{"name": "cats-org"}]
+            return self._reply(200, {"name": OWNER, "orgs": orgs, "auth": {"accessToken": rights}})
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if path == "/api/validate-yaml":

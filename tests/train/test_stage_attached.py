@@ -1,6 +1,7 @@
 """Choosing an attached training to resume."""
 
 import json
+import shutil
 
 import pytest
 
@@ -137,3 +138,67 @@ def test_ignores_a_foreign_manifest_that_says_nothing_of_its_end(place, capsys, 
     (directory / manifest.NAME).write_text(json.dumps(content), encoding="utf-8")
     assert with_resume_point(place).resume_from is None
     assert capsys.readouterr().out == ""
+
+
+def killed(place, name="killed", *, steps=(4,), **changes):
+    """The output of a session that was killed while training: checkpoints next to a stage that is not there."""
+    identity = identity_of(place, config_in(place))
+    identity["parameters"] |= changes
+    directory = place / "input" / "notebooks" / "me" / name / "02_train.checkpoints"
+    for step in steps:
+        checkpoint_of(directory, step, checkpoints.identity(**identity))
+    return directory
+
+
+def checkpoint_of(directory, step, identity):
+    def fill(partial):
+        for name in checkpoints._REQUIRED:
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_text("{}\n", encoding="utf-8")
+
+    made = checkpoints.Store(directory.with_name(f"store-{step}"), identity).write(step, fill, needed=1)
+    directory.mkdir(exist_ok=True)
+    made.rename(directory / made.name)
+
+
+def test_resumes_the_attached_checkpoints_of_a_killed_session(place, capsys):
+    directory = killed(place)
+    assert with_resume_point(place, max_hours=3).resume_from == str(directory)
+    assert capsys.readouterr().out == f"Resuming {directory}, whose session was killed.\n"
+
+
+def test_leaves_attached_checkpoints_as_they_are(place, monkeypatch):
+    directory = killed(place)
+    monkeypatch.setenv("SAIGAKIT_REPLACE", "1")
+    (directory / ".step-00000006.x.partial" / "files").mkdir(parents=True)
+    before = sorted(directory.rglob("*"))
+    with_resume_point(place)
+    assert sorted(directory.rglob("*")) == before
+
+
+def test_does_not_resume_the_checkpoints_of_another_run(place, capsys):
+    killed(place, epochs=7.0)
+    assert with_resume_point(place).resume_from is None
+    assert "another run (epochs: 7.0 there, " in capsys.readouterr().out
+
+
+def test_a_damaged_attached_checkpoint_is_reported_and_the_one_before_it_resumed(place, capsys):
+    directory = killed(place, steps=(4, 6))
+    (directory / "step-00000006" / "log.jsonl").write_text("cut", encoding="utf-8")
+    assert with_resume_point(place).resume_from == str(directory)
+    assert "step-00000006: log.jsonl changed" in capsys.readouterr().out
+    shutil.rmtree(directory / "step-00000004")
+    assert with_resume_point(place).resume_from is None
+
+
+def test_refuses_a_killed_and_an_ended_training_that_both_fit(place):
+    attached(place)
+    killed(place)
+    with pytest.raises(SaigaError, match=r"More than one .*one/02_train, .*killed/02_train\.checkpoints\."):
+        with_resume_point(place)
+
+
+def test_checkpoints_that_continued_a_stage_next_to_them_take_precedence(place):
+    attached(place, "one")
+    directory = killed(place, "one")
+    assert with_resume_point(place).resume_from == str(directory)

@@ -82,6 +82,7 @@ def test_downloads_an_adapter_with_its_weights(asked, tmp_path, adapter):
         ("gated", "is gated: accept its licence"),
         ("vanished", "is not on the Hub"),
         ("private", "HF_TOKEN has no access to it"),
+        ("expired", "The Hub rejects the token in HF_TOKEN: it is mistyped, expired or deleted"),
         ("broken", "Bad request"),
         ("overloaded", "503 Service Unavailable"),
     ],
