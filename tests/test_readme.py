@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import saigakit
+from saigakit.registry import MODELS
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README.ru.md")
@@ -94,12 +95,12 @@ def test_every_variable_of_make_is_in_the_makefile(name):
     assert ("TORCH_INDEX" in used) == (name in READMES)
 
 
-def pip_installs(*variables):
+def pip_installs(*variables, environment_dir=".venv"):
     """The lines with which make would install packages, independent of the options of a make around these tests."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "TORCH"))
     }
-    dry_run = ["make", "--dry-run", "--always-make", *variables, ".venv/ready"]
+    dry_run = ["make", "--dry-run", "--always-make", *variables, f"{environment_dir}/ready"]
     ended = subprocess.run(dry_run, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     return [line for line in ended.stdout.splitlines() if "pip install" in line]
 
@@ -115,6 +116,16 @@ def test_make_uses_no_index_by_default():
     installs = pip_installs()
     assert len(installs) == 2
     assert [line for line in installs if "--index-url" in line] == []
+
+
+def test_make_installs_the_versions_of_kaggle_into_an_environment_of_their_own():
+    constraints = "tests/support/kaggle-constraints.txt"
+    [version] = re.findall("^torch==.+", text(constraints), re.MULTILINE)
+    torch, others = pip_installs("TORCH=torch==1", "TORCH_INDEX=https://x", environment_dir=".venv-kaggle")
+    assert f'--index-url "https://x" "{version}"' in torch
+    assert f"--constraint {constraints} --editable" in others and "--index-url" not in others
+    assert all(line.split(".venv", 1)[1].startswith("-kaggle/bin/python ") for line in (torch, others))
+    assert not any("--constraint" in line for line in pip_installs())
 
 
 @cache
@@ -243,6 +254,11 @@ def test_both_languages_have_the_same_sections_and_links(pair):
 def test_both_languages_link_to_each_other(pair):
     for name, other in (pair, pair[::-1]):
         assert (Path(other).name, "") in links(name)
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_the_guide_names_the_licence_of_every_base(name):
+    assert [spec.name for spec in MODELS.values() if spec.licence not in text(name).lower()] == []
 
 
 def test_both_guides_have_the_same_tables():

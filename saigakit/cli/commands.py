@@ -12,11 +12,12 @@ from saigakit import export as exporting
 from saigakit import publish as publishing
 from saigakit import train as training
 from saigakit.cli import chat as terminal_chat
+from saigakit.cli import doctor as diagnosis
 from saigakit.cli import export_options, runner
 from saigakit.cli.parameters import MODEL, NOTEBOOKS, PARAMETERS, read_yaml
 from saigakit.cli.terminal import Group
 from saigakit.config import TrainConfig
-from saigakit.core import install, launch, manifest, workspace
+from saigakit.core import launch
 from saigakit.core.files import scratch
 from saigakit.data import length_histogram, report
 from saigakit.errors import SaigaError
@@ -235,18 +236,10 @@ def publish(made: str, name: str, public: bool, replace: bool, gguf: bool, kaggl
 
 @main.command()
 def doctor() -> None:
-    """Show this machine, its packages and what each stage lacks.
+    """Check this machine, its packages and credentials: what is missing, and what to do about it.
 
     \b
     Example:
       saigakit doctor
     """
-    click.echo(f"{workspace.describe_machine()}\n\n{workspace.align(manifest.versions().items())}\n")
-    for stage in install.STAGES:
-        lacking = install.missing(install.needs(stage, kaggle=workspace.on_kaggle()))
-        what = f"lacks {install.listed(lacking)}; {install.pip_command(stage)}" if lacking else "ready"
-        click.echo(f"{stage}: {what}")
-    for extra, commands in (("run", "run, demo"), ("kaggle", "push, watch, fetch")):
-        lacking = install.missing(install.packages(extra))
-        what = f"lack {install.listed(lacking)}; {install.pip_install([extra])}" if lacking else "ready"
-        click.echo(f"{commands}: {what}")
+    diagnosis.report()

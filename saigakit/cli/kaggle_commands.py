@@ -90,7 +90,7 @@ def push(
     """
     is_notebook = name != "all" and not notebook.is_dataset(name)
     if not is_notebook and (parameters or accelerator):
-        raise SaigaError(f"{name} has no parameters and no accelerator. Leave out -p and --accelerator.")
+        raise SaigaError(f"{name} is not a notebook and has no parameters. Leave out -p and --accelerator.")
     if files and (is_notebook or name == "all"):
         raise SaigaError(f"{name} takes no files ({', '.join(files)}). Set parameters with -p.")
     if name == "all":

@@ -32,6 +32,9 @@ class Gpu:
     memory: int
     free: int
 
+    def __str__(self) -> str:
+        return f"{self.name}, sm_{self.capability[0]}{self.capability[1]}, {self.memory / GIB:.1f} GiB"
+
 
 def on_kaggle() -> bool:
     """Other KAGGLE_* variables do not count: users of the kaggle command line set them at home."""
@@ -201,17 +204,22 @@ def require_memory(needed: int, what: str, remedy: str, gpu: Gpu | None = None) 
 
 def gpus() -> list[Gpu]:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves; from nvidia-smi, which creates no CUDA context in this process."""
-    if shutil.which("nvidia-smi") is None:
+    if shutil.which("nvidia-smi") is None or not visible_gpus(1):
         return []
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,memory.free"]
     result = subprocess.run([*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=False)
     if result.returncode != 0:  # there is a driver but no GPU
         return []
-    found = []
-    for line in filter(str.strip, result.stdout.splitlines()):
-        name, capability, total, free = (part.strip() for part in line.split(","))
-        major, minor = capability.split(".")
-        found.append(Gpu(name, (int(major), int(minor)), int(total) * 1024**2, int(free) * 1024**2))
+    rows = re.findall(r"^(.+), (\d+)\.(\d+), (\d+), (\d+)$", result.stdout, re.MULTILINE)
+    if len(rows) < len(listed := result.stdout.strip().splitlines()):
+        raise SaigaError(
+            f"nvidia-smi does not state capability and memory of each GPU: {listed}. Update the driver, or set "
+            "CUDA_VISIBLE_DEVICES to an empty string to use the CPU."
+        )
+    found = [
+        Gpu(name, (int(major), int(minor)), int(total) << 20, int(free) << 20)
+        for name, major, minor, total, free in rows
+    ]
     return [found[number] for number in visible_gpus(len(found)) if number < len(found)]
 
 
@@ -270,10 +278,7 @@ def describe_machine() -> str:
     rows = [("where", "Kaggle" if on_kaggle() else "local")]
     if number := re.search(r"(\d{4,})\D*$", os.environ.get("KAGGLE_CONTAINER_NAME", "")):
         rows.append((SESSION, number[1]))
-    rows += [
-        (f"GPU {index}", f"{gpu.name}, sm_{gpu.capability[0]}{gpu.capability[1]}, {gpu.memory / GIB:.1f} GiB")
-        for index, gpu in enumerate(gpus())
-    ] or [("GPU", "none")]
+    rows += [(f"GPU {index}", str(gpu)) for index, gpu in enumerate(gpus())] or [("GPU", "none")]
     rows += [
         ("CPU", f"{os.cpu_count()} cores, bf16 {'yes' if cpu_has_bf16() else 'no'}"),
         ("memory", f"{available_memory() / GB:.1f} GB free"),

@@ -55,7 +55,8 @@ class FastTokenizer:
             token["content"]: token["id"] for token in added if token not in blanks
         }
         # Without an entry in the vocabulary they would get new ids.
-        content["model"]["vocab"] |= {token["content"]: token["id"] for token in blanks}
+        if blanks:  # Unigram has a list
+            content["model"]["vocab"] |= {token["content"]: token["id"] for token in blanks}
         content |= {"added_tokens": blanks, "post_processor": None, "truncation": None, "padding": None}
         self.is_nfc = any(step["type"] == "NFC" for step in _steps(content.get("normalizer"), "normalizers"))
         self.has_prefix_space = _fix_prefix_space(content)

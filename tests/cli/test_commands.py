@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import small_notebooks
 from click.testing import CliRunner
-from small_wheels import pretend_installed
 
 from saigakit import cli, export, infer, publish, train
 from saigakit.cli import chat, parameters, summary, terminal
@@ -486,7 +485,7 @@ def test_chat_reports_a_file_that_is_not_gguf(tmp_path):
     assert "is not a GGUF file" in error_of("chat", tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize("arguments", [("push", "02_train"), ("watch", "02_train"), ("fetch", "02_train", "there")])
+@pytest.mark.parametrize("arguments", [("push", "05_sell"), ("watch", "05_sell"), ("fetch", "05_sell", "there")])
 def test_missing_kernel_is_one_message(tmp_path, arguments):
     assert "kernel-metadata.json" in error_of(*arguments, cwd=tmp_path)
 
@@ -494,38 +493,12 @@ def test_missing_kernel_is_one_message(tmp_path, arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["push", "wheels", "a.whl", "-p", "epochs", "3"], "wheels is a data set and has no parameters. Leave out -p."),
+        (["push", "wheels", "a.whl", "-p", "epochs", "3"], "wheels is not a notebook and has no parameters."),
         (["publish", "runs/terms", "me/name", "--kaggle", "--replace"], "--replace is for the Hub"),
     ],
 )
 def test_an_option_that_would_have_no_effect_is_refused(arguments, message):
     assert error_of(*arguments).startswith(message)
-
-
-def test_doctor_shows_the_machine_and_each_stage():
-    shown = shell("doctor").stdout
-    assert "CPU" in shown and "tokenizers" in shown
-    assert all(f"\n{stage}: " in shown for stage in summary.STAGES)
-
-
-def test_doctor_names_missing_packages_and_how_to_install_them(monkeypatch):
-    monkeypatch.setattr(
-        "saigakit.core.install.missing", lambda names: [name for name in names if name in ("peft", "jupyter")]
-    )
-    shown = CliRunner().invoke(cli.main, ["doctor"]).output
-    assert f"run, demo: lack jupyter; {install.pip_install(['run'])}\n" in shown
-    assert "02_train: lacks peft; pip install" in shown and "01_format: ready" in shown
-
-
-def test_doctor_names_versions_that_are_too_old(monkeypatch, tmp_path):
-    lines = ["jinja2>=3.1.6", 'kaggle>=2.2.5; extra == "kaggle"']
-    monkeypatch.setattr("saigakit.core.install.metadata.requires", {"saigakit": lines}.get)
-    for name, version in (("jinja2", "3.1.5"), ("kaggle", "2.2.4")):
-        pretend_installed(monkeypatch, tmp_path, name, version)
-    shown = CliRunner().invoke(cli.main, ["doctor"]).output
-    assert f"01_format: lacks jinja2>=3.1.6 instead of 3.1.5; {install.pip_install(())}\n" in shown
-    remedy = install.pip_install(["kaggle"])
-    assert f"push, watch, fetch: lack kaggle>=2.2.5 instead of 2.2.4; {remedy}\n" in shown
 
 
 def test_windows_runs_some_commands_and_refuses_the_others(tmp_path, monkeypatch):

@@ -41,6 +41,15 @@ def test_a_terminal_without_unicode_shows_russian_records(tmp_path, encoding):
     assert encoding == "ascii" or "Ёлка ? ??" in shown  # click writes UTF-8 where only ASCII is promised
 
 
+@pytest.mark.parametrize("encoding", ["cp1251", "koi8-r", "ascii", "utf-8"])
+def test_what_doctor_has_found_can_be_told_apart_in_each_terminal(monkeypatch, encoding):
+    monkeypatch.setenv("HF_TOKEN", "with spaces in it")
+    shown, status = in_terminal(encoding, "doctor")
+    passed, failed = ("✓", "✗") if encoding == "utf-8" else ("ok", "NO")
+    assert status == 0 and "Traceback" not in shown, shown
+    assert shown.startswith(f"{passed} Python ") and f"\n{failed} Hub token " in shown, shown
+
+
 def test_help_and_errors_are_shown_in_a_terminal_without_unicode():
     shown, status = in_terminal("ascii", "--help")
     assert status == 0 and "saigakit demo" in shown

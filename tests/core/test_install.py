@@ -63,6 +63,33 @@ def test_pyproject_allows_every_pinned_version(name):
     assert all(requirement.specifier.contains(install.PINS[name]["version"]) for requirement in requirements)
 
 
+def kaggles_versions():
+    """By package: what `make test-kaggle` installs."""
+    lines = (ROOT / "tests" / "support" / "kaggle-constraints.txt").read_text(encoding="utf-8").splitlines()
+    return {each.name: each.specifier for each in map(Requirement, filter(re.compile(r"\w").match, lines))}
+
+
+@pytest.mark.parametrize("name", install.PINS)
+def test_the_suite_for_kaggle_runs_on_every_pinned_version(name):
+    assert str(kaggles_versions()[name]) == f"=={install.PINS[name]['version']}"
+
+
+@pytest.mark.parametrize("extra", ["", *EXTRAS])
+def test_pyproject_allows_the_versions_of_kaggles_image(extra):
+    image = kaggles_versions()
+    versions = {name: str(image[name]).removeprefix("==") for name in declared(extra) if name in image}
+    assert versions
+    assert [name for name, version in versions.items() if not declared(extra)[name].specifier.contains(version)] == []
+
+
+def test_llama_cpp_python_is_the_pinned_version_or_a_later_one_everywhere():
+    pinned = install.PINS["llama-cpp-python"]
+    lowest = {str(declared(extra)["llama-cpp-python"].specifier) for extra in ("export", "infer")}
+    assert lowest == {f"<0.4,>={pinned['version']}"}
+    assert str(kaggles_versions()["llama-cpp-python"]) == f"=={pinned['version']}"
+    assert all(f"/v{pinned['version']}" in pinned[build]["url"] for build in ("cpu", "gpu"))
+
+
 @pytest.mark.parametrize("gpu", [True, False])
 @pytest.mark.parametrize("name", install.PINS)
 def test_every_pin_has_hashes(name, gpu):

@@ -1,6 +1,7 @@
 """Inputs in both Kaggle layouts, directories, disk, memory, GPUs and secrets."""
 
 import os
+import re
 import subprocess
 import sys
 import types
@@ -250,6 +251,17 @@ def test_gpus_named_by_uuid_are_refused_instead_of_ignored(tmp_path, monkeypatch
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     with pytest.raises(SaigaError, match=rf"CUDA_VISIBLE_DEVICES='{named}': give the numbers"):
         workspace.gpus()
+
+
+@pytest.mark.parametrize("printed", ["NVIDIA GB10, 12.1, [N/A], [N/A]", "Unable to determine the device handle: Lost"])
+def test_a_gpu_without_capability_or_memory_is_refused_unless_it_is_hidden(tmp_path, monkeypatch, printed):
+    nvidia_smi(tmp_path, f"Tesla T4, 7.5, 15360, 15101\\n{printed}\\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(SaigaError, match=re.escape(printed)):
+        workspace.gpus()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert workspace.gpus() == []
 
 
 def test_a_driver_without_a_gpu_means_no_gpu(tmp_path, monkeypatch):

@@ -155,7 +155,8 @@ def beyond_the_table(base_dir):
 def logits_of_both(model, base_dir, adapter_dir, tmp_path, activation=None):
     """(llama.cpp's, transformers') for each prompt, with llama.cpp's KV cache in float32."""
     file = export.to_gguf(model=model, adapter=adapter_dir, output=tmp_path / "float.gguf", quant_type="F32")
-    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    # eager: sdpa of transformers 5.0 leaves out the softcapping of Gemma-2
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32, attn_implementation="eager")
     merged = PeftModel.from_pretrained(base, adapter_dir).merge_and_unload()
     for layer in merged.model.layers if activation else ():
         layer.mlp.act_fn = activation

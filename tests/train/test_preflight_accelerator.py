@@ -31,7 +31,8 @@ def test_a_gpu_that_torch_cannot_use_is_refused(records, tmp_path, stub_gpus, no
     names = "Tesla T4, Tesla T4" if processes is None else "Tesla T4"
     with pytest.raises(SaigaError, match=f"nvidia-smi lists {names}, but torch cannot compute there.*T4 x2") as caught:
         train.train_adapter(config_for(records, tmp_path, processes=processes))
-    assert str(caught.value).splitlines()[1:] == ["Torch not compiled with CUDA enabled"]
+    [said] = str(caught.value).splitlines()[1:]
+    assert said.startswith(("Torch not compiled with CUDA enabled", "Found no NVIDIA driver"))  # CPU and CUDA builds
 
 
 def test_a_base_of_7b_on_kaggle_without_a_gpu_is_refused(records, tmp_path, stub_gpus, on_kaggle, no_download):

@@ -30,6 +30,7 @@ def loaded(base_dir, rows=None):
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     if rows is not None:
         model.resize_token_embeddings(rows)
+        model.lm_head.out_features = rows  # transformers 5.0 forgets it if the matrices are tied, and peft reads it
     return model
 
 
