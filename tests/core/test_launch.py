@@ -250,7 +250,7 @@ def test_no_child_imports_modules_of_the_current_directory(strangers_directory, 
     pytest.importorskip("kaggle")
     launch.run([sys.executable, "-m", "this"])
     assert "The Zen of Python" in capfd.readouterr().out
-    install._run_python(["-m", "pip", "--version"], "pip failed")
+    install.run_python(["-m", "pip", "--version"], "pip failed")
     assert "Kaggle CLI" in command_line.run("--version")
     assert not (strangers_directory / "ran").exists()
     subprocess.run([sys.executable, "-m", "this"], check=True)  # as it was
