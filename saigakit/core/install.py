@@ -316,7 +316,8 @@ def run_python(arguments: Sequence[str], failure: str, remedy: str = "", **envir
     command, inherited = [sys.executable, *arguments], workspace.child_environment() | environment
     result = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8", env=inherited, check=False)
     if result.returncode != 0:
-        last_lines = "\n".join(result.stderr.strip().splitlines()[-15:])
+        said = re.sub(r"^Traceback .*\n(?: .*\n)*", "", result.stderr, flags=re.MULTILINE)
+        last_lines = "\n".join(said.strip().splitlines()[-15:])
         raise SaigaError("\n".join(filter(None, [failure, last_lines, remedy])))
 
 

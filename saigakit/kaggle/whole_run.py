@@ -67,7 +67,7 @@ class WholeRun:
             rows.append(
                 (f"notebook {content['id']}", f"{machine}{sessions}; {self._state.get(stage, {}).get('is', 'new')}")
             )
-        return Table(("on Kaggle", "what"), [*rows, (f"results in {self.directory}", "model, card, report")])
+        return Table(("on Kaggle", "what"), rows, f"Model, card and report arrive in {self.directory}.")
 
     def run(self) -> Path:
         """Do what is left to do; returns the GGUF file. Raises SaigaError as `kernels.watch` does."""

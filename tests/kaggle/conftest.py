@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 from kaggle_stub import DATASETS, UPLOAD, KaggleStub
+from small_wheels import pin, wheel
+
+from saigakit.core import install
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -59,3 +62,28 @@ def uploads(kaggle):
     for call in ("CreateDataset", "CreateDatasetVersion"):
         kaggle.answer(DATASETS + call, {"status": "ok", "url": "https://kaggle.invalid/d"})
     return kaggle
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch) -> Path:
+    """A directory of tiny wheels in place of PyPI and GitHub, and pins that allow them."""
+    place = tmp_path / "registry"
+    rensa = []
+    for python in ("311", "312"):
+        made = wheel(place, "rensa", "0.5.0", source=f"python = {python}")
+        rensa.append(made.rename(place / f"rensa-0.5.0-cp{python}-cp{python}-manylinux_2_28_x86_64.whl"))
+    elsewhere = tmp_path / "github"
+    llama = {
+        kind: wheel(elsewhere, "llama-cpp-python", version)
+        for kind, version in (("cpu", "0.3.35"), ("gpu", "0.3.35+cu125"))
+    }
+    pins = {
+        "gguf": pin(wheel(place, "gguf", "0.19.0")),
+        "rensa": pin(*rensa),
+        "llama-cpp-python": {kind: pin(file, url=file.as_uri()) | {"version": "0.3.35"} for kind, file in llama.items()}
+        | {"version": "0.3.35"},
+    }
+    monkeypatch.setattr(install, "PINS", pins)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(place))
+    return place

@@ -169,13 +169,16 @@ def test_a_gzip_file_arrives_unpacked(run, records):
 
 
 @pytest.mark.slow
-def test_a_run_without_internet_has_its_base_and_all_wheels_attached(run, records):
+def test_a_run_without_internet_has_its_base_and_all_wheels_attached(run, records, registry, monkeypatch):
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # the setuptools of this environment
     ended = call(records, "--offline", "alice/saiga/transformers/7b/2")
     assert ended.exit_code == 0, ended.output
     for body in run.stub.sent(SAVE):
         assert body["enableInternet"] is False
         assert body["modelDataSources"] == ["alice/saiga/transformers/7b/2"]
         assert 'base_source = "saiga/transformers/7b/2"' in "\n".join(code(body["text"]))
+    uploaded = {body["name"] for body in run.stub.sent("blobs.BlobApiService/StartBlobUpload")}
+    assert {"saigakit-0.1.0-py3-none-any.whl", "gguf-0.19.0-py3-none-any.whl"} <= uploaded
 
 
 def test_a_local_run_in_the_same_directory_is_never_overwritten(run, records):

@@ -28,6 +28,7 @@ def test_the_four_commands_lead_from_a_clone_to_a_model(uploads, tmp_path, monke
     FinishedRuns(uploads, tmp_path)
     tokens = {"accessToken": "a" * 20, "refreshToken": "r" * 20, "expiresIn": 36000, "username": "alice", "userId": 1}
     uploads.answer(LOGIN, tokens)
+    uploads.answer("security.OAuthService/IntrospectToken", {"active": True, "username": "alice", "userId": 1})
     environment = {
         name: value
         for name, value in {**os.environ, **uploads.environment(home)}.items()
