@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 
 from saigakit.core import install, workspace
 from saigakit.core.display import Table, printable
@@ -14,6 +16,7 @@ from saigakit.errors import SaigaError
 _NO_LOGIN = "Authentication required"
 _ABSENT = r"\b40[34] Client Error|The resource was not found|You don't have access|Permission .* was denied"
 _REMEDIES = {
+    r"No space left on device|Disk quota exceeded": ("The disk is full", "Free some space"),
     r"Max retries exceeded|Connection\w*Error|NameResolution|Connection (aborted|reset)|[Tt]imed? ?out": (
         "No connection to Kaggle", "Check the internet connection and the variables HTTP_PROXY and HTTPS_PROXY"
     ),
@@ -30,20 +33,21 @@ class NoAnswerError(SaigaError):
     """Kaggle did not answer this time; the same command may succeed later."""
 
 
-def run(*arguments: str, echo: bool = False) -> str:
+def run(*arguments: str, echo: bool = False, limit_s: float = 300.0) -> str:
     """Run a command and return what it printed on both streams.
 
-    Raises NoAnswerError if there is no connection or Kaggle has a fault, and SaigaError if it refuses.
+    Raises NoAnswerError if there is no connection, no answer within `limit_s` seconds or a fault of Kaggle's, and
+    SaigaError if it refuses.
     """
     if lacking := install.missing(["kaggle"]):
         raise SaigaError(f"This needs {install.listed(lacking)}. Run: {install.pip_install(['kaggle', 'run'])}")
     # -m kaggle: its check of the program's name knows this form. -W: no warning about a newer version.
-    return run_python("-m", "kaggle", "-W", *arguments, echo=echo)
+    return run_python("-m", "kaggle", "-W", *arguments, echo=echo, limit_s=limit_s)
 
 
-def run_python(*arguments: str, echo: bool = False) -> str:
+def run_python(*arguments: str, echo: bool = False, limit_s: float = 300.0) -> str:
     """As `run`, for any code that uses the packages of the command line."""
-    lines = []
+    lines, start = [], time.monotonic()
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(
@@ -56,16 +60,22 @@ def run_python(*arguments: str, echo: bool = False) -> str:
         ) as child,
     ):
         assert child.stdout is not None
+        timer = threading.Timer(limit_s, child.kill)  # a request after which this machine slept is never answered
+        timer.daemon = True
+        timer.start()
         for line in child.stdout:
             lines.append(line)
             if echo:
                 print(printable(line), end="", flush=True)
         code = child.wait()
+        timer.cancel()
         errors.seek(0)
         lines.append(errors.read().decode("utf-8", "replace"))
     if code == 0:
         return "".join(lines)
-    about = next((each for each in arguments if re.fullmatch(r"[\w-]+/[\w/-]+", each)), arguments[-1])
+    about = next((each for each in arguments if re.fullmatch(r"[\w-]+/[\w/-]+", each)), "the request")
+    if time.monotonic() - start >= limit_s:
+        raise NoAnswerError(f"Kaggle did not answer {about} within {limit_s:.0f} s.")
     raise _explain(about, re.sub(r"^.*%\|.*$", "", lines[-1], flags=re.MULTILINE).strip() or "".join(lines).strip())
 
 
@@ -103,7 +113,7 @@ def query(*command: str) -> str | None:
 def submit(reference: str, *command: str) -> str:
     """Run a command that creates `reference`, and check its output: it exits with status 0 even if refused."""
     try:
-        output = run(*command)
+        output = run(*command, limit_s=86400.0)  # an upload may take long
     except _RefusedError as error:
         raise _refused(reference, error.reason) from None
     if refusals := re.findall(r"^.*(?:push|creation) error: *(.*)$", output, re.MULTILINE):

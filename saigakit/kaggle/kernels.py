@@ -32,6 +32,10 @@ with api.build_kaggle_client() as client:
 """
 
 
+class RunFailedError(SaigaError):
+    """A run failed or was cancelled on Kaggle."""
+
+
 class Pushed(NamedTuple):
     """A version of a notebook that Kaggle has accepted; `reference` is owner/slug/version."""
 
@@ -77,8 +81,8 @@ def push_notebook(file: Path, content: dict[str, Any], parameters: Mapping[str, 
 def watch(kernel: str, *, poll_s: float = 30.0) -> None:
     """Wait for the end of a notebook, owner/slug or a stage of the logged-in user, and report its status.
 
-    Hours without an answer are survived. Raises SaigaError with Kaggle's message and the end of the log if it fails
-    or is cancelled.
+    Hours without an answer are survived. Raises RunFailedError with Kaggle's message and the end of the log if it
+    fails or is cancelled.
     """
     reference, start = _reference(kernel), time.monotonic()
     shown, shown_at, answered_at, pause = "", start, None, poll_s
@@ -98,7 +102,7 @@ def watch(kernel: str, *, poll_s: float = 30.0) -> None:
             print(f"{reference}: {status} after {(answered_at - start) / 60:.0f} min", flush=True)
             shown, shown_at = status, answered_at
         if status in ("ERROR", "CANCEL_ACKNOWLEDGED"):
-            raise SaigaError(_failure(reference, status, message))
+            raise RunFailedError(_failure(reference, status, message))
         if status != "COMPLETE":
             time.sleep(poll_s)
 
@@ -170,7 +174,7 @@ def fetch(kernel: str, directory: str | Path, *, pattern: str = "") -> Path:
         partial.mkdir(parents=True, exist_ok=True)
     options = ("--file-pattern", pattern) if pattern else ()
     try:
-        command_line.run("kernels", "output", reference, "-p", str(partial), *options, echo=True)
+        command_line.run("kernels", "output", reference, "-p", str(partial), *options, echo=True, limit_s=86400.0)
     except NoAnswerError as error:
         raise SaigaError(f"{error} What has arrived is kept: run the same command to go on.") from None
     if not any(partial.iterdir()):

@@ -15,25 +15,23 @@ METADATA = "kaggle-metadata"
 KERNEL, DATASET = "kernel-metadata.json", "dataset-metadata.json"
 # Kaggle's names; NvidiaTeslaT4 is the free one, and means two of them.
 ACCELERATORS = ("NvidiaTeslaT4", "NvidiaL4", "NvidiaL4X1", "NvidiaTeslaA100", "NvidiaH100", "NvidiaRtxPro6000")
+_ROOTS = (Path(METADATA), Path(__file__).parents[2] / METADATA)
 _LARGEST = 1_000_000  # bytes of a notebook that Kaggle accepts
 
 
 def find_folder(stage: str | Path, name: str = KERNEL) -> Path:
     """The folder with metadata `name`: as given, or of kaggle-metadata here or in the repository of saigakit."""
-    roots = (Path(METADATA), Path(__file__).parents[2] / METADATA)
-    for folder in (Path(stage), *(root / stage for root in roots)):
+    for folder in (Path(stage), *(root / stage for root in _ROOTS)):
         if (folder / name).is_file():
             return folder
-    known = ", ".join(sorted({file.parent.name for root in roots for file in root.glob(f"*/{name}")}))
-    raise SaigaError(f"No {name} in {stage} or {roots[0] / stage}. Known: {known or f'none, no {METADATA} here'}.")
+    known = ", ".join(sorted({file.parent.name for root in _ROOTS for file in root.glob(f"*/{name}")}))
+    there = f"Known: {known}." if known else f"Run this in a clone of saigakit, which has the directory {METADATA}."
+    raise SaigaError(f"No {name} in {stage} or {_ROOTS[0] / stage}. {there}")
 
 
 def is_dataset(name: str) -> bool:
     """Whether a folder of kaggle-metadata describes a data set rather than a notebook."""
-    try:
-        return (find_folder(name, DATASET) / DATASET).is_file()
-    except SaigaError:
-        return False
+    return name in ("wheels", "example-data") or any((root / name / DATASET).is_file() for root in (Path(), *_ROOTS))
 
 
 def read_metadata(file: Path, owner: str) -> dict[str, Any]:
@@ -104,19 +102,24 @@ def _set_parameters(notebook: Path, parameters: Mapping[str, object], target: Pa
     )
 
 
+def train_config(values: Mapping[str, Any]) -> TrainConfig:
+    """Of the parameters of 02_train. Raises SaigaError if they are not valid."""
+    ours = {name: value for name, value in values.items() if name != "run_dir"}
+    return TrainConfig.from_json({"train_file": "-", "output_dir": "-", **ours}, "02_train")
+
+
 def require_valid(stage: str, values: Mapping[str, Any]) -> None:
     """Raise SaigaError for values that `stage` would refuse after the wait for a machine."""
     values = {"model": "saiga2_7b", **values}
+    for name, value in values.items():
+        path = Path(str(value))
+        if (path.is_absolute() and path.parts[1] != "kaggle") or (name == "model" and path.is_dir()):
+            raise SaigaError(f"{name}={value!r} is on this machine, and Kaggle does not have it; name one of the Hub.")
     if str(values["model"]).startswith("/kaggle/"):  # not here
         values["model"] = "saiga2_7b"
-    elif Path(str(values["model"])).is_dir():
-        raise SaigaError(
-            f"model={values['model']!r} is a directory here, and Kaggle does not have it; name one of the Hub."
-        )
     spec = registry.find(values["model"])
     if stage == "02_train":
-        ours = {name: value for name, value in values.items() if name != "run_dir"}
-        TrainConfig.from_json({"train_file": "-", "output_dir": "-", **ours}, stage)
+        train_config(values)
     checks: dict[str, Callable[[Any], object]] = {
         "max_seq_length": lambda value: sequence_budget(spec, value),
         "quant_type": quantization.require_known,

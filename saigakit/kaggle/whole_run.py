@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from saigakit import data
-from saigakit.core import manifest
+from saigakit.core import hub, manifest
 from saigakit.core.display import Table
 from saigakit.core.files import lock_file, require_absent, scratch, sha256, write_text
 from saigakit.errors import SaigaError
@@ -49,11 +49,20 @@ class WholeRun:
                 f"offline={self.offline!r}: give owner/model/framework/variation/version of a Kaggle model."
             )
         file = self.directory / STATE
-        self._state = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        try:
+            self._state = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        except (ValueError, TypeError):
+            raise SaigaError(f"{file} is damaged. Move {self.directory} away or choose another name.") from None
         for stage, (_, values) in self.stages.items():
             notebook.require_valid(stage, values)
+            for name, value in values.items():
+                if name == "records" or (value not in STAGES and isinstance(value, str) and Path(value).exists()):
+                    raise SaigaError(f"{name}={value!r} would not be on Kaggle: of this machine, it gets FILES only.")
             if stage not in self._state.get("home", {}):
                 require_absent(self.directory / stage)
+        start = notebook.train_config(self.stages[_TRAIN][1]).start_adapter or ""
+        if self.offline and hub.is_hub_id(start.partition("@")[0]):
+            raise SaigaError(f"Without internet, {start} is not there to train on. Add -p 02_train.adapter None.")
         data.read_conversations(data.records_files([str(file) for file in self.records], None))
         self._owner = command_line.username()
 
@@ -82,7 +91,6 @@ class WholeRun:
             self._finish(stage, sources, done)
             if stage == _TRAIN:
                 last = self._train_on(done)
-        for stage in STAGES:
             self._bring_home(stage, self._state[last if stage == _TRAIN else stage]["reference"])
         return self.directory / "03_merge_gguf" / "model.gguf"
 
@@ -137,9 +145,7 @@ class WholeRun:
         if before["is"] != "finished":
             try:
                 kernels.watch(before["reference"], poll_s=self.poll_s)
-            except command_line.NoAnswerError:
-                raise
-            except SaigaError:
+            except kernels.RunFailedError:
                 self._remember(step, before | {"is": "failed"})
                 raise
             self._remember(step, before | {"is": "finished"})
@@ -154,7 +160,7 @@ class WholeRun:
         with scratch() as directory:
             for name, file in self._remote_names().items():
                 with (
-                    gzip.open(file) if file.suffix == ".gz" else file.open("rb") as source,
+                    gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as source,
                     (directory / name).open("wb") as target,
                 ):
                     shutil.copyfileobj(source, target)
@@ -172,23 +178,25 @@ class WholeRun:
         return fingerprint
 
     def _bring_home(self, stage: str, reference: str) -> None:
-        """Fetch the results of a notebook; a stage that is here and intact is kept."""
+        """Fetch the results of a notebook, unless they are here; those of an earlier run stay until these are."""
         final, home = self.directory / stage, self._state.get("home", {})
         if final.is_dir() and home.get(stage) == reference:
             return
-        shutil.rmtree(final, ignore_errors=True)  # of an earlier run
-        arrived = kernels.fetch(reference, self.directory / f".{stage}")
-        (arrived / stage).rename(final)
+        arrived = self.directory / f".{reference.replace('/', '.')}"
+        if not arrived.is_dir():  # else it was complete when this was killed
+            kernels.fetch(reference, arrived)
         for log in arrived.glob("*.log"):
             log.replace(self.directory / f"{stage}.log")
-        shutil.rmtree(arrived)
+        shutil.rmtree(final, ignore_errors=True)
         self._remember("home", {**home, stage: reference})
+        (arrived / stage).rename(final)
+        shutil.rmtree(arrived)
 
     def _content(self, step: str) -> dict[str, Any]:
         """The metadata of a notebook under this run's name."""
         stage = step.partition("-")[0]
         content = notebook.read_metadata(notebook.find_folder(stage) / notebook.KERNEL, self._owner)
-        content["id"] = self._slug(step)
+        content |= {"id": self._slug(step), "is_private": True}
         content["title"] = content["id"].split("/")[1].replace("-", " ")
         if self.offline:
             content |= {"enable_internet": False, "model_sources": [self.offline]}
@@ -202,7 +210,8 @@ class WholeRun:
 
     def _remote_names(self) -> dict[str, Path]:
         """Files by their names on Kaggle, which unpacks archives."""
-        suffixes = [Path(file.name.removesuffix(".gz")).suffix for file in self.records]
+        names = [file.name.lower().removesuffix(".gz") for file in self.records]
+        suffixes = [Path(name.removesuffix(".zst")).suffix + ".zst" * name.endswith(".zst") for name in names]
         return {
             f"records-{i}{suffix}": file for i, (suffix, file) in enumerate(zip(suffixes, self.records, strict=True), 1)
         }

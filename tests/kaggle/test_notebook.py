@@ -65,7 +65,7 @@ def test_an_unknown_stage_is_refused_with_the_known_ones(kaggle):
     ("stage", "name", "value", "message"),
     [
         ("02_train", "epochs", "drei", "epochs='drei' is not a number"),
-        ("02_train", "model", str(REPOSITORY / "notebooks"), "is a directory here, and Kaggle does not have it"),
+        ("02_train", "model", str(REPOSITORY / "notebooks"), "is on this machine, and Kaggle does not have it"),
         ("02_train", "batch_size", 0, "batch_size=0 must be a whole number"),
         ("02_train", "model", "saiga2", "unknown.*Did you mean 'saiga2_7b'"),
         ("01_format", "eval_fraction", 1.5, "eval_fraction=1.5 must be a number between 0 and 1"),

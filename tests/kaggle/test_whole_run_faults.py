@@ -1,0 +1,118 @@
+"""Faults of `saigakit kaggle`: what is known in the first minute, and nothing that was finished is lost."""
+
+import json
+import shutil
+
+import pyarrow
+import pytest
+from click.testing import CliRunner
+from kaggle_runs import OUTPUT, SAVE, STATUS, FinishedRuns, code
+
+from saigakit import cli
+from saigakit.kaggle import whole_run
+
+RECORD = {"messages": [{"role": "user", "content": "Что?"}, {"role": "assistant", "content": "То."}]}
+
+
+@pytest.fixture
+def run(uploads, tmp_path):
+    return FinishedRuns(uploads, tmp_path)
+
+
+@pytest.fixture
+def records(tmp_path):
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps(RECORD) + "\n" for _ in range(3)), encoding="utf-8")
+    return file
+
+
+def call(records, *options, model="saiga_tiny"):
+    arguments = ["kaggle", str(records), "--model", model, "--run-dir", str(records.parent / "run"), *options]
+    return CliRunner().invoke(cli.main, arguments)
+
+
+@pytest.mark.parametrize("content", ["", "[5]", '{"02_train": '])
+def test_a_damaged_state_file_is_named(run, records, content):
+    (records.parent / "run").mkdir()
+    (records.parent / "run" / whole_run.STATE).write_text(content, encoding="utf-8")
+    ended = call(records)
+    assert ended.exit_code == 1 and f"{whole_run.STATE} is damaged" in ended.output, ended.output
+
+
+@pytest.mark.parametrize("name", ["held_out", "chat_template", "02_train.adapter", "base_source", "importance"])
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_a_file_that_kaggle_does_not_get_is_refused(run, records, monkeypatch, name, is_relative):
+    file = records.with_name("mine.jsonl")
+    shutil.copy(records, file)
+    if is_relative:
+        monkeypatch.chdir(file.parent)
+    notebooks = ["--notebooks", str(cli.runner.find_notebooks())]
+    ended = call(records, "-p", name, file.name if is_relative else str(file), *notebooks)
+    assert ended.exit_code == 1 and "Kaggle" in ended.output and "mine.jsonl" in ended.output, ended.output
+    assert run.stub.calls == []
+
+
+def test_a_second_name_for_the_records_is_refused(run, records):
+    ended = call(records, "-p", "records", "others.jsonl")
+    assert ended.exit_code == 1 and "records='others.jsonl'" in ended.output, ended.output
+    assert run.stub.calls == []
+
+
+def test_a_released_adapter_is_refused_without_internet(run, records):
+    ended = call(records, "--offline", "a/b/transformers/c/1", "--dry-run", model="saiga2_7b")
+    assert ended.exit_code == 1 and "-p 02_train.adapter None" in ended.output, ended.output
+
+
+def test_zstd_files_keep_the_name_of_what_is_in_them(run, records):
+    packed = records.with_name("ОТЗЫВЫ.JSONL.ZST")
+
+    with pyarrow.output_stream(str(packed), compression="zstd") as stream:
+        stream.write(records.read_bytes())
+    run.statuses["saigakit-01-format"] = "ERROR"  # that is enough
+    assert "saigakit-01-format/1 failed" in call(packed).output
+    assert '["saigakit-records/records-1.jsonl.zst"]' in "\n".join(code(run.stub.sent(SAVE)[0]["text"]))
+
+
+def test_a_run_that_cannot_be_followed_is_not_started_again(run, records):
+    answer = run.stub.answers[STATUS]
+    run.stub.answers[STATUS] = [(403, {"code": 403, "message": "denied"})]
+    assert call(records).exit_code == 1
+    run.stub.answers[STATUS] = answer
+    run.statuses["saigakit-01-format"] = "ERROR"
+    assert "saigakit-01-format/1 failed" in call(records).output
+    assert run.pushed() == ["saigakit-01-format"]
+
+
+@pytest.mark.slow
+def test_the_model_comes_home_though_04_fails(run, records):
+    run.statuses["saigakit-04-infer"] = "ERROR"
+    assert call(records).exit_code == 1
+    assert (records.parent / "run" / "03_merge_gguf" / "model.gguf").read_bytes() == b"GGUF"
+
+
+@pytest.mark.slow
+def test_an_earlier_result_stays_until_the_new_one_is_here(run, records):
+    run.statuses["saigakit-02-train"] = "ERROR"
+    assert call(records).exit_code == 1
+    formatted = records.parent / "run" / "01_format" / "train.jsonl"
+    assert formatted.is_file()
+    records.write_text(json.dumps(RECORD) + "\n", encoding="utf-8")
+    run.stub.answers[OUTPUT] = [(403, {"code": 403, "message": "denied"})]
+    assert call(records).exit_code == 1
+    assert len(run.pushed()) == 3
+    assert formatted.is_file()
+
+
+@pytest.mark.slow
+def test_a_kill_between_download_and_rename_is_survived(run, records):
+    run.statuses["saigakit-02-train"] = "ERROR"
+    assert call(records).exit_code == 1
+    directory = records.parent / "run"
+    arrived = directory / ".alice.saigakit-01-format.1"
+    arrived.mkdir()
+    (directory / "01_format").rename(arrived / "01_format")
+    state = json.loads((directory / whole_run.STATE).read_text(encoding="utf-8"))
+    del state["home"]
+    (directory / whole_run.STATE).write_text(json.dumps(state), encoding="utf-8")
+    assert "02-train/2 failed" in call(records).output
+    assert (directory / "01_format" / "train.jsonl").is_file() and not arrived.exists()
