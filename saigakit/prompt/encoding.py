@@ -42,6 +42,7 @@ def read_tokenizer(spec: ModelSpec, directory: Path, chat_template: str | None =
     raw = _read_raw(directory)
     chosen = template.read_chat_template(spec, directory, chat_template)
     tokenizer = FastTokenizer(raw, chosen, _read_named_tokens(directory))
+    _require_blanks(directory, tokenizer)
     for text, ids in spec.golden_ids:
         if (got := tokenizer.encode_text(text)) != list(ids):
             raise SaigaError(
@@ -61,6 +62,16 @@ def _read_raw(directory: Path) -> "tokenizers.Tokenizer":
     if as_model.is_file():
         return from_sentencepiece(as_model)
     raise SaigaError(f"{directory} has neither tokenizer.json nor tokenizer.model.")
+
+
+def _require_blanks(directory: Path, tokenizer: FastTokenizer) -> None:
+    """AutoTokenizer of transformers 5.0 makes a tokenizer.json without them if it finds only a tokenizer.model."""
+    name = tokenizer.variables.get("unk_token", "")
+    if tokenizer.special_tokens.get(name) in tokenizer.encode_text(" "):
+        raise SaigaError(
+            f"The tokenizer in {directory} reads a blank as {name!r}, as transformers 5.0 saves one that it made from "
+            "a tokenizer.model. Use the model's original files; train again what was trained with this tokenizer."
+        )
 
 
 def _require_same_ids(raw: "tokenizers.Tokenizer", tokenizer: FastTokenizer) -> None:

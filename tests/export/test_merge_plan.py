@@ -7,7 +7,7 @@ import pytest
 import small_models
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, LlamaTokenizer
 
 from saigakit import export
 from saigakit.errors import SaigaError
@@ -31,7 +31,7 @@ def adapter(directory, base_dir, *, rows=None, tokens=(), chat_template=None):
         model.resize_token_embeddings(rows)
     settings = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
     get_peft_model(model, LoraConfig(**settings)).save_pretrained(directory)
-    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    tokenizer = LlamaTokenizer.from_pretrained(base_dir)  # AutoTokenizer of Kaggle's transformers 5.0 misreads it
     tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
     tokenizer.save_pretrained(directory)
     if chat_template is not None:
@@ -105,6 +105,15 @@ def test_a_tokenizer_that_cannot_be_used_is_named_with_the_remedy(base, tmp_path
     with pytest.raises(SaigaError, match=rf"{trained} has no chat template.*--tokenizer"):
         MergePlan.of(str(base), trained).read_tokenizer()
     assert MergePlan.of(str(base), trained, tokenizer=base).read_tokenizer()
+
+
+def test_a_tokenizer_of_kaggles_transformers_that_loses_blanks_is_refused(base, tmp_path):
+    trained = adapter(tmp_path / "adapter", base)
+    small_models.as_transformers_5_0_saves_it(trained, base / "tokenizer.model")
+    with pytest.raises(SaigaError, match=rf"{trained} reads a blank as '<unk>'.*train again.*as --tokenizer"):
+        exported(base, trained, tmp_path)
+    exact = [exported(base, trained, tmp_path, tokenizer=base), exported(base, None, tmp_path / "plain")]
+    assert read_tokens(exact[0]) == read_tokens(exact[1])
 
 
 def test_adapters_with_different_tokenizers_are_not_added_up(base, tmp_path):

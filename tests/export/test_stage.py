@@ -1,6 +1,5 @@
 """The exported file against llama.cpp's quantiser byte for byte, and against the logits of transformers."""
 
-import ctypes
 import hashlib
 import json
 import shutil
@@ -9,6 +8,7 @@ from functools import cache
 
 import gguf
 import llama_cpp
+import llama_cpp_chain
 import numpy as np
 import pytest
 import small_models
@@ -91,13 +91,6 @@ def deep(tiny, tmp_path_factory):
     return small_models.base(tmp_path_factory.mktemp("deep"), tiny / "base", **DEEP), None
 
 
-def quantised_by_llama_cpp(source, quant_type, made):
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = gguf.LlamaFileType[f"MOSTLY_{quant_type}"], 1
-    assert llama_cpp.llama_model_quantize(str(source).encode(), str(made).encode(), ctypes.byref(params)) == 0
-    return made
-
-
 @pytest.fixture(scope="module")
 def float_file(tmp_path_factory):
     """Exports the merged model in float32, once for each model and adapter."""
@@ -112,7 +105,8 @@ def float_file(tmp_path_factory):
 
 def require_llama_cpps_bytes(float_file, model, adapter, quant_type, directory):
     made = export.to_gguf(model=str(model), adapter=adapter, output=directory / "made.gguf", quant_type=quant_type)
-    reference = quantised_by_llama_cpp(float_file(model, adapter), quant_type, directory / "reference.gguf")
+    floats = float_file(model, adapter)
+    reference = llama_cpp_chain.quantise(floats, quant_type, directory / "reference.gguf", threads=1)
     ours, theirs = ({tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors} for file in (made, reference))
     assert {name: tensor.tensor_type.name for name, tensor in ours.items()} == {
         name: tensor.tensor_type.name for name, tensor in theirs.items()

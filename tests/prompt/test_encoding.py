@@ -415,6 +415,16 @@ def test_prefers_tokenizer_model_to_a_tokenizer_json_without_scores(processor, t
         encoding.load_tokenizer("saiga2_7b", str(tmp_path))
 
 
+def test_a_tokenizer_that_loses_blanks_is_not_trained_with(processor, tmp_path):
+    import small_models
+
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"unk_token": "<unk>"}', encoding="utf-8")
+    small_models.as_transformers_5_0_saves_it(tmp_path, LLAMA2)
+    with pytest.raises(SaigaError, match=f"The tokenizer in {tmp_path} reads a blank as '<unk>'.*original files"):
+        encoding.load_tokenizer("saiga2_7b", str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_damaged_tokenizer_file_is_named(smollm2, tmp_path, name):
     for file in ("tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"):

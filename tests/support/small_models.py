@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import sentencepiece
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from saigakit.prompt import template
@@ -69,6 +71,17 @@ def adapter(directory: Path, base_dir: Path, **settings) -> Path:
 def edit_json(file: Path, **changes) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(content | changes), encoding="utf-8")
+
+
+def as_transformers_5_0_saves_it(directory: Path, tokenizer_model: Path) -> None:
+    """What AutoTokenizer of Kaggle's transformers 5.0.0 makes from a tokenizer.model: a blank is `<unk>`."""
+    pieces = sentencepiece.SentencePieceProcessor(str(tokenizer_model))
+    ids = range(pieces.get_piece_size())
+    scores = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in ids]
+    special = [text for i, (text, _) in enumerate(scores) if i == 0 or pieces.is_control(i)]
+    tokenizer = Tokenizer(models.Unigram(scores, 0, False))
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    tokenizer.save(str(directory / "tokenizer.json"))
 
 
 def cut(file: Path) -> None:

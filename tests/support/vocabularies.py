@@ -27,6 +27,8 @@ _NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # SmolLM2's vocabulary with the special tokens and the pre-tokenizer of models that no package contains: its tokens of
 # ids 0 to 8 are renamed. Those that Qwen does not flag as special are not flagged here either.
 _LLAMA3 = ("<|end_of_text|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
+# Without the class transformers 5.0 adds the tokens of Code Llama.
+_LLAMA3_NAMED = {"bos_token": _LLAMA3[1], "eos_token": _LLAMA3[2], "tokenizer_class": "PreTrainedTokenizerFast"}
 _GEMMA = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
 _QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _QWEN_PLAIN = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
@@ -184,7 +186,7 @@ def smollm2(directory: Path, source: Path | None) -> None:
 
 def llama3_tokens(directory: Path, source: Path | None) -> None:
     _renamed(directory, source, "llama-bpe", special=_LLAMA3)
-    _write(directory / "tokenizer_config.json", {"bos_token": _LLAMA3[1], "eos_token": _LLAMA3[2]})
+    _write(directory / "tokenizer_config.json", _LLAMA3_NAMED)
 
 
 def qwen_tokens(directory: Path, source: Path | None) -> None:
@@ -199,7 +201,7 @@ def gemma_tokens(directory: Path, source: Path | None) -> None:
 
 def llama3(directory: Path, source: Path | None) -> None:
     _from_gguf(directory, source, "llama-bpe", bos=_LLAMA3[1])
-    _write(directory / "tokenizer_config.json", {"bos_token": _LLAMA3[1], "eos_token": _LLAMA3[2]})
+    _write(directory / "tokenizer_config.json", _LLAMA3_NAMED)
 
 
 def qwen2(directory: Path, source: Path | None) -> None:
