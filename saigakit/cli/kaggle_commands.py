@@ -25,7 +25,7 @@ _ACCELERATOR = click.option(
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @MODEL
 @PARAMETERS
-@click.option("--name", default="saigakit", show_default=True, help="What data sets and notebooks are called on Kaggle")
+@click.option("--name", default="my-saiga", show_default=True, help="What data sets and notebooks are called on Kaggle")
 @click.option("--run-dir", help="Directory for the results, runs/NAME by default")
 @click.option("--sessions", type=click.IntRange(min=1), default=3, show_default=True, help="Sessions for the training")
 @_ACCELERATOR

@@ -40,11 +40,22 @@ def upload(content: Mapping[str, Any], files: Sequence[Path], *, public: bool = 
         for file in files:
             shutil.copy2(file, directory)
         (directory / notebook.DATASET).write_text(json.dumps(content), encoding="utf-8")
-        is_new = status(reference) is None
+        if not (is_new := status(reference) is None) and _is_private(reference) == public:
+            raise SaigaError(
+                f"The data set {reference} exists and is {'private' if public else 'public'}; nothing was uploaded. "
+                "Change that in its settings on kaggle.com, or choose another name."
+            )
         verb = ("create", *(("--public",) if public else ())) if is_new else ("version", "-m", "pushed by saigakit")
         command_line.submit(reference, "datasets", *verb, "--quiet", "-p", str(directory))
     _wait_until_ready(reference, poll_s)
     print(f"Data set {reference} is ready.", flush=True)
+
+
+def _is_private(reference: str) -> bool:
+    with scratch() as directory:
+        command_line.run("datasets", "metadata", reference, "-p", str(directory))
+        content = json.loads((directory / notebook.DATASET).read_text(encoding="utf-8"))
+    return bool(content["info"].get("isPrivate"))  # false is left out
 
 
 def require_wheels(files: Sequence[Path]) -> None:

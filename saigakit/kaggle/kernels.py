@@ -116,6 +116,12 @@ def _status(reference: str) -> tuple[str, str]:
     return found[1], found[2] or ""
 
 
+def is_running(reference: str) -> bool:
+    """Whether the newest run of a notebook has not ended; False if there is none."""
+    answer = command_line.query("kernels", "status", reference) or ""
+    return re.search(r'"(\w+\.)?(RUNNING|QUEUED|NEW_SCRIPT)"', answer) is not None
+
+
 def _failure(reference: str, status: str, message: str) -> str:
     what = "was cancelled" if status.startswith("CANCEL") else "failed"
     try:

@@ -16,6 +16,7 @@ KERNEL, DATASET = "kernel-metadata.json", "dataset-metadata.json"
 # Kaggle's names; NvidiaTeslaT4 is the free one, and means two of them.
 ACCELERATORS = ("NvidiaTeslaT4", "NvidiaL4", "NvidiaL4X1", "NvidiaTeslaA100", "NvidiaH100", "NvidiaRtxPro6000")
 _ROOTS = (Path(METADATA), Path(__file__).parents[2] / METADATA)
+_LONGEST_H = 11.5  # of a training, so that it is saved before a session of 12 hours ends
 _LARGEST = 1_000_000  # bytes of a notebook that Kaggle accepts
 
 
@@ -118,8 +119,8 @@ def require_valid(stage: str, values: Mapping[str, Any]) -> None:
     if str(values["model"]).startswith("/kaggle/"):  # not here
         values["model"] = "saiga2_7b"
     spec = registry.find(values["model"])
-    if stage == "02_train":
-        train_config(values)
+    if stage == "02_train" and (hours := train_config(values).max_hours) > _LONGEST_H:
+        raise SaigaError(f"max_hours={hours:g}: Kaggle kills a session at 12 hours. Take {_LONGEST_H} or less.")
     checks: dict[str, Callable[[Any], object]] = {
         "max_seq_length": lambda value: sequence_budget(spec, value),
         "quant_type": quantization.require_known,

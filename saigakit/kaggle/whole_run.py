@@ -5,7 +5,8 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from saigakit.core.display import Table
 from saigakit.core.files import lock_file, require_absent, scratch, sha256, write_text
 from saigakit.errors import SaigaError
 from saigakit.kaggle import command_line, datasets, kernels, notebook, wheels
+from saigakit.kaggle.kernels import Pushed
 
 STAGES = ("01_format", "02_train", "03_merge_gguf", "04_infer")
 _TRAIN = STAGES[1]
@@ -48,11 +50,9 @@ class WholeRun:
             raise SaigaError(
                 f"offline={self.offline!r}: give owner/model/framework/variation/version of a Kaggle model."
             )
-        file = self.directory / STATE
-        try:
-            self._state = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-        except (ValueError, TypeError):
-            raise SaigaError(f"{file} is damaged. Move {self.directory} away or choose another name.") from None
+        if self.name == "saigakit":
+            raise SaigaError("The name saigakit is that of the published notebooks. Choose another --name.")
+        self._state = self._read_state()
         for stage, (_, values) in self.stages.items():
             notebook.require_valid(stage, values)
             for name, value in values.items():
@@ -65,6 +65,13 @@ class WholeRun:
             raise SaigaError(f"Without internet, {start} is not there to train on. Add -p 02_train.adapter None.")
         data.read_conversations(data.records_files([str(file) for file in self.records], None))
         self._owner = command_line.username()
+
+    def _read_state(self) -> dict[str, dict[str, Any]]:
+        file = self.directory / STATE
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        except (ValueError, TypeError):
+            raise SaigaError(f"{file} is damaged. Move {self.directory} away or choose another name.") from None
 
     def plan(self) -> Table:
         """What the run will do, and what of it is done."""
@@ -81,6 +88,7 @@ class WholeRun:
     def run(self) -> Path:
         """Do what is left to do; returns the GGUF file. Raises SaigaError as `kernels.watch` does."""
         with lock_file(self.directory / ".saigakit.lock", self.directory, patience_s=5.0):
+            self._state = self._read_state()  # another run may have changed it while this one waited
             return self._run()
 
     def _run(self) -> Path:
@@ -137,11 +145,8 @@ class WholeRun:
             values["records"] = [f"{folder}/{name}" for name in self._remote_names()]
         fingerprint = _hash([file.read_text(encoding="utf-8"), values, content, done])
         before = self._state.get(step, {})
-        if before.get("fingerprint") != fingerprint or before["is"] == "failed":
-            pushed = kernels.push_notebook(file, content, values)
-            print(f"{step}: {pushed.address}", flush=True)
-            before = {"fingerprint": fingerprint, "reference": pushed.reference, "is": "started"}
-            self._remember(step, before)
+        if before.get("fingerprint") != fingerprint or before["is"] in ("failed", "pushing"):
+            before = self._start(step, fingerprint, lambda: kernels.push_notebook(file, content, values))
         if before["is"] != "finished":
             try:
                 kernels.watch(before["reference"], poll_s=self.poll_s)
@@ -150,6 +155,24 @@ class WholeRun:
                 raise
             self._remember(step, before | {"is": "finished"})
         done.append(fingerprint)
+
+    def _start(self, step: str, fingerprint: str, push: Callable[[], Pushed]) -> dict[str, Any]:
+        """Push a notebook that does not run yet; one that was pushed when this was killed is taken as it is."""
+        slug, new = self._slug(step), {"fingerprint": fingerprint, "is": "pushing"}
+        if kernels.is_running(slug):
+            if self._state.get(step) != new:
+                raise SaigaError(
+                    f"{slug} runs on Kaggle already, with other inputs. Wait for its end, or stop it: `saigakit stop "
+                    f"{slug}`. Then run this again."
+                )
+            pushed = Pushed(slug, "already running")
+        else:
+            self._remember(step, new)
+            pushed = push()
+        print(f"{step}: {pushed.address}", flush=True)
+        started = {"fingerprint": fingerprint, "reference": pushed.reference, "is": "started"}
+        self._remember(step, started)
+        return started
 
     def _push_wheels(self) -> str:
         with scratch() as directory:
@@ -168,7 +191,7 @@ class WholeRun:
 
     def _push_dataset(self, part: str, files: Sequence[Path], subtitle: str) -> str:
         """Upload the files unless Kaggle has them; returns their fingerprint."""
-        fingerprint = _hash([[file.name, sha256(file)] for file in files])
+        fingerprint = _hash([[file.name, _hash_file(file)] for file in files])
         reference = self._dataset(part)
         if self._state.get(part, {}).get("fingerprint") != fingerprint or datasets.status(reference) != "ready":
             title = reference.split("/")[1].replace("-", " ")
@@ -226,6 +249,14 @@ class WholeRun:
 
 def _hash(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _hash_file(file: Path) -> str:
+    """Of a wheel only what the sources decide: another setuptools writes its version into WHEEL."""
+    if file.suffix != ".whl":
+        return sha256(file)
+    packed = [[item.filename, item.CRC] for item in zipfile.ZipFile(file).infolist()]
+    return _hash(sorted(each for each in packed if not str(each[0]).endswith(("WHEEL", "RECORD"))))
 
 
 def push_everything(notebooks: Sequence[str] = STAGES, *, public: bool = False, poll_s: float = 30.0) -> None:

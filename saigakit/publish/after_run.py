@@ -5,7 +5,7 @@ from pathlib import Path
 
 from saigakit import export
 from saigakit.core import hub, workspace
-from saigakit.errors import SaigaError
+from saigakit.errors import masked
 from saigakit.publish.adapter import push_adapter
 from saigakit.publish.gguf_file import push_to_hub
 
@@ -27,5 +27,5 @@ def if_asked(stage_dir: str | Path) -> None:
         else:
             lacking = f"the secrets HF_TOKEN and {hub.REPO}" if hub.token() is None else f"the secret {hub.REPO}"
             print(f"To publish it, set {lacking} (owner/name) before the notebook runs, or later: {later}", flush=True)
-    except SaigaError as error:
-        print(f"Not published: {error} To publish it later: {later}", flush=True)
+    except Exception as error:
+        print(masked(f"Not published: {error} To publish it later: {later}"), flush=True)

@@ -59,6 +59,7 @@ def folder(tmp_path):
 @pytest.fixture
 def uploads(kaggle):
     kaggle.answer("blobs.BlobApiService/StartBlobUpload", {"token": "token", "createUrl": UPLOAD})
+    kaggle.answer(DATASETS + "GetDatasetMetadata", {"info": {"isPrivate": True}})
     for call in ("CreateDataset", "CreateDatasetVersion"):
         kaggle.answer(DATASETS + call, {"status": "ok", "url": "https://kaggle.invalid/d"})
     return kaggle

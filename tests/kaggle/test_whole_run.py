@@ -85,20 +85,20 @@ def test_changed_records_are_a_new_version_and_a_new_run(run, records):
 def test_other_parameters_of_03_repeat_only_what_depends_on_them(run, records):
     assert call(records).exit_code == 0
     assert call(records, "-p", "quant_type", "Q8_0").exit_code == 0
-    assert run.pushed()[4:] == ["saigakit-03-merge-gguf", "saigakit-04-infer"]
+    assert run.pushed()[4:] == ["my-saiga-03-merge-gguf", "my-saiga-04-infer"]
 
 
 @pytest.mark.slow
 def test_a_failed_notebook_ends_the_run_and_is_started_again_by_the_next_call(run, records):
-    run.statuses["saigakit-02-train"] = "ERROR"
+    run.statuses["my-saiga-02-train"] = "ERROR"
     ended = call(records)
     assert ended.exit_code == 1
-    assert "saigakit-02-train/1 failed on Kaggle" in ended.output and "log of 02_train" in ended.output
+    assert "my-saiga-02-train/1 failed on Kaggle" in ended.output and "log of 02_train" in ended.output
     assert not (records.parent / "run" / "03_merge_gguf").exists()
     run.statuses.clear()
     assert call(records).exit_code == 0
     assert run.pushed() == [
-        f"saigakit-{slug}" for slug in ("01-format", *["02-train"] * 2, "03-merge-gguf", "04-infer")
+        f"my-saiga-{slug}" for slug in ("01-format", *["02-train"] * 2, "03-merge-gguf", "04-infer")
     ]
 
 
@@ -108,13 +108,13 @@ def test_a_training_that_ran_out_of_time_goes_on_in_further_sessions(run, record
     ended = call(records)
     assert ended.exit_code == 0, ended.output
     trained = [body for body in run.stub.sent(SAVE) if "02-train" in body["slug"]]
-    assert [body["slug"].removeprefix("alice/saigakit-") for body in trained] == [
+    assert [body["slug"].removeprefix("alice/my-saiga-") for body in trained] == [
         "02-train", "02-train-again", "02-train",
     ]  # fmt: skip
     assert [body["kernelDataSources"][1:] for body in trained] == [
-        [], ["alice/saigakit-02-train"], ["alice/saigakit-02-train-again"],
+        [], ["alice/my-saiga-02-train"], ["alice/my-saiga-02-train-again"],
     ]  # fmt: skip
-    assert run.stub.sent(SAVE)[-1]["kernelDataSources"][1] == "alice/saigakit-02-train"
+    assert run.stub.sent(SAVE)[-1]["kernelDataSources"][1] == "alice/my-saiga-02-train"
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def test_the_results_of_the_last_session_count_when_the_sessions_are_used_up(run
     run.endings = ["max_hours"]
     ended = call(records, "--sessions", "2")
     assert ended.exit_code == 0, ended.output
-    assert run.stub.sent(SAVE)[-1]["kernelDataSources"][1] == "alice/saigakit-02-train-again"
+    assert run.stub.sent(SAVE)[-1]["kernelDataSources"][1] == "alice/my-saiga-02-train-again"
     assert "ended by max_hours" in ended.output
 
 
@@ -130,7 +130,7 @@ def test_a_dry_run_shows_quota_and_plan_and_sends_nothing(run, records):
     ended = call(records, "--dry-run")
     assert ended.exit_code == 0, ended.output
     assert "28.00h" in ended.output
-    for name in ("saigakit-wheels", "saigakit-records", *(f"saigakit-{stage.replace('_', '-')}" for stage in STAGES)):
+    for name in ("my-saiga-wheels", "my-saiga-records", *(f"my-saiga-{stage.replace('_', '-')}" for stage in STAGES)):
         assert f"alice/{name}" in ended.output
     assert "NvidiaTeslaT4, up to 3 sessions" in ended.output
     assert {name for name, _ in run.stub.calls} == {QUOTA}
@@ -193,7 +193,7 @@ def test_a_local_run_in_the_same_directory_is_never_overwritten(run, records):
 
 @pytest.mark.slow
 def test_ctrl_c_says_that_the_run_goes_on_and_the_same_command_follows_it(run, records):
-    run.statuses["saigakit-02-train"] = "RUNNING"
+    run.statuses["my-saiga-02-train"] = "RUNNING"
     directory = str(records.parent / "run")
     command = [
         sys.executable,
@@ -211,8 +211,8 @@ def test_ctrl_c_says_that_the_run_goes_on_and_the_same_command_follows_it(run, r
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate(timeout=30)
     assert child.returncode == 130
-    assert "alice/saigakit-02-train/1 goes on there" in errors
-    assert "saigakit watch alice/saigakit-02-train/1" in errors and "saigakit stop alice/saigakit-02-train/1" in errors
+    assert "alice/my-saiga-02-train/1 goes on there" in errors
+    assert "saigakit watch alice/my-saiga-02-train/1" in errors and "saigakit stop alice/my-saiga-02-train/1" in errors
     run.statuses.clear()
     assert call(records).exit_code == 0
     assert len(run.pushed()) == 4

@@ -43,4 +43,4 @@ def test_the_four_commands_lead_from_a_clone_to_a_model(uploads, tmp_path, monke
         )
         assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
     assert ended.stdout.splitlines()[-1].startswith("talk:   saigakit chat ")
-    assert (clone / "runs" / "saigakit" / "03_merge_gguf" / "model.gguf").read_bytes() == b"GGUF"
+    assert (clone / "runs" / "my-saiga" / "03_merge_gguf" / "model.gguf").read_bytes() == b"GGUF"

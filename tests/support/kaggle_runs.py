@@ -52,11 +52,15 @@ class FinishedRuns:
         self.stub, self.directory = stub, directory
         self.statuses, self.endings, self.versions = {}, ["finished"], 0
         stub.accept_pushes()
-        stub.answer(STATUS, lambda sent: {"status": self.statuses.get(sent["kernelSlug"], "COMPLETE")})
+        stub.answer(STATUS, self.status)
         stub.answer(OUTPUT, self.output)
         gpu = {"timeUsed": "7200s", "totalTimeAllowed": "108000s", "timeReserved": "0s"}
         stub.answer(QUOTA, {"quotaRefreshTime": "2026-12-05T00:00:00Z", "gpuQuota": gpu})
         stub.answer(DATASETS + "GetDatasetStatus", self.dataset_status)
+
+    def status(self, sent):
+        is_known = f"alice/{sent['kernelSlug']}" in [body["slug"] for body in self.stub.sent(SAVE)]
+        return {"status": self.statuses.get(sent["kernelSlug"], "COMPLETE") if is_known else "COMPLETE"}
 
     def dataset_status(self, sent):
         return {"status": "READY"}
