@@ -19,7 +19,8 @@ RECORD = {"messages": [{"role": "user", "content": "Что?"}, {"role": "assista
 
 
 @pytest.fixture
-def run(uploads, tmp_path):
+def run(uploads, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # the setuptools of this environment
     return FinishedRuns(uploads, tmp_path)
 
 
@@ -169,8 +170,7 @@ def test_a_gzip_file_arrives_unpacked(run, records):
 
 
 @pytest.mark.slow
-def test_a_run_without_internet_has_its_base_and_all_wheels_attached(run, records, registry, monkeypatch):
-    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # the setuptools of this environment
+def test_a_run_without_internet_has_its_base_and_all_wheels_attached(run, records, registry):
     ended = call(records, "--offline", "alice/saiga/transformers/7b/2")
     assert ended.exit_code == 0, ended.output
     for body in run.stub.sent(SAVE):

@@ -17,7 +17,8 @@ RECORD = {"messages": [{"role": "user", "content": "Что?"}, {"role": "assista
 
 
 @pytest.fixture
-def run(uploads, tmp_path):
+def run(uploads, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # the setuptools of this environment
     return FinishedRuns(uploads, tmp_path)
 
 
