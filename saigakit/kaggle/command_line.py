@@ -12,6 +12,7 @@ from saigakit.core import install, workspace
 from saigakit.core.display import Table, printable
 from saigakit.errors import SaigaError
 
+_QUESTION_S, TRANSFER_S = 300.0, 86400.0  # until a question, and an up- or download, count as never answered
 # What the command line prints, and what it means.
 _NO_LOGIN = "Authentication required"
 _ABSENT = r"\b40[34] Client Error|The resource was not found|You don't have access|Permission .* was denied"
@@ -33,7 +34,7 @@ class NoAnswerError(SaigaError):
     """Kaggle did not answer this time; the same command may succeed later."""
 
 
-def run(*arguments: str, echo: bool = False, limit_s: float = 300.0) -> str:
+def run(*arguments: str, echo: bool = False, limit_s: float = _QUESTION_S) -> str:
     """Run a command and return what it printed on both streams.
 
     Raises NoAnswerError if there is no connection, no answer within `limit_s` seconds or a fault of Kaggle's, and
@@ -45,7 +46,7 @@ def run(*arguments: str, echo: bool = False, limit_s: float = 300.0) -> str:
     return run_python("-m", "kaggle", "-W", *arguments, echo=echo, limit_s=limit_s)
 
 
-def run_python(*arguments: str, echo: bool = False, limit_s: float = 300.0) -> str:
+def run_python(*arguments: str, echo: bool = False, limit_s: float = _QUESTION_S) -> str:
     """As `run`, for any code that uses the packages of the command line."""
     lines, start = [], time.monotonic()
     with (
@@ -113,7 +114,7 @@ def query(*command: str) -> str | None:
 def submit(reference: str, *command: str) -> str:
     """Run a command that creates `reference`, and check its output: it exits with status 0 even if refused."""
     try:
-        output = run(*command, limit_s=86400.0)  # an upload may take long
+        output = run(*command, limit_s=TRANSFER_S)
     except _RefusedError as error:
         raise _refused(reference, error.reason) from None
     if refusals := re.findall(r"^.*(?:push|creation) error: *(.*)$", output, re.MULTILINE):

@@ -21,6 +21,7 @@ from saigakit.kaggle.command_line import NoAnswerError
 _LONGEST_PAUSE_S = 600.0  # between two questions while Kaggle does not answer
 _PATIENCE_S = 12 * 3600.0  # without any answer; a run takes no longer
 _REFUSED_PATIENCE_S = 3600.0  # the same where Kaggle refuses to answer, as it does now and then
+_GOING_ON = ("RUNNING", "QUEUED", "NEW_SCRIPT")  # Kaggle's words for a run that has not ended
 _CANCEL = """
 import sys
 from kaggle import api
@@ -119,7 +120,7 @@ def _status(reference: str) -> tuple[str, str]:
 def is_running(reference: str) -> bool:
     """Whether the newest run of a notebook has not ended; False if there is none."""
     answer = command_line.query("kernels", "status", reference) or ""
-    return re.search(r'"(\w+\.)?(RUNNING|QUEUED|NEW_SCRIPT)"', answer) is not None
+    return re.search(rf'"(\w+\.)?({"|".join(_GOING_ON)})"', answer) is not None
 
 
 def _failure(reference: str, status: str, message: str) -> str:
@@ -139,12 +140,13 @@ def stop(kernel: str, *, wait_s: float = 60.0) -> None:
     Kaggle names the session that a cancellation needs only inside it: `prepare` prints it into the log.
     """
     reference = _reference(kernel)
-    if (status := _status(reference)[0]) not in ("RUNNING", "QUEUED", "NEW_SCRIPT"):
+    if (status := _status(reference)[0]) not in _GOING_ON:
         raise SaigaError(f"{reference} is not running: its status is {status}.")
     if (session := _session(reference, wait_s)) is None:
+        page = "/".join(reference.split("/")[:2])  # without the version
         raise SaigaError(
             f"{reference} has not printed its session into its log yet, so it cannot be stopped from here. Try again "
-            f"in a minute, or open https://www.kaggle.com/code/{reference} and choose Cancel run."
+            f"in a minute, or open https://www.kaggle.com/code/{page} and choose Cancel run."
         )
     if refusal := command_line.run_python("-c", _CANCEL, session).strip():
         raise SaigaError(f"Kaggle did not stop {reference}: {printable(refusal)}")
@@ -180,7 +182,8 @@ def fetch(kernel: str, directory: str | Path, *, pattern: str = "") -> Path:
         partial.mkdir(parents=True, exist_ok=True)
     options = ("--file-pattern", pattern) if pattern else ()
     try:
-        command_line.run("kernels", "output", reference, "-p", str(partial), *options, echo=True, limit_s=86400.0)
+        command = ("kernels", "output", reference, "-p", str(partial), *options)
+        command_line.run(*command, echo=True, limit_s=command_line.TRANSFER_S)
     except NoAnswerError as error:
         raise SaigaError(f"{error} What has arrived is kept: run the same command to go on.") from None
     if not any(partial.iterdir()):

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from saigakit import data
-from saigakit.core import hub, manifest
+from saigakit.core import hub, install, manifest
 from saigakit.core.display import Table
 from saigakit.core.files import lock_file, require_absent, scratch, sha256, write_text
 from saigakit.errors import SaigaError
 from saigakit.kaggle import command_line, datasets, kernels, notebook, wheels
 from saigakit.kaggle.kernels import Pushed
 
-STAGES = ("01_format", "02_train", "03_merge_gguf", "04_infer")
+STAGES = tuple(install.STAGES)
 _TRAIN = STAGES[1]
 STATE = "on_kaggle.json"
 

@@ -7,9 +7,10 @@ import sys
 from importlib import metadata
 from types import SimpleNamespace
 
+import kaggle_stub
 import pytest
 from click.testing import CliRunner
-from kaggle_stub import KERNELS, KaggleStub
+from kaggle_stub import KERNELS
 from packaging.requirements import Requirement
 from small_wheels import ROOT, pretend_installed
 
@@ -33,12 +34,9 @@ def bare(monkeypatch, tmp_path):
 
 @pytest.fixture
 def kaggle(tmp_path, monkeypatch):
-    stub = KaggleStub()
-    for name, value in (stub.environment(tmp_path / "home") | {"KAGGLE_KEY": KEY}).items():
-        monkeypatch.setenv(name, value)
-    yield stub
-    stub.shutdown()
-    stub.server_close()
+    with kaggle_stub.serving(monkeypatch, tmp_path / "home") as stub:
+        monkeypatch.setenv("KAGGLE_KEY", KEY)
+        yield stub
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
 """The real kaggle command line against a stub of Kaggle's server."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
+import kaggle_stub
 import pytest
-from kaggle_stub import DATASETS, UPLOAD, KaggleStub
+from kaggle_runs import RECORD, FinishedRuns
+from kaggle_stub import DATASETS, UPLOAD
 from small_wheels import pin, wheel
 
 from saigakit.core import install
@@ -16,16 +17,9 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture
 def kaggle(tmp_path, monkeypatch):
-    pytest.importorskip("kagglesdk")
     monkeypatch.chdir(REPOSITORY)
-    stub = KaggleStub()
-    for name in [name for name in os.environ if "PROXY" in name.upper() or "KAGGLE" in name]:
-        monkeypatch.delenv(name)
-    for name, value in stub.environment(tmp_path / "home").items():
-        monkeypatch.setenv(name, value)
-    yield stub
-    stub.shutdown()
-    stub.server_close()
+    with kaggle_stub.serving(monkeypatch, tmp_path / "home") as stub:
+        yield stub
 
 
 @pytest.fixture
@@ -88,3 +82,17 @@ def registry(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(place))
     return place
+
+
+@pytest.fixture
+def run(uploads, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # the setuptools of this environment
+    return FinishedRuns(uploads, tmp_path)
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Under a private name, which Kaggle must not see."""
+    file = tmp_path / "жалобы.jsonl"
+    file.write_text(f"{json.dumps(RECORD)}\n" * 3, encoding="utf-8")
+    return file

@@ -8,32 +8,10 @@ import subprocess
 import sys
 
 import pytest
-from click.testing import CliRunner
-from kaggle_runs import QUOTA, SAVE, STAGES, FinishedRuns, code
+from kaggle_runs import QUOTA, RECORD, SAVE, STAGES, call, code
 from kaggle_stub import DATASETS
 
-from saigakit import cli
 from saigakit.kaggle import whole_run
-
-RECORD = {"messages": [{"role": "user", "content": "Что?"}, {"role": "assistant", "content": "То."}]}
-
-
-@pytest.fixture
-def run(uploads, tmp_path, monkeypatch):
-    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # the setuptools of this environment
-    return FinishedRuns(uploads, tmp_path)
-
-
-@pytest.fixture
-def records(tmp_path):
-    file = tmp_path / "жалобы.jsonl"
-    file.write_text("".join(json.dumps(RECORD) + "\n" for _ in range(3)), encoding="utf-8")
-    return file
-
-
-def call(records, *options):
-    arguments = ["kaggle", str(records), "--model", "saiga_tiny", "--run-dir", str(records.parent / "run"), *options]
-    return CliRunner().invoke(cli.main, arguments)
 
 
 def test_one_command_turns_records_into_a_model_here(run, records):

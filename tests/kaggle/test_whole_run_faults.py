@@ -6,32 +6,11 @@ import zipfile
 
 import pyarrow
 import pytest
-from click.testing import CliRunner
-from kaggle_runs import OUTPUT, SAVE, STATUS, FinishedRuns, code
+from kaggle_runs import OUTPUT, RECORD, SAVE, STATUS, call, code
 from kaggle_stub import DATASETS
 
 from saigakit import cli
 from saigakit.kaggle import whole_run
-
-RECORD = {"messages": [{"role": "user", "content": "Что?"}, {"role": "assistant", "content": "То."}]}
-
-
-@pytest.fixture
-def run(uploads, tmp_path, monkeypatch):
-    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # the setuptools of this environment
-    return FinishedRuns(uploads, tmp_path)
-
-
-@pytest.fixture
-def records(tmp_path):
-    file = tmp_path / "records.jsonl"
-    file.write_text("".join(json.dumps(RECORD) + "\n" for _ in range(3)), encoding="utf-8")
-    return file
-
-
-def call(records, *options, model="saiga_tiny"):
-    arguments = ["kaggle", str(records), "--model", model, "--run-dir", str(records.parent / "run"), *options]
-    return CliRunner().invoke(cli.main, arguments)
 
 
 @pytest.mark.parametrize("content", ["", "[5]", '{"02_train": '])

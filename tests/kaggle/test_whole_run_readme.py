@@ -9,10 +9,9 @@ import venv
 from pathlib import Path
 
 import pytest
-from kaggle_runs import FinishedRuns
+from kaggle_runs import RECORD, FinishedRuns
 
 REPOSITORY = Path(__file__).parents[2]
-RECORD = {"messages": [{"role": "user", "content": "Что?"}, {"role": "assistant", "content": "То."}]}
 LOGIN = "security.OAuthService/ExchangeOAuthToken"
 
 

@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import yaml
 from finished_stages import stage_02
+from hub_writing_stub import TOKEN
 from small_models import SAIGA2, edit_json
 
 from saigakit import evaluate, publish, registry
@@ -25,7 +26,6 @@ from saigakit.export.merge_plan import MergePlan
 from saigakit.prompt import encoding
 from saigakit.publish import adapter as published
 
-TOKEN = "hf_SecretOfTheTests"
 REPO = "someone/saiga-cats"
 PUSH = """
 import json, sys, time
@@ -43,19 +43,6 @@ except SaigaError as error:
 @pytest.fixture(scope="module")
 def stage(tiny, tmp_path_factory):
     return stage_02(tmp_path_factory.mktemp("run"), tiny)
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    home = tmp_path_factory.mktemp("hf_home")
-    with hub_writing_stub.serving(TOKEN) as hub, hub_writing_stub.pushing(hub.endpoint, home) as run:
-        yield hub, run
-
-
-@pytest.fixture
-def hub(served):
-    served[0].clear()
-    return served[0]
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ import hub_writing_stub
 import pytest
 import small_models
 from finished_stages import stage_02
+from hub_writing_stub import TOKEN
 
 from saigakit import export
 from saigakit.core import manifest
 
-TOKEN, ASKED = "hf_SecretOfTheTests", "someone/saiga_cats"
+ASKED = "someone/saiga_cats"
 _SECRETS = """
 import os, sys, time
 time.sleep = lambda _: None  # the client waits between its retries
@@ -44,19 +45,6 @@ def run_dir(tiny, tmp_path_factory):
         small_models.adapter(made, tiny / "base")
     export.merge_gguf(model="saiga_tiny", run_dir=directory, adapter=str(directory / "adapter"))
     return directory
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    home = tmp_path_factory.mktemp("hf_home")
-    with hub_writing_stub.serving(TOKEN) as hub, hub_writing_stub.pushing(hub.endpoint, home) as run:
-        yield hub, run
-
-
-@pytest.fixture
-def hub(served):
-    served[0].clear()
-    return served[0]
 
 
 @pytest.fixture

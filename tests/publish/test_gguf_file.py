@@ -3,9 +3,9 @@
 import json
 import shutil
 
-import hub_writing_stub
 import pytest
 import small_models
+from hub_writing_stub import TOKEN
 from kaggle_stub import MODELS, Listing, listed, sizes_of
 
 from saigakit import evaluate, export
@@ -18,7 +18,7 @@ from saigakit.evaluate import results
 from saigakit.kaggle import models
 from saigakit.publish import gguf_file
 
-TOKEN, REPO = "hf_SecretOfTheTests", "someone/saiga-cats-gguf"
+REPO = "someone/saiga-cats-gguf"
 MODEL, INSTANCE = "alice/saiga-cats", "alice/saiga-cats/gguf/q4-k-m"
 SHOWN = {"Modelfile", "README.md", "llama-server.txt", "memory.png", "model.gguf", "saigakit.json", "sizes.png"}
 PUSH = """
@@ -41,19 +41,6 @@ def stage(tiny, tmp_path_factory):
     with manifest.making(run_dir / "02_train", stage="02_train", parameters=parameters, inputs=inputs) as made:
         small_models.adapter(made, tiny / "base")
     return export.merge_gguf(model="saiga_tiny", run_dir=run_dir)
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    home = tmp_path_factory.mktemp("hf_home")
-    with hub_writing_stub.serving(TOKEN) as hub, hub_writing_stub.pushing(hub.endpoint, home) as run:
-        yield hub, run
-
-
-@pytest.fixture
-def hub(served):
-    served[0].clear()
-    return served[0]
 
 
 @pytest.fixture

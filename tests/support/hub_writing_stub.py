@@ -15,6 +15,7 @@ from pathlib import Path
 
 import warm_python
 
+TOKEN = "hf_SecretOfTheTests"
 _IMPORTS = """
 import tokenizers
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download

@@ -2,8 +2,10 @@
 
 import json
 
+from click.testing import CliRunner
 from kaggle_stub import DATASETS, KERNELS
 
+from saigakit import cli
 from saigakit.core import manifest
 
 STAGES = ("01_format", "02_train", "03_merge_gguf", "04_infer")
@@ -31,6 +33,7 @@ def stage_output(directory, stage="02_train", facts=None, parameters=None, **fil
 
 
 QUOTA = KERNELS + "GetAcceleratorQuotaStatistics"
+RECORD = {"messages": [{"role": "user", "content": "Что?"}, {"role": "assistant", "content": "То."}]}
 ROW = {"name": "before", "json_valid": 0, "exact": 0, "f1": 0, "tokens_per_s": 1, "bytes": 1, "n": 1}
 ANSWER = {"prompt": "Что?", "reference": "То.", "answers": {"before": "—"}, "exact": {"before": False}}
 FILES = {
@@ -81,3 +84,9 @@ class FinishedRuns:
 
     def pushed(self):
         return [body["slug"].removeprefix("alice/") for body in self.stub.sent(SAVE)]
+
+
+def call(records, *options, model="saiga_tiny"):
+    """Run `saigakit kaggle` with results next to the records."""
+    arguments = ["kaggle", str(records), "--model", model, "--run-dir", str(records.parent / "run"), *options]
+    return CliRunner().invoke(cli.main, arguments)

@@ -1,10 +1,14 @@
 """A stub of Kaggle's server for the real command line: a local proxy that records every call."""
 
+import contextlib
 import http.server
 import json
+import os
 import threading
 import zlib
 from urllib.parse import urlsplit
+
+import pytest
 
 KERNELS, DATASETS = "kernels.KernelsApiService/", "datasets.DatasetApiService/"
 MODELS = "models.ModelApiService/"
@@ -95,6 +99,20 @@ class KaggleStub(http.server.ThreadingHTTPServer):
             "HTTP_PROXY": f"http://127.0.0.1:{self.server_port}",
             "NO_PROXY": "",
         }
+
+
+@contextlib.contextmanager
+def serving(monkeypatch, home):
+    """A stub to which the command line of this test is redirected, whatever the environment of the tests has."""
+    pytest.importorskip("kagglesdk")
+    stub = KaggleStub()
+    for name in [name for name in os.environ if "PROXY" in name.upper() or "KAGGLE" in name]:
+        monkeypatch.delenv(name)
+    for name, value in stub.environment(home).items():
+        monkeypatch.setenv(name, value)
+    yield stub
+    stub.shutdown()
+    stub.server_close()
 
 
 def listed(stub, sizes):
