@@ -88,7 +88,7 @@ def test_a_killed_download_goes_on_where_it_was(kaggle, tmp_path):
 
 def test_only_what_was_damaged_is_fetched_again(kaggle, tmp_path):
     files = stage_output(tmp_path, **{"a.bin": b"a" * 1000, "b.bin": b"b" * 1000})
-    finished(kaggle, files | {"02_train/a.bin": b"<html>expired</html>"})
+    finished(kaggle, files | {"02_train/a.bin": b"x" * 1000})
     with pytest.raises(SaigaError, match=r"a\.bin of .* arrived damaged\. Run the same command again"):
         kernels.fetch("02_train", tmp_path / "run")
     finished(kaggle, files)
