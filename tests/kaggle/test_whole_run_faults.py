@@ -101,7 +101,7 @@ def test_a_kill_between_download_and_rename_is_survived(run, records):
 
 
 def test_a_notebook_that_runs_already_is_not_pushed_a_second_time(run, records):
-    run.stub.answer(STATUS, {"status": "RUNNING"})
+    run.stub.answer(STATUS, {"status": "RUNNING"}, {"status": "ERROR"})  # else a second push would be followed for ever
     ended = call(records)
     assert ended.exit_code == 1
     assert "my-saiga-01-format runs on Kaggle already, with other inputs" in ended.output
