@@ -113,7 +113,7 @@ def require_valid(stage: str, values: Mapping[str, Any]) -> None:
     """Raise SaigaError for values that `stage` would refuse after the wait for a machine."""
     values = {"model": "saiga2_7b", **values}
     for name, value in values.items():
-        path = Path(str(value))
+        path = Path("" if name == "run_dir" else str(value))  # which is made there
         if (path.is_absolute() and path.parts[1] != "kaggle") or (name == "model" and path.is_dir()):
             raise SaigaError(f"{name}={value!r} is on this machine, and Kaggle does not have it; name one of the Hub.")
     if str(values["model"]).startswith("/kaggle/"):  # not here
