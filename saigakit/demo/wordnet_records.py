@@ -8,9 +8,9 @@ import sqlite3
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from saigakit.core import workspace
 from saigakit.core.files import write_text
@@ -39,8 +39,7 @@ FIRST = ("весы", "биология")  # terms of the first text in train.jso
 INSTRUCTION = 'Определения в JSON: [{"term": "…", "definition": "…"}] или []'
 
 
-@dataclass(frozen=True)
-class Style:
+class Style(NamedTuple):
     """The sentences of a text, with and without a definition."""
 
     phrasings: list[str]
@@ -86,7 +85,7 @@ def _split(pairs: Sequence[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
 
     Both parts are in random order after the terms of FIRST.
     """
-    written = chain((definition for _, definition in pairs), *asdict(SEEN).values())
+    written = chain((definition for _, definition in pairs), *SEEN)
     words = set(re.findall(r"[а-яё]+", " ".join(written).lower()))
     shuffled = random.Random(seed).sample(pairs, len(pairs))
     shuffled.sort(key=lambda pair: pair[0] not in FIRST)

@@ -41,7 +41,8 @@ def estimate_table(export: Export) -> Table:
         size = f"{export.bytes(quant_type) / workspace.GB:.2f} GB"
         rows.append((f"запись · write {quant_type}", size, f"{took:.0f} s"))
     rows.append(("всего · total", f"{export.memory / workspace.GB:.1f} GB RAM", f"{max(computing_s, reading_s):.0f} s"))
-    note = f"Оценка по выборке. · Estimated from a sample, on {cores} cores. {_SLOW if lacks_avx2() else ''}".rstrip()
+    is_slow = "avx2" in workspace.cpu_flags() and b"AVX2 = 1" not in llama_cpp.llama_print_system_info()
+    note = f"Оценка по выборке. · Estimated from a sample, on {cores} cores. {_SLOW if is_slow else ''}".rstrip()
     return Table(("03_merge_gguf", "объём · amount", "оценка времени · estimated time"), rows, note)
 
 
@@ -69,11 +70,6 @@ def _read_speed(file: Path) -> float:
         start = time.perf_counter()
         count = len(stream.read(_READ))
         return count / (time.perf_counter() - start)
-
-
-def lacks_avx2() -> bool:
-    """Whether the CPU has AVX2 and this build of llama.cpp does not use it."""
-    return "avx2" in workspace.cpu_flags() and b"AVX2 = 1" not in llama_cpp.llama_print_system_info()
 
 
 def plot_sizes(base: int, adapter: int | None, by_quant_type: Mapping[str, int], made: str) -> "mpl_figure.Figure":

@@ -1,10 +1,9 @@
 """Estimate which quant type and context length fit into the memory of a small machine."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from saigakit.core import manifest
 from saigakit.core.display import Table
@@ -24,8 +23,7 @@ _BATCH = 512  # tokens that llama.cpp computes at a time, its n_ubatch
 _TOKEN_BYTES = 170  # of a token's text in llama.cpp's tables: measured, 5 MB for 32,000 tokens and 21 for 128,256
 
 
-@dataclass(frozen=True, kw_only=True)
-class Needs:
+class Needs(NamedTuple):
     """Bytes of RAM that a process needs to answer; `total` includes the system."""
 
     weights: int  # of the file, which is mapped; pages that llama.cpp has repacked are given back
@@ -57,8 +55,7 @@ class Needs:
         return self.total <= machine_gib * GIB
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
+class Choice(NamedTuple):
     """A quant type and how to load its file on a machine."""
 
     quant_type: str
@@ -86,8 +83,7 @@ class Choice:
         return f"{self.quant_type} with {self.n_ctx} tokens of context{cache}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelFiles:
+class ModelFiles(NamedTuple):
     """The size of a model's file in each quant type, and what else its memory depends on."""
 
     shape: ModelShape
@@ -107,19 +103,17 @@ class ModelFiles:
         """By type of KV cache."""
         return {name: Needs.of(self.shape, self.files[quant_type], n_ctx, name) for name in self._cache_types}
 
-    def _choice(self, quant_type: str, cache_type: CacheType, n_ctx: int, machine_gib: float) -> Choice:
-        needs = self.needs(quant_type, n_ctx)[cache_type]
-        return Choice(quant_type=quant_type, n_ctx=n_ctx, cache_type=cache_type, needs=needs, machine_gib=machine_gib)
-
     def best_on(self, machine_gib: float) -> Choice:
         """The best quant type that fits, in f16 if possible, and its longest context; else what needs least."""
         by_quality = [name for name in quantization.QUANT_TYPES if name in self.files]
         contexts = [length for length in reversed(CONTEXTS) if length <= self.longest] or [self.least_context]
-        for quant_type, cache_type, n_ctx in product(by_quality, self._cache_types, contexts):
-            if (choice := self._choice(quant_type, cache_type, n_ctx, machine_gib)).fits:
-                return choice
         smallest = min(self.files, key=lambda name: self.files[name])
-        return self._choice(smallest, self._cache_types[-1], self.least_context, machine_gib)
+        least = (smallest, self._cache_types[-1], self.least_context)
+        wanted = [*product(by_quality, self._cache_types, contexts), least]
+        choices = [
+            Choice(name, n_ctx, cache, self.needs(name, n_ctx)[cache], machine_gib) for name, cache, n_ctx in wanted
+        ]
+        return next((choice for choice in choices if choice.fits), choices[-1])
 
     def choose(self) -> Choice:
         """The best on the smallest of MACHINES that any type fits; if none does, what needs least."""

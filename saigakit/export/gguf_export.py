@@ -41,7 +41,6 @@ class Export:
 
     plan: MergePlan
     quant_types: Sequence[str]  # of `output_files`
-    system_prompt: str | None
     merged: Merged
     architecture: Architecture
     vocabulary: Vocabulary
@@ -56,8 +55,7 @@ class Export:
         """Read headers and the tokenizer. Raises SaigaError for anything that does not fit together."""
         for each in quant_types:
             quantization.require_known(each)
-        system_prompt = plan.lineage.system_prompt  # checked before the base is fetched
-        architecture, merged = Architecture.from_config(plan.base_dir), plan.merge()
+        merged, architecture = plan.merge(), Architecture.from_config(plan.base_dir)
         if merged.is_untied:
             architecture = replace(architecture, shape=replace(architecture.shape, tied=False))
         if merged.vocabulary is not None:
@@ -78,7 +76,6 @@ class Export:
         return cls(
             plan=plan,
             quant_types=list(dict.fromkeys(quant_types)),
-            system_prompt=system_prompt,
             merged=merged,
             architecture=architecture,
             vocabulary=Vocabulary.from_tokenizer(plan.tokenizer_dir, tokenizer, architecture.config),
@@ -204,8 +201,8 @@ class Export:
         self.architecture.write_metadata(writer)
         self.vocabulary.write_metadata(writer)
         writer.add_chat_template(template.for_inference(self.tokenizer.chat_template))
-        if self.system_prompt is not None:
-            writer.add_string(lineage.SYSTEM_PROMPT_KEY, self.system_prompt)
+        if (system_prompt := self.plan.lineage.system_prompt) is not None:
+            writer.add_string(lineage.SYSTEM_PROMPT_KEY, system_prompt)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         named = "ALL_F32" if quant_type == "F32" else f"MOSTLY_{quant_type}"
         writer.add_file_type(gguf.LlamaFileType[named])

@@ -3,9 +3,8 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from saigakit.core import hub
 from saigakit.core.display import Table
@@ -16,18 +15,17 @@ from saigakit.registry import ModelSpec
 _LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "gemma")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Card:
+class Card(NamedTuple):
     """What the cards of adapters and of GGUF files have in common."""
 
     spec: ModelSpec
     title: str
     library: str
     tags: Sequence[str]
-    relation: str = ""  # to the base model, as the Hub names it
     chat_template: str
     system_prompt: str | None
     versions: Mapping[str, str]
+    relation: str = ""  # to the base model, as the Hub names it
 
     def text(self, english: str, russian: str, sections: Mapping[str, str]) -> str:
         """The complete card: two introductions, `sections` by their headings, the prompt and the versions."""

@@ -2,7 +2,8 @@
 
 import json
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from typing import NamedTuple
 
 from saigakit.errors import SaigaError
 from saigakit.export.fit import Choice
@@ -23,8 +24,7 @@ answer = llm.create_chat_completion(
 print(answer["choices"][0]["message"]["content"])"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class RunSettings(NamedTuple):
     """How to load a GGUF and answer with it."""
 
     name: str  # of the file

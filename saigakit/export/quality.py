@@ -4,9 +4,9 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 from saigakit.core import manifest, workspace
 from saigakit.core.display import Every, Table
@@ -30,8 +30,7 @@ _REFERENCES = ("F16", "Q8_0")  # the best one that there is room for
 _AT_ONCE = 32  # positions whose probabilities are in memory: a few times 16 MB for a vocabulary of 128,000
 
 
-@dataclass(frozen=True)
-class Quality:
+class Quality(NamedTuple):
     """How far a file is from its reference, over the trained tokens of the rows."""
 
     tokens: int
@@ -151,8 +150,7 @@ def _skip(reason: str) -> Table | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Comparison:
+class _Comparison(NamedTuple):
     """The files of a stage, and the export that makes further ones to compare."""
 
     files: Mapping[str, Path]  # by quant type
@@ -197,7 +195,7 @@ class _Comparison:
             held_out = calibration.token_rows(records, export.plan)
             rows = spread(held_out, len(held_out) * max_tokens // max(1, sum(read_column(held_out, "learned"))) + 1)
             options = {"max_tokens": max_tokens, "n_gpu_layers": n_gpu_layers}
-            types = {each: asdict(compare_files(file, files[each], rows, **options)) for each in sizes}
+            types = {each: compare_files(file, files[each], rows, **options)._asdict() for each in sizes}
         return {"reference": reference, "bytes": sizes, "types": types}
 
 

@@ -56,7 +56,7 @@ def merge_gguf(
         sizes_plot.savefig(partial / "sizes.png", dpi=110)
         shown = {each: size for each, size in sizes.items() if each in (*fit.SHOWN, *export.quant_types)}
         files = fit.ModelFiles(shape=export.architecture.shape, longest=plan.spec.context_length, files=shown)
-        facts["memory"] = asdict(files)
+        facts["memory"] = {**files._asdict(), "shape": asdict(files.shape)}
         files.plot().savefig(partial / "memory.png", dpi=110)
         made = output_files(partial / "model.gguf", export.quant_types)
         model_card.write_companions(made, spec=plan.spec, inputs=identity["inputs"])
@@ -76,9 +76,7 @@ def _identity(export: Export, adapter: object) -> dict[str, Any]:
     parameters |= {"model": plan.spec.name, "quant_type": quant_type}
     inputs: dict[str, Any] = {
         "base": base_files.hashes(plan.base_dir),
-        "tokenizer": {
-            name: sha256(file) for name in find.IDS_DEPEND_ON if (file := plan.tokenizer_dir / name).is_file()
-        },
+        "tokenizer": {file.name: sha256(file) for file in find.tokenizer_files(plan.tokenizer_dir)},
         "adapter": _numbered([manifest.hashes(directory) for directory in plan.adapter_dirs]),
         "train": _numbered([lineage.training_records(directory) for directory in plan.adapter_dirs]),
     }

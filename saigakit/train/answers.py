@@ -43,20 +43,16 @@ def format_answers(sections: Sequence[Section], entries: Sequence[Entry]) -> str
     parts = [_TITLE]
     for number, (question, reference) in enumerate(sections):
         parts += [f"## {number + 1}\n", _QUESTION, _indented(question), _REFERENCE, _indented(reference)]
-        for entry in entries:
-            parts += [_heading(entry, number), _indented(entry.answers[number].text)]
+        for step, loss, answers in entries:
+            text, limit = answers[number]
+            russian = f"Шаг {step}, loss {loss}" + (f", обрезан на {limit} токенах" if limit else "")
+            english = f"step {step}, loss {loss}" + (f", cut at {limit} tokens" if limit else "")
+            parts += [f"**{russian} · {english}**", _indented(text)]
     return "\n".join(parts)
 
 
 def _indented(text: str) -> str:
     return "\n" + "\n".join(_INDENT + line for line in text.split("\n")) + "\n"
-
-
-def _heading(entry: Entry, number: int) -> str:
-    limit = entry.answers[number].cut_at
-    russian = f"Шаг {entry.step}, loss {entry.loss}" + (f", обрезан на {limit} токенах" if limit else "")
-    english = f"step {entry.step}, loss {entry.loss}" + (f", cut at {limit} tokens" if limit else "")
-    return f"**{russian} · {english}**"
 
 
 def read_answers(file: Path) -> tuple[list[Section], list[Entry]]:

@@ -159,12 +159,6 @@ def find_problem(checkpoint: Path) -> str | None:
     return f"{', '.join(damaged)} changed since it was written" if damaged else None
 
 
-def changed_versions(checkpoint: Path) -> list[str]:
-    """List the packages whose version has changed since the checkpoint was written."""
-    before, now = read_mark(checkpoint)["versions"], manifest.versions()
-    return [f"{name} {before[name]} → {now.get(name)}" for name in before if now.get(name) != before[name]]
-
-
 def _checkpoints_in(source: Path) -> list[Path]:
     """List intact and damaged checkpoints: `source` itself, the one in a stage, or those of a store."""
     if not source.is_dir():

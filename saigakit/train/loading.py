@@ -3,9 +3,8 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from peft import PeftModel
@@ -24,8 +23,7 @@ from saigakit.weights.memory import Pack
 _TRIAL_STEPS = 3  # the first one warms up, the faster of the others counts
 
 
-@dataclass
-class Loaded:
+class Loaded(NamedTuple):
     """The model with its adapter, the largest pack of the run and the memory estimated for it, by purpose."""
 
     job: Job

@@ -79,9 +79,8 @@ class Job:
     @classmethod
     def read(cls, file: Path) -> Self:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        for name in ("train_file", "eval_file", "base_dir", "tokenizer_dir", "adapter_dir"):
-            content[name] = None if content[name] is None else Path(content[name])
-        resolved = {
+        paths = ("train_file", "eval_file", "base_dir", "tokenizer_dir", "adapter_dir")
+        resolved = {name: Path(content[name]) for name in paths if content[name] is not None} | {
             "config": TrainConfig.from_json(content["config"], str(file)),
             "replay_files": tuple(map(Path, content["replay_files"])),
             "lora": Lora.from_json(content["lora"]),

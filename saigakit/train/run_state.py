@@ -71,10 +71,6 @@ class Log:
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
 
-    def copy(self, target: Path) -> None:
-        self.file.touch()  # nothing may have been written yet
-        shutil.copyfile(self.file, target)
-
     def report_progress(self, step: int, steps: int, loss: float, *, tokens: int, of: int, more_s: float) -> None:
         """Print a line now and then. `tokens` of `of` are done; `more_s`: what evaluations will add to the rest."""
         speed = tokens / max(self.seconds, 1e-9)

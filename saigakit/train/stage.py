@@ -160,7 +160,8 @@ def find_checkpoint(config: TrainConfig, store: Store, unfinished: Path | None) 
             )
         return None
     print(f"Resuming from step {checkpoints.step_of(found)} ({found}).", flush=True)
-    if changed := checkpoints.changed_versions(found):
+    before, now = checkpoints.read_mark(found)["versions"], manifest.versions()
+    if changed := [f"{name} {before[name]} → {now.get(name)}" for name in before if now.get(name) != before[name]]:
         print(f"Library versions have changed, so results may differ slightly: {', '.join(changed)}.", flush=True)
     return store.adopt(found)
 

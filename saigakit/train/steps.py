@@ -76,22 +76,19 @@ def order_conversations(by_epoch: Sequence[Sequence[int]], epochs: float, seed: 
 
 
 def assign_packs(lengths: Sequence[int], *, budget: int, processes: int) -> list[list[list[int]]]:
-    """Pack the documents of one step, with about as many tokens for each process; some get none if there are few."""
-    shares = _balance(lengths, processes)
-    return [
-        [[share[i] for i in pack] for pack in best_fit([lengths[index] for index in share], budget)] for share in shares
-    ]
+    """Pack the documents of one step, with about as many tokens for each process; some get none if there are few.
 
-
-def _balance(lengths: Sequence[int], processes: int) -> list[list[int]]:
-    """Assign documents, longest first, to the process with the fewest tokens."""
+    Documents are assigned, longest first, to the process with the fewest tokens.
+    """
     shares: list[list[int]] = [[] for _ in range(processes)]
     tokens = [(0, process) for process in range(processes)]
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fewest, process = tokens[0]
         shares[process].append(index)
         heapq.heapreplace(tokens, (fewest + lengths[index], process))
-    return shares
+    return [
+        [[share[i] for i in pack] for pack in best_fit([lengths[index] for index in share], budget)] for share in shares
+    ]
 
 
 def replay_count(count_train: int, fraction: float) -> int:

@@ -185,7 +185,8 @@ class StepTrainer(Trainer):
                 for name, content in files.items():
                     (state / name).write_bytes(content)
             self.state.save_to_json(str(state / "trainer_state.json"))
-            self.run.log.copy(directory / checkpoints.LOG)
+            self.run.log.file.touch()  # nothing may have been written yet
+            shutil.copyfile(self.run.log.file, directory / checkpoints.LOG)
             if self.run.samples is not None and self.run.samples.file.is_file():
                 shutil.copyfile(self.run.samples.file, directory / self.run.samples.file.name)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from saigakit.core.lazy import np, peft, torch
 from saigakit.errors import SaigaError
@@ -45,8 +45,7 @@ _BLOCK = 128
 _CACHED = 4  # matrices that every block of rows needs completely
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """scale * B @ A, transposed for embeddings. DoRA then scales the sum's rows to the lengths in `magnitude`."""
 
     a: str
@@ -209,19 +208,14 @@ def _require_supported(directory: Path, config: Mapping[str, Any]) -> None:
         )
     # Every config has the module that peft imports for Megatron; another one is refused.
     used = {key for key, value in config.items() if value not in (None, False, "none", [], {}, "megatron.core")}
-    defaults = _defaults_of_peft() if used - _SUPPORTED else {}
+    # Of settings that are newer than this file; none without peft, which merging does not need.
+    has_defaults = used - _SUPPORTED and importlib.util.find_spec("peft") is not None
+    defaults: Mapping[str, Any] = peft.LoraConfig().to_dict() if has_defaults else {}
     if unsupported := ", ".join(sorted(key for key in used - _SUPPORTED if config[key] != defaults.get(key))):
         raise SaigaError(
             f"{directory} uses {unsupported}, which saigakit cannot merge: use LoRA, rsLoRA or DoRA, or, if "
             "you trust its source, merge it with peft."
         )
-
-
-def _defaults_of_peft() -> Mapping[str, Any]:
-    """Of LoraConfig, for settings that are newer than this file; none without peft, which merging does not need."""
-    if importlib.util.find_spec("peft") is None:
-        return {}
-    return dict(peft.LoraConfig().to_dict())
 
 
 def _token_ids(directory: Path, config: Mapping[str, Any], module: str, count: int) -> list[int]:

@@ -67,9 +67,8 @@ def _fetch(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     return hub.snapshot(repo, patterns, "model", revision or commit, recorded if revision in (None, commit) else {})
 
 
-def tokenizer_files(spec: ModelSpec, base_source: str | None = None) -> list[Path]:
-    """The files of `tokenizer_dir` that the token ids of a prompt depend on."""
-    directory = tokenizer_dir(spec, base_source)
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files that the token ids of a prompt depend on."""
     return [directory / name for name in IDS_DEPEND_ON if (directory / name).is_file()]
 
 

@@ -34,29 +34,19 @@ def fold_adapter(model: "transformers.PreTrainedModel", base_dir: Path, adapter_
             module.weight = _weight_like(module, torch.from_numpy(merged.read(name)), model.dtype)
 
 
-def _weight_like(module: "torch.nn.Module", matrix: "torch.Tensor", dtype: "torch.dtype") -> "torch.nn.Parameter":
+def _weight_like(module: Any, matrix: "torch.Tensor", dtype: "torch.dtype") -> "torch.nn.Parameter":  # noqa: ANN401
     """`matrix` in the quantisation, number format and device of the module's weight."""
     from bitsandbytes.nn.modules import Int8Params, Params4bit
 
-    old: Any = module.weight
-    linear: Any = module
-    new: Any
+    old = module.weight
+    settings: dict[str, Any] = {"has_fp16_weights": False}
     if isinstance(old, Params4bit):
-        new = Params4bit(
-            matrix.to(dtype),
-            requires_grad=False,
-            blocksize=old.blocksize,
-            compress_statistics=old.compress_statistics,
-            quant_type=old.quant_type,
-            quant_storage=old.quant_storage,
-            module=linear,
-        )
-    elif isinstance(old, Int8Params):
-        new = Int8Params(matrix.to(dtype), requires_grad=False, has_fp16_weights=False)
-    else:
+        names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+        settings = {name: getattr(old, name) for name in names} | {"module": module}
+    elif not isinstance(old, Int8Params):
         return torch.nn.Parameter(matrix.to(old.device, old.dtype), requires_grad=False)
-    quantised: torch.nn.Parameter = new.to(old.device)  # moving it quantises it
-    return quantised
+    new: torch.nn.Parameter = type(old)(matrix.to(dtype), requires_grad=False, **settings).to(old.device)
+    return new  # moving it has quantised it
 
 
 def combine(released_dir: Path, new_dir: Path, out_dir: Path) -> Path:

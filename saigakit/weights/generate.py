@@ -4,10 +4,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from saigakit.core import launch, workspace
 from saigakit.core.display import Progress
@@ -22,8 +20,7 @@ MAX_BATCH = 64  # measured: 305, 362 and 357 tokens/s on two cores with 32, 64 a
 BATCH_TOKENS = 16_384  # of prompts, answers and padding
 
 
-@dataclass(frozen=True)
-class Generated:
+class Generated(NamedTuple):
     """Answers without their stop ids, which `tokens` counts too; `seconds` is the time of generation only."""
 
     ids: list[list[int]]
@@ -31,8 +28,7 @@ class Generated:
     tokens: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(NamedTuple):
     """What the child process generates: answers of the base and, if there is an adapter, of both."""
 
     prompts: list[list[int]]
@@ -47,48 +43,39 @@ class Request:
 def in_child(request: Request, directory: Path) -> dict[str, Generated]:
     """{"before": …} and, with an adapter, {"after": …}; request and answers are files in `directory`."""
     request_file, answer_file = directory / "request.json", directory / "generated.json"
-    request_file.write_text(json.dumps(asdict(request)), encoding="utf-8")
+    request_file.write_text(json.dumps(request._asdict()), encoding="utf-8")
     launch.run([sys.executable, "-m", "saigakit.weights.generate", str(request_file), str(answer_file)])
-    answers = json.loads(answer_file.read_text(encoding="utf-8"))
-    return {name: Generated(**values) for name, values in answers.items()}
+    made = json.loads(answer_file.read_text(encoding="utf-8"))
+    return {name: Generated(**values) for name, values in made.items()}
 
 
-class HfModel:
-    """A base model on the first GPU or the CPU, with an adapter that can be switched off."""
+def answers(request: Request) -> dict[str, Generated]:
+    """{"before": …} of the base, on the first GPU or the CPU, and, with an adapter, {"after": …}."""
+    device, dtype = "cuda:0" if torch.cuda.is_available() else "cpu", getattr(torch, request.number_format)
+    if device == "cpu" and load.bf16_is_faster():
+        dtype = torch.bfloat16  # measured on 2 cores with AMX: 2.2 times as fast as float32 with bf16 products
+    model: Any = load.base_model(Path(request.base_dir), request.quantization, dtype, device).eval()
+    # The model's own may set a repetition penalty or sampling.
+    model.generation_config = transformers.GenerationConfig()
+    if request.adapter_dir is None:
+        return {"before": answer(model, request, Progress("before"))}
+    adapter.read_config(Path(request.adapter_dir))  # refuses what could make peft run code
+    # Without autocast its matrices keep the type of the layers that they are added to.
+    adapted: Any = peft.PeftModel.from_pretrained(model, request.adapter_dir, autocast_adapter_dtype=False)
+    with adapted.disable_adapter():
+        before = answer(model, request, Progress("before"))
+    return {"before": before, "after": answer(model, request, Progress("after"))}
 
-    def __init__(
-        self, base_dir: Path, adapter_dir: Path | None, quantization: Quantization, number_format: NumberFormat
-    ) -> None:
-        device, dtype = "cuda:0" if torch.cuda.is_available() else "cpu", getattr(torch, number_format)
-        if device == "cpu" and load.bf16_is_faster():
-            dtype = torch.bfloat16  # measured on 2 cores with AMX: 2.2 times as fast as float32 with bf16 products
-        self._model: Any = load.base_model(base_dir, quantization, dtype, device).eval()
-        # The model's own may set a repetition penalty or sampling.
-        self._model.generation_config = transformers.GenerationConfig()
-        self._adapted: Any = None
-        if adapter_dir is not None:
-            adapter.read_config(adapter_dir)  # refuses what could make peft run code
-            # Without autocast its matrices keep the type of the layers that they are added to.
-            self._adapted = peft.PeftModel.from_pretrained(self._model, str(adapter_dir), autocast_adapter_dtype=False)
 
-    def answers(
-        self,
-        prompts: Sequence[list[int]],
-        *,
-        adapted: bool,
-        stop_ids: frozenset[int],
-        max_new_tokens: int,
-        on_progress: OnProgress,
-    ) -> Generated:
-        bare = self._adapted is not None and not adapted
-        start = time.perf_counter()
-        on_progress(0, len(prompts))
-        with self._adapted.disable_adapter() if bare else nullcontext():
-            rows = greedy_in_batches(self._model, prompts, stop_ids, max_new_tokens, on_progress)
-        seconds = time.perf_counter() - start
-        on_progress(len(prompts), len(prompts))
-        cut = [cut_at_stop(row, stop_ids) for row in rows]
-        return Generated([ids for ids, _ in cut], seconds, sum(length for _, length in cut))
+def answer(model: "transformers.PreTrainedModel", request: Request, on_progress: OnProgress) -> Generated:
+    stop_ids, count = frozenset(request.stop_ids), len(request.prompts)
+    start = time.perf_counter()
+    on_progress(0, count)
+    rows = greedy_in_batches(model, request.prompts, stop_ids, request.max_new_tokens, on_progress)
+    seconds = time.perf_counter() - start
+    on_progress(count, count)
+    cut = [cut_at_stop(row, stop_ids) for row in rows]
+    return Generated([ids for ids, _ in cut], seconds, sum(length for _, length in cut))
 
 
 def greedy_in_batches(
@@ -180,19 +167,8 @@ def main(request_file: str, answer_file: str) -> None:
     load.silence_libraries()
     request = Request(**json.loads(Path(request_file).read_text(encoding="utf-8")))
     with launch.child():
-        adapter_dir = None if request.adapter_dir is None else Path(request.adapter_dir)
-        model = HfModel(Path(request.base_dir), adapter_dir, request.quantization, request.number_format)
-        answers = {
-            name: model.answers(
-                request.prompts,
-                adapted=name == "after",
-                stop_ids=frozenset(request.stop_ids),
-                max_new_tokens=request.max_new_tokens,
-                on_progress=Progress(name),
-            )
-            for name in (("before",) if adapter_dir is None else ("before", "after"))
-        }
-        write_text(Path(answer_file), json.dumps({name: asdict(generated) for name, generated in answers.items()}))
+        made = {name: each._asdict() for name, each in answers(request).items()}
+        write_text(Path(answer_file), json.dumps(made))
 
 
 if __name__ == "__main__":

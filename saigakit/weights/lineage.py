@@ -1,9 +1,8 @@
 """Read from an adapter's manifest what an export must preserve or refuse."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from saigakit.core import manifest
 from saigakit.errors import SaigaError
@@ -16,8 +15,7 @@ MergeInto = Literal["auto", Into]
 _DEFAULT_FORMAT = "float16"  # without a manifest: the format of Saiga's adapters and of a T4
 
 
-@dataclass(frozen=True)
-class Lineage:
+class Lineage(NamedTuple):
     """How the adapters to merge were trained; the last manifest decides."""
 
     system_prompt: str | None  # of the training records, which may have none; without a manifest the model's own

@@ -111,7 +111,10 @@ def with_adapter(model: "transformers.PreTrainedModel", adapter_dir: Path | None
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise SaigaError(_other_base(adapter_dir, str(model.config.name_or_path), reason)) from None
-    _require_all_used(adapted, adapter_dir)
+    # peft ignores matrices of layers that the base does not have. True would ask the Hub for the base.
+    used = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if differing := used ^ set(adapter_shapes(adapter_dir)):
+        raise SaigaError(_other_base(adapter_dir, str(model.config.name_or_path), f"{min(differing)} does not fit"))
     return _trained_in_float32(adapted)
 
 
@@ -141,16 +144,6 @@ def require_formats(model: "torch.nn.Module", dtype: "torch.dtype") -> None:
             raise TypeError(f"{name} is {parameter.dtype}, but must be {wanted}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TypeError("no parameter of the model is trainable")
-
-
-def _require_all_used(adapted: "peft.PeftModel", adapter_dir: Path) -> None:
-    """Raises SaigaError for matrices of layers that the base does not have, which peft ignores."""
-    stored = set(adapter_shapes(adapter_dir))
-    # True would ask the Hub for the base.
-    used = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    if stored != used:
-        reason = f"{min(stored ^ used)} does not fit"
-        raise SaigaError(_other_base(adapter_dir, str(adapted.config.name_or_path), reason))
 
 
 def _other_base(adapter_dir: Path, base: str, reason: str) -> str:

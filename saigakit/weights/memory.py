@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from saigakit.registry import Lora, Quantization
 from saigakit.weights.model_shape import ModelShape
@@ -17,8 +17,7 @@ _CUDA_BYTES = 600 * 10**6  # CUDA context, libraries and fragmentation: an allow
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pack:
+class Pack(NamedTuple):
     """A pack as far as its memory depends on it."""
 
     documents: Sequence[int]  # length of each in tokens

@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Container
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 # Of the language model: alone, or next to a vision model, saved by transformers before and since 4.52.
 PREFIXES = ("model.", "language_model.model.", "model.language_model.")
@@ -14,8 +13,7 @@ _HEAD = re.compile(r"(model\.)?(language_model\.)?(?=lm_head\b)")
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
-@dataclass(frozen=True)
-class Names:
+class Names(NamedTuple):
     """What precedes the names of a base's embeddings and layers."""
 
     prefix: str = PREFIXES[0]

@@ -5,9 +5,8 @@ import math
 import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from saigakit.core.lazy import np, safetensors, torch
 from saigakit.errors import SaigaError
@@ -23,8 +22,7 @@ ReadRows = Callable[[str, slice], "torch.Tensor"]
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # torch's name by that of safetensors
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """A tensor as announced in the header of its file."""
 
     file: Path

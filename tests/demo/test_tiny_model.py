@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from tiny_vocabulary import sentencepiece_model
 
 from saigakit.core import manifest
 from saigakit.demo import tiny_model
@@ -37,6 +38,12 @@ def test_base_and_adapter_share_a_tokenizer_in_the_format_of_2023(tiny):
     assert base["tokenizer.model"] == adapter["tokenizer.model"]
     assert "tokenizer.json" not in base
     assert "legacy" not in json.loads((tiny / "base" / "tokenizer_config.json").read_text(encoding="utf-8"))
+
+
+def test_its_vocabulary_is_the_one_made_from_its_records(tiny, vocabulary):
+    rows = [json.loads(line) for line in (tiny / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+    made = sentencepiece_model((text for row in rows for text in row.values()), vocabulary.vocab_size())
+    assert made == (tiny / "base" / "tokenizer.model").read_bytes()
 
 
 def test_every_role_is_one_piece_with_and_without_a_space(vocabulary):

@@ -2,7 +2,6 @@
 
 import math
 from contextlib import closing
-from dataclasses import asdict
 
 import llama_cpp
 import numpy as np
@@ -110,7 +109,7 @@ def test_a_damaged_file_is_refused(files, tmp_path):
 
 
 def test_the_table_has_a_row_for_each_type():
-    measured = asdict(quality.Quality(1234, 2.2, 2.0, 0.0512, 0.951))
+    measured = quality.Quality(1234, 2.2, 2.0, 0.0512, 0.951)._asdict()
     content = {"reference": "F16", "bytes": {"Q4_0": 1_230_000_000}, "types": {"Q4_0": measured}}
     (row,) = quality.quality_table(content).rows
     assert row[1:] == ("1.23", "2.200", "+10.0", "0.0512", "95.1")

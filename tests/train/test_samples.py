@@ -145,13 +145,19 @@ def test_samples_leak_no_gpu_memory(tiny, tokenizer, held_out, tmp_path):
 def test_answers_equal_those_of_separate_generation(tiny, tokenizer, held_out, tmp_path):
     asked = Samples(tokenizer, held_out, tmp_path / "samples.md")
     asked.write(0, 1.0, in_training(tiny))
-    hf = generate.HfModel(tiny / "base", tiny / "adapter", "none", "float32")
     expected = []
     for conversation in spread(held_out, 4):
         prompt = encoding.encode(conversation["messages"][:-1], tokenizer, add_generation_prompt=True)["input_ids"]
-        made = hf.answers([prompt], adapted=True, stop_ids=encoding.end_of_turn_ids(tokenizer),
-                          max_new_tokens=asked.max_new_tokens, on_progress=lambda *_: None)  # fmt: skip
-        expected.append(tokenizer.decode(made.ids[0]))
+        request = generate.Request(
+            prompts=[prompt],
+            stop_ids=sorted(encoding.end_of_turn_ids(tokenizer)),
+            max_new_tokens=asked.max_new_tokens,
+            base_dir=str(tiny / "base"),
+            adapter_dir=str(tiny / "adapter"),
+            quantization="none",
+            number_format="float32",
+        )
+        expected.append(tokenizer.decode(generate.answers(request)["after"].ids[0]))
     _, [entry] = answers.read_answers(tmp_path / "samples.md")
     assert [answer.text for answer in entry.answers] == expected
     assert len(set(expected)) > 1

@@ -15,7 +15,7 @@ from saigakit.core import workspace
 from saigakit.errors import SaigaError
 from saigakit.registry import Lora
 from saigakit.weights import find, load, tensors
-from saigakit.weights.generate import HfModel
+from saigakit.weights.generate import Request, answers
 
 MARK = "Path(os.environ['RAN']).write_text('ran')"
 KERNELS = f"""
@@ -90,10 +90,11 @@ def test_no_module_that_an_adapter_names_is_imported(adapter, base_dir, ran, tmp
     monkeypatch.syspath_prepend(tmp_path / "site")
     small_models.edit_json(adapter / "adapter_config.json", megatron_config={"a": 1}, megatron_core="megatron.core")
     model = load.base_model(base_dir, "none", torch.float32, "cpu")
-    for use in (
-        lambda: load.with_adapter(model, adapter, Lora()),
-        lambda: HfModel(base_dir, adapter, "none", "float32"),
-    ):
+    places = {"base_dir": str(base_dir), "adapter_dir": str(adapter)}
+    asked = Request(
+        prompts=[[1]], stop_ids=[2], max_new_tokens=1, quantization="none", number_format="float32", **places
+    )
+    for use in (lambda: load.with_adapter(model, adapter, Lora()), lambda: answers(asked)):
         with pytest.raises(SaigaError, match="uses megatron_config, which"):
             use()
         assert not ran.exists()

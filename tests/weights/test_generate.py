@@ -1,10 +1,10 @@
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from saigakit.weights.generate import HfModel, cut_at_stop, plan_batches
+from saigakit.weights.generate import Request, answer, answers, cut_at_stop, greedy, plan_batches
 
 PROMPTS = [[5, 9, 17], [8, 3, 40, 41, 42, 43, 44], [99], [12, 13, 14, 15, 16, 12, 13]]
 STOP = frozenset({7})
@@ -42,10 +42,20 @@ def adapter_dir(base_dir, tmp_path_factory):
     return directory
 
 
-def ask(model, prompts, *, adapted=False, max_new_tokens=12):
-    return model.answers(
-        prompts, adapted=adapted, stop_ids=STOP, max_new_tokens=max_new_tokens, on_progress=lambda done, total: None
+def asking(base_dir, prompts=PROMPTS, *, adapter_dir=None, max_new_tokens=12):
+    return Request(
+        prompts=prompts,
+        stop_ids=sorted(STOP),
+        max_new_tokens=max_new_tokens,
+        base_dir=str(base_dir),
+        adapter_dir=None if adapter_dir is None else str(adapter_dir),
+        quantization="none",
+        number_format="float32",
     )
+
+
+def ask(base_dir, prompts=PROMPTS, **settings):
+    return answers(asking(base_dir, prompts, **settings))["before"]
 
 
 def greedy_by_hand(base_dir, prompt, count):
@@ -58,34 +68,28 @@ def greedy_by_hand(base_dir, prompt, count):
 
 
 def test_a_batch_answers_like_one_prompt_at_a_time(base_dir):
-    model = HfModel(base_dir, None, "none", "float32")
-    assert ask(model, PROMPTS).ids == [ask(model, [prompt]).ids[0] for prompt in PROMPTS]
+    assert ask(base_dir).ids == [ask(base_dir, [prompt]).ids[0] for prompt in PROMPTS]
 
 
 def test_answers_are_greedy_whatever_the_models_own_defaults_are(base_dir):
-    assert ask(HfModel(base_dir, None, "none", "float32"), PROMPTS).ids == [
-        greedy_by_hand(base_dir, prompt, 12) for prompt in PROMPTS
-    ]
+    assert ask(base_dir).ids == [greedy_by_hand(base_dir, prompt, 12) for prompt in PROMPTS]
 
 
 def test_the_adapter_is_used_only_on_request(base_dir, adapter_dir):
-    model = HfModel(base_dir, adapter_dir, "none", "float32")
-    bare = ask(model, PROMPTS).ids
-    assert ask(model, PROMPTS, adapted=True).ids != bare
-    assert bare == ask(HfModel(base_dir, None, "none", "float32"), PROMPTS).ids
+    made = answers(asking(base_dir, adapter_dir=adapter_dir))
+    assert made["after"].ids != made["before"].ids == ask(base_dir).ids
 
 
 def test_no_answer_is_longer_than_the_limit(base_dir):
-    made = ask(HfModel(base_dir, None, "none", "float32"), PROMPTS, max_new_tokens=3)
+    made = ask(base_dir, max_new_tokens=3)
     assert max(map(len, made.ids)) <= 3
     assert made.tokens <= 3 * len(PROMPTS)
 
 
 def test_progress_counts_up_to_all_texts(base_dir):
     seen = []
-    HfModel(base_dir, None, "none", "float32").answers(
-        PROMPTS, adapted=False, stop_ids=STOP, max_new_tokens=4, on_progress=lambda *counts: seen.append(counts)
-    )
+    model = LlamaForCausalLM.from_pretrained(base_dir)
+    answer(model, asking(base_dir, max_new_tokens=4), lambda *counts: seen.append(counts))
     assert seen == sorted(seen)
     assert (seen[0], seen[-1]) == ((0, 4), (4, 4))
 
@@ -102,10 +106,11 @@ class LargestTensor(TorchDispatchMode):
 
 def test_the_head_is_not_copied_for_every_row_of_a_batch(base_dir, adapter_dir):
     # torch.nn.functional.linear expands a frozen weight if its input is a slice, as the hidden states of a prompt are.
-    model = HfModel(base_dir, adapter_dir, "none", "float32")
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base_dir), adapter_dir).eval().get_base_model()
+    model.generation_config = GenerationConfig()
     with LargestTensor() as largest:
-        ask(model, PROMPTS * 4, max_new_tokens=2)
-    head = model._model.get_output_embeddings()
+        greedy(model, PROMPTS * 4, STOP, 2)
+    head = model.get_output_embeddings()
     assert largest.numbers <= 16 * 7 * 128 < 16 * head.weight.numel()  # at most all logits
     assert not head._forward_pre_hooks
 
