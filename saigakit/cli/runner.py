@@ -8,9 +8,8 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import saigakit
 from saigakit import evaluate, export, registry
@@ -26,8 +25,7 @@ _STATE = ".runner"
 _LOCK_PATIENCE_S = 5.0  # the kernel of a killed run ends within about 1 s
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """A notebook with the defaults of its parameters and the given values."""
 
     notebook: Path

@@ -69,9 +69,8 @@ def list_files(repo: str, repo_type: str = "model", revision: str | None = None)
 
 def require_room(repo: str, repo_type: str, needed: int) -> None:
     """Raise SaigaError if the disk cannot hold what is not downloaded yet of `needed` bytes."""
-    from huggingface_hub.file_download import repo_folder_name
-
-    blobs = cache_dir() / repo_folder_name(repo_id=repo, repo_type=repo_type) / "blobs"
+    folder = huggingface_hub.file_download.repo_folder_name(repo_id=repo, repo_type=repo_type)
+    blobs = cache_dir() / folder / "blobs"
     there = sum(blob.stat().st_size for blob in blobs.glob("*"))
     workspace.require_disk(cache_dir(), max(0, needed - there), f"Downloading {repo}")
 
@@ -97,10 +96,9 @@ def download_errors_explained(repo: str, repo_type: str) -> Iterator[None]:
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         if isinstance(error, OSError) and workspace.is_full(error):
             raise workspace.disk_full(f"Downloading {repo}", 0) from None
-        reason = _one_line(error)[:300].rstrip(".:")
-        problem = f"{repo} could not be fetched from the Hub: {reason}. On Kaggle, switch Internet on."
+        problem = f"{repo} could not be fetched from the Hub: {_reason(error)}. On Kaggle, switch Internet on."
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
-            problem = f"{repo} could not be fetched. {_refusal(401, repo, reason)}"
+            problem = f"{repo} could not be fetched. {_refusal(401, repo, '')}"
     raise SaigaError(f"{problem} {_ATTACH[repo_type]}") from None
 
 
@@ -126,10 +124,8 @@ def require_publishable() -> None:
     """Raise SaigaError if HF_REPO asks to publish what a notebook makes, and HF_TOKEN may not write there."""
     if (repo := workspace.secret(REPO)) is None:
         return
-    from huggingface_hub import HfApi
-
     with uploading(repo, "Asking the Hub about"):
-        user = HfApi(token=writing_token()).whoami()
+        user = huggingface_hub.HfApi(token=writing_token()).whoami()
     owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
     if not is_hub_id(f"{repo}_lora") or repo.partition("/")[0].lower() not in map(str.lower, owners):
         raise SaigaError(f"{REPO}={repo!r}: give owner/name, where HF_TOKEN allows the owner {' or '.join(owners)}.")
@@ -141,15 +137,10 @@ def require_publishable() -> None:
 @contextmanager
 def uploading(repo_id: str, what: str = "The upload to") -> Iterator[None]:
     """Turn errors of an upload into SaigaErrors; hide progress bars, since Kaggle logs every line."""
-    from huggingface_hub import errors
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
+    from huggingface_hub import errors, utils
 
-    had_progress_bars = not are_progress_bars_disabled()
-    disable_progress_bars()
+    had_progress_bars = not utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    utils.disable_progress_bars()  # type: ignore[attr-defined]
     try:
         yield
     except errors.HfHubHTTPError as error:
@@ -162,7 +153,7 @@ def uploading(repo_id: str, what: str = "The upload to") -> Iterator[None]:
         ) from None
     finally:
         if had_progress_bars:
-            enable_progress_bars()
+            utils.enable_progress_bars()  # type: ignore[attr-defined]
 
 
 def _refusal(status: int, repo_id: str, reason: str) -> str:
@@ -178,9 +169,6 @@ def _refusal(status: int, repo_id: str, reason: str) -> str:
 
 def _reason(error: BaseException) -> str:
     """The error and its cause on one line."""
-    chain = [error, error.__cause__] if error.__cause__ is not None else [error]
-    return "; ".join(dict.fromkeys(map(_one_line, chain)))[:300].rstrip(".:; ")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(masked(str(error)).split()) or type(error).__name__
+    chain = [each for each in (error, error.__cause__) if each is not None]
+    lines = [" ".join(masked(str(each)).split()) or type(each).__name__ for each in chain]
+    return "; ".join(dict.fromkeys(lines))[:300].rstrip(".:; ")

@@ -205,10 +205,8 @@ def own_wheels() -> list[Path]:
 def requirement(name: str, fitting: Sequence[Path], *, gpu: bool) -> str:
     """A line for pip: one of the `fitting` wheels, or else the registry, and the SHA-256 of the allowed files."""
     pin = _pin(name, gpu=gpu)
-    places = [wheel.absolute().as_uri() for wheel in fitting]
-    if "url" in pin:
-        places.append(pin["url"])
-    source = f"{name} @ {places[0]}" if places else f"{name}=={pin['version']}"
+    place = fitting[0].absolute().as_uri() if fitting else pin.get("url")
+    source = f"{name} @ {place}" if place else f"{name}=={pin['version']}"
     return " ".join([source, *(f"--hash=sha256:{digest}" for digest in pin["sha256"])])
 
 
@@ -270,34 +268,26 @@ def _install(names: Sequence[str]) -> None:
 def _choose(names: Sequence[str]) -> tuple[list[str], str]:
     """The requirements for pip, and what to do if it cannot install them."""
     attached, gpu = own_wheels(), bool(workspace.gpus())
-    found = {name: misfits(name, attached, gpu=gpu) for name in names}
-    fitting = {name: [wheel for wheel, why in wheels.items() if not why] for name, wheels in found.items()}
-    unfit = {name: wheels for name, wheels in found.items() if not fitting[name]}
-    for wheel, why in (each for wheels in unfit.values() for each in wheels.items()):
-        print(f"Not using {wheel}: {why}.", flush=True)
-    lines = [requirement(name, fitting[name], gpu=gpu) for name in names]
-    return lines, _how_to_attach(unfit, gpu=gpu) if unfit else ""
-
-
-def _how_to_attach(unfit: Mapping[str, Mapping[Path, str]], *, gpu: bool) -> str:
-    """How to get the wheels of these packages, with the `misfits` among those that are attached."""
-    pins = {name: _pin(name, gpu=gpu) for name in unfit}
-    why = {name: "; ".join(f"{wheel}: {why}" for wheel, why in wheels.items()) for name, wheels in unfit.items()}
-    lines = "".join(f"{name} {pin['version']}: {why[name] or 'not attached'}\n" for name, pin in pins.items())
-    platforms = " ".join(f"--platform {platform}" for platform in PLATFORMS)
-    sources = " ".join(pin.get("url", f"{name}=={pin['version']}") for name, pin in pins.items())
-    return (
-        f"These packages are missing:\n{lines}Switch Internet on in the notebook's settings. Or put fitting wheels "
+    lines, lacking, sources = [], "", [f"--platform {platform}" for platform in PLATFORMS]
+    for name in names:
+        found, pin = misfits(name, attached, gpu=gpu), _pin(name, gpu=gpu)
+        fitting = [wheel for wheel, why in found.items() if not why]
+        lines.append(requirement(name, fitting, gpu=gpu))
+        if not fitting:
+            unfit = [f"{wheel}: {why}" for wheel, why in found.items()]
+            print(*(f"Not using {each}.\n" for each in unfit), sep="", end="", flush=True)
+            lacking += f"{name} {pin['version']}: {'; '.join(unfit) or 'not attached'}\n"
+            sources.append(pin.get("url", f"{name}=={pin['version']}"))
+    remedy = (
+        f"These packages are missing:\n{lacking}Switch Internet on in the notebook's settings. Or put fitting wheels "
         "into the data set that holds saigakit's own: at home `saigakit wheels DIRECTORY` builds this set, or\n"
-        f"pip download --no-deps --only-binary=:all: --python-version {_THIS_PYTHON} {platforms} {sources}"
+        f"pip download --no-deps --only-binary=:all: --python-version {_THIS_PYTHON} {' '.join(sources)}"
     )
+    return lines, remedy if lacking else ""
 
 
 def installed_version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    return next((found.version for found in metadata.distributions(name=name)), None)
 
 
 def _old_torchao() -> str | None:

@@ -251,7 +251,8 @@ def child() -> Iterator[None]:
         sys.exit(0 if _ASKED.is_set() else 1)  # torch.distributed.run prints a long report on 1
 
 
-_ASKED = threading.Event()  # this child has been asked to end
+_ASKED = threading.Event()
+is_asked_to_end = _ASKED.is_set  # whether this child has been
 _REPORT: list[int] = []  # the open file that tells its parent how many seconds it needs for that
 
 
@@ -275,10 +276,6 @@ def report_needed(seconds: float) -> None:
     """Tell the parent how long this child needs to save and end: 0 for nothing to save, infinity if it is unknown."""
     for file in _REPORT:
         os.pwrite(file, f"{seconds:12.2f}".encode(), 0)  # always 12 bytes, so never a part of the number
-
-
-def is_asked_to_end() -> bool:
-    return _ASKED.is_set()
 
 
 def _end_with_parent(file: int) -> None:

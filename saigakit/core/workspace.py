@@ -10,8 +10,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from saigakit.errors import SaigaError
 
@@ -23,8 +23,7 @@ _SESSION_START = "SAIGAKIT_SESSION_START"
 _CACHE_REMEDY = "name a directory with room in the environment variable SAIGAKIT_CACHE"
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """A GPU as nvidia-smi reports it; memory in bytes."""
 
     name: str
@@ -175,10 +174,8 @@ def available_memory() -> int:
     """Bytes of RAM that a new process can have: the lesser of /proc/meminfo's and the cgroup's."""
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
+    if meminfo.exists() and (found := re.search(r"MemAvailable: *(\d+)", meminfo.read_text(encoding="ascii"))):
+        available = int(found[1]) * 1024
     return min(available, _left_in_cgroup(Path("/sys/fs/cgroup"), available))
 
 

@@ -34,8 +34,8 @@ class NoAnswerError(SaigaError):
     """Kaggle did not answer this time; the same command may succeed later."""
 
 
-def run(*arguments: str, echo: bool = False, limit_s: float = _QUESTION_S) -> str:
-    """Run a command and return what it printed on both streams.
+def run(*arguments: str, echo: bool = False, limit_s: float = _QUESTION_S, until: str | None = None) -> str:
+    """Run a command and return what it printed on both streams, or the first line that begins with `until`.
 
     Raises NoAnswerError if there is no connection, no answer within `limit_s` seconds or a fault of Kaggle's, and
     SaigaError if it refuses.
@@ -43,10 +43,10 @@ def run(*arguments: str, echo: bool = False, limit_s: float = _QUESTION_S) -> st
     if lacking := install.missing(["kaggle"]):
         raise SaigaError(f"This needs {install.listed(lacking)}. Run: {install.pip_install(['kaggle', 'run'])}")
     # -m kaggle: its check of the program's name knows this form. -W: no warning about a newer version.
-    return run_python("-m", "kaggle", "-W", *arguments, echo=echo, limit_s=limit_s)
+    return run_python("-m", "kaggle", "-W", *arguments, echo=echo, limit_s=limit_s, until=until)
 
 
-def run_python(*arguments: str, echo: bool = False, limit_s: float = _QUESTION_S) -> str:
+def run_python(*arguments: str, echo: bool = False, limit_s: float = _QUESTION_S, until: str | None = None) -> str:
     """As `run`, for any code that uses the packages of the command line."""
     lines, start = [], time.monotonic()
     with (
@@ -66,8 +66,12 @@ def run_python(*arguments: str, echo: bool = False, limit_s: float = _QUESTION_S
         timer.start()
         for line in child.stdout:
             lines.append(line)
-            if echo:
+            if echo and _NO_LOGIN not in lines[0]:  # else a page of help follows
                 print(printable(line), end="", flush=True)
+            if until and line.startswith(until):
+                timer.cancel()
+                child.kill()
+                return line
         code = child.wait()
         timer.cancel()
         errors.seek(0)
@@ -115,10 +119,14 @@ def submit(reference: str, *command: str) -> str:
     """Run a command that creates `reference`, and check its output: it exits with status 0 even if refused."""
     try:
         output = run(*command, limit_s=TRANSFER_S)
+        reason = "; ".join(re.findall(r"^.*(?:push|creation) error: *(.*)$", output, re.MULTILINE))
     except _RefusedError as error:
-        raise _refused(reference, error.reason) from None
-    if refusals := re.findall(r"^.*(?:push|creation) error: *(.*)$", output, re.MULTILINE):
-        raise _refused(reference, "; ".join(refusals))
+        output, reason = "", error.reason
+    if reason:
+        raise SaigaError(
+            f"Kaggle refused {reference}: {printable(reason).rstrip('.')}. If it is a quota or running sessions, wait "
+            "or stop one (`saigakit stop`); if it is the title or the name, somebody has it: choose another."
+        )
     if dropped := re.findall(r"^The following are not valid (.*)$", output, re.MULTILINE):
         raise SaigaError(
             f"Kaggle accepted {reference} without some of its sources: {'; '.join(dropped)}. Cancel the run on "
@@ -130,18 +138,11 @@ def submit(reference: str, *command: str) -> str:
     return output
 
 
-def _refused(reference: str, reason: str) -> SaigaError:
-    return SaigaError(
-        f"Kaggle refused {reference}: {printable(reason).rstrip('.')}. If it is a quota or running sessions, wait or "
-        "stop one (`saigakit stop`); if it is the title or the name, somebody has it: choose another."
-    )
-
-
 def username() -> str:
     """The user who is logged in."""
-    found = re.search(r"^- username: (\S+)", run("config", "view"), re.MULTILINE)
-    if found is None or found[1] == "None":
-        raise SaigaError("Nobody is logged in to Kaggle. Run `kaggle auth login` and try again.")
+    found = re.search(r"^- username: (?!None$)(\S+)", run("config", "view"), re.MULTILINE)
+    if found is None:
+        raise _explain("the request", _NO_LOGIN)
     return found[1]
 
 

@@ -37,25 +37,28 @@ def upload(content: Mapping[str, Any], files: Sequence[Path], *, public: bool = 
     if not files:
         raise SaigaError(f"{reference} has nothing to upload except its metadata; name the files.")
     with scratch() as directory:
+        metadata, verb = directory / notebook.DATASET, ["create", *(["--public"] if public else [])]
+        if status(reference) is not None:
+            verb = ["version", "-m", "pushed by saigakit"]
+            command_line.run("datasets", "metadata", reference, "-p", str(directory))
+            info = json.loads(metadata.read_text(encoding="utf-8"))["info"]
+            if bool(info.get("isPrivate")) == public:  # false is left out
+                raise SaigaError(
+                    f"The data set {reference} exists and is {'private' if public else 'public'}; nothing was "
+                    "uploaded. Change that in its settings on kaggle.com, or choose another name."
+                )
         for file in files:
             shutil.copy2(file, directory)
-        (directory / notebook.DATASET).write_text(json.dumps(content), encoding="utf-8")
-        if not (is_new := status(reference) is None) and _is_private(reference) == public:
-            raise SaigaError(
-                f"The data set {reference} exists and is {'private' if public else 'public'}; nothing was uploaded. "
-                "Change that in its settings on kaggle.com, or choose another name."
-            )
-        verb = ("create", *(("--public",) if public else ())) if is_new else ("version", "-m", "pushed by saigakit")
+        metadata.write_text(json.dumps(content), encoding="utf-8")
         command_line.submit(reference, "datasets", *verb, "--quiet", "-p", str(directory))
-    _wait_until_ready(reference, poll_s)
+    deadline = time.monotonic() + 600
+    while (found := status(reference)) not in ("ready", "failed", "deleted"):
+        if time.monotonic() > deadline:
+            raise SaigaError(f"Data set {reference} is still {found!r} after 10 minutes; check it on kaggle.com.")
+        time.sleep(poll_s)
+    if found != "ready":
+        raise SaigaError(f"Kaggle could not create the data set {reference}: its status is {found!r}.")
     print(f"Data set {reference} is ready.", flush=True)
-
-
-def _is_private(reference: str) -> bool:
-    with scratch() as directory:
-        command_line.run("datasets", "metadata", reference, "-p", str(directory))
-        content = json.loads((directory / notebook.DATASET).read_text(encoding="utf-8"))
-    return bool(content["info"].get("isPrivate"))  # false is left out
 
 
 def require_wheels(files: Sequence[Path]) -> None:
@@ -73,13 +76,3 @@ def status(reference: str) -> str | None:
     """Kaggle's word for the status of a data set; None if there is none."""
     answer = command_line.query("datasets", "status", reference)
     return None if answer is None else answer.strip().splitlines()[-1]
-
-
-def _wait_until_ready(reference: str, poll_s: float) -> None:
-    deadline = time.monotonic() + 600
-    while (found := status(reference)) not in ("ready", "failed", "deleted"):
-        if time.monotonic() > deadline:
-            raise SaigaError(f"Data set {reference} is still {found!r} after 10 minutes; check it on kaggle.com.")
-        time.sleep(poll_s)
-    if found != "ready":
-        raise SaigaError(f"Kaggle could not create the data set {reference}: its status is {found!r}.")

@@ -3,9 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,7 +62,14 @@ def push(
 
 def push_notebook(file: Path, content: dict[str, Any], parameters: Mapping[str, object]) -> Pushed:
     """Start a notebook with these metadata. Raises SaigaError if Kaggle refuses it, or drops a source or the name."""
-    notebook.require_same_slug(content)
+    from slugify import slugify  # a dependency of the kaggle command line
+
+    ours, from_title = str(content["id"]).split("/")[-1], slugify(str(content.get("title", "")))
+    if from_title != ours:  # the run would be lost
+        raise SaigaError(
+            f"The title {content.get('title')!r} gives the name {from_title!r}, but the id ends in {ours!r}. Kaggle "
+            f"follows the title; change one of them in {notebook.KERNEL}."
+        )
     with scratch() as upload:
         notebook.render(file, parameters, upload / file.name)
         text = json.dumps({**content, "code_file": file.name})
@@ -73,7 +77,6 @@ def push_notebook(file: Path, content: dict[str, Any], parameters: Mapping[str, 
         shape = ("--accelerator", content["machine_shape"]) if "machine_shape" in content else ()
         output = command_line.submit(str(content["id"]), "kernels", "push", "-p", str(upload), *shape)
     version, address = re.findall(r"Kernel version (\d*) ?successfully.*? at (\S+)", output)[0]
-    ours = str(content["id"]).split("/")[1]
     if (theirs := re.search(r"/code/[^/]+/([^/?#]+)", address)) and theirs[1] != ours:
         raise SaigaError(f"Kaggle started it as {theirs[1]!r} instead of {ours!r}. Cancel it there: {address}")
     return Pushed(f"{content['id']}/{version}".rstrip("/"), address)
@@ -134,7 +137,7 @@ def _failure(reference: str, status: str, message: str) -> str:
     return printable(f"{reference} {what} on Kaggle{f': {message}' if message else ''}. The end of its log:\n{end}")
 
 
-def stop(kernel: str, *, wait_s: float = 60.0) -> None:
+def stop(kernel: str) -> None:
     """Cancel the run of a notebook; Kaggle keeps the versions that had finished before.
 
     Kaggle names the session that a cancellation needs only inside it: `prepare` prints it into the log.
@@ -142,31 +145,20 @@ def stop(kernel: str, *, wait_s: float = 60.0) -> None:
     reference = _reference(kernel)
     if (status := _status(reference)[0]) not in _GOING_ON:
         raise SaigaError(f"{reference} is not running: its status is {status}.")
-    if (session := _session(reference, wait_s)) is None:
+    try:  # the log of a run goes on until its end
+        log = command_line.run("kernels", "logs", "-f", reference, limit_s=60.0, until=workspace.SESSION)
+    except SaigaError as error:
+        print(error, flush=True)
+        log = ""
+    if (session := re.search(rf"^{workspace.SESSION}\s+(\S+)", log, re.MULTILINE)) is None:
         page = "/".join(reference.split("/")[:2])  # without the version
         raise SaigaError(
             f"{reference} has not printed its session into its log yet, so it cannot be stopped from here. Try again "
             f"in a minute, or open https://www.kaggle.com/code/{page} and choose Cancel run."
         )
-    if refusal := command_line.run_python("-c", _CANCEL, session).strip():
+    if refusal := command_line.run_python("-c", _CANCEL, session[1]).strip():
         raise SaigaError(f"Kaggle did not stop {reference}: {printable(refusal)}")
-    print(f"Kaggle was asked to stop {reference} (session {session}). See: saigakit watch {shlex.quote(kernel)}")
-
-
-def _session(reference: str, wait_s: float) -> str | None:
-    """The number that the run printed into its log, which is followed until then; None after `wait_s` seconds."""
-    command = [sys.executable, "-m", "kaggle", "-W", "kernels", "logs", "-f", reference]
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, env=workspace.child_environment(), encoding="utf-8", errors="replace"
-    )
-    timer = threading.Timer(wait_s, child.kill)
-    timer.start()
-    with child:  # the log of a run goes on until its end
-        assert child.stdout is not None
-        found = next((line for line in child.stdout if line.startswith(workspace.SESSION)), "")
-        timer.cancel()
-        child.kill()
-    return found.removeprefix(workspace.SESSION).strip() or None
+    print(f"Kaggle was asked to stop {reference} (session {session[1]}). See: saigakit watch {shlex.quote(kernel)}")
 
 
 def fetch(kernel: str, directory: str | Path, *, pattern: str = "") -> Path:

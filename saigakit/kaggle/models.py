@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from saigakit.core.files import write_text
 from saigakit.errors import SaigaError
 from saigakit.kaggle import command_line
 
@@ -29,8 +30,8 @@ def push_version(folder: Path, instance: str, *, card: str, licence: str, privat
         command_line.submit(instance, "models", "instances", "versions", "create", *options, instance)
         return f"{instance}/{int(found[1]) + 1}"
     values = {"ownerSlug": owner, "modelSlug": name, "instanceSlug": variation, "framework": framework}
-    values |= {"overview": "", "usage": "", "licenseName": licence}
-    _write(folder / "model-instance-metadata.json", {**values, "fineTunable": False, "trainingData": []})
+    content = {**values, "overview": "", "usage": "", "licenseName": licence, "fineTunable": False, "trainingData": []}
+    write_text(folder / "model-instance-metadata.json", json.dumps(content, ensure_ascii=False))
     command_line.submit(instance, "models", "instances", "create", "-q", "-p", str(folder))
     return f"{instance}/1"
 
@@ -39,9 +40,9 @@ def _require_model(folder: Path, model: str, card: str, private: bool) -> None:
     there = command_line.query("models", "get", model)
     if there is None:
         owner, name = model.split("/")
-        metadata = folder / "model-metadata.json"
         values = {"ownerSlug": owner, "slug": name, "title": name, "subtitle": "", "isPrivate": private}
-        _write(metadata, {**values, "description": card, "publishTime": "", "provenanceSources": ""})
+        content = {**values, "description": card, "publishTime": "", "provenanceSources": ""}
+        metadata = write_text(folder / "model-metadata.json", json.dumps(content, ensure_ascii=False))
         command_line.submit(model, "models", "create", "-p", str(folder))
         metadata.unlink()
     elif private and not re.search(r'"isPrivate"\s*:\s*true', there):  # false is not printed
@@ -51,11 +52,11 @@ def _require_model(folder: Path, model: str, card: str, private: bool) -> None:
         )
 
 
-def require_arrived(reference: str, sizes: Mapping[str, int], *, poll_s: float = 5.0, wait_s: float = 600.0) -> None:
+def require_arrived(reference: str, sizes: Mapping[str, int], *, wait_s: float = 600.0) -> None:
     """Raise SaigaError if an uploaded file is missing or has another size; Kaggle provides no hashes."""
     deadline = time.monotonic() + wait_s
     while (found := _listed(reference)).keys() < sizes.keys() and time.monotonic() < deadline:
-        time.sleep(poll_s)  # a version is listed once Kaggle has processed it
+        time.sleep(5)  # a version is listed once Kaggle has processed it
     for name, size in sizes.items():
         if name not in found:
             raise SaigaError(f"{name} did not arrive in {reference}. Push it again.")
@@ -73,7 +74,3 @@ def _listed(reference: str) -> dict[str, int]:
     lines = (listing or "").splitlines()
     header = next((number for number, line in enumerate(lines) if line.startswith("name,")), len(lines))
     return {row["name"]: int(row["size"]) for row in csv.DictReader(io.StringIO("\n".join(lines[header:])))}
-
-
-def _write(file: Path, content: Mapping[str, object]) -> None:
-    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

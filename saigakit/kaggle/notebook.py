@@ -1,8 +1,7 @@
 """Prepare what Kaggle gets of a notebook: its metadata, and the notebook with its parameters."""
 
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,25 +59,20 @@ def with_accelerator(content: dict[str, Any], accelerator: str | None) -> dict[s
     return {**content, "enable_gpu": True, "machine_shape": chosen}
 
 
-def require_same_slug(content: Mapping[str, Any]) -> None:
-    """Raise SaigaError if the title gives another name than the id: Kaggle follows the title, and the run is lost."""
-    from slugify import slugify  # a dependency of the kaggle command line
-
-    slug, from_title = str(content["id"]).split("/")[-1], slugify(str(content.get("title", "")))
-    if from_title != slug:
-        raise SaigaError(
-            f"The title {content.get('title')!r} gives the name {from_title!r}, but the id ends in {slug!r}. Kaggle "
-            f"follows the title; change one of them in {KERNEL}."
-        )
-
-
 def render(notebook: Path, parameters: Mapping[str, object], target: Path) -> None:
     """Write the notebook with its parameters and without outputs. Raises SaigaError for what its stage would refuse."""
     if parameters:
-        _set_parameters(notebook, parameters, target)
-    else:
-        shutil.copyfile(notebook, target)
-    content = json.loads(target.read_text(encoding="utf-8"))
+        import papermill
+
+        known = papermill.inspect_notebook(str(notebook))
+        for name in sorted(set(parameters) - set(known)):
+            hint = suggestion(name, known)
+            raise SaigaError(f"{notebook.name} has no parameter {name}.{hint} It has {', '.join(known)}.")
+        require_valid(notebook.stem, parameters)
+        papermill.execute_notebook(
+            str(notebook), str(target), parameters=dict(parameters), prepare_only=True, progress_bar=False
+        )
+    content = json.loads((target if parameters else notebook).read_text(encoding="utf-8"))
     content["metadata"].pop("papermill", None)  # contains paths of this machine
     for cell in content["cells"]:
         if cell["cell_type"] == "code":
@@ -88,19 +82,6 @@ def render(notebook: Path, parameters: Mapping[str, object], target: Path) -> No
         raise SaigaError(
             f"{notebook.name} has {size:,} bytes, and Kaggle accepts {_LARGEST:,}. Move what is long into a data set."
         )
-
-
-def _set_parameters(notebook: Path, parameters: Mapping[str, object], target: Path) -> None:
-    import papermill
-
-    known = papermill.inspect_notebook(str(notebook))
-    for name in sorted(set(parameters) - set(known)):
-        hint = suggestion(name, known)
-        raise SaigaError(f"{notebook.name} has no parameter {name}.{hint} It has {', '.join(known)}.")
-    require_valid(notebook.stem, parameters)
-    papermill.execute_notebook(
-        str(notebook), str(target), parameters=dict(parameters), prepare_only=True, progress_bar=False
-    )
 
 
 def train_config(values: Mapping[str, Any]) -> TrainConfig:
@@ -121,13 +102,8 @@ def require_valid(stage: str, values: Mapping[str, Any]) -> None:
     spec = registry.find(values["model"])
     if stage == "02_train" and (hours := train_config(values).max_hours) > _LONGEST_H:
         raise SaigaError(f"max_hours={hours:g}: Kaggle kills a session at 12 hours. Take {_LONGEST_H} or less.")
-    checks: dict[str, Callable[[Any], object]] = {
-        "max_seq_length": lambda value: sequence_budget(spec, value),
-        "quant_type": quantization.require_known,
-        "eval_fraction": lambda value: require_share("eval_fraction", value),
-        "max_examples": lambda value: require_count("max_examples", value),
-        "quality_tokens": lambda value: require_count("quality_tokens", value, least=0),
-        "n_gpu_layers": lambda value: require_count("n_gpu_layers", value, least=-1),
-    }
-    for name in checks.keys() & values.keys():
-        checks[name](values[name])
+    sequence_budget(spec, values.get("max_seq_length"))
+    quantization.require_known(values.get("quant_type", "Q4_K_M"))
+    require_share("eval_fraction", values.get("eval_fraction", 0.5))
+    for name, least in (("max_examples", 1), ("quality_tokens", 0), ("n_gpu_layers", -1)):
+        require_count(name, values.get(name, least), least=least)

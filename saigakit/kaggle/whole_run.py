@@ -1,20 +1,19 @@
 """From records on this machine to a model on this machine: data sets, four notebooks on Kaggle, and their results."""
 
 import gzip
-import hashlib
 import json
 import re
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saigakit import data
 from saigakit.core import hub, install, manifest
 from saigakit.core.display import Table
-from saigakit.core.files import lock_file, require_absent, scratch, sha256, write_text
+from saigakit.core.files import lock_file, require_absent, scratch, sha256, sha256_of_text, write_text
 from saigakit.errors import SaigaError
 from saigakit.kaggle import command_line, datasets, kernels, notebook, wheels
 from saigakit.kaggle.kernels import Pushed
@@ -22,6 +21,10 @@ from saigakit.kaggle.kernels import Pushed
 STAGES = tuple(install.STAGES)
 _TRAIN = STAGES[1]
 STATE = "on_kaggle.json"
+_SUBTITLES = {
+    datasets.WHEELS: "The wheel files that the notebooks of saigakit install",
+    "records": "Records to train a model with saigakit",
+}  # by data set
 
 
 @dataclass
@@ -40,8 +43,6 @@ class WholeRun:
     accelerator: str | None = None
     offline: str | None = None
     poll_s: float = 30.0
-    _state: dict[str, dict[str, Any]] = field(init=False)
-    _owner: str = field(init=False)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", self.name) or not 3 <= len(self.name) <= 30:
@@ -75,31 +76,26 @@ class WholeRun:
 
     def plan(self) -> Table:
         """What the run will do, and what of it is done."""
-        rows = [(f"data set {self._dataset(part)}", "kept if unchanged") for part in (datasets.WHEELS, "records")]
+        rows = [(f"data set {self._dataset(part)}", "kept if unchanged") for part in _SUBTITLES]
         for stage in STAGES:
             content = self._content(stage)
-            machine = content.get("machine_shape", "CPU, no quota")
+            machine, state = content.get("machine_shape", "CPU, no quota"), self._state.get(stage, {}).get("is", "new")
             sessions = f", up to {self.sessions} sessions" if stage == _TRAIN else ""
-            rows.append(
-                (f"notebook {content['id']}", f"{machine}{sessions}; {self._state.get(stage, {}).get('is', 'new')}")
-            )
+            rows.append((f"notebook {content['id']}", f"{machine}{sessions}; {state}"))
         return Table(("on Kaggle", "what"), rows, f"Model, card and report arrive in {self.directory}.")
 
     def run(self) -> Path:
         """Do what is left to do; returns the GGUF file. Raises SaigaError as `kernels.watch` does."""
         with lock_file(self.directory / ".saigakit.lock", self.directory, patience_s=5.0):
             self._state = self._read_state()  # another run may have changed it while this one waited
-            return self._run()
-
-    def _run(self) -> Path:
-        done = [self._push_wheels(), self._push_records()]
-        last = _TRAIN
-        for stage in STAGES:
-            sources = [self._slug(last if each == _TRAIN else each) for each in STAGES[: STAGES.index(stage)]]
-            self._finish(stage, sources, done)
-            if stage == _TRAIN:
-                last = self._train_on(done)
-            self._bring_home(stage, self._state[last if stage == _TRAIN else stage]["reference"])
+            done = [self._push(part) for part in _SUBTITLES]
+            last = _TRAIN
+            for stage in STAGES:
+                sources = [self._slug(last if each == _TRAIN else each) for each in STAGES[: STAGES.index(stage)]]
+                self._finish(stage, sources, done)
+                if stage == _TRAIN:
+                    last = self._train_on(done)
+                self._bring_home(stage, self._state[last if stage == _TRAIN else stage]["reference"])
         return self.directory / "03_merge_gguf" / "model.gguf"
 
     def describe_interruption(self) -> str:
@@ -113,36 +109,31 @@ class WholeRun:
 
     def _train_on(self, done: list[str]) -> str:
         """Start 02_train again as long as it ended by max_hours; returns the name of the last session."""
-        last = _TRAIN
+        last, pattern = _TRAIN, rf"^{_TRAIN}/{re.escape(manifest.NAME)}$"
         for session in range(2, self.sessions + 1):
-            if not self._ended_by_max_hours(self._state[last]["reference"]):
+            with scratch() as directory:
+                made = kernels.fetch(self._state[last]["reference"], directory / "made", pattern=pattern)
+                training = manifest.read(made / _TRAIN).get("training", {})
+            if training.get("ended") != "max_hours":
                 break
             print(f"{self._slug(last)} ended by max_hours: session {session} continues it.", flush=True)
             before, last = last, f"{_TRAIN}-{session}"
             self._finish(last, [self._slug(STAGES[0]), self._slug(before)], done)
         return last
 
-    def _ended_by_max_hours(self, reference: str) -> bool:
-        with scratch() as directory:
-            fetched = kernels.fetch(reference, directory / "made", pattern=rf"^{_TRAIN}/{re.escape(manifest.NAME)}$")
-            content = manifest.read(fetched / _TRAIN)
-        return bool(content.get("training", {}).get("ended") == "max_hours")
-
     def _finish(self, step: str, sources: Sequence[str], done: list[str]) -> None:
         """Start a notebook unless it was started with the same inputs, and wait for its end."""
         stage = step.partition("-")[0]
         content = self._content(step) | {"kernel_sources": list(sources)}
-        content["dataset_sources"] = [
-            self._dataset(datasets.WHEELS),
-            *([self._dataset("records")] * (stage == STAGES[0])),
-        ]
+        content["dataset_sources"] = [self._dataset(datasets.WHEELS)]
         file, given = self.stages[stage]
         values = dict(given)
         if self.offline:
             values["base_source"] = self.offline.partition("/")[2]  # the end of its path there
         if stage == STAGES[0]:
-            folder = self._dataset("records").split("/")[1]
-            values["records"] = [f"{folder}/{name}" for name in self._remote_names()]
+            records = self._dataset("records")
+            content["dataset_sources"].append(records)
+            values["records"] = [f"{records.split('/')[1]}/{name}" for name in self._remote_names()]
         fingerprint = _hash([file.read_text(encoding="utf-8"), values, content, done])
         before = self._state.get(step, {})
         if before.get("fingerprint") != fingerprint or before["is"] in ("failed", "pushing"):
@@ -174,30 +165,26 @@ class WholeRun:
         self._remember(step, started)
         return started
 
-    def _push_wheels(self) -> str:
-        with scratch() as directory:
-            files = [wheels.own_wheel(directory), *(wheels.download(directory) if self.offline else ())]
-            return self._push_dataset(datasets.WHEELS, files, "The wheel files that the notebooks of saigakit install")
-
-    def _push_records(self) -> str:
-        with scratch() as directory:
-            for name, file in self._remote_names().items():
-                with (
-                    gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as source,
-                    (directory / name).open("wb") as target,
-                ):
-                    shutil.copyfileobj(source, target)
-            return self._push_dataset("records", sorted(directory.iterdir()), "Records to train a model with saigakit")
-
-    def _push_dataset(self, part: str, files: Sequence[Path], subtitle: str) -> str:
-        """Upload the files unless Kaggle has them; returns their fingerprint."""
-        fingerprint = _hash([[file.name, _hash_file(file)] for file in files])
+    def _push(self, part: str) -> str:
+        """Upload one of the data sets unless Kaggle has its files; returns their fingerprint."""
         reference = self._dataset(part)
-        if self._state.get(part, {}).get("fingerprint") != fingerprint or datasets.status(reference) != "ready":
-            title = reference.split("/")[1].replace("-", " ")
-            content = {"id": reference, "title": title, "subtitle": subtitle, "licenses": [{"name": "other"}]}
-            datasets.upload(content, files)
-            self._remember(part, {"fingerprint": fingerprint, "reference": reference})
+        with scratch() as directory:
+            if part == datasets.WHEELS:
+                files = [wheels.own_wheel(directory), *(wheels.download(directory) if self.offline else ())]
+            else:
+                for name, file in self._remote_names().items():
+                    with (
+                        gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as source,
+                        (directory / name).open("wb") as target,
+                    ):
+                        shutil.copyfileobj(source, target)
+                files = sorted(directory.iterdir())
+            fingerprint = _hash([[file.name, _hash_file(file)] for file in files])
+            if self._state.get(part, {}).get("fingerprint") != fingerprint or datasets.status(reference) != "ready":
+                title = reference.split("/")[1].replace("-", " ")
+                content = {"id": reference, "title": title, "subtitle": _SUBTITLES[part]}
+                datasets.upload(content | {"licenses": [{"name": "other"}]}, files)
+                self._remember(part, {"fingerprint": fingerprint, "reference": reference})
         return fingerprint
 
     def _bring_home(self, stage: str, reference: str) -> None:
@@ -248,7 +235,7 @@ class WholeRun:
 
 
 def _hash(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return sha256_of_text(json.dumps(content, sort_keys=True, ensure_ascii=False))
 
 
 def _hash_file(file: Path) -> str:

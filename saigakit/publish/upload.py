@@ -68,8 +68,7 @@ class HubRepository:
 
     def __init__(self, repo_id: str) -> None:
         """Raises SaigaError for a bad name or without the secret HF_TOKEN."""
-        self.repo_id, self._token = repo_id, hub.writing_token()
-        self.api = huggingface_hub.HfApi(token=self._token)
+        self.repo_id, self.api = repo_id, huggingface_hub.HfApi(token=hub.writing_token())
         if not hub.is_hub_id(repo_id):
             raise SaigaError(
                 f"repo_id={repo_id!r} is not the name of a repository. Give 'owner/name', with Latin letters, digits, "
@@ -94,11 +93,9 @@ class HubRepository:
 
     def _open(self, content: Mapping[str, Any], *, private: bool, replace: bool) -> list[str]:
         """The names of our files in the repository, which is created if it does not exist."""
-        from huggingface_hub.errors import RepositoryNotFoundError
-
         try:
             info = self.api.model_info(self.repo_id)
-        except RepositoryNotFoundError:
+        except huggingface_hub.errors.RepositoryNotFoundError:
             self.api.create_repo(self.repo_id, private=private)
             return []
         if private and not info.private:
@@ -128,10 +125,8 @@ class HubRepository:
 
     def _require_arrived(self, files: Mapping[str, Path], commit: str) -> None:
         """Compare all sizes, the SHA-256 that the Hub has of large files, and small files byte by byte."""
-        from huggingface_hub.hf_api import RepoFile
-
         tree = self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)
-        found = {item.path: item for item in tree if isinstance(item, RepoFile)}
+        found = {item.path: item for item in tree if isinstance(item, huggingface_hub.hf_api.RepoFile)}
         for name, file in files.items():
             if name not in found:
                 raise SaigaError(f"{name} did not arrive in {self.repo_id}. Push it again.")

@@ -14,6 +14,11 @@ def test_an_answer_that_never_comes_ends_the_question():
         command_line.run_python("-c", "import time; time.sleep(60)", "alice/terms", limit_s=0.2)
 
 
+def test_a_command_that_goes_on_ends_at_the_line_that_is_waited_for():
+    code = "print('Installing', 'Kaggle session  1', 'loss', sep='\\n'); import time; time.sleep(60)"
+    assert command_line.run_python("-c", code, until="Kaggle session") == "Kaggle session  1\n"
+
+
 def test_a_full_disk_is_named():
     full = "import sys; sys.exit('OSError: [Errno 28] No space left on device')"
     with pytest.raises(SaigaError, match=r"The disk is full .* Free some space"):

@@ -199,6 +199,13 @@ def test_a_run_that_has_not_printed_its_session_is_never_guessed(kaggle):
     assert kaggle.sent(CANCEL) == []
 
 
+def test_a_run_without_a_log_is_not_stopped_and_says_why(kaggle, capsys):
+    kaggle.answer(STATUS, {"status": "QUEUED"})
+    with pytest.raises(SaigaError, match="has not printed its session into its log yet"):
+        kernels.stop("alice/saigakit-02-train")
+    assert "Kaggle refused alice/saigakit-02-train: 404" in capsys.readouterr().out
+
+
 def test_a_finished_run_is_not_stopped(kaggle):
     kaggle.answer(STATUS, {"status": "COMPLETE"})
     with pytest.raises(SaigaError, match="is not running: its status is COMPLETE"):

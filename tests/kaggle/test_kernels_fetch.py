@@ -62,6 +62,13 @@ def test_a_damaged_file_leaves_nothing_under_the_final_name(kaggle, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_without_a_login_fetch_says_so_in_one_sentence(kaggle, tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("KAGGLE_KEY")
+    with pytest.raises(SaigaError, match=r"^Nobody is logged in to Kaggle"):
+        kernels.fetch("alice/saigakit-02-train", tmp_path / "run")
+    assert capfd.readouterr().out == ""
+
+
 def test_a_run_without_output_is_an_error(kaggle, tmp_path):
     kaggle.answer(OUTPUT, {"files": []})
     with pytest.raises(SaigaError, match="has no output"):

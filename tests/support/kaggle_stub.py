@@ -32,6 +32,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         """A file, or a part of it; what `server.stalled` names stops after so many bytes."""
         name = urlsplit(self.path).path.lstrip("/")
+        if name not in self.server.files:
+            self._reply(b"", 404)
+            return
         content, begin = self.server.files[name], 0
         headers = {"ETag": f'"{zlib.crc32(content)}"', "Accept-Ranges": "bytes"}
         headers["Last-Modified"] = "Sun, 01 Nov 2026 00:00:00 GMT"  # the command line keeps files of this date and size
