@@ -110,7 +110,7 @@ def test_a_pushed_adapter_can_be_exported_by_03(push, hub, tiny, tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors", "saigakit.json"):  # what sources fetches
         (fetched / name).write_bytes(hub.repositories[REPO][name])
     made = Export.of(MergePlan.of("saiga_tiny", fetched, base_source=str(tiny / "base")), ["Q8_0"])
-    assert made.system_prompt == "Ты — кот."
+    assert made.plan.lineage.system_prompt == "Ты — кот."
 
 
 def test_a_repository_is_public_only_on_request(push, hub):
