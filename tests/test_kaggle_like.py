@@ -75,6 +75,7 @@ def is_red(ended, *said):
     assert (ended.output / PAGE).stat().st_size
 
 
+@pytest.mark.slow
 def test_at_home_in_a_tree_like_kaggles_the_first_notebook_runs_and_the_second_misses_its_output(
     push, records, machine
 ):

@@ -105,6 +105,7 @@ def test_chat_answers_on_the_terminal(finished):
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_single_notebook_runs_with_papermill_on_the_earlier_stages(finished, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -155,6 +156,7 @@ def test_an_unknown_model_is_answered_with_the_nearest_name(tmp_path, tiny):
     assert "Did you mean 'saiga_tiny'?" in failing(tmp_path, "run", "-f", file, "--run-dir", "r")
 
 
+@pytest.mark.slow
 def test_a_base_that_cannot_be_downloaded_is_reported_with_what_to_attach(tmp_path, tiny):
     file = params(tmp_path, model="saiga2_7b", records=str(tiny / "records.jsonl"))
     nowhere = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "SAIGAKIT_CACHE": str(tmp_path / "cache")}

@@ -127,6 +127,7 @@ def notebooks(tmp_path):
     return small_notebooks.write(tmp_path / "notebooks")
 
 
+@pytest.mark.slow
 def test_run_options_override_the_file(tmp_path, notebooks):
     file = tmp_path / "params.yaml"
     file.write_text("learning_rate: 0.5\nrun_dir: run\ntext: a\n", encoding="utf-8")
@@ -280,6 +281,7 @@ def test_export_completes_the_companions_of_a_finished_gguf(tiny, tmp_path, monk
     assert "already exists" in exported().output
 
 
+@pytest.mark.slow
 def test_export_completes_the_companions_of_a_gguf_with_an_importance_matrix(tiny, tmp_path):
     arguments = ["--model", "saiga_tiny", "--output", str(tmp_path / "m.gguf"), "--quant-type", "Q4_0"]
     arguments += ["--importance", str(tiny / "records.jsonl")]
@@ -328,6 +330,7 @@ def test_train_joins_several_machines(tmp_path, monkeypatch):
     assert "HOST:PORT of the first" in output("--nnodes", "2") and len(joined) == 2
 
 
+@pytest.mark.slow
 def test_export_writes_lora_safetensors_and_an_importance_matrix(tiny, tmp_path):
     def exported(name, *options):
         arguments = ["export", "--model", "saiga_tiny", "--output", str(tmp_path / name), *options]

@@ -105,6 +105,7 @@ def test_a_scratch_directory_that_cannot_be_made_is_reported(logged_out, monkeyp
     assert re.match("✗ .*file/cache could not be created: .*SAIGAKIT_CACHE", diagnose()["scratch"])
 
 
+@pytest.mark.slow
 def test_two_t4_on_which_torch_cannot_compute_are_reported(logged_out, nvidia_smi):
     nvidia_smi("Tesla T4, 7.5, 15360, 15101\nTesla T4, 7.5, 15360, 15101")
     lines = diagnose()

@@ -95,6 +95,7 @@ def test_changed_input_file_reruns_its_stage(again, place):
     assert again({"records": str(records)}) == ["01_format"]
 
 
+@pytest.mark.slow
 def test_changed_file_of_a_list_reruns_its_stage(again, place):
     files = [place / "a.jsonl", place / "b.jsonl"]
     for file in files:
@@ -105,6 +106,7 @@ def test_changed_file_of_a_list_reruns_its_stage(again, place):
     assert again({"records": list(map(str, files))}) == ["01_format"]
 
 
+@pytest.mark.slow
 def test_another_version_of_saigakit_reruns_everything(again, monkeypatch):
     monkeypatch.setattr("saigakit.__version__", "9.9.9")
     assert again() == [*small_notebooks.STAGES]
@@ -209,6 +211,7 @@ def test_refuses_an_ambiguous_parameter(place):
         runner.read_stages(place / "notebooks", {"learning_rate": 1})
 
 
+@pytest.mark.slow
 def test_path_may_contain_braces(made, tmp_path):
     report = runner.run({}, tmp_path / "{a} b", notebooks_dir=made / "notebooks")
     assert report == tmp_path / "{a} b" / "report.html" and report.is_file()
@@ -225,6 +228,7 @@ def test_kernel_uses_this_interpreter(place, monkeypatch):
     assert Path(failed).samefile(sys.executable)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_names_finished_stages_and_can_resume(place, start, again, number):
     command = ["-m", "saigakit.cli", "run", "--run-dir", place / "run", "--notebooks", place / "notebooks"]
@@ -256,6 +260,7 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],
             started.kill()
 
 
+@pytest.mark.slow
 def test_killed_run_leaves_stages_intact_and_the_next_one_works(place, start, run_command, again):
     before = everything(place / "run" / "02_train")
     process, kernel = start(*run_command)
@@ -281,6 +286,7 @@ def test_next_run_waits_for_the_kernel_of_a_killed_one(place, start, run_command
         kernel.kill()
 
 
+@pytest.mark.slow
 def test_refuses_two_runs_in_one_directory(place, start, run_command):
     start(*run_command)
     impatient = f"from saigakit.cli import runner; runner._LOCK_PATIENCE_S = 0.2; {RUN}"

@@ -79,6 +79,7 @@ def test_an_interrupted_run_lets_the_child_save_and_echoes_it(place, start, numb
     assert not (place / "run" / "02_train.failed.ipynb").exists()
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_the_child_at_once(place, start):
     process, child = start(CELL.format(code=SAVES.replace("SECONDS", "60")))
     os.killpg(process.pid, signal.SIGINT)
@@ -94,6 +95,7 @@ def test_a_second_interrupt_ends_the_child_at_once(place, start):
     assert not (place / "run" / "saved").exists()
 
 
+@pytest.mark.slow
 def test_closing_the_terminal_lets_the_child_save(place):
     small_notebooks.insert(place / "notebooks" / "02_train.ipynb", CELL.format(code=SAVES.replace("SECONDS", "3")))
     with in_a_terminal(f"from saigakit.cli.commands import main\nmain({command(place)[2:]!r})") as (process, terminal):
@@ -112,6 +114,7 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 time.sleep(600)"""
 
 
+@pytest.mark.slow
 def test_a_notebook_that_does_not_react_and_does_not_save_is_ended(start):
     process, kernel = start(STUBBORN, "from saigakit.core import launch; launch.PATIENCE_S = 1")
     os.killpg(process.pid, signal.SIGINT)
@@ -130,6 +133,7 @@ except KeyboardInterrupt:
     print("swallowed")"""
 
 
+@pytest.mark.slow
 def test_no_cell_runs_after_one_that_was_interrupted_between_two(place, start):
     process, _ = start(SWALLOWING)
     os.killpg(process.pid, signal.SIGTERM)

@@ -134,6 +134,7 @@ def test_a_process_waits_for_the_directory_that_another_one_is_making(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_unpacked_is_not_kept(package, cache, monkeypatch):
     monkeypatch.setattr(packages, "SMOLLM2", package)  # no GGUF
     with pytest.raises(SaigaError):
@@ -192,6 +193,7 @@ def test_smollm2_has_the_ids_of_the_packaged_file(smollm2, callers_cache, monkey
             assert ours.encode_text(text) == theirs.tokenize(text.encode(), add_bos=False, special=False), text
 
 
+@pytest.mark.slow
 def test_smollm2_has_the_weights_of_the_packaged_file(smollm2, callers_cache, monkeypatch):
     monkeypatch.setenv("SAIGAKIT_CACHE", str(callers_cache))
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(packages.package_file(packages.SMOLLM2)).tensors}

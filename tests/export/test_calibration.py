@@ -35,6 +35,7 @@ def test_no_file_stays_in_the_scratch_directory(matrix):
     assert not list(workspace.scratch_dir().rglob("q8_0.gguf"))
 
 
+@pytest.mark.slow
 def test_files_quantised_with_and_without_a_matrix_are_compared(tiny, matrix, tmp_path):
     options = {"model": MODEL, "adapter": "released"}
     reference = export.to_gguf(**options, output=tmp_path / "f16.gguf", quant_type="F16")

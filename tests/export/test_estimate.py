@@ -30,6 +30,7 @@ def export_of(base, shapes, read, **types):
     return SimpleNamespace(merged=SimpleNamespace(base=base), shapes=shapes, read=read, **sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("into", ["original", "dequantized"])
 def test_the_estimated_time_of_merging_is_about_what_merging_takes(base_dir, tmp_path, into):
     merged = Merged.open(base_dir, None, into=into)

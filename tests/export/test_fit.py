@@ -34,6 +34,7 @@ def benchmark():
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
 def test_the_predicted_memory_is_within_a_tenth_of_the_resident_memory(benchmark, tmp_path, cache_type):
     shape = benchmark.SHAPES["Llama-2's, small"]

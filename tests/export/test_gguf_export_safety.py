@@ -105,6 +105,7 @@ def test_an_export_killed_at_random_leaves_no_file_and_can_be_rerun(made, tmp_pa
     assert not list(output.parent.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_is_reported_and_leaves_nothing(made, tmp_path):
     limit = 1_000_000  # bytes of a file
     output, limits = tmp_path / "x.gguf", (limit, limit)

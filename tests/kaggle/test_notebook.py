@@ -44,7 +44,7 @@ def test_a_pushed_notebook_contains_its_parameters(kaggle, folder):
 
 
 def test_an_unknown_parameter_is_refused_before_anything_is_sent(kaggle, folder):
-    with pytest.raises(SaigaError, match="no parameter learn_rate\. Did you mean 'learning_rate'\?"):
+    with pytest.raises(SaigaError, match=r"no parameter learn_rate\. Did you mean 'learning_rate'\?"):
         kernels.push(folder, {"learn_rate": 3e-4})
     assert kaggle.calls == []
 

@@ -45,6 +45,7 @@ def test_a_released_adapter_is_refused_without_internet(run, records):
     assert ended.exit_code == 1 and "-p 02_train.adapter None" in ended.output, ended.output
 
 
+@pytest.mark.slow
 def test_zstd_files_keep_the_name_of_what_is_in_them(run, records):
     packed = records.with_name("ОТЗЫВЫ.JSONL.ZST")
 
@@ -55,6 +56,7 @@ def test_zstd_files_keep_the_name_of_what_is_in_them(run, records):
     assert '["my-saiga-records/records-1.jsonl.zst"]' in "\n".join(code(run.stub.sent(SAVE)[0]["text"]))
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_followed_is_not_started_again(run, records):
     answer = run.stub.answers[STATUS]
     run.stub.answers[STATUS] = [(403, {"code": 403, "message": "denied"})]
@@ -108,6 +110,7 @@ def test_a_notebook_that_runs_already_is_not_pushed_a_second_time(run, records):
     assert run.pushed() == []
 
 
+@pytest.mark.slow
 def test_a_push_that_was_made_before_a_kill_is_followed(run, records):
     run.statuses["my-saiga-01-format"] = "ERROR"
     assert call(records).exit_code == 1

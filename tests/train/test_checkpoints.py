@@ -205,6 +205,7 @@ except SaigaError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "write",
     [

@@ -206,6 +206,7 @@ Path(sys.argv[3]).with_suffix(f".{rank}").write_text(str(gradients["module.base_
 """
 
 
+@pytest.mark.slow
 def test_chunked_gradients_of_two_processes_equal_those_of_the_plain_head(tiny, tmp_path):
     script, result = tmp_path / "script.py", tmp_path / "sum"
     script.write_text(TWO_PROCESSES, encoding="utf-8")

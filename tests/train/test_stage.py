@@ -72,7 +72,8 @@ def test_refuses_to_overwrite_a_stage_of_other_parameters(continued, records):
         train.train_adapter(config_for(records, continued.parent, adapter="released", quantization="nf4", epochs=2))
 
 
-@pytest.mark.parametrize("quantization", matrix(["none", "nf4"], ["nf4"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_two_processes_have_the_losses_of_one(tmp_path, quantization):
     """With packs of 128 tokens one process has more packs, and the last step has one conversation."""
     lora = Lora(rank=4, alpha=8, dropout=0.0)
@@ -96,6 +97,7 @@ def test_evaluation_loss_is_the_mean_over_trained_tokens(continued, records, tin
     assert curve.read_log(continued)[0]["held_out_loss"] == pytest.approx(mean_loss(model, rows), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", matrix([1, 2], [2]))
 def test_session_without_time_left_still_saves_an_adapter(records, tmp_path, monkeypatch, capfd, processes):
     monkeypatch.setenv("SAIGAKIT_SESSION_START", str(workspace.uptime() - 11 * 3600))
@@ -247,6 +249,7 @@ def test_stops_early_if_the_evaluation_loss_does_not_improve(seen, records, tmp_
     assert "up to date" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluation_hook_does_not_change_the_losses(seen, records, tmp_path, monkeypatch):
     """With dropout, which draws from the same random numbers."""
     settings = {"adapter": None, "quantization": "none", "lora": Lora(rank=4, alpha=8, dropout=0.2), "eval_steps": 1}
@@ -283,6 +286,7 @@ def test_diverging_evaluation_loss_ends_training(records, tmp_path, monkeypatch)
         train.train_adapter(config_for(records, tmp_path, **broken))
 
 
+@pytest.mark.slow
 def test_neftune_changes_training_and_not_evaluation(records, tmp_path, monkeypatch):
     in_this_process(monkeypatch)
     logs = []

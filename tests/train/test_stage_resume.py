@@ -85,6 +85,7 @@ def test_resumed_training_is_bit_identical_to_an_uninterrupted_one(tiny, tmp_pat
     assert results[2] == results[0]
 
 
+@pytest.mark.slow
 def test_result_depends_on_the_random_numbers_of_the_checkpoint(tiny, tmp_path, monkeypatch):
     """Shows that the test above can fail: dropout draws from them."""
     results = []

@@ -24,6 +24,7 @@ def test_permissions_of_formatted_records_follow_the_umask(tiny, tmp_path, umask
     assert wrong(tmp_path, umask) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("umask", [0o077, 0o002], indirect=True, ids=oct)
 def test_permissions_of_a_resumed_training_follow_the_umask(tiny, tmp_path, monkeypatch, umask):

@@ -33,6 +33,7 @@ def digest(model):
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
+@pytest.mark.slow
 def test_bf16_products_do_not_change_the_folded_base(records, tmp_path, monkeypatch):
     bases, plain = [], loading._load_base
     monkeypatch.setattr(loading, "_load_base", lambda *given: bases.append(digest(base := plain(*given))) or base)
@@ -42,6 +43,7 @@ def test_bf16_products_do_not_change_the_folded_base(records, tmp_path, monkeypa
     assert bases[0] == bases[1]
 
 
+@pytest.mark.slow
 def test_bf16_products_do_not_change_the_combined_adapter(records, tmp_path, tiny, monkeypatch):
     kept, combine = {}, fold.combine
 
@@ -76,6 +78,7 @@ def test_only_forward_and_backward_use_the_fast_precision(records, tmp_path, mon
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+@pytest.mark.slow
 def test_losses_with_bf16_products_are_close_to_float32(records, tmp_path, monkeypatch):
     """Each loss is within 2 %, the last one within 1 %: operands have eight bits and sums are in float32."""
     exact = losses(trained(records, tmp_path / "float32", **FOLDED))

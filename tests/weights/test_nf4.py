@@ -29,6 +29,7 @@ def test_refuses_the_scales_of_other_rows():
         nf4.round_trip(np.zeros((2, 64), np.float32), torch.ones(3), "float16")
 
 
+@pytest.mark.slow
 def test_bitsandbytes_does_not_warn_about_kernels_that_are_not_needed():
     """On a CPU with AVX512-BF16 its first product would print a warning into 03_merge_gguf."""
     code = (
