@@ -164,6 +164,7 @@ def test_a_base_that_cannot_be_downloaded_is_reported_with_what_to_attach(tmp_pa
     assert "base_source" in said and "attach" in said.lower()
 
 
+@pytest.mark.slow
 def test_a_failure_leaves_earlier_results_intact(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished[0] / "run", run)

@@ -155,6 +155,7 @@ def test_failed_run_prints_only_the_message_of_the_notebook(tmp_path, notebooks)
     )
 
 
+@pytest.mark.slow
 def test_demo_uses_its_parameter_file_and_reuses_all_stages(tmp_path, notebooks):
     (notebooks / "params").mkdir()
     (notebooks / "params" / "demo.yaml").write_text("learning_rate: 0.25\nrun_dir: runs/demo\n", encoding="utf-8")
@@ -173,6 +174,7 @@ def test_check_shows_the_counts_of_a_file(tiny):
     assert "trained" in done.stdout
 
 
+@pytest.mark.slow
 def test_check_reads_and_names_the_current_directory(tiny, tmp_path, monkeypatch):
     (tmp_path / "записи").mkdir()
     shutil.copy(tiny / "records.jsonl", tmp_path / "записи")
@@ -238,6 +240,7 @@ def test_training_config_accepts_lora():
     assert (made.rank, made.alpha, made.target_modules) == (8, 16, ("q_proj",))
 
 
+@pytest.mark.slow
 def test_export_writes_a_gguf_with_its_companion_files(tiny, tmp_path):
     output = tmp_path / "model.gguf"
     done = shell("export", "--model", "saiga_tiny", "--adapter", "released", "--output", output, "--quant-type", "Q8_0")

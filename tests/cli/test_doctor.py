@@ -146,11 +146,13 @@ def test_the_quota_is_shown_to_who_is_logged_in(kaggle):
     assert lines["Kaggle quota"] == "✓ GPU 12.50h used, 17.50h left, TPU 0.00h used, 20.00h left"
 
 
+@pytest.mark.slow
 def test_a_key_that_kaggle_rejects_is_reported(kaggle):
     kaggle.answer(QUOTA, {"code": 401, "message": "Unauthorized"}, code=401)
     assert re.match("✗ .*kaggle auth login", diagnose()["Kaggle quota"])
 
 
+@pytest.mark.slow
 def test_kaggle_without_a_connection_is_reported(kaggle, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     assert diagnose()["Kaggle quota"].startswith("✗ ")
@@ -163,6 +165,7 @@ def test_nobody_is_logged_in():
     assert re.match("✗ HF_TOKEN is not set", lines["Hub token"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token", [TOKEN, f"{TOKEN} and more"])
 def test_no_value_of_a_credential_is_shown(kaggle, monkeypatch, token):
     monkeypatch.setenv("HF_TOKEN", token)

@@ -63,7 +63,7 @@ def wait_for(signed, process):
     return psutil.Process(int(signed.read_text()))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGHUP, marks=pytest.mark.slow), signal.SIGINT])
 def test_an_interrupted_run_lets_the_child_save_and_echoes_it(place, start, number):
     process, child = start(CELL.format(code=SAVES.replace("SECONDS", "3")))
     os.killpg(process.pid, number)

@@ -60,6 +60,7 @@ def test_an_answer_in_a_pipe_is_exact(evil_gguf):
     assert b"]0;evil" in done.stderr and control_characters(done.stderr) == set()
 
 
+@pytest.mark.slow
 def test_check_shows_records_and_file_names_without_control_characters(tmp_path):
     directory = tmp_path / f"a{TITLE}b"
     directory.mkdir()
@@ -77,6 +78,7 @@ def test_an_error_quotes_a_record_without_control_characters(tmp_path):
     assert control_characters(written) == set()
 
 
+@pytest.mark.slow
 def test_a_notebook_prints_without_control_characters(tmp_path):
     notebooks = small_notebooks.write(tmp_path / "notebooks")
     shown = f"print({HIDDEN!r} + 'shown')\nfail(1)"

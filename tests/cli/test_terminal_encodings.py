@@ -32,6 +32,7 @@ def in_terminal(encoding, *arguments):
     return shown.decode(encoding, "replace"), process.returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["cp1251", "koi8-r", "ascii"])
 def test_a_terminal_without_unicode_shows_russian_records(tmp_path, encoding):
     messages = [{"role": "user", "content": "Ёлка → 🎄?"}, {"role": "assistant", "content": "Да, ёлка!"}]

@@ -166,6 +166,7 @@ def test_an_error_of_the_source_is_not_reported_as_a_full_disk():
         store.as_dataset(failing())
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_texts():
     result = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 100_000  # KB

@@ -114,6 +114,7 @@ def test_a_file_size_limit_is_reported_and_leaves_nothing(made, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "said"),
     [("asked", " GB of disk at "), ("unasked", "x.gguf could not be written: [Errno 28] No space left on device")],

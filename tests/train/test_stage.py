@@ -277,6 +277,7 @@ def test_diverging_loss_names_step_conversations_and_checkpoint(records, tmp_pat
         assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_diverging_evaluation_loss_ends_training(records, tmp_path, monkeypatch):
     in_this_process(monkeypatch)
     broken = {**WORSENS, "learning_rate": 1e30}

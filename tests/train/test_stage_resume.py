@@ -182,6 +182,7 @@ def test_reuses_the_finished_stage_when_no_time_is_left(ended, monkeypatch, capf
     assert "at step 5 of 12: max_hours=100 leaves no time in this session" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_session_resumes_from_a_read_only_copy(ended, uninterrupted, tmp_path, monkeypatch, capfd):
     attached = tmp_path / "input" / "notebooks" / "someone" / "saiga-train"
     attached.mkdir(parents=True)
@@ -212,6 +213,7 @@ def test_refuses_to_resume_a_finished_stage(ended, tmp_path):
         train.train_adapter(config)
 
 
+@pytest.mark.slow
 def test_starts_again_and_reports_a_damaged_checkpoint(ended, uninterrupted, capfd):
     optimizer = Path(ended.output_dir) / "checkpoint" / "state" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-10])
@@ -238,6 +240,7 @@ def test_full_disk_ends_training_and_keeps_the_previous_checkpoint(tiny, tmp_pat
     assert checkpoints.step_of(child.store.find_newest()) == 2
 
 
+@pytest.mark.slow
 def test_run_killed_after_stopping_early_does_not_train_further(tiny, tmp_path, monkeypatch):
     worsens = {"learning_rate": 30.0, "epochs": 5, "eval_steps": 2, "early_stopping": 1, "save_steps": 1}
     child = Child(tmp_path, monkeypatch, tiny / "records.jsonl", quantization="none", **worsens)

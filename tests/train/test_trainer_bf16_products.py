@@ -60,6 +60,7 @@ def test_bf16_products_do_not_change_the_combined_adapter(records, tmp_path, tin
         assert torch.equal(joined, scale * matrix), name
 
 
+@pytest.mark.slow
 def test_only_forward_and_backward_use_the_fast_precision(records, tmp_path, monkeypatch):
     seen = []
 

@@ -53,6 +53,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", matrix(CASES, ["MHA", "GQA, nf4, dropout", "head in chunks"]))
 def test_estimates_the_bytes_of_a_step(benchmark, name):
     """What autograd saves within 10 % (the first layer saves less), the peak within -5 % and +25 %."""
