@@ -7,7 +7,9 @@ if TYPE_CHECKING:
     import datasets as datasets
     import gguf as gguf
     import huggingface_hub as huggingface_hub
+    import jsonschema as jsonschema
     import llama_cpp as llama_cpp
+    import llguidance as llguidance
     import matplotlib.figure as mpl_figure
     import numpy as np
     import peft as peft
@@ -32,4 +34,5 @@ else:
     datasets, np, pyarrow = map(_Package, ("datasets", "numpy", "pyarrow"))
     gguf, llama_cpp, mpl_figure = map(_Package, ("gguf", "llama_cpp", "matplotlib.figure"))
     huggingface_hub, peft, tokenizers = map(_Package, ("huggingface_hub", "peft", "tokenizers"))
+    jsonschema, llguidance = map(_Package, ("jsonschema", "llguidance"))
     safetensors, torch, transformers = map(_Package, ("safetensors", "torch", "transformers"))

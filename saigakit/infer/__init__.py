@@ -1,5 +1,7 @@
 """Load a GGUF file and answer with it."""
 
-from saigakit.infer.engine import greedy, load, stream
+from saigakit.infer.engine import load, stream
+from saigakit.infer.extraction import extract, extract_all
+from saigakit.infer.sequences import greedy
 
-__all__ = ["greedy", "load", "stream"]
+__all__ = ["extract", "extract_all", "greedy", "load", "stream"]

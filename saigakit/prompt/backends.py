@@ -101,17 +101,21 @@ class GgufTokenizer:
         self.chat_template = llm.metadata["tokenizer.chat_template"]
         vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
         names: dict[int, str] = {}
+        ends: list[int] = []
         always_found: list[str] = []  # llama.cpp finds these in any text, even if it must not parse special tokens
         for token in range(llm.n_vocab()):
             kind = llama_cpp.llama_vocab_get_attr(vocabulary, token)
             is_added = bool(kind & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED)
             if not is_added and not kind & llama_cpp.LLAMA_TOKEN_ATTR_CONTROL:
                 continue
+            if llama_cpp.llama_vocab_is_eog(vocabulary, token):
+                ends.append(token)
             text = llama_cpp.llama_vocab_get_text(vocabulary, token).decode("utf-8")
             if is_added and not text.strip():
                 continue  # runs of blanks are ordinary text
             names[token] = text
             always_found += [text] if is_added else []
+        self.end_of_generation_ids = frozenset(ends)
         self.special_tokens: Mapping[str, int] = {text: token for token, text in names.items()}
         longest_first = sorted(always_found, key=len, reverse=True)
         self._always_found = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

@@ -1,0 +1,143 @@
+"""Answer with a value that fits a JSON schema, whose quotations are literal words of the text."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from saigakit.core.lazy import jsonschema, llama_cpp, np
+from saigakit.errors import SaigaError
+from saigakit.infer import engine, sequences
+from saigakit.infer.constraint import Constraint
+from saigakit.infer.schema import Schema, find_quotes, make_grammar, read_schema
+from saigakit.prompt import encoding
+from saigakit.prompt.backends import token_bytes
+from saigakit.prompt.template import Message
+from saigakit.weights import lineage
+
+
+class Extraction(NamedTuple):
+    """A value that fits the schema, and where its quotations stand in the text."""
+
+    value: Any
+    quotes: list[dict[str, Any]]
+
+
+def extract(
+    llm: "llama_cpp.Llama",
+    text: str,
+    schema: object,
+    *,
+    quotes: Sequence[str] = (),
+    system: str | None = None,
+    max_new_tokens: int | None = None,
+) -> Any:  # noqa: ANN401  # any JSON value
+    """The most likely answer to `text` that fits a JSON schema, or that of a pydantic model or other type.
+
+    `quotes`: properties that can only be literal words of the text, beside those with "x-quote": true in the schema.
+    `system`: None is the system prompt stored in the file, "" is none. `max_new_tokens`: twice the text, at least 256.
+    Raises SaigaError for a schema that cannot be held, and for an answer without an end.
+    """
+    asked = _Request(llm, schema, quotes, system)
+    prompt, constraint = asked.prompt(text), asked.constraint(text)
+    limit = asked.limit([prompt], max_new_tokens)
+    answer = constraint.begin()
+    added = [*prompt, *answer]
+    llm.n_tokens = _count_common(llm.input_ids[: llm.n_tokens], added[:-1])  # what the context holds already
+    added = added[llm.n_tokens :]
+    while not constraint.is_complete and len(answer) < limit:
+        llm.eval(added)
+        row = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+        added = constraint.choose(np.ctypeslib.as_array(row, (llm.n_vocab(),)))
+        answer += added
+    return asked.read(text, answer, constraint).value
+
+
+def extract_all(
+    llm: "llama_cpp.Llama",
+    texts: Sequence[str],
+    schema: object,
+    *,
+    quotes: Sequence[str] = (),
+    system: str | None = None,
+    max_new_tokens: int | None = None,
+) -> Iterator[tuple[int, Extraction | SaigaError]]:
+    """As `extract` for many texts at once: yields the index of each text, as it is answered, or why it is not."""
+    asked = _Request(llm, schema, quotes, system)
+    prompts: dict[int, list[int]] = {}
+    constraints: dict[int, Constraint] = {}
+    for index, text in enumerate(texts):
+        try:
+            prompts[index], constraints[index] = asked.prompt(text), asked.constraint(text)
+        except SaigaError as error:
+            prompts.pop(index, None)
+            yield index, error
+    if not prompts:
+        return
+    order = list(prompts)
+    limit = asked.limit(list(prompts.values()), max_new_tokens)
+    choosers = [constraints[index] for index in order]
+    for position, answer in sequences.answers(llm, list(prompts.values()), choosers, max_new_tokens=limit):
+        index = order[position]
+        try:
+            yield index, asked.read(texts[index], answer, constraints[index])
+        except SaigaError as error:
+            yield index, error
+
+
+class _Request:
+    """What is asked of every text."""
+
+    def __init__(self, llm: "llama_cpp.Llama", schema: object, quotes: Sequence[str], system: str | None) -> None:
+        self._llm, self._schema = llm, read_schema(schema, quotes)
+        self._tokenizer = encoding.load_gguf_tokenizer(llm)
+        system = llm.metadata.get(lineage.SYSTEM_PROMPT_KEY) if system is None else system
+        self._beginning: list[Message] = [{"role": "system", "content": system}] if system else []
+        self._prefix = self._find_prefix()
+        self.constraint("?")  # refuses the schema before any text is read
+
+    def _find_prefix(self) -> str:
+        """What the template writes between the prompt and the answer, such as the space of Mistral's."""
+        turn: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "["}]
+        labels = encoding.encode(turn, self._tokenizer)["labels"]
+        answer = b"".join(token_bytes(self._llm, label) for label in labels if label != encoding.IGNORE_INDEX)
+        return answer.partition(b"[")[0].decode("utf-8")
+
+    def prompt(self, text: str) -> list[int]:
+        if not text.strip():
+            raise SaigaError("The text is empty.")
+        if half := [hex(ord(letter)) for letter in text if "\ud800" <= letter <= "\udfff"]:
+            raise SaigaError(f"The text contains half of a character ({half[0]}): it was cut or decoded wrongly.")
+        messages: list[Message] = [*self._beginning, {"role": "user", "content": text}]
+        ids = encoding.encode(messages, self._tokenizer, add_generation_prompt=True)["input_ids"]
+        engine.require_room(self._llm, ids)
+        return ids
+
+    def constraint(self, text: str) -> Constraint:
+        return Constraint(self._llm, make_grammar(self._schema, text, self._prefix))
+
+    def limit(self, prompts: Sequence[list[int]], given: int | None) -> int:
+        longest = max(map(len, prompts))
+        return min(self._llm.n_ctx() - longest, given or max(256, 2 * longest))
+
+    def read(self, text: str, answer: list[int], constraint: Constraint) -> Extraction:
+        """Raises SaigaError unless the answer is complete and fits the schema."""
+        written = b"".join(token_bytes(self._llm, token) for token in answer).decode("utf-8", "replace")
+        if not constraint.is_complete:
+            raise SaigaError(
+                f"The answer has no end after {len(answer)} tokens. Give a larger max_new_tokens, or n_ctx. It begins: "
+                f"{written[:300]}"
+            )
+        value = json.loads(written)
+        if (problem := next(_validator(self._schema).iter_errors(value), None)) is not None:
+            raise SaigaError(f"The answer does not fit the schema ({problem.message}): {written[:300]}")
+        return Extraction(value, find_quotes(self._schema, value, text))
+
+
+def _validator(schema: Schema) -> "jsonschema.Draft202012Validator":
+    return jsonschema.Draft202012Validator(schema)
+
+
+def _count_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens at the beginning are equal."""
+    differing = (index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
+    return next(differing, min(len(first), len(second)))

@@ -1,0 +1,190 @@
+"""Turn a JSON schema into a grammar, in which the strings marked as quotations are literal words of a text."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from saigakit.errors import SaigaError, suggestion
+
+Schema = dict[str, Any]
+QUOTE = "x-quote"
+# As Python's json writes them, and so the records of the notebooks.
+_ITEM_SEPARATOR, _KEY_SEPARATOR = ", ", ": "
+_STYLE = {"whitespace_flexible": False, "item_separator": _ITEM_SEPARATOR, "key_separator": _KEY_SEPARATOR}
+_NOTES = {"$schema", "$id", "$defs", "$comment", "title", "description", "default", "examples", "deprecated", QUOTE}
+# The keywords that may stand around a quotation; around other values llguidance decides.
+_AROUND = {
+    "object": {"type", "properties", "required", "additionalProperties"},
+    "array": {"type", "items", "minItems", "maxItems"},
+    "string": {"type"},
+}
+# Blanks, also escaped ones, at neither end of a quotation, which is not empty.
+_SOLID = r'([^\s\\]|\\(["\\]|u[0-9a-f]{4}))'
+_INSIDE = r'([^\\]|\\(["\\nrtbf]|u[0-9a-f]{4}))'
+_TRIMMED = f"/{_SOLID}({_INSIDE}*{_SOLID})?/"
+_WORD = re.compile(r"\w+|\s|[^\w\s]")
+
+
+def read_schema(schema: object, quotes: Sequence[str] = ()) -> Schema:
+    """A schema, or that of a pydantic model or any type that pydantic knows; properties in `quotes` are marked.
+
+    Objects without "additionalProperties" get none. Raises SaigaError for a name that no property has.
+    """
+    if isinstance(schema, Mapping):
+        found = json.loads(json.dumps(schema))
+    else:
+        from pydantic import TypeAdapter  # the user's, who has given a type
+
+        found = TypeAdapter(schema).json_schema()
+    properties: dict[str, list[Schema]] = {}
+    for each in _subschemas(found):
+        if "properties" in each and "allOf" not in each:
+            each.setdefault("additionalProperties", False)
+        for name, value in each.get("properties", {}).items():
+            properties.setdefault(name, []).append(value)
+    for name in quotes:
+        if name not in properties:
+            raise SaigaError(f"quotes: the schema has no property {name!r}.{suggestion(name, properties)}")
+        for value in properties[name]:
+            (value["items"] if "items" in value else value)[QUOTE] = True
+    return found
+
+
+def _subschemas(schema: object) -> Iterator[Schema]:
+    if isinstance(schema, dict):
+        yield schema
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _subschemas(part)
+
+
+def make_grammar(schema: Schema, text: str, prefix: str = "") -> str:
+    """Of the answers that begin with `prefix`, fit the schema and quote from `text`, for llguidance.
+
+    Raises SaigaError for a keyword that cannot be held where a quotation stands.
+    """
+    rules = _Rules(schema)
+    start = rules.expression(schema, "the schema")
+    lines = [f"start: {_literal(prefix) if prefix else ''} {start}", *rules.lines]
+    if rules.has_quotes:
+        words = [json.dumps(word, ensure_ascii=False)[1:-1] for word in _WORD.findall(text)]
+        lines.append(f"QUOTE: %regex {json.dumps({'substring_chunks': words}, ensure_ascii=False)} & {_TRIMMED}")
+    return "\n".join(lines)
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+class _Rules:
+    """The rules of a grammar, one for each schema that contains a quotation."""
+
+    def __init__(self, root: Schema) -> None:
+        self._root, self.lines = root, list[str]()
+        self._of_reference: dict[str, str] = {}
+        self.has_quotes = False
+
+    def expression(self, schema: Schema, where: str) -> str:
+        """What a value that fits `schema` looks like."""
+        if not self._has_quote(schema):
+            defs = {"$defs": self._root["$defs"]} if "$defs" in self._root else {}
+            return self._rule(f"%json {json.dumps({**defs, **schema, 'x-guidance': _STYLE}, ensure_ascii=False)}")
+        if "$ref" in schema:
+            return self._reference(schema["$ref"], where)
+        choices = schema.get("anyOf", [])
+        if isinstance(schema["type"] if "type" in schema else None, list):
+            choices = [{**schema, "type": each} for each in schema["type"]]
+        if choices:
+            return f"({' | '.join(self.expression(each, where) for each in choices)})"
+        kind = schema.get("type", "object" if "properties" in schema else "array" if "items" in schema else "string")
+        if kind == "null":
+            return '"null"'
+        unknown = set(schema) - _NOTES - _AROUND.get(kind, {"type"})
+        if unknown or kind not in _AROUND or schema.get("additionalProperties"):
+            name = next(iter(sorted(unknown)), "additionalProperties" if kind in _AROUND else f"type {kind!r}")
+            raise SaigaError(f"{where}: {name} cannot be held where a quotation ({QUOTE}) stands. Leave it out.")
+        return {"object": self._object, "array": self._array, "string": self._quotation}[kind](schema, where)
+
+    def _has_quote(self, schema: Schema, seen: frozenset[str] = frozenset()) -> bool:
+        for each in _subschemas({name: value for name, value in schema.items() if name != "$defs"}):
+            if each.get(QUOTE):
+                return True
+            if (name := each.get("$ref")) and name not in seen and self._has_quote(self._find(name), seen | {name}):
+                return True
+        return False
+
+    def _find(self, reference: str) -> Schema:
+        found: Any = self._root
+        for part in reference.removeprefix("#").split("/")[1:]:
+            found = found.get(part.replace("~1", "/").replace("~0", "~"), {}) if isinstance(found, dict) else {}
+        if not reference.startswith("#") or not found:
+            raise SaigaError(f"$ref {reference!r} is not in the schema. Only references inside it can be followed.")
+        return dict(found)
+
+    def _reference(self, reference: str, where: str) -> str:
+        if reference not in self._of_reference:
+            self._of_reference[reference] = name = f"ref{len(self._of_reference)}"  # first: it may contain itself
+            self.lines.append(f"{name}: {self.expression(self._find(reference), where)}")
+        return self._of_reference[reference]
+
+    def _rule(self, body: str) -> str:
+        self.lines.append(f"rule{len(self.lines)}: {body}")
+        return self.lines[-1].partition(":")[0]
+
+    def _quotation(self, _schema: Schema, _where: str) -> str:
+        self.has_quotes = True
+        return r'"\"" QUOTE "\""'
+
+    def _array(self, schema: Schema, where: str) -> str:
+        low, high = schema.get("minItems", 0), schema.get("maxItems")
+        item = self._rule(self.expression(schema["items"], f"{where}, items"))
+        more = f"({_literal(_ITEM_SEPARATOR)} {item}){{{max(low - 1, 0)},{'' if high is None else high - 1}}}"
+        return f'"[" ({item} {more}){"" if low else "?"} "]"'
+
+    def _object(self, schema: Schema, where: str) -> str:
+        rest_at_first = rest_after_another = '"}"'
+        for name, value in reversed(schema["properties"].items()):
+            key = _literal(_literal(name) + _KEY_SEPARATOR)
+            pair = f"{key} {self.expression(value, f'{where}, {name}')} {rest_after_another}"
+            with_separator = f"{_literal(_ITEM_SEPARATOR)} {pair}"
+            if name in schema.get("required", ()):
+                rest_at_first, rest_after_another = self._rule(pair), self._rule(with_separator)
+            else:
+                rest_at_first = self._rule(f"{pair} | {rest_at_first}")
+                rest_after_another = self._rule(f"{with_separator} | {rest_after_another}")
+        return f'"{{" {rest_at_first}'
+
+
+def find_quotes(schema: Schema, value: object, text: str) -> list[dict[str, Any]]:
+    """Where the quotations of a value stand in the text: JSON pointer, first character and the one after the last."""
+    rules, starts = _Rules(schema), {match.start() for match in _WORD.finditer(text)} | {len(text)}
+    found: list[dict[str, Any]] = []
+    latest: dict[str, int] = {}  # a second quotation of the same words stands later, if they are there again
+    for path, words in dict(_marked(rules, schema, value, "")).items():
+        start = _find_words(text, words, latest.get(words, -1) + 1, starts)
+        latest[words] = start = start if start >= 0 else latest[words]
+        found.append({"path": path, "start": start, "end": start + len(words)})
+    return found
+
+
+def _find_words(text: str, words: str, start: int, starts: set[int]) -> int:
+    while (start := text.find(words, start)) >= 0 and not {start, start + len(words)} <= starts:
+        start += 1
+    return start
+
+
+def _marked(rules: _Rules, schema: Schema, value: object, path: str) -> Iterator[tuple[str, str]]:
+    """Path and text of each quotation in a value that fits the schema."""
+    if "$ref" in schema:
+        yield from _marked(rules, rules._find(schema["$ref"]), value, path)
+    for choice in schema.get("anyOf", ()):
+        yield from _marked(rules, choice, value, path)
+    if isinstance(value, str) and schema.get(QUOTE):
+        yield path, value
+    elif isinstance(value, list) and "items" in schema:
+        for index, item in enumerate(value):
+            yield from _marked(rules, schema["items"], item, f"{path}/{index}")
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            escaped = name.replace("~", "~0").replace("/", "~1")
+            yield from _marked(rules, schema.get("properties", {}).get(name, {}), part, f"{path}/{escaped}")
