@@ -1,12 +1,14 @@
 """Define the commands of `saigakit`."""
 
+import json
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import click
 
-from saigakit import __version__
+from saigakit import __version__, infer
 from saigakit import evaluate as evaluation
 from saigakit import export as exporting
 from saigakit import publish as publishing
@@ -26,6 +28,12 @@ from saigakit.prompt import encoding
 
 _BASE_SOURCE = click.option("--base-source", help="Directory of the base model, instead of the Hub")
 _CHAT_TEMPLATE = click.option("--chat-template", help="saiga2, chatml or a file, instead of the model's own template")
+
+_SYSTEM = click.option("--system", help="System prompt, instead of the one stored in FILE; '' for none")
+_N_CTX = click.option(
+    "--n-ctx", type=click.IntRange(min=256), default=4096, show_default=True, help="Context length in tokens"
+)
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -166,9 +174,9 @@ def export(**options: Any) -> None:  # noqa: ANN401
 
 @main.command()
 @click.argument("file")
-@click.option("--system", help="System prompt, instead of the one stored in FILE; '' for none")
+@_SYSTEM
 @click.option("--temperature", type=click.FloatRange(min=0), help="Sampling temperature; 0 for greedy answers")
-@click.option("--n-ctx", type=click.IntRange(min=256), default=4096, show_default=True, help="Context length in tokens")
+@_N_CTX
 @click.option(
     "--cache-type", type=click.Choice(["f16", "q8_0"]), default="f16", show_default=True,
     help="Number format of the KV cache; q8_0 halves its memory",
@@ -182,6 +190,36 @@ def chat(file: str, **options: Any) -> None:  # noqa: ANN401
       saigakit chat saiga.gguf --system "Отвечай одним словом." --temperature 0
     """
     terminal_chat.talk(file, **options)
+
+
+@main.command()
+@click.argument("file")
+@click.option("--schema", "schema_file", required=True, type=_FILE, help="JSON schema of an answer")
+@click.option(
+    "--input", "texts", required=True, type=_FILE, help="Texts: a JSON string, or an object with text, a line"
+)
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="File to append the answers to")
+@click.option("--quote", "quotes", multiple=True, metavar="NAME", help="Property that can only be words of the text")
+@_SYSTEM
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer; twice the text by default")
+@_N_CTX
+def extract(file: str, schema_file: Path, texts: Path, output: Path, n_ctx: int, **options: Any) -> None:  # noqa: ANN401
+    """Answer every text of a file with a value that fits a JSON schema.
+
+    A property with "x-quote": true in the schema is a literal quotation of the text, as with --quote. The same command
+    goes on where an earlier one was stopped. An output line is {"index", "value", "quotes"} or {"index", "error"}.
+
+    \b
+    Example:
+      saigakit extract saiga.gguf --schema terms.json --input texts.jsonl --output answers.jsonl --quote term
+    """
+    try:
+        schema = json.loads(schema_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SaigaError(f"{schema_file} is not JSON: {error}.") from None
+    with closing(infer.load(file, n_ctx=n_ctx)) as llm:
+        counts = infer.extract_file(llm, schema, texts, output, **options)
+    click.echo(f"{counts['value']:,} answers and {counts['error']:,} errors: {output}")
 
 
 @main.command()

@@ -36,7 +36,7 @@ PINS: Mapping[str, Mapping[str, Any]] = tomllib.loads(
     resources.files("saigakit.core").joinpath("pins.toml").read_text(encoding="utf-8")
 )
 # The Linux of Kaggle's image, and the older ones that the pinned wheels are for: pip takes each name literally.
-PLATFORMS = ("manylinux_2_35_x86_64", "manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux2014_x86_64")
+PLATFORMS = tuple(f"manylinux{version}_x86_64" for version in ("_2_35", "_2_31", "_2_28", "_2_24", "2014"))
 _THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 # Also on Kaggle, in every stage: transformers reads the demo's model, smollm2_135m, from a GGUF file.
 _ON_KAGGLE = ("gguf",)

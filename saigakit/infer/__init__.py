@@ -1,7 +1,8 @@
 """Load a GGUF file and answer with it."""
 
+from saigakit.infer.batch_file import extract_file
 from saigakit.infer.engine import load, stream
 from saigakit.infer.extraction import extract, extract_all
 from saigakit.infer.sequences import greedy
 
-__all__ = ["extract", "extract_all", "greedy", "load", "stream"]
+__all__ = ["extract", "extract_all", "extract_file", "greedy", "load", "stream"]

@@ -8,7 +8,7 @@ from saigakit.core.lazy import jsonschema, llama_cpp, np
 from saigakit.errors import SaigaError
 from saigakit.infer import engine, sequences
 from saigakit.infer.constraint import Constraint
-from saigakit.infer.schema import Schema, find_quotes, make_grammar, read_schema
+from saigakit.infer.schema import AnySchema, Schema, find_quotes, make_grammar, read_schema
 from saigakit.prompt import encoding
 from saigakit.prompt.backends import token_bytes
 from saigakit.prompt.template import Message
@@ -25,7 +25,7 @@ class Extraction(NamedTuple):
 def extract(
     llm: "llama_cpp.Llama",
     text: str,
-    schema: object,
+    schema: AnySchema,
     *,
     quotes: Sequence[str] = (),
     system: str | None = None,
@@ -42,7 +42,7 @@ def extract(
     limit = asked.limit([prompt], max_new_tokens)
     answer = constraint.begin()
     added = [*prompt, *answer]
-    llm.n_tokens = _count_common(llm.input_ids[: llm.n_tokens], added[:-1])  # what the context holds already
+    llm.n_tokens = _count_common(llm.input_ids[: llm.n_tokens].tolist(), added[:-1])  # what the context holds already
     added = added[llm.n_tokens :]
     while not constraint.is_complete and len(answer) < limit:
         llm.eval(added)
@@ -55,7 +55,7 @@ def extract(
 def extract_all(
     llm: "llama_cpp.Llama",
     texts: Sequence[str],
-    schema: object,
+    schema: AnySchema,
     *,
     quotes: Sequence[str] = (),
     system: str | None = None,
@@ -87,7 +87,7 @@ def extract_all(
 class _Request:
     """What is asked of every text."""
 
-    def __init__(self, llm: "llama_cpp.Llama", schema: object, quotes: Sequence[str], system: str | None) -> None:
+    def __init__(self, llm: "llama_cpp.Llama", schema: AnySchema, quotes: Sequence[str], system: str | None) -> None:
         self._llm, self._schema = llm, read_schema(schema, quotes)
         self._tokenizer = encoding.load_gguf_tokenizer(llm)
         system = llm.metadata.get(lineage.SYSTEM_PROMPT_KEY) if system is None else system
@@ -128,12 +128,12 @@ class _Request:
                 f"{written[:300]}"
             )
         value = json.loads(written)
-        if (problem := next(_validator(self._schema).iter_errors(value), None)) is not None:
+        if (problem := next(validator(self._schema).iter_errors(value), None)) is not None:
             raise SaigaError(f"The answer does not fit the schema ({problem.message}): {written[:300]}")
         return Extraction(value, find_quotes(self._schema, value, text))
 
 
-def _validator(schema: Schema) -> "jsonschema.Draft202012Validator":
+def validator(schema: Schema) -> "jsonschema.Draft202012Validator":
     return jsonschema.Draft202012Validator(schema)
 
 

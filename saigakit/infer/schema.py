@@ -3,11 +3,13 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from types import GenericAlias
+from typing import Any, cast
 
 from saigakit.errors import SaigaError, suggestion
 
 Schema = dict[str, Any]
+AnySchema = Mapping[str, Any] | type[Any] | GenericAlias
 QUOTE = "x-quote"
 # As Python's json writes them, and so the records of the notebooks.
 _ITEM_SEPARATOR, _KEY_SEPARATOR = ", ", ": "
@@ -26,17 +28,17 @@ _TRIMMED = f"/{_SOLID}({_INSIDE}*{_SOLID})?/"
 _WORD = re.compile(r"\w+|\s|[^\w\s]")
 
 
-def read_schema(schema: object, quotes: Sequence[str] = ()) -> Schema:
+def read_schema(schema: AnySchema, quotes: Sequence[str] = ()) -> Schema:
     """A schema, or that of a pydantic model or any type that pydantic knows; properties in `quotes` are marked.
 
     Objects without "additionalProperties" get none. Raises SaigaError for a name that no property has.
     """
     if isinstance(schema, Mapping):
-        found = json.loads(json.dumps(schema))
+        found: Schema = json.loads(json.dumps(schema))
     else:
         from pydantic import TypeAdapter  # the user's, who has given a type
 
-        found = TypeAdapter(schema).json_schema()
+        found = TypeAdapter[Any](cast(Any, schema)).json_schema()
     properties: dict[str, list[Schema]] = {}
     for each in _subschemas(found):
         if "properties" in each and "allOf" not in each:
@@ -45,9 +47,10 @@ def read_schema(schema: object, quotes: Sequence[str] = ()) -> Schema:
             properties.setdefault(name, []).append(value)
     for name in quotes:
         if name not in properties:
-            raise SaigaError(f"quotes: the schema has no property {name!r}.{suggestion(name, properties)}")
+            known = f"It has {', '.join(properties) or 'none'}."
+            raise SaigaError(f"quotes: the schema has no property {name!r}.{suggestion(name, properties)} {known}")
         for value in properties[name]:
-            (value["items"] if "items" in value else value)[QUOTE] = True
+            value.get("items", value)[QUOTE] = True
     return found
 
 
@@ -92,7 +95,7 @@ class _Rules:
         if "$ref" in schema:
             return self._reference(schema["$ref"], where)
         choices = schema.get("anyOf", [])
-        if isinstance(schema["type"] if "type" in schema else None, list):
+        if isinstance(schema.get("type"), list):
             choices = [{**schema, "type": each} for each in schema["type"]]
         if choices:
             return f"({' | '.join(self.expression(each, where) for each in choices)})"
@@ -138,8 +141,10 @@ class _Rules:
     def _array(self, schema: Schema, where: str) -> str:
         low, high = schema.get("minItems", 0), schema.get("maxItems")
         item = self._rule(self.expression(schema["items"], f"{where}, items"))
+        if high == 0:
+            return '"[]"'
         more = f"({_literal(_ITEM_SEPARATOR)} {item}){{{max(low - 1, 0)},{'' if high is None else high - 1}}}"
-        return f'"[" ({item} {more}){"" if low else "?"} "]"'
+        return f'"[" ({item} {"" if high == 1 else more}){"" if low else "?"} "]"'
 
     def _object(self, schema: Schema, where: str) -> str:
         rest_at_first = rest_after_another = '"}"'
@@ -161,8 +166,9 @@ def find_quotes(schema: Schema, value: object, text: str) -> list[dict[str, Any]
     found: list[dict[str, Any]] = []
     latest: dict[str, int] = {}  # a second quotation of the same words stands later, if they are there again
     for path, words in dict(_marked(rules, schema, value, "")).items():
-        start = _find_words(text, words, latest.get(words, -1) + 1, starts)
-        latest[words] = start = start if start >= 0 else latest[words]
+        before = latest.get(words, -1)
+        start = _find_words(text, words, before + 1, starts)
+        latest[words] = start = max(start, before)
         found.append({"path": path, "start": start, "end": start + len(words)})
     return found
 

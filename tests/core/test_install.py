@@ -100,7 +100,15 @@ def test_every_pin_has_hashes(name, gpu):
 
 def test_every_package_that_kaggles_image_lacks_is_pinned():
     """The image of August 2026 has the other packages of the stages, in versions that are new enough."""
-    assert set(install.PINS) == {"bitsandbytes", "diskcache", "gguf", "jinja2", "llama-cpp-python", "rensa"}
+    assert set(install.PINS) == {
+        "bitsandbytes",
+        "diskcache",
+        "gguf",
+        "jinja2",
+        "llama-cpp-python",
+        "llguidance",
+        "rensa",
+    }
 
 
 def test_the_pins_are_part_of_the_package():

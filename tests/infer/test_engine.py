@@ -1,9 +1,6 @@
-"""Answers of the tiny Saiga as a GGUF, against llama-cpp-python's own loop."""
+"""Loading a GGUF, and answers of the tiny Saiga."""
 
-import gc
-import os
 from contextlib import closing
-from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
@@ -21,7 +18,6 @@ from saigakit.prompt.backends import gguf_vocabulary
 from saigakit.registry import Sampling
 
 MESSAGES = [{"role": "user", "content": "Азот — газ без цвета."}]
-NOTHING = frozenset({-1})
 TEXTS = (
     "Привет, мир!",
     "Ты — Сайга.",
@@ -38,53 +34,11 @@ TEXTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def gguf_file(tiny, tmp_path_factory):
-    """The tiny Saiga in float32: its numbers do not depend on how many sequences share a batch."""
-    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    return export.to_gguf(model="saiga_tiny", adapter="released", output=file, quant_type="F32")
-
-
-@pytest.fixture(scope="module")
-def llm(gguf_file):
-    with closing(infer.load(gguf_file, n_ctx=256, n_threads=1)) as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="module")
-def prompts(llm):
-    """With different lengths and a common prefix."""
-    tokenizer = encoding.load_gguf_tokenizer(llm)
-    conversations = [
-        [{"role": "user", "content": f"{text} {'и так далее ' * (index % 4)}"}] for index, text in enumerate(TEXTS)
-    ]
-    return [encoding.encode(one, tokenizer, add_generation_prompt=True)["input_ids"] for one in conversations]
-
-
-def ask(llm, prompts, *, stop_ids=NOTHING, max_new_tokens=12, on_progress=lambda done, total: None):
-    return infer.greedy(llm, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, on_progress=on_progress)
-
-
-def one_by_one(llm, prompts, count=12):
-    """With llama-cpp-python's own loop."""
-    answers = []
-    for prompt in prompts:
-        llm.reset()
-        tokens = llm.generate(prompt, temp=0.0, repeat_penalty=1.0)
-        answers.append([token for token, _ in zip(tokens, range(count), strict=False)])
-    return answers
-
-
 @pytest.mark.parametrize(("built", "repacks"), [(b"AMX_INT8 = 1 |", False), (b"AVX2 = 1 |", True)])
 def test_a_model_is_loaded_without_amx(gguf_file, monkeypatch, built, repacks):
     monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda: built)
     with closing(infer.load(gguf_file, n_ctx=64, n_threads=1)) as loaded:
         assert loaded.model_params.use_extra_bufts == repacks
-
-
-def resident_bytes():
-    gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -121,119 +75,6 @@ def test_a_q8_0_cache_takes_about_half_the_memory_and_answers(tiny, tmp_path):
 def test_a_q8_0_cache_is_refused_for_a_head_dim_that_it_cannot_hold(gguf_file):
     with pytest.raises(SaigaError, match="try cache_type='f16'"):
         infer.load(gguf_file, n_ctx=512, cache_type="q8_0")
-
-
-def test_many_prompts_at_once_get_the_same_answers_as_one_at_a_time(llm, prompts):
-    assert ask(llm, prompts).ids == [ask(llm, [prompt]).ids[0] for prompt in prompts]
-
-
-def test_answers_equal_those_of_llama_cpp_pythons_own_loop(llm, prompts):
-    assert ask(llm, prompts).ids == one_by_one(llm, prompts)
-
-
-def test_slots_are_reused(llm, prompts, monkeypatch):
-    expected = ask(llm, prompts).ids
-    assert len({tuple(row) for row in expected}) > 6
-    monkeypatch.setattr(engine, "MAX_SEQUENCES", 2)
-    assert ask(llm, prompts).ids == expected
-
-
-@pytest.fixture
-def batches(monkeypatch):
-    """The slots of each batch that is computed, in the order in which their tokens were added."""
-    seen = [[]]
-    add, decode = engine._Sequences.add, engine._Sequences.decode
-
-    def recording_add(self, slot, tokens):
-        seen[-1].append(slot)
-        add(self, slot, tokens)
-        assert len(self._batch) <= self._size
-
-    def recording_decode(self):
-        seen.append([])
-        return decode(self)
-
-    monkeypatch.setattr(engine._Sequences, "add", recording_add)
-    monkeypatch.setattr(engine._Sequences, "decode", recording_decode)
-    return seen
-
-
-def test_a_batch_lists_its_sequences_in_order(llm, prompts, batches, monkeypatch):
-    # llama.cpp's split_equal computes sequences in several parts if their numbers are not consecutive.
-    free = ask(llm, prompts).ids
-    stop_ids = frozenset({free[0][2], free[1][5], free[2][7]})
-    monkeypatch.setattr(engine, "MAX_SEQUENCES", 3)
-    assert len(set(map(len, ask(llm, prompts * 2, stop_ids=stop_ids).ids))) > 2  # answers end at different times
-    assert max(map(len, batches)) > 2
-    assert batches == [sorted(batch) for batch in batches]
-
-
-def test_prompts_that_start_together_leave_room_for_running_sequences(llm, batches):
-    prompts = [[token] + [7] * 169 for token in range(10, 40)]  # three would leave 2 of 512 places to 13 others
-    assert [len(row) for row in ask(llm, prompts, max_new_tokens=6).ids] == [6] * len(prompts)
-    assert max(map(len, batches)) > 10
-
-
-def test_answers_do_not_depend_on_the_free_memory(llm, prompts, monkeypatch):
-    expected = ask(llm, prompts).ids
-    monkeypatch.setattr(workspace, "available_memory", lambda: 1)
-    assert ask(llm, prompts).ids == expected
-
-
-def test_prompts_without_a_common_prefix_are_answered_too(llm, monkeypatch):
-    monkeypatch.setattr(engine, "MAX_SEQUENCES", 1)
-    prompts = [[5, 6, 7], [9], [11, 6]]
-    assert ask(llm, prompts).ids == one_by_one(llm, prompts)
-
-
-def test_the_same_prompt_twice_gets_the_same_answer(llm, prompts):
-    first, second = ask(llm, [prompts[0], prompts[0]]).ids
-    assert first == second
-
-
-def test_the_stop_id_is_removed_but_counts_as_generated(llm, prompts):
-    free = ask(llm, prompts[:1]).ids[0]
-    cut = free.index(free[5])
-    made = ask(llm, prompts[:1], stop_ids=frozenset({free[5]}))
-    assert made.ids == [free[:cut]]
-    assert made.tokens == cut + 1
-
-
-def test_no_answer_is_longer_than_the_limit(llm, prompts):
-    made = ask(llm, prompts, max_new_tokens=5)
-    assert [len(row) for row in made.ids] == [5] * len(prompts)
-    assert made.tokens == 5 * len(prompts)
-
-
-def test_progress_counts_up_to_the_number_of_prompts(llm, prompts):
-    seen = []
-    ask(llm, prompts, on_progress=lambda *counts: seen.append(counts))
-    assert seen == sorted(seen)
-    assert (seen[0], seen[-1]) == ((0, len(prompts)), (len(prompts), len(prompts)))
-
-
-def test_memory_is_freed(llm, prompts):
-    def answer(times):
-        for _ in range(times):
-            ask(llm, prompts * 2, max_new_tokens=2)
-        return resident_bytes()
-
-    before = answer(4)
-    assert answer(20) - before < 20e6  # a context that is not freed takes 7 MB
-
-
-@pytest.mark.parametrize(
-    ("prompts", "head"),
-    [
-        ([[1, 2, 3, 4], [1, 2, 5]], [1, 2]),
-        ([[1, 2, 3]], [1, 2]),
-        ([[1, 2], [1, 2, 3]], [1]),
-        ([[1], [2]], []),
-        ([[7], [7]], []),
-    ],
-)
-def test_the_common_prefix_leaves_a_token_of_each_prompt(prompts, head):
-    assert engine._common_prefix(prompts) == head
 
 
 def test_the_context_is_limited_to_the_training_length(gguf_file, capfd):
@@ -316,11 +157,11 @@ def test_at_temperature_zero_the_streamed_answer_is_the_greedy_one(llm):
     tokenizer = encoding.load_gguf_tokenizer(llm)
     prompt = encoding.encode(MESSAGES, tokenizer, add_generation_prompt=True)["input_ids"]
     stop_ids = encoding.end_of_turn_ids(tokenizer)
-    ids = ask(llm, [prompt], stop_ids=stop_ids).ids[0]
+    made = infer.greedy(llm, [prompt], stop_ids=stop_ids, max_new_tokens=12, on_progress=lambda done, total: None)
     greedily = Sampling(temperature=0.0, repeat_penalty=1.0)
     pieces = list(infer.stream(llm, MESSAGES, sampling=greedily, max_new_tokens=12))
     assert len(pieces) > 3
-    assert "".join(pieces) == b"".join(engine.token_bytes(llm, token) for token in ids).decode(
+    assert "".join(pieces) == b"".join(engine.token_bytes(llm, token) for token in made.ids[0]).decode(
         "utf-8", errors="replace"
     )
 
