@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stderr
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +20,8 @@ NORMALIZATION_KEY = "saigakit.unicode_normalization"  # in a GGUF: llama.cpp its
 # In a GGUF, by its specification: the tokenizer.json, for vocabularies that llama.cpp splits differently (tekken).
 TOKENIZER_JSON_KEY = "tokenizer.huggingface.json"
 Ids = list[int]
-# A letter before a sign: all pre-tokenizers of llama.cpp's byte-level vocabularies end a word between the two.
-_WORD_END = re.compile(r"[A-Za-z](?=[|>\]_/:-])")
+# A letter or digit before a sign: all pre-tokenizers of llama.cpp's byte-level vocabularies end a word between the two.
+_WORD_END = re.compile(r"[A-Za-z0-9](?=[|>\]_/:-])")
 
 
 class Tokenizer(Protocol):
@@ -101,6 +102,7 @@ class GgufTokenizer:
         self.chat_template = llm.metadata["tokenizer.chat_template"]
         vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
         names: dict[int, str] = {}
+        self._blanks: list[str] = []
         ends: list[int] = []
         always_found: list[str] = []  # llama.cpp finds these in any text, even if it must not parse special tokens
         for token in range(llm.n_vocab()):
@@ -112,7 +114,8 @@ class GgufTokenizer:
                 ends.append(token)
             text = llama_cpp.llama_vocab_get_text(vocabulary, token).decode("utf-8")
             if is_added and not text.strip():
-                continue  # runs of blanks are ordinary text
+                self._blanks.append(text)  # which are ordinary text
+                continue
             names[token] = text
             always_found += [text] if is_added else []
         self.end_of_generation_ids = frozenset(ends)
@@ -131,6 +134,8 @@ class GgufTokenizer:
             return self._exact.encode_text(text)
         if self._normalizes:
             text = unicodedata.normalize("NFC", text)
+        if self._llm.metadata.get("tokenizer.ggml.model") == "llama" and self._always_found.search(text):
+            return self._text_only.encode_text(text)
         return [i for part in self._split(text) for i in self._llm.tokenize(part.encode("utf-8"), False, False)]
 
     def encode_texts(self, texts: Sequence[str]) -> list[Ids]:
@@ -141,12 +146,27 @@ class GgufTokenizer:
         text = b"".join(token_bytes(self._llm, i) for i in ids if i not in special).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self._has_prefix_space else text
 
+    @cached_property
+    def _text_only(self) -> FastTokenizer:
+        """The SentencePiece vocabulary, in which nothing of a text is a user-defined token."""
+        vocabulary = llama_cpp.llama_model_get_vocab(self._llm.model)
+        texts = [llama_cpp.llama_vocab_get_text(vocabulary, i).decode("utf-8") for i in range(self._llm.n_vocab())]
+        scores = {
+            text: llama_cpp.llama_vocab_get_score(vocabulary, i)
+            for i, text in enumerate(texts)
+            if llama_cpp.llama_vocab_get_attr(vocabulary, i) & llama_cpp.LLAMA_TOKEN_ATTR_NORMAL
+        }
+        ids = {text: i for i, text in enumerate(texts)}
+        tokenizer = _merging_by_scores(ids, scores, has_prefix=self._has_prefix_space)
+        tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in self._blanks])
+        return FastTokenizer(tokenizer, "", {})
+
     def _split(self, text: str) -> list[str]:
         """Cut every user-defined token in two, at a place where byte-level BPE never merges."""
         cuts = [0]
         while found := self._always_found.search(text, cuts[-1]):
             cut = _WORD_END.search(text, found.start(), found.end())
-            if cut is None or self._llm.metadata.get("tokenizer.ggml.model") != "gpt2":
+            if cut is None:
                 raise SaigaError(f"llama.cpp reads {found.group()!r} in a text as a special token. Remove it.")
             cuts.append(cut.end())
         return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
@@ -222,8 +242,7 @@ def from_sentencepiece(file: Path) -> "tokenizers.Tokenizer":
 
     If it puts a space before a text, it does so after every special token too (`legacy`), as llama.cpp does.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
-    from tokenizers.models import BPE
+    from tokenizers import AddedToken
 
     proto, added = sentencepiece_tokens(file)
     spec = proto.normalizer_spec
@@ -235,27 +254,12 @@ def from_sentencepiece(file: Path) -> "tokenizers.Tokenizer":
         )
     vocabulary = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
-    merges = [
-        (score, (text[:cut], text[cut:]))
-        for text, score in scores.items()
-        for cut in range(1, len(text))
-        if text[:cut] in scores and text[cut:] in scores
-    ]
-    merges.sort(key=lambda item: -item[0])  # the best score merges first; ties in vocabulary order
     for token in added:
         if _is_blank(token["content"]):  # found in the raw text, where a space is not yet `▁`
             vocabulary.pop(token["content"], None)
             token["content"] = token["content"].replace("▁", " ")
             vocabulary[token["content"]] = token["id"]
-    tokenizer = Tokenizer(
-        BPE(vocabulary, [pair for _, pair in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    prefix = [normalizers.Prepend("▁")] if spec.add_dummy_prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    tokenizer = _merging_by_scores(vocabulary, scores, has_prefix=spec.add_dummy_prefix)
     control = [piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     flags = ("special", "lstrip", "rstrip", "single_word")
@@ -264,4 +268,30 @@ def from_sentencepiece(file: Path) -> "tokenizers.Tokenizer":
     )
     if any(tokenizer.token_to_id(token["content"]) != token["id"] for token in added):
         raise SaigaError(f"{file} and the files next to it have different vocabularies; download them again.")
+    return tokenizer
+
+
+def _merging_by_scores(
+    vocabulary: Mapping[str, int], scores: Mapping[str, float], *, has_prefix: bool
+) -> "tokenizers.Tokenizer":
+    """SentencePiece's BPE; `scores`: of the pieces that texts consist of. `has_prefix`: a space before each text."""
+    from tokenizers import Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+
+    merges = [
+        (score, (text[:cut], text[cut:]))
+        for text, score in scores.items()
+        for cut in range(1, len(text))
+        if text[:cut] in scores and text[cut:] in scores
+    ]
+    merges.sort(key=lambda item: -item[0])  # the best score merges first; ties in vocabulary order
+    tokenizer = Tokenizer(
+        BPE(dict(vocabulary), [pair for _, pair in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    prefix = [normalizers.Prepend("▁")] if has_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if has_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     return tokenizer

@@ -181,6 +181,16 @@ def test_a_character_of_several_tokens_is_never_split(llm, monkeypatch):
     assert all("\ufffd" not in piece for piece in pieces)
 
 
+def test_an_answer_also_ends_at_what_llama_cpp_calls_end_of_generation(smollm2, callers_cache, monkeypatch):
+    """ChatML ends a turn with <|im_end|>; a model that was trained without it ends with <|endoftext|>."""
+    monkeypatch.setenv("SAIGAKIT_CACHE", str(callers_cache))
+    with closing(infer.load(packages.package_file(packages.SMOLLM2), n_ctx=256)) as llm:
+        (end,) = llm.tokenize(b"<|endoftext|>", False, True)
+        assert end != llm.token_eos()
+        make_generate(monkeypatch, llm, "да", end, 300, 301)
+        assert answer_of(llm, MESSAGES) == "да"
+
+
 def test_an_answer_ends_with_the_turn(llm, monkeypatch):
     make_generate(monkeypatch, llm, "да", llm.token_eos(), 300, 301)
     assert answer_of(llm, MESSAGES).strip() == "да"
@@ -199,8 +209,7 @@ def test_a_conversation_longer_than_the_context_is_refused_with_both_numbers(llm
 
 
 def test_an_answer_ends_where_the_context_is_full(llm, monkeypatch):
-    monkeypatch.setattr(encoding, "end_of_turn_ids", lambda tokenizer: frozenset())
-    monkeypatch.setattr(llm, "token_eos", lambda: -1)
+    monkeypatch.setattr(engine, "stop_ids", lambda llm: frozenset())
     tokenizer = encoding.load_gguf_tokenizer(llm)
     prompt = encoding.encode(MESSAGES, tokenizer, add_generation_prompt=True)["input_ids"]
     drawn = []

@@ -5,6 +5,7 @@ import random
 import shutil
 from contextlib import closing
 
+import gguf
 import llama_cpp
 import pytest
 import sentencepiece
@@ -12,6 +13,7 @@ import vocabularies
 from sentencepiece import sentencepiece_model_pb2
 
 from saigakit.errors import SaigaError
+from saigakit.llamacpp import vocabulary
 from saigakit.prompt import encoding
 from saigakit.prompt.encoding import encode
 
@@ -136,6 +138,26 @@ def test_texts_and_turns_have_the_ids_of_sentencepiece_and_of_llama_cpp(model, t
         ids = encode(MESSAGES, ours)["input_ids"]
         assert llama.decode(ids) == ours.decode(ids)
     assert ids.count(processor.piece_to_id("<start_of_turn>")) == 2
+
+
+def test_a_text_with_a_user_defined_token_of_a_foreign_gguf_is_answered(model, tmp_path):
+    """llama.cpp's converter keeps them user-defined, and llama.cpp then finds them in any text."""
+    ours = repository(tmp_path, model, tokenizer_json=as_json(model))
+    file = vocabularies.gguf_file(tmp_path, ours)
+    reader = gguf.GGUFReader(file, "r+")
+    kinds = reader.fields["tokenizer.ggml.token_type"]
+    table = sentencepiece.SentencePieceProcessor(model_file=str(model)).piece_to_id("<table>")
+    assert kinds.parts[kinds.data[table]][0] == vocabulary.NORMAL
+    kinds.parts[kinds.data[table]][0] = vocabulary.USER_DEFINED
+    reader.data.flush()
+    llm = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+    llm._model.n_ctx_train = lambda: 4096
+    with closing(llm):
+        assert table in llm.tokenize("а<table>б".encode(), False, False)
+        theirs = encoding.GgufTokenizer(llm)
+        found = [f"{before}<table>{after}" for before, after in zip(texts(), texts()[1:], strict=False)]
+        assert [text for text in found if theirs.encode_text(text) != ours.encode_text(text)] == []
+        assert table not in theirs.encode_text("а<table>б")
 
 
 @pytest.mark.parametrize("text", [*TURNS, "<bos>", "<eos>", "<table>", "а<end_of_turn>\n<start_of_turn>model\nб"])
