@@ -1,19 +1,37 @@
-"""Chat with a GGUF file in the terminal."""
+"""Chat with a GGUF file in the terminal, or answer questions from a pipe."""
 
+import json
+import os.path
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from saigakit import infer
-from saigakit.core.display import printable
+from saigakit.core import files
+from saigakit.core.display import count, printable
 from saigakit.core.lazy import llama_cpp
+from saigakit.data.records import BadRecord
+from saigakit.data.schema import normalise_record
 from saigakit.errors import SaigaError
+from saigakit.prompt import encoding, template
 from saigakit.prompt.template import Message
 from saigakit.registry import Sampling
 from saigakit.weights import lineage
-from saigakit.weights.memory import CacheType
+
+_Watching = Callable[[], AbstractContextManager[None]]  # during an answer, for Ctrl-C
+_HELP = """\
+/system TEXT  set the system prompt; without TEXT show it, with "" remove it
+/reset        forget the conversation, but not the system prompt
+/save FILE    write the conversation as JSON, which is also a record for 01_format
+/load FILE    continue a saved conversation
+/bye          leave, as Ctrl-D on an empty line does
+//TEXT        ask a question that begins with one "/"
+Enter sends, Alt-Enter (or Esc, then Enter) adds a line, and a paste is one question. Ctrl-C clears the line or stops
+an answer. What you type during an answer is discarded. Your questions are kept in """
 
 
 def talk(
@@ -21,60 +39,138 @@ def talk(
     *,
     system: str | None = None,
     temperature: float | None = None,
-    n_ctx: int,
-    cache_type: CacheType = "f16",
+    chat_template: str | None = None,
+    lines: bool = False,
+    **loading: Any,  # noqa: ANN401
 ) -> None:
-    """Answer questions from stdin until an empty line or its end. Ctrl-C stops an answer, and at the prompt raises.
+    """Chat in a terminal; elsewhere stdin is one question, or with `lines` one a line.
 
-    `system`: None is the system prompt stored in the file, "" is none.
+    `system`: None is the system prompt stored in the file, "" is none. `loading`: options of `infer.load`.
     """
-    with closing(infer.load(gguf_file, n_ctx=n_ctx, cache_type=cache_type)) as llm:
+    given = {"tokenizer.chat_template": template.find_chat_template(chat_template)} if chat_template is not None else {}
+    with ExitStack() as stack:
+        if is_typed := sys.stdin.isatty():
+            from saigakit.cli.line_editor import Editor  # needs prompt_toolkit
+
+            stack.callback((editor := Editor()).drain)  # also if the file cannot be loaded
+        llm = stack.enter_context(closing(infer.load(gguf_file, **loading)))
+        llm.metadata |= given
         if system is None and (system := llm.metadata.get(lineage.SYSTEM_PROMPT_KEY)):
-            print(f"system: {printable(system)}", file=sys.stderr, flush=True)
-        beginning: list[Message] = [{"role": "system", "content": system}] if system else []
+            _tell(f"system: {system}")
         sampling = Sampling.from_gguf(llm.metadata)
         if temperature is not None:
             sampling = replace(sampling, temperature=temperature)
-        history: list[Message] = []
-        for question in _read_questions():
-            history = _ask(llm, beginning, history, question, sampling)
+        chat = _Chat(llm, sampling, system or "", editor.watching if is_typed else None)
+        if is_typed:
+            stack.enter_context(editor.quiet())
+        for text in iter(lambda: editor.read(chat.status), "/bye") if is_typed else _read_piped(lines):
+            try:
+                _obey(chat, editor.history_file, text) if is_typed else chat.ask(text)
+            except (SaigaError, OSError) as error:
+                if not is_typed and not lines:
+                    raise
+                _tell(f"error: {error}")
 
 
-def _ask(
-    llm: "llama_cpp.Llama", beginning: list[Message], history: list[Message], question: str, sampling: Sampling
-) -> list[Message]:
-    """Return the new history; if the context is full, forget the earlier one and ask again."""
-    asked: Message = {"role": "user", "content": question}
-    try:
-        answer = _stream_answer(llm, [*beginning, *history, asked], sampling)
-    except SaigaError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
-        if not history:
-            return []
-        print("Starting a new conversation with this question.", file=sys.stderr, flush=True)
-        return _ask(llm, beginning, [], question, sampling)
-    return [*history, asked, {"role": "assistant", "content": answer}]
-
-
-def _stream_answer(llm: "llama_cpp.Llama", messages: Sequence[Message], sampling: Sampling) -> str:
-    """Print and return the answer, or its beginning if Ctrl-C stops it."""
-    pieces: list[str] = []
-    try:
-        for piece in infer.stream(llm, messages, sampling=sampling):
-            pieces.append(piece)
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        print(" …", end="")
-    print(flush=True)
-    return "".join(pieces)
-
-
-def _read_questions() -> Iterator[str]:
-    """Yield lines until an empty one, with a prompt if stdin is a terminal."""
-    if sys.stdin.isatty():
-        with suppress(ModuleNotFoundError):  # Windows terminals have line editing of their own
-            import readline  # noqa: F401  # enables line editing in input()
+def _read_piped(lines: bool) -> Iterator[str]:
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-    with suppress(EOFError):
-        while (line := input("> " if sys.stdin.isatty() else "")).strip():
-            yield line
+    texts = (text.rstrip() for text in (sys.stdin if lines else [sys.stdin.read()]) if text.strip())
+    if (first := next(texts, None)) is None:
+        raise SaigaError("Standard input is empty: there is no question.")
+    return chain([first], texts)
+
+
+def _tell(text: str) -> None:
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+class _Chat:
+    """A conversation that forgets its oldest turns when the context is full."""
+
+    def __init__(self, llm: "llama_cpp.Llama", sampling: Sampling, system: str, watching: _Watching | None) -> None:
+        self._llm, self._sampling, self._watching = llm, sampling, watching
+        self.change(system, [])
+
+    def change(self, system: str, turns: Sequence[Message]) -> None:
+        """`turns`: questions and answers. Raises SaigaError if the chat template refuses them, and changes nothing."""
+        beginning: list[Message] = [{"role": "system", "content": system}] if system else []
+        size, tokens = self._llm.n_ctx(), self._count([*beginning, *turns, {"role": "user", "content": "?"}])
+        self.status = f"/help lists commands, /bye leaves; {min(tokens, size):,} of {size:,} tokens"
+        self.system, self.beginning, self.turns = system, beginning, turns
+
+    def _count(self, messages: Sequence[Message]) -> int:
+        tokenizer = encoding.load_gguf_tokenizer(self._llm)
+        return len(encoding.encode(messages, tokenizer, add_generation_prompt=True)["input_ids"])
+
+    def ask(self, question: str) -> None:
+        """Print the answer and keep both. Raises SaigaError if the question alone leaves no room for an answer."""
+        turns = [*self.turns, {"role": "user", "content": question}]
+        room = min(512, (size := self._llm.n_ctx()) // 4)
+        while (tokens := self._count([*self.beginning, *turns])) > size - room:
+            if not (turns := turns[2:]):
+                raise SaigaError(
+                    f"The question and the system prompt have {tokens:,} tokens, but the context holds {size:,}, "
+                    f"{room} of them for the answer. Shorten the question, or start again with a larger --n-ctx."
+                )
+        if forgotten := (len(self.turns) + 1 - len(turns)) // 2:
+            _tell(f"Forgot the {count(forgotten, 'oldest turn')}: the context is full.")
+        answer = self._answer([*self.beginning, *turns])
+        if self._llm.n_tokens >= size - 1:
+            _tell("The answer ends here: the context is full.")
+        self.change(self.system, [*turns, {"role": "assistant", "content": answer}])
+
+    def _answer(self, messages: Sequence[Message]) -> str:
+        """Print and return the answer, or its beginning if Ctrl-C stops it in a terminal."""
+        pieces: list[str] = []
+        try:
+            with self._watching() if self._watching else nullcontext():
+                for piece in infer.stream(self._llm, messages, sampling=self._sampling):
+                    pieces.append(piece)
+                    print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            if not self._watching:
+                raise
+            pieces.append(" …")
+            print(" …", end="")
+        print(flush=True)
+        return "".join(pieces)
+
+
+def _obey(chat: _Chat, history_file: Path, text: str) -> None:
+    """Run a command, or ask what is none."""
+    name, argument = (*text.split(maxsplit=1), "")[:2]
+    if not text.startswith("/") or name.startswith("//"):
+        chat.ask(text[1:] if len(name) > 2 and name.startswith("//") else text)
+    elif name in ("/help", "/?"):
+        _tell(f"{_HELP}{history_file}.")
+    elif name == "/system":
+        chat.change({"": chat.system, '""': ""}.get(argument, argument), chat.turns)
+        _tell(f"system: {chat.system}" if chat.system else "There is no system prompt.")
+    elif name == "/reset":
+        chat.change(chat.system, [])
+    elif name not in ("/save", "/load"):
+        raise SaigaError(f"{name!r} is not a command; /help lists them. To ask it as a question, write {'/' + name!r}.")
+    elif not argument or (name == "/save" and not chat.turns):
+        raise SaigaError("There is nothing to save yet." if argument else f"{name} needs the name of a file.")
+    else:
+        file = Path(os.path.expanduser(printable(argument)))  # noqa: PTH111  # that of Path raises RuntimeError
+        if name == "/load":
+            chat.change(*_read_conversation(file))
+        else:
+            files.require_absent(file)
+            record = {"messages": [*chat.beginning, *chat.turns]}
+            files.write_text(file, json.dumps(record, ensure_ascii=False) + "\n")  # one line, as in JSONL
+        _tell(f"{name[1:]}: {file}, {count(len(chat.turns) // 2, 'turn')}")
+
+
+def _read_conversation(file: Path) -> tuple[str, list[Message]]:
+    """The system prompt, and questions and answers."""
+    try:
+        found = normalise_record(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise SaigaError(f"{file} is not the JSON of one conversation: {error}.") from None
+    problems = found.problems[:3] if isinstance(found, BadRecord) else ("tools: this chat has none",)
+    if isinstance(found, BadRecord) or "tools" in found:
+        raise SaigaError(f"{file}: {'; '.join(problems)}.")
+    turns = found["messages"]
+    return turns.pop(0)["content"] if turns[0]["role"] == "system" else "", turns

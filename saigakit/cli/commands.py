@@ -181,8 +181,10 @@ def export(**options: Any) -> None:  # noqa: ANN401
     "--cache-type", type=click.Choice(["f16", "q8_0"]), default="f16", show_default=True,
     help="Number format of the KV cache; q8_0 halves its memory",
 )  # fmt: skip
+@_CHAT_TEMPLATE
+@click.option("--lines", is_flag=True, help="Every line of a pipe is a question, instead of all of it")
 def chat(file: str, **options: Any) -> None:  # noqa: ANN401
-    """Chat with a GGUF file. An empty line or Ctrl-D ends the chat, Ctrl-C stops an answer.
+    """Chat with a GGUF file. Enter sends, Alt-Enter adds a line; /help lists the commands, /bye leaves.
 
     \b
     Examples:

@@ -97,7 +97,7 @@ class GgufTokenizer:
 
     def __init__(self, llm: "llama_cpp.Llama") -> None:
         if "tokenizer.chat_template" not in llm.metadata:
-            raise SaigaError("This GGUF has no chat template, so its prompt format is unknown.")
+            raise SaigaError("This GGUF has no chat template. Give one: saigakit chat FILE --chat-template chatml")
         self._llm = llm
         self.chat_template = llm.metadata["tokenizer.chat_template"]
         vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
