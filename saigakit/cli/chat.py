@@ -95,7 +95,7 @@ class _Chat:
         """`turns`: questions and answers. Raises SaigaError if the chat template refuses them, and changes nothing."""
         beginning: list[Message] = [{"role": "system", "content": system}] if system else []
         size, tokens = self._llm.n_ctx(), self._count([*beginning, *turns, {"role": "user", "content": "?"}])
-        self.status = f"/help lists commands, /bye leaves; {min(tokens, size):,} of {size:,} tokens"
+        self.status = f"{min(tokens, size):,} of {size:,} tokens; /help lists commands, /bye leaves"
         self.system, self.beginning, self.turns = system, beginning, turns
 
     def _count(self, messages: Sequence[Message]) -> int:

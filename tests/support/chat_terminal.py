@@ -20,18 +20,18 @@ from pathlib import Path
 
 PASTE = "\x1b[200~{}\x1b[201~"
 ALT_ENTER, CTRL_C, CTRL_D, UP = "\x1b\r", "\x03", "\x04", "\x1b[A"
-PROMPT = " tokens"  # the end of the line below it
+PROMPT = "/bye leaves"  # the end of the line below it
 ENVIRONMENT = {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
 _WHERE, _HERE = b"\x1b[6n", b"\x1b[1;1R"  # a terminal is asked for its cursor
 _PATIENCE_S = 20
 _SERVER = """
-import json, os, sys
+import json, os, sys, time
 os.cpu_count = lambda: 1  # threads would not survive the fork
 import prompt_toolkit
 from saigakit import cli, infer
 infer.load(sys.argv[1], n_ctx=256).close()
 while line := sys.stdin.readline():
-    terminal, arguments, environment = json.loads(line)
+    terminal, arguments, environment, pause_s = json.loads(line)
     if not (child := os.fork()):
         break
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -43,6 +43,13 @@ descriptor = os.open(terminal, os.O_RDWR)
 for stream in range(3):
     os.dup2(descriptor, stream)
 sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
+stream = infer.stream
+def slow_stream(*arguments, **options):
+    for piece in stream(*arguments, **options):
+        yield piece
+        time.sleep(pause_s)
+if pause_s:
+    infer.stream = slow_stream
 try:
     cli.main(arguments, prog_name="saigakit")
 except SystemExit as end:
@@ -109,11 +116,12 @@ class Chats:
         self._server, self._file = server, file
 
     @contextmanager
-    def start(self, *options: object, env: Mapping[str, str]) -> Iterator[Terminal]:
-        """A chat, which must end by itself, with status 0."""
+    def start(self, *options: object, env: Mapping[str, str], pause_s: float = 0) -> Iterator[Terminal]:
+        """A chat, which must end by itself, with status 0. `pause_s`: after each piece of an answer."""
         ours, theirs = pair()
         arguments = ["chat", str(self._file), "--temperature", "0", *map(str, options)]
-        print(json.dumps([os.ttyname(theirs), arguments, {**ENVIRONMENT, **env}]), file=self._server.stdin, flush=True)
+        job = [os.ttyname(theirs), arguments, {**ENVIRONMENT, **env}, pause_s]
+        print(json.dumps(job), file=self._server.stdin, flush=True)
         terminal = Terminal(ours)
         try:
             terminal.expect(PROMPT)
@@ -122,8 +130,8 @@ class Chats:
             terminal.read_to_the_end()
         finally:
             os.close(ours)  # what still runs gets SIGHUP
-        status = self._server.stdout.readline()
-        assert status == "0\n", (status, terminal.seen)
+            status = self._server.stdout.readline()
+        assert status == "0\n", terminal.seen
 
 
 @contextmanager
