@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import small_notebooks
 from click.testing import CliRunner
 
-from saigakit import cli, export, infer, publish, train
+from saigakit import cli, export, publish, train
 from saigakit.cli import chat, parameters, summary, terminal
 from saigakit.cli import commands as cli_commands
 from saigakit.config import TrainConfig
@@ -22,7 +21,6 @@ from saigakit.core import install, launch, manifest
 from saigakit.core.files import sha256
 from saigakit.errors import SaigaError
 from saigakit.export import model_card
-from saigakit.registry import MODELS
 from saigakit.weights import find
 
 COMMANDS = sorted(cli.main.commands)
@@ -45,12 +43,6 @@ def error_of(*arguments, cwd=None):
     assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
     assert done.stderr.startswith("error: ")
     return done.stderr.removeprefix("error: ").rstrip()
-
-
-@pytest.fixture(scope="session")
-def gguf_file(tiny, tmp_path_factory):
-    output = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    return export.to_gguf(model="saiga_tiny", adapter="released", output=output, quant_type="Q8_0")
 
 
 def test_importing_the_commands_imports_nothing_heavy():
@@ -421,64 +413,7 @@ def test_publish_chooses_what_to_send_and_where(monkeypatch, made, options, expe
     assert asked == [expected]
 
 
-def greedy(gguf_file, lines, *, system=("--system", "")):
-    options = ["--n-ctx", "256", "--temperature", "0", *system]
-    done = CliRunner().invoke(cli.main, ["chat", str(gguf_file), *options], input=lines)
-    assert done.exit_code == 0, done.stderr
-    return done
-
-
-def test_chat_uses_and_shows_the_system_prompt_of_the_file(gguf_file, one_thread):
-    done = greedy(gguf_file, "Привет\n", system=())
-    assert f"system: {MODELS['saiga_tiny'].system_prompt}" in done.stderr
-    assert done.stdout != greedy(gguf_file, "Привет\n").stdout
-
-
-def test_chat_answers_each_line_until_an_empty_one(gguf_file, one_thread):
-    first, second = (greedy(gguf_file, f"{line}\n").stdout for line in ("Привет", "Да"))
-    both = greedy(gguf_file, "Привет\nДа\n\nnever asked\n")
-    assert first.strip() and second.strip()
-    assert both.stdout == first + second  # the first answer fills the context, so the second starts a new conversation
-    assert "Starting a new conversation" in both.stderr
-
-
-def test_chat_keeps_history_and_system_message(gguf_file, monkeypatch, capsys):
-    asked = []
-
-    def answer(llm, messages, **_):
-        asked.append([(message["role"], message["content"]) for message in messages])
-        yield "да"
-
-    monkeypatch.setattr(infer, "stream", answer)
-    done = CliRunner().invoke(cli.main, ["chat", str(gguf_file), "--system", "S"], input="a\nb\n")
-    assert done.exit_code == 0
-    assert asked[1] == [("system", "S"), ("user", "a"), ("assistant", "да"), ("user", "b")]
-
-
-def test_ctrl_c_stops_an_answer_and_not_the_conversation(gguf_file, monkeypatch):
-    pieces, asked = infer.stream, []
-
-    def interrupted_once(llm, messages, **options):
-        asked.append([message["content"] for message in messages])
-        for piece in pieces(llm, messages, max_new_tokens=5, **options):
-            yield piece
-            if len(asked) == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(infer, "stream", interrupted_once)
-    done = CliRunner().invoke(cli.main, ["chat", str(gguf_file), "--system", ""], input="a\nb\n")
-    assert done.exit_code == 0, done.output
-    assert " …" in done.output
-    assert [asked[1][0], asked[1][2]] == ["a", "b"] and asked[1][1]
-
-
-def test_chat_reports_a_question_over_the_context_and_answers_the_next(gguf_file, one_thread):
-    done = greedy(gguf_file, "слово " * 100 + "\nПривет\n")
-    assert "the context holds 256" in done.stderr and "Starting a new" not in done.stderr
-    assert done.stdout == greedy(gguf_file, "Привет\n").stdout
-
-
-def test_ctrl_c_at_the_prompt_exits_with_130(monkeypatch):
+def test_ctrl_c_while_the_model_is_loaded_exits_with_130(monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
