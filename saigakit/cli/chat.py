@@ -139,8 +139,8 @@ class _Chat:
 def _obey(chat: _Chat, history_file: Path, text: str) -> None:
     """Run a command, or ask what is none."""
     name, argument = (*text.split(maxsplit=1), "")[:2]
-    if not text.startswith("/") or name.startswith("//"):
-        chat.ask(text[1:] if len(name) > 2 and name.startswith("//") else text)
+    if not text.startswith("/") or text.startswith("//"):
+        chat.ask(text[1:] if text.startswith("//") and text[2:3].strip() else text)
     elif name in ("/help", "/?"):
         _tell(f"{_HELP}{history_file}.")
     elif name == "/system":

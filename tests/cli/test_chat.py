@@ -239,6 +239,8 @@ def test_nothing_of_a_paste_reaches_the_shell(gguf_file, home, tmp_path):
     with subprocess.Popen(command, start_new_session=True, **options) as shell:
         os.close(theirs)
         terminal = Terminal(ours)
+        terminal.type(f"{sys.executable} -m saigakit.cli chat missing.gguf\r", "touch early\r")
+        terminal.expect("does not exist")
         terminal.type(f"{sys.executable} -m saigakit.cli chat {gguf_file} --n-ctx 256 --system ''\r")
         terminal.expect(PROMPT)
         terminal.type(PASTE.format("да\n\ntouch pasted\n"))
