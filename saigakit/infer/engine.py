@@ -60,15 +60,17 @@ def load(
             super().__setattr__(name, value)
 
     reasons: list[str] = []
+    layers = _gpu_layers(file)
     try:
         with forward.collecting_errors() as reasons:
             return Llama(
                 str(file),
                 n_ctx=n_ctx,
-                n_gpu_layers=_gpu_layers(file),
+                n_gpu_layers=layers,
                 n_threads=threads,
                 n_threads_batch=threads,
-                flash_attn=True,  # needed by a q8_0 cache
+                # A q8_0 cache needs it; on a CPU it is further from float32 (benchmarks/same_answers.py).
+                flash_attn=cache_type != "f16" or layers != 0,
                 type_k=_CACHE_TYPES[cache_type],
                 type_v=_CACHE_TYPES[cache_type],
                 verbose=False,
