@@ -3,6 +3,7 @@
 from saigakit.infer.batch_file import extract_file
 from saigakit.infer.engine import load, stream
 from saigakit.infer.extraction import extract, extract_all
+from saigakit.infer.guess import guess_schema
 from saigakit.infer.sequences import greedy
 
-__all__ = ["extract", "extract_all", "extract_file", "greedy", "load", "stream"]
+__all__ = ["extract", "extract_all", "extract_file", "greedy", "guess_schema", "load", "stream"]

@@ -162,21 +162,27 @@ class _Rules:
 
 def find_quotes(schema: Schema, value: object, text: str) -> list[dict[str, Any]]:
     """Where the quotations of a value stand in the text: JSON pointer, first character and the one after the last."""
-    rules, starts = _Rules(schema), {match.start() for match in _WORD.finditer(text)} | {len(text)}
     found: list[dict[str, Any]] = []
     latest: dict[str, int] = {}  # a second quotation of the same words stands later, if they are there again
-    for path, words in dict(_marked(rules, schema, value, "")).items():
+    for path, words in dict(_marked(_Rules(schema), schema, value, "")).items():
         before = latest.get(words, -1)
-        start = _find_words(text, words, before + 1, starts)
-        latest[words] = start = max(start, before)
+        latest[words] = start = max(before, find_words(text, words, before + 1))
         found.append({"path": path, "start": start, "end": start + len(words)})
     return found
 
 
-def _find_words(text: str, words: str, start: int, starts: set[int]) -> int:
-    while (start := text.find(words, start)) >= 0 and not {start, start + len(words)} <= starts:
+def find_words(text: str, words: str, start: int = 0) -> int:
+    """Where `words` stand from `start` on as whole words; -1 if they do not, or are blank at an end."""
+    if words != words.strip() or not words:
+        return -1
+    while (start := text.find(words, start)) >= 0 and not (_is_cut(text, start) and _is_cut(text, start + len(words))):
         start += 1
     return start
+
+
+def _is_cut(text: str, position: int) -> bool:
+    """Whether no word of _WORD goes on over this position."""
+    return not re.fullmatch(r"\w\w", text[max(position - 1, 0) : position + 1])
 
 
 def _marked(rules: _Rules, schema: Schema, value: object, path: str) -> Iterator[tuple[str, str]]:
