@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from saigakit.core import launch, workspace
+from saigakit.core import launch, manifest, workspace
+from saigakit.core.files import sha256_of_text
 from saigakit.core.lazy import llama_cpp
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import forward
@@ -63,7 +64,7 @@ def load(
     layers = _gpu_layers(file)
     try:
         with forward.collecting_errors() as reasons:
-            return Llama(
+            llm = Llama(
                 str(file),
                 n_ctx=n_ctx,
                 n_gpu_layers=layers,
@@ -84,6 +85,22 @@ def load(
             f"damaged, its architecture is too new for this version, or {n_ctx} tokens of context do not fit into "
             f"memory.{remedy}"
         ) from None
+    _require_as_exported(llm, file)
+    return llm
+
+
+def _require_as_exported(llm: "llama_cpp.Llama", file: Path) -> None:
+    """Raise SaigaError if the manifest beside the file tells of another chat template or size."""
+    made = manifest.read(file.parent) if (file.parent / manifest.NAME).is_file() else {}
+    if (about := made.get("files", {}).get(file.name)) is None:
+        return
+    template = llm.metadata.get("tokenizer.chat_template", "")
+    if sha256_of_text(template) != made["chat_template_sha256"] or file.stat().st_size != about["bytes"]:
+        llm.close()
+        raise SaigaError(
+            f"{file} is not the file that {file.parent / manifest.NAME} describes: its chat template or its size is "
+            "another. Run 03_merge_gguf again, or move the file away from there if it is from elsewhere."
+        )
 
 
 @cache

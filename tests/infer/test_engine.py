@@ -1,5 +1,6 @@
 """Loading a GGUF, and answers of the tiny Saiga."""
 
+import json
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import small_models
 
 from saigakit import export, infer, registry
 from saigakit.core import workspace
+from saigakit.core.files import sha256_of_text
 from saigakit.demo import packages
 from saigakit.errors import SaigaError
 from saigakit.infer import engine
@@ -103,6 +105,21 @@ def test_a_broken_template_in_a_gguf_is_one_sentence(gguf_file, tmp_path):
             infer.load(file)
         with pytest.raises(SaigaError, match=r"is broken: .+"), gguf_vocabulary(file):
             pass
+
+
+def test_a_file_with_another_template_than_its_manifest_tells_is_refused(gguf_file, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(gguf_file.read_bytes())
+    with gguf_vocabulary(file) as llm:
+        digest = sha256_of_text(llm.metadata["tokenizer.chat_template"])
+    empty = {"parameters": {}, "inputs": {}, "outputs": {}}
+    about = {"files": {"model.gguf": {"bytes": file.stat().st_size}}, "chat_template_sha256": digest}
+    (tmp_path / "saigakit.json").write_text(json.dumps({"stage": "03_merge_gguf", **empty, **about}), encoding="utf-8")
+    infer.load(file, n_ctx=64).close()
+    own = b"{%- for message in messages -%}"
+    file.write_bytes(gguf_file.read_bytes().replace(own, b"{%- for message in messages %} "))
+    with pytest.raises(SaigaError, match=r"not the file that .*saigakit\.json describes: its chat template"):
+        infer.load(file, n_ctx=64)
 
 
 def test_a_file_that_is_not_a_gguf_is_refused(tmp_path):

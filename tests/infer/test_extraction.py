@@ -51,6 +51,12 @@ def test_a_bad_text_does_not_stop_the_others(llm):
     assert dict(infer.extract_all(llm, ["", " "], SCHEMA)).keys() == {0, 1}
 
 
+@pytest.mark.parametrize("text", ["слово " * 90_000, "</s><s>" * 10_000, "\u0000" * 10_000])
+def test_a_huge_text_is_a_sentence(llm, text):
+    [(_, error)] = infer.extract_all(llm, [text], SCHEMA)
+    assert "tokens, but the context holds 256" in str(error)
+
+
 def test_an_answer_without_an_end_is_an_error_with_its_beginning(llm):
     free = {"type": "object", "properties": {"note": {"type": "string", "minLength": 200}}, "required": ["note"]}
     with pytest.raises(SaigaError, match=r'has no end after 8 tokens.*It begins: \{"note": "'):
