@@ -18,6 +18,7 @@ from saigakit.data.conversations import spread
 from saigakit.errors import SaigaError
 from saigakit.evaluate import metrics, results
 from saigakit.prompt import encoding, template
+from saigakit.prompt.backends import gguf_vocabulary
 from saigakit.prompt.questions import MARGIN, Question, read_examples
 from saigakit.weights import base_files, find, generate, lineage, load, memory
 from saigakit.weights.generate import Generated
@@ -57,7 +58,9 @@ def compare(
         return final
     examples = spread(read_examples(models.held_out_file), max_examples)
     chosen = template.formatted_template(models.held_out_file.parent)
-    questions = Questions.of(examples, encoding.load_tokenizer(model, base_source, chosen))
+    with gguf_vocabulary(models.gguf_file) as vocabulary:
+        ends = infer.stop_ids(vocabulary)
+    questions = Questions.of(examples, encoding.load_tokenizer(model, base_source, chosen), ends)
     _require_memory(models.base_dir, spec.quantization, questions)
     workspace.require_disk(final, DISK, STAGE)
     with manifest.making(final, facts={"compared": models.files}, **identity) as partial:
@@ -139,11 +142,10 @@ class Questions:
     max_new_tokens: int
 
     @classmethod
-    def of(cls, examples: list[Question], tokenizer: encoding.Tokenizer) -> Self:
+    def of(cls, examples: list[Question], tokenizer: encoding.Tokenizer, stop_ids: frozenset[int]) -> Self:
         references = [example.reference(tokenizer) for example in examples]
         prompts = [example.prompt(tokenizer) for example in examples]
         longest = max(len(tokenizer.encode_text(reference)) for reference in references)
-        stop_ids = encoding.end_of_turn_ids(tokenizer)
         return cls(examples, references, tokenizer, prompts, stop_ids, longest + MARGIN)
 
     @property

@@ -80,7 +80,7 @@ def test_the_reference_of_a_tool_call_is_the_text_that_the_model_writes(tiny):
     tools = [{"type": "function", "function": {"name": "найти"}}]
     call = {"type": "function", "function": {"name": "найти", "arguments": {"что": "азот"}}}
     example = Question(TURN[:1], {"role": "assistant", "content": "", "tool_calls": [call]}, tools)
-    asked = Questions.of([example], encoding.load_tokenizer("saiga_tiny"))
+    asked = Questions.of([example], encoding.load_tokenizer("saiga_tiny"), frozenset({2}))
     assert asked.references == ['<tool_call>\n{"name": "найти", "arguments": {"что": "азот"}}\n</tool_call>']
 
 
@@ -103,7 +103,7 @@ def test_examples_are_spread_evenly_over_the_file(count, taken):
 
 def test_the_length_limit_is_the_longest_reference_plus_a_margin(tiny):
     tokenizer = encoding.load_tokenizer("saiga_tiny")
-    asked = Questions.of([asking("Сайга."), asking("Да.")], tokenizer)
+    asked = Questions.of([asking("Сайга."), asking("Да.")], tokenizer, frozenset({2}))
     assert asked.max_new_tokens == len(tokenizer.encode_text("Сайга.")) + questions.MARGIN
     assert asked.prompts == [encoding.encode(TURN[:1], tokenizer, add_generation_prompt=True)["input_ids"]] * 2
     assert asked.stop_ids == {tokenizer.special_tokens["</s>"]}
@@ -229,7 +229,7 @@ def test_a_missing_stage_is_named(copied, missing):
 
 def test_a_gguf_with_another_chat_template_is_refused(run_dir, monkeypatch):
     tokenizer = encoding.load_tokenizer("saiga_tiny")
-    asked = Questions.of([asking("Да.")], tokenizer)
+    asked = Questions.of([asking("Да.")], tokenizer, frozenset({2}))
     other = Questions(asked.examples, asked.references, tokenizer, [[1, *asked.prompts[0]]], asked.stop_ids, 20)
     with pytest.raises(SaigaError, match="give different ids for the same prompt"):
         comparison._ask_gguf(other, run_dir / "03_merge_gguf" / "model.gguf")
@@ -264,7 +264,7 @@ def test_a_model_that_overflows_float16_is_refused_on_a_t4(monkeypatch, tmp_path
 
 def test_the_needed_memory_is_that_of_weights_one_question_and_the_libraries(tiny, monkeypatch):
     tokenizer = encoding.load_tokenizer("saiga_tiny")
-    asked = Questions.of([asking("Да.")], tokenizer)
+    asked = Questions.of([asking("Да.")], tokenizer, frozenset({2}))
     needed = []
     monkeypatch.setattr(workspace, "gpus", list)
     monkeypatch.setattr(workspace, "require_memory", lambda size, what, remedy, gpu: needed.append(size))
