@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import peft as peft
     import pyarrow as pyarrow
+    import pydantic as pydantic
     import safetensors as safetensors
     import tokenizers as tokenizers
     import torch as torch
@@ -34,5 +35,5 @@ else:
     datasets, np, pyarrow = map(_Package, ("datasets", "numpy", "pyarrow"))
     gguf, llama_cpp, mpl_figure = map(_Package, ("gguf", "llama_cpp", "matplotlib.figure"))
     huggingface_hub, peft, tokenizers = map(_Package, ("huggingface_hub", "peft", "tokenizers"))
-    jsonschema, llguidance = map(_Package, ("jsonschema", "llguidance"))
+    jsonschema, llguidance, pydantic = map(_Package, ("jsonschema", "llguidance", "pydantic"))
     safetensors, torch, transformers = map(_Package, ("safetensors", "torch", "transformers"))

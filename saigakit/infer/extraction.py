@@ -4,14 +4,14 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from saigakit.core.lazy import jsonschema, llama_cpp, np
+from saigakit.core.lazy import jsonschema, llama_cpp
 from saigakit.errors import SaigaError
 from saigakit.infer import engine, sequences
 from saigakit.infer.constraint import Constraint
 from saigakit.infer.schema import AnySchema, Schema, find_quotes, make_grammar, read_schema
 from saigakit.prompt import encoding
 from saigakit.prompt.backends import token_bytes
-from saigakit.prompt.template import Message
+from saigakit.prompt.template import Message, Tools
 from saigakit.weights import lineage
 
 
@@ -40,15 +40,7 @@ def extract(
     asked = _Request(llm, schema, quotes, system)
     prompt, constraint = asked.prompt(text), asked.constraint(text)
     limit = asked.limit([prompt], max_new_tokens)
-    answer = constraint.begin()
-    added = [*prompt, *answer]
-    llm.n_tokens = _count_common(llm.input_ids[: llm.n_tokens].tolist(), added[:-1])  # what the context holds already
-    added = added[llm.n_tokens :]
-    while not constraint.is_complete and len(answer) < limit:
-        llm.eval(added)
-        row = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
-        added = constraint.choose(np.ctypeslib.as_array(row, (llm.n_vocab(),)))
-        answer += added
+    answer = sequences.answer(llm, prompt, constraint, max_new_tokens=limit)
     return asked.read(text, answer, constraint).value
 
 
@@ -92,15 +84,8 @@ class _Request:
         self._tokenizer = encoding.load_gguf_tokenizer(llm)
         system = llm.metadata.get(lineage.SYSTEM_PROMPT_KEY) if system is None else system
         self._beginning: list[Message] = [{"role": "system", "content": system}] if system else []
-        self._prefix = self._find_prefix()
+        self._prefix = render(llm, [{"role": "assistant", "content": "["}]).partition("[")[0]
         self.constraint("?")  # refuses the schema before any text is read
-
-    def _find_prefix(self) -> str:
-        """What the template writes between the prompt and the answer, such as the space of Mistral's."""
-        turn: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "["}]
-        labels = encoding.encode(turn, self._tokenizer)["labels"]
-        answer = b"".join(token_bytes(self._llm, label) for label in labels if label != encoding.IGNORE_INDEX)
-        return answer.partition(b"[")[0].decode("utf-8")
 
     def prompt(self, text: str) -> list[int]:
         if not text.strip():
@@ -137,7 +122,15 @@ def validator(schema: Schema) -> "jsonschema.Draft202012Validator":
     return jsonschema.Draft202012Validator(schema)
 
 
-def _count_common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens at the beginning are equal."""
-    differing = (index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
-    return next(differing, min(len(first), len(second)))
+def render(llm: "llama_cpp.Llama", answer: Sequence[Message], tools: Tools | None = None) -> str:
+    """What is trained of an answer, but for its end; the template may begin it, as Mistral's does with a space."""
+    turn = [{"role": "user", "content": "?"}, *answer]
+    labels = encoding.encode(turn, encoding.load_gguf_tokenizer(llm), tools=tools)["labels"]
+    return write(llm, [label for label in labels if label != encoding.IGNORE_INDEX][:-1])
+
+
+def write(llm: "llama_cpp.Llama", ids: Sequence[int]) -> str:
+    """The text of tokens, with a MARK for each special one."""
+    special = set(encoding.load_gguf_tokenizer(llm).special_tokens.values())
+    written = b"".join(b"\xff[%d]" % token if token in special else token_bytes(llm, token) for token in ids)
+    return written.decode("utf-8", "surrogateescape")

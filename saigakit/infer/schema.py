@@ -11,6 +11,7 @@ from saigakit.errors import SaigaError, suggestion
 Schema = dict[str, Any]
 AnySchema = Mapping[str, Any] | type[Any] | GenericAlias
 QUOTE = "x-quote"
+MARK = re.compile(r"\udcff\[(\w+)\]")  # something else than text, which never contains \udcff
 # As Python's json writes them, and so the records of the notebooks.
 _ITEM_SEPARATOR, _KEY_SEPARATOR = ", ", ": "
 _STYLE = {"whitespace_flexible": False, "item_separator": _ITEM_SEPARATOR, "key_separator": _KEY_SEPARATOR}
@@ -68,14 +69,24 @@ def make_grammar(schema: Schema, text: str, prefix: str = "") -> str:
     """
     rules = _Rules(schema)
     start = rules.expression(schema, "the schema")
-    lines = [f"start: {_literal(prefix) if prefix else ''} {start}", *rules.lines]
+    lines = [f"start: {quote(prefix)} {start}", *rules.lines]
     if rules.has_quotes:
         words = [json.dumps(word, ensure_ascii=False)[1:-1] for word in _WORD.findall(text)]
         lines.append(f"QUOTE: %regex {json.dumps({'substring_chunks': words}, ensure_ascii=False)} & {_TRIMMED}")
     return "\n".join(lines)
 
 
-def _literal(text: str) -> str:
+def json_rule(schema: Schema) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': _STYLE}, ensure_ascii=False)}"
+
+
+def quote(text: str, **rules: str) -> str:
+    """As literals, tokens and rules of a grammar; what a MARK stands for is the id of a token or one of `rules`."""
+    parts = enumerate(MARK.split(text))
+    return " ".join(rules.get(part, f"<[{part}]>") if i % 2 else literal(part) for i, part in parts if part)
+
+
+def literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -91,7 +102,7 @@ class _Rules:
         """What a value that fits `schema` looks like."""
         if not self._has_quote(schema):
             defs = {"$defs": self._root["$defs"]} if "$defs" in self._root else {}
-            return self._rule(f"%json {json.dumps({**defs, **schema, 'x-guidance': _STYLE}, ensure_ascii=False)}")
+            return self._rule(json_rule({**defs, **schema}))
         if "$ref" in schema:
             return self._reference(schema["$ref"], where)
         choices = schema.get("anyOf", [])
@@ -143,15 +154,15 @@ class _Rules:
         item = self._rule(self.expression(schema["items"], f"{where}, items"))
         if high == 0:
             return '"[]"'
-        more = f"({_literal(_ITEM_SEPARATOR)} {item}){{{max(low - 1, 0)},{'' if high is None else high - 1}}}"
+        more = f"({literal(_ITEM_SEPARATOR)} {item}){{{max(low - 1, 0)},{'' if high is None else high - 1}}}"
         return f'"[" ({item} {"" if high == 1 else more}){"" if low else "?"} "]"'
 
     def _object(self, schema: Schema, where: str) -> str:
         rest_at_first = rest_after_another = '"}"'
         for name, value in reversed(schema["properties"].items()):
-            key = _literal(_literal(name) + _KEY_SEPARATOR)
+            key = literal(literal(name) + _KEY_SEPARATOR)
             pair = f"{key} {self.expression(value, f'{where}, {name}')} {rest_after_another}"
-            with_separator = f"{_literal(_ITEM_SEPARATOR)} {pair}"
+            with_separator = f"{literal(_ITEM_SEPARATOR)} {pair}"
             if name in schema.get("required", ()):
                 rest_at_first, rest_after_another = self._rule(pair), self._rule(with_separator)
             else:

@@ -68,6 +68,20 @@ def greedy(
     return Generated(ids, time.perf_counter() - start, sum(map(len, rows)))
 
 
+def answer(llm: "llama_cpp.Llama", prompt: Sequence[int], chooser: Chooser, *, max_new_tokens: int) -> list[int]:
+    """The tokens of one answer; what the context holds of the prompt is not computed again."""
+    found = chooser.begin()
+    added = [*prompt, *found]
+    llm.n_tokens = len(_common_prefix([llm.input_ids[: llm.n_tokens].tolist(), added]))
+    added = added[llm.n_tokens :]
+    while not chooser.is_complete and len(found) < max_new_tokens:
+        llm.eval(added)
+        row = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+        added = chooser.choose(np.ctypeslib.as_array(row, (llm.n_vocab(),)))
+        found += added
+    return found
+
+
 def answers(
     llm: "llama_cpp.Llama", prompts: Sequence[list[int]], choosers: Sequence[Chooser], *, max_new_tokens: int
 ) -> Iterator[tuple[int, list[int]]]:
