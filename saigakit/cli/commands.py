@@ -196,6 +196,27 @@ def chat(file: str, **options: Any) -> None:  # noqa: ANN401
 
 @main.command()
 @click.argument("file")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; this machine's own")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0 takes a free one")
+@_N_CTX
+@click.option(
+    "--parallel", type=click.IntRange(1, 64), default=2, show_default=True,
+    help="Answers at once, each with its own --n-ctx; others wait",
+)  # fmt: skip
+def serve(file: str, **options: Any) -> None:  # noqa: ANN401
+    """Serve a GGUF file to programs that use OpenAI's API: chat completions, with streams and JSON schemas.
+
+    \b
+    Example:
+      saigakit serve saiga.gguf --parallel 4
+    """
+    from saigakit.infer import server  # needs xllamacpp, starlette and uvicorn
+
+    server.serve(file, **options)
+
+
+@main.command()
+@click.argument("file")
 @click.option("--schema", "schema_file", required=True, type=_FILE, help="JSON schema of an answer")
 @click.option(
     "--input", "texts", required=True, type=_FILE, help="Texts: a JSON string, or an object with text, a line"

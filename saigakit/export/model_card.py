@@ -6,14 +6,13 @@ from typing import Any
 
 from saigakit.core import install, manifest
 from saigakit.core.files import require_absent, write_text
-from saigakit.core.lazy import llama_cpp
 from saigakit.core.workspace import GIB
 from saigakit.export import fit, markdown, modelfile
+from saigakit.llamacpp import forward
 from saigakit.prompt import encoding
 from saigakit.prompt.backends import gguf_vocabulary
 from saigakit.registry import ModelSpec, Sampling
 from saigakit.weights import lineage
-from saigakit.weights.model_shape import ModelShape
 
 MODELFILE, SERVER, CARD = "Modelfile", "llama-server.txt", "README.md"
 _RUN = """llama.cpp, with the chat template in the file:
@@ -65,7 +64,9 @@ def companion_texts(
     with gguf_vocabulary(next(iter(files.values()))) as llm:
         tokenizer = encoding.GgufTokenizer(llm)
         trained_for = int(llm.metadata[f"{llm.metadata['general.architecture']}.context_length"])
-        model = fit.ModelFiles(shape=_shape(llm), longest=min(spec.context_length, trained_for), files=sizes)
+        model = fit.ModelFiles(
+            shape=forward.read_shape(llm), longest=min(spec.context_length, trained_for), files=sizes
+        )
         (end,) = encoding.end_of_turn_ids(tokenizer)
         names = {number: name for name, number in tokenizer.special_tokens.items()}
         choice = model.choose()
@@ -135,22 +136,3 @@ def _origin(inputs: Mapping[str, Any]) -> dict[str, str]:
     return {
         f"{what}, SHA-256": ", ".join(map(markdown.code, sorted(digests))) for what, digests in rows.items() if digests
     }
-
-
-def _shape(llm: "llama_cpp.Llama") -> ModelShape:
-    architecture = llm.metadata["general.architecture"]
-
-    def number(key: str, otherwise: int = 0) -> int:
-        return int(llm.metadata.get(f"{architecture}.{key}", otherwise))
-
-    hidden, heads = number("embedding_length"), number("attention.head_count")
-    return ModelShape(
-        hidden=hidden,
-        layers=number("block_count"),
-        heads=heads,
-        kv_heads=number("attention.head_count_kv", heads),
-        head_dim=number("attention.key_length", hidden // heads),
-        intermediate=number("feed_forward_length"),
-        vocabulary=llm.n_vocab(),
-        tied=False,
-    )

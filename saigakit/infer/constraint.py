@@ -16,6 +16,12 @@ def _read_vocabulary(llm: "llama_cpp.Llama") -> "llguidance.LLTokenizer":
     return lltokenizer_from_vocab(llama_cpp.llama_model_get_vocab(llm.model), eos_token=sorted(stop_ids(llm)))
 
 
+def require_holdable(grammar: str, vocabulary: "llguidance.LLTokenizer | None" = None) -> None:
+    refused, reasons = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, vocabulary)
+    if refused:
+        raise SaigaError(f"The answer cannot be held to this schema: {reasons[0].splitlines()[0]}.")
+
+
 class Constraint:
     """The most likely answer that fits a grammar.
 
@@ -24,9 +30,7 @@ class Constraint:
 
     def __init__(self, llm: "llama_cpp.Llama", grammar: str) -> None:
         vocabulary = _read_vocabulary(llm)
-        refused, reasons = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, vocabulary)
-        if refused:
-            raise SaigaError(f"The answer cannot be held to this schema: {reasons[0].splitlines()[0]}.")
+        require_holdable(grammar, vocabulary)
         self._matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0)
         self._stop_ids = frozenset(vocabulary.eos_tokens)
         self._allowed = np.zeros((llm.n_vocab() + 31) // 32, dtype=np.int32)

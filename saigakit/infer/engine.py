@@ -36,18 +36,7 @@ def load(
 
     `cache_type="q8_0"` halves the memory of the context. Raises SaigaError for a missing or damaged file.
     """
-    importlib.import_module("llama_cpp")  # if it is not installed, this says so before the child below does
-    file = Path(gguf_file)
-    if file.is_dir() and (found := sorted(file.rglob("*.gguf"))):
-        raise SaigaError(f"{file} is a directory. Did you mean {found[0]}?")
-    if not file.is_file():
-        problem = "is a directory without a .gguf file" if file.is_dir() else "does not exist"
-        raise SaigaError(f"{file} {problem}. Give a .gguf file, or run 03_merge_gguf first.")
-    with file.open("rb") as stream:
-        magic = stream.read(4)
-    if magic != b"GGUF":
-        raise SaigaError(f"{file} is not a GGUF file: it begins with {magic!r}.")
-    _require_harmless(file, file.stat().st_mtime_ns)
+    file = require_gguf(gguf_file)
     threads = n_threads or os.cpu_count() or 1
 
     class Llama(llama_cpp.Llama):
@@ -101,6 +90,23 @@ def _require_as_exported(llm: "llama_cpp.Llama", file: Path) -> None:
             f"{file} is not the file that {file.parent / manifest.NAME} describes: its chat template or its size is "
             "another. Run 03_merge_gguf again, or move the file away from there if it is from elsewhere."
         )
+
+
+def require_gguf(gguf_file: str | Path) -> Path:
+    """Raises SaigaError for a file that is missing, no GGUF, or so damaged that llama.cpp crashes."""
+    importlib.import_module("llama_cpp")  # if it is not installed, this says so before the child below does
+    file = Path(gguf_file)
+    if file.is_dir() and (found := sorted(file.rglob("*.gguf"))):
+        raise SaigaError(f"{file} is a directory. Did you mean {found[0]}?")
+    if not file.is_file():
+        problem = "is a directory without a .gguf file" if file.is_dir() else "does not exist"
+        raise SaigaError(f"{file} {problem}. Give a .gguf file, or run 03_merge_gguf first.")
+    with file.open("rb") as stream:
+        magic = stream.read(4)
+    if magic != b"GGUF":
+        raise SaigaError(f"{file} is not a GGUF file: it begins with {magic!r}.")
+    _require_harmless(file, file.stat().st_mtime_ns)
+    return file
 
 
 @cache

@@ -106,11 +106,12 @@ class _Request:
 
     def read(self, text: str, answer: list[int], constraint: Constraint) -> Extraction:
         """Raises SaigaError unless the answer is complete and fits the schema."""
-        written = b"".join(token_bytes(self._llm, token) for token in answer).decode("utf-8", "replace")
+        ends = engine.stop_ids(self._llm)
+        written = write(self._llm, [token for token in answer if token not in ends]).removeprefix(self._prefix)
         if not constraint.is_complete:
             raise SaigaError(
                 f"The answer has no end after {len(answer)} tokens. Give a larger max_new_tokens, or n_ctx. It begins: "
-                f"{written[:300]}"
+                f"{written[:300].encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')}"
             )
         value = json.loads(written)
         if (problem := next(validator(self._schema).iter_errors(value), None)) is not None:

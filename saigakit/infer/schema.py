@@ -41,7 +41,7 @@ def read_schema(schema: AnySchema, quotes: Sequence[str] = ()) -> Schema:
 
         found = TypeAdapter[Any](cast(Any, schema)).json_schema()
     properties: dict[str, list[Schema]] = {}
-    for each in _subschemas(found):
+    for each in subschemas(found):
         if "properties" in each and "allOf" not in each:
             each.setdefault("additionalProperties", False)
         for name, value in each.get("properties", {}).items():
@@ -55,11 +55,11 @@ def read_schema(schema: AnySchema, quotes: Sequence[str] = ()) -> Schema:
     return found
 
 
-def _subschemas(schema: object) -> Iterator[Schema]:
+def subschemas(schema: object) -> Iterator[Schema]:
     if isinstance(schema, dict):
         yield schema
     for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
-        yield from _subschemas(part)
+        yield from subschemas(part)
 
 
 def make_grammar(schema: Schema, text: str, prefix: str = "") -> str:
@@ -120,7 +120,7 @@ class _Rules:
         return {"object": self._object, "array": self._array, "string": self._quotation}[kind](schema, where)
 
     def _has_quote(self, schema: Schema, seen: frozenset[str] = frozenset()) -> bool:
-        for each in _subschemas({name: value for name, value in schema.items() if name != "$defs"}):
+        for each in subschemas({name: value for name, value in schema.items() if name != "$defs"}):
             if each.get(QUOTE):
                 return True
             if (name := each.get("$ref")) and name not in seen and self._has_quote(self._find(name), seen | {name}):

@@ -10,6 +10,7 @@ from typing import Any
 
 from saigakit.core.lazy import llama_cpp, np
 from saigakit.errors import SaigaError
+from saigakit.weights.model_shape import ModelShape
 from saigakit.weights.tensors import Array
 
 OnTensor = Callable[[int, bool], bool]  # llama.cpp's cb_eval: the address of a node, whether it only asks
@@ -140,3 +141,22 @@ def open_model(
             raise SaigaError(f"There is not enough memory for a context of {n_ctx} tokens of {gguf_file}.")
         with closing(Forward(gguf_file, model, context, n_ctx)) as made:
             yield made
+
+
+def read_shape(llm: "llama_cpp.Llama") -> ModelShape:
+    architecture = llm.metadata["general.architecture"]
+
+    def number(key: str, otherwise: int = 0) -> int:
+        return int(llm.metadata.get(f"{architecture}.{key}", otherwise))
+
+    hidden, heads = number("embedding_length"), number("attention.head_count")
+    return ModelShape(
+        hidden=hidden,
+        layers=number("block_count"),
+        heads=heads,
+        kv_heads=number("attention.head_count_kv", heads),
+        head_dim=number("attention.key_length", hidden // heads),
+        intermediate=number("feed_forward_length"),
+        vocabulary=llm.n_vocab(),
+        tied=False,
+    )
