@@ -12,14 +12,16 @@ from saigakit.data.schema import normalise_record
 from saigakit.errors import SaigaError
 from saigakit.infer import engine
 from saigakit.infer.constraint import require_holdable
-from saigakit.infer.extraction import find_prefix, validator
-from saigakit.infer.schema import Schema, make_grammar, read_schema, subschemas
+from saigakit.infer.extraction import validator
+from saigakit.infer.schema import Schema, read_schema, subschemas
 from saigakit.prompt import encoding
 from saigakit.registry import Sampling
 
 _REQUEST: Schema = json.loads(resources.files("saigakit.infer").joinpath("request.json").read_text(encoding="utf-8"))
-# Without it xllamacpp's llguidance forces tokens as SentencePiece writes them at the start of a text, after a space.
-_GRAMMAR = '%llguidance {"no_forcing": true}\n'
+# xllamacpp's llguidance takes a SentencePiece token without the space that it begins with: so it must not force tokens,
+# and a space may stand between values or not. A name or enum with a space in it does not fit then, and is an error.
+_GRAMMAR = '%llguidance {{"no_forcing": true}}\nstart: %json {}'
+_STYLE = {"x-guidance": {"whitespace_pattern": " ?"}}
 _MOST_ITEMS = 10_000  # it allocates each item of an array that may be longer, and aborts
 
 
@@ -75,11 +77,10 @@ def read(body: bytes, llm: "llama_cpp.Llama", n_ctx: int) -> ChatRequest:
     settings["preserved_tokens"] = [text for text, token in tokenizer.special_tokens.items() if token in ends]
     stop = given.get("stop", [])
     settings["stop"] = [*([stop] if isinstance(stop, str) else stop), *settings["preserved_tokens"]]
-    kind = given.get("response_format", {"type": "text"})["type"]
-    schema: Schema | None = None
-    if kind != "text":
-        schema = given["response_format"]["json_schema"]["schema"] if kind == "json_schema" else {"type": "object"}
-        schema, settings["grammar"] = _read_schema(schema, str(messages[-1]["content"]), find_prefix(llm))
+    form = given.get("response_format", {})
+    schema = form.get("json_schema", {}).get("schema") if form.get("type") != "json_object" else {"type": "object"}
+    if schema is not None:
+        settings["grammar"] = _make_grammar(schema)
     return ChatRequest(given, settings, schema)
 
 
@@ -95,16 +96,14 @@ def _parse(body: bytes) -> dict[str, Any]:
     return dict(given)
 
 
-def _read_schema(schema: Schema, text: str, prefix: str) -> tuple[Schema, str]:
-    """The schema and its grammar; quotations are words of `text`."""
+def _make_grammar(schema: Schema) -> str:
     checker = jsonschema.Draft202012Validator
     try:
         checker.check_schema(schema, format_checker=checker.FORMAT_CHECKER)  # also the regular expressions
         if any(part.get(name, 0) > _MOST_ITEMS for part in subschemas(schema) for name in ("minItems", "maxItems")):
             raise SaigaError(f"minItems and maxItems can be {_MOST_ITEMS} at most")
-        schema = read_schema(schema)
-        grammar = make_grammar(schema, text, prefix)
+        grammar = _GRAMMAR.format(json.dumps(read_schema(schema) | _STYLE))
         require_holdable(grammar)
-    except (SaigaError, jsonschema.SchemaError, AttributeError, TypeError, LookupError, RecursionError) as error:
+    except (SaigaError, jsonschema.SchemaError, AttributeError, TypeError, RecursionError) as error:
         raise RefusedError(f"response_format: {str(error).splitlines()[0][:300]}", "response_format") from None
-    return schema, _GRAMMAR + grammar
+    return grammar

@@ -19,7 +19,8 @@ def _read_vocabulary(llm: "llama_cpp.Llama") -> "llguidance.LLTokenizer":
 def require_holdable(grammar: str, vocabulary: "llguidance.LLTokenizer | None" = None) -> None:
     refused, reasons = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, vocabulary)
     if refused:
-        raise SaigaError(f"The answer cannot be held to this schema: {reasons[0].splitlines()[0]}.")
+        reason = " ".join(reasons[0].partition("\n   1 |")[0].split())  # without the grammar
+        raise SaigaError(f"The answer cannot be held to this schema: {reason}.")
 
 
 class Constraint:

@@ -43,7 +43,8 @@ def serve(gguf_file: str | Path, *, host: str, port: int, n_ctx: int, parallel: 
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise SaigaError(f"Cannot listen on {host}, port {port}: {error.strerror}. Give another --port.") from None
+        reason = str(error.strerror).partition(" (")[0]
+        raise SaigaError(f"Cannot listen on {host}, port {port}: {reason}. Give another --port.") from None
     with listener, gguf_vocabulary(file) as llm:
         address, port = listener.getsockname()[:2]
         app: ASGIApp = _Service(file, llm, n_ctx, parallel).application()
@@ -132,7 +133,12 @@ class _Service:
     async def _chunks(self, asked: ChatRequest) -> AsyncGenerator[_Json, None]:
         """OpenAI's chunks, the last with the usage. Raises RefusedError before the end if the answer does not fit."""
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion.chunk", **self._head}
-        text, role = "", {"role": "assistant"}
+
+        def chunk(end: str | None = None, **delta: str) -> _Json:
+            return {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": end}], "usage": None}
+
+        yield chunk(role="assistant", content="")  # before there is a free slot
+        text = ""
         async with aclosing(self._events(asked.settings)) as events:
             async for event in events:
                 if "error" in event:
@@ -141,9 +147,7 @@ class _Service:
                 text += choice["text"]
                 if choice["finish_reason"] == "stop":
                     asked.require_fit(text)
-                delta, role = {**role, "content": choice["text"]}, {}
-                choices = [{"index": 0, "delta": delta, "finish_reason": choice["finish_reason"]}]
-                yield {**head, "choices": choices, "usage": None}
+                yield chunk(choice["finish_reason"], content=choice["text"])
         yield {**head, "choices": [], "usage": event["usage"]}
 
     async def _events(self, settings: _Json) -> AsyncGenerator[_Json, None]:
