@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,33 +50,40 @@ def load(
                 self.context_params.n_ctx = min(self.context_params.n_ctx, value.n_ctx_train())  # type: ignore[attr-defined]
             super().__setattr__(name, value)
 
-    reasons: list[str] = []
+    remedy = "" if cache_type == "f16" else " A q8_0 cache needs a head_dim of 32, 64, …; try cache_type='f16'."
     layers = _gpu_layers(file)
+    with explaining(file, n_ctx, remedy):
+        llm = Llama(
+            str(file),
+            n_ctx=n_ctx,
+            n_gpu_layers=layers,
+            n_threads=threads,
+            n_threads_batch=threads,
+            # A q8_0 cache needs it; on a CPU it is further from float32 (benchmarks/same_answers.py).
+            flash_attn=cache_type != "f16" or layers != 0,
+            type_k=_CACHE_TYPES[cache_type],
+            type_v=_CACHE_TYPES[cache_type],
+            verbose=False,
+        )
+    _require_as_exported(llm, file)
+    return llm
+
+
+@contextmanager
+def explaining(file: Path, n_ctx: int, remedy: str = "") -> Iterator[None]:
+    """Turn what loading `file` raises into SaigaError, with llama.cpp's reason."""
+    reasons: list[str] = []
     try:
         with forward.collecting_errors() as reasons:
-            llm = Llama(
-                str(file),
-                n_ctx=n_ctx,
-                n_gpu_layers=layers,
-                n_threads=threads,
-                n_threads_batch=threads,
-                # A q8_0 cache needs it; on a CPU it is further from float32 (benchmarks/same_answers.py).
-                flash_attn=cache_type != "f16" or layers != 0,
-                type_k=_CACHE_TYPES[cache_type],
-                type_v=_CACHE_TYPES[cache_type],
-                verbose=False,
-            )
+            yield
     except BROKEN as error:  # llama-cpp-python compiles the template
         raise broken(error, file) from None
-    except ValueError as error:
-        remedy = "" if cache_type == "f16" else " A q8_0 cache needs a head_dim of 32, 64, …; try cache_type='f16'."
+    except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:
         raise SaigaError(
             f"llama.cpp {llama_cpp.__version__} cannot load {file} ({next(iter(reasons), error)}): it is cut short or "
             f"damaged, its architecture is too new for this version, or {n_ctx} tokens of context do not fit into "
             f"memory.{remedy}"
         ) from None
-    _require_as_exported(llm, file)
-    return llm
 
 
 def _require_as_exported(llm: "llama_cpp.Llama", file: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
@@ -45,9 +45,11 @@ def serve(gguf_file: str | Path, *, host: str, port: int, n_ctx: int, parallel: 
     except OSError as error:
         reason = str(error.strerror).partition(" (")[0]
         raise SaigaError(f"Cannot listen on {host}, port {port}: {reason}. Give another --port.") from None
-    with listener, gguf_vocabulary(file) as llm:
+    with listener, ExitStack() as stack:
+        with engine.explaining(file, n_ctx * parallel):
+            llm = stack.enter_context(gguf_vocabulary(file))
+            app: ASGIApp = _Service(file, llm, n_ctx, parallel).application()
         address, port = listener.getsockname()[:2]
-        app: ASGIApp = _Service(file, llm, n_ctx, parallel).application()
         if ip_address(address).is_loopback:  # a web page that makes its name lead here could ask, too
             app = TrustedHostMiddleware(app, ["localhost", "127.0.0.1", "[::1]", host])
         else:
@@ -68,6 +70,7 @@ class _Service:
 
     def __init__(self, file: Path, llm: "llama_cpp.Llama", n_ctx: int, parallel: int) -> None:
         trained = int(llm.metadata[f"{llm.metadata['general.architecture']}.context_length"])
+        engine.stop_ids(llm)  # Raises SaigaError for a file without a chat template
         self._llm, self._n_ctx = llm, min(n_ctx, trained)  # beyond its training length a model answers with noise
         self._head = {"model": file.stem, "created": int(time.time())}
         self._reader, self._slots = ThreadPoolExecutor(1), ThreadPoolExecutor(parallel)
@@ -83,10 +86,7 @@ class _Service:
         params.n_batch = 512  # after each a prompt can be cancelled
         params.cache_ram_mib, params.verbosity, params.enable_chat_template = 0, 1, False
         params.port, params.api_keys, params.ui = 0, [secrets.token_hex()], False  # it listens, but to nobody
-        try:
-            self._engine = xllamacpp.Server(params)
-        except RuntimeError:
-            raise SaigaError(f"xllamacpp {xllamacpp.__version__} cannot load {file}: see the lines above.") from None
+        self._engine = xllamacpp.Server(params)
 
     def application(self) -> Starlette:
         model = {"id": self._head["model"], "object": "model", "created": self._head["created"], "owned_by": "saigakit"}

@@ -15,6 +15,9 @@ import openai
 import pytest
 
 from saigakit import infer
+from saigakit.core import workspace
+from saigakit.errors import SaigaError
+from saigakit.infer import server
 from saigakit.prompt import encoding
 
 # In one thread: two workers share two cores.
@@ -350,3 +353,17 @@ def test_a_port_in_use_is_one_sentence(gguf_file):
 
 def test_a_missing_file_is_one_sentence(tmp_path):
     assert "missing.gguf does not exist" in fail(tmp_path / "missing.gguf")
+
+
+@pytest.mark.parametrize("length", [4, 3000, 500_000])
+def test_a_file_that_is_cut_short_is_one_sentence(gguf_file, tmp_path, length):
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(gguf_file.read_bytes()[:length])
+    with pytest.raises(SaigaError, match=r"cannot load .*cut\.gguf \(.+\): it is cut short or damaged"):
+        server.serve(cut, host="127.0.0.1", port=0, n_ctx=256, parallel=1)
+
+
+def test_contexts_that_do_not_fit_into_memory_are_refused(gguf_file, monkeypatch):
+    monkeypatch.setattr(workspace, "available_memory", lambda: 10**5)
+    with pytest.raises(SaigaError, match=r"3 contexts of 256 tokens need .* GB, .* Give a smaller --n-ctx or"):
+        server.serve(gguf_file, host="127.0.0.1", port=0, n_ctx=256, parallel=3)
