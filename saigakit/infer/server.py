@@ -19,7 +19,7 @@ import uvicorn
 import xllamacpp
 from starlette.applications import Starlette
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -95,7 +95,7 @@ class _Service:
             Route("/v1/models", lambda _: JSONResponse({"object": "list", "data": [model]})),
             Route("/health", lambda _: JSONResponse({"status": "ok"})),
         ]
-        return Starlette(routes=routes, exception_handlers={RefusedError: _refuse})
+        return Starlette(routes=routes, exception_handlers=dict.fromkeys((RefusedError, ClientDisconnect), _refuse))
 
     async def _complete(self, request: Request) -> Response:
         body = bytearray()
@@ -170,5 +170,4 @@ class _Service:
 
 
 def _refuse(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RefusedError)
-    return JSONResponse(error.content, error.status)
+    return JSONResponse(error.content, error.status) if isinstance(error, RefusedError) else Response(status_code=499)

@@ -12,6 +12,7 @@ from saigakit.core import install, manifest
 from saigakit.core.workspace import GIB
 from saigakit.errors import SaigaError
 from saigakit.export import fit, model_card, modelfile
+from saigakit.llamacpp import forward
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_all_files_name_the_same_context_and_cache_type_where_memory_is_short(ti
     base_dir = small_models.base(tmp_path / "base", tiny / "base", head_dim=32)
     file = export.to_gguf(model=str(base_dir), adapter=None, output=tmp_path / "model.gguf")
     with closing(llama_cpp.Llama(str(file), vocab_only=True, verbose=False)) as llm:
-        needs = fit.Needs.of(model_card._shape(llm), file.stat().st_size, 512, "q8_0")
+        needs = fit.Needs.of(forward.read_shape(llm), file.stat().st_size, 512, "q8_0")
     monkeypatch.setattr(fit, "SYSTEM", 6 * GIB - needs.resident)  # nothing else fits the smallest machine
     made = model_card.companion_texts({"Q4_K_M": file}, spec=registry.find(str(base_dir)), inputs={})
     assert "-c 512 " in made["llama-server.txt"]

@@ -51,6 +51,7 @@ def url(gguf_file):
         yield address
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
+        assert "Traceback" not in process.stderr.read()
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +256,15 @@ def test_the_model_and_the_health_are_reported(client, url, gguf_file):
     assert [model.id for model in client.models.list()] == [gguf_file.stem]
     with urllib.request.urlopen(url.replace("/v1", "/health"), timeout=10) as response:
         assert json.load(response) == {"status": "ok"}
+
+
+def test_a_client_may_leave_in_the_middle_of_its_request(url, client):
+    host, port = re.search(r"//(.+):(\d+)", url).groups()
+    for length in (2, 10**6):
+        with closing(socket.create_connection((host, int(port)))) as connection:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n\r\n"
+            connection.sendall(head.encode() + b"{")
+    assert ask(client, max_tokens=1).usage.completion_tokens == 1  # and no traceback in the end: see `url`
 
 
 def stream_long(client):
