@@ -71,14 +71,16 @@ def read(body: bytes, llm: "llama_cpp.Llama", n_ctx: int) -> ChatRequest:
     settings = asdict(Sampling.from_gguf(llm.metadata)) | {"min_p": 0.0, "prompt": prompt}
     settings |= {"stream": True, "return_progress": True}
     settings |= {name: given[name] for name in ("temperature", "top_p", "top_k") if name in given}
-    settings["seed"] = given.get("seed", 2**32 - 1) % 2**32  # the greatest one stands for a random one
+    settings["seed"] = int(given.get("seed", -1)) % 2**32  # llama.cpp's -1: a random one
     settings["n_predict"] = int(min(room, given.get("max_completion_tokens", given.get("max_tokens", room))))
     ends = engine.stop_ids(llm) - tokenizer.end_of_generation_ids  # at which llama.cpp does not stop by itself
     settings["preserved_tokens"] = [text for text, token in tokenizer.special_tokens.items() if token in ends]
     stop = given.get("stop", [])
     settings["stop"] = [*([stop] if isinstance(stop, str) else stop), *settings["preserved_tokens"]]
-    form = given.get("response_format", {})
-    schema = form.get("json_schema", {}).get("schema") if form.get("type") != "json_object" else {"type": "object"}
+    form = given.get("response_format", {"type": "text"})
+    schema: Schema | None = {"type": "object"} if form["type"] == "json_object" else None
+    if form["type"] == "json_schema":
+        schema = form["json_schema"]["schema"]
     if schema is not None:
         settings["grammar"] = _make_grammar(schema)
     return ChatRequest(given, settings, schema)
