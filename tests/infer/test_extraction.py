@@ -1,6 +1,7 @@
 """Values that fit a schema, from the tiny Saiga: its weights know nothing, so only the grammar can make them fit."""
 
 import json
+from contextlib import closing
 
 import jsonschema
 import pytest
@@ -61,6 +62,19 @@ def test_an_answer_without_an_end_is_an_error_with_its_beginning(llm):
     free = {"type": "object", "properties": {"note": {"type": "string", "minLength": 200}}, "required": ["note"]}
     with pytest.raises(SaigaError, match=r'has no end after 8 tokens.*It begins: \{"note": "'):
         infer.extract(llm, TEXTS[0], free, max_new_tokens=8)
+
+
+def test_what_the_template_writes_before_an_answer_is_no_part_of_the_value(gguf_file):
+    """A template with thoughts begins each answer with an empty one."""
+    with closing(infer.load(gguf_file, n_ctx=256, n_threads=1)) as llm:
+        before = "message['content']"
+        after = "('<think></think>' if message['role'] == 'assistant' else '') + message['content']"
+        assert before in llm.metadata["tokenizer.chat_template"]
+        llm.metadata["tokenizer.chat_template"] = llm.metadata["tokenizer.chat_template"].replace(before, after)
+        value = infer.extract(llm, TEXTS[0], SCHEMA)
+        jsonschema.validate(value, SCHEMA)
+        [(_, found)] = infer.extract_all(llm, TEXTS[:1], SCHEMA)
+        assert found.value == value
 
 
 def test_a_schema_is_refused_before_any_text(llm):
