@@ -20,6 +20,7 @@ from saigakit.cli.parameters import MODEL, NOTEBOOKS, PARAMETERS, read_yaml
 from saigakit.cli.terminal import Group
 from saigakit.config import TrainConfig
 from saigakit.core import launch
+from saigakit.core.display import count
 from saigakit.core.files import scratch
 from saigakit.data import length_histogram, report
 from saigakit.errors import SaigaError
@@ -242,7 +243,7 @@ def extract(file: str, schema_file: Path, texts: Path, output: Path, n_ctx: int,
         raise SaigaError(f"{schema_file} is not JSON: {error}.") from None
     with closing(infer.load(file, n_ctx=n_ctx)) as llm:
         counts = infer.extract_file(llm, schema, texts, output, **options)
-    click.echo(f"{counts['value']:,} answers and {counts['error']:,} errors: {output}")
+    click.echo(f"{count(counts['value'], 'answer')} and {count(counts['error'], 'error')}: {output}")
 
 
 @main.command()

@@ -5,6 +5,7 @@ import re
 import shlex
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,8 +179,10 @@ def fetch(kernel: str, directory: str | Path, *, pattern: str = "") -> Path:
         command_line.run(*command, echo=True, limit_s=command_line.TRANSFER_S)
     except NoAnswerError as error:
         raise SaigaError(f"{error} What has arrived is kept: run the same command to go on.") from None
-    if not any(partial.iterdir()):
-        partial.rmdir()
+    finally:
+        with suppress(OSError):  # something has arrived
+            partial.rmdir()
+    if not partial.is_dir():
         raise SaigaError(f"{reference} has no output. Has it finished? saigakit watch {shlex.quote(reference)}")
     stages = sorted(file.parent for file in partial.rglob(manifest.NAME))
     if not stages:

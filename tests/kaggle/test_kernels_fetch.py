@@ -67,6 +67,7 @@ def test_without_a_login_fetch_says_so_in_one_sentence(kaggle, tmp_path, monkeyp
     with pytest.raises(SaigaError, match=r"^Nobody is logged in to Kaggle"):
         kernels.fetch("alice/saigakit-02-train", tmp_path / "run")
     assert capfd.readouterr().out == ""
+    assert list(tmp_path.glob(".run.*")) == []
 
 
 def test_a_run_without_output_is_an_error(kaggle, tmp_path):
