@@ -38,7 +38,7 @@ class Constraint:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing may follow, or the model has ended the answer."""
+        """Whether nothing may follow, the model has ended the answer, or llguidance has given up."""
         return bool(self._matcher.is_stopped())
 
     def begin(self) -> list[int]:
@@ -53,16 +53,15 @@ class Constraint:
             bits = np.unpackbits(self._allowed.view(np.uint8), bitorder="little", count=len(logits))
             token = int(np.where(bits, logits, -np.inf).argmax())
         self._matcher.consume_token(token)
-        self._require_no_error()
         return [token] if self.is_complete else [token, *self._consume_forced(MAX_TOKENS - 1)]
 
     def _consume_forced(self, count: int) -> list[int]:
         forced: list[int] = self._matcher.compute_ff_tokens()[:count]
         forced = [token for token in forced if token not in self._stop_ids]
         self._matcher.consume_tokens(forced)
-        self._require_no_error()
         return forced
 
-    def _require_no_error(self) -> None:
+    def require_no_error(self) -> None:
+        """Raises SaigaError if llguidance could not follow the answer, which ended there."""
         if self._matcher.is_error():
             raise SaigaError(f"llguidance gave up on this schema: {self._matcher.get_error().splitlines()[0]}.")

@@ -106,6 +106,7 @@ class _Request:
 
     def read(self, text: str, answer: list[int], constraint: Constraint) -> Extraction:
         """Raises SaigaError unless the answer is complete and fits the schema."""
+        constraint.require_no_error()
         ends = engine.stop_ids(self._llm)
         written = write(self._llm, [token for token in answer if token not in ends]).removeprefix(self._prefix)
         if not constraint.is_complete:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import GenericAlias
 from typing import Any, cast
 
+from saigakit.core.lazy import jsonschema, pydantic
 from saigakit.errors import SaigaError, suggestion
 
 Schema = dict[str, Any]
@@ -34,12 +35,16 @@ def read_schema(schema: AnySchema, quotes: Sequence[str] = ()) -> Schema:
 
     Objects without "additionalProperties" get none. Raises SaigaError for a name that no property has.
     """
-    if isinstance(schema, Mapping):
-        found: Schema = json.loads(json.dumps(schema))
-    else:
-        from pydantic import TypeAdapter  # the user's, who has given a type
-
-        found = TypeAdapter[Any](cast(Any, schema)).json_schema()
+    try:
+        is_given = isinstance(schema, Mapping)
+        found: Schema = (
+            json.loads(json.dumps(schema)) if is_given else pydantic.TypeAdapter(cast(Any, schema)).json_schema()
+        )
+        jsonschema.Draft202012Validator.check_schema(found)
+    except jsonschema.SchemaError as error:
+        raise SaigaError(f"This is not a JSON schema: {error.json_path}: {error.message[:300]}.") from None
+    except (TypeError, pydantic.PydanticUserError):
+        raise SaigaError(f"{str(schema)[:60]} is neither a JSON schema nor a type that pydantic knows.") from None
     properties: dict[str, list[Schema]] = {}
     for each in subschemas(found):
         if "properties" in each and "allOf" not in each:
@@ -51,15 +56,24 @@ def read_schema(schema: AnySchema, quotes: Sequence[str] = ()) -> Schema:
             known = f"It has {', '.join(properties) or 'none'}."
             raise SaigaError(f"quotes: the schema has no property {name!r}.{suggestion(name, properties)} {known}")
         for value in properties[name]:
-            value.get("items", value)[QUOTE] = True
+            quoted = value.get("items", value) if isinstance(value, dict) else value
+            if not isinstance(quoted, dict):
+                raise SaigaError(f"quotes: {name!r} has no type in the schema, so it cannot be a quotation.")
+            quoted[QUOTE] = True
     return found
 
 
 def subschemas(schema: object) -> Iterator[Schema]:
     if isinstance(schema, dict):
         yield schema
-    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
-        yield from subschemas(part)
+        for keyword, value in schema.items():
+            if keyword in ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"):
+                yield from subschemas(list(value.values()))
+            elif keyword not in ("const", "enum", "default", "examples"):
+                yield from subschemas(value)
+    elif isinstance(schema, list):
+        for part in schema:
+            yield from subschemas(part)
 
 
 def make_grammar(schema: Schema, text: str, prefix: str = "") -> str:
@@ -98,8 +112,10 @@ class _Rules:
         self._of_reference: dict[str, str] = {}
         self.has_quotes = False
 
-    def expression(self, schema: Schema, where: str) -> str:
+    def expression(self, schema: Schema | bool, where: str) -> str:
         """What a value that fits `schema` looks like."""
+        if isinstance(schema, bool):
+            schema = {} if schema else {"not": {}}
         if not self._has_quote(schema):
             defs = {"$defs": self._root["$defs"]} if "$defs" in self._root else {}
             return self._rule(json_rule({**defs, **schema}))

@@ -85,12 +85,14 @@ def answer(llm: "llama_cpp.Llama", prompt: Sequence[int], chooser: Chooser, *, m
 def answers(
     llm: "llama_cpp.Llama", prompts: Sequence[list[int]], choosers: Sequence[Chooser], *, max_new_tokens: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yield the index of each prompt with the tokens of its answer, as soon as it is complete or has `max_new_tokens`.
+    """Yield the index of each prompt with the tokens of its answer, as soon as it is complete or has `max_new_tokens`
+    and perhaps some that had to follow.
 
     Raises SaigaError if one sequence does not fit into memory.
     """
     head = _common_prefix(prompts)
-    length = -(-(max(map(len, prompts)) + max_new_tokens) // 256) * 256  # llama.cpp allocates cells in steps of 256
+    longest = max(map(len, prompts)) + max_new_tokens + MAX_TOKENS
+    length = -(-longest // 256) * 256  # llama.cpp allocates cells in steps of 256
     slots = max(1, min(MAX_SEQUENCES, _tokens_in_memory(llm) // length - 1, len(prompts)))
     waiting = deque(range(len(prompts)))
     rows: dict[int, list[int]] = {}  # of the prompts that are being answered
@@ -111,7 +113,7 @@ def answers(
                 rows[index] += added[slot]
                 if choosers[index].is_complete or len(rows[index]) >= max_new_tokens:
                     del running[slot]
-                    yield index, rows.pop(index)[:max_new_tokens]
+                    yield index, rows.pop(index)
 
 
 def _tokens_in_memory(llm: "llama_cpp.Llama") -> int:

@@ -42,6 +42,7 @@ def answer(
     room, form = engine.require_room(llm, prompt), _read_form(llm)
     constraint = Constraint(llm, _make_grammar(form, schemas))
     ids = sequences.answer(llm, prompt, constraint, max_new_tokens=min(room, max_new_tokens or room))
+    constraint.require_no_error()
     text, rest = _split(form, write(llm, [token for token in ids if token not in engine.stop_ids(llm)]))
     message: dict[str, Any] = {"role": "assistant", "content": text}
     if rest and not constraint.is_complete:

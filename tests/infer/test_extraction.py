@@ -8,7 +8,7 @@ import pytest
 
 from saigakit import infer
 from saigakit.errors import SaigaError
-from saigakit.infer import extraction
+from saigakit.infer import constraint, extraction
 from saigakit.prompt import encoding
 
 WORD = {"type": "string", "x-quote": True}
@@ -75,6 +75,32 @@ def test_what_the_template_writes_before_an_answer_is_no_part_of_the_value(gguf_
         jsonschema.validate(value, SCHEMA)
         [(_, found)] = infer.extract_all(llm, TEXTS[:1], SCHEMA)
         assert found.value == value
+
+
+def test_a_constraint_that_gives_up_does_not_stop_the_other_texts(llm, monkeypatch):
+    """llguidance has limits; here it gets a token that does not fit."""
+    consume = constraint.Constraint.choose
+
+    def choose(self, logits):
+        if len(self._allowed) and self is broken[0]:
+            self._matcher.consume_token(llm.token_bos())
+            return [llm.token_bos()]
+        return consume(self, logits)
+
+    broken = []
+    begin = constraint.Constraint.begin
+    monkeypatch.setattr(constraint.Constraint, "begin", lambda self: broken.append(self) or begin(self))
+    monkeypatch.setattr(constraint.Constraint, "choose", choose)
+    found = dict(infer.extract_all(llm, TEXTS[:3], SCHEMA))
+    assert "llguidance gave up on this schema" in str(found[0])
+    assert [len(found[index].value) > 0 for index in (1, 2)] == [True, True]
+
+
+@pytest.mark.parametrize("limit", [1, 5, 24])
+def test_a_short_limit_is_a_value_or_an_error_never_half_a_value(llm, limit):
+    one = {"type": "object", "properties": {"answer": {"const": "да, " * 20}}, "required": ["answer"]}
+    for _, found in infer.extract_all(llm, TEXTS, one, max_new_tokens=limit):
+        assert "has no end after" in str(found) or found.value == {"answer": "да, " * 20}
 
 
 def test_a_schema_is_refused_before_any_text(llm):

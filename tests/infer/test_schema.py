@@ -159,6 +159,30 @@ def test_what_llguidance_cannot_hold_is_refused_before_the_first_token(llm, sche
         constraint.Constraint(llm, make_grammar(read_schema(schema), TEXT))
 
 
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "arrray"}, r"not a JSON schema: \$\.type: 'arrray'"),
+        ({"type": "object", "properties": {"a": "string"}}, r"not a JSON schema: \$\.properties\.a"),
+        ([{"type": "string"}], "neither a JSON schema nor a type that pydantic knows"),
+        ({"type": {1, 2}}, "neither a JSON schema nor a type that pydantic knows"),
+    ],
+)
+def test_what_is_no_schema_is_one_sentence(schema, reason):
+    with pytest.raises(SaigaError, match=reason):
+        read_schema(schema)
+
+
+def test_names_of_properties_are_no_keywords(fits):
+    names = {"properties": TERM, "$ref": TERM, "x-quote": {"type": "integer"}, "anything": True}
+    schema = {"type": "object", "properties": names, "required": list(names)}
+    assert fits(schema, {"properties": "газ", "$ref": "Азот", "x-quote": 3, "anything": [None]})
+    assert not fits(schema, {"properties": "газ", "$ref": "азот", "x-quote": 3, "anything": 1})
+    assert fits({"type": "array", "items": {"const": {"properties": 1}}}, [{"properties": 1}])
+    with pytest.raises(SaigaError, match="'anything' has no type"):
+        read_schema(schema, ["anything"])
+
+
 def test_an_object_is_closed_unless_its_schema_says_otherwise(fits):
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     assert fits(schema, {"a": 1})

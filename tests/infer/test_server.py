@@ -164,13 +164,18 @@ def test_an_answer_that_does_not_fit_is_an_error(client):
         ({"$ref": "http://127.0.0.1:1/x.json"}, "x.json"),
         ({"type": "array", "maxItems": 10**9}, "maxItems"),
         ({"type": "nothing"}, "nothing"),
-        ({"const": {"properties": 5}}, "response_format"),
+        ({"properties": {"a": 5}}, "response_format"),
     ],
 )
 def test_a_schema_that_cannot_be_held_is_refused(client, schema, reason):
     error = refused(client, **in_schema(schema))
     assert (error.status_code, error.param) == (400, "response_format")
     assert reason in error.message
+
+
+def test_a_value_may_have_the_name_of_a_keyword(client):
+    found = ask(client, max_tokens=60, **in_schema({"const": {"properties": 5}})).choices[0]
+    assert (json.loads(found.message.content), found.finish_reason) == ({"properties": 5}, "stop")
 
 
 def test_a_json_object_can_be_asked_for(client):
