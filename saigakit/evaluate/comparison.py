@@ -17,7 +17,7 @@ from saigakit.data import report
 from saigakit.data.conversations import spread
 from saigakit.errors import SaigaError
 from saigakit.evaluate import metrics, results
-from saigakit.prompt import encoding, template
+from saigakit.prompt import encoding, template, token_view
 from saigakit.prompt.backends import gguf_vocabulary
 from saigakit.prompt.questions import MARGIN, Question, read_examples
 from saigakit.weights import base_files, find, generate, lineage, load, memory
@@ -66,7 +66,7 @@ def compare(
     with manifest.making(final, facts={"compared": models.files}, **identity) as partial:
         answers = _ask_transformers(questions, models, spec.quantization, number_format)
         answers[models.quant_type] = _ask_gguf(questions, models.gguf_file)
-        _write(partial, questions.pairs, answers, models.sizes)
+        _write(partial, questions, answers, models.sizes)
     return final
 
 
@@ -148,6 +148,10 @@ class Questions:
         longest = max(len(tokenizer.encode_text(reference)) for reference in references)
         return cls(examples, references, tokenizer, prompts, stop_ids, longest + MARGIN)
 
+    def read(self, answers: Sequence[list[int]]) -> list[str]:
+        """The texts of answers, without the stop ids that end them."""
+        return [self.tokenizer.decode(ids[:-1] if self.stop_ids & {*ids[-1:]} else ids) for ids in answers]
+
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """The last message of each prompt, and the reference."""
@@ -191,7 +195,7 @@ def _ask_transformers(
     )
     with scratch() as directory:
         generated = generate.in_child(request, directory)
-    return {name: ([questions.tokenizer.decode(ids) for ids in each.ids], each) for name, each in generated.items()}
+    return {name: (questions.read(each.ids), each) for name, each in generated.items()}
 
 
 def _ask_gguf(questions: Questions, gguf_file: Path) -> Answers:
@@ -209,29 +213,30 @@ def _ask_gguf(questions: Questions, gguf_file: Path) -> Answers:
             max_new_tokens=questions.max_new_tokens,
             on_progress=Progress(gguf_file.name),
         )
-        return [tokenizer.decode(ids) for ids in generated.ids], generated
+        return questions.read(generated.ids), generated
 
 
-def _write(
-    directory: Path, pairs: Sequence[tuple[str, str]], answers: Mapping[str, Answers], sizes: Sequence[int]
-) -> None:
-    references = [reference for _, reference in pairs]
+def _write(directory: Path, questions: Questions, answers: Mapping[str, Answers], sizes: Sequence[int]) -> None:
+    is_call = ["tool_calls" in example.answer for example in questions.examples]
     rows = [
         {
             "name": name,
             "n": len(texts),
-            **metrics.shares(texts, references),
-            "tokens_per_s": generated.tokens / generated.seconds,
+            **metrics.shares(texts, questions.references, is_call),
+            "tokens_per_s": generated.tokens_per_s,
             "bytes": size,
         }
         for (name, (texts, generated)), size in zip(answers.items(), sizes, strict=True)
     ]
     lines = []
-    for index, (question, reference) in enumerate(pairs):
+    for index, (question, reference) in enumerate(questions.pairs):
         by_model = {name: texts[index] for name, (texts, _) in answers.items()}
         exact = {name: metrics.is_exact(text, reference) for name, text in by_model.items()}
         line = {"prompt": question, "reference": reference, "answers": by_model, "exact": exact}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(directory / "answers.jsonl", "".join(lines))
+    raw = {"": questions.prompts[0]} | {name: generated.ids[0] for name, (_, generated) in answers.items()}
+    shown = {name: token_view.write(ids, questions.tokenizer) for name, ids in raw.items()}
+    write_text(directory / results.RAW_FILE, json.dumps(shown, ensure_ascii=False))
     write_text(directory / results.FILE, json.dumps(rows, indent=2))
     results.plot(rows).savefig(directory / "comparison.png", dpi=110)

@@ -1,8 +1,9 @@
-"""Score answers against references: exact match, valid JSON and F1 of list items."""
+"""Score answers against references: exact match, valid JSON, F1 of list items, function calls and restraint."""
 
 import json
 from collections import Counter
 from collections.abc import Sequence
+from itertools import takewhile
 
 _NOT_JSON = object()
 
@@ -50,11 +51,24 @@ def f1(answers: Sequence[str], references: Sequence[str]) -> float:
     return 2 * hits / total if total else 1.0
 
 
-def shares(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """The three metrics from 0 to 1, by their names in results.json."""
+def shares(answers: Sequence[str], references: Sequence[str], is_call: Sequence[bool] = ()) -> dict[str, float]:
+    """The metrics from 0 to 1, by their names in results.json.
+
+    `is_call`: whether a reference is a call of functions; if any is, these metrics are of calls instead of JSON.
+    """
     pairs = list(zip(answers, references, strict=True))
-    return {
-        "exact": sum(is_exact(answer, reference) for answer, reference in pairs) / len(pairs),
-        "json_valid": sum(map(is_json, answers)) / len(pairs),
-        "f1": f1(answers, references),
-    }
+    exact = [is_exact(answer, reference) for answer, reference in pairs]
+    if not any(is_call):
+        json_valid = sum(map(is_json, answers)) / len(pairs)
+        return {"exact": sum(exact) / len(pairs), "json_valid": json_valid, "f1": f1(answers, references)}
+    mark = _beginning_of_calls([reference for reference, due in zip(references, is_call, strict=True) if due])
+    called = [equal for equal, due in zip(exact, is_call, strict=True) if due]
+    silent = [mark not in answer for answer, due in zip(answers, is_call, strict=True) if not due]
+    restraint = {"restraint": sum(silent) / len(silent)} if silent else {}
+    return {"exact": sum(exact) / len(pairs), "calls": sum(called) / len(called), **restraint}
+
+
+def _beginning_of_calls(references: Sequence[str]) -> str:
+    """What all calls begin with, up to the name of the function, such as "<tool_call>\n{"."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(min(references), max(references), strict=False))
+    return "".join(letter for letter, _ in same).partition('"')[0] or "{"

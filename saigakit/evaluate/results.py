@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from saigakit.core.display import Table
 from saigakit.core.lazy import mpl_figure
+from saigakit.prompt import token_view
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FILE = "results.json"
+RAW_FILE = "raw.json"
 Result = dict[str, Any]
 _COLOURS = ("#9aa0a6", "#1a73e8", "#188038")
 _MEANING = {
@@ -23,7 +25,9 @@ _SHARES = {
     "json_valid": ("верный JSON", "valid JSON"),
     "exact": ("точный ответ", "exact"),
     "f1": ("F1 элементов", "F1 of items"),
-}
+    "calls": ("точный вызов", "exact calls"),
+    "restraint": ("без лишних вызовов", "no undue call"),
+}  # in the order of the table; a task has some of them
 
 
 def read(directory: Path) -> list[Result]:
@@ -33,18 +37,23 @@ def read(directory: Path) -> list[Result]:
 
 
 def show_table(results: Sequence[Result]) -> Table:
+    shares = _shares_of(results)
     rows = [
         (
             f"{row['name']} ({_MEANING.get(row['name'], _GGUF_MEANING)[1]})",
-            *(f"{100 * row[share]:.1f} %" for share in _SHARES),
+            *(f"{100 * row[share]:.1f} %" for share in shares),
             f"{row['tokens_per_s']:.0f}",
             f"{row['bytes'] / 1e6:,.0f} MB",
         )
         for row in results
     ]
-    header = ("model", *(english for _, english in _SHARES.values()), "tokens/s", "size")
+    header = ("model", *(english for _, english in shares.values()), "tokens/s", "size")
     note = f"Evaluation records: {results[0]['n']}, greedy answers without a grammar, in large batches."
     return Table(header, rows, note)
+
+
+def _shares_of(results: Sequence[Result]) -> dict[str, tuple[str, str]]:
+    return {share: names for share, names in _SHARES.items() if share in results[0]}
 
 
 def plot(results: Sequence[Result]) -> "mpl_figure.Figure":
@@ -72,24 +81,32 @@ def plot(results: Sequence[Result]) -> "mpl_figure.Figure":
 
 
 def _plot_shares(axes: "Axes", results: Sequence[Result]) -> None:
-    width = 0.8 / len(results)
+    names, width = _shares_of(results), 0.8 / len(results)
     for index, (row, colour) in enumerate(zip(results, _COLOURS, strict=False)):
         russian, english = _MEANING.get(row["name"], _GGUF_MEANING)
         bars = axes.bar(
-            [place + index * width for place in range(len(_SHARES))],
-            [100 * row[share] for share in _SHARES],
+            [place + index * width for place in range(len(names))],
+            [100 * row[share] for share in names],
             width * 0.95,
             color=colour,
             label=f"{row['name']}: {russian} ({english})",
         )
         axes.bar_label(bars, fmt="{:.1f}", padding=2, fontsize=9)
     middle = width * (len(results) - 1) / 2
-    labels = [f"{russian}\n{english}" for russian, english in _SHARES.values()]
-    axes.set_xticks([place + middle for place in range(len(_SHARES))], labels)
+    labels = [f"{russian}\n{english}" for russian, english in names.values()]
+    axes.set_xticks([place + middle for place in range(len(names))], labels)
     axes.set_ylim(0, 112)
     axes.set_ylabel("% записей / of records")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False, fontsize=9)
+
+
+def raw_answers(directory: Path) -> token_view.Marked:
+    """The first question as every model got it and its answers, with all special tokens; the answers are marked."""
+    raw: dict[str, str] = json.loads((directory / RAW_FILE).read_text(encoding="utf-8"))
+    prompt = raw.pop("")
+    parts = ([(f"{name}:\n{prompt}", False), (answer, True)] for name, answer in raw.items())
+    return token_view.Marked(list(map(token_view.mark_parts, parts)))
 
 
 def examples_table(answers_file: Path, count: int = 6) -> Table:

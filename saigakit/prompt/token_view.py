@@ -101,6 +101,16 @@ def mark(conversations: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Ma
     return Marked([Prompt(list(_pieces(row, tokenizer))) for rows in encoded for row in rows[-_ROWS_SHOWN:]])
 
 
+def write(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The text of ids, special tokens included."""
+    return "".join(piece.text for piece in _pieces({"input_ids": [*ids], "labels": [*ids]}, tokenizer))
+
+
+def mark_parts(parts: Sequence[tuple[str, bool]]) -> Prompt:
+    """A text in parts, each marked or not."""
+    return Prompt([Piece(text, (), is_special=False, is_trained=is_marked) for text, is_marked in parts])
+
+
 def _pieces(example: Example, tokenizer: Tokenizer) -> Iterator[Piece]:
     names = {token_id: token for token, token_id in tokenizer.special_tokens.items()}
     before = tokenizer.encode_text("a")  # decoders drop the first space of a text, so none is first here

@@ -21,11 +21,14 @@ BATCH_TOKENS = 16_384  # of prompts, answers and padding
 
 
 class Generated(NamedTuple):
-    """Answers without their stop ids, which `tokens` counts too; `seconds` is the time of generation only."""
+    """Answers with the stop ids that end them; `seconds` is the time of generation only."""
 
     ids: list[list[int]]
     seconds: float
-    tokens: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(map(len, self.ids)) / self.seconds
 
 
 class Request(NamedTuple):
@@ -74,8 +77,7 @@ def answer(model: "transformers.PreTrainedModel", request: Request, on_progress:
     rows = greedy_in_batches(model, request.prompts, stop_ids, request.max_new_tokens, on_progress)
     seconds = time.perf_counter() - start
     on_progress(count, count)
-    cut = [cut_at_stop(row, stop_ids) for row in rows]
-    return Generated([ids for ids, _ in cut], seconds, sum(length for _, length in cut))
+    return Generated([row[: cut_at_stop(row, stop_ids)[1]] for row in rows], seconds)
 
 
 def greedy_in_batches(

@@ -12,7 +12,7 @@ from saigakit.data.conversations import spread
 from saigakit.errors import SaigaError
 from saigakit.evaluate import comparison, results
 from saigakit.evaluate.comparison import Models, Questions
-from saigakit.prompt import encoding, questions
+from saigakit.prompt import encoding, questions, token_view
 from saigakit.prompt.questions import Question
 from saigakit.weights import find, memory
 from saigakit.weights.generate import Generated
@@ -109,14 +109,17 @@ def test_the_length_limit_is_the_longest_reference_plus_a_margin(tiny):
     assert asked.stop_ids == {tokenizer.special_tokens["</s>"]}
 
 
-def test_the_written_files_have_the_expected_keys(tmp_path):
-    examples = [("Кто ты?", ITEMS), ("Кто ты?", "[]")]
+def asked(tokenizer, *references):
+    return Questions.of([asking(reference) for reference in references], tokenizer, frozenset({2}))
+
+
+def test_the_written_files_have_the_expected_keys(tmp_path, tiny):
     answers = {
-        "before": (["не знаю", "[]"], Generated([[1], [2]], seconds=2.0, tokens=50)),
-        "after": ([ITEMS, "[]"], Generated([[1], [2]], seconds=4.0, tokens=100)),
-        "Q4_K_M": ([ITEMS, "[1]"], Generated([[1], [2]], seconds=1.0, tokens=75)),
+        "before": (["не знаю", "[]"], Generated([[5] * 25, [6] * 25], seconds=2.0)),
+        "after": ([ITEMS, "[]"], Generated([[5] * 50, [6] * 50], seconds=4.0)),
+        "Q4_K_M": ([ITEMS, "[1]"], Generated([[5] * 50, [6] * 25], seconds=1.0)),
     }
-    comparison._write(tmp_path, examples, answers, [400, 410, 100])
+    comparison._write(tmp_path, asked(encoding.load_tokenizer("saiga_tiny"), ITEMS, "[]"), answers, [400, 410, 100])
     rows = results.read(tmp_path)
     assert rows[0] == {
         "name": "before",
@@ -142,17 +145,29 @@ def test_the_written_files_have_the_expected_keys(tmp_path):
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_of_examples_reads_answers_with_line_separators(tmp_path):
-    answers = {"before": (["а\u2028б"], Generated([[1]], 1.0, 1)), "after": (["[]"], Generated([[1]], 1.0, 1))}
-    comparison._write(tmp_path, [("Кто ты?", "[]")], answers, [1, 2])
+def test_the_table_of_examples_reads_answers_with_line_separators(tmp_path, tiny):
+    answers = {"before": (["а\u2028б"], Generated([[5]], 1.0)), "after": (["[]"], Generated([[5]], 1.0))}
+    comparison._write(tmp_path, asked(encoding.load_tokenizer("saiga_tiny"), "[]"), answers, [1, 2])
     assert "а\u2028б" in results.examples_table(tmp_path / "answers.jsonl").rows[0][2]
+
+
+def test_answers_are_read_without_the_token_that_ends_them_but_shown_with_it(tmp_path, tiny):
+    tokenizer = encoding.load_tokenizer("saiga_tiny")
+    questions_asked = asked(tokenizer, "Да.")
+    ids = tokenizer.encode_text("Да")
+    assert questions_asked.read([[*ids, 2], ids, []]) == ["Да", "Да", ""]
+    comparison._write(tmp_path, questions_asked, {"before": (["Да"], Generated([[*ids, 2]], 1.0))}, [1])
+    shown = str(results.raw_answers(tmp_path))
+    assert shown.startswith("before:\n<s>")
+    assert "Кто ты?" in shown
+    assert shown.endswith("Да</s>⟧")
 
 
 def test_the_stage_has_a_row_for_each_model_and_no_other_files(compared):
     made, _ = compared
     assert [(row["name"], row["n"]) for row in results.read(made)] == [("before", 4), ("after", 4), ("F32", 4)]
     names = sorted(file.name for file in made.iterdir())
-    assert names == ["answers.jsonl", "comparison.png", "results.json", "saigakit.json"]
+    assert names == ["answers.jsonl", "comparison.png", "raw.json", "results.json", "saigakit.json"]
 
 
 def test_answers_are_written_next_to_the_reference_of_their_question(compared):
@@ -164,6 +179,15 @@ def test_answers_are_written_next_to_the_reference_of_their_question(compared):
     ]
     assert all(set(line["answers"]) == {"before", "after", "F32"} for line in lines)
     assert all(line["answers"]["before"] != line["answers"]["after"] for line in lines)
+
+
+def test_the_raw_answers_are_those_to_the_exact_prompt(compared, tiny):
+    made, examples = compared
+    raw = json.loads((made / "raw.json").read_text(encoding="utf-8"))
+    tokenizer = encoding.load_tokenizer("saiga_tiny")
+    assert raw[""] == token_view.write(spread(examples, 4)[0].prompt(tokenizer), tokenizer)
+    assert list(raw) == ["", "before", "after", "F32"]
+    assert all(raw.values())
 
 
 def test_the_manifest_names_the_files_that_were_compared(compared, run_dir, tiny):

@@ -73,3 +73,26 @@ def test_items_need_not_be_pairs():
 def test_shares_are_from_0_to_1():
     found = metrics.shares(["[]", "нет", text(PAIR)], ["[]", "[]", text(OTHER)])
     assert found == pytest.approx({"exact": 1 / 3, "json_valid": 2 / 3, "f1": 0})
+
+
+CALL, OTHER_CALL = (f'<tool_call>\n{{"name": "find_{name}", "arguments": {{}}}}\n</tool_call>' for name in "ab")
+
+
+def test_calls_count_where_they_are_due_and_restraint_where_none_is():
+    answers = [CALL, CALL, "Нет.", "Да.", f"Нет. {CALL}", "Нет."]
+    references = [CALL, OTHER_CALL, CALL, "Нет.", "Нет.", "Нет."]
+    found = metrics.shares(answers, references, [True, True, True, False, False, False])
+    assert found == pytest.approx({"exact": 2 / 6, "calls": 1 / 3, "restraint": 2 / 3})
+
+
+def test_restraint_is_not_a_share_of_nothing():
+    assert metrics.shares([CALL], [CALL], [True]) == {"exact": 1, "calls": 1}
+
+
+@pytest.mark.parametrize(
+    "form", ['{{"name": "{}", "parameters": {{}}}}', '[TOOL_CALLS] [{{"name": "{}"}}]', "{}({{}})"]
+)
+def test_calls_are_recognised_in_other_forms(form):
+    references = [form.format("find_a"), form.format("get_b"), "Нет."]
+    found = metrics.shares([form.format("x"), "Нет.", form.format("find_a")], references, [True, True, False])
+    assert found == {"exact": 0, "calls": 0, "restraint": 0}

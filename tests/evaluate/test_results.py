@@ -50,6 +50,15 @@ def test_the_plot_names_every_model_and_every_metric():
     assert len(figure.axes[0].get_xticklabels()) == 3
 
 
+def test_a_task_of_calls_has_columns_of_its_own():
+    rows = [{"name": "before", "n": 9, "exact": 0.1, "calls": 0.05, "restraint": 0.9, "tokens_per_s": 9, "bytes": 1}]
+    table = results.show_table(rows)
+    assert table.header[1:4] == ("exact", "exact calls", "no undue call")
+    assert table.rows[0][1:4] == ("10.0 %", "5.0 %", "90.0 %")
+    labels = [label.get_text() for label in results.plot(rows).axes[0].get_xticklabels()]
+    assert labels == ["точный ответ\nexact", "точный вызов\nexact calls", "без лишних вызовов\nno undue call"]
+
+
 def test_the_plot_can_be_saved_without_the_adapter(tmp_path):
     results.plot([ROWS[0], ROWS[2]]).savefig(tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
