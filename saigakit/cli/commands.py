@@ -49,17 +49,23 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--run-dir", help="Directory for all results, instead of run_dir in demo.yaml")
+@click.option(
+    "--task", type=click.Choice(["terms", "tools"]), default="terms", show_default=True,
+    help="Extract terms with their definitions, or call functions",
+)  # fmt: skip
+@click.option("--run-dir", help="Directory for all results, instead of runs/demo or runs/demo_tools")
 @NOTEBOOKS
-def demo(run_dir: str | None, notebooks: str | None) -> None:
+def demo(task: str, run_dir: str | None, notebooks: str | None) -> None:
     """Run the four notebooks on a small model, without a GPU.
 
     \b
-    Example:
-      saigakit demo --run-dir runs/demo
+    Examples:
+      saigakit demo
+      saigakit demo --task tools
     """
     notebooks_dir = Path(notebooks) if notebooks else runner.find_notebooks()
-    _run(read_yaml(notebooks_dir / "params" / "demo.yaml"), run_dir, notebooks_dir)
+    file = {"terms": "demo.yaml", "tools": "demo_tools.yaml"}[task]
+    _run(read_yaml(notebooks_dir / "params" / file), run_dir, notebooks_dir)
 
 
 def _run(values: dict[str, Any], run_dir: str | None, notebooks_dir: str | Path | None) -> None:

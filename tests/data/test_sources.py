@@ -63,6 +63,13 @@ def test_an_unknown_demo_file_is_an_error_with_the_two_known_ones(monkeypatch, t
         sources.records_files("package:wordnet/test.jsonl")
 
 
+def test_the_demo_of_function_calling_has_records_too(callers_cache, monkeypatch):
+    monkeypatch.setenv("SAIGAKIT_CACHE", str(callers_cache))
+    [train], [held_out] = (sources.records_files(f"package:tools/{part}.jsonl") for part in ("train", "held_out"))
+    assert train.parent == held_out.parent
+    assert len(held_out.read_text(encoding="utf-8").splitlines()) == 200
+
+
 def test_finds_a_record_file_locally_in_the_run_directory_and_in_an_input(inputs, tmp_path, monkeypatch):
     here = directory_with(tmp_path / "here", "a.jsonl")
     run_dir = directory_with(tmp_path / "run", "b.jsonl")
