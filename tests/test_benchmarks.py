@@ -1,5 +1,6 @@
-"""The run that is prepared for a GPU goes through on a CPU, with tiny shapes."""
+"""Benchmarks whose result is a property: the run for a GPU on tiny shapes, and the same answers as Hugging Face."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "on_gpu.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SCRIPT = BENCHMARKS / "on_gpu.py"
 
 
 @pytest.mark.slow
@@ -39,3 +41,16 @@ def test_a_measurement_that_takes_too_long_is_a_row_and_the_exit_code_says_so(tm
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert done.stdout.count("failed no time was left") == 5
+
+
+@pytest.mark.slow
+def test_greedy_answers_of_llama_cpp_are_those_of_hugging_face(tmp_path, callers_cache, monkeypatch):
+    """The logits differ by 0.01 (rms), so one answer may turn where two tokens are as likely as each other."""
+    monkeypatch.setenv("SAIGAKIT_CACHE", str(callers_cache))
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    same_answers = importlib.import_module("same_answers")
+    monkeypatch.setattr(same_answers, "VARIANTS", {"f16": (1, False)})
+    monkeypatch.setattr(same_answers, "SAMPLE", 2)
+    [row] = same_answers.compare(tmp_path, count=16, tokens=12, threads=1).rows
+    assert int(row[1]) >= 15
+    assert float(row[-1]) < 0.05

@@ -82,8 +82,7 @@ class _Request:
     def __init__(self, llm: "llama_cpp.Llama", schema: AnySchema, quotes: Sequence[str], system: str | None) -> None:
         self._llm, self._schema = llm, read_schema(schema, quotes)
         self._tokenizer = encoding.load_gguf_tokenizer(llm)
-        system = llm.metadata.get(lineage.SYSTEM_PROMPT_KEY) if system is None else system
-        self._beginning: list[Message] = [{"role": "system", "content": system}] if system else []
+        self._beginning = system_message(llm, system)
         self._prefix = render(llm, [{"role": "assistant", "content": "["}]).partition("[")[0]
         self.constraint("?")  # refuses the schema before any text is read
 
@@ -118,6 +117,12 @@ class _Request:
         if (problem := next(validator(self._schema).iter_errors(value), None)) is not None:
             raise SaigaError(f"The answer does not fit the schema ({problem.message}): {written[:300]}")
         return Extraction(value, find_quotes(self._schema, value, text))
+
+
+def system_message(llm: "llama_cpp.Llama", system: str | None) -> list[Message]:
+    """The system message; None is the prompt stored in the file, "" is none."""
+    system = llm.metadata.get(lineage.SYSTEM_PROMPT_KEY) if system is None else system
+    return [{"role": "system", "content": system}] if system else []
 
 
 def validator(schema: Schema) -> "jsonschema.Draft202012Validator":
