@@ -1,7 +1,8 @@
 """Read a request of OpenAI's chat completions: the exact prompt, and the settings of llama.cpp's server."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import resources
 from typing import Any, NamedTuple
@@ -10,19 +11,18 @@ from saigakit.core.lazy import jsonschema, llama_cpp
 from saigakit.data.records import BadRecord
 from saigakit.data.schema import normalise_record
 from saigakit.errors import SaigaError
-from saigakit.infer import engine
+from saigakit.infer import engine, schema, tool_form
 from saigakit.infer.constraint import require_holdable
 from saigakit.infer.extraction import validator
 from saigakit.infer.schema import Schema, read_schema, subschemas
+from saigakit.infer.tool_calls import make_message, read_calls, read_schemas
+from saigakit.infer.tool_form import ToolForm
 from saigakit.prompt import encoding
+from saigakit.prompt.template import Message
 from saigakit.registry import Sampling
 
 _REQUEST: Schema = json.loads(resources.files("saigakit.infer").joinpath("request.json").read_text(encoding="utf-8"))
-# xllamacpp's llguidance takes a SentencePiece token without the space that it begins with: so it must not force tokens,
-# and a space may stand between values or not. A name or enum with a space in it does not fit then, and is an error.
-_GRAMMAR = '%llguidance {{"no_forcing": true}}\nstart: %json {}'
-_STYLE = {"x-guidance": {"whitespace_pattern": " ?"}}
-_MOST_ITEMS = 10_000  # it allocates each item of an array that may be longer, and aborts
+_MOST_ITEMS = 10_000  # xllamacpp allocates each item of an array that may be longer, and aborts
 
 
 class RefusedError(SaigaError):
@@ -35,21 +35,42 @@ class RefusedError(SaigaError):
         self.content = {"error": {"message": str(self), "type": kind, "param": param, "code": code}}
 
 
+@contextmanager
+def _refusing(param: str) -> Iterator[None]:
+    try:
+        yield
+    except (SaigaError, AttributeError, TypeError, RecursionError) as error:
+        raise RefusedError(f"{param}: {' '.join(str(error).split())[:300]}", param) from None
+
+
 class ChatRequest(NamedTuple):
     """What is asked, by OpenAI's names; `settings` are those of llama.cpp's server."""
 
     given: Mapping[str, Any]
+    messages: Sequence[Message]
     settings: dict[str, Any]
-    schema: Schema | None
+    schema: Schema | None = None  # of the answer
+    form: ToolForm | None = None  # of calls, with the schemas of the arguments
+    functions: Mapping[str, Schema] = {}  # read only
 
-    def require_fit(self, answer: str) -> None:
-        """Raises RefusedError if a finished answer does not fit the schema."""
-        if self.schema is not None:
-            try:
-                validator(self.schema).validate(json.loads(answer))
-            except (ValueError, RecursionError, jsonschema.ValidationError) as error:
-                reason = f"The answer does not fit the schema: {str(error).splitlines()[0][:300]}"
-                raise RefusedError(reason, "response_format", 422) from None
+    def settled(self, written: str) -> str:
+        """What the text of the answer that has begun so begins with."""
+        return self.form.settled(written) if self.form else written
+
+    def read(self, written: str, end: str) -> tuple[dict[str, Any], str]:
+        """The message, and why it ends. Raises RefusedError if a finished answer does not fit."""
+        text, calls = self.form.split(written) if self.form else (written, "")
+        try:
+            if self.form and calls and end == "stop":
+                return make_message(text, read_calls(self.form, calls, self.functions, self.messages)), "tool_calls"
+            if self.schema is not None and end == "stop":
+                value = json.loads(written)
+                validator(self.schema).validate(value)
+                schema.require_quotes(self.schema, value, self.messages[-1]["content"])
+        except (ValueError, RecursionError, SaigaError, jsonschema.ValidationError) as error:
+            reason = f"The answer does not fit the schema: {str(error).splitlines()[0][:300]}"
+            raise RefusedError(reason, "tools" if self.form else "response_format", 422) from None
+        return make_message(text, []), end
 
 
 def read(body: bytes, llm: "llama_cpp.Llama", n_ctx: int) -> ChatRequest:
@@ -60,11 +81,9 @@ def read(body: bytes, llm: "llama_cpp.Llama", n_ctx: int) -> ChatRequest:
     found = normalise_record({"messages": [*given["messages"], {"role": "assistant", "content": "."}], "tools": tools})
     if isinstance(found, BadRecord):
         raise RefusedError("; ".join(found.problems[:3]), found.problems[0].partition(":")[0])
-    messages, tokenizer = found["messages"][:-1], encoding.load_gguf_tokenizer(llm)
-    try:
-        prompt = encoding.encode(messages, tokenizer, tools=found.get("tools"), add_generation_prompt=True)["input_ids"]
-    except SaigaError as error:
-        raise RefusedError(str(error), "messages") from None
+    messages, tokenizer, tools = found["messages"][:-1], encoding.load_gguf_tokenizer(llm), found.get("tools")
+    with _refusing("messages"):
+        prompt = encoding.encode(messages, tokenizer, tools=tools, add_generation_prompt=True)["input_ids"]
     if (room := n_ctx - len(prompt)) < 1:
         reason = f"The messages have {len(prompt)} tokens, but the context holds {n_ctx}."
         raise RefusedError(reason, "messages", code="context_length_exceeded")
@@ -73,17 +92,16 @@ def read(body: bytes, llm: "llama_cpp.Llama", n_ctx: int) -> ChatRequest:
     settings |= {name: given[name] for name in ("temperature", "top_p", "top_k") if name in given}
     settings["seed"] = int(given.get("seed", -1)) % 2**32  # llama.cpp's -1: a random one
     settings["n_predict"] = int(min(room, given.get("max_completion_tokens", given.get("max_tokens", room))))
-    ends = engine.stop_ids(llm) - tokenizer.end_of_generation_ids  # at which llama.cpp does not stop by itself
-    settings["preserved_tokens"] = [text for text, token in tokenizer.special_tokens.items() if token in ends]
+    names = {token: text for text, token in tokenizer.special_tokens.items()}
+    ends = [names[token] for token in engine.stop_ids(llm) - tokenizer.end_of_generation_ids]
     stop = given.get("stop", [])
-    settings["stop"] = [*([stop] if isinstance(stop, str) else stop), *settings["preserved_tokens"]]
-    form = given.get("response_format", {"type": "text"})
-    schema: Schema | None = {"type": "object"} if form["type"] == "json_object" else None
-    if form["type"] == "json_schema":
-        schema = form["json_schema"]["schema"]
-    if schema is not None:
-        settings["grammar"] = _make_grammar(schema)
-    return ChatRequest(given, settings, schema)
+    settings["stop"] = [*([stop] if isinstance(stop, str) else stop), *ends]  # llama.cpp does not stop by itself there
+    settings["preserved_tokens"] = ends  # else the text does not have them
+    asked = ChatRequest(given, messages, settings)
+    kind = given.get("response_format", {"type": "text"})
+    if kind["type"] != "text":
+        return _hold_to_schema(asked, kind.get("json_schema", {}).get("schema", {"type": "object"}), llm, bool(tools))
+    return _hold_to_tools(asked, json.loads(tools), llm, names) if tools else asked
 
 
 def _parse(body: bytes) -> dict[str, Any]:
@@ -98,14 +116,42 @@ def _parse(body: bytes) -> dict[str, Any]:
     return dict(given)
 
 
-def _make_grammar(schema: Schema) -> str:
-    checker = jsonschema.Draft202012Validator
-    try:
-        checker.check_schema(schema, format_checker=checker.FORMAT_CHECKER)  # also the regular expressions
-        if any(part.get(name, 0) > _MOST_ITEMS for part in subschemas(schema) for name in ("minItems", "maxItems")):
-            raise SaigaError(f"minItems and maxItems can be {_MOST_ITEMS} at most")
-        grammar = _GRAMMAR.format(json.dumps(read_schema(schema) | _STYLE))
-        require_holdable(grammar)
-    except (SaigaError, jsonschema.SchemaError, AttributeError, TypeError, RecursionError) as error:
-        raise RefusedError(f"response_format: {str(error).splitlines()[0][:300]}", "response_format") from None
-    return grammar
+def _hold_to_schema(asked: ChatRequest, given: Schema, llm: "llama_cpp.Llama", has_tools: bool) -> ChatRequest:
+    with _refusing("response_format"):
+        if has_tools:
+            raise SaigaError('it cannot be held together with tools. Leave out one, or give "tool_choice": "none".')
+        read = read_schema(given)
+        _require_few_items(read)
+        if _is_native(llm):
+            grammar = schema.native_grammar(schema.native_rules(read, "root"))
+        else:
+            grammar = schema.make_grammar(read, asked.messages[-1]["content"])
+            require_holdable(grammar)
+            grammar = f"%llguidance {{}}\n{grammar}"
+    return asked._replace(settings={**asked.settings, "grammar": grammar}, schema=read)
+
+
+def _hold_to_tools(
+    asked: ChatRequest, tools: list[Any], llm: "llama_cpp.Llama", names: Mapping[int, str]
+) -> ChatRequest:
+    with _refusing("tools"):
+        is_native, form = _is_native(llm), tool_form.read_form(llm)
+        functions = read_schemas(tools, schema.native_rules if is_native else tool_form.json_rules)[1]
+        for each in functions.values():
+            _require_few_items(each)
+        make = tool_form.make_native_grammar if is_native else tool_form.make_grammar
+        grammar = ("" if is_native else "%llguidance {}\n") + make(form, functions)
+    preserved = [*asked.settings["preserved_tokens"], *[names[token] for token in form.token_ids()]]
+    settings = {**asked.settings, "grammar": grammar, "preserved_tokens": preserved}
+    return asked._replace(settings=settings, form=form.unmarked(names), functions=functions)
+
+
+def _is_native(llm: "llama_cpp.Llama") -> bool:
+    """Whether tokens lose the space that they begin with in xllamacpp's llguidance, but not in llama.cpp's grammars."""
+    is_default = "true" if llm.metadata["tokenizer.ggml.model"] == "llama" else "false"
+    return bool(llm.metadata.get("tokenizer.ggml.add_space_prefix", is_default) == "true")
+
+
+def _require_few_items(given: Schema) -> None:
+    if any(part.get(name, 0) > _MOST_ITEMS for part in subschemas(given) for name in ("minItems", "maxItems")):
+        raise SaigaError(f"minItems and maxItems can be {_MOST_ITEMS} at most")

@@ -23,11 +23,23 @@ _AROUND = {
     "array": {"type", "items", "minItems", "maxItems"},
     "string": {"type"},
 }
+_COUNTS, _MOST_REPEATED = ("minItems", "maxItems", "minLength", "maxLength"), 2000  # in llama.cpp's own grammars
+_PLAIN = ("boolean", "integer", "number")
 # Blanks, also escaped ones, at neither end of a quotation, which is not empty.
 _SOLID = r'([^\s\\]|\\(["\\]|u[0-9a-f]{4}))'
 _INSIDE = r'([^\\]|\\(["\\nrtbf]|u[0-9a-f]{4}))'
 _TRIMMED = f"/{_SOLID}({_INSIDE}*{_SOLID})?/"
 _WORD = re.compile(r"\w+|\s|[^\w\s]")
+# Any JSON value for llama.cpp's own grammars; without a limit a number could go on until the last token.
+_NATIVE_VALUES = r'''
+value: object | array | string | number | boolean | "null"
+object: "{" (string ": " value (", " string ": " value)*)? "}"
+array: "[" (value (", " value)*)? "]"
+string: "\"" char* "\""
+char: [^"\\\x00-\x1F] | "\\" (["\\/bfnrt] | "u00" [0-9a-fA-F]{2})
+number: integer ("." [0-9]{1,16})? ([eE] [-+]? [0-9]{1,3})?
+integer: "-"? ("0" | [1-9] [0-9]{0,15})
+boolean: "true" | "false"'''
 
 
 def read_schema(schema: AnySchema, quotes: Sequence[str] = ()) -> Schema:
@@ -40,7 +52,8 @@ def read_schema(schema: AnySchema, quotes: Sequence[str] = ()) -> Schema:
         found: Schema = (
             json.loads(json.dumps(schema)) if is_given else pydantic.TypeAdapter(cast(Any, schema)).json_schema()
         )
-        jsonschema.Draft202012Validator.check_schema(found)
+        checker = jsonschema.Draft202012Validator
+        checker.check_schema(found, format_checker=checker.FORMAT_CHECKER)  # also the regular expressions
     except jsonschema.SchemaError as error:
         raise SaigaError(f"This is not a JSON schema: {error.json_path}: {error.message[:300]}.") from None
     except (TypeError, pydantic.PydanticUserError):
@@ -94,21 +107,35 @@ def json_rule(schema: Schema) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': _STYLE}, ensure_ascii=False)}"
 
 
+def native_rules(schema: Schema, name: str) -> list[str]:
+    """The rule `name` of the answers that fit, and those that it needs, for `native_grammar`."""
+    rules = _NativeRules(schema, name)
+    return [f"{name}: {rules.expression(schema, 'the schema')}", *rules.lines]
+
+
+def native_grammar(lines: Sequence[str]) -> str:
+    """In llama.cpp's own notation, GBNF, the rules written as llguidance's."""
+    return re.sub(r"^(\w+):", r"\1 ::=", "\n".join([*lines, _NATIVE_VALUES]), flags=re.MULTILINE)
+
+
 def quote(text: str, **rules: str) -> str:
     """As literals, tokens and rules of a grammar; what a MARK stands for is the id of a token or one of `rules`."""
     parts = enumerate(MARK.split(text))
     return " ".join(rules.get(part, f"<[{part}]>") if i % 2 else literal(part) for i, part in parts if part)
 
 
-def literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def literal(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 class _Rules:
     """The rules of a grammar, one for each schema that contains a quotation."""
 
-    def __init__(self, root: Schema) -> None:
-        self._root, self.lines = root, list[str]()
+    _around = _AROUND
+    _limit = f"where a quotation ({QUOTE}) stands"
+
+    def __init__(self, root: Schema, prefix: str = "") -> None:
+        self._root, self._prefix, self.lines = root, prefix, list[str]()
         self._of_reference: dict[str, str] = {}
         self.has_quotes = False
 
@@ -129,11 +156,11 @@ class _Rules:
         kind = schema.get("type", "object" if "properties" in schema else "array" if "items" in schema else "string")
         if kind == "null":
             return '"null"'
-        unknown = set(schema) - _NOTES - _AROUND.get(kind, {"type"})
-        if unknown or kind not in _AROUND or schema.get("additionalProperties"):
-            name = next(iter(sorted(unknown)), "additionalProperties" if kind in _AROUND else f"type {kind!r}")
-            raise SaigaError(f"{where}: {name} cannot be held where a quotation ({QUOTE}) stands. Leave it out.")
-        return {"object": self._object, "array": self._array, "string": self._quotation}[kind](schema, where)
+        unknown = set(schema) - _NOTES - self._around.get(kind, {"type"})
+        if unknown or kind not in self._around or schema.get("additionalProperties"):
+            name = next(iter(sorted(unknown)), "additionalProperties" if kind in self._around else f"type {kind!r}")
+            raise SaigaError(f"{where}: {name} cannot be held {self._limit}. Leave it out.")
+        return {"object": self._object, "array": self._array}.get(kind, self._string)(schema, where)
 
     def _has_quote(self, schema: Schema, seen: frozenset[str] = frozenset()) -> bool:
         for each in subschemas({name: value for name, value in schema.items() if name != "$defs"}):
@@ -147,27 +174,28 @@ class _Rules:
         found: Any = self._root
         for part in reference.removeprefix("#").split("/")[1:]:
             found = found.get(part.replace("~1", "/").replace("~0", "~"), {}) if isinstance(found, dict) else {}
-        if not reference.startswith("#") or not found:
+        if not reference.startswith("#") or not found or not isinstance(found, dict):
             raise SaigaError(f"$ref {reference!r} is not in the schema. Only references inside it can be followed.")
         return dict(found)
 
     def _reference(self, reference: str, where: str) -> str:
         if reference not in self._of_reference:
-            self._of_reference[reference] = name = f"ref{len(self._of_reference)}"  # first: it may contain itself
+            # first: it may contain itself
+            self._of_reference[reference] = name = f"{self._prefix}ref{len(self._of_reference)}"
             self.lines.append(f"{name}: {self.expression(self._find(reference), where)}")
         return self._of_reference[reference]
 
     def _rule(self, body: str) -> str:
-        self.lines.append(f"rule{len(self.lines)}: {body}")
+        self.lines.append(f"{self._prefix}rule{len(self.lines)}: {body}")
         return self.lines[-1].partition(":")[0]
 
-    def _quotation(self, _schema: Schema, _where: str) -> str:
+    def _string(self, _schema: Schema, _where: str) -> str:
         self.has_quotes = True
         return r'"\"" QUOTE "\""'
 
     def _array(self, schema: Schema, where: str) -> str:
         low, high = schema.get("minItems", 0), schema.get("maxItems")
-        item = self._rule(self.expression(schema["items"], f"{where}, items"))
+        item = self._rule(self.expression(schema.get("items", True), f"{where}, items"))
         if high == 0:
             return '"[]"'
         more = f"({literal(_ITEM_SEPARATOR)} {item}){{{max(low - 1, 0)},{'' if high is None else high - 1}}}"
@@ -187,6 +215,35 @@ class _Rules:
         return f'"{{" {rest_at_first}'
 
 
+class _NativeRules(_Rules):
+    """The rules of a whole schema for llama.cpp's own grammars, which hold fewer keywords than llguidance."""
+
+    _around = {**_AROUND, "string": {"type", "minLength", "maxLength"}} | {kind: {"type"} for kind in _PLAIN}
+    _limit = "with the vocabulary of this model"
+
+    def expression(self, schema: Schema | bool, where: str) -> str:
+        if schema is True or (schema and not set(schema) - _NOTES):
+            return "value"
+        if schema and any(schema.get(name, 0) > _MOST_REPEATED for name in _COUNTS):
+            raise SaigaError(f"{where}: {', '.join(_COUNTS)} can be {_MOST_REPEATED} at most {self._limit}.")
+        if schema and schema.get(QUOTE):
+            raise SaigaError(f"{where}: {QUOTE} cannot be held {self._limit}. Leave it out.")
+        if schema and (values := schema.get("enum", [schema["const"]] if "const" in schema else [])):
+            return f"({' | '.join(literal(literal(value)) for value in values)})"
+        return super().expression(schema, where)
+
+    def _has_quote(self, schema: Schema, seen: frozenset[str] = frozenset()) -> bool:
+        return True  # nothing is left to llguidance
+
+    def _object(self, schema: Schema, where: str) -> str:
+        is_any = "properties" not in schema and schema.get("additionalProperties", True)
+        return "object" if is_any else super()._object({"properties": {}, **schema}, where)
+
+    def _string(self, schema: Schema, _where: str) -> str:
+        low, high = schema.get("minLength", 0), schema.get("maxLength", "")
+        return rf'"\"" char{{{low},{high}}} "\""' if schema.get("type", "string") == "string" else schema["type"]
+
+
 def find_quotes(schema: Schema, value: object, text: str) -> list[dict[str, Any]]:
     """Where the quotations of a value stand in the text: JSON pointer, first character and the one after the last."""
     found: list[dict[str, Any]] = []
@@ -196,6 +253,12 @@ def find_quotes(schema: Schema, value: object, text: str) -> list[dict[str, Any]
         latest[words] = start = max(before, find_words(text, words, before + 1))
         found.append({"path": path, "start": start, "end": start + len(words)})
     return found
+
+
+def require_quotes(schema: Schema, value: object, text: str) -> None:
+    """Raises SaigaError for a quotation that is not in the text."""
+    if any(quotation["start"] < 0 for quotation in find_quotes(schema, value, text)):
+        raise SaigaError("A quotation is not in the text.")
 
 
 def find_words(text: str, words: str, start: int = 0) -> int:

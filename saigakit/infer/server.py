@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 import xllamacpp
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -29,6 +30,7 @@ from saigakit.core.lazy import llama_cpp
 from saigakit.errors import SaigaError
 from saigakit.infer import chat_request, engine
 from saigakit.infer.chat_request import ChatRequest, RefusedError
+from saigakit.infer.tool_calls import make_message
 from saigakit.llamacpp import forward
 from saigakit.prompt.backends import gguf_vocabulary
 from saigakit.weights.memory import inference_memory
@@ -95,7 +97,8 @@ class _Service:
             Route("/v1/models", lambda _: JSONResponse({"object": "list", "data": [model]})),
             Route("/health", lambda _: JSONResponse({"status": "ok"})),
         ]
-        return Starlette(routes=routes, exception_handlers=dict.fromkeys((RefusedError, ClientDisconnect), _refuse))
+        refused = (RefusedError, ClientDisconnect, HTTPException, Exception)
+        return Starlette(routes=routes, exception_handlers=dict.fromkeys(refused, _refuse))
 
     async def _complete(self, request: Request) -> Response:
         body = bytearray()
@@ -114,9 +117,11 @@ class _Service:
                 if await request.is_disconnected():
                     return Response(status_code=499)
         *pieces, last, usage = found
+        end = last["choices"][0]
         text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in [*pieces, last])
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "logprobs": None}
-        choice["finish_reason"] = last["choices"][0]["finish_reason"]
+        calls = [{key: call[key] for key in ("id", "type", "function")} for call in end["delta"].get("tool_calls", ())]
+        choice = {"index": 0, "message": make_message(text, calls), "logprobs": None}
+        choice["finish_reason"] = end["finish_reason"]
         return JSONResponse({**usage, "object": "chat.completion", "choices": [choice]})
 
     async def _stream(self, asked: ChatRequest) -> AsyncGenerator[str, None]:
@@ -134,20 +139,21 @@ class _Service:
         """OpenAI's chunks, the last with the usage. Raises RefusedError before the end if the answer does not fit."""
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion.chunk", **self._head}
 
-        def chunk(end: str | None = None, **delta: str) -> _Json:
+        def chunk(end: str | None = None, **delta: object) -> _Json:
             return {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": end}], "usage": None}
 
         yield chunk(role="assistant", content="")  # before there is a free slot
-        text = ""
+        written = sent = ""
         async with aclosing(self._events(asked.settings)) as events:
             async for event in events:
                 if "error" in event:
                     raise RefusedError(event["error"]["message"], status=event["error"]["code"])
                 choice = event["choices"][0]
-                text += choice["text"]
-                if choice["finish_reason"] == "stop":
-                    asked.require_fit(text)
-                yield chunk(choice["finish_reason"], content=choice["text"])
+                written, end = written + choice["text"], choice["finish_reason"]
+                message, end = asked.read(written, end) if end else ({"content": asked.settled(written)}, None)
+                calls = [{"index": index, **call} for index, call in enumerate(message.get("tool_calls", ()))]
+                yield chunk(end, content=message["content"][len(sent) :], **({"tool_calls": calls} if calls else {}))
+                sent = message["content"]
         yield {**head, "choices": [], "usage": event["usage"]}
 
     async def _events(self, settings: _Json) -> AsyncGenerator[_Json, None]:
@@ -169,5 +175,12 @@ class _Service:
             running.cancel()
 
 
-def _refuse(_: Request, error: Exception) -> Response:
-    return JSONResponse(error.content, error.status) if isinstance(error, RefusedError) else Response(status_code=499)
+def _refuse(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)
+    headers = error.headers if isinstance(error, HTTPException) else None
+    if isinstance(error, HTTPException):
+        error = RefusedError(f"{request.method} {request.url.path}: {error.detail}.", status=error.status_code)
+    elif not isinstance(error, RefusedError):
+        error = RefusedError("The server has failed; its output says why.", status=500)
+    return JSONResponse(error.content, error.status, headers)

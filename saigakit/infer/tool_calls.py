@@ -3,7 +3,7 @@
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any, cast, get_type_hints
 
@@ -12,18 +12,12 @@ from saigakit.data.tool_calls import Tool, read_tools, to_json, value_problems
 from saigakit.errors import DataError, SaigaError, masked
 from saigakit.infer import engine, sequences
 from saigakit.infer.constraint import Constraint
-from saigakit.infer.extraction import render, validator, write
-from saigakit.infer.schema import MARK, Schema, json_rule, literal, quote, read_schema
+from saigakit.infer.extraction import validator, write
+from saigakit.infer.schema import Schema, read_schema
+from saigakit.infer.tool_form import Rules, ToolForm, json_rules, make_grammar, read_form
 from saigakit.prompt import encoding
 from saigakit.prompt.template import Message, Tools
 from saigakit.registry import Sampling
-
-_VALUES = re.compile(r'(?P<name>zqname)|(?P<arguments>{"zqщ": "zq", "zqk": 1})|(?P<id>zqcall000)')
-_NO_VALUE = r"(?:(?!\udcff\[[a-z]).)*"
-_CALLS = re.compile(
-    rf"(?s)\s*(?P<trigger>{MARK.pattern}|[^\w\s\udcff][^\s\udcff]*|[^\udcff]+)(?P<first>{_NO_VALUE})"
-    rf"(?P<call>\udcff\[[a-z]+\].*?\udcff\[[a-z]+\])(?:(?P<again>{_NO_VALUE})(?P=call))?(?P<last>{_NO_VALUE})"
-)
 
 
 def answer(
@@ -37,38 +31,31 @@ def answer(
     if not tools:
         pieces = engine.stream(llm, messages, sampling=Sampling(temperature=0.0), max_new_tokens=max_new_tokens)
         return {"role": "assistant", "content": "".join(pieces)}
-    (tools, schemas), tokenizer = _read_tools(llm, tools), encoding.load_gguf_tokenizer(llm)
+    (tools, schemas), form = read_schemas(tools, json_rules), read_form(llm)
+    tokenizer = encoding.load_gguf_tokenizer(llm)
     prompt = encoding.encode(messages, tokenizer, tools=tools, add_generation_prompt=True)["input_ids"]
-    room, form = engine.require_room(llm, prompt), _read_form(llm)
-    constraint = Constraint(llm, _make_grammar(form, schemas))
+    room = engine.require_room(llm, prompt)
+    constraint = Constraint(llm, make_grammar(form, schemas))
     ids = sequences.answer(llm, prompt, constraint, max_new_tokens=min(room, max_new_tokens or room))
     constraint.require_no_error()
-    text, rest = _split(form, write(llm, [token for token in ids if token not in engine.stop_ids(llm)]))
-    message: dict[str, Any] = {"role": "assistant", "content": text}
-    if rest and not constraint.is_complete:
+    written = write(llm, [token for token in ids if token not in engine.stop_ids(llm)])
+    text, calls = form.split(written)
+    if calls and not constraint.is_complete:
         raise SaigaError(f"The call has no end after {len(ids)} tokens. Give a larger max_new_tokens, or n_ctx.")
-    taken = {call.get("id") for message in messages for call in message.get("tool_calls") or ()}
-    for name, arguments, key in _read_calls(form, rest):
-        problems = [problem.message for problem in validator(schemas[name]).iter_errors(arguments)]
-        if problems := problems or value_problems(name, arguments):
-            raise SaigaError(f"The arguments of {name!r} do not fit its schema: {problems[0]}.")
-        if key is None or key in taken:
-            key = next(made for number in count(1) if (made := f"call{number:05}") not in taken)
-        taken.add(key)
-        function = {"name": name, "arguments": to_json(arguments)}
-        message.setdefault("tool_calls", []).append({"id": key, "type": "function", "function": function})
-    return message
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a limit cuts characters
+    return make_message(text, read_calls(form, calls, schemas, messages))
 
 
-def _read_tools(llm: "llama_cpp.Llama", given: Tools) -> tuple[Tools, dict[str, Schema]]:
+def read_schemas(given: Tools, rules: Rules) -> tuple[Tools, dict[str, Schema]]:
+    """The tools in OpenAI's format, and the schema of the arguments of each function, as `rules` can hold them."""
     problems: list[str] = []
     schemas: dict[str, Schema] = {}
     tools = read_tools({"tools": list(given)}, problems)
     for function in [tool["function"] for tool in tools]:
         name, parameters = function["name"], function.get("parameters", {})
-        schemas[name] = read_schema({"properties": {}, **parameters, "type": "object"})
         try:
-            Constraint(llm, f"start: {json_rule(schemas[name])}")
+            schemas[name] = read_schema({"properties": {}, **parameters, "type": "object"})
+            rules(schemas[name], "")
         except SaigaError as error:
             problems.append(f"{name}: {error}")
     if problems:
@@ -76,65 +63,30 @@ def _read_tools(llm: "llama_cpp.Llama", given: Tools) -> tuple[Tools, dict[str, 
     return tools, schemas
 
 
-def _read_form(llm: "llama_cpp.Llama") -> dict[str, str]:
-    """Cut what is trained at the values of probes: "head" begins texts, "trigger" calls, "lead" may be before these."""
-    plain, mixed, one, two = (_render(llm, *probe) for probe in (("zqtext", 0), ("zqtext", 1), ("", 1), ("", 2)))
-    special, head = encoding.load_gguf_tokenizer(llm).special_tokens, plain.partition("zqtext")[0]
-    found = _CALLS.fullmatch((two or one).removeprefix(head))
-    keys = {f"{kind} key": key for key, kind in re.findall(r'"(\w+)": ?"?\udcff\[([a-z]+)\]', one)}
-    if not found or bool(two) != bool(found["again"]) or not {"name key", "arguments key"} <= keys.keys():
-        raise SaigaError("saigakit does not recognise how the chat template of this GGUF writes function calls.")
-    thoughts = {*MARK.findall(head), *[str(special[name]) for name in ("<think>", "</think>") if name in special]}
-    form = {"head": head, "lead": "ANY" if found["trigger"] in mixed else "BLANK", **keys, **found.groupdict("")}
-    return {**form, "thoughts": f"(TEXT <[{','.join(sorted(thoughts))}]>)*" if thoughts else ""}
-
-
-def _render(llm: "llama_cpp.Llama", content: str, number: int) -> str:
-    """An answer with so many calls, with their values marked; "" if the template refuses it."""
-    call = {"name": "zqname", "arguments": {"zqщ": "zq", "zqk": 1}}
-    tool = {"name": "zqname", "description": "?", "parameters": {"type": "object", "properties": {}}}
-    calls = [{"type": "function", "id": "zqcall000", "function": call}] * number
-    message = {"role": "assistant", "content": content, **({"tool_calls": calls} if calls else {})}
+def read_calls(
+    form: ToolForm, text: str, schemas: Mapping[str, Schema], messages: Sequence[Message]
+) -> list[dict[str, Any]]:
+    """The calls in OpenAI's format, with ids that no call in `messages` has. Raises SaigaError for a wrong one."""
+    taken = {call.get("id") for message in messages for call in message.get("tool_calls") or ()}
+    calls = list[dict[str, Any]]()
     try:
-        text = render(llm, [message], [{"type": "function", "function": tool}])
-    except SaigaError:
-        return ""
-    return _VALUES.sub(lambda found: f"\udcff[{found.lastgroup}]", text)
+        found = list(form.read_calls(text)) if text else []
+        for name, arguments, key in found:
+            problems = [problem.message for problem in validator(schemas[name]).iter_errors(arguments)]
+            if problems := problems or value_problems(name, arguments):
+                raise SaigaError(f"The arguments of {name!r} do not fit its schema: {problems[0]}.")
+            if key is None or key in taken:
+                key = next(made for number in count(1) if (made := f"call{number:05}") not in taken)
+            taken.add(key)
+            function = {"name": name, "arguments": to_json(arguments)}
+            calls.append({"id": key, "type": "function", "function": function})
+    except (ValueError, LookupError, RecursionError) as error:
+        raise SaigaError(f"The call cannot be read ({error}): {text[:60]!r}.") from None
+    return calls
 
 
-def _make_grammar(form: dict[str, str], schemas: Mapping[str, Schema]) -> str:
-    """Of a text, or of calls that fit the schemas, perhaps after a text."""
-    opening, is_token = f"{form['lead']} {quote(form['trigger'])}", MARK.fullmatch(form["trigger"])
-    more = f"({quote(form['again'])} call)*" if form["again"] else ""
-    lines = [
-        f"start: {form['thoughts']} (TEXT | opening {quote(form['first'])} call {more} {quote(form['last'])})",
-        f"opening{'' if is_token else '[lazy]'}: {opening}",
-        f"TEXT: ANY{'' if is_token else f' & ~({opening} ANY)'}",
-        "ANY: /(.|\\n)*/\nBLANK: /\\s*/\nID: /[A-Za-z0-9]{9}/",
-        f"call: {' | '.join(f'call{number}' for number in range(len(schemas)))}",
-    ]
-    for number, (name, schema) in enumerate(schemas.items()):
-        values = {"name": literal(literal(name)[1:-1]), "arguments": f"json{number}", "id": "ID"}
-        lines += [f"call{number}: {quote(form['call'], **values)}", f"json{number}: {json_rule(schema)}"]
-    return "\n".join(lines)
-
-
-def _split(form: dict[str, str], answer: str) -> tuple[str, str]:
-    """The text of an answer, and its calls."""
-    lead = ".*?" if form["lead"] == "ANY" else rf"(?:.*?{MARK.pattern})??\s*"
-    found = re.match(f"(?:{lead})(?={re.escape(form['trigger'])})", answer, re.DOTALL)
-    end = found.end() if found else len(answer)
-    text = MARK.split(answer[:end].removeprefix(form["head"]))[-1].strip()
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), answer[end:]  # a limit cuts characters
-
-
-def _read_calls(form: dict[str, str], text: str) -> Iterator[tuple[str, Any, str | None]]:
-    """The name, the arguments and perhaps the id of each call."""
-    text = text.removeprefix((form["trigger"] + form["first"]).rpartition("{")[0])
-    while text.startswith("{"):
-        call, end = json.JSONDecoder().raw_decode(text)
-        yield call[form["name key"]], call[form["arguments key"]], call.get(form.get("id key"))
-        text = text[end:].removeprefix(form["again"].rpartition("{")[0].partition("}")[2])
+def make_message(text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
 
 
 def run_tools(
