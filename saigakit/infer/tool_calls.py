@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from typing import Any, cast, get_type_hints
+from typing import Any, Literal, cast, get_type_hints
 
 from saigakit.core.lazy import llama_cpp, pydantic
 from saigakit.data.tool_calls import Tool, read_tools, to_json, value_problems
@@ -14,19 +14,26 @@ from saigakit.infer import engine, sequences
 from saigakit.infer.constraint import Constraint
 from saigakit.infer.extraction import validator, write
 from saigakit.infer.schema import Schema, read_schema
-from saigakit.infer.tool_form import Rules, ToolForm, json_rules, make_grammar, read_form
+from saigakit.infer.tool_form import MAX_CALLS, Rules, ToolForm, json_rules, make_grammar, read_form
 from saigakit.prompt import encoding
 from saigakit.prompt.template import Message, Tools
 from saigakit.registry import Sampling
 
 
 def answer(
-    llm: "llama_cpp.Llama", messages: Sequence[Message], tools: Tools, *, max_new_tokens: int | None = None
+    llm: "llama_cpp.Llama",
+    messages: Sequence[Message],
+    tools: Tools,
+    *,
+    tool_choice: Literal["auto", "required"] = "auto",
+    max_calls: int = MAX_CALLS,
+    max_new_tokens: int | None = None,
 ) -> dict[str, Any]:
     """The most likely answer, in OpenAI's format: a text or, as soon as it begins a call, calls that fit `tools`.
 
-    Arguments come in the order of the schema; thoughts are left out. Raises SaigaError for a schema that cannot be
-    held, a chat template whose calls cannot be recognised, and a call without an end.
+    With `tool_choice="required"` it has a call. Arguments come in the order of the schema; thoughts are left out.
+    Raises SaigaError for a schema that cannot be held, a chat template whose calls cannot be recognised, and a call
+    without an end.
     """
     if not tools:
         pieces = engine.stream(llm, messages, sampling=Sampling(temperature=0.0), max_new_tokens=max_new_tokens)
@@ -35,7 +42,7 @@ def answer(
     tokenizer = encoding.load_gguf_tokenizer(llm)
     prompt = encoding.encode(messages, tokenizer, tools=tools, add_generation_prompt=True)["input_ids"]
     room = engine.require_room(llm, prompt)
-    constraint = Constraint(llm, make_grammar(form, schemas))
+    constraint = Constraint(llm, make_grammar(form, schemas, must_call=tool_choice == "required", max_calls=max_calls))
     ids = sequences.answer(llm, prompt, constraint, max_new_tokens=min(room, max_new_tokens or room))
     constraint.require_no_error()
     written = write(llm, [token for token in ids if token not in engine.stop_ids(llm)])

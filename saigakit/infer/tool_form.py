@@ -14,6 +14,7 @@ from saigakit.infer.schema import MARK, Schema, json_rule, literal, native_gramm
 from saigakit.prompt import encoding
 
 Rules = Callable[[Schema, str], list[str]]  # of the values that fit a schema, for the rule of this name
+MAX_CALLS = 8  # in one answer: a bad model repeats a call without end
 # The values of probes, whose places in a rendered call are marked.
 _VALUES = re.compile(r'(?P<name>zqname)|(?P<arguments>{"zqщ": "zq", "zqk": 1})|(?P<id>zqcall000)')
 _NO_VALUE = r"(?:(?!\udcff\[[a-z]).)*"
@@ -115,17 +116,19 @@ def json_rules(schema: Schema, name: str) -> list[str]:
     return [f"{name}: {json_rule(schema)}"]
 
 
-def make_grammar(form: ToolForm, schemas: Mapping[str, Schema]) -> str:
-    """Of a text, or of calls that fit the schemas, perhaps after a text, for llguidance."""
-    before, is_token = "ANY" if form.is_after_text else "BLANK", MARK.fullmatch(form.trigger)
+def make_grammar(
+    form: ToolForm, schemas: Mapping[str, Schema], *, must_call: bool = False, max_calls: int = MAX_CALLS
+) -> str:
+    """Of a text, or of calls that fit the schemas, perhaps after a text, for llguidance; `must_call`: no text."""
+    is_token, before = MARK.fullmatch(form.trigger), "ANY" if form.is_after_text and not must_call else "BLANK"
     opening, thoughts = f"{before} {quote(form.trigger)}", ",".join(MARK.findall("".join(form.thoughts)))
     lines = [
-        f"start: {f'(TEXT <[{thoughts}]>)*' if thoughts else ''} (TEXT | opening calls)",
+        f"start: {f'(TEXT <[{thoughts}]>)*' if thoughts else ''} ({'' if must_call else 'TEXT | '}opening calls)",
         f"opening{'' if is_token else '[lazy]'}: {opening}",
         f"TEXT: ANY{'' if is_token else f' & ~({opening} ANY)'}",
-        "ANY: /(.|\\n)*/\nBLANK: /\\s*/\nID: /[A-Za-z0-9]{9}/",
+        "ANY: /(.|\\n)*/\nBLANK: /\\s{0,4}/\nID: /[A-Za-z0-9]{9}/",
     ]
-    return "\n".join([*lines, *_call_lines(form, schemas, json_rules)])
+    return "\n".join([*lines, *_call_lines(form, schemas, json_rules, max_calls)])
 
 
 def make_native_grammar(form: ToolForm, schemas: Mapping[str, Schema]) -> str:
@@ -140,7 +143,7 @@ def make_native_grammar(form: ToolForm, schemas: Mapping[str, Schema]) -> str:
         known = "".join(f"\\U{ord(letter):08X}" for letter in after)
         choices = [f"{literal(letter)} text{number}" for letter, number in after.items()]
         lines.append(f"text{size}: ([^{known}] text0 | {' | '.join(choices)})?")
-    return native_grammar([*lines, "ID: [A-Za-z0-9]{9}", *_call_lines(form, schemas, native_rules)])
+    return native_grammar([*lines, "ID: [A-Za-z0-9]{9}", *_call_lines(form, schemas, native_rules, MAX_CALLS)])
 
 
 def _overlap(text: str, trigger: str) -> int:
@@ -148,8 +151,8 @@ def _overlap(text: str, trigger: str) -> int:
     return next(size for size in range(len(text), -1, -1) if text.endswith(trigger[:size]))
 
 
-def _call_lines(form: ToolForm, schemas: Mapping[str, Schema], rules: Rules) -> Sequence[str]:
-    more = f"({quote(form.again)} call)*" if form.again else ""
+def _call_lines(form: ToolForm, schemas: Mapping[str, Schema], rules: Rules, max_calls: int) -> Sequence[str]:
+    more = f"({quote(form.again)} call){{0,{max_calls - 1}}}" if form.again and max_calls > 1 else ""
     lines = [
         f"calls: {quote(form.first)} call {more} {quote(form.last)}",
         f"call: {' | '.join(f'call{number}' for number in range(len(schemas)))}",
