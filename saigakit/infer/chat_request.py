@@ -11,12 +11,11 @@ from saigakit.core.lazy import jsonschema, llama_cpp
 from saigakit.data.records import BadRecord
 from saigakit.data.schema import normalise_record
 from saigakit.errors import SaigaError
-from saigakit.infer import engine, schema, tool_form
-from saigakit.infer.constraint import require_holdable
+from saigakit.infer import engine
 from saigakit.infer.extraction import validator
-from saigakit.infer.schema import Schema, read_schema, subschemas
-from saigakit.infer.tool_calls import make_message, read_calls, read_schemas
-from saigakit.infer.tool_form import ToolForm
+from saigakit.infer.schema import QUOTE, Schema, native_grammar, native_rules, read_schema, subschemas
+from saigakit.infer.tool_calls import read_answer, read_schemas
+from saigakit.infer.tool_form import ToolForm, json_rules, make_grammar, make_native_grammar, read_form
 from saigakit.prompt import encoding
 from saigakit.prompt.template import Message
 from saigakit.registry import Sampling
@@ -59,18 +58,16 @@ class ChatRequest(NamedTuple):
 
     def read(self, written: str, end: str) -> tuple[dict[str, Any], str]:
         """The message, and why it ends. Raises RefusedError if a finished answer does not fit."""
-        text, calls = self.form.split(written) if self.form else (written, "")
+        message = {"role": "assistant", "content": self.form.split(written)[0] if self.form else written}
         try:
-            if self.form and calls and end == "stop":
-                return make_message(text, read_calls(self.form, calls, self.functions, self.messages)), "tool_calls"
+            if self.form and end == "stop":
+                message = read_answer(self.form, written, self.functions, self.messages)
             if self.schema is not None and end == "stop":
-                value = json.loads(written)
-                validator(self.schema).validate(value)
-                schema.require_quotes(self.schema, value, self.messages[-1]["content"])
+                validator(self.schema).validate(json.loads(written))
         except (ValueError, RecursionError, SaigaError, jsonschema.ValidationError) as error:
             reason = f"The answer does not fit the schema: {str(error).splitlines()[0][:300]}"
             raise RefusedError(reason, "tools" if self.form else "response_format", 422) from None
-        return make_message(text, []), end
+        return message, "tool_calls" if "tool_calls" in message else end
 
 
 def read(body: bytes, llm: "llama_cpp.Llama", n_ctx: int) -> ChatRequest:
@@ -100,7 +97,9 @@ def read(body: bytes, llm: "llama_cpp.Llama", n_ctx: int) -> ChatRequest:
     asked = ChatRequest(given, messages, settings)
     kind = given.get("response_format", {"type": "text"})
     if kind["type"] != "text":
-        return _hold_to_schema(asked, kind.get("json_schema", {}).get("schema", {"type": "object"}), llm, bool(tools))
+        if tools:
+            raise RefusedError('response_format and tools exclude each other without "tool_choice": "none".', "tools")
+        return _hold_to_schema(asked, kind.get("json_schema", {}).get("schema", {"type": "object"}), llm)
     return _hold_to_tools(asked, json.loads(tools), llm, names) if tools else asked
 
 
@@ -116,18 +115,14 @@ def _parse(body: bytes) -> dict[str, Any]:
     return dict(given)
 
 
-def _hold_to_schema(asked: ChatRequest, given: Schema, llm: "llama_cpp.Llama", has_tools: bool) -> ChatRequest:
+def _hold_to_schema(asked: ChatRequest, given: Schema, llm: "llama_cpp.Llama") -> ChatRequest:
     with _refusing("response_format"):
-        if has_tools:
-            raise SaigaError('it cannot be held together with tools. Leave out one, or give "tool_choice": "none".')
         read = read_schema(given)
-        _require_few_items(read)
+        _require_supported(read)
         if _is_native(llm):
-            grammar = schema.native_grammar(schema.native_rules(read, "root"))
+            grammar = native_grammar(native_rules(read, "root"))
         else:
-            grammar = schema.make_grammar(read, asked.messages[-1]["content"])
-            require_holdable(grammar)
-            grammar = f"%llguidance {{}}\n{grammar}"
+            grammar = "\n".join(["%llguidance {}", *json_rules(read, "start")])
     return asked._replace(settings={**asked.settings, "grammar": grammar}, schema=read)
 
 
@@ -135,12 +130,12 @@ def _hold_to_tools(
     asked: ChatRequest, tools: list[Any], llm: "llama_cpp.Llama", names: Mapping[int, str]
 ) -> ChatRequest:
     with _refusing("tools"):
-        is_native, form = _is_native(llm), tool_form.read_form(llm)
-        functions = read_schemas(tools, schema.native_rules if is_native else tool_form.json_rules)[1]
-        for each in functions.values():
-            _require_few_items(each)
-        make = tool_form.make_native_grammar if is_native else tool_form.make_grammar
-        grammar = ("" if is_native else "%llguidance {}\n") + make(form, functions)
+        is_native, form = _is_native(llm), read_form(llm)
+        functions = read_schemas(tools, native_rules if is_native else json_rules)[1]
+        _require_supported(list(functions.values()))
+        grammar = (
+            make_native_grammar(form, functions) if is_native else f"%llguidance {{}}\n{make_grammar(form, functions)}"
+        )
     preserved = [*asked.settings["preserved_tokens"], *[names[token] for token in form.token_ids()]]
     settings = {**asked.settings, "grammar": grammar, "preserved_tokens": preserved}
     return asked._replace(settings=settings, form=form.unmarked(names), functions=functions)
@@ -152,6 +147,9 @@ def _is_native(llm: "llama_cpp.Llama") -> bool:
     return bool(llm.metadata.get("tokenizer.ggml.add_space_prefix", is_default) == "true")
 
 
-def _require_few_items(given: Schema) -> None:
-    if any(part.get(name, 0) > _MOST_ITEMS for part in subschemas(given) for name in ("minItems", "maxItems")):
-        raise SaigaError(f"minItems and maxItems can be {_MOST_ITEMS} at most")
+def _require_supported(given: object) -> None:
+    for part in subschemas(given):
+        if part.get(QUOTE):
+            raise SaigaError(f"{QUOTE} is only for `saigakit extract`. Leave it out")
+        if max(part.get("minItems", 0), part.get("maxItems", 0)) > _MOST_ITEMS:
+            raise SaigaError(f"minItems and maxItems can be {_MOST_ITEMS} at most")

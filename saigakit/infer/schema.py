@@ -226,8 +226,6 @@ class _NativeRules(_Rules):
             return "value"
         if schema and any(schema.get(name, 0) > _MOST_REPEATED for name in _COUNTS):
             raise SaigaError(f"{where}: {', '.join(_COUNTS)} can be {_MOST_REPEATED} at most {self._limit}.")
-        if schema and schema.get(QUOTE):
-            raise SaigaError(f"{where}: {QUOTE} cannot be held {self._limit}. Leave it out.")
         if schema and (values := schema.get("enum", [schema["const"]] if "const" in schema else [])):
             return f"({' | '.join(literal(literal(value)) for value in values)})"
         return super().expression(schema, where)
@@ -253,12 +251,6 @@ def find_quotes(schema: Schema, value: object, text: str) -> list[dict[str, Any]
         latest[words] = start = max(before, find_words(text, words, before + 1))
         found.append({"path": path, "start": start, "end": start + len(words)})
     return found
-
-
-def require_quotes(schema: Schema, value: object, text: str) -> None:
-    """Raises SaigaError for a quotation that is not in the text."""
-    if any(quotation["start"] < 0 for quotation in find_quotes(schema, value, text)):
-        raise SaigaError("A quotation is not in the text.")
 
 
 def find_words(text: str, words: str, start: int = 0) -> int:

@@ -30,7 +30,6 @@ from saigakit.core.lazy import llama_cpp
 from saigakit.errors import SaigaError
 from saigakit.infer import chat_request, engine
 from saigakit.infer.chat_request import ChatRequest, RefusedError
-from saigakit.infer.tool_calls import make_message
 from saigakit.llamacpp import forward
 from saigakit.prompt.backends import gguf_vocabulary
 from saigakit.weights.memory import inference_memory
@@ -120,8 +119,8 @@ class _Service:
         end = last["choices"][0]
         text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in [*pieces, last])
         calls = [{key: call[key] for key in ("id", "type", "function")} for call in end["delta"].get("tool_calls", ())]
-        choice = {"index": 0, "message": make_message(text, calls), "logprobs": None}
-        choice["finish_reason"] = end["finish_reason"]
+        message = {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": end["finish_reason"]}
         return JSONResponse({**usage, "object": "chat.completion", "choices": [choice]})
 
     async def _stream(self, asked: ChatRequest) -> AsyncGenerator[str, None]:

@@ -38,19 +38,16 @@ def answer(
     if not tools:
         pieces = engine.stream(llm, messages, sampling=Sampling(temperature=0.0), max_new_tokens=max_new_tokens)
         return {"role": "assistant", "content": "".join(pieces)}
-    (tools, schemas), form = read_schemas(tools, json_rules), read_form(llm)
-    tokenizer = encoding.load_gguf_tokenizer(llm)
+    (tools, schemas), tokenizer = read_schemas(tools, json_rules), encoding.load_gguf_tokenizer(llm)
     prompt = encoding.encode(messages, tokenizer, tools=tools, add_generation_prompt=True)["input_ids"]
-    room = engine.require_room(llm, prompt)
+    room, form = engine.require_room(llm, prompt), read_form(llm)
     constraint = Constraint(llm, make_grammar(form, schemas, must_call=tool_choice == "required", max_calls=max_calls))
     ids = sequences.answer(llm, prompt, constraint, max_new_tokens=min(room, max_new_tokens or room))
     constraint.require_no_error()
     written = write(llm, [token for token in ids if token not in engine.stop_ids(llm)])
-    text, calls = form.split(written)
-    if calls and not constraint.is_complete:
+    if not constraint.is_complete and form.split(written)[1]:
         raise SaigaError(f"The call has no end after {len(ids)} tokens. Give a larger max_new_tokens, or n_ctx.")
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a limit cuts characters
-    return make_message(text, read_calls(form, calls, schemas, messages))
+    return read_answer(form, written, schemas, messages)
 
 
 def read_schemas(given: Tools, rules: Rules) -> tuple[Tools, dict[str, Schema]]:
@@ -70,15 +67,16 @@ def read_schemas(given: Tools, rules: Rules) -> tuple[Tools, dict[str, Schema]]:
     return tools, schemas
 
 
-def read_calls(
-    form: ToolForm, text: str, schemas: Mapping[str, Schema], messages: Sequence[Message]
-) -> list[dict[str, Any]]:
-    """The calls in OpenAI's format, with ids that no call in `messages` has. Raises SaigaError for a wrong one."""
+def read_answer(
+    form: ToolForm, written: str, schemas: Mapping[str, Schema], messages: Sequence[Message]
+) -> dict[str, Any]:
+    """The message, with ids that no call in `messages` has. Raises SaigaError for a call that does not fit."""
+    text, rest = form.split(written)
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a limit cuts characters
+    answer: dict[str, Any] = {"role": "assistant", "content": text}
     taken = {call.get("id") for message in messages for call in message.get("tool_calls") or ()}
-    calls = list[dict[str, Any]]()
     try:
-        found = list(form.read_calls(text)) if text else []
-        for name, arguments, key in found:
+        for name, arguments, key in form.read_calls(rest) if rest else ():
             problems = [problem.message for problem in validator(schemas[name]).iter_errors(arguments)]
             if problems := problems or value_problems(name, arguments):
                 raise SaigaError(f"The arguments of {name!r} do not fit its schema: {problems[0]}.")
@@ -86,14 +84,10 @@ def read_calls(
                 key = next(made for number in count(1) if (made := f"call{number:05}") not in taken)
             taken.add(key)
             function = {"name": name, "arguments": to_json(arguments)}
-            calls.append({"id": key, "type": "function", "function": function})
+            answer.setdefault("tool_calls", []).append({"id": key, "type": "function", "function": function})
     except (ValueError, LookupError, RecursionError) as error:
-        raise SaigaError(f"The call cannot be read ({error}): {text[:60]!r}.") from None
-    return calls
-
-
-def make_message(text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
+        raise SaigaError(f"The call cannot be read ({error}): {rest[:60]!r}.") from None
+    return answer
 
 
 def run_tools(

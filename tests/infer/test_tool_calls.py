@@ -5,75 +5,14 @@ from collections.abc import Iterator
 
 import pytest
 import vocabularies
-from chatml import WITH_TOOLS
 from llguidance import LLMatcher
 from matrix import matrix
-from vocabularies import HERMES_TOOLS, MISTRAL_TOOLS, SAIGA2, THINKING, THINKING_PROMPT
+from tool_templates import FORMS, NO_TEXT_BEFORE, ONE_CALL, QUICK, XML, calling
 
 from saigakit.errors import SaigaError
-from saigakit.infer import constraint, extraction, tool_calls
+from saigakit.infer import constraint, extraction, tool_calls, tool_form
 from saigakit.prompt import encoding, template
 
-BEFORE_CALLS = "{{- message.content }}\n        {%- if message.tool_calls %}"
-# As Mistral's own: calls need ids of nine letters and digits, and have no text before them.
-MISTRAL_STRICT = MISTRAL_TOOLS.replace(
-    BEFORE_CALLS, "{{- message.content if not message.tool_calls }}\n        {%- if message.tool_calls %}"
-).replace(
-    "{%- set out =",
-    "{%- if call.id is not defined or call.id|length != 9 %}{{- raise_exception('nine') }}{%- endif %}{%- set out =",
-)
-assert MISTRAL_STRICT.count("raise_exception") == 1 and "if not message.tool_calls" in MISTRAL_STRICT
-# As Llama 3.1's: one call, as bare JSON.
-LLAMA31 = r"""
-{{- bos_token }}
-{%- if tools %}
-    {{- '<|start_header_id|>user<|end_header_id|>\n\nCall as {"name": …, "parameters": …}.' }}
-    {%- for tool in tools %}{{- '\n' }}{{- tool | tojson(indent=4) }}{%- endfor %}
-    {{- '<|eot_id|>' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role == 'assistant' and message.tool_calls %}
-        {%- if message.tool_calls | length != 1 %}{{- raise_exception('only single tool-calls') }}{%- endif %}
-        {%- set call = message.tool_calls[0].function %}
-        {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
-        {{- '{"name": "' + call.name + '", "parameters": ' }}{{- call.arguments | tojson }}{{- '}<|eot_id|>' }}
-    {%- else %}
-        {%- set role = 'ipython' if message.role == 'tool' else message.role %}
-        {{- '<|start_header_id|>' + role + '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"""
-PAIR = """'<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
-            {{- call.function.arguments | tojson }}{{- '}\\n</tool_call>'"""
-ARGUMENTS_FIRST = HERMES_TOOLS.replace(
-    PAIR,
-    """'<tool_call>{"arguments": ' }}{{- call.function.arguments | tojson }}
-            {{- ', "function": "' + call.function.name + '"}</tool_call>'""",
-)
-NESTED = HERMES_TOOLS.replace(
-    PAIR, """'Calls: ' }}{{- {'type': 'function', 'function': call.function} | tojson }}{{- ';'"""
-)
-# Not JSON with a name and arguments.
-XML = HERMES_TOOLS.replace(PAIR, "'<call ' + call.function.name + '>' }}{{- call.function.arguments | tojson }}{{- ''")
-assert len({HERMES_TOOLS, ARGUMENTS_FIRST, NESTED, XML}) == 4
-FORMS = {
-    "saiga2 with the fallback": ("mistral_v1-saiga2", SAIGA2),
-    "chatml with the fallback": ("qwen_tokens-hermes_tools", WITH_TOOLS),
-    "qwen": ("qwen_tokens-hermes_tools", HERMES_TOOLS),
-    "thinking": ("qwen_tokens-hermes_tools", THINKING),
-    "thinking prompt": ("qwen_tokens-hermes_tools", THINKING_PROMPT),
-    "arguments first": ("qwen_tokens-hermes_tools", ARGUMENTS_FIRST),
-    "nested": ("qwen_tokens-hermes_tools", NESTED),
-    "smollm2": ("smollm2-its_own", None),
-    "mistral in plain text": ("qwen_tokens-hermes_tools", MISTRAL_TOOLS),
-    "mistral v3": ("mistral_v3-tools", MISTRAL_TOOLS),
-    "mistral v3, strict": ("mistral_v3-tools", MISTRAL_STRICT),
-    "nemo": ("nemo-tools", MISTRAL_TOOLS),
-    "llama 3.1": ("llama3_tokens-llama3", LLAMA31),
-}
-QUICK = FORMS.keys() - {"smollm2", "nemo"}
-ONE_CALL = {"llama 3.1"}
-NO_TEXT_BEFORE = {"llama 3.1", "mistral v3, strict"}
 FIND = {
     "name": "найти",
     "description": "Ищет",
@@ -103,14 +42,6 @@ CALLS = [
 ]
 
 
-def calling(*calls, content=""):
-    made = [
-        {"type": "function", "id": f"abcDEF{number:03}", "function": {"name": name, "arguments": arguments}}
-        for number, (name, arguments) in enumerate(calls)
-    ]
-    return {"role": "assistant", "content": content, "tool_calls": made}
-
-
 class Model:
     """A vocabulary with a template, and the grammar of its answers."""
 
@@ -119,9 +50,9 @@ class Model:
             llm.metadata["tokenizer.chat_template"] = template.for_inference(chat_template)
         encoding.load_gguf_tokenizer.cache_clear()
         self.llm, self.tokenizer = llm, encoding.load_gguf_tokenizer(llm)
-        self.form = tool_calls._read_form(llm)
+        self.form = tool_form.read_form(llm)
         self.vocabulary = constraint._read_vocabulary(llm)
-        self.grammar = tool_calls._make_grammar(self.form, tool_calls._read_tools(llm, TOOLS)[1])
+        self.grammar = tool_form.make_grammar(self.form, tool_calls.read_schemas(TOOLS, tool_form.json_rules)[1])
 
     def trained(self, answer):
         turn = [{"role": "user", "content": "?"}, answer]
@@ -134,8 +65,8 @@ class Model:
         return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
     def read(self, ids):
-        text, rest = tool_calls._split(self.form, extraction.write(self.llm, ids))
-        return text, [(name, arguments) for name, arguments, _ in tool_calls._read_calls(self.form, rest)]
+        text, rest = self.form.split(extraction.write(self.llm, ids))
+        return text, [(name, arguments) for name, arguments, _ in self.form.read_calls(rest)] if rest else []
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +123,8 @@ def test_a_text_is_accepted_and_read_back(model, text):
 
 
 def test_what_begins_a_call_is_not_in_a_text(model):
-    trigger = model.form["trigger"]
-    if token := tool_calls.MARK.fullmatch(trigger):
+    trigger = model.form.trigger
+    if token := tool_form.MARK.fullmatch(trigger):
         assert not model.accepts([int(token[1]), *model.tokenizer.encode_text("Да")])
     else:
         assert not model.accepts(model.trained({"role": "assistant", "content": f"{trigger}Да"}))
@@ -241,15 +172,15 @@ def test_a_template_with_another_form_is_refused(load):
         ("{", "parameters: is"),
     ],
 )
-def test_a_function_that_cannot_be_held_is_named(load, parameters, reason):
-    llm = load("mistral_v1-saiga2")
+def test_a_function_that_cannot_be_held_is_named(parameters, reason):
+    tool = {"type": "function", "function": {"name": "x", "parameters": parameters}}
     with pytest.raises(SaigaError, match=reason):
-        tool_calls._read_tools(llm, [*TOOLS, {"type": "function", "function": {"name": "x", "parameters": parameters}}])
+        tool_calls.read_schemas([*TOOLS, tool], tool_form.json_rules)
 
 
-def test_arguments_are_an_object_of_known_properties(load):
+def test_arguments_are_an_object_of_known_properties():
     tools = [{"name": "a"}, {"name": "b", "parameters": {"properties": {"x": {"type": "integer"}}}}]
-    given, schemas = tool_calls._read_tools(load("mistral_v1-saiga2"), json.loads(json.dumps(tools)))
+    given, schemas = tool_calls.read_schemas(json.loads(json.dumps(tools)), tool_form.json_rules)
     assert [tool["type"] for tool in given] == ["function"] * 2
     assert {name: (each["type"], each["additionalProperties"]) for name, each in schemas.items()} == {
         "a": ("object", False),

@@ -11,7 +11,7 @@ from transformers.utils import get_json_schema
 
 from saigakit import infer
 from saigakit.errors import SaigaError
-from saigakit.infer import tool_calls
+from saigakit.infer import tool_calls, tool_form
 from saigakit.infer.constraint import Constraint
 from saigakit.prompt import encoding
 from saigakit.prompt.backends import token_bytes
@@ -110,7 +110,7 @@ def test_a_call_without_an_end_is_an_error_and_a_text_is_cut(llm, script):
 
 
 def test_arguments_are_validated_once_more(llm, script, monkeypatch):
-    monkeypatch.setattr(tool_calls, "json_rule", lambda _: '"{\\"город\\": 1}"')
+    monkeypatch.setattr(tool_form, "json_rule", lambda _: '"{\\"город\\": 1}"')
     script([call("погода", город=1)])
     with pytest.raises(SaigaError, match="arguments of 'погода' do not fit its schema: 1 is not of type 'string'"):
         infer.answer(llm, QUESTION, TOOLS)
