@@ -211,7 +211,7 @@ def chat(file: str, **options: Any) -> None:  # noqa: ANN401
     help="Answers at once, each with its own --n-ctx; others wait",
 )  # fmt: skip
 def serve(file: str, **options: Any) -> None:  # noqa: ANN401
-    """Serve a GGUF file to programs that use OpenAI's API: chat completions, with streams and JSON schemas.
+    """Serve a GGUF file to programs that use OpenAI's API: chat completions, streams, JSON schemas, function calls.
 
     \b
     Example:
