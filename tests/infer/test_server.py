@@ -11,6 +11,7 @@ import time
 import urllib.request
 from contextlib import closing, contextmanager
 
+import jsonschema
 import openai
 import pytest
 from starlette.testclient import TestClient
@@ -151,6 +152,36 @@ def test_spaces_and_separators_are_exact(client):
     for options in ({"temperature": 0}, {"temperature": 2, "seed": 1}):
         written = ask(client, max_tokens=100, **in_schema(words, **options)).choices[0].message.content
         assert written == json.dumps(json.loads(written)) and json.loads(written)["the key"] == "x y"
+
+
+TREE = {"type": "object", "properties": {"kids": {"type": "array", "items": {"$ref": "#/$defs/tree"}, "maxItems": 1}}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {name: {"type": "boolean"} for name in "abc"}, "required": ["b"]},
+        {"type": "object", "properties": {"a": {"type": ["integer", "null"]}, 'ключ "': {"type": "number"}}},
+        {"type": "array", "items": {"anyOf": [{"const": None}, {"enum": ["a\n\\", {"b": [1]}]}]}, "maxItems": 3},
+        {"type": "array", "items": {"type": "string", "minLength": 2, "maxLength": 4}, "minItems": 2, "maxItems": 2},
+        {"$ref": "#/$defs/tree", "$defs": {"tree": TREE}},
+        {"type": "array", "items": {}, "maxItems": 0},
+        {"anyOf": [{"type": "boolean"}, {"type": "object", "additionalProperties": False}]},
+    ],
+)
+def test_every_answer_with_an_end_fits(client, schema):
+    ends = []
+    for seed in range(6):
+        choice = ask(client, max_tokens=120, **in_schema(schema, temperature=2, seed=seed)).choices[0]
+        ends.append(choice.finish_reason)
+        if choice.finish_reason == "stop":
+            jsonschema.validate(json.loads(choice.message.content), schema)
+    assert "stop" in ends
+
+
+@pytest.mark.parametrize("schema", [{"$ref": "#"}, {"anyOf": [{"$ref": "#"}, {"type": "null"}]}])
+def test_a_schema_without_a_beginning_is_refused(client, schema):
+    assert refused(client, **in_schema(schema)).message
 
 
 def test_an_answer_that_is_cut_is_never_called_complete(client):
