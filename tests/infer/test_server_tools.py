@@ -136,9 +136,10 @@ def test_a_stream_has_the_text_first_and_the_calls_at_once(ask, name):
     assert (call.index, call.function.name, json.loads(call.function.arguments)) == (0, *OMSK)
 
 
-def test_without_a_choice_there_is_no_call(ask, name):
+def test_without_a_choice_there_is_no_call(ask):
     choice = ask({"role": "assistant", "content": "Тепло"}, tool_choice="none")
-    assert (choice.message.content.strip(), choice.message.tool_calls) == ("Тепло", None)
+    assert choice.message.content.endswith("Тепло")  # perhaps after a thought
+    assert choice.message.tool_calls is None
 
 
 def test_a_value_has_the_separators_and_the_words_of_the_schema(ask):
