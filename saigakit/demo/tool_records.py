@@ -14,7 +14,9 @@ Record = dict[str, Any]
 _FILE = Path(__file__).with_name("tool_texts.toml")
 _TEXTS = tomllib.loads(_FILE.read_text(encoding="utf-8"))
 _NO_CALL = {"role": "assistant", "content": _TEXTS["no_call"]}
-CALLS = (0,) * 7 + (1,) * 11 + (2,) * 2  # that are due in each of twenty records
+# What each of twenty records asks for: one call or two, and no call for talk, for what no tool does, and for a function
+# that is missing beside similar ones.
+KINDS = ("one",) * 11 + ("two",) * 2 + ("talk",) * 3 + ("far",) * 2 + ("near",) * 2
 TOOLS = (3, 5)  # in a record, at least and at most; fewer beside a long request, for a prompt of 400 tokens at most
 
 
@@ -58,8 +60,7 @@ def write_records(directory: Path, *, train: int = 640, held_out: int = 200, see
     """Write train.jsonl and held_out.jsonl without duplicates.
 
     Half of the evaluation requests are phrased, and have values, as training never shows; a quarter asks for functions
-    of HELD_OUT. A third of all requests is due no call: half of these are talk, the others ask for a function that is
-    not among the tools.
+    of HELD_OUT.
     """
     rng, known = random.Random(seed), [each for each in FUNCTIONS if each.name not in HELD_OUT]
     made: set[str] = set()
@@ -87,20 +88,19 @@ def _records(
     made: set[str],
 ) -> list[Record]:
     """`asked`: what requests ask for; `offered`: of which the tools are. The requests are added to `made`."""
-    kinds = [CALLS[index * len(CALLS) // count] for index in range(count)]
+    kinds = [KINDS[index * len(KINDS) // count] for index in range(count)]
     rng.shuffle(kinds)
     found: list[Record] = []
     while len(found) < count:
-        calls = kinds[len(found)]
-        functions = [_TALK] if not calls and rng.random() < 0.5 else rng.sample(asked, calls or 1)
+        kind = kinds[len(found)]
+        functions = [_TALK] if kind == "talk" else rng.sample(asked, 2 if kind == "two" else 1)
         pairs = [_request(rng, style, function) for function in functions]
         if (text := " ".join(request for request, _ in pairs)) in made:
             continue
         made.add(text)
-        due = [(function.name, arguments) for function, (_, arguments) in zip(functions, pairs, strict=True)][:calls]
+        due = list(zip(functions, (arguments for _, arguments in pairs), strict=True)) if kind in ("one", "two") else []
         count_of_tools = rng.randint(TOOLS[0], max(TOOLS[0], TOOLS[1] - (len(text) + 14) // 32))
-        tools = _tools(rng, functions if calls else [], functions, offered, count_of_tools)
-        found.append(_conversation(text, due, tools))
+        found.append(_conversation(text, due, _choose_tools(rng, kind, functions, offered, count_of_tools)))
     return found
 
 
@@ -122,19 +122,21 @@ def _choose(rng: random.Random, style: str, values: Sequence[str]) -> str:
     return rng.choice(values[:known] if style == "seen" else values[known:])
 
 
-def _tools(
-    rng: random.Random, due: Sequence[Function], asked: Sequence[Function], offered: Sequence[Function], count: int
-) -> list[Record]:
-    """What is due, up to two others that do the same or have the same thing as what is asked, and any others."""
+def _choose_tools(
+    rng: random.Random, kind: str, asked: Sequence[Function], offered: Sequence[Function], count: int
+) -> list[Function]:
+    """What is asked for, if it is due, and others; similar ones do the same, or something else with the same thing."""
     others = [each for each in rng.sample(offered, len(offered)) if each not in asked]
     actions, things = ({getattr(each, name) for each in asked} for name in ("action", "thing"))
-    near = [each for each in others if each.action in actions or each.thing in things]
-    chosen = [*due, *near[: rng.randint(0, 2)][: count - len(due)]]
-    chosen += [each for each in others if each not in chosen][: count - len(chosen)]
-    return [each.tool for each in rng.sample(chosen, count)]
+    similar = [each for each in others if each.action in actions or each.thing in things]
+    others = [each for each in others if each not in similar]
+    chosen = [*asked] if kind in ("one", "two") else []
+    chosen += similar[: {"near": 2, "far": 0}.get(kind, rng.randint(0, 2))][: count - len(chosen)]
+    chosen += others[: count - len(chosen)]
+    return rng.sample(chosen, len(chosen))
 
 
-def _conversation(text: str, due: Sequence[tuple[str, Record]], tools: list[Record]) -> Record:
-    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in due]
+def _conversation(text: str, due: Sequence[tuple[Function, Record]], tools: Sequence[Function]) -> Record:
+    calls = [{"type": "function", "function": {"name": each.name, "arguments": values}} for each, values in due]
     answer = {"role": "assistant", "content": "", "tool_calls": calls} if calls else _NO_CALL
-    return {"messages": [{"role": "user", "content": text}, answer], "tools": tools}
+    return {"messages": [{"role": "user", "content": text}, answer], "tools": [each.tool for each in tools]}

@@ -1,7 +1,7 @@
 """Try a model in a notebook: what it cannot do is shown as a reason, and never stops the notebook."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from saigakit.core.lazy import llama_cpp
@@ -14,6 +14,16 @@ from saigakit.prompt.questions import Question
 from saigakit.prompt.template import Tools
 
 _LONGEST = 400  # tokens of an answer
+
+
+def show_stream(pieces: Iterable[str]) -> None:
+    """Show an answer as it grows, in one output: of `print` an executed notebook keeps a line for each piece."""
+    from IPython.display import display
+
+    text = ""
+    shown = display({"text/plain": text}, raw=True, display_id=True)
+    for piece in pieces:
+        shown.update({"text/plain": (text := text + piece)}, raw=True)
 
 
 def show_extraction(llm: "llama_cpp.Llama", text: str, examples: Sequence[Question]) -> token_view.Marked:

@@ -3,6 +3,8 @@
 import json
 from contextlib import closing
 
+import nbclient
+import nbformat
 import pytest
 
 from saigakit import evaluate, export, infer
@@ -26,6 +28,14 @@ def example(answer, text="Азот — это газ."):
 def tool(kind):
     parameters = {"type": "object", "properties": {"city": kind}, "required": ["city"]}
     return {"type": "function", "function": {"name": "get_weather", "parameters": parameters}}
+
+
+def test_a_stream_is_one_output_of_an_executed_notebook(monkeypatch):
+    cell = nbformat.v4.new_code_cell("from saigakit import evaluate\nevaluate.show_stream(iter(['Са', 'йга', '\\n.']))")
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    nbclient.NotebookClient(notebook, kernel_name="python3").execute()
+    [output] = notebook.cells[0].outputs
+    assert output["data"] == {"text/plain": "Сайга\n."}
 
 
 def test_an_answer_has_the_shape_of_the_examples(llm):
