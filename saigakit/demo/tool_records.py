@@ -14,9 +14,9 @@ Record = dict[str, Any]
 _FILE = Path(__file__).with_name("tool_texts.toml")
 _TEXTS = tomllib.loads(_FILE.read_text(encoding="utf-8"))
 _NO_CALL = {"role": "assistant", "content": _TEXTS["no_call"]}
-# What each of twenty records asks for: one call or two, and no call for talk, for what no tool does, and for a function
-# that is missing beside similar ones.
-KINDS = ("one",) * 11 + ("two",) * 2 + ("talk",) * 3 + ("far",) * 2 + ("near",) * 2
+# That are due in each of twenty records. None is due for talk only: not to call a function that is missing beside
+# similar ones is more than the demo's model learns.
+CALLS = (0,) * 7 + (1,) * 11 + (2,) * 2
 TOOLS = (3, 5)  # in a record, at least and at most; fewer beside a long request, for a prompt of 400 tokens at most
 
 
@@ -56,7 +56,7 @@ def packaged_records() -> Path:
     return packages.packaged_records(write_records, Path(__file__), _FILE)
 
 
-def write_records(directory: Path, *, train: int = 640, held_out: int = 200, seed: int = 7) -> tuple[Path, Path]:
+def write_records(directory: Path, *, train: int = 480, held_out: int = 200, seed: int = 7) -> tuple[Path, Path]:
     """Write train.jsonl and held_out.jsonl without duplicates.
 
     Half of the evaluation requests are phrased, and have values, as training never shows; a quarter asks for functions
@@ -88,19 +88,19 @@ def _records(
     made: set[str],
 ) -> list[Record]:
     """`asked`: what requests ask for; `offered`: of which the tools are. The requests are added to `made`."""
-    kinds = [KINDS[index * len(KINDS) // count] for index in range(count)]
-    rng.shuffle(kinds)
+    numbers = [CALLS[index * len(CALLS) // count] for index in range(count)]
+    rng.shuffle(numbers)
     found: list[Record] = []
     while len(found) < count:
-        kind = kinds[len(found)]
-        functions = [_TALK] if kind == "talk" else rng.sample(asked, 2 if kind == "two" else 1)
-        pairs = [_request(rng, style, function) for function in functions]
+        number = numbers[len(found)]
+        functions = rng.sample(asked, number)
+        pairs = [_request(rng, style, function) for function in functions or [_TALK]]
         if (text := " ".join(request for request, _ in pairs)) in made:
             continue
         made.add(text)
-        due = list(zip(functions, (arguments for _, arguments in pairs), strict=True)) if kind in ("one", "two") else []
+        due = [(function, arguments) for function, (_, arguments) in zip(functions, pairs, strict=False)]
         count_of_tools = rng.randint(TOOLS[0], max(TOOLS[0], TOOLS[1] - (len(text) + 14) // 32))
-        found.append(_conversation(text, due, _choose_tools(rng, kind, functions, offered, count_of_tools)))
+        found.append(_conversation(text, due, _choose_tools(rng, functions, offered, count_of_tools)))
     return found
 
 
@@ -123,17 +123,14 @@ def _choose(rng: random.Random, style: str, values: Sequence[str]) -> str:
 
 
 def _choose_tools(
-    rng: random.Random, kind: str, asked: Sequence[Function], offered: Sequence[Function], count: int
+    rng: random.Random, due: Sequence[Function], offered: Sequence[Function], count: int
 ) -> list[Function]:
-    """What is asked for, if it is due, and others; similar ones do the same, or something else with the same thing."""
-    others = [each for each in rng.sample(offered, len(offered)) if each not in asked]
-    actions, things = ({getattr(each, name) for each in asked} for name in ("action", "thing"))
-    similar = [each for each in others if each.action in actions or each.thing in things]
-    others = [each for each in others if each not in similar]
-    chosen = [*asked] if kind in ("one", "two") else []
-    chosen += similar[: {"near": 2, "far": 0}.get(kind, rng.randint(0, 2))][: count - len(chosen)]
-    chosen += others[: count - len(chosen)]
-    return rng.sample(chosen, len(chosen))
+    """What is due, up to two others that do the same or something else with the same thing, and any others."""
+    others = [each for each in rng.sample(offered, len(offered)) if each not in due]
+    actions, things = ({getattr(each, name) for each in due} for name in ("action", "thing"))
+    similar = [each for each in others if each.action in actions or each.thing in things][: rng.randint(0, 2)]
+    chosen = [*due, *similar, *(each for each in others if each not in similar)][:count]
+    return rng.sample(chosen, count)
 
 
 def _conversation(text: str, due: Sequence[tuple[Function, Record]], tools: Sequence[Function]) -> Record:

@@ -31,7 +31,7 @@ def request(record):
 
 
 def test_a_third_is_due_no_call_and_a_tenth_two(made):
-    assert list(map(len, made)) == [640, 200]
+    assert list(map(len, made)) == [480, 200]
     for rows in made:
         shares = [sum(len(calls(record)) == count for record in rows) / len(rows) for count in (0, 1, 2)]
         assert shares == pytest.approx([0.35, 0.55, 0.1], abs=0.02)
@@ -67,12 +67,6 @@ def test_every_part_of_a_held_out_function_is_in_another_one():
     assert {each.name for each in FUNCTIONS} >= HELD_OUT
     assert {each.action for each in FUNCTIONS} == {each.action for each in known}
     assert {each.thing for each in FUNCTIONS} == {each.thing for each in known}
-
-
-def test_near_misses_are_due_no_call(made):
-    """Requests of no call that only the missing function tells from a request of a call."""
-    missed = [record for record in chain(*made) if not calls(record) and "включ" in request(record).lower()]
-    assert any("turn_on" in " ".join(names(record)) for record in missed)
 
 
 def test_the_same_records_are_written_again(made, tmp_path):
