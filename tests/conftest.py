@@ -102,6 +102,15 @@ def tiny(callers_cache) -> Path:
     return packages.tiny_saiga()
 
 
+@pytest.fixture(scope="module")
+def gguf_file(tiny, tmp_path_factory) -> Path:
+    """The tiny Saiga in float32: its numbers do not depend on how many sequences share a batch."""
+    from saigakit import export  # which takes a second
+
+    output = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return export.to_gguf(model="saiga_tiny", adapter="released", output=output, quant_type="F32")
+
+
 @pytest.fixture(scope="session")
 def base_dir(tiny, tmp_path_factory) -> Path:
     """A small Llama with random weights for tests that do not change it."""

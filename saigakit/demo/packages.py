@@ -125,9 +125,8 @@ def tiny_saiga() -> Path:
 
 def packaged_records(write: Callable[[Path], object], *made_of: Path) -> Path:
     """A directory of records, made once per version of the files that `write` consists of."""
-    parts = [*(file.read_bytes() for file in made_of), WORDNET.sha256.encode()]
-    name = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
-    return make_once(workspace.scratch_dir() / "records" / name, write)
+    name = hashlib.sha256(b"".join(file.read_bytes() for file in made_of)).hexdigest()
+    return make_once(workspace.scratch_dir() / "records" / name[:16], write)
 
 
 def make_once(directory: Path, fill: Callable[[Path], object]) -> Path:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from saigakit.core.files import write_text
 from saigakit.demo import packages
+from saigakit.errors import SaigaError
 
 Record = dict[str, Any]
 _FILE = Path(__file__).with_name("tool_texts.toml")
@@ -17,7 +18,7 @@ _NO_CALL = {"role": "assistant", "content": _TEXTS["no_call"]}
 # That are due in each of twenty records. None is due for talk only: not to call a function that is missing beside
 # similar ones is more than the demo's model learns.
 CALLS = (0,) * 7 + (1,) * 11 + (2,) * 2
-TOOLS = (3, 5)  # in a record, at least and at most; fewer beside a long request, for a prompt of 400 tokens at most
+TOOLS = (3, 5)  # in a record; fewer beside a long request, so that a prompt has about 400 tokens at most
 
 
 class Function(NamedTuple):
@@ -91,9 +92,10 @@ def _records(
     numbers = [CALLS[index * len(CALLS) // count] for index in range(count)]
     rng.shuffle(numbers)
     found: list[Record] = []
-    while len(found) < count:
-        number = numbers[len(found)]
-        functions = rng.sample(asked, number)
+    for _ in range(50 * count):
+        if len(found) == count:
+            return found
+        functions = rng.sample(asked, numbers[len(found)])
         pairs = [_request(rng, style, function) for function in functions or [_TALK]]
         if (text := " ".join(request for request, _ in pairs)) in made:
             continue
@@ -101,7 +103,7 @@ def _records(
         due = [(function, arguments) for function, (_, arguments) in zip(functions, pairs, strict=False)]
         count_of_tools = rng.randint(TOOLS[0], max(TOOLS[0], TOOLS[1] - (len(text) + 14) // 32))
         found.append(_conversation(text, due, _choose_tools(rng, functions, offered, count_of_tools)))
-    return found
+    raise SaigaError(f"The sentences are not enough for {count} records: ask for fewer.")
 
 
 def _request(rng: random.Random, style: str, function: Function) -> tuple[str, Record]:

@@ -53,7 +53,7 @@ _COARSE_STEM = re.compile(rf"\b(?:{'|'.join(_COARSE['at_the_beginning'])})|{_COA
 
 def packaged_records() -> Path:
     """The directory of the demo's train.jsonl and held_out.jsonl, made once per version of this module."""
-    return packages.packaged_records(write_records, Path(__file__), _TEXTS)
+    return packages.packaged_records(write_records, Path(__file__), _TEXTS, Path(packages.__file__))
 
 
 def write_records(directory: Path, *, train: int = 640, held_out: int = 200, seed: int = 7) -> tuple[Path, Path]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from saigakit.core.display import Table
 from saigakit.core.lazy import mpl_figure
+from saigakit.errors import SaigaError
 from saigakit.prompt import token_view
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def _plot_shares(axes: "Axes", results: Sequence[Result]) -> None:
 
 def raw_answers(directory: Path) -> token_view.Marked:
     """The first question as every model got it and its answers, with all special tokens; the answers are marked."""
+    if not (directory / RAW_FILE).is_file():
+        raise SaigaError(f"{directory} was made by an earlier saigakit. Delete it and run 04_infer again.")
     raw: dict[str, str] = json.loads((directory / RAW_FILE).read_text(encoding="utf-8"))
     prompt = raw.pop("")
     parts = ([(f"{name}:\n{prompt}", False), (answer, True)] for name, answer in raw.items())

@@ -9,6 +9,7 @@ from saigakit.data import records
 from saigakit.data.schema import normalise_record
 from saigakit.demo import tool_records
 from saigakit.demo.tool_records import FUNCTIONS, HELD_OUT
+from saigakit.errors import SaigaError
 from saigakit.prompt import encoding
 
 
@@ -72,6 +73,11 @@ def test_every_part_of_a_held_out_function_is_in_another_one():
 def test_the_same_records_are_written_again(made, tmp_path):
     first, _ = tool_records.write_records(tmp_path)
     assert [json.loads(line) for line in first.read_text(encoding="utf-8").splitlines()] == made[0]
+
+
+def test_more_records_than_there_are_sentences_for_are_refused(tmp_path):
+    with pytest.raises(SaigaError, match="not enough for 5000 records"):
+        tool_records.write_records(tmp_path, held_out=20000)
 
 
 @pytest.mark.slow

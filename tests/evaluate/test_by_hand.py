@@ -7,17 +7,15 @@ import nbclient
 import nbformat
 import pytest
 
-from saigakit import evaluate, export, infer
+from saigakit import evaluate, infer
 from saigakit.evaluate import by_hand
 from saigakit.infer.extraction import Extraction
 from saigakit.prompt.questions import Question
 
 
 @pytest.fixture(scope="module")
-def llm(tiny, tmp_path_factory):
-    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    export.to_gguf(model="saiga_tiny", adapter="released", output=file, quant_type="F32")
-    with closing(infer.load(file, n_ctx=1024, n_threads=1)) as loaded:
+def llm(gguf_file):
+    with closing(infer.load(gguf_file, n_ctx=1024, n_threads=1)) as loaded:
         yield loaded
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -156,6 +157,8 @@ def test_answers_are_read_without_the_token_that_ends_them_but_shown_with_it(tmp
     questions_asked = asked(tokenizer, "Да.")
     ids = tokenizer.encode_text("Да")
     assert questions_asked.read([[*ids, 2], ids, []]) == ["Да", "Да", ""]
+    no_special_token = tokenizer.encode_text("Нет")[-1:]
+    assert replace(questions_asked, stop_ids=frozenset(no_special_token)).read([[*ids, *no_special_token]]) == ["Да"]
     comparison._write(tmp_path, questions_asked, {"before": (["Да"], Generated([[*ids, 2]], 1.0))}, [1])
     shown = str(results.raw_answers(tmp_path))
     assert shown.startswith("before:\n<s>")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from saigakit.errors import SaigaError
 from saigakit.evaluate import results
 
 ROWS = [
@@ -62,6 +63,11 @@ def test_a_task_of_calls_has_columns_of_its_own():
 def test_the_plot_can_be_saved_without_the_adapter(tmp_path):
     results.plot([ROWS[0], ROWS[2]]).savefig(tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_raw_answers_of_an_earlier_version_are_one_sentence(tmp_path):
+    with pytest.raises(SaigaError, match=r"was made by an earlier saigakit\. Delete it and run 04_infer again"):
+        results.raw_answers(tmp_path)
 
 
 def test_examples_show_mistakes_first(answers_file):

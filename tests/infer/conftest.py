@@ -1,17 +1,10 @@
-"""Fixtures of the tests of answers: the tiny Saiga as a GGUF."""
+"""The fixture of the tests of answers: the tiny Saiga, loaded."""
 
 from contextlib import closing
 
 import pytest
 
-from saigakit import export, infer
-
-
-@pytest.fixture(scope="module")
-def gguf_file(tiny, tmp_path_factory):
-    """The tiny Saiga in float32: its numbers do not depend on how many sequences share a batch."""
-    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    return export.to_gguf(model="saiga_tiny", adapter="released", output=file, quant_type="F32")
+from saigakit import infer
 
 
 @pytest.fixture(scope="module")
