@@ -15,7 +15,7 @@ from saigakit.infer import engine
 from saigakit.infer.extraction import validator
 from saigakit.infer.schema import QUOTE, Schema, native_grammar, native_rules, read_schema, subschemas
 from saigakit.infer.tool_calls import read_answer, read_schemas
-from saigakit.infer.tool_form import ToolForm, json_rules, make_grammar, make_native_grammar, read_form
+from saigakit.infer.tool_form import ToolForm, json_rules, make_grammar, make_native_grammar, one_of, read_form
 from saigakit.prompt import encoding
 from saigakit.prompt.template import Message
 from saigakit.registry import Sampling
@@ -122,7 +122,8 @@ def _hold_to_schema(asked: ChatRequest, given: Schema, llm: "llama_cpp.Llama") -
         if _is_native(llm):
             grammar = native_grammar(native_rules(read, "root"))
         else:
-            grammar = "\n".join(["%llguidance {}", *json_rules(read, "start")])
+            end = one_of(engine.stop_ids(llm))  # its llguidance lets llama.cpp's end of turn through, but no other end
+            grammar = "\n".join(["%llguidance {}", f"start: value {end}?", *json_rules(read, "value")])
     return asked._replace(settings={**asked.settings, "grammar": grammar}, schema=read)
 
 
@@ -133,9 +134,10 @@ def _hold_to_tools(
         is_native, form = _is_native(llm), read_form(llm)
         functions = read_schemas(tools, native_rules if is_native else json_rules)[1]
         _require_supported(list(functions.values()))
-        grammar = (
-            make_native_grammar(form, functions) if is_native else f"%llguidance {{}}\n{make_grammar(form, functions)}"
-        )
+        if is_native:
+            grammar = make_native_grammar(form, functions)
+        else:
+            grammar = f"%llguidance {{}}\n{make_grammar(form, functions, ends=engine.stop_ids(llm))}"
     preserved = [*asked.settings["preserved_tokens"], *[names[token] for token in form.token_ids()]]
     settings = {**asked.settings, "grammar": grammar, "preserved_tokens": preserved}
     return asked._replace(settings=settings, form=form.unmarked(names), functions=functions)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,18 +117,31 @@ def json_rules(schema: Schema, name: str) -> list[str]:
 
 
 def make_grammar(
-    form: ToolForm, schemas: Mapping[str, Schema], *, must_call: bool = False, max_calls: int = MAX_CALLS
+    form: ToolForm,
+    schemas: Mapping[str, Schema],
+    *,
+    must_call: bool = False,
+    max_calls: int = MAX_CALLS,
+    ends: Iterable[int] = (),
 ) -> str:
-    """Of a text, or of calls that fit the schemas, perhaps after a text, for llguidance; `must_call`: no text."""
+    """Of a text, or of calls that fit the schemas, perhaps after a text, for llguidance; `must_call`: no text.
+
+    `ends`: the tokens that may end an answer, for an engine whose llguidance knows only one of them.
+    """
+    end = f"{one_of(ends)}?" if ends else ""
     is_token, before = MARK.fullmatch(form.trigger), "ANY" if form.is_after_text and not must_call else "BLANK"
     opening, thoughts = f"{before} {quote(form.trigger)}", ",".join(MARK.findall("".join(form.thoughts)))
     lines = [
-        f"start: {f'(TEXT <[{thoughts}]>)*' if thoughts else ''} ({'' if must_call else 'TEXT | '}opening calls)",
+        f"start: {f'(TEXT <[{thoughts}]>)*' if thoughts else ''} ({'' if must_call else 'TEXT | '}opening calls) {end}",
         f"opening{'' if is_token else '[lazy]'}: {opening}",
         f"TEXT: ANY{'' if is_token else f' & ~({opening} ANY)'}",
         "ANY: /(.|\\n)*/\nBLANK: /\\s{0,4}/\nID: /[A-Za-z0-9]{9}/",
     ]
     return "\n".join([*lines, *_call_lines(form, schemas, json_rules, max_calls)])
+
+
+def one_of(tokens: Iterable[int]) -> str:
+    return f"<[{','.join(map(str, sorted(tokens)))}]>"
 
 
 def make_native_grammar(form: ToolForm, schemas: Mapping[str, Schema]) -> str:

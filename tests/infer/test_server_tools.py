@@ -82,7 +82,8 @@ def ask(form, tmp_path, one_thread):
             encoding.load_gguf_tokenizer.cache_clear()
             plain = {key: value for key, value in options.items() if key != "stream"}
             prompt = read(llm, **plain).settings["prompt"]
-            tokens = [*trained(encoding.load_gguf_tokenizer(llm), answer), min(server.engine.stop_ids(llm))]
+            tokenizer = encoding.load_gguf_tokenizer(llm)
+            tokens = [*trained(tokenizer, answer), min(encoding.end_of_turn_ids(tokenizer))]
             scripted = scripted_gguf.write(file, tmp_path / "scripted.gguf", len(prompt), tokens, chat_template)
             app = server._Service(scripted, llm, 900, 1).application()
             client = openai.OpenAI(base_url="http://x/v1", api_key="x", max_retries=0, http_client=TestClient(app))
