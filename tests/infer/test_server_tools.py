@@ -115,10 +115,12 @@ def test_a_text_is_no_call(ask):
 
 def test_a_call_that_has_begun_is_held_to_the_schema(ask):
     choice = ask(calling(("погода", {"town": 5})), max_tokens=300)
-    if choice.finish_reason == "tool_calls":
-        [(called, arguments)] = made(choice)
-        jsonschema.validate(arguments, WEATHER)
-        assert called == "погода"
+    if choice.finish_reason == "tool_calls":  # perhaps more than one: off its script the model may go on to another
+        calls = made(choice)
+        assert calls[0][0] == "погода"
+        for called, arguments in calls:
+            assert called in ("погода", "время")
+            jsonschema.validate(arguments, WEATHER if called == "погода" else {"type": "object", "maxProperties": 0})
     else:  # a model without an end writes into a string without an end
         assert (choice.finish_reason, choice.message.tool_calls) == ("length", None)
 
