@@ -47,8 +47,10 @@ def main() -> None:
 
 def answer_held(llm: llama_cpp.Llama, asked: Question) -> Sequence[Any] | None:
     """The calls, [] for a text, None for what cannot be read."""
-    message = infer.answer(llm, asked.messages, json.loads(asked.tools or "[]"), max_new_tokens=LONGEST)
-    return read(message)
+    try:
+        return read(infer.answer(llm, asked.messages, json.loads(asked.tools or "[]"), max_new_tokens=LONGEST))
+    except SaigaError:  # a call without an end
+        return None
 
 
 def answer_freely(llm: llama_cpp.Llama, asked: Question) -> Sequence[Any] | None:
