@@ -17,6 +17,7 @@ from saigakit.cli import execution, summary
 from saigakit.cli.execution import Screen
 from saigakit.core import launch, manifest, workspace
 from saigakit.core.files import explaining, lock_file, sha256, write_text
+from saigakit.demo import packages
 from saigakit.errors import SaigaError, suggestion
 from saigakit.evaluate import results
 from saigakit.llamacpp import quantization
@@ -168,6 +169,8 @@ def _fingerprint_path(value: object, run_dir: Path) -> object:
         return [_fingerprint_path(each, run_dir) for each in value]
     if not isinstance(value, str):
         return None
+    if value.startswith("package:"):
+        return packages.fingerprint()
     # os.path, because Path's methods raise for a text that is too long for a file name.
     given = Path(os.path.expanduser(value))  # noqa: PTH111
     for path in (given, run_dir / given):

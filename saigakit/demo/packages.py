@@ -129,6 +129,12 @@ def packaged_records(write: Callable[[Path], object], *made_of: Path) -> Path:
     return make_once(workspace.scratch_dir() / "records" / name[:16], write)
 
 
+def fingerprint() -> str:
+    """Changes with the version of the demo's models and records."""
+    files = sorted(file for file in Path(__file__).parent.rglob("*") if file.suffix != ".pyc" and file.is_file())
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def make_once(directory: Path, fill: Callable[[Path], object]) -> Path:
     """Return `directory`; if it is incomplete, let `fill` write it while other processes wait."""
     with lock_file(directory.with_name(f".{directory.name}.lock"), directory, _PATIENCE_S):

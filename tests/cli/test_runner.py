@@ -16,6 +16,7 @@ from small_notebooks import RUN, WAIT, has_ended
 
 from saigakit.cli import execution, runner, summary
 from saigakit.core import manifest
+from saigakit.demo import packages
 from saigakit.errors import SaigaError
 
 
@@ -110,6 +111,14 @@ def test_changed_file_of_a_list_reruns_its_stage(again, place):
 def test_another_version_of_saigakit_reruns_everything(again, monkeypatch):
     monkeypatch.setattr("saigakit.__version__", "9.9.9")
     assert again() == [*small_notebooks.STAGES]
+
+
+def test_other_records_of_the_demo_rerun_their_stage(again, monkeypatch):
+    values = {"records": "package:saiga_tiny/records.jsonl"}
+    again(values)
+    assert again(values) == []
+    monkeypatch.setattr(packages, "fingerprint", lambda: "another")
+    assert again(values) == ["01_format"]
 
 
 def test_failed_replacement_leaves_the_stage_intact(again, place):
