@@ -30,7 +30,11 @@ def extract_file(
     `texts_file`: JSON lines, each a string or an object with the string "text". Returns how many lines are of which
     kind. Raises SaigaError if `output` holds answers to other texts or by another schema.
     """
-    texts = [_read_text(line) for line in texts_file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    try:
+        lines = texts_file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise SaigaError(f"{texts_file} is not UTF-8 at byte {error.start}: save it as UTF-8.") from None
+    texts = [_read_text(line) for line in lines if line.strip()]
     with explaining(output), lock_file(output.with_name(f".{output.name}.lock"), output, 5.0):
         kinds = _read_done(output, schema, quotes, texts)
         left = [index for index in range(len(texts)) if index not in kinds]
@@ -56,7 +60,7 @@ _NO_TEXT = 'The line is neither a JSON string nor an object with the string "tex
 def _read_text(line: str) -> str | None:
     try:
         content = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     text = content.get("text") if isinstance(content, dict) else content
     return text if isinstance(text, str) else None

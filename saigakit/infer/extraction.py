@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from saigakit.core.lazy import jsonschema, llama_cpp
+from saigakit.data.tool_calls import value_problems
 from saigakit.errors import SaigaError
 from saigakit.infer import engine, sequences
 from saigakit.infer.constraint import Constraint
@@ -39,7 +40,7 @@ def extract(
     """
     asked = _Request(llm, schema, quotes, system)
     prompt, constraint = asked.prompt(text), asked.constraint(text)
-    limit = asked.limit([prompt], max_new_tokens)
+    limit = asked.limit(prompt, max_new_tokens)
     answer = sequences.answer(llm, prompt, constraint, max_new_tokens=limit)
     return asked.read(text, answer, constraint).value
 
@@ -66,9 +67,9 @@ def extract_all(
     if not prompts:
         return
     order = list(prompts)
-    limit = asked.limit(list(prompts.values()), max_new_tokens)
+    limits = [asked.limit(prompt, max_new_tokens) for prompt in prompts.values()]
     choosers = [constraints[index] for index in order]
-    for position, answer in sequences.answers(llm, list(prompts.values()), choosers, max_new_tokens=limit):
+    for position, answer in sequences.answers(llm, list(prompts.values()), choosers, limits):
         index = order[position]
         try:
             yield index, asked.read(texts[index], answer, constraints[index])
@@ -99,23 +100,26 @@ class _Request:
     def constraint(self, text: str) -> Constraint:
         return Constraint(self._llm, make_grammar(self._schema, text, self._prefix))
 
-    def limit(self, prompts: Sequence[list[int]], given: int | None) -> int:
-        longest = max(map(len, prompts))
-        return min(self._llm.n_ctx() - longest, given or max(256, 2 * longest))
+    def limit(self, prompt: Sequence[int], given: int | None) -> int:
+        return min(self._llm.n_ctx() - len(prompt), given or max(256, 2 * len(prompt)))
 
     def read(self, text: str, answer: list[int], constraint: Constraint) -> Extraction:
         """Raises SaigaError unless the answer is complete and fits the schema."""
         constraint.require_no_error()
         ends = engine.stop_ids(self._llm)
         written = write(self._llm, [token for token in answer if token not in ends]).removeprefix(self._prefix)
+        shown = written[:300].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         if not constraint.is_complete:
-            raise SaigaError(
-                f"The answer has no end after {len(answer)} tokens. Give a larger max_new_tokens, or n_ctx. It begins: "
-                f"{written[:300].encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')}"
-            )
-        value = json.loads(written)
-        if (problem := next(validator(self._schema).iter_errors(value), None)) is not None:
-            raise SaigaError(f"The answer does not fit the schema ({problem.message}): {written[:300]}")
+            what = f"The answer has no end after {len(answer)} tokens"
+            raise SaigaError(f"{what}. Give a larger max_new_tokens, or n_ctx. It begins: {shown}")
+        try:
+            value = json.loads(written)
+            problems = [problem.message for problem in validator(self._schema).iter_errors(value)]
+            problems = problems or value_problems("the answer", value)
+        except (ValueError, RecursionError) as error:  # a number of 4,300 digits, or a value as deep as a schema allows
+            problems = [str(error)]
+        if problems:
+            raise SaigaError(f"The answer does not fit the schema ({problems[0][:300]}): {shown}")
         return Extraction(value, find_quotes(self._schema, value, text))
 
 

@@ -26,7 +26,7 @@ _AROUND = {
 _COUNTS, _MOST_REPEATED = ("minItems", "maxItems", "minLength", "maxLength"), 2000  # in llama.cpp's own grammars
 _PLAIN = ("boolean", "integer", "number")
 # Blanks, also escaped ones, at neither end of a quotation, which is not empty.
-_SOLID = r'([^\s\\]|\\(["\\]|u[0-9a-f]{4}))'
+_SOLID = r'([^\s\\]|\\(["\\]|u00(0[0-8ef]|1[0-9ab])))'
 _INSIDE = r'([^\\]|\\(["\\nrtbf]|u[0-9a-f]{4}))'
 _TRIMMED = f"/{_SOLID}({_INSIDE}*{_SOLID})?/"
 _WORD = re.compile(r"\w+|\s|[^\w\s]")
@@ -58,22 +58,40 @@ def read_schema(schema: AnySchema, quotes: Sequence[str] = ()) -> Schema:
         raise SaigaError(f"This is not a JSON schema: {error.json_path}: {error.message[:300]}.") from None
     except (TypeError, pydantic.PydanticUserError):
         raise SaigaError(f"{str(schema)[:60]} is neither a JSON schema nor a type that pydantic knows.") from None
-    properties: dict[str, list[Schema]] = {}
-    for each in subschemas(found):
+    parts = list(subschemas(found))
+    for each in parts:
         if "properties" in each and "allOf" not in each:
             each.setdefault("additionalProperties", False)
-        for name, value in each.get("properties", {}).items():
-            properties.setdefault(name, []).append(value)
+    properties = [pair for each in parts for pair in each.get("properties", {}).items()]
     for name in quotes:
-        if name not in properties:
-            known = f"It has {', '.join(properties) or 'none'}."
-            raise SaigaError(f"quotes: the schema has no property {name!r}.{suggestion(name, properties)} {known}")
-        for value in properties[name]:
-            quoted = value.get("items", value) if isinstance(value, dict) else value
-            if not isinstance(quoted, dict):
-                raise SaigaError(f"quotes: {name!r} has no type in the schema, so it cannot be a quotation.")
-            quoted[QUOTE] = True
+        if not (marked := [value for each, value in properties if each == name]):
+            names = dict(properties)
+            known = f"It has {', '.join(names) or 'none'}."
+            raise SaigaError(f"quotes: the schema has no property {name!r}.{suggestion(name, names)} {known}")
+        if not all(_mark(value, found) for value in marked):
+            raise SaigaError(f"quotes: {name!r} is no free string in the schema, so it cannot be a quotation.")
+    for each in parts:
+        is_around = each.keys() & {"$ref", "anyOf", "items"} or each.get("type") in ("array", "object")
+        if each.get(QUOTE) and is_around and not _mark(each, found):
+            raise SaigaError(f"{QUOTE} stands where there is no string: {literal(each)[:200]}.")
     return found
+
+
+def _mark(schema: Any, root: Schema) -> bool:  # noqa: ANN401  # a schema, or a bool
+    """Mark the free strings that a value, the items of a list or a choice can be. Whether there are any."""
+    if not isinstance(schema, dict):
+        return False
+    schema.pop(QUOTE, None)
+    if "$ref" in schema:
+        schema |= json.loads(json.dumps(find_reference(root, schema.pop("$ref"))))
+        return "properties" not in schema and _mark(schema, root)
+    if parts := [*schema.get("anyOf", ()), *([schema["items"]] if "items" in schema else ())]:
+        return sum(_mark(part, root) for part in parts) > 0
+    if {"enum", "const", "properties", "oneOf", "allOf"} & schema.keys():
+        return False
+    kinds = schema.get("type", "string")
+    schema |= {QUOTE: True} if (is_string := kinds == "string" or "string" in [*kinds]) else {}
+    return is_string
 
 
 def subschemas(schema: object) -> Iterator[Schema]:
@@ -87,6 +105,16 @@ def subschemas(schema: object) -> Iterator[Schema]:
     elif isinstance(schema, list):
         for part in schema:
             yield from subschemas(part)
+
+
+def find_reference(root: Schema, reference: str) -> Schema:
+    """What a `$ref` stands for."""
+    found: Any = root
+    for part in reference.removeprefix("#").split("/")[1:]:
+        found = found.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(found, dict) else None
+    if not reference.startswith(("#/", "#")) or reference[1:2] not in ("", "/") or not isinstance(found, dict):
+        raise SaigaError(f"$ref {reference!r} is not in the schema. Only references inside it can be followed.")
+    return dict(found)
 
 
 def make_grammar(schema: Schema, text: str, prefix: str = "") -> str:
@@ -166,23 +194,18 @@ class _Rules:
         for each in subschemas({name: value for name, value in schema.items() if name != "$defs"}):
             if each.get(QUOTE):
                 return True
-            if (name := each.get("$ref")) and name not in seen and self._has_quote(self._find(name), seen | {name}):
+            if (name := each.get("$ref")) and name not in seen and self._quotes(name, seen):
                 return True
         return False
 
-    def _find(self, reference: str) -> Schema:
-        found: Any = self._root
-        for part in reference.removeprefix("#").split("/")[1:]:
-            found = found.get(part.replace("~1", "/").replace("~0", "~"), {}) if isinstance(found, dict) else {}
-        if not reference.startswith("#") or not found or not isinstance(found, dict):
-            raise SaigaError(f"$ref {reference!r} is not in the schema. Only references inside it can be followed.")
-        return dict(found)
+    def _quotes(self, reference: str, seen: frozenset[str]) -> bool:
+        return self._has_quote(find_reference(self._root, reference), seen | {reference})
 
     def _reference(self, reference: str, where: str) -> str:
         if reference not in self._of_reference:
             # first: it may contain itself
             self._of_reference[reference] = name = f"{self._prefix}ref{len(self._of_reference)}"
-            self.lines.append(f"{name}: {self.expression(self._find(reference), where)}")
+            self.lines.append(f"{name}: {self.expression(find_reference(self._root, reference), where)}")
         return self._of_reference[reference]
 
     def _rule(self, body: str) -> str:
@@ -243,13 +266,17 @@ class _NativeRules(_Rules):
 
 
 def find_quotes(schema: Schema, value: object, text: str) -> list[dict[str, Any]]:
-    """Where the quotations of a value stand in the text: JSON pointer, first character and the one after the last."""
+    """Where the quotations of a value stand in the text: JSON pointer, first character and the one after the last.
+
+    A string that is not in the text, because a choice allows it, is none.
+    """
     found: list[dict[str, Any]] = []
     latest: dict[str, int] = {}  # a second quotation of the same words stands later, if they are there again
-    for path, words in dict(_marked(_Rules(schema), schema, value, "")).items():
+    for path, words in dict(_marked(schema, schema, value, "")).items():
         before = latest.get(words, -1)
         latest[words] = start = max(before, find_words(text, words, before + 1))
-        found.append({"path": path, "start": start, "end": start + len(words)})
+        if start >= 0:
+            found.append({"path": path, "start": start, "end": start + len(words)})
     return found
 
 
@@ -267,18 +294,20 @@ def _is_cut(text: str, position: int) -> bool:
     return not re.fullmatch(r"\w\w", text[max(position - 1, 0) : position + 1])
 
 
-def _marked(rules: _Rules, schema: Schema, value: object, path: str) -> Iterator[tuple[str, str]]:
+def _marked(root: Schema, schema: object, value: object, path: str) -> Iterator[tuple[str, str]]:
     """Path and text of each quotation in a value that fits the schema."""
+    if not isinstance(schema, dict):
+        return
     if "$ref" in schema:
-        yield from _marked(rules, rules._find(schema["$ref"]), value, path)
+        yield from _marked(root, find_reference(root, schema["$ref"]), value, path)
     for choice in schema.get("anyOf", ()):
-        yield from _marked(rules, choice, value, path)
+        yield from _marked(root, choice, value, path)
     if isinstance(value, str) and schema.get(QUOTE):
         yield path, value
     elif isinstance(value, list) and "items" in schema:
         for index, item in enumerate(value):
-            yield from _marked(rules, schema["items"], item, f"{path}/{index}")
+            yield from _marked(root, schema["items"], item, f"{path}/{index}")
     elif isinstance(value, dict):
         for name, part in value.items():
             escaped = name.replace("~", "~0").replace("/", "~1")
-            yield from _marked(rules, schema.get("properties", {}).get(name, {}), part, f"{path}/{escaped}")
+            yield from _marked(root, schema.get("properties", {}).get(name, {}), part, f"{path}/{escaped}")

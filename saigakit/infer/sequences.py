@@ -61,7 +61,7 @@ def greedy(
     rows: list[list[int]] = [[] for _ in prompts]
     start = time.perf_counter()
     on_progress(0, len(prompts))
-    for done, (index, row) in enumerate(answers(llm, prompts, choosers, max_new_tokens=max_new_tokens), 1):
+    for done, (index, row) in enumerate(answers(llm, prompts, choosers, [max_new_tokens] * len(prompts)), 1):
         rows[index] = row
         on_progress(done, len(prompts))
     return Generated(rows, time.perf_counter() - start)
@@ -72,6 +72,8 @@ def answer(llm: "llama_cpp.Llama", prompt: Sequence[int], chooser: Chooser, *, m
     found = chooser.begin()
     added = [*prompt, *found]
     llm.n_tokens = len(_common_prefix([llm.input_ids[: llm.n_tokens].tolist(), added]))
+    if not llm._ctx.kv_cache_seq_rm(-1, llm.n_tokens, -1):  # a recurrent model cannot go back
+        llm.reset()
     added = added[llm.n_tokens :]
     while not chooser.is_complete and len(found) < max_new_tokens:
         llm.eval(added)
@@ -82,15 +84,15 @@ def answer(llm: "llama_cpp.Llama", prompt: Sequence[int], chooser: Chooser, *, m
 
 
 def answers(
-    llm: "llama_cpp.Llama", prompts: Sequence[list[int]], choosers: Sequence[Chooser], *, max_new_tokens: int
+    llm: "llama_cpp.Llama", prompts: Sequence[list[int]], choosers: Sequence[Chooser], limits: Sequence[int]
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yield the index of each prompt with the tokens of its answer, as soon as it is complete or has `max_new_tokens`
-    and perhaps some that had to follow.
+    """Yield the index of each prompt with the tokens of its answer, as soon as it is complete or has as many as its
+    limit, and perhaps some that had to follow.
 
     Raises SaigaError if one sequence does not fit into memory.
     """
     head = _common_prefix(prompts)
-    longest = max(map(len, prompts)) + max_new_tokens + MAX_TOKENS
+    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)) + MAX_TOKENS
     length = -(-longest // 256) * 256  # llama.cpp allocates cells in steps of 256
     slots = max(1, min(MAX_SEQUENCES, _tokens_in_memory(llm) // length - 1, len(prompts)))
     waiting = deque(range(len(prompts)))
@@ -110,18 +112,15 @@ def answers(
                 index = running[slot]
                 added[slot] = choosers[index].choose(logits)
                 rows[index] += added[slot]
-                if choosers[index].is_complete or len(rows[index]) >= max_new_tokens:
+                if choosers[index].is_complete or len(rows[index]) >= limits[index]:
                     del running[slot]
                     yield index, rows.pop(index)
 
 
 def _tokens_in_memory(llm: "llama_cpp.Llama") -> int:
     """Tokens of all sequences together: BATCH_TOKENS, or as many as fit into half of the free memory."""
-    width = llama_cpp.llama_model_n_embd(llm.model) // llama_cpp.llama_model_n_head(llm.model)
-    heads = llama_cpp.llama_model_n_layer(llm.model) * llama_cpp.llama_model_n_head_kv(llm.model)
-    per_token = 2 * heads * width * 2  # keys and values, float16
     free = engine.gpu_memory() if engine.on_gpu(llm) else workspace.available_memory()
-    return min(BATCH_TOKENS, int(free // 2 // per_token))
+    return min(BATCH_TOKENS, free // 2 // engine.cache_bytes(llm.model))
 
 
 def _common_prefix(prompts: Sequence[list[int]]) -> list[int]:

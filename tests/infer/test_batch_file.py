@@ -62,6 +62,19 @@ def test_a_bad_line_is_an_error_of_its_own(llm, tmp_path):
     assert errors[3] == "The text is empty."
 
 
+def test_a_file_with_a_mark_of_its_encoding_and_a_deep_line(llm, tmp_path):
+    file, output = tmp_path / "texts.jsonl", tmp_path / "answers.jsonl"
+    file.write_text('\ufeff"Азот — газ."\n' + "[" * 100_000 + "\n", encoding="utf-8")
+    assert infer.extract_file(llm, SCHEMA, file, output) == {"value": 1, "error": 1}
+
+
+def test_a_file_in_another_encoding_is_a_sentence(llm, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_bytes('"Азот"\n'.encode("cp1251"))
+    with pytest.raises(SaigaError, match=r"texts\.jsonl is not UTF-8 at byte 1: save it as UTF-8"):
+        infer.extract_file(llm, SCHEMA, file, tmp_path / "answers.jsonl")
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import closing
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -56,6 +57,22 @@ def test_a_bad_text_does_not_stop_the_others(llm):
 def test_a_huge_text_is_a_sentence(llm, text):
     [(_, error)] = infer.extract_all(llm, [text], SCHEMA)
     assert "tokens, but the context holds 256" in str(error)
+
+
+def test_a_long_text_leaves_the_others_their_room(llm):
+    texts = ["Азот — газ.", "слово " * 60, "Кислород — газ."]
+    found = dict(infer.extract_all(llm, texts, SCHEMA))
+    alone = [infer.extract(llm, texts[index], SCHEMA) for index in (0, 2)]
+    assert [found[0].value, found[2].value] == alone
+
+
+@pytest.mark.parametrize("written", ["1e999", "1" * 5000, "[" * 3000 + "]" * 3000, "NaN"])
+def test_a_value_that_is_no_json_is_an_error_and_not_the_end(llm, monkeypatch, written):
+    asked = extraction._Request(llm, {}, (), None)
+    monkeypatch.setattr(extraction, "write", lambda *_: written)
+    complete = SimpleNamespace(is_complete=True, require_no_error=lambda: None)
+    with pytest.raises(SaigaError, match="does not fit the schema"):
+        asked.read(TEXTS[0], [], complete)
 
 
 def test_an_answer_without_an_end_is_an_error_with_its_beginning(llm):

@@ -125,6 +125,68 @@ def test_a_pydantic_model_is_a_schema(fits):
     ]
 
 
+PLAIN = {"type": "string"}
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [
+        {"anyOf": [PLAIN, {"type": "null"}], "x-quote": True},
+        {"anyOf": [{"$ref": "#/$defs/word"}, {"type": "array", "items": PLAIN}], "x-quote": True},
+        {"$ref": "#/$defs/word", "x-quote": True},
+        {"type": "array", "items": PLAIN, "x-quote": True},
+        {"type": "array", "items": {"anyOf": [PLAIN, {"type": "integer"}]}, "x-quote": True},
+        {"type": ["string", "null"], "x-quote": True},
+    ],
+)
+def test_a_mark_around_strings_is_one_of_each_of_them(fits, definition):
+    schema = {"type": "object", "properties": {"a": definition}, "required": ["a"], "$defs": {"word": PLAIN}}
+    unmarked = {**schema, "properties": {"a": {**definition, "x-quote": False}}}
+    wrap = (lambda text: [text]) if "array" in str(definition.get("type")) else (lambda text: text)
+    for given, quotes in ((schema, ()), (unmarked, ["a"])):
+        assert fits(given, {"a": wrap("газ")}, quotes=quotes)
+        assert not fits(given, {"a": wrap("газы")}, quotes=quotes)
+
+
+def test_an_optional_field_of_a_pydantic_model_can_be_a_quotation(fits):
+    pydantic = pytest.importorskip("pydantic")
+
+    class Item(pydantic.BaseModel):
+        definition: str | None = None
+
+    assert fits(Item, {"definition": None}, quotes=["definition"])
+    assert fits(Item, {"definition": "газ"}, quotes=["definition"])
+    assert not fits(Item, {"definition": "выдумка"}, quotes=["definition"])
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"type": "integer"}, PAIR, {"$ref": "#/$defs/pair"}, {"anyOf": [{"type": "null"}]}, {"type": "array"}, True],
+)
+def test_a_mark_where_there_is_no_string_is_refused(schema):
+    root = {"type": "object", "properties": {"a": schema}, "$defs": {"pair": PAIR}}
+    with pytest.raises(SaigaError, match="'a' is no free string in the schema"):
+        read_schema(root, ["a"])
+    if isinstance(schema, dict) and schema != {"type": "integer"}:
+        with pytest.raises(SaigaError, match="x-quote stands where there is no string"):
+            read_schema({**root, "properties": {"a": {**schema, "x-quote": True}}})
+
+
+def test_a_value_of_another_choice_is_no_quotation():
+    schema = {"anyOf": [TERM, {"enum": ["нет"]}]}
+    assert find_quotes(schema, "нет", TEXT) == []
+    assert find_quotes(schema, "газ", TEXT) == [{"path": "", "start": 7, "end": 10}]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"type": "array", "items": True}, {"properties": {"a": True}}, {"$ref": "#/$defs/any", "$defs": {"any": {}}}],
+)
+def test_what_may_be_anything_has_no_quotations(schema):
+    for value in ([1], {"a": "газ"}, "газ"):
+        assert find_quotes(schema, value, TEXT) == []
+
+
 @pytest.mark.parametrize(
     ("schema", "reason"),
     [
@@ -179,7 +241,7 @@ def test_names_of_properties_are_no_keywords(fits):
     assert fits(schema, {"properties": "газ", "$ref": "Азот", "x-quote": 3, "anything": [None]})
     assert not fits(schema, {"properties": "газ", "$ref": "азот", "x-quote": 3, "anything": 1})
     assert fits({"type": "array", "items": {"const": {"properties": 1}}}, [{"properties": 1}])
-    with pytest.raises(SaigaError, match="'anything' has no type"):
+    with pytest.raises(SaigaError, match="'anything' is no free string"):
         read_schema(schema, ["anything"])
 
 
