@@ -175,8 +175,11 @@ class Export:
             bits = round(8 * size / self._parameters, 3)
             facts = {"quant_type": quant_type, "bytes": size, "bits_per_weight": bits, "tensors": len(self.shapes)}
             by_name[file.name] = facts
-        template_hash = sha256_of_text(self.tokenizer.chat_template)
-        return {**next(iter(by_name.values())), "files": by_name, "chat_template_sha256": template_hash}
+        hashes = {
+            "chat_template_sha256": sha256_of_text(self.tokenizer.chat_template),
+            "vocabulary_sha256": sha256_of_text("\0".join(text for text, _, _ in self.vocabulary.tokens)),
+        }
+        return {**next(iter(by_name.values())), "files": by_name, **hashes}
 
     @property
     def _parameters(self) -> int:

@@ -17,7 +17,7 @@ from saigakit.core.lazy import llama_cpp
 from saigakit.errors import SaigaError
 from saigakit.llamacpp import forward
 from saigakit.prompt import encoding
-from saigakit.prompt.backends import token_bytes
+from saigakit.prompt.backends import token_bytes, vocabulary_sha256
 from saigakit.prompt.sandbox import BROKEN
 from saigakit.prompt.template import Message, broken
 from saigakit.registry import Sampling
@@ -48,6 +48,10 @@ def load(
                 forward.disable_amx(value)
             if name == "_model":  # beyond its training length a model answers with noise, and llama.cpp warns
                 self.context_params.n_ctx = min(self.context_params.n_ctx, value.n_ctx_train())  # type: ignore[attr-defined]
+                needed = self.context_params.n_ctx * cache_bytes(value.model) // (1 if cache_type == "f16" else 2)  # type: ignore[attr-defined]
+                if not layers and needed > (free := workspace.available_memory()):  # else the system kills the process
+                    sizes = f"need {needed / workspace.GB:.1f} GB, and {free / workspace.GB:.1f} GB are free"
+                    raise SaigaError(f"{n_ctx:,} tokens of context {sizes}. Give a smaller n_ctx.")
             super().__setattr__(name, value)
 
     remedy = "" if cache_type == "f16" else " A q8_0 cache needs a head_dim of 32, 64, …; try cache_type='f16'."
@@ -65,8 +69,15 @@ def load(
             type_v=_CACHE_TYPES[cache_type],
             verbose=False,
         )
-    _require_as_exported(llm, file)
+    require_as_exported(llm, file)
     return llm
+
+
+def cache_bytes(model: Any) -> int:  # noqa: ANN401  # a ctypes pointer
+    """Of the keys and values of a token in f16."""
+    width = llama_cpp.llama_model_n_embd(model) // llama_cpp.llama_model_n_head(model)
+    heads = llama_cpp.llama_model_n_layer(model) * llama_cpp.llama_model_n_head_kv(model)
+    return int(2 * heads * width * 2)
 
 
 @contextmanager
@@ -86,17 +97,21 @@ def explaining(file: Path, n_ctx: int, remedy: str = "") -> Iterator[None]:
         ) from None
 
 
-def _require_as_exported(llm: "llama_cpp.Llama", file: Path) -> None:
-    """Raise SaigaError if the manifest beside the file tells of another chat template or size."""
+def require_as_exported(llm: "llama_cpp.Llama", file: Path) -> None:
+    """Raise SaigaError if the manifest beside the file tells of another chat template, vocabulary or size."""
     made = manifest.read(file.parent) if (file.parent / manifest.NAME).is_file() else {}
     if (about := made.get("files", {}).get(file.name)) is None:
         return
-    template = llm.metadata.get("tokenizer.chat_template", "")
-    if sha256_of_text(template) != made["chat_template_sha256"] or file.stat().st_size != about["bytes"]:
+    template_hash = sha256_of_text(llm.metadata.get("tokenizer.chat_template", ""))
+    found = {"chat template": template_hash == made["chat_template_sha256"]}
+    found |= {"size": file.stat().st_size == about["bytes"]}
+    if "vocabulary_sha256" in made:  # not in a manifest of an earlier version
+        found |= {"vocabulary": vocabulary_sha256(llm) == made["vocabulary_sha256"]}
+    if other := [name for name, is_same in found.items() if not is_same]:
         llm.close()
         raise SaigaError(
-            f"{file} is not the file that {file.parent / manifest.NAME} describes: its chat template or its size is "
-            "another. Run 03_merge_gguf again, or move the file away from there if it is from elsewhere."
+            f"{file} is not the file that {file.parent / manifest.NAME} describes: its {other[0]} is another. Run "
+            "03_merge_gguf again, or move the file away from there if it is from elsewhere."
         )
 
 

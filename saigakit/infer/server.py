@@ -72,6 +72,7 @@ class _Service:
     def __init__(self, file: Path, llm: "llama_cpp.Llama", n_ctx: int, parallel: int) -> None:
         trained = int(llm.metadata[f"{llm.metadata['general.architecture']}.context_length"])
         engine.stop_ids(llm)  # Raises SaigaError for a file without a chat template
+        engine.require_as_exported(llm, file)
         self._llm, self._n_ctx = llm, min(n_ctx, trained)  # beyond its training length a model answers with noise
         self._head = {"model": file.stem, "created": int(time.time())}
         self._reader, self._slots = ThreadPoolExecutor(1), ThreadPoolExecutor(parallel)

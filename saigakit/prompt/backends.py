@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from saigakit.core.files import sha256_of_text
 from saigakit.core.lazy import llama_cpp, tokenizers
 from saigakit.errors import SaigaError
 from saigakit.prompt.sandbox import BROKEN
@@ -112,7 +113,7 @@ class GgufTokenizer:
                 continue
             if llama_cpp.llama_vocab_is_eog(vocabulary, token):
                 ends.append(token)
-            text = llama_cpp.llama_vocab_get_text(vocabulary, token).decode("utf-8")
+            text = _text_of(vocabulary, token)
             if is_added and not text.strip():
                 self._blanks.append(text)  # which are ordinary text
                 continue
@@ -122,7 +123,7 @@ class GgufTokenizer:
         self.special_tokens: Mapping[str, int] = {text: token for token, text in names.items()}
         longest_first = sorted(always_found, key=len, reverse=True)
         self._always_found = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._has_prefix_space = llm.metadata.get("tokenizer.ggml.add_space_prefix") == "true"
+        self._has_prefix_space = has_prefix_space(llm)
         embedded = llm.metadata.get(TOKENIZER_JSON_KEY)
         self._exact = FastTokenizer(tokenizers.Tokenizer.from_str(embedded), "", {}) if embedded else None
         self._normalizes = llm.metadata.get(NORMALIZATION_KEY) == "NFC"
@@ -150,7 +151,7 @@ class GgufTokenizer:
     def _text_only(self) -> FastTokenizer:
         """The SentencePiece vocabulary, in which nothing of a text is a user-defined token."""
         vocabulary = llama_cpp.llama_model_get_vocab(self._llm.model)
-        texts = [llama_cpp.llama_vocab_get_text(vocabulary, i).decode("utf-8") for i in range(self._llm.n_vocab())]
+        texts = [_text_of(vocabulary, i) for i in range(self._llm.n_vocab())]
         scores = {
             text: llama_cpp.llama_vocab_get_score(vocabulary, i)
             for i, text in enumerate(texts)
@@ -170,6 +171,26 @@ class GgufTokenizer:
                 raise SaigaError(f"llama.cpp reads {found.group()!r} in a text as a special token. Remove it.")
             cuts.append(cut.end())
         return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+def _text_of(vocabulary: Any, token: int) -> str:  # noqa: ANN401  # a ctypes pointer
+    text: bytes = llama_cpp.llama_vocab_get_text(vocabulary, token)
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        raise SaigaError(f"The vocabulary of this GGUF is damaged: token {token} is {text!r}.") from None
+
+
+def vocabulary_sha256(llm: "llama_cpp.Llama") -> str:
+    """Of the texts of all tokens."""
+    vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
+    return sha256_of_text("\0".join(_text_of(vocabulary, token) for token in range(llm.n_vocab())))
+
+
+def has_prefix_space(llm: "llama_cpp.Llama") -> bool:
+    """Whether a SentencePiece vocabulary puts a blank before a text, as llama.cpp decides it."""
+    is_default = "true" if llm.metadata.get("tokenizer.ggml.model") == "llama" else "false"
+    return bool(llm.metadata.get("tokenizer.ggml.add_space_prefix", is_default) == "true")
 
 
 @contextmanager

@@ -122,6 +122,19 @@ def test_a_file_with_another_template_than_its_manifest_tells_is_refused(gguf_fi
         infer.load(file, n_ctx=64)
 
 
+def test_a_file_with_another_vocabulary_than_its_manifest_tells_is_refused(gguf_file, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(gguf_file.read_bytes())
+    with gguf_vocabulary(file) as llm:
+        template = sha256_of_text(llm.metadata["tokenizer.chat_template"])
+    empty = {"parameters": {}, "inputs": {}, "outputs": {}}
+    about = {"files": {"model.gguf": {"bytes": file.stat().st_size}}, "chat_template_sha256": template}
+    about |= {"vocabulary_sha256": sha256_of_text("another")}
+    (tmp_path / "saigakit.json").write_text(json.dumps({"stage": "03_merge_gguf", **empty, **about}), encoding="utf-8")
+    with pytest.raises(SaigaError, match=r"not the file that .*saigakit\.json describes: its vocabulary is another"):
+        infer.load(file, n_ctx=64)
+
+
 def test_a_file_that_is_not_a_gguf_is_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"PK\x03\x04")
     with pytest.raises(SaigaError, match=r"is not a GGUF file: it begins with b'PK"):
@@ -265,3 +278,12 @@ def test_an_answer_is_sampled_as_the_file_recommends(llm, monkeypatch):
     expected = Sampling(**registry.find("saiga_tiny").sampling)
     assert drawn[0]["temp"] == pytest.approx(expected.temperature)
     assert (drawn[0]["top_k"], drawn[0]["repeat_penalty"]) == (expected.top_k, pytest.approx(expected.repeat_penalty))
+
+
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+def test_a_context_that_does_not_fit_is_a_sentence(gguf_file, monkeypatch, cache_type):
+    monkeypatch.setattr(workspace, "available_memory", lambda: 10**4)
+    with pytest.raises(
+        SaigaError, match=r"256 tokens of context need 0\.0 GB, and 0\.0 GB are free\. Give a smaller n_ctx"
+    ):
+        infer.load(gguf_file, n_ctx=256, cache_type=cache_type)
