@@ -17,6 +17,7 @@ from saigakit.infer.schema import QUOTE, Schema, native_grammar, native_rules, r
 from saigakit.infer.tool_calls import read_answer, read_schemas
 from saigakit.infer.tool_form import ToolForm, json_rules, make_grammar, make_native_grammar, one_of, read_form
 from saigakit.prompt import encoding
+from saigakit.prompt.backends import has_prefix_space
 from saigakit.prompt.template import Message
 from saigakit.registry import Sampling
 
@@ -73,14 +74,17 @@ class ChatRequest(NamedTuple):
 def read(body: bytes, llm: "llama_cpp.Llama", n_ctx: int) -> ChatRequest:
     """Raises RefusedError for a request that cannot be answered as it was made."""
     given = _parse(body)
-    tools = given.get("tools") if given.get("tool_choice") != "none" else None
     # The answer that is asked for makes it a conversation.
-    found = normalise_record({"messages": [*given["messages"], {"role": "assistant", "content": "."}], "tools": tools})
+    turns = [*given["messages"], {"role": "assistant", "content": "."}]
+    found = normalise_record({"messages": turns, "tools": given.get("tools")})
     if isinstance(found, BadRecord):
         raise RefusedError("; ".join(found.problems[:3]), found.problems[0].partition(":")[0])
     messages, tokenizer, tools = found["messages"][:-1], encoding.load_gguf_tokenizer(llm), found.get("tools")
+    has_calls = any("tool_calls" in message for message in messages)
+    may_call = given.get("tool_choice") != "none"
     with _refusing("messages"):
-        prompt = encoding.encode(messages, tokenizer, tools=tools, add_generation_prompt=True)["input_ids"]
+        shown = tools if may_call or has_calls else None  # without any a model is less inclined to call
+        prompt = encoding.encode(messages, tokenizer, tools=shown, add_generation_prompt=True)["input_ids"]
     if (room := n_ctx - len(prompt)) < 1:
         reason = f"The messages have {len(prompt)} tokens, but the context holds {n_ctx}."
         raise RefusedError(reason, "messages", code="context_length_exceeded")
@@ -97,10 +101,10 @@ def read(body: bytes, llm: "llama_cpp.Llama", n_ctx: int) -> ChatRequest:
     asked = ChatRequest(given, messages, settings)
     kind = given.get("response_format", {"type": "text"})
     if kind["type"] != "text":
-        if tools:
+        if tools and may_call:
             raise RefusedError('response_format and tools exclude each other without "tool_choice": "none".', "tools")
         return _hold_to_schema(asked, kind.get("json_schema", {}).get("schema", {"type": "object"}), llm)
-    return _hold_to_tools(asked, json.loads(tools), llm, names) if tools else asked
+    return _hold_to_tools(asked, json.loads(tools), llm, names) if tools and may_call else asked
 
 
 def _parse(body: bytes) -> dict[str, Any]:
@@ -145,8 +149,7 @@ def _hold_to_tools(
 
 def _is_native(llm: "llama_cpp.Llama") -> bool:
     """Whether tokens lose the space that they begin with in xllamacpp's llguidance, but not in llama.cpp's grammars."""
-    is_default = "true" if llm.metadata["tokenizer.ggml.model"] == "llama" else "false"
-    return bool(llm.metadata.get("tokenizer.ggml.add_space_prefix", is_default) == "true")
+    return has_prefix_space(llm)
 
 
 def _require_supported(given: object) -> None:

@@ -45,7 +45,7 @@ def answer(
     ids = sequences.answer(llm, prompt, constraint, max_new_tokens=min(room, max_new_tokens or room))
     constraint.require_no_error()
     written = write(llm, [token for token in ids if token not in engine.stop_ids(llm)])
-    if not constraint.is_complete and form.split(written)[1]:
+    if not constraint.is_complete and (tool_choice == "required" or form.split(written)[1]):
         raise SaigaError(f"The call has no end after {len(ids)} tokens. Give a larger max_new_tokens, or n_ctx.")
     return read_answer(form, written, schemas, messages)
 
@@ -110,7 +110,8 @@ def run_tools(
             try:
                 content = to_json(by_name[name](**json.loads(arguments))).encode().decode()  # refuses half characters
             except Exception as error:  # the model reads it
-                content = to_json({"error": masked(f"{type(error).__name__}: {error}")})
+                written = f"{type(error).__name__}: {error}".encode("utf-8", "replace").decode("utf-8")
+                content = to_json({"error": masked(written)})
             conversation.append({"role": "tool", "tool_call_id": call["id"], "name": name, "content": content})
     raise SaigaError(f"The model still calls functions after {max_rounds} rounds: {', '.join(called)[:2000]}.")
 
@@ -127,7 +128,7 @@ def _describe(function: Callable[..., Any]) -> Tool:
     parameters = pydantic.TypeAdapter[Any](cast(Any, function)).json_schema()
     for key, schema in parameters["properties"].items():
         schema.pop("title", None)
-        note = re.search(rf"^\s*{key}\s*:\s+(.+)$", text, re.MULTILINE)
+        note = re.search(rf"^\s*(?::param )?{key}\s*(?:\(.*?\))?\s*:\s+(.+)$", text, re.MULTILINE)
         schema |= {"description": note[1]} if note else {}
     description = re.split(r"\n\s*\n", text)[0]
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}

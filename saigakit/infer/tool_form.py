@@ -36,7 +36,7 @@ class ToolForm:
     again: str  # between two calls; "" if the template writes one only
     last: str  # after the last call
     keys: Mapping[str, str]  # the keys of "name", "arguments" and perhaps "id" in the JSON object of a call
-    thoughts: tuple[str, ...]  # the special tokens around thoughts, which come before the text
+    thoughts: tuple[str, ...]  # the special tokens around thoughts, which come before the text; the first opens one
 
     def unmarked(self, names: Mapping[int, str]) -> "ToolForm":
         """The form with the texts of special tokens, for answers in which these are written out."""
@@ -58,7 +58,10 @@ class ToolForm:
         before = ".*?" if self.is_after_text else rf"(?:.*?(?:{thoughts}))??\s*"
         found = re.match(f"(?:{before})(?={re.escape(self.trigger)})", answer, re.DOTALL)
         end = found.end() if found else len(answer)
-        return re.split(thoughts, answer[:end].removeprefix(self.head))[-1].strip(), answer[end:]
+        text = answer[:end].removeprefix(self.head)
+        if self.thoughts and text.rfind(self.thoughts[0]) > max(map(text.rfind, self.thoughts[1:]), default=-1):
+            return "", answer[end:]  # a limit has cut the thought
+        return re.split(thoughts, text)[-1].strip(), answer[end:]
 
     def settled(self, answer: str) -> str:
         """What the text of an answer that goes on begins with in any case."""
@@ -90,8 +93,8 @@ def read_form(llm: "llama_cpp.Llama") -> ToolForm:
     keys = {kind: key for key, kind in re.findall(r'"(\w+)": ?"?\udcff\[([a-z]+)\]', one)}
     if not found or bool(two) != bool(found["again"]) or not {"name", "arguments"} <= keys.keys():
         raise SaigaError("saigakit does not recognise how the chat template of this GGUF writes function calls.")
-    thoughts = {*MARK.findall(head), *[str(special[name]) for name in ("<think>", "</think>") if name in special]}
-    marks = tuple(f"\udcff[{token}]" for token in sorted(thoughts))
+    thoughts = [str(special[name]) for name in ("<think>", "</think>") if name in special]
+    marks = tuple(f"\udcff[{token}]" for token in dict.fromkeys([*thoughts, *MARK.findall(head)]))
     return ToolForm(
         head=head, is_after_text=found["trigger"] in mixed, keys=keys, thoughts=marks, **found.groupdict("")
     )

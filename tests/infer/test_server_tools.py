@@ -145,6 +145,21 @@ def test_without_a_choice_there_is_no_call(ask):
     assert choice.message.tool_calls is None
 
 
+def test_after_calls_a_text_or_a_value_can_be_asked_for(load, one_thread):
+    file, chat_template = load("qwen")
+    call = {"id": "call00001", "type": "function", "function": {"name": "время", "arguments": "{}"}}
+    turns = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    turns += [{"role": "tool", "tool_call_id": "call00001", "name": "время", "content": "12:00"}]
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": WEATHER}}
+    with gguf_vocabulary(file) as llm:
+        llm.metadata["tokenizer.chat_template"] = chat_template
+        encoding.load_gguf_tokenizer.cache_clear()
+        for further in ({}, {"response_format": format}):
+            asked = read(llm, messages=turns, tools=TOOLS, tool_choice="none", **further)
+            assert asked.form is None
+            assert ("grammar" in asked.settings) == bool(further)
+
+
 def test_a_value_has_the_separators_and_the_words_of_the_schema(ask):
     value = {"город": "Омск в 1975", "scale": "c d", "days": 3}
     format = {"type": "json_schema", "json_schema": {"name": "x", "schema": WEATHER}}
