@@ -22,8 +22,11 @@ def show_stream(pieces: Iterable[str]) -> None:
 
     text = ""
     shown = display({"text/plain": text}, raw=True, display_id=True)
-    for piece in pieces:
-        shown.update({"text/plain": (text := text + piece)}, raw=True)
+    try:
+        for piece in pieces:
+            shown.update({"text/plain": (text := text + piece)}, raw=True)
+    except SaigaError as error:  # such as a question over the context
+        shown.update({"text/plain": f"{text} ({error})"}, raw=True)
 
 
 def show_extraction(llm: "llama_cpp.Llama", text: str, examples: Sequence[Question]) -> token_view.Marked:

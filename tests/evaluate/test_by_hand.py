@@ -29,11 +29,13 @@ def tool(kind):
 
 
 def test_a_stream_is_one_output_of_an_executed_notebook(monkeypatch):
-    cell = nbformat.v4.new_code_cell("from saigakit import evaluate\nevaluate.show_stream(iter(['Са', 'йга', '\\n.']))")
-    notebook = nbformat.v4.new_notebook(cells=[cell])
+    code = "from saigakit import SaigaError, evaluate\ndef pieces(*given):\n    yield 'Са'\n    yield 'йга'\n"
+    code += "    if given:\n        raise SaigaError('мало места')\n"
+    sources = [f"{code}evaluate.show_stream(pieces())", "evaluate.show_stream(pieces(1))"]
+    notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, sources)))
     nbclient.NotebookClient(notebook, kernel_name="python3").execute()
-    [output] = notebook.cells[0].outputs
-    assert output["data"] == {"text/plain": "Сайга\n."}
+    shown = [output["data"]["text/plain"] for cell in notebook.cells for output in cell.outputs]
+    assert shown == ["Сайга", "Сайга (мало места)"]
 
 
 def test_an_answer_has_the_shape_of_the_examples(llm):
