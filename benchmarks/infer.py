@@ -120,8 +120,9 @@ def batches(llm: llama_cpp.Llama, asked: Sequence[questions.Question], rounds: i
 
 
 def longer(text: str, count: int, tokenizer: encoding.Tokenizer) -> str:
+    added = text
     while len(tokenizer.encode_text(text)) < count:
-        text = f"{text}. {text}"
+        text = f"{text} {added}"
     return text
 
 

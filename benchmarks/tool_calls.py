@@ -59,7 +59,7 @@ def answer_freely(llm: llama_cpp.Llama, asked: Question) -> Sequence[Any] | None
     schemas = tool_calls.read_schemas(json.loads(asked.tools or "[]"), tool_form.json_rules)[1]
     try:
         return read(tool_calls.read_answer(form, written, schemas, asked.messages))
-    except SaigaError:
+    except (SaigaError, TypeError):  # such as a name that is a list
         return None
 
 
