@@ -48,10 +48,11 @@ def load(
                 forward.disable_amx(value)
             if name == "_model":  # beyond its training length a model answers with noise, and llama.cpp warns
                 self.context_params.n_ctx = min(self.context_params.n_ctx, value.n_ctx_train())  # type: ignore[attr-defined]
-                needed = self.context_params.n_ctx * cache_bytes(value.model) // (1 if cache_type == "f16" else 2)  # type: ignore[attr-defined]
+                size = self.context_params.n_ctx
+                needed = size * cache_bytes(value.model) // (1 if cache_type == "f16" else 2)  # type: ignore[attr-defined]
                 if not layers and needed > (free := workspace.available_memory()):  # else the system kills the process
                     sizes = f"need {needed / workspace.GB:.1f} GB, and {free / workspace.GB:.1f} GB are free"
-                    raise SaigaError(f"{n_ctx:,} tokens of context {sizes}. Give a smaller n_ctx.")
+                    raise SaigaError(f"{size:,} tokens of context {sizes}. Give a smaller n_ctx.")
             super().__setattr__(name, value)
 
     remedy = "" if cache_type == "f16" else " A q8_0 cache needs a head_dim of 32, 64, …; try cache_type='f16'."

@@ -90,8 +90,10 @@ def _mark(schema: Any, root: Schema) -> bool:  # noqa: ANN401  # a schema, or a 
     if {"enum", "const", "properties", "oneOf", "allOf"} & schema.keys():
         return False
     kinds = schema.get("type", "string")
-    schema |= {QUOTE: True} if (is_string := kinds == "string" or "string" in [*kinds]) else {}
-    return is_string
+    if "string" not in ([kinds] if isinstance(kinds, str) else kinds):
+        return False
+    schema[QUOTE] = True
+    return True
 
 
 def subschemas(schema: object) -> Iterator[Schema]:
@@ -112,7 +114,7 @@ def find_reference(root: Schema, reference: str) -> Schema:
     found: Any = root
     for part in reference.removeprefix("#").split("/")[1:]:
         found = found.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(found, dict) else None
-    if not reference.startswith(("#/", "#")) or reference[1:2] not in ("", "/") or not isinstance(found, dict):
+    if not re.match(r"#(/|$)", reference) or not isinstance(found, dict):
         raise SaigaError(f"$ref {reference!r} is not in the schema. Only references inside it can be followed.")
     return dict(found)
 

@@ -1,6 +1,5 @@
 """Loading a GGUF, and answers of the tiny Saiga."""
 
-import json
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -11,7 +10,6 @@ import small_models
 
 from saigakit import export, infer, registry
 from saigakit.core import workspace
-from saigakit.core.files import sha256_of_text
 from saigakit.demo import packages
 from saigakit.errors import SaigaError
 from saigakit.infer import engine
@@ -107,32 +105,21 @@ def test_a_broken_template_in_a_gguf_is_one_sentence(gguf_file, tmp_path):
             pass
 
 
-def test_a_file_with_another_template_than_its_manifest_tells_is_refused(gguf_file, tmp_path):
-    file = tmp_path / "model.gguf"
-    file.write_bytes(gguf_file.read_bytes())
-    with gguf_vocabulary(file) as llm:
-        digest = sha256_of_text(llm.metadata["tokenizer.chat_template"])
-    empty = {"parameters": {}, "inputs": {}, "outputs": {}}
-    about = {"files": {"model.gguf": {"bytes": file.stat().st_size}}, "chat_template_sha256": digest}
-    (tmp_path / "saigakit.json").write_text(json.dumps({"stage": "03_merge_gguf", **empty, **about}), encoding="utf-8")
+def test_a_file_with_another_template_than_its_manifest_tells_is_refused(gguf_file, exported):
+    file = exported()
     infer.load(file, n_ctx=64).close()
     own = b"{%- for message in messages -%}"
     file.write_bytes(gguf_file.read_bytes().replace(own, b"{%- for message in messages %} "))
-    with pytest.raises(SaigaError, match=r"not the file that .*saigakit\.json describes: its chat template"):
+    with pytest.raises(SaigaError, match=r"not the file that .*saigakit\.json describes: its chat template is another"):
         infer.load(file, n_ctx=64)
 
 
-def test_a_file_with_another_vocabulary_than_its_manifest_tells_is_refused(gguf_file, tmp_path):
-    file = tmp_path / "model.gguf"
-    file.write_bytes(gguf_file.read_bytes())
-    with gguf_vocabulary(file) as llm:
-        template = sha256_of_text(llm.metadata["tokenizer.chat_template"])
-    empty = {"parameters": {}, "inputs": {}, "outputs": {}}
-    about = {"files": {"model.gguf": {"bytes": file.stat().st_size}}, "chat_template_sha256": template}
-    about |= {"vocabulary_sha256": sha256_of_text("another")}
-    (tmp_path / "saigakit.json").write_text(json.dumps({"stage": "03_merge_gguf", **empty, **about}), encoding="utf-8")
-    with pytest.raises(SaigaError, match=r"not the file that .*saigakit\.json describes: its vocabulary is another"):
-        infer.load(file, n_ctx=64)
+@pytest.mark.parametrize(
+    ("facts", "name"), [({"vocabulary_sha256": "1f"}, "vocabulary"), ({"files": {"model.gguf": {"bytes": 5}}}, "size")]
+)
+def test_a_file_with_another_vocabulary_or_size_than_its_manifest_tells_is_refused(exported, facts, name):
+    with pytest.raises(SaigaError, match=rf"not the file that .*saigakit\.json describes: its {name} is another"):
+        infer.load(exported(**facts), n_ctx=64)
 
 
 def test_a_file_that_is_not_a_gguf_is_refused(tmp_path):

@@ -456,14 +456,9 @@ def test_a_file_that_is_cut_short_is_one_sentence(gguf_file, tmp_path, length):
         server.serve(cut, host="127.0.0.1", port=0, n_ctx=256, parallel=1)
 
 
-def test_a_file_with_another_template_than_its_manifest_tells_is_refused(gguf_file, tmp_path):
-    file = tmp_path / "model.gguf"
-    file.write_bytes(gguf_file.read_bytes())
-    about = {"files": {"model.gguf": {"bytes": file.stat().st_size}}, "chat_template_sha256": "another"}
-    content = {"stage": "03_merge_gguf", "parameters": {}, "inputs": {}, "outputs": {}, **about}
-    (tmp_path / "saigakit.json").write_text(json.dumps(content), encoding="utf-8")
+def test_a_file_with_another_template_than_its_manifest_tells_is_refused(exported):
     with pytest.raises(SaigaError, match="its chat template is another"):
-        server.serve(file, host="127.0.0.1", port=0, n_ctx=256, parallel=1)
+        server.serve(exported(chat_template_sha256="1f"), host="127.0.0.1", port=0, n_ctx=256, parallel=1)
 
 
 def test_contexts_that_do_not_fit_into_memory_are_refused(gguf_file, monkeypatch):

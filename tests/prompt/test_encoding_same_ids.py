@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import gguf
 import pytest
 import vocabularies
 from dialogues import SPECIAL, Dialogue, dialogues
@@ -18,8 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 from vocabularies import CASES, Pair
 
+from saigakit.core.files import sha256_of_text
 from saigakit.errors import SaigaError
 from saigakit.prompt import encoding, layout, placeholders
+from saigakit.prompt.backends import vocabulary_sha256
 from saigakit.prompt.encoding import IGNORE_INDEX, FastTokenizer, Tokenizer
 
 COUNTS = [150, pytest.param(10_000, marks=pytest.mark.slow)]
@@ -342,3 +345,9 @@ def test_a_filler_that_inserts_the_wrong_text_is_detected(pair, monkeypatch):
     monkeypatch.setattr(placeholders._Rendered, "fill", lambda self, texts: texts[0])
     with pytest.raises(SaigaError, match="changes contents beyond trimming"):
         encoded([each.conversation for each in dialogues(20, seed=1, has_tools=True)], pair.fast)
+
+
+def test_llama_cpp_gives_back_the_text_of_every_token(pair):
+    tokens = gguf.GGUFReader(pair.tokenizer_dir / "vocabulary.gguf").fields["tokenizer.ggml.tokens"]
+    written = "\0".join(bytes(tokens.parts[index]).decode("utf-8") for index in tokens.data)
+    assert vocabulary_sha256(pair.gguf._llm) == sha256_of_text(written)
