@@ -457,8 +457,9 @@ def test_a_file_that_is_cut_short_is_one_sentence(gguf_file, tmp_path, length):
 
 
 def test_a_file_with_another_template_than_its_manifest_tells_is_refused(exported):
-    with pytest.raises(SaigaError, match="its chat template is another"):
-        server.serve(exported(chat_template_sha256="1f"), host="127.0.0.1", port=0, n_ctx=256, parallel=1)
+    file = exported(chat_template_sha256="1f")
+    with gguf_vocabulary(file) as llm, pytest.raises(SaigaError, match="its chat template is another"):
+        server._Service(file, llm, 256, 1)
 
 
 def test_contexts_that_do_not_fit_into_memory_are_refused(gguf_file, monkeypatch):

@@ -186,3 +186,15 @@ def test_arguments_are_an_object_of_known_properties():
         "a": ("object", False),
         "b": ("object", False),
     }
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [("<think>думаю</think>Да.", "Да."), ("<think>думаю", ""), ("Да.", "Да."), ("<think>a</think><think>б", "")],
+)
+def test_a_thought_is_no_text_even_if_a_limit_cuts_it(answer, text):
+    parts = dict.fromkeys(("head", "first", "call", "again", "last"), "")
+    marks = {"trigger": "<tool_call>", "keys": {}, "thoughts": ("<think>", "</think>")}
+    form = tool_form.ToolForm(**parts, **marks, is_after_text=True)
+    assert form.split(answer) == (text, "")
+    assert form.split(f"{answer}<tool_call>{{}}")[1] == "<tool_call>{}"
